@@ -1,0 +1,430 @@
+"""FAST action tokenizer (arXiv 2501.09747): action chunks <-> short lists of token ids.
+
+In: episodes (folder/*.safetensors: image (T, H, W, 3) uint8, state (T, S), action (T, A) float32).
+Out: fast.json, one file that holds all that decoding needs, and report.json beside it.
+1. normalise each action dimension: its 1% / 99% quantiles -> -1 / +1 (outliers go beyond)
+2. orthonormal DCT-II along time: K actions -> K frequencies a dimension
+3. quantise: round(scale * c); clipped to the range met in fitting, and counted
+4. flatten (K, A) row-major, low frequencies first; one character chr(c - min_coef) a coefficient
+5. byte-pair encoding over those characters: a token is a run of coefficients
+Our deviations: no byte level and no regex under the BPE; ids that do not decode to exactly K x A
+coefficients are reported (ok False, NaN rows), never zeros; horizon and dimensions are stored.
+
+python fast_tokenizer.py fit --data data/tabletop --out fast/ --horizon 5 --scale 2 --vocab 64
+python fast_tokenizer.py report --fast fast/ --data data/tabletop
+Seconds on one CPU core. Legend: B batch, K chunk length, A action dims, S state dims, T steps.
+"""
+
+import argparse
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from scipy.fft import dct, idct
+from tokenizers import Tokenizer, decoders, models, trainers
+
+STILL = 1e-6  # a dimension whose q99 - q01 is below this never moves: it maps to 0 and back to q01
+LAST_CODE = 0xD7FF  # the largest character code below the surrogates, which no text can hold
+
+
+def statistics(x):
+    """q01, q99, mean, std (lists of A, units of x) and count N of x (N, A). ValueError on NaN."""
+    x = np.asarray(x, np.float64)
+    if x.ndim != 2 or len(x) == 0 or not np.isfinite(x).all():
+        raise ValueError(f"statistics need a finite, non-empty (N, A) array, got shape {x.shape}")
+    q01, q99 = np.quantile(x, [0.01, 0.99], axis=0)  # (A,)
+    rows = {"q01": q01, "q99": q99, "mean": x.mean(0), "std": x.std(0)}
+    return {**{k: v.tolist() for k, v in rows.items()}, "count": len(x)}
+
+
+def _affine(x, stats):
+    """x = (y + one) * half + low and y = (x - low) * gain - one, in the kind and type of x."""
+    if not hasattr(x, "new_tensor"):  # numpy; torch tensors keep their type and device
+        x = np.asarray(x)
+        x = x if x.dtype.kind == "f" else x.astype(np.float64)
+    low, high = np.asarray(stats["q01"]), np.asarray(stats["q99"])
+    moves = high - low >= STILL  # (A,)
+    half = np.where(moves, (high - low) / 2, 0.0)
+    gain = np.divide(1, half, out=np.zeros_like(half), where=moves)
+    like = x.new_tensor if hasattr(x, "new_tensor") else lambda v: v.astype(x.dtype)
+    return x, like(low), like(half), like(gain), like(moves.astype(np.float64))
+
+
+def normalize(x, stats):
+    """x (..., A) in dataset units -> q01 at -1, q99 at +1, not clipped. numpy or torch."""
+    x, low, _, gain, one = _affine(x, stats)
+    return (x - low) * gain - one
+
+
+def unnormalize(x, stats):
+    """Inverse of normalize: x (..., A) -> dataset units; dimensions that never move give q01."""
+    x, low, half, _, one = _affine(x, stats)
+    return (x + one) * half + low
+
+
+def check_stats(stats, dim, where="stats"):
+    """A copy of stats as plain lists. ValueError naming `where` unless it fits dim dimensions."""
+    if not isinstance(stats, dict) or not {"q01", "q99"} <= set(stats):
+        raise ValueError(f"{where}: no q01 and q99; make it with fast_tokenizer.statistics")
+    stats = {k: np.asarray(v).tolist() for k, v in stats.items()}
+    for k in sorted({"q01", "q99", "mean", "std"} & set(stats)):
+        if np.shape(stats[k]) != (dim,) or not np.isfinite(stats[k]).all():
+            raise ValueError(f"{where}: {k} is not {dim} finite numbers; recompute the statistics")
+    if (np.asarray(stats["q99"]) < stats["q01"]).any():
+        raise ValueError(f"{where}: q99 lies below q01; recompute the statistics")
+    return stats
+
+
+class FastTokenizer:
+    """FAST: (B, K, A) action chunks <-> token ids 0 .. vocab_size - 1 (arXiv 2501.09747).
+
+    vocab_size: the true number of ids, at most what fit was asked for. min_coef .. max_coef: range
+    of the quantised coefficients. stats: statistics of the dataset units, None when chunks come
+    normalised to about [-1, 1]. clipped: coefficients that the last encode had to move."""
+
+    def __init__(self, bpe, scale, horizon, dim, min_coef, max_coef, stats=None):
+        self.bpe, self.scale, self.horizon, self.dim = bpe, float(scale), int(horizon), int(dim)
+        self.stats, self.min_coef, self.clipped = stats, int(min_coef), 0
+        vocab = bpe.get_vocab()
+        self.vocab_size = max(vocab.values(), default=-1) + 1
+        # The published vocabulary is spelled in bytes; one token may hold a part of a character.
+        spell = _byte_characters() if isinstance(bpe.decoder, decoders.ByteLevel) else []
+        byte = {c: b for b, c in enumerate(spell)}
+        self.pieces = {i: bytes(byte[c] for c in piece) if byte.keys() >= set(piece)
+                       else piece.encode() for piece, i in vocab.items()}  # id -> UTF-8 bytes
+        # It may also lack bytes, and then drops characters silently: encode goes to the nearest
+        # coefficient that can be written instead. Our own vocabulary can write the whole range.
+        codes = [c for c in range(int(max_coef - min_coef) + 1) if all(
+            p in vocab for p in ([spell[b] for b in chr(c).encode()] if spell else chr(c)))]
+        if not codes:
+            raise ValueError("the BPE vocabulary can write no coefficient; fit the tokenizer again")
+        self.known = np.array(codes) + self.min_coef  # (C,) ascending
+        self.max_coef = int(self.known[-1])
+
+    @classmethod
+    def fit(cls, chunks, vocab_size, scale, stats=None):
+        """Learn range and merges from chunks (B, K, A): dataset units with stats, else normalised.
+
+        scale: quantisation steps a unit (10 in the paper); more is finer and longer. The same
+        chunks give the same file. ValueError on NaN, wrong shapes, or vocab_size < alphabet."""
+        chunks = _check_chunks(chunks)
+        if len(chunks) == 0 or not (np.isfinite(scale) and scale > 0):
+            raise ValueError(f"fit got {len(chunks)} chunks, scale {scale}; both must be positive")
+        if stats is not None:
+            stats = check_stats(stats, chunks.shape[2])
+            chunks = normalize(chunks, stats)
+        coefs = np.rint(dct(chunks, axis=1, norm="ortho") * float(scale))  # (B, K, A)
+        low, high = coefs.min(), coefs.max()
+        if not high - low + 1 <= min(vocab_size, LAST_CODE + 1):
+            raise ValueError(
+                f"vocab_size {vocab_size} is smaller than the alphabet of {high - low + 1:.0f} "
+                f"coefficients ({low:.0f} .. {high:.0f}); raise --vocab or lower --scale")
+        bpe = Tokenizer(models.BPE())  # no pre-tokenizer: tokens may span steps and dimensions
+        trainer = trainers.BpeTrainer(
+            vocab_size=int(vocab_size), min_frequency=2, show_progress=False, special_tokens=[],
+            initial_alphabet=[chr(i) for i in range(int(high - low) + 1)])
+        bpe.train_from_iterator(_texts(coefs - low), trainer)
+        return cls(bpe, scale, *chunks.shape[1:], low, high, stats)
+
+    def encode(self, chunks):
+        """chunks (B, K, A) -> B lists of ids. Sets .clipped. ValueError on NaN or another shape."""
+        chunks = _check_chunks(chunks, self.horizon, self.dim)
+        if self.stats is not None:
+            chunks = normalize(chunks, self.stats)
+        coefs = np.rint(dct(chunks, axis=1, norm="ortho") * self.scale)  # (B, K, A)
+        # both ends are clipped; the reference clips the low end only, and counts nothing
+        kept = self.known[np.searchsorted((self.known[1:] + self.known[:-1]) / 2, coefs)]
+        self.clipped = int((kept != coefs).sum())
+        return [row.ids for row in self.bpe.encode_batch(_texts(kept - self.min_coef))]
+
+    def decode(self, ids):
+        """B lists of ids -> (chunks (B, K, A) float32, ok (B,) bool).
+
+        ok is False for a sequence that is empty, holds an id out of range or gives no K x A
+        coefficients (byte level: or no valid text); its chunk is NaN."""
+        ok, texts = np.zeros(len(ids), bool), []
+        for i, row in enumerate(ids):
+            row = row.tolist() if hasattr(row, "tolist") else row
+            try:
+                text = b"".join([self.pieces[t] for t in row]).decode()
+            except (KeyError, UnicodeDecodeError):
+                continue
+            if len(text) == self.horizon * self.dim:
+                ok[i] = True
+                texts.append(text)
+        codes = np.frombuffer("".join(texts).encode("utf-32-le"), "<u4").astype(np.int64)
+        chunks = np.full((len(ids), self.horizon, self.dim), np.nan, np.float32)
+        if texts:
+            coefs = (codes + self.min_coef).reshape(-1, self.horizon, self.dim)  # (ok.sum(), K, A)
+            actions = idct(coefs / self.scale, axis=1, norm="ortho")
+            chunks[ok] = actions if self.stats is None else unnormalize(actions, self.stats)
+        return chunks, ok
+
+    def save(self, folder):
+        """Write folder/fast.json, complete or not at all."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        keys = ("scale", "horizon", "dim", "min_coef", "max_coef", "vocab_size", "stats")
+        record = {**{k: getattr(self, k) for k in keys}, "bpe": json.loads(self.bpe.to_str())}
+        path = Path(folder) / "fast.json"
+        path.with_suffix(".tmp").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+        os.replace(path.with_suffix(".tmp"), path)
+
+    @classmethod
+    def load(cls, folder, horizon=None, dim=None):
+        """Read our fast.json, or a folder of the published processor (physical-intelligence/fast).
+
+        horizon, dim: needed for published folders that do not store them; ValueError when missing
+        or not the stored ones, or on a damaged file. FileNotFoundError without either layout."""
+        folder = Path(folder)
+        path, text = folder / "fast.json", None
+        if not path.exists():  # transformers 5 puts the tokenizer into a folder of its own
+            path, text = folder / "processor_config.json", folder / "tokenizer.json"
+            text = text if text.exists() else folder / "bpe_tokenizer" / "tokenizer.json"
+            if not path.exists() or not text.exists():
+                raise FileNotFoundError(f"{folder}: neither fast.json nor processor_config.json "
+                                        "with tokenizer.json; run fast_tokenizer.py fit")
+        try:
+            record = json.loads(path.read_text())
+            if text:
+                low = record["min_token"]
+                record = {"horizon": record.get("time_horizon") or horizon, "min_coef": low,
+                          "dim": record.get("action_dim") or dim, "max_coef": low + LAST_CODE,
+                          "scale": record["scale"], "bpe": json.loads(text.read_text())}
+                if record["bpe"]["decoder"]["type"] != "ByteLevel":
+                    raise ValueError(f"{text}: not a byte-level BPE; fit the tokenizer again")
+            for name, given in (("horizon", horizon), ("dim", dim)):
+                if record[name] is None or given not in (None, record[name]):
+                    raise ValueError(f"{path}: {name} is {record[name]}, load was given {given}; "
+                                     f"pass the {name} that the tokenizer was fitted for")
+            if stats := record.get("stats"):
+                stats = check_stats(stats, record["dim"], path)
+            bpe = Tokenizer.from_str(json.dumps(record["bpe"]))
+            return cls(bpe, *(record[k] for k in ("scale", "horizon", "dim", "min_coef",
+                                                  "max_coef")), stats)
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as e:
+            raise ValueError(f"{path}: not a FAST tokenizer ({e!r}); fit or save it again") from e
+
+
+def _check_chunks(chunks, horizon=None, dim=None):
+    chunks = np.asarray(chunks)
+    if chunks.dtype not in (np.float32, np.float64):  # those stay: ties in rounding depend on it
+        chunks = chunks.astype(np.float64)
+    if chunks.ndim != 3 or 0 in chunks.shape[1:]:
+        raise ValueError(f"chunks have shape {chunks.shape}, not (B, K, A); give one as x[None]")
+    _, k, a = chunks.shape
+    if horizon not in (None, k):
+        raise ValueError(f"chunk horizon {k}, tokenizer was fitted for {horizon}; refit with "
+                         f"--horizon {k} or cut chunks of {horizon} steps")
+    if dim not in (None, a):
+        raise ValueError(f"chunk has {a} action dimensions, tokenizer was fitted for {dim}; refit")
+    bad = np.argwhere(~np.isfinite(chunks))
+    if len(bad):
+        raise ValueError("chunk {}, step {}, dimension {} is not finite; repair or drop that "
+                         "action".format(*bad[0]))
+    return chunks
+
+
+def _texts(codes):
+    """Codes (B, K, A), whole numbers from 0 to LAST_CODE -> B strings of K * A characters."""
+    text, n = codes.astype("<u4").tobytes().decode("utf-32-le"), codes[0].size if len(codes) else 1
+    return [text[i:i + n] for i in range(0, len(text), n)]
+
+
+def _byte_characters():
+    """The 256 printable characters by which byte-level BPE (GPT-2) spells the bytes 0 .. 255."""
+    plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    spare = iter(range(256, 512))
+    return [chr(b if b in plain else next(spare)) for b in range(256)]
+
+
+@dataclass(eq=False)
+class EpisodeFile:
+    """One recorded episode; frames stay on disk (memory-mapped) until they are asked for."""
+    path: Path
+    task: str  # the instruction
+    fps: float  # 0: not recorded
+    source: str
+    action: np.ndarray  # (T, A) float32, dataset units
+    state: np.ndarray  # (T, S) float32
+    cameras: tuple  # "image" and any "image_<name>"
+    handle: object = None  # safe_open, made at the first frame
+
+    def __len__(self):
+        return len(self.action)
+
+    def __getstate__(self):  # an open file does not travel to a worker process
+        return {**self.__dict__, "handle": None}
+
+    def frame(self, t, name="image"):
+        """Frame of a camera at step t (0 .. T-1): (H, W, 3) uint8. ValueError if there is none."""
+        if name not in self.cameras or not 0 <= t < len(self):
+            raise ValueError(f"{self.path}: no frame {t} of {name!r}; it has {len(self)} steps of "
+                             f"{', '.join(self.cameras)}")
+        if self.handle is None:
+            self.handle = safe_open(self.path, "numpy")
+        return self.handle.get_slice(name)[t:t + 1][0]
+
+
+def read_episode(path):
+    """Open and check one episode -> EpisodeFile. ValueError naming the file, the row, the cure."""
+    path, arrays, shapes = Path(path), {}, {}
+    try:
+        with safe_open(path, "numpy") as file:
+            header = file.metadata() or {}
+            for name in sorted(file.keys()):
+                view, image = file.get_slice(name), name == "image" or name.startswith("image_")
+                if not image and name not in ("action", "state"):
+                    continue
+                shape = shapes[name] = view.get_shape()
+                if (view.get_dtype(), len(shape)) != (("U8", 4) if image else ("F32", 2)):
+                    raise ValueError(
+                        f"{path}: {name} is {view.get_dtype()} {shape}, not "
+                        f"{'U8 (T, H, W, 3)' if image else 'F32 (T, D)'}; convert it again")
+                if not image:
+                    arrays[name] = file.get_tensor(name)
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f"{path}: no such episode; give the path of a recording") from e
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{path}: not a complete safetensors file ({e}); "
+                         "record it again or delete it") from e
+    for name in ("image", "state", "action", "task"):
+        if name not in shapes and not (name == "task" and name in header):
+            raise ValueError(f"{path}: {name} is missing; convert or record the episode again")
+    if len({s[0] for s in shapes.values()}) != 1 or len(arrays["action"]) == 0:
+        raise ValueError(f"{path}: steps differ or are none ({shapes}); record it again")
+    for name, value in sorted(arrays.items()):
+        bad = np.flatnonzero(~np.isfinite(value).all(1))
+        if len(bad):
+            raise ValueError(f"{path}: {name} row {bad[0]} is not finite; repair that row or "
+                             "delete the episode")
+    fps = header.get("fps", "0")
+    if not fps.replace(".", "", 1).isdigit():
+        raise ValueError(f"{path}: fps {fps!r} is not a number; convert the episode again")
+    return EpisodeFile(path, header["task"], float(fps), header.get("source", ""), arrays["action"],
+                       arrays["state"], tuple(sorted(set(shapes) - set(arrays))))
+
+
+def _root(folder):
+    return Path(folder) / "episodes" if (Path(folder) / "episodes").is_dir() else Path(folder)
+
+
+def episodes(folder, limit=0):
+    """Episodes of folder (or folder/episodes) by name, the first `limit` (0: all).
+
+    FileNotFoundError when there are none; ValueError when A or S differs between files."""
+    paths = sorted(_root(folder).glob("*.safetensors"))[:limit or None]
+    if not paths:
+        raise FileNotFoundError(f"{folder}: no episode_*.safetensors here; record or convert some")
+    files = [read_episode(p) for p in paths]
+    for file in files:
+        for name in ("action", "state"):
+            size, first = (getattr(f, name).shape[1] for f in (file, files[0]))
+            if size != first:
+                raise ValueError(f"{file.path}: {size} {name} dimensions, {paths[0].name} has "
+                                 f"{first}; keep different robots in different folders")
+    return files
+
+
+def episode_stats(folder, files):
+    """{"action", "state"} -> statistics: stats.json beside the episodes, else made from files."""
+    path = _root(folder) / "stats.json"
+    if not path.exists():
+        return {k: statistics(np.concatenate([getattr(f, k) for f in files]))
+                for k in ("action", "state")}
+    try:
+        stats = json.loads(path.read_text())
+        return {k: check_stats(stats[k], getattr(files[0], k).shape[1], f"{path}: {k}")
+                for k in ("action", "state")}
+    except (json.JSONDecodeError, KeyError, TypeError) as e:
+        raise ValueError(f"{path}: no statistics ({e!r}); delete it to have them computed") from e
+
+
+def chunks_of(episode, horizon):
+    """The `horizon` actions from each step (T, K, A) float32; past the end the last one repeats."""
+    if horizon < 1:
+        raise ValueError(f"horizon {horizon}; a chunk has at least 1 step")
+    steps = np.arange(len(episode))[:, None] + np.arange(horizon)  # (T, K)
+    return episode.action[np.minimum(steps, len(episode) - 1)]  # (T, K, A)
+
+
+def report(fast, chunks):
+    """Round trip of chunks (B, K, A) against one 256-bin token a number -> dict.
+
+    Errors per dimension in the units of chunks, lengths in tokens, entropy in nats."""
+    ids = fast.encode(chunks)
+    decoded, ok = fast.decode(ids)
+    error = (decoded - chunks)[ok].astype(np.float64)  # (B, K, A)
+    stats = fast.stats or {"q01": [-1] * fast.dim, "q99": [1] * fast.dim}
+    bins = np.clip(np.floor((normalize(chunks, stats) + 1) * 128), 0, 255)
+    naive = unnormalize((bins + 0.5) / 128 - 1, stats) - chunks  # from the centres of the bins
+    length, first = np.array([len(row) for row in ids]), np.array([row[0] for row in ids])
+    p = np.unique(first, return_counts=True)[1] / len(first)
+    # coefficients a token covers: its characters, that is its bytes that begin one
+    cover = [sum(b & 0xC0 != 0x80 for b in fast.pieces[i]) for i in first]
+    return {"chunks": len(ids), "malformed": int((~ok).sum()),
+            "clipped": fast.clipped / chunks.size, "mse": (error ** 2).mean((0, 1)).tolist(),
+            "max_error": np.abs(error).max((0, 1)).tolist(),
+            "naive_mse": (naive ** 2).mean((0, 1)).tolist(), "naive_tokens": chunks[0].size,
+            "tokens_mean": float(length.mean()), "tokens_p95": float(np.percentile(length, 95)),
+            "first_entropy": float(p @ np.log(1 / p)), "first_cover": float(np.mean(cover)),
+            "cover": chunks.size / float(length.sum())}
+
+
+def _print(fast, r):
+    def row(values):
+        return " ".join(f"{v:10.3g}" for v in values)
+    print(f"horizon {fast.horizon}, {fast.dim} dimensions, scale {fast.scale:g}, vocabulary "
+          f"{fast.vocab_size}, coefficients {fast.min_coef} .. {fast.max_coef}\n"
+          f"round trip of {r['chunks']} {'held-out' if r['held_out'] else 'fitted'} chunks, in "
+          f"dataset units; {r['malformed']} malformed, {r['clipped']:.3%} of coefficients clipped\n"
+          f"  dimension       {row(range(fast.dim))}\n  MSE             {row(r['mse'])}\n"
+          f"  maximum error   {row(r['max_error'])}\n  MSE, 256 bins   {row(r['naive_mse'])}\n"
+          f"  tokens a chunk  {r['tokens_mean']:.2f} mean, {r['tokens_p95']:.0f} p95; 256 bins: "
+          f"{r['naive_tokens']}\n  first token     {r['first_entropy']:.2f} nats, covers "
+          f"{r['first_cover']:.2f} coefficients; all tokens {r['cover']:.2f}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Fit a FAST action tokenizer, or report on one.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    fit, rep = commands.add_parser("fit"), commands.add_parser("report")
+    for sub in (fit, rep):
+        sub.add_argument("--data", required=True, help="folder of episodes, or holding episodes/")
+        sub.add_argument("--stride", type=int, default=1, help="a chunk every this many steps")
+        sub.add_argument("--limit", type=int, default=0, help="first N episodes only; 0: all")
+    fit.add_argument("--out", required=True, help="folder for fast.json and report.json")
+    fit.add_argument("--horizon", type=int, default=5, help="actions a chunk (K)")
+    fit.add_argument("--scale", type=float, default=2, help="quantisation steps a unit coefficient")
+    fit.add_argument("--vocab", type=int, default=64, help="number of FAST tokens, at most")
+    rep.add_argument("--fast", required=True, help="folder: fast.json, or a published processor")
+    rep.add_argument("--horizon", type=int, help="for published folders that do not store it")
+    args = parser.parse_args(argv)
+    if args.stride < 1 or args.limit < 0:
+        raise ValueError("--stride must be at least 1 and --limit at least 0")
+    files = episodes(args.data, args.limit)
+    stats = episode_stats(args.data, files)["action"]
+    held = files[9::10]  # every 10th episode is held out of the fit, when there are 10
+
+    def cut(some, horizon):
+        return np.concatenate([chunks_of(f, horizon)[::args.stride] for f in some])  # (B, K, A)
+    if args.command == "fit":
+        kept = [f for i, f in enumerate(files) if i % 10 != 9]
+        fast = FastTokenizer.fit(cut(kept, args.horizon), args.vocab, args.scale, stats)
+    else:
+        fast = FastTokenizer.load(args.fast, args.horizon, files[0].action.shape[1])
+        fast.stats = fast.stats or stats  # published processors expect normalised chunks
+    result = {**report(fast, cut(held or files, fast.horizon)), "held_out": bool(held)}
+    _print(fast, result)
+    if args.command == "fit":
+        fast.save(args.out)
+        (Path(args.out) / "report.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as e:
+        raise SystemExit(f"error: {e}") from e

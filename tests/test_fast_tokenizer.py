@@ -1,0 +1,385 @@
+"""FAST tokenizer: the published algorithm as reference, hand-worked numbers, refusals, command."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+from scipy.fft import dct, idct
+from tokenizers import ByteLevelBPETokenizer
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
+
+import fast_tokenizer as ft
+from fast_tokenizer import FastTokenizer
+
+ROOT = Path(ft.__file__).parent
+
+
+def smooth(n, k=5, a=3, seed=0):
+    """Random walks of n chunks, mostly inside [-1, 1]: (n, k, a)."""
+    rng = np.random.default_rng(seed)
+    start = rng.uniform(-0.8, 0.8, (n, 1, a))
+    return start + rng.normal(0, 0.1, (n, k, a)).cumsum(1)
+
+
+class Published:
+    """The published processor, rewritten from its description: tokenizer.json and a config."""
+
+    def __init__(self, bpe, scale, min_token, horizon, dim):
+        self.bpe, self.scale, self.min_token = bpe, scale, min_token
+        self.horizon, self.dim = horizon, dim
+
+    @classmethod
+    def fit(cls, chunks, vocab_size, scale):
+        coefs = np.around(dct(chunks, axis=1, norm="ortho") * scale)
+        low, high = int(coefs.min()), int(coefs.max())
+        bpe = ByteLevelBPETokenizer()
+        trainer = BpeTrainer(
+            vocab_size=vocab_size, min_frequency=2, show_progress=False, special_tokens=[],
+            initial_alphabet=[chr(i) for i in range(high - low + 1)], max_token_length=10000)
+        texts = ("".join(map(chr, (c.flatten() - low).astype(int))) for c in coefs)
+        bpe._tokenizer.train_from_iterator(texts, trainer=trainer)
+        bpe = PreTrainedTokenizerFast(tokenizer_object=bpe, clean_up_tokenization_spaces=False)
+        return cls(bpe, scale, low, *chunks.shape[1:])
+
+    def encode(self, chunks):
+        coefs = np.around(dct(chunks, axis=1, norm="ortho") * self.scale)
+        codes = [np.maximum(c.flatten() - self.min_token, 0).astype(int) for c in coefs]
+        return [self.bpe("".join(map(chr, c)))["input_ids"] for c in codes]
+
+    def decode(self, ids):
+        out = []
+        for row in ids:
+            coefs = np.array(list(map(ord, self.bpe.decode(row)))) + self.min_token
+            out.append(idct(coefs.reshape(-1, self.dim) / self.scale, axis=0, norm="ortho"))
+        return np.stack(out)
+
+    def save(self, folder, new_layout=False, named=True):
+        self.bpe.save_pretrained(folder / "bpe_tokenizer" if new_layout else folder)
+        config = {"processor_class": "UniversalActionProcessor", "scale": self.scale,
+                  "vocab_size": 1024, "min_token": self.min_token}
+        if named:
+            config |= {"action_dim": self.dim, "time_horizon": self.horizon}
+        (folder / "processor_config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return FastTokenizer.fit(smooth(500), 128, 4)
+
+
+# scale 10: characters below 128; scale 100: two-byte characters, so a token may hold half of one
+@pytest.mark.parametrize("scale, dtype", [(10, np.float64), (10, np.float32), (100, np.float64)])
+def test_published_folder_gives_the_same_ids_and_actions(tmp_path, scale, dtype):
+    chunks = smooth(800, k=8, a=4).astype(dtype)
+    reference = Published.fit(chunks[:700], 700, scale)
+    reference.save(tmp_path)
+    ours = FastTokenizer.load(tmp_path)
+    assert (ours.horizon, ours.dim, ours.scale) == (8, 4, scale)
+    ids = ours.encode(chunks[:700])
+    assert ids == reference.encode(chunks[:700])
+    decoded, ok = ours.decode(ids)
+    assert ok.all()
+    np.testing.assert_allclose(decoded, reference.decode(ids), atol=1e-6)
+    # saved in our own layout, a published tokenizer stays the same
+    ours.save(tmp_path / "own")
+    again = FastTokenizer.load(tmp_path / "own")
+    assert again.encode(chunks[:700]) == ids and again.max_coef == ours.max_coef
+    # unseen chunks: the reference drops characters it cannot spell, ours always decodes
+    assert ours.decode(ours.encode(chunks[700:] * 1.5))[1].all()
+
+
+def test_half_a_character_is_malformed(tmp_path):
+    """A byte-level token may end inside a character; the reference then decodes U+FFFD."""
+    chunks = smooth(400, k=8, a=4)
+    Published.fit(chunks, 300, 100).save(tmp_path)
+    ours = FastTokenizer.load(tmp_path)
+    lead = next(i for i, piece in ours.pieces.items() if len(piece) == 1 and piece[0] >= 0xC3)
+    row = [next(i for i, piece in ours.pieces.items() if piece == b"A")] * 31
+    decoded, ok = ours.decode([row + [lead], row + row[:1]])
+    assert ok.tolist() == [False, True] and np.isnan(decoded[0]).all()
+
+
+def test_older_published_folders_need_horizon_and_dim(tmp_path):
+    reference = Published.fit(smooth(100), 200, 10)
+    reference.save(tmp_path, new_layout=True, named=False)
+    with pytest.raises(ValueError, match="horizon is None"):
+        FastTokenizer.load(tmp_path)
+    with pytest.raises(ValueError, match="dim is None"):
+        FastTokenizer.load(tmp_path, horizon=5)
+    ours = FastTokenizer.load(tmp_path, horizon=5, dim=3)
+    assert ours.encode(smooth(9)) == reference.encode(smooth(9))
+    reference.save(tmp_path)
+    with pytest.raises(ValueError, match="horizon is 5, load was given 8"):
+        FastTokenizer.load(tmp_path, horizon=8)
+
+
+def test_by_hand():
+    """K 2, A 1, scale 10: (1, 0) has coefficients 1/sqrt2, 1/sqrt2 -> 7, 7; (0, 0) -> 0, 0;
+    (-1, 0) -> -7, -7. So min_coef -7, 15 characters, and 7, 7 back is 1.4 / sqrt2 = .98995, 0."""
+    chunks = np.array([[[1.0], [0.0]], [[0.0], [0.0]], [[-1.0], [0.0]]])
+    tok = FastTokenizer.fit(chunks, 15, 10)
+    assert (tok.min_coef, tok.max_coef, tok.vocab_size) == (-7, 7, 15)
+    assert tok.encode(chunks) == [[14, 14], [7, 7], [0, 0]]
+    decoded, ok = tok.decode([[14, 14]])
+    np.testing.assert_allclose(decoded[0, :, 0], [1.4 / 2 ** 0.5, 0], atol=1e-6)
+    assert ok.all() and decoded.dtype == np.float32
+    # one merge of a pair seen twice: two coefficients, one token
+    twice = FastTokenizer.fit(chunks[[0, 0, 1, 2]], 16, 10)
+    assert twice.vocab_size == 16 and twice.encode(chunks) == [[15], [7, 7], [0, 0]]
+    # dimensions are interleaved, low frequencies first
+    two = np.concatenate([chunks[:1], -chunks[:1]], 2)
+    assert FastTokenizer.fit(two, 15, 10).encode(two) == [[14, 0, 14, 0]]
+    assert FastTokenizer.fit(two[[0, 0]], 16, 10).encode(two) == [[15, 15]]  # (14, 0): 4 times
+
+
+def test_transform_is_the_orthonormal_dct2(tok):
+    k = tok.horizon
+    n = np.arange(k)
+    basis = np.sqrt(2 / k) * np.cos(np.pi * (n + 0.5) * n[:, None] / k)  # (K, K), DCT-II
+    basis[0] /= np.sqrt(2)
+    np.testing.assert_allclose(basis @ basis.T, np.eye(k), atol=1e-12)
+    chunks = smooth(50)
+    want = np.rint(np.einsum("fk,bka->bfa", basis, chunks) * tok.scale)
+    want = np.clip(want, tok.min_coef, tok.max_coef)
+    ids = tok.encode(chunks)
+    codes = [[ord(c) for i in row for c in tok.pieces[i].decode()] for row in ids]
+    assert (np.array(codes).reshape(want.shape) + tok.min_coef == want).all()
+    np.testing.assert_allclose(tok.decode(ids)[0],
+                               np.einsum("fk,bfa->bka", basis, want / tok.scale), atol=1e-6)
+
+
+def test_round_trip_error_is_half_a_quantisation_step(tok):
+    chunks = smooth(500)
+    decoded, ok = tok.decode(tok.encode(chunks))
+    assert ok.all() and tok.clipped == 0
+    error = np.abs(dct(decoded - chunks, axis=1, norm="ortho"))
+    assert 0.4 / tok.scale < error.max() <= 0.5 / tok.scale + 1e-6
+
+
+def test_malformed_ids_are_reported_not_zeroed(tok):
+    good = tok.encode(smooth(1))[0]
+    one = [next(i for i, piece in tok.pieces.items() if len(piece) == 1)] * 3  # a whole action
+    rows = [good, good[:-1], good + good[:1], good + good, one * 5, one * 4, one * 6, [],
+            [*good[:-1], tok.vocab_size], [-1, *good[1:]]]
+    decoded, ok = tok.decode(rows)
+    assert ok.tolist() == [True, False, False, False, True] + [False] * 5
+    assert np.isfinite(decoded[ok]).all() and np.isnan(decoded[~ok]).all()
+    assert tok.decode([torch.tensor(good), np.array(good)])[1].all()
+    decoded, ok = tok.decode([])
+    assert decoded.shape == (0, 5, 3) and ok.shape == (0,)
+    assert np.isnan(tok.decode([[]])[0]).all()
+
+
+def test_both_ends_are_clipped_and_counted(tok):
+    chunks = np.zeros((2, 5, 3))
+    chunks[0, :, 0], chunks[1, :, 2] = 1e9, -1e9  # constant in time: one coefficient each
+    ids = tok.encode(chunks)
+    assert tok.clipped == 2
+    decoded, ok = tok.decode(ids)
+    assert ok.all()
+    np.testing.assert_allclose(decoded[0, :, 0], tok.max_coef / tok.scale / 5 ** 0.5, rtol=1e-6)
+    np.testing.assert_allclose(decoded[1, :, 2], tok.min_coef / tok.scale / 5 ** 0.5, rtol=1e-6)
+    tok.encode(chunks * 0)
+    assert tok.clipped == 0
+
+
+def test_every_coefficient_of_the_range_has_a_token():
+    """-20 and 20 are met, nothing between: the alphabet still holds all 41."""
+    chunks = np.array([[[2.0]], [[-2.0]]])
+    tok = FastTokenizer.fit(chunks, 64, 10)
+    assert tok.vocab_size == 41  # no pair to merge: fewer than asked for
+    every = np.arange(-20, 21).reshape(-1, 1, 1) / 10
+    decoded, ok = tok.decode(tok.encode(every))
+    assert ok.all() and tok.clipped == 0
+    np.testing.assert_allclose(decoded, every, atol=1e-6)
+
+
+def test_save_and_load_are_exact_and_deterministic(tmp_path):
+    chunks = smooth(300) * [0.1, 3, 1] + [0, 7, -2]
+    stats = ft.statistics(chunks.reshape(-1, 3))
+    for name in "ab":
+        FastTokenizer.fit(chunks, 128, 4, stats).save(tmp_path / name)
+    one = tmp_path / "a/fast.json"
+    assert one.read_bytes() == (tmp_path / "b/fast.json").read_bytes()
+    tok = FastTokenizer.load(tmp_path / "a")
+    tok.save(tmp_path / "c")
+    assert one.read_bytes() == (tmp_path / "c/fast.json").read_bytes()
+    fitted = FastTokenizer.fit(chunks, 128, 4, stats)
+    for key in ("vocab_size", "scale", "horizon", "dim", "min_coef", "max_coef", "stats"):
+        assert getattr(tok, key) == getattr(fitted, key), key
+    assert tok.vocab_size == 128 and tok.encode(chunks) == fitted.encode(chunks)
+    decoded, ok = tok.decode(tok.encode(chunks))  # in dataset units
+    assert ok.all() and (np.abs(decoded - chunks).mean((0, 1)) < [0.02, 0.6, 0.2]).all()
+
+
+def test_damaged_or_missing_files(tmp_path, tok):
+    with pytest.raises(FileNotFoundError, match="run fast_tokenizer.py fit"):
+        FastTokenizer.load(tmp_path)
+    tok.save(tmp_path)
+    text = (tmp_path / "fast.json").read_text()
+    for damaged in (text[:200], "[]", "{}", text.replace('"scale": 4.0', '"scale": null')):
+        (tmp_path / "fast.json").write_text(damaged)
+        with pytest.raises(ValueError, match="fast.json: not a FAST tokenizer"):
+            FastTokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda x: np.where(np.arange(3) == 1, np.nan, x), "chunk 0, step 0, dimension 1 is not fin"),
+    (lambda x: x + np.inf, "is not finite"),
+    (lambda x: x[0], r"shape \(5, 3\), not \(B, K, A\)"),
+    (lambda x: smooth(4, k=8), "chunk horizon 8, tokenizer was fitted for 5; refit with --hor"),
+    (lambda x: x[..., :2], "chunk has 2 action dimensions, tokenizer was fitted for 3")])
+def test_wrong_chunks_are_refused(tok, change, message):
+    with pytest.raises(ValueError, match=message):
+        tok.encode(change(smooth(4)))
+
+
+def test_wrong_fits_are_refused():
+    with pytest.raises(ValueError, match="smaller than the alphabet of .* raise --vocab"):
+        FastTokenizer.fit(smooth(50), 8, 10)
+    with pytest.raises(ValueError, match="smaller than the alphabet"):
+        FastTokenizer.fit(smooth(50), 10 ** 7, 1e5)  # no text holds that many characters
+    with pytest.raises(ValueError, match="must be positive"):
+        FastTokenizer.fit(smooth(50), 64, 0)
+    with pytest.raises(ValueError, match="0 chunks"):
+        FastTokenizer.fit(smooth(50)[:0], 64, 2)
+    with pytest.raises(ValueError, match="mean is not 3 finite numbers"):
+        FastTokenizer.fit(smooth(50), 64, 2, ft.statistics(smooth(50)[:, 0, :2]))
+
+
+def test_statistics_and_still_dimensions():
+    x = np.stack([np.arange(101.0), np.full(101, 5.0)], 1)
+    stats = ft.statistics(x)
+    assert stats["q01"] == [1, 5] and stats["q99"] == [99, 5] and stats["count"] == 101
+    assert stats["mean"] == [50, 5] and stats["std"][1] == 0
+    np.testing.assert_allclose(ft.normalize(x, stats)[[0, 1, 50, 99]],
+                               [[-1 - 1 / 49, 0], [-1, 0], [0, 0], [1, 0]], atol=1e-12)
+    np.testing.assert_allclose(ft.unnormalize(ft.normalize(x, stats), stats), x, atol=1e-12)
+    assert ft.unnormalize(np.ones((1, 2)), stats).tolist() == [[99, 5]]
+    y = ft.normalize(torch.tensor(x, dtype=torch.float32), stats)
+    assert y.dtype == torch.float32
+    np.testing.assert_allclose(y.numpy(), ft.normalize(x, stats), atol=1e-6)
+    np.testing.assert_allclose(ft.unnormalize(y, stats).numpy(), x, atol=1e-4)
+    with pytest.raises(ValueError, match="finite"):
+        ft.statistics(x * np.nan)
+
+
+def write(folder, i, steps=20, **change):
+    rng = np.random.default_rng(i)
+    action = rng.normal(0, 0.02, (steps, 3)).cumsum(0).astype(np.float32)
+    action[:, 2] = 0.25  # a dimension that never moves
+    arrays = {"image": rng.integers(0, 256, (steps, 8, 8, 3), np.uint8),
+              "image_wrist": rng.integers(0, 256, (steps, 4, 4, 3), np.uint8),
+              "state": np.zeros((steps, 2), np.float32), "action": action} | change
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"episode_{i:06d}.safetensors"
+    save_file({k: v for k, v in arrays.items() if v is not None}, path,
+              {"task": "push it", "fps": "10", "source": "test"})
+    return path, arrays
+
+
+def test_read_episode(tmp_path):
+    path, arrays = write(tmp_path, 0)
+    episode = ft.read_episode(path)
+    assert (len(episode), episode.task, episode.fps, episode.source) == (20, "push it", 10, "test")
+    assert episode.cameras == ("image", "image_wrist") and episode.action.dtype == np.float32
+    np.testing.assert_array_equal(episode.frame(7), arrays["image"][7])
+    np.testing.assert_array_equal(episode.frame(19, "image_wrist"), arrays["image_wrist"][19])
+    for t, name in ((20, "image"), (-1, "image"), (0, "image_top")):
+        with pytest.raises(ValueError, match="no frame"):
+            episode.frame(t, name)
+    chunks = ft.chunks_of(episode, 5)
+    assert chunks.shape == (20, 5, 3)
+    np.testing.assert_array_equal(chunks[3], arrays["action"][3:8])
+    np.testing.assert_array_equal(chunks[18], arrays["action"][[18, 19, 19, 19, 19]])
+
+
+def test_wrong_episodes_are_refused(tmp_path):
+    action = np.zeros((20, 3), np.float32)
+    action[17, 1] = np.nan
+    for change, message in (
+            ({"action": action}, "action row 17 is not finite; repair"),
+            ({"state": np.full((20, 2), np.inf, np.float32)}, "state row 0 is not finite"),
+            ({"state": np.zeros((19, 2), np.float32)}, "steps differ"),
+            ({"action": None}, "action is missing"), ({"image": None}, "image is missing"),
+            ({"action": np.zeros((20, 3))}, r"action is F64 \[20, 3\], not F32"),
+            ({"image": np.zeros((20, 8, 8), np.uint8)}, "image is U8")):
+        path, _ = write(tmp_path, 0, **change)
+        with pytest.raises(ValueError, match=f"episode_000000.safetensors: {message}"):
+            ft.read_episode(path)
+    path, _ = write(tmp_path, 0)
+    whole = path.read_bytes()
+    for size in (0, 5, 100, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="not a complete safetensors file .* record it again"):
+            ft.read_episode(path)
+    path.write_bytes(whole)
+    write(tmp_path, 1, action=np.zeros((20, 4), np.float32))
+    with pytest.raises(ValueError, match="000001.safetensors: 4 action dimensions, .* has 3"):
+        ft.episodes(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no episode_"):
+        ft.episodes(tmp_path / "nothing")
+
+
+def command(*words):
+    return subprocess.run([sys.executable, ROOT / "fast_tokenizer.py", *map(str, words)],
+                          capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_command(tmp_path):
+    for i in range(12):
+        write(tmp_path / "data/episodes", i)
+    data, out = tmp_path / "data", tmp_path / "fast"
+    done = command("fit", "--data", data, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "round trip of 20 held-out chunks" in done.stdout  # episode 9 of 12
+    result = json.loads((out / "report.json").read_text())
+    assert result["malformed"] == 0 and result["naive_tokens"] == 15 > result["tokens_mean"]
+    assert result["mse"][2] == 0 and 0 < result["mse"][0] < result["max_error"][0] ** 2 < 0.01
+    tok = FastTokenizer.load(out)
+    assert (tok.horizon, tok.dim, tok.scale, tok.stats["q01"][2]) == (5, 3, 2, 0.25)
+    assert tok.vocab_size <= 64
+    # the same numbers again, by the other command; another process writes the same bytes
+    again = command("report", "--fast", out, "--data", data)
+    assert again.stdout == done.stdout
+    assert command("fit", "--data", data, "--out", tmp_path / "b").returncode == 0
+    assert (out / "fast.json").read_bytes() == (tmp_path / "b/fast.json").read_bytes()
+    # stats.json beside the episodes is used when it is there
+    stats = {k: ft.statistics(np.random.default_rng(0).normal(size=(99, n)))
+             for k, n in (("action", 3), ("state", 2))}
+    (data / "episodes/stats.json").write_text(json.dumps(stats))
+    assert command("fit", "--data", data, "--out", tmp_path / "b").returncode == 0
+    assert FastTokenizer.load(tmp_path / "b").stats == stats["action"]
+
+
+def test_command_names_what_is_wrong(tmp_path):
+    write(tmp_path, 0)
+    action = np.zeros((20, 3), np.float32)
+    action[17] = np.inf
+    path, _ = write(tmp_path, 1, action=action)
+    fit = ("fit", "--data", tmp_path, "--out", tmp_path / "fast")
+    lines = [command(*fit)]
+    path.write_bytes(path.read_bytes()[:300])
+    lines += [command(*fit), command(*fit, "--limit", 1, "--vocab", 3)]
+    for done, message in zip(lines, ("episode_000001.safetensors: action row 17 is not finite",
+                                     "episode_000001.safetensors: not a complete safetensors file",
+                                     "vocab_size 3 is smaller than the alphabet"), strict=True):
+        assert done.returncode == 1 and done.stderr.startswith("error: ") and message in done.stderr
+        assert done.stderr.count("\n") == 1 and not (tmp_path / "fast").exists()
+
+
+def test_report_entropy_and_coverage_by_hand():
+    """Four chunks of two coefficients: (7, 7) twice is one token, (0, 0) and (-7, -7) two each.
+    First tokens have shares 1/2, 1/4, 1/4: entropy 1.5 ln 2; they cover (2 + 2 + 1 + 1) / 4."""
+    chunks = np.array([[[1.0], [0.0]], [[1.0], [0.0]], [[0.0], [0.0]], [[-1.0], [0.0]]])
+    r = ft.report(FastTokenizer.fit(chunks, 16, 10), chunks)
+    assert r["first_entropy"] == pytest.approx(1.5 * np.log(2))
+    assert (r["first_cover"], r["tokens_mean"], r["naive_tokens"]) == (1.5, 1.5, 2)
+    assert r["cover"] == pytest.approx(8 / 6)
+    assert r["naive_mse"][0] == pytest.approx((0.5 / 128) ** 2)
