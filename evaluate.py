@@ -1,0 +1,412 @@
+"""Every number that the project reports: closed-loop success, action tokens, and the table.
+
+    python evaluate.py tabletop --policy runs/vla --chains 50 --arm RL --out results/run.json
+    python evaluate.py actions --policy runs/grpo --data data/test --arm RL --out results/run.json
+    python evaluate.py report results/run.json
+
+`tabletop` lets a policy of vla.py drive the four suites and the chains of benchmarks/tabletop.py:
+many environments are stepped together with one batched forward. `actions` samples and decodes what
+a checkpoint of any stage writes for held-out (image, instruction) prompts, thinking first and
+directly. Both add one arm to a results file; `report` turns such files into one Markdown table with
+the paired differences between consecutive arms.
+
+Every success rate carries its n and a 95% Wilson interval; means carry a 95% bootstrap interval
+over prompts or chains (2,000 resamples, seed 0). Reads: checkpoints, episodes. Writes: the results
+file, and GIFs when asked.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import pathlib
+import platform
+import shlex
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+import fast_tokenizer
+import model
+
+# ---- intervals
+
+
+def wilson(successes, n):
+    """Success rate in [0, 1] with its 95% Wilson score interval: {"mean", "low", "high", "n"}."""
+    if n == 0:
+        raise ValueError("a success rate needs at least one trial; raise --trials")
+    z, p = 1.959964, successes / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    # the outer ends are exactly 0 and 1 at the extremes; rounding must not push them past the mean
+    low, high = max(0.0, centre - half), min(1.0, centre + half)
+    return {"mean": p, "low": min(low, p), "high": max(high, p), "n": n}
+
+
+def bootstrap(values, resamples=2000):
+    """Mean of values (N,), its 95% percentile bootstrap interval: {"mean", "low", "high", "n"}."""
+    values = np.asarray(values, np.float64)
+    if not len(values):
+        return {"mean": None, "low": None, "high": None, "n": 0}
+    picks = np.random.default_rng(0).integers(0, len(values), (resamples, len(values)))
+    low, high = np.quantile(values[picks].mean(1), [0.025, 0.975])
+    return {"mean": float(values.mean()), "low": float(low), "high": float(high), "n": len(values)}
+
+
+# ---- results files
+
+
+def hardware():
+    """One line about the machine that measured."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} threads"
+
+
+def record(path, arm, metrics, args, started, paired=None):
+    """Add metrics {name: interval} to `arm` of the results file (made if missing), atomically."""
+    path = pathlib.Path(path)
+    fresh = {"preset": args.preset, "arms": {}, "commands": []}
+    results = read_results(path) if path.exists() else fresh
+    place = results["arms"].setdefault(arm, {"metrics": {}, "paired": {}, "checkpoints": {}})
+    place["metrics"].update(metrics)
+    place["paired"].update(paired or {})
+    place["checkpoints"][args.command] = str(args.policy)
+    results["seeds"] = sorted({*results.get("seeds", []), args.seed})
+    results["hardware"] = hardware()
+    results["minutes"] = round(results.get("minutes", 0) + (time.time() - started) / 60, 2)
+    results["versions"] = model.versions()
+    command = shlex.join(["python", "evaluate.py", *args.argv])
+    results["commands"] = [c for c in results["commands"] if c != command] + [command]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".tmp")
+    part.write_text(json.dumps(results, indent=1))
+    part.replace(path)
+    print(f"{path}: arm {arm}, {len(metrics)} metrics")
+
+
+def read_results(path):
+    """A results file as a dict. Raises ValueError when it is not one."""
+    try:
+        results = json.loads(pathlib.Path(path).read_text())
+    except json.JSONDecodeError as e:
+        raise ValueError(
+            f"{path}:{e.lineno}: not JSON ({e.msg}); delete the file and evaluate again") from None
+    if not isinstance(results, dict) or "arms" not in results:
+        raise ValueError(f'{path}: no "arms" in it; give a results file that evaluate.py wrote')
+    return results
+
+
+# ---- closed loop on Tabletop
+
+
+class Trial:
+    """One episode, or one chain of instructions without reset, in its own environment."""
+
+    def __init__(self, env, suite, task, seed, todo=()):
+        self.env, self.suite, self.task, self.seed, self.todo = env, suite, task, seed, list(todo)
+        self.done, self.solved, self.frames, self.film = False, 0, [], False
+
+    def shoot(self):
+        if not self.film:
+            return
+        picture = Image.new("RGB", (256, 280), "white")
+        picture.paste(Image.fromarray(self.env.render(256)), (0, 24))
+        ImageDraw.Draw(picture).text((4, 6), self.env.instruction[:48], "black")
+        self.frames.append(picture)
+
+    def act(self, actions):
+        """Carry out a chunk's actions (K, 7), or as many as the trial lasts."""
+        for action in actions:
+            success = self.env.advance(action)
+            self.shoot()
+            if success:
+                self.solved += 1
+                self.next()
+                return
+            if self.env.steps >= self.env.limit:
+                self.done = True
+                return
+
+    def next(self):
+        """The chain's next instruction, in the state that the last one left; done when none is."""
+        from benchmarks import tabletop
+
+        if not self.todo:
+            self.done = True
+            return
+        text = self.todo.pop(0)
+        self.env.instruct(text, [tabletop.GOALS[text]], tabletop.LIMITS["chain"])
+
+
+def make_trials(suites, trials, chains):
+    """The fixed evaluation trials of each suite (10 tasks x trials), and the chains."""
+    from benchmarks import tabletop
+
+    made = []
+    for suite in suites:
+        for task in range(10 if suite != "chain" else 0):
+            for seed in range(trials):
+                env = tabletop.Tabletop(suite)
+                env.place(task, seed, "eval")
+                made.append(Trial(env, suite, task, seed))
+    for number in range(chains if "chain" in suites else 0):
+        state, todo = tabletop.chain(number)
+        env = tabletop.Tabletop("goal")
+        env.place(0, state, "eval")
+        made.append(Trial(env, "chain", 0, number, todo))
+        made[-1].next()
+    return made
+
+
+def drive(policy, trials, execute, batch):
+    """Run all trials to their ends: a round is one batched forward and `execute` steps of each."""
+    active, bar = list(trials), tqdm(total=len(trials), desc="trials", disable=None)
+    while active:
+        for start in range(0, len(active), batch):
+            part = active[start : start + batch]
+            seen = [trial.env.observe() for trial in part]
+            chunks = policy.act_batch(
+                [o["image"] for o in seen], [o["instruction"] for o in seen],
+                np.stack([o["state"] for o in seen]))  # (B, K, A)
+            for trial, chunk in zip(part, chunks):
+                trial.act(chunk[:execute])
+        left = [trial for trial in active if not trial.done]
+        bar.update(len(active) - len(left))
+        active = left
+    bar.close()
+
+
+def tabletop(args):
+    """`evaluate.py tabletop`: success per task and suite, chains, and GIFs of the first trials."""
+    from vla import Policy
+
+    started = time.time()
+    suites = args.suites.split(",")
+    unknown = set(suites) - {"spatial", "object", "goal", "long", "chain"}
+    if unknown:
+        raise ValueError(f"--suites {','.join(sorted(unknown))}: choose from "
+                         "spatial,object,goal,long,chain")
+    policy = Policy.load(args.policy, device=args.device, seed=args.seed)
+    trials = make_trials(suites, args.trials, args.chains)
+    for trial in trials:
+        trial.film = bool(args.gif) and trial.seed == 0 and trial.task < 2
+        trial.shoot()
+    drive(policy, trials, args.execute or policy.horizon // 2, args.batch)
+    metrics, wins = {}, []
+    for suite in [s for s in suites if s != "chain"]:
+        rows = [t for t in trials if t.suite == suite]
+        wins += [t.solved for t in rows]
+        metrics[f"success {suite}"] = wilson(sum(t.solved for t in rows), len(rows))
+        for task in range(10):
+            some = [t.solved for t in rows if t.task == task]
+            metrics[f"success {suite} {task}"] = wilson(sum(some), len(some))
+    if wins:
+        metrics["success"] = wilson(sum(wins), len(wins))
+    if "chain" in suites:
+        lengths = [t.solved for t in trials if t.suite == "chain"]
+        metrics["chain length"] = bootstrap(lengths)
+        for k in range(1, 6):
+            metrics[f"chain {k}"] = wilson(sum(n >= k for n in lengths), len(lengths))
+    for trial in [t for t in trials if t.frames]:
+        folder = pathlib.Path(args.gif)
+        folder.mkdir(parents=True, exist_ok=True)
+        frames = [f.quantize(64) for f in trial.frames]
+        name = folder / f"{trial.suite}_{trial.task}_{'success' if trial.solved else 'failure'}.gif"
+        frames += frames[-1:] * 6
+        frames[0].save(name, save_all=True, append_images=frames[1:], duration=120, loop=0)
+    for name, value in metrics.items():
+        if len(name.split()) < 3:
+            low, high, n = value["low"], value["high"], value["n"]
+            print(f"{name:20s} {value['mean']:6.3f}  [{low:.3f}, {high:.3f}]  n {n}")
+    paired = {"success": wins, "chain length": [t.solved for t in trials if t.suite == "chain"]}
+    record(args.out, args.arm, metrics, args, started, paired)
+
+
+# ---- action tokens on held-out prompts
+
+
+def held_out(bb, data, count, seed, think):
+    """`count` prompts at random steps of the episodes: (rows, target tokens, chunks (N, K, A))."""
+    files = fast_tokenizer.episodes(data)
+    fast = bb.fast
+    if files[0].action.shape[1] != fast.dim:
+        raise ValueError(
+            f"{data}: actions have {files[0].action.shape[1]} dimensions, the tokenizer of the "
+            f"checkpoint {fast.dim}; evaluate on the data that it was fitted for")
+    rng = model.rng(seed, 11)
+    rows, chunks = [], []
+    for _ in range(count):
+        episode = files[int(rng.integers(len(files)))]
+        t = int(rng.integers(len(episode)))
+        question = model.ask(model.action_question(episode.task), think)
+        messages = [{"role": "user", "content": "<image>" + question}]
+        rows.append(model.encode(bb, messages, [episode.frame(t)], prompt_only=True))
+        chunks.append(fast_tokenizer.chunks_of(episode, fast.horizon)[t])
+    return rows, fast.encode(np.stack(chunks)), np.stack(chunks)
+
+
+def score(bb, out, n, targets, chunks, think):
+    """Scores of B * n completions: (means by prompt {name: (B,)}, distinct thoughts and actions).
+
+    "l1" is over the completions that decode, in normalised units (range 2); r_f says how many."""
+    from grpo import reward
+
+    ids = [row[keep.bool()].tolist() for row, keep in zip(out["ids"].cpu(), out["mask"].cpu())]
+    value, info = reward(bb, ids, [t for t in targets for _ in range(n)], think=think)
+    made = [model.parse_actions(bb, row)[2] if good else [] for row, good in zip(ids, info["r_f"])]
+    decoded, _ = bb.fast.decode(made)  # (B * n, K, A), NaN where malformed
+    true = chunks.repeat(n, axis=0)
+    if bb.fast.stats is not None:
+        decoded, true = (fast_tokenizer.normalize(x, bb.fast.stats) for x in (decoded, true))
+    gap = np.abs(decoded - true).mean((1, 2)).reshape(-1, n)  # (B, n)
+    means = {"reward": value, "r_f": info["r_f"], "r_a": info["r_a"]}
+    means = {k: v.reshape(-1, n).mean(1) for k, v in means.items()}
+    some = np.isfinite(gap).any(1)
+    means["l1"] = np.nanmean(gap[some], 1) if some.any() else np.zeros(0)
+    thoughts = {bb.tok.decode(row).split("</think>")[0] for row in ids}
+    return means, len(thoughts), len({tuple(m) for m in made if m})
+
+
+def actions(args):
+    """`evaluate.py actions`: format rate, prefix reward, decoded-action L1; thinking and direct;
+    sampled and greedy."""
+    started = time.time()
+    bb = model.load(args.policy, device=args.device, stages=("base", "sft", "grpo"))
+    bb.net.eval()
+    if bb.fast is None:
+        if not args.fast:
+            raise ValueError(f"{args.policy}: no action tokenizer; name one for the targets with "
+                             "--fast")
+        bb.fast = fast_tokenizer.FastTokenizer.load(args.fast)
+    metrics, paired = {}, {}
+    for mode, think in (("think", True), ("direct", False)):
+        rows, targets, chunks = held_out(bb, args.data, args.prompts, args.seed, think)
+        for style, n in (("sampled", args.samples), ("greedy", 1)):
+            parts = []
+            for start in range(0, len(rows), args.batch):
+                some = slice(start, start + args.batch)
+                parts.append(model.generate(
+                    bb, rows[some], n=n, max_new=args.max_new, greedy=style == "greedy",
+                    seed=args.seed, keys=list(range(start, start + len(rows[some])))))
+            width = max(p["ids"].shape[1] for p in parts)
+            out = {k: torch.cat([F.pad(p[k], (0, width - p[k].shape[1])) for p in parts])
+                   for k in ("ids", "mask")}  # (B * n, T)
+            means, thoughts, distinct = score(bb, out, n, targets, chunks, think)
+            for name, values in means.items():
+                metrics[f"{mode} {style} {name}"] = bootstrap(values)
+                if name in ("reward", "r_a"):
+                    paired[f"{mode} {style} {name}"] = [round(float(v), 5) for v in values]
+            total = len(rows) * n
+            for name, count in (("distinct thoughts", thoughts), ("distinct actions", distinct)):
+                value = {"mean": count, "low": None, "high": None, "n": total}
+                metrics[f"{mode} {style} {name}"] = value
+            line = "  ".join(f"{k} {v.mean():.3f}" if len(v) else f"{k} -"
+                             for k, v in means.items())
+            print(f"{mode:6s} {style:7s}  {line}  distinct thoughts {thoughts}, actions {distinct} "
+                  f"of {total} (targets {len({tuple(t) for t in targets})} of {len(targets)})")
+    record(args.out, args.arm, metrics, args, started, paired)
+
+
+# ---- the table
+
+COLUMNS = {
+    "format (think)": "think sampled r_f", "reward": "think sampled reward",
+    "r_a": "think sampled r_a", "L1": "think sampled l1", "spatial": "success spatial",
+    "object": "success object", "goal": "success goal", "long": "success long",
+    "average": "success", "chain length": "chain length",
+}
+
+
+def show(value, percent):
+    """One cell: mean [low, high]; a dash where nothing was measured."""
+    if value is None or value["mean"] is None:
+        return "-"
+    k, form = (100, "{:.1f}") if percent else (1, "{:.3f}")
+    mean, low, high = (form.format(k * value[x]) for x in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def report(args):
+    """`evaluate.py report`: results files -> one Markdown table, and paired differences between
+    neighbouring arms."""
+    for path in args.files:
+        results = read_results(path)
+        about = (f"Preset {results['preset']}, seeds {results['seeds']}, {results['hardware']}; "
+                 f"evaluation {results['minutes']} min. Mean [95% interval]; success in percent.")
+        lines = [about, "", "| arm | " + " | ".join(COLUMNS) + " |",
+                 "|---" * (len(COLUMNS) + 1) + "|"]
+        for arm, place in results["arms"].items():
+            cells = [show(place["metrics"].get(key), key.startswith("success"))
+                     for key in COLUMNS.values()]
+            lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+        lines += ["", "Paired differences (same prompts, trials and chains):", ""]
+        arms = list(results["arms"].items())
+        for (first, a), (second, b) in itertools.pairwise(arms):
+            for key in COLUMNS.values():
+                old, new = a["paired"].get(key), b["paired"].get(key)
+                if old and new and len(old) == len(new):
+                    gain = bootstrap(np.array(new) - np.array(old))
+                    gap = show(gain, key.startswith("success"))
+                    lines.append(f"- {key}: {second} - {first} = {gap}, n {gain['n']}")
+        key = "think sampled distinct actions"
+        counts = [f"{arm} {place['metrics'][key]['mean']}" for arm, place in arms
+                  if key in place["metrics"]]
+        if counts:
+            lines.append("- distinct actions in sampled thinking rollouts: " + ", ".join(counts))
+        text = "\n".join(lines) + "\n"
+        print(text)
+        if args.markdown:
+            pathlib.Path(args.markdown).write_text(text)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    add = common.add_argument
+    add("--policy", required=True,
+        help="checkpoint folder (vla for tabletop; base, sft, grpo for actions)")
+    add("--arm", default="policy", help="row of the results table")
+    add("--out", default="results/results.json", help="results file; the arm is added to it")
+    add("--preset", default="tabletop", help="name of the run, noted in the results file")
+    add("--seed", type=int, default=0, help="seed of sampling and of the policy's noise")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    one = commands.add_parser("tabletop", parents=[common], help="closed-loop success on Tabletop")
+    add = one.add_argument
+    add("--suites", default="spatial,object,goal,long,chain",
+        help="which suites; chain is CALVIN's protocol")
+    add("--trials", type=int, default=10, help="trials a task (10 tasks a suite)")
+    add("--chains", type=int, default=100, help="chains of five instructions")
+    add("--execute", type=int, default=0,
+        help="steps of a chunk before the next forward; 0 = half of it")
+    add("--batch", type=int, default=256, help="environments a forward")
+    add("--gif", default="", help="folder for rollouts as animated GIFs (two tasks a suite)")
+    two = commands.add_parser("actions", parents=[common], help="action tokens on held-out prompts")
+    add = two.add_argument
+    add("--data", required=True, help="folder of held-out episodes")
+    add("--fast", default="", help="action tokenizer for checkpoints that have none (base)")
+    add("--prompts", type=int, default=512, help="held-out prompts")
+    add("--samples", type=int, default=4, help="samples a prompt at temperature 1")
+    add("--max-new", type=int, default=96, help="tokens a completion at most")
+    add("--batch", type=int, default=64, help="prompts a forward")
+    three = commands.add_parser("report", help="results files -> Markdown")
+    three.add_argument("files", nargs="+", help="results files")
+    three.add_argument("--markdown", default="", help="also write the table here")
+    args = parser.parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        {"tabletop": tabletop, "actions": actions, "report": report}[args.command](args)
+    except (ValueError, FileNotFoundError) as e:
+        raise SystemExit(f"error: {e}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,454 @@
+"""Stage 2 of RoboAlign (arXiv 2603.21341): GRPO. Think in words, then act; learn from both.
+
+In: a checkpoint of sft.py (with its FAST tokenizer) and recorded episodes.
+Out: the same model with all weights trained, whose thoughts lead to better action tokens.
+1. Draw prompts (image, instruction) at recorded steps; the target is the FAST ids of the next K actions.
+2. Sample G completions of each: <think>words</think><answer>action tokens</answer>.
+3. Reward (r_f + r_a) / 2: r_f well-formed and decodable, r_a common prefix with the target / max(m, n).
+4. Advantage of a completion: (r - mean) / (std + 1e-6) in its group of G (GRPO, 2402.03300).
+5. A few updates a rollout, each on its own prompts: clipped ratio, dual clip, token mean over the batch.
+6. + 0.01 x KL (k3) to the model that RL started from, in the loss. Repeat.
+Our deviations: r_a is over max(m, n) where the paper divides by the target's m, so surplus tokens cost.
+r_f wants a thought that is not blank, the action marks, and tokens that decode. A group whose rewards
+tie has no gradient but its KL: it is not forwarded (--no-skip-ties does), though its tokens stay in the
+denominator. A prompt is forwarded once a group, its keys and values shared by the G completions, in
+sampling and in the update: the same gradients, less work. No gradient checkpointing, for that reason.
+
+Reads --init and --data; writes OUT/log.jsonl, OUT/step_000050/... and OUT/final (Hugging Face layout).
+python grpo.py                                   # tabletop, one CPU process
+torchrun --nproc_per_node 2 grpo.py              # the same on 2 CPU processes or 2 GPUs
+torchrun --nproc_per_node 8 grpo.py paper        # 8 GPUs; took the authors about 1 h
+"""
+
+import re
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.functional import pad
+from transformers import DynamicCache
+
+import model
+from fast_tokenizer import chunks_of, episodes, normalize
+from model import all_sum
+
+
+@dataclass(frozen=True)
+class Config:
+    preset: str = ""
+    init: str = "runs/sft/final"  # checkpoint of stage sft, or grpo to go on from it as a new run
+    data: str = "data/tabletop/episodes"  # folder of episodes; the last 5% are held out, as in sft.py
+    out: str = "runs/grpo"  # folder of checkpoints and log
+    seed: int = 0  # prompts and samples are a function of (seed, step, index)
+    steps: int = 100  # rollout steps
+    prompts: int = 32  # prompts a rollout step, all ranks together
+    batch: int = 16  # prompts an optimiser update, all ranks together; prompts / batch updates a step
+    group: int = 8  # completions a prompt (G)
+    micro_batch: int = 8  # prompts a rank forwards and backwards at once; lower it when memory runs out
+    chunk: int = 0  # prompts a rank samples at once; 0: all of its prompts
+    max_new: int = 96  # longest completion, tokens
+    temperature: float = 1.0  # of sampling and of the log-probabilities in the loss
+    reward: str = "prefix"  # r_a: prefix (paper), l1 (decoded actions) or lcs (common subsequence)
+    adv: str = "grpo"  # grpo, or drgrpo: no std, and a constant in place of the token count
+    clip_low: float = 0.2  # ratio at least 1 - this
+    clip_high: float = 0.3  # ratio at most 1 + this
+    dual_clip: float = 3.0  # bound of the loss at negative advantages, in advantages; 0: off
+    kl: float = 0.01  # weight of the KL to the initial model; 0: no reference model is kept
+    skip_ties: bool = True  # do not forward groups whose rewards are all equal
+    lr: float = 3e-5  # AdamW, constant
+    warmup: float = 0.0  # fraction of the steps
+    weight_decay: float = 0.01  # not on norms and biases
+    beta2: float = 0.999  # of AdamW; beta1 is 0.9
+    grad_norm: float = 1.0  # gradients are clipped to this global norm; 0: not
+    eval_every: int = 25  # steps between held-out evaluations, also at the end; 0: never
+    eval_prompts: int = 64  # held-out prompts, fixed over the run
+    show_every: int = 10  # steps between printed rollouts; 0: never
+    save_every: int = 50  # steps between checkpoints with optimizer; 0: only the final one
+    resume: bool = False  # go on from the newest checkpoint in OUT
+
+
+PRESETS = {
+    "tabletop": {},
+    # Paper section "RL": 12.8K samples, 1 epoch = 25 rollout steps of 4 updates of 640 completions.
+    "paper": {"init": "runs/sft-paper/final", "data": "data/bridge", "out": "runs/grpo-paper",
+              "steps": 25, "prompts": 512, "batch": 128, "group": 5, "micro_batch": 1, "chunk": 16,
+              "max_new": 2048, "lr": 1e-6, "eval_every": 5, "eval_prompts": 512, "show_every": 1,
+              "save_every": 5},
+}
+
+
+# Data
+
+
+def prompt_rows(bb, files, steps):
+    """Thinking prompts at flat step indices over all files -> rows, targets (FAST ids of K actions)."""
+    ends = np.cumsum([len(f) for f in files])
+    rows, chunks = [], []
+    for i in steps:
+        e = int(np.searchsorted(ends, i, side="right"))
+        file, t = files[e], int(i - ends[e] + len(files[e]))
+        question = "<image>" + model.ask(model.action_question(file.task), think=True)
+        rows.append(model.encode(bb, [{"role": "user", "content": question}], [file.frame(t)],
+                                 prompt_only=True))
+        chunks.append(chunks_of(file, bb.fast.horizon)[t])  # (K, A)
+    return rows, bb.fast.encode(np.stack(chunks)) if chunks else []
+
+
+def order(seed, n, numbers):
+    """Which of n recorded steps the prompts `numbers` of the run are about: each step once, shuffled,
+    before any comes again, as in an epoch of the paper."""
+    shuffled = {e: model.rng(seed, "prompts", e).permutation(n) for e in {i // n for i in numbers}}
+    return [int(shuffled[i // n][i % n]) for i in numbers]
+
+
+# Reward
+
+
+def common_subsequence(a, b):
+    """Length of the longest common subsequence of two lists."""
+    best = [0] * (len(b) + 1)
+    for x in a:
+        diagonal = 0
+        for j, y in enumerate(b):
+            up = best[j + 1]
+            best[j + 1] = diagonal + 1 if x == y else max(up, best[j])
+            diagonal = up
+    return best[-1]
+
+
+def closeness(fast, made, targets):
+    """exp(-L1 / 0.1) of decoded actions, L1 the mean over K x A in normalised units (range 2): (N,)."""
+    made, ok = fast.decode(made)
+    gold, _ = fast.decode(targets)  # (N, K, A)
+    if fast.stats is not None:
+        made, gold = normalize(made, fast.stats), normalize(gold, fast.stats)
+    return np.where(ok, np.exp(-np.abs(made - gold).mean((1, 2)) / 0.1), 0.0)
+
+
+def reward(bb, ids, targets, kind="prefix", think=True):
+    """r = (r_f + r_a) / 2 in [0, 1] (2603.21341, "Reward").
+
+    ids: N lists of sampled token ids, without padding. targets: N lists of FAST ids. kind: prefix,
+    l1 or lcs. think=False scores direct answers, where r_f asks for no thought.
+    -> (r (N,) float64, {"r_f", "r_a", "tags", "markers", "decodes": (N,) float64}): tags are in
+    place, one run of FAST tokens stands between the marks, and it decodes to K x A coefficients;
+    r_f is all of them (and that nothing stands around them). r_a is 0 where r_f is 0.
+    """
+    tags, markers, form, made = [], [], [], []
+    shape = re.compile(r"\s*<think>.*\S.*</think>\s*<answer>.*</answer>\s*<\|im_end\|>" if think
+                       else r".*<answer>.*</answer>\s*<\|im_end\|>", re.DOTALL)
+    v = bb.vocab
+    known = {*v.fast, v.start, v.end}
+    for row in ids:
+        good, thought, fast_ids = model.parse_actions(bb, row)
+        at = [j for j, t in enumerate(row) if t in known]
+        tags.append(bool(shape.fullmatch(bb.tok.decode(row, skip_special_tokens=False))))
+        markers.append(len(at) == len(fast_ids) + 2 > 2 and at[-1] - at[0] == len(at) - 1
+                       and row[at[0]] == v.start and row[at[-1]] == v.end)
+        form.append(good and (thought or not think))
+        made.append(fast_ids)
+    _, decodes = bb.fast.decode(made)
+    r_f = np.array(form, bool) & decodes
+    # fork point: another measure of how close an action is. The prefix is the paper's, and brittle:
+    # one early coefficient off by a rounding step and nothing after it counts.
+    if kind == "prefix":
+        near = [model.prefix_reward(a, b) for a, b in zip(made, targets)]
+    elif kind == "lcs":
+        near = [common_subsequence(a, b) / max(len(a), len(b), 1) for a, b in zip(made, targets)]
+    elif kind == "l1":
+        near = closeness(bb.fast, made, targets)
+    else:
+        raise ValueError(f"--reward {kind!r} is unknown; choose prefix, l1 or lcs")
+    info = {"r_f": r_f, "r_a": np.where(r_f, near, 0.0), "tags": tags, "markers": markers,
+            "decodes": decodes}
+    info = {k: np.asarray(x, np.float64) for k, x in info.items()}  # (N,) each
+    return (info["r_f"] + info["r_a"]) / 2, info
+
+
+def advantage(r, kind="grpo"):
+    """r (B, G) -> advantages (B, G), and which groups tie (B,) bool.
+
+    grpo: (r - mean) / (std + 1e-6), std over G - 1 as in the paper's framework; drgrpo: r - mean
+    (2503.20783), since the std weighs up groups that are nearly all right or all wrong."""
+    ties = r.amax(1) - r.amin(1) < 1e-6
+    adv = r - r.mean(1, keepdim=True)
+    if kind == "grpo":
+        adv = adv / ((adv.square().sum(1, keepdim=True) / max(r.shape[1] - 1, 1)).sqrt() + 1e-6)
+    return adv.masked_fill(ties[:, None], 0.0), ties  # rounding is no signal
+
+
+# Loss
+
+
+def policy_loss(logp, old_logp, adv, mask, ref_logp=None, clip_low=0.2, clip_high=0.3,
+                dual_clip=3.0, kl=0.01):
+    """Clipped policy gradient with KL, summed over tokens; fp32.
+
+    logp, old_logp (at sampling), ref_logp (None: no KL), mask (1 on sampled tokens) (N, T); adv (N, 1)
+    or (N, T). -> (loss summed over counted tokens, {"clip": tokens whose gradient is clipped away,
+    "kl": summed k3}), to be divided by the token count of all ranks."""
+    mask = mask.bool()
+    log_ratio = (logp - old_logp).clamp(-20, 20)  # e^20 is finite, and long since clipped
+    ratio = log_ratio.exp()
+    free, bound = ratio * adv, ratio.clamp(1 - clip_low, 1 + clip_high) * adv
+    loss = -torch.minimum(free, bound)
+    clipped = bound < free
+    if dual_clip > 0:  # a token grown likely though bad: its loss, and gradient, is bounded (1912.09729)
+        worst = torch.where(adv < 0, -dual_clip * adv, torch.inf)
+        clipped = clipped | (loss > worst)
+        loss = torch.minimum(loss, worst)
+    k3 = torch.zeros_like(loss)
+    if ref_logp is not None:  # E[k3] = KL(policy || reference), and never negative
+        gap = (ref_logp - logp).clamp(-20, 20)
+        k3 = gap.exp() - gap - 1
+    loss = torch.where(mask, loss + kl * k3, 0.0).sum()
+    return loss, {"clip": (clipped & mask).sum(), "kl": torch.where(mask, k3.detach(), 0.0).sum()}
+
+
+def shared_logp(bb, rows, ids, mask, temperature=1.0):
+    """Log-probabilities of G completions of each of B prompts, a prompt forwarded once, with gradient.
+
+    rows: B prompts; ids, mask (B*G, T) padded right, completion g of prompt b in row b*G + g.
+    -> logp, entropy (B*G, T) fp32, 0 where mask is 0. Equals forwarding B*G full rows."""
+    device, (N, T), G = ids.device, ids.shape, len(ids) // len(rows)
+    batch = model.to(model.collate(rows, bb.vocab.pad, left=True), device)
+    cache = DynamicCache()
+    last = model.hidden(bb.net, batch, cache)[:, -1]  # (B, D), predicts the first token
+    cache.batch_repeat_interleave(G)  # keys and values (B*G, heads, ., .) with their gradient
+    first = (batch["pos"].amax((0, 2)) + 1).repeat_interleave(G)  # (B*G,) M-RoPE of token 0
+    S = max(T - 1, 1)  # the last token predicts nothing, but all ranks forward something
+    after = {"ids": ids[:, :S], "pos": (first[:, None] + torch.arange(S, device=device)).expand(3, N, S),
+             "mask": torch.cat([batch["mask"].repeat_interleave(G, 0), mask[:, :S]], 1)}
+    h = model.hidden(bb.net, after, cache)  # (B*G, S, D)
+    h = torch.cat([last.repeat_interleave(G, 0)[:, None], h[:, : T - 1]], 1)  # (B*G, T, D)
+    on = mask.bool()
+    logp, entropy = model.logp(bb.net, h[on], ids[on], temperature, bb.vocab.banned)
+    zero = torch.zeros(N, T, device=device)
+    return zero.masked_scatter(on, logp), zero.masked_scatter(on, entropy)
+
+
+# Rollout and update
+
+METRICS = ("reward", "r_f", "r_a", "tags", "markers", "decodes", "ties", "length", "cut",
+           "distinct_thoughts", "distinct_actions")
+
+
+@dataclass
+class Group:
+    """One prompt and its G completions, padded right to the longest."""
+
+    row: dict
+    ids: torch.Tensor  # (G, T) long
+    mask: torch.Tensor  # (G, T) long
+    logp: torch.Tensor  # (G, T) fp32, at sampling
+    adv: torch.Tensor  # (G,) fp32
+    tie: bool
+
+
+def rollout(bb, cfg, rows, targets, keys, seed, G, greedy=False):
+    """Samples and scores G completions of each of this rank's prompts; keys: one int a prompt.
+
+    -> groups, {metric: [sum, count]} over completions or groups, a text to show. Distinct thoughts
+    and actions: different ones / G, 1 when all differ: falling, they show a collapse."""
+    groups, sums, shown = [], {k: [0.0, 0] for k in METRICS}, ""
+    known, chunk = set(bb.vocab.fast), cfg.chunk or max(len(rows), 1)
+    for at in range(0, len(rows), chunk):
+        part = slice(at, at + chunk)
+        out = model.generate(bb, rows[part], G, cfg.max_new, cfg.temperature, greedy=greedy,
+                             seed=seed, keys=keys[part])
+        ids = [i[m].tolist() for i, m in zip(out["ids"].cpu(), out["mask"].bool().cpu())]
+        gold = [t for t in targets[part] for _ in range(G)]
+        r, info = reward(bb, ids, gold, cfg.reward)
+        adv, ties = advantage(torch.tensor(r, dtype=torch.float32).view(-1, G), cfg.adv)
+        for b, row in enumerate(rows[part]):
+            mine = slice(b * G, b * G + G)
+            T = int(out["mask"][mine].sum(1).max())
+            groups.append(Group(row, *(out[k][mine, :T] for k in ("ids", "mask", "logp")),
+                                adv[b].to(out["ids"].device), bool(ties[b])))
+        texts = [bb.tok.decode(i) for i in ids]
+        kinds = {"distinct_thoughts": [t.split("<answer>")[0] for t in texts],
+                 "distinct_actions": [tuple(t for t in i if t in known) for i in ids]}
+        values = {"reward": r, **info, "ties": ties.tolist(), "length": [len(i) for i in ids],
+                  "cut": [i[-1] != bb.vocab.eos for i in ids],
+                  **{k: [len(set(x[i : i + G])) / G for i in range(0, len(x), G)]
+                     for k, x in kinds.items()}}
+        for k in METRICS:
+            sums[k] = [sums[k][0] + float(np.sum(values[k])), sums[k][1] + len(values[k])]
+        shown = shown or f"{texts[0]!r} r {r[0]:.3f}, target {model.action_answer(gold[0])}"
+    return groups, sums, shown
+
+
+def means(sums):
+    """{metric: [sum, count]} of this rank -> means over all ranks."""
+    total = all_sum([x for pair in sums.values() for x in pair])
+    return {k: total[2 * i] / max(total[2 * i + 1], 1) for i, k in enumerate(sums)}
+
+
+def group_loss(bb, ref, groups, cfg):
+    """Loss of some groups summed over their tokens, and the sums that are logged."""
+    T = max(g.ids.shape[1] for g in groups)
+    ids, mask, old = (torch.cat([pad(getattr(g, k), (0, T - g.ids.shape[1])) for g in groups])
+                      for k in ("ids", "mask", "logp"))  # (B*G, T)
+    adv = torch.cat([g.adv for g in groups])[:, None]  # (B*G, 1)
+    rows, ref_logp = [g.row for g in groups], None
+    if ref is not None:
+        with torch.no_grad():
+            ref_logp, _ = shared_logp(ref, rows, ids, mask, cfg.temperature)
+    logp, entropy = shared_logp(bb, rows, ids, mask, cfg.temperature)
+    # fork point: the objective. `old` is what the sampler said, so the first update is on-policy.
+    loss, sums = policy_loss(logp, old, adv, mask, ref_logp, cfg.clip_low, cfg.clip_high,
+                             cfg.dual_clip, cfg.kl)
+    return loss, {**sums, "entropy": entropy.sum(), "forwarded": mask.sum()}
+
+
+def update(bb, ref, optim, groups, cfg, dist, where):
+    """One optimiser step on this rank's groups of an update batch. -> sums over all ranks.
+
+    All ranks run as many forwards as the one with the most groups left: a rank that has none
+    forwards one token that does not count, since under FSDP each pass is collective."""
+    live = [g for g in groups if not (g.tie and cfg.skip_ties)]
+    rounds = -(-len(live) // cfg.micro_batch)
+    tokens, *rounds = all_sum([sum(int(g.mask.sum()) for g in groups),
+                               *(rounds * (r == dist.rank) for r in range(dist.world))])
+    # Token mean, or (Dr. GRPO) a constant, so that long completions are not weighed down.
+    count = tokens if cfg.adv == "grpo" else cfg.batch * cfg.group * cfg.max_new
+    first, sums = groups[0], {}
+    idle = replace(first, ids=first.ids[:, :1], logp=first.logp[:, :1],
+                   mask=torch.zeros_like(first.mask[:, :1]))
+    for i in range(int(max(rounds))):
+        some = live[i * cfg.micro_batch : (i + 1) * cfg.micro_batch] or [idle]
+        loss, info = group_loss(bb, ref, some, cfg)
+        if not torch.isfinite(loss):
+            raise ValueError(f"{where}, rank {dist.rank}: the loss is {loss.item()}; lower --lr, or "
+                             "look at the newest checkpoint and the data")
+        (loss * dist.world / count).backward()  # FSDP averages over ranks
+        for k, x in {"loss": loss, **info}.items():
+            sums[k] = sums.get(k, 0.0) + float(x.detach())
+    if not sums:  # every group of every rank tied: nothing to learn from, and no weight decay either
+        return {}
+    norm = model.clip_grad(bb.net.parameters(), cfg.grad_norm)
+    if not np.isfinite(norm):
+        raise ValueError(f"{where}, rank {dist.rank}: the gradient norm is {norm}; lower --lr")
+    optim.step()
+    optim.zero_grad()
+    total = dict(zip(sums, all_sum(list(sums.values()))))
+    return {**total, "loss": total["loss"] / count, "grad_norm": norm, "updates": 1}
+
+
+def held_out(bb, cfg, rows, targets, dist):
+    """Held-out reward, greedy and sampled; the same prompts and draws each time."""
+    keys, found = range(dist.rank, cfg.eval_prompts, dist.world), {}
+    for name, G in (("greedy", 1), ("sampled", cfg.group)):
+        _, sums, _ = rollout(bb, cfg, rows, targets, keys[: len(rows)], cfg.seed + 1, G, G == 1)
+        mean = means(sums)
+        found |= {f"eval_{name}_{k}": mean[k] for k in ("reward", "r_f", "r_a")}
+    return found
+
+
+# Main
+
+
+def check(cfg, world):
+    """ValueError naming the cure when the settings do not fit together."""
+    if cfg.batch < 1 or cfg.prompts % cfg.batch:
+        raise ValueError(f"--prompts {cfg.prompts} must be a multiple of --batch {cfg.batch}")
+    if cfg.batch % world:
+        raise ValueError(f"--batch {cfg.batch} must be a multiple of {world} ranks")
+    if cfg.group < 2:
+        raise ValueError(f"--group {cfg.group}; an advantage needs at least 2 completions")
+    if cfg.micro_batch < 1 or cfg.temperature <= 0:
+        raise ValueError(f"--micro-batch {cfg.micro_batch} and --temperature {cfg.temperature} must "
+                         "be positive")
+    if cfg.adv not in ("grpo", "drgrpo") or cfg.reward not in ("prefix", "l1", "lcs"):
+        raise ValueError(f"--adv {cfg.adv} --reward {cfg.reward}; choose grpo or drgrpo, and prefix, "
+                         "l1 or lcs")
+
+
+def prepare(cfg, dist):
+    """-> Backbone and reference (sharded), optimizer, episode files (trained on, held out), first
+    step. ValueError when checkpoint and data do not fit."""
+    newest = model.latest(cfg.out) if cfg.resume else None
+    bb = model.load(newest or cfg.init, stages=("sft", "grpo"))
+    if bb.fast is None:
+        raise ValueError(f"{newest or cfg.init}: no fast/ in this checkpoint, so it knows no action "
+                         "tokens; run sft.py on episodes with --fast")
+    if newest:
+        free = {"preset", "out", "steps", "resume", "chunk", "micro_batch", "eval_every",
+                "eval_prompts", "show_every", "save_every"}  # may change without changing the run
+        old, new = bb.run["config"], asdict(cfg)
+        changed = [k for k in new if k not in free and old.get(k) != new[k]]
+        if changed:
+            raise ValueError(f"{newest}: was run with --{changed[0].replace('_', '-')} "
+                             f"{old.get(changed[0])}; resume with the same, or start anew elsewhere")
+    files = episodes(cfg.data)
+    if files[0].action.shape[1] != bb.fast.dim:
+        raise ValueError(f"{cfg.data}: actions have {files[0].action.shape[1]} dimensions, the "
+                         f"tokenizer in {cfg.init} {bb.fast.dim}; give the episodes of this robot")
+    last = max(1, len(files) // 20)  # the rule of sft.py, so that what it held out stays unseen
+    if len(files) == last:
+        raise ValueError(f"{cfg.data}: one episode, which would be held out; record more")
+    model.shard(bb.net, dist)
+    ref = None
+    if cfg.kl > 0:  # always the model RL started from, also after --resume
+        ref = model.load(cfg.init)
+        model.shard(ref.net.requires_grad_(False).eval(), dist)
+    optim = model.optimizer(bb.net, cfg.lr, cfg.weight_decay, (0.9, cfg.beta2))
+    start = model.load_train_state(newest, bb.net, optim)["step"] if newest else 0
+    return bb, ref, optim, files[:-last], files[-last:], start
+
+
+def main(argv=None):
+    cfg = model.parse(Config, PRESETS, argv)
+    dist = model.setup(cfg.seed)
+    check(cfg, dist.world)
+    bb, ref, optim, files, unseen, start = prepare(cfg, dist)
+    n, n_unseen = sum(map(len, files)), sum(map(len, unseen))
+    spaced = np.linspace(0, n_unseen - 1, cfg.eval_prompts).astype(int)
+    eval_rows, eval_targets = prompt_rows(bb, unseen, spaced[dist.rank :: dist.world])
+    run = {"stage": "grpo", "config": asdict(cfg), "parent": cfg.init}
+    log = model.Log(cfg.out, cfg, dist)
+
+    for step in range(start, cfg.steps + 1):
+        if cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.steps):
+            with model.unsharded(bb.net):
+                log.write(step=step, **held_out(bb, cfg, eval_rows, eval_targets, dist))
+        if step == cfg.steps:
+            break
+        began = time.perf_counter()
+        at = range(step * cfg.prompts + dist.rank, (step + 1) * cfg.prompts, dist.world)
+        rows, targets = prompt_rows(bb, files, order(cfg.seed, n, at))
+        with model.unsharded(bb.net):
+            groups, sums, shown = rollout(bb, cfg, rows, targets, at, cfg.seed, cfg.group)
+        rolled = time.perf_counter()
+
+        for params in optim.param_groups:
+            params["lr"] = model.lr_at(step, cfg.steps, cfg.lr, cfg.warmup, "constant")
+        bb.net.train()
+        total, share = Counter(loss=0, grad_norm=0, updates=0), cfg.batch // dist.world
+        for u in range(0, len(groups), share):
+            total.update(update(bb, ref, optim, groups[u : u + share], cfg, dist,
+                                f"step {step}, update {u // share}"))
+        ended, done, mean = time.perf_counter(), step + 1, means(sums)
+        # The loss is no sign of progress: at the first update of a rollout it is near 0 whatever the
+        # policy does. Watch held-out r_a; and ties, entropy and distinct actions for a collapse.
+        updates, seen = max(total["updates"], 1), max(total["forwarded"], 1)
+        log.write(step=done, **mean, **{k: total[k] / seen for k in ("clip", "kl", "entropy")},
+                  loss=total["loss"] / updates, grad_norm=total["grad_norm"] / updates,
+                  updates=total["updates"], lr=optim.param_groups[0]["lr"], rollout_s=rolled - began,
+                  update_s=ended - rolled,
+                  tokens_s=mean["length"] * cfg.prompts * cfg.group / (ended - began))
+        if cfg.show_every and done % cfg.show_every == 0:
+            log.write(step=done, rollout=shown)
+        if cfg.save_every and done % cfg.save_every == 0:
+            model.save(Path(cfg.out) / f"step_{done:06d}", bb, {**run, "step": done}, optim=optim)
+    model.save(Path(cfg.out) / "final", bb, {**run, "step": cfg.steps})
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as e:
+        raise SystemExit(f"error: {e}") from e

@@ -1,0 +1,1193 @@
+"""What the three stages share: backbone, vocabulary, images and prompts, losses, sampler, action head,
+sharding and checkpoints. Whatever could make training, RL and evaluation disagree is defined here once.
+
+Backbones: Qwen2.5-VL and Qwen3-VL of transformers, local folder, hub name or `random:SIZE`.
+The paper is RoboAlign, arXiv 2603.21341. A checkpoint is a folder that plain transformers loads, plus
+fast/ (action tokenizer), run.json (stage, config, versions, parent) and train_state/ (exact resume).
+
+Legend: B batch, T tokens, D width, H heads, P patches, G rollouts per prompt, K action-chunk length,
+A action dimensions, V vocabulary, L layer. A mask is 1 where it counts. M-RoPE: the position of a
+token is (time, row, column); text advances all three together.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import inspect
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+import types
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import torch
+import torch.nn.functional as F
+import transformers
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import (
+    AttentionInterface,
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen3VLConfig,
+)
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+from fast_tokenizer import FastTokenizer
+
+transformers.utils.logging.disable_progress_bar()
+
+# Prompts and answers
+
+ACTION_START, ACTION_END = "<ACTION_START>", "<ACTION_END>"
+THINK = "Think in <think></think>, then answer in <answer></answer>."
+DIRECT = "Answer in <answer></answer>."
+
+
+def fast_name(i):
+    return f"<FAST_{i}>"
+
+
+def ask(question, think):
+    """The one prompt function. think: True, False, or None to leave the question as it is."""
+    return question if think is None else f"{question}\n{THINK if think else DIRECT}"
+
+
+def action_question(instruction):
+    return f"Instruction: {instruction}\nWhat should the robot do next?"
+
+
+def action_answer(ids):
+    """FAST ids (indices 0..n-1, not token ids) -> the answer text."""
+    return f"<answer>{ACTION_START}{''.join(map(fast_name, ids))}{ACTION_END}</answer>"
+
+
+def parse_actions(bb, ids):
+    """Reads one sampled sequence of token ids. -> (well_formed, has_think, FAST indices).
+
+    Well formed: [<think>...</think>] <answer> START FAST+ END </answer> <|im_end|> and nothing else
+    but white space between the parts; has_think: it opens with a thought that is not blank. So the
+    r_f of paper section 3 is both. The indices are the run of FAST tokens after the first START,
+    also when the rest is malformed. Tags are matched as text: Qwen2.5 has no token for them.
+    """
+    v, ids = bb.vocab, [int(i) for i in ids]
+    ids = ids[: ids.index(v.eos) + 1] if v.eos in ids else ids
+    index = {t: i for i, t in enumerate(v.fast)}
+    if v.start is None or v.start not in ids:
+        return False, False, []
+    a = ids.index(v.start)
+    b = next((j for j in range(a + 1, len(ids)) if ids[j] not in index), len(ids))
+    fast = [index[t] for t in ids[a + 1 : b]]
+    head = bb.tok.decode(ids[:a], skip_special_tokens=False)
+    tail = bb.tok.decode(ids[b + 1 :], skip_special_tokens=False)
+    tag = r"(?:(?!</?think>|</?answer>|<FAST_).)*"  # text without another tag in it
+    match = re.fullmatch(rf"\s*(?:<think>({tag})</think>)?\s*<answer>\s*", head, re.DOTALL)
+    closed = b < len(ids) and ids[b] == v.end and re.fullmatch(r"\s*</answer>\s*<\|im_end\|>", tail)
+    good = bool(match and closed and fast)
+    return good, good and bool((match[1] or "").strip()), fast
+
+
+def prefix_reward(gen, tgt):
+    """r_a of the paper (section 3): longest common prefix of two id lists, in [0, 1].
+
+    Deviation: divided by the longer length, so that tokens after a full match cost something; 0
+    when either list is empty.
+    """
+    same = next((i for i, (g, t) in enumerate(zip(gen, tgt)) if g != t), min(len(gen), len(tgt)))
+    return same / max(len(gen), len(tgt), 1)
+
+
+# Backbone and vocabulary
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+           "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
+TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
+SYSTEM = "You are a helpful assistant."  # Qwen2.5-VL opens with it, Qwen3-VL with nothing
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}"
+    "{% else %}{% for c in m.content %}{% if c.type == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}"
+    "{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+SENTENCES = [  # enough English for tests; sft.py trains the tokenizer on its own data instead
+    THINK, DIRECT, action_question("put the red block to the left of the blue bowl"),
+    "Where is the green block? It is on the table, at d5, behind the gripper.",
+    "The robot moves down, closes the gripper around the yellow cube and lifts it up.",
+    "What is here? A small purple cube is near the front edge, and nothing else is on the right."]
+
+
+@dataclass(frozen=True)
+class Size:
+    family: str = "qwen3_vl"
+    vocab: int = 1024  # byte-pair entries of the tokenizer, bytes included
+    hidden: int = 64
+    layers: int = 2
+    heads: int = 2  # of 32
+    kv: int = 1
+    mlp: int = 128
+    vision: int = 64
+    patch: int = 8
+    merge: int = 2
+    temporal: int = 2
+    mean: tuple = (0.5, 0.5, 0.5)  # colour that becomes 0
+
+
+SIZES = {
+    # the mean is Tabletop's background: else its constant drowns what differs between patches
+    "tiny-vlm": Size(hidden=128, layers=4, heads=4, kv=2, mlp=384, vision=96, merge=1, temporal=1,
+                     mean=(0.81, 0.75, 0.67)),
+    "tiny-qwen3-vl": Size(vocab=384),
+    "tiny-qwen2.5-vl": Size("qwen2_5_vl", vocab=384),
+}
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """How the image processor of a backbone cuts an image; sizes in pixels."""
+
+    patch: int
+    merge: int  # merge x merge patches are one token
+    temporal: int  # a still image is repeated this often
+    mean: tuple
+    std: tuple
+    min_pixels: int
+    max_pixels: int
+
+    @classmethod
+    def load(cls, path):
+        p = AutoImageProcessor.from_pretrained(path)
+        return cls(p.patch_size, p.merge_size, p.temporal_patch_size, tuple(p.image_mean),
+                   tuple(p.image_std), p.size["shortest_edge"], p.size["longest_edge"])
+
+    def save(self, folder):
+        spec = {"image_processor_type": "Qwen2VLImageProcessor", "do_resize": True, "resample": 3,
+                "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+                "do_convert_rgb": True, "patch_size": self.patch, "merge_size": self.merge,
+                "temporal_patch_size": self.temporal, "image_mean": self.mean,
+                "image_std": self.std,
+                "size": {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}}
+        write_json(Path(folder) / "preprocessor_config.json", spec)
+
+
+@dataclass
+class Vocab:
+    """Token ids by role."""
+
+    eos: int  # <|im_end|>
+    pad: int  # <|endoftext|>
+    image: int  # <|image_pad|>
+    start: int | None  # ACTION_START, None before grow()
+    end: int | None
+    fast: list  # id of each FAST token
+    banned: list  # never sampled: image and chat marks, padding rows of the embedding
+
+
+@dataclass
+class Backbone:
+    net: nn.Module
+    tok: transformers.PreTrainedTokenizerBase
+    images: ImageSpec
+    vocab: Vocab
+    fast: FastTokenizer | None = None
+    run: dict = field(default_factory=dict)  # run.json of the checkpoint it came from
+
+
+def vocab(net, tok):
+    known = tok.get_vocab()
+    missing = [t for t in SPECIAL if t not in known]
+    if missing:
+        raise ValueError(f"tokenizer lacks {missing}; use a Qwen2.5-VL or Qwen3-VL checkpoint")
+    fast = []
+    while (i := known.get(fast_name(len(fast)))) is not None:
+        fast.append(i)
+    banned = [known[t] for t in SPECIAL if t != "<|im_end|>"]
+    banned += range(len(tok), net.get_input_embeddings().weight.shape[0])
+    return Vocab(known["<|im_end|>"], known["<|endoftext|>"], known["<|image_pad|>"],
+                 known.get(ACTION_START), known.get(ACTION_END), fast, banned)
+
+
+def train_tokenizer(texts, vocab_size):
+    """Byte-level BPE with the Qwen2 pre-tokenizer and ChatML tokens; the same texts, the same ids."""
+    blank = Qwen2Tokenizer().backend_tokenizer
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.normalizer, bpe.pre_tokenizer = blank.normalizer, blank.pre_tokenizer
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    marks = [*TAGS, *SPECIAL, "<image>", "<ACTION>"]  # never inside a merge
+    cut = re.compile("|".join(map(re.escape, marks)))
+    pieces = (piece for text in texts for piece in cut.split(text))
+    bpe.train_from_iterator(pieces, tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False))
+    model = json.loads(bpe.to_str())["model"]
+    tok = Qwen2Tokenizer(model["vocab"], [tuple(m) for m in model["merges"]],
+                         eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tok.add_special_tokens({"additional_special_tokens": SPECIAL})
+    tok.add_tokens([AddedToken(t, special=False, normalized=False) for t in TAGS])
+    tok.chat_template = CHAT
+    return tok
+
+
+def random_backbone(size, seed, texts=None):
+    """A backbone of SIZES with random weights. Std 1/sqrt(width): with the usual 0.02 a network this
+    narrow does not begin to learn."""
+    s, tok = SIZES[size], train_tokenizer(texts or SENTENCES, SIZES[size].vocab)
+    text = {
+        "vocab_size": -(-len(tok) // 64) * 64, "hidden_size": s.hidden, "intermediate_size": s.mlp,
+        "num_hidden_layers": s.layers, "num_attention_heads": s.heads, "num_key_value_heads": s.kv,
+        "initializer_range": s.hidden**-0.5, "max_position_embeddings": 4096,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5]}}
+    vision = {
+        "hidden_size": s.vision, "depth": 2, "num_heads": 4, "intermediate_size": 4 * s.vision,
+        "patch_size": s.patch, "spatial_merge_size": s.merge, "temporal_patch_size": s.temporal,
+        "out_hidden_size": s.hidden, "initializer_range": s.vision**-0.5}
+    ids = tok.convert_tokens_to_ids
+    marks = {f"{k}_token_id": ids(f"<|{v}|>") for k, v in {
+        "image": "image_pad", "video": "video_pad", "vision_start": "vision_start",
+        "vision_end": "vision_end"}.items()}
+    marks |= {"tie_word_embeddings": True, "dtype": "float32"}
+    text["dtype"] = vision["dtype"] = "float32"
+    if s.family == "qwen3_vl":
+        text["head_dim"] = 32
+        vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
+        config = Qwen3VLConfig(text_config=text, vision_config=vision, **marks)
+    else:
+        text |= {"bos_token_id": None, "eos_token_id": ids("<|im_end|>")}
+        tok.chat_template = ("{% if messages[0].role != 'system' %}<|im_start|>system\n" + SYSTEM
+                             + "<|im_end|>\n{% endif %}" + CHAT)
+        vision |= {"window_size": 2 * s.patch * s.merge, "fullatt_block_indexes": [1]}
+        config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **marks)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = AutoModelForImageTextToText.from_config(config)
+        if s.family == "qwen3_vl":  # places must weigh as much as colours from the start
+            nn.init.normal_(net.model.visual.pos_embed.weight, std=0.5)
+    net.generation_config.update(eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
+    half, unit = (0.5, 0.5, 0.5), s.patch * s.merge
+    spec = ImageSpec(s.patch, s.merge, s.temporal, s.mean, half, 4 * unit**2, 1024 * unit**2)
+    return Backbone(net, tok, spec, vocab(net, tok))
+
+
+def find(path):
+    """A folder with config.json: `path` itself, else its final/, else its newest step_*."""
+    folder = Path(path)
+    if (folder / "config.json").exists():
+        return folder
+    if (folder / "final" / "config.json").exists():
+        return folder / "final"
+    if newest := latest(folder):
+        return newest
+    if folder.is_dir():
+        raise FileNotFoundError(f"{path}: no checkpoint in this folder; run the stage before first")
+    if str(path).count("/") != 1 or str(path).startswith(("runs/", "assets/", ".", "/")):
+        raise FileNotFoundError(f"{path}: no such folder; run the stage that writes it, or name "
+                                f"a hub model or one of {', '.join('random:' + s for s in SIZES)}")
+    return path  # a hub name
+
+
+def load(path, device="cpu", dtype=torch.float32, stages=None, seed=0, texts=None):
+    """-> Backbone. path: checkpoint folder or run folder, hub name, or "random:SIZE" (see SIZES).
+
+    stages: the run.json stages that are allowed, ValueError for another one; hub models and random
+    ones have no stage and always pass. texts: what the tokenizer of a random backbone is trained on.
+    """
+    if str(path).startswith("random:"):
+        size = str(path).removeprefix("random:")
+        if size not in SIZES:
+            raise ValueError(f"{path}: unknown size; choose one of {', '.join(SIZES)}")
+        bb = random_backbone(size, seed, texts)
+        bb.net.to(device, dtype)
+        return bb
+    folder = find(path)
+    local = isinstance(folder, Path)
+    run = read_json(folder / "run.json") if local and (folder / "run.json").exists() else {}
+    if stages and run and run["stage"] not in stages:
+        raise ValueError(f"{folder}: a checkpoint of stage {run['stage']!r}, expected "
+                         f"{' or '.join(stages)}; give the folder that such a stage wrote")
+    net = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(device)
+    tok = AutoTokenizer.from_pretrained(folder)
+    fast = FastTokenizer.load(folder / "fast") if local and (folder / "fast").exists() else None
+    bb = Backbone(net, tok, ImageSpec.load(folder), vocab(net, tok), fast, run)
+    if fast is not None and fast.vocab_size > len(bb.vocab.fast):
+        raise ValueError(f"{folder}: fast/ has {fast.vocab_size} tokens but the text tokenizer knows "
+                         f"{len(bb.vocab.fast)} <FAST_i>; the folder is damaged, copy it again")
+    return bb
+
+
+@torch.no_grad()
+def grow(bb, n_fast):
+    """Adds the two action marks and n_fast FAST tokens in place, each once; call it before shard().
+
+    Embeddings grow only where the (padded) table has no row left; they never shrink and stay tied.
+    New rows: mean of the old ones plus a tenth of their spread, so that no two tokens are alike.
+    """
+    names = [ACTION_START, ACTION_END, *map(fast_name, range(n_fast))]
+    old, known = len(bb.tok), bb.tok.get_vocab()
+    bb.tok.add_tokens([AddedToken(t, special=False, normalized=False)
+                       for t in names if t not in known])
+    if len(bb.tok) == old:
+        return
+    rows = bb.net.get_input_embeddings().weight.shape[0]
+    if len(bb.tok) > rows:
+        bb.net.resize_token_embeddings(len(bb.tok), pad_to_multiple_of=64, mean_resizing=False)
+    tables = {w.weight.data_ptr(): w.weight
+              for w in (bb.net.get_input_embeddings(), bb.net.get_output_embeddings())}
+    noise = torch.Generator().manual_seed(0)
+    for w in tables.values():  # one table when tied
+        mean, std = w[:old].mean(0), w[:old].std(0)  # (D,)
+        new = torch.randn(len(w) - old, w.shape[1], generator=noise).to(w)
+        w[old:] = mean + 0.1 * std * new
+    bb.vocab = vocab(bb.net, bb.tok)
+
+
+# Images and rows
+
+
+def patchify(image, spec):
+    """image uint8 (H, W, 3) -> patches (P, 3 * temporal * patch * patch) float32, grid (1, h, w).
+
+    Equals the Pillow image processor of transformers' Qwen2-VL, without its overhead.
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"image is {image.dtype} {image.shape}; give uint8 (H, W, 3)")
+    p, m = spec.patch, spec.merge
+    H, W = smart_resize(*image.shape[:2], p * m, spec.min_pixels, spec.max_pixels)
+    if (H, W) != image.shape[:2]:
+        image = np.asarray(Image.fromarray(image).resize((W, H), Image.BICUBIC))
+    scale = 1 / (255 * np.asarray(spec.std, np.float32))
+    x = image * scale - np.asarray(spec.mean, np.float32) / np.asarray(spec.std, np.float32)
+    h, w = H // p, W // p
+    x = x.reshape(h // m, m, p, w // m, m, p, 3)
+    x = x.transpose(0, 3, 1, 4, 6, 2, 5)[:, :, :, :, :, None]  # (h/m, w/m, m, m, 3, 1, p, p)
+    x = np.broadcast_to(x, (*x.shape[:5], spec.temporal, p, p)).reshape(h * w, -1)
+    return np.ascontiguousarray(x, np.float32), (1, h, w)
+
+
+def positions(ids, grid, image_id, merge):
+    """M-RoPE positions (3, T) of ids (T,): equals get_rope_index of transformers for images."""
+    pos = np.empty((3, len(ids)), np.int64)
+    i = start = 0
+    for _, h, w in grid:
+        h, w = h // merge, w // merge
+        j = i + int(np.argmax(ids[i:] == image_id))
+        pos[:, i:j] = np.arange(start, start + j - i)
+        start, i = start + j - i, j + h * w
+        pos[0, j:i] = start
+        pos[1, j:i] = start + np.repeat(np.arange(h), w)
+        pos[2, j:i] = start + np.tile(np.arange(w), h)
+        start += max(h, w)
+    pos[:, i:] = np.arange(start, start + len(ids) - i)
+    return pos
+
+
+@functools.lru_cache(1 << 15)
+def _token_ids(tok, size, text):
+    """Most pieces of a conversation repeat. size: len(tok), because grow() changes the answer."""
+    return tok.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def encode(bb, messages, images=(), prompt_only=False):
+    """Conversation -> row: dict of numpy arrays for `collate`.
+
+    messages: [{"role", "content"}], "<image>" in a content stands for the next of `images` (uint8
+    (H, W, 3)). prompt_only: opens the assistant's turn instead of ending.
+    -> ids (T,) int64, target (T,) bool (the assistant's turns, <|im_end|> among them), pos (3, T),
+    patches (P, .) float32 or None, grid (N, 3) int64. ValueError when tags and images disagree.
+    """
+    tags = sum(m["content"].count("<image>") for m in messages)
+    if tags != len(images):
+        raise ValueError(f'{tags} "<image>" but {len(images)} images; write one tag for each image')
+    if bb.net.config.model_type == "qwen2_5_vl" and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": SYSTEM}, *messages]
+    ids, target, size = [], [], len(bb.tok)
+
+    def add(text, counts):
+        new = _token_ids(bb.tok, size, text)
+        ids.extend(new)
+        target.extend([counts] * len(new))
+
+    for m in messages:
+        text = m["content"].replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>")
+        if m["role"] == "assistant":  # split where generation starts, so that both see the same ids
+            add("<|im_start|>assistant\n", False)
+            add(f"{text}<|im_end|>", True)
+            add("\n", False)
+        else:
+            add(f"<|im_start|>{m['role']}\n{text}<|im_end|>\n", False)
+    if prompt_only:
+        add("<|im_start|>assistant\n", False)
+    ids, target = np.array(ids, np.int64), np.array(target)
+    cut = [patchify(image, bb.images) for image in images]
+    grid = np.array([g for _, g in cut], np.int64).reshape(-1, 3)  # (N, 3)
+    at = ids == bb.vocab.image
+    if at.sum() != len(images):
+        raise ValueError('"<|image_pad|>" in the text; write "<image>" for each image')
+    counts = np.ones(len(ids), np.int64)
+    counts[at] = grid.prod(1) // bb.images.merge**2
+    ids, target = ids.repeat(counts), target.repeat(counts)
+    patches = np.concatenate([p for p, _ in cut]) if cut else None
+    return {"ids": ids, "target": target, "patches": patches, "grid": grid,
+            "pos": positions(ids, grid, bb.vocab.image, bb.images.merge)}
+
+
+def pack(rows):
+    """Rows -> a batch as of collate with B = 1, one row after the other and no padding; its lengths
+    keep hidden() from looking across rows. What training uses: rows differ much in length."""
+    whole = {k: np.concatenate([r[k] for r in rows], -1) for k in ("ids", "target", "pos")}
+    batch = collate([{**whole, "patches": None}], 0)
+    return {**batch, **_images(rows), "lengths": [len(r["ids"]) for r in rows]}
+
+
+def _images(rows):
+    seen = [r for r in rows if r["patches"] is not None]
+    if not seen:
+        return {"patches": None, "grid": None}
+    return {k: torch.from_numpy(np.concatenate([r[k] for r in seen])) for k in ("patches", "grid")}
+
+
+def collate(rows, pad_id, left=False):
+    """Rows -> batch of tensors: ids (B, T), mask (B, T) long, target (B, T) bool, pos (3, B, T),
+    patches (P, .) and grid (N, 3) of all images in order, or None. Padded right, or left to sample.
+    """
+    B, T = len(rows), max(len(r["ids"]) for r in rows)
+    ids, mask = np.full((B, T), pad_id), np.zeros((B, T), np.int64)
+    target, pos = np.zeros((B, T), bool), np.zeros((3, B, T), np.int64)
+    for b, r in enumerate(rows):
+        at = slice(T - len(r["ids"]), T) if left else slice(len(r["ids"]))
+        ids[b, at], mask[b, at] = r["ids"], 1
+        target[b, at], pos[:, b, at] = r["target"], r["pos"]
+    batch = {"ids": ids, "mask": mask, "target": target, "pos": pos}
+    return {**{k: torch.from_numpy(v) for k, v in batch.items()}, **_images(rows)}
+
+
+def to(batch, device):
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v
+            for k, v in batch.items()}
+
+
+# Forward and losses
+
+
+def _attention(module, q, k, v, attention_mask, lengths=None, **kw):
+    """q, k, v (B, H, T, d) -> (B, T, H, d). With lengths, each row of a pack attends to itself."""
+    if lengths is None or not module.is_causal:  # the vision tower cuts at its images by itself
+        return sdpa_attention_forward(module, q, k, v, attention_mask, **kw)
+    rows = zip(*(x.split(lengths, 2) for x in (q, k, v)), strict=True)
+    return torch.cat([sdpa_attention_forward(module, *row, None, **kw)[0] for row in rows], 1), None
+
+
+AttentionInterface.register("sdpa", _attention)  # as before for all who pass no lengths
+
+
+def hidden(net, batch, cache=None, embeds=None):
+    """Last hidden states (B, T, D), after the final norm. embeds (B, T, D) replace batch["ids"]."""
+    return net.hidden(batch, cache, embeds) if hasattr(net, "hidden") else _hidden(
+        net, batch, cache, embeds)
+
+
+def _hidden(net, batch, cache=None, embeds=None):
+    ids, mask, more = batch["ids"], batch["mask"], {}
+    if batch.get("patches") is not None:
+        more = {"pixel_values": batch["patches"], "image_grid_thw": batch["grid"]}
+    elif isinstance(net, FSDPModule) and cache is None and embeds is None:
+        # Every rank must gather and reduce the same parameters in the same order, so a batch
+        # without images looks at a blank one, with weight 0.
+        embeds = net.get_input_embeddings()(ids) + 0 * _blank(net, ids.device)
+    if batch.get("lengths"):
+        mask, more["lengths"] = None, batch["lengths"]
+    elif cache is None and bool((mask[:, 1:] <= mask[:, :-1]).all()):
+        mask = None  # padded right: the causal mask alone does it, with the faster kernel
+    return net.model(
+        input_ids=ids if embeds is None else None, inputs_embeds=embeds, attention_mask=mask,
+        position_ids=batch["pos"], past_key_values=cache, use_cache=cache is not None, **more,
+    ).last_hidden_state  # (B, T, D)
+
+
+def _blank(net, device):
+    c = net.config.vision_config
+    patches = torch.zeros(c.spatial_merge_size**2, c.in_channels * c.temporal_patch_size
+                          * c.patch_size**2, device=device)
+    grid = torch.tensor([[1, c.spatial_merge_size, c.spatial_merge_size]], device=device)
+    seen = net.model.visual(patches, grid_thw=grid)
+    parts = [seen.pooler_output, *(getattr(seen, "deepstack_features", None) or [])]
+    return sum(p.sum() for p in parts)
+
+
+def logits_of(net, rows):
+    return net.lm_head(rows).float()  # (N, V)
+
+
+def token_loss(net, batch):
+    """-> (summed cross-entropy, number of counted tokens, number right by argmax).
+
+    Logits are computed only where a target follows; divide by the global count (see all_sum).
+    """
+    counts = batch["target"][:, 1:]  # token t is predicted from position t - 1
+    h = hidden(net, batch)[:, :-1][counts]  # (N, D)
+    ids = batch["ids"][:, 1:][counts]  # (N,)
+    logits = logits_of(net, h)  # (N, V)
+    right = (logits.detach().argmax(-1) == ids).sum()
+    return F.cross_entropy(logits, ids, reduction="sum"), counts.sum(), right
+
+
+def logp(net, rows, ids, temperature=1.0, banned=None):
+    """rows (N, D) hidden states, ids (N,) -> logp (N,), entropy (N,), fp32 nats, without gradient in
+    the entropy. banned: ids of probability 0, as in `generate`."""
+    logits = logits_of(net, rows) / temperature  # (N, V)
+    if banned is not None and len(banned):
+        logits = logits.index_fill(-1, torch.as_tensor(banned, device=logits.device), -1e9)
+    all_logp = logits.log_softmax(-1)
+    with torch.no_grad():
+        entropy = -(all_logp.exp() * all_logp).sum(-1)
+    return all_logp.gather(-1, ids[:, None])[:, 0], entropy
+
+
+def truncate(net, layer):
+    """Keeps the first `layer` LLM blocks; hidden() then gives what that block puts out, unnormed."""
+    lm = net.model.language_model
+    if not 0 < layer <= len(lm.layers):
+        raise ValueError(f"layer {layer} is not in 1..{len(lm.layers)}; choose one of these")
+    lm.layers, lm.norm = lm.layers[:layer], nn.Identity()
+    lm.config.num_hidden_layers = layer
+    if getattr(lm.config, "layer_types", None):
+        lm.config.layer_types = lm.config.layer_types[:layer]
+
+
+def features(bb, batch):
+    """Conditioning of the action head: hidden states (B, T, D) and their mask (B, T)."""
+    return hidden(bb.net, batch), batch["mask"]
+
+
+# Sampler
+
+
+class SampleKV(DynamicLayer):
+    """Keys and values of one layer, (rows, kv heads, T + room, head width), allocated once.
+
+    The first update is the prefill of B prompts: it is copied to the n samples of each. Later ones
+    write in place, where a DynamicLayer would copy all of K and V at every token.
+    """
+
+    def __init__(self, n, room):
+        super().__init__()
+        self.n, self.room, self.used = n, room, 0
+
+    def update(self, k, v, *args, **kwargs):
+        start, self.used = self.used, self.used + k.shape[2]
+        if start == 0:
+            B, heads, T, width = k.shape
+            self.keys = k.new_empty(B * self.n, heads, T + self.room, width)
+            self.values = torch.empty_like(self.keys)
+            self.keys.unflatten(0, (B, self.n))[..., :T, :] = k[:, None]
+            self.values.unflatten(0, (B, self.n))[..., :T, :] = v[:, None]
+            return k, v  # each prompt attends to itself once, not n times
+        self.keys[:, :, start : self.used] = k
+        self.values[:, :, start : self.used] = v
+        return self.keys[:, :, : self.used], self.values[:, :, : self.used]
+
+    def get_seq_length(self):
+        return self.used
+
+    def drop(self, hole, tail, left):
+        """Rows `tail` take the places `hole` of finished ones, then the first `left` rows stay."""
+        for kv in self.keys, self.values:
+            kv[hole, :, : self.used] = kv[tail, :, : self.used]
+        self.keys, self.values = self.keys[:left], self.values[:left]
+
+
+def draw(logp, u, top_p=1.0):
+    """Inverse-CDF sampling: the first index whose cumulative probability reaches u.
+
+    logp (N, V), u (N,) in (0, 1], fp32 -> (N,). Some 10x faster than torch.multinomial on a CPU at
+    152K tokens, and the draw of a row depends on no other row. top_p < 1 leaves only the nucleus:
+    the fewest most probable tokens that reach top_p together, and all ties of the last.
+    """
+    p = logp.exp()
+    if top_p < 1:
+        ranked = p.sort(-1, descending=True).values
+        outside = ranked.cumsum(-1) - ranked >= top_p
+        p = p * (p >= ranked.masked_fill(outside, 2.0).amin(-1, keepdim=True))
+    cdf = p.cumsum(-1)
+    ids = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:])  # (N, 1); u > 0: not where p is 0 ...
+    lost = p.gather(-1, ids) == 0  # ... but the parallel sum of a GPU can rise there by a rounding
+    return (torch.where(lost, p.argmax(-1, True), ids) if lost.any() else ids)[:, 0]
+
+
+@torch.no_grad()  # inference_mode would give tensors that the update cannot use
+def generate(bb, rows, n=1, max_new=128, temperature=1.0, top_p=1.0, greedy=False, seed=0,
+             keys=None, stop=None):
+    """Samples n continuations of each prompt; a prompt and its images are forwarded once.
+
+    rows: B prompt-only rows of `encode`. keys: one int a prompt (default 0..B-1); the sample of
+    (seed, key, g) is the same in any batch and on any number of ranks, up to float noise. stop: ids
+    that end a sample (default the end of the turn). bb.vocab.banned ids have probability 0.
+    -> ids (B*n, T) padded with pad, mask (B*n, T) 1 on sampled tokens, the stop token among them,
+    logp (B*n, T) fp32 of each sampled token at this temperature, before top_p, 0 where mask is 0;
+    sample g of prompt b is row b*n + g, T <= max_new. ValueError for an impossible temperature or
+    top_p. Gather sharded parameters first: `with unsharded(net)`.
+    """
+    if temperature <= 0 or not 0 < top_p <= 1:
+        raise ValueError(f"temperature {temperature} must be > 0 and top_p {top_p} in (0, 1]; "
+                         "for the most probable token pass greedy=True")
+    net, device, N = bb.net, bb.net.device, len(rows) * n
+    ids = torch.full((N, max_new), bb.vocab.pad, device=device)
+    mask, logps = torch.zeros_like(ids), torch.zeros(N, max_new, device=device)
+    if N == 0:  # a rank may have no prompt
+        return {"ids": ids[:, :0], "mask": mask[:, :0], "logp": logps[:, :0]}
+    keys = range(len(rows)) if keys is None else keys
+    u = np.stack([1 - rng(seed, k, g).random(max_new) for k in keys for g in range(n)])
+    u = torch.as_tensor(u, dtype=torch.float32, device=device)  # (B*n, T) in (0, 1]
+    stop = torch.tensor([bb.vocab.eos] if stop is None else list(stop), device=device)
+    banned = torch.tensor(bb.vocab.banned, dtype=torch.long, device=device)
+
+    was_training = net.training
+    net.eval()
+    lm, embed = net.model.language_model, net.get_input_embeddings()
+    batch = to(collate(rows, bb.vocab.pad, left=True), device)
+    T = batch["ids"].shape[1]
+    cache = Cache(layers=[SampleKV(n, max_new) for _ in lm.layers])
+    h = hidden(net, batch, cache)[:, -1].repeat_interleave(n, 0)  # (B*n, D)
+    first = (batch["pos"].amax((0, 2)) + 1).repeat_interleave(n)  # (B*n,) M-RoPE of sampled token 0
+    bias = None  # what attention adds; without padding nothing, which has faster kernels
+    if not batch["mask"].all():
+        bias = torch.zeros(N, 1, 1, T + max_new, dtype=cache.layers[0].keys.dtype, device=device)
+        bias[..., :T] = (batch["mask"] - 1).repeat_interleave(n, 0)[:, None, None] * 1e9
+
+    row = torch.arange(N, device=device)  # which sample each row of the shrinking batch is
+    for t in range(max_new):
+        logits = (logits_of(net, h) / temperature).index_fill_(-1, banned, -torch.inf)  # (R, V)
+        logp = logits.log_softmax(-1)
+        new = logp.argmax(-1) if greedy else draw(logp, u[row, t], top_p)  # (R,)
+        ids[row, t], mask[row, t] = new, 1
+        logps[row, t] = logp.gather(-1, new[:, None])[:, 0]
+        alive = ~torch.isin(new, stop)
+        left = int(alive.sum())
+        if left == 0 or t + 1 == max_new:
+            break
+        if left < len(row):  # finished rows leave at once: cheap, as only their places are written
+            hole, tail = (~alive[:left]).nonzero()[:, 0], alive[left:].nonzero()[:, 0] + left
+            for layer in cache.layers:
+                layer.drop(hole, tail, left)
+            order = torch.arange(left, device=device).index_copy_(0, hole, tail)
+            row, new, bias = row[order], new[order], None if bias is None else bias[order]
+        h = lm(inputs_embeds=embed(new[:, None]), past_key_values=cache, use_cache=True,
+               position_ids=(first[row] + t)[None, :, None].expand(3, -1, -1),
+               attention_mask=None if bias is None else bias[..., : T + t + 1],
+               ).last_hidden_state[:, 0]  # (R, D)
+    net.train(was_training)
+    return {"ids": ids[:, : t + 1], "mask": mask[:, : t + 1], "logp": logps[:, : t + 1]}
+
+
+@contextlib.contextmanager
+def unsharded(net):
+    """Gathers all parameters once, for rollouts: no gather a token, and ranks need not keep step.
+
+    Inside, forwards without gradient communicate nothing, so ranks may run different numbers of
+    them. No-op when net is not sharded. All ranks enter and leave it together.
+    """
+    parts = [m for m in net.modules() if isinstance(m, FSDPModule)]
+    if not parts:
+        yield
+        return
+    net._get_fsdp_state()._lazy_init()  # net is the root, also when no forward has run yet
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        # Reshards, and forgets the order of the forwards above. The next backward would prefetch by
+        # it: a rank that had no prompt would then wait for another gather than the rest, forever.
+        net.reset_iter_state()
+        for part in parts:
+            part.set_reshard_after_forward(part is not net, recurse=False)
+
+
+# Flow-matching action head
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """Sizes of a FlowHead; the widths in the comments are GR00T N1.5's own (paper.md section 7)."""
+    vl_dim: int  # width of the vision-language features
+    dim: int  # width of the DiT (N1.5: 1536)
+    layers: int  # DiT blocks; even ones cross-attend the features, odd ones self-attend (16)
+    heads: int  # attention heads of the DiT and of the VL path (32)
+    vl_layers: int  # self-attention blocks over the features, 0 = LayerNorm alone (4)
+    state_dim: int  # proprioceptive dimensions S
+    action_dim: int  # action dimensions A
+    horizon: int  # steps K of an action chunk (16)
+    future_tokens: int  # learned tokens between state and actions, 0 = none (32)
+    buckets: int = 1000  # time is rounded down to 1/buckets
+    steps: int = 4  # Euler steps when sampling
+    dropout: float = 0.0  # after each attention and MLP of the DiT and VL blocks (0.2)
+
+
+TIME_SCALE = 0.999  # s of t = (s - u) / s, u ~ Beta(1.5, 1)
+
+
+def sinusoid(time, dim):
+    """Sines and cosines of `time` (...,), in buckets, at dim / 2 frequencies -> (..., dim) fp32."""
+    rate = torch.exp(torch.arange(dim // 2, device=time.device) * (-2 * np.log(1e4) / dim))
+    angle = time.float()[..., None] * rate  # (..., D / 2)
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+
+class FlowBlock(nn.Module):
+    """Pre-norm attention and MLP. `ada`: scale and shift of the first norm come from the time, with
+    no gates (N1.5's AdaLayerNorm). `cross`: keys and values are given, not made from x."""
+
+    def __init__(self, dim, heads, dropout=0.0, ada=False, cross=False):
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(dim, elementwise_affine=not ada)
+        self.ada = nn.Linear(dim, 2 * dim) if ada else None
+        self.qkv = nn.Linear(dim, dim if cross else 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.norm2 = nn.LayerNorm(dim, elementwise_affine=not ada)
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, 4 * dim), nn.GELU("tanh"), nn.Dropout(dropout), nn.Linear(4 * dim, dim)
+        )
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x, time=None, kv=None, mask=None):
+        """x (B*R, N, D), time (B*R or 1, D), kv two (B, H, T, d), mask (B, 1, 1, T) -> like x."""
+        h = self.norm1(x)
+        if self.ada is not None:
+            scale, shift = self.ada(time)[:, None].chunk(2, dim=-1)  # (B*R, 1, D) each
+            h = torch.addcmul(shift, h, 1 + scale)
+        batch = len(x) if kv is None else len(kv[0])
+        q = self.qkv(h).view(batch, -1, x.shape[-1] * (3 if kv is None else 1))
+        q = q.unflatten(-1, (-1, self.heads, x.shape[-1] // self.heads))  # (B, R*N, 1 or 3, H, d)
+        # The R draws of a sample stand one behind the other on the query axis: attention treats
+        # queries independently, so one K/V serves them all without a copy.
+        q, k, v = q.permute(2, 0, 3, 1, 4) if kv is None else (q[:, :, 0].transpose(1, 2), *kv)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, R*N, d)
+        x = x + self.drop(self.proj(h.transpose(1, 2).reshape(x.shape)))
+        return x + self.drop(self.mlp(self.norm2(x)))
+
+
+class FlowHead(nn.Module):
+    """Flow-matching action head after GR00T N1.5 (arXiv 2503.14734 and its released source).
+
+    Tokens [state | future tokens | noised actions] pass a DiT that reads the features of the frozen
+    backbone. Differences from N1.5: padding of the features is masked (its release leaves the mask
+    unused); one embodiment; keys and values of all cross-attention blocks come from one matrix,
+    once for all Euler steps and noise draws; the DiT's output projection, a linear map before the
+    decoder's first linear map, is left out.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        for name, width in (("dim", cfg.dim), ("vl_dim", cfg.vl_dim)):
+            if width % cfg.heads or width % 2:
+                raise ValueError(f"{name} {width} must be even and a multiple of {cfg.heads} heads")
+        self.cfg, dim = cfg, cfg.dim
+        self.vl_norm = nn.LayerNorm(cfg.vl_dim)
+        self.vl_blocks = nn.ModuleList(
+            FlowBlock(cfg.vl_dim, cfg.heads, cfg.dropout) for _ in range(cfg.vl_layers)
+        )
+        self.kv = nn.Linear(cfg.vl_dim, (cfg.layers + 1) // 2 * 2 * dim)
+        self.state_in = nn.Sequential(nn.Linear(cfg.state_dim, dim), nn.ReLU(), nn.Linear(dim, dim))
+        self.action_in = nn.Linear(cfg.action_dim, dim)
+        self.action_mix = nn.Sequential(nn.Linear(2 * dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.position = nn.Parameter(torch.randn(cfg.horizon, dim) * 0.02)
+        self.future = nn.Parameter(torch.randn(cfg.future_tokens, dim) * 0.02)
+        self.time_in = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
+        self.blocks = nn.ModuleList(
+            FlowBlock(dim, cfg.heads, cfg.dropout, ada=True, cross=i % 2 == 0)
+            for i in range(cfg.layers)
+        )
+        self.norm_out = nn.LayerNorm(dim, elementwise_affine=False)
+        self.ada_out = nn.Linear(dim, 2 * dim)
+        self.decoder = nn.Sequential(
+            nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, cfg.action_dim)
+        )
+
+    def context(self, feats, mask):
+        """Features (B, T, D) and mask (B, T), or None when all count -> what each block and Euler
+        step reads of them: k, v (B, H, T, d) for each cross-attention block, mask (B, 1, 1, T)."""
+        mask = None if mask is None else mask.bool()[:, None, None]  # (B, 1, 1, T)
+        x = self.vl_norm(feats.float())
+        for block in self.vl_blocks:
+            x = block(x, mask=mask)  # (B, T, vl_dim)
+        kv = self.kv(x).unflatten(-1, (-1, 2, self.cfg.heads, self.cfg.dim // self.cfg.heads))
+        kv = kv.permute(2, 3, 0, 4, 1, 5)  # (blocks, 2, B, H, T, d)
+        return [(k, v) for k, v in kv], mask
+
+    def velocity(self, noised, time, state, context):
+        """noised (B*R, K, A), time (B*R or 1,) in [0, 1], state token (B*R, 1, D), context of B
+        samples -> velocity (B*R, K, A)."""
+        kv, mask = context
+        bucket = (time * self.cfg.buckets).long()  # (B*R,)
+        h = self.action_in(noised)  # (B*R, K, D)
+        pace = sinusoid(bucket, self.cfg.dim)[:, None].expand(len(h), h.shape[1], -1).to(h.dtype)
+        h = self.action_mix(torch.cat([h, pace], dim=-1)) + self.position
+        x = torch.cat([state, self.future.expand(len(h), -1, -1), h], dim=1)  # (B*R, 1+F+K, D)
+        t = self.time_in(sinusoid(bucket, self.cfg.dim).to(h.dtype))  # (B*R, D)
+        for i, block in enumerate(self.blocks):
+            x = block(x, t) if i % 2 else block(x, t, kv[i // 2], mask)
+        scale, shift = self.ada_out(t)[:, None].chunk(2, dim=-1)
+        x = torch.addcmul(shift, self.norm_out(x[:, -noised.shape[1] :]), 1 + scale)
+        return self.decoder(x)  # (B*R, K, A)
+
+    def draw(self, rng, batch, draws=1):
+        """Noise (B, R, K, A) ~ N(0, 1) and time (B, R) from a numpy generator; time is (s - u) / s
+        with u ~ Beta(1.5, 1) clamped at s, so that most of it lies near pure noise."""
+        u = np.minimum(rng.beta(1.5, 1.0, (batch, draws)), TIME_SCALE)
+        shape = (batch, draws, self.cfg.horizon, self.cfg.action_dim)
+        noise = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+        return noise, torch.from_numpy((TIME_SCALE - u) / TIME_SCALE).float()
+
+    def loss(
+        self, feats, mask, state, action, action_mask, draws=1, rng=None, drawn=None, count=None
+    ):
+        """Masked flow-matching loss of one batch, R = `draws` (time, noise) pairs a sample.
+
+        feats (B, T, D), mask (B, T) or None; state (B, S) and action (B, K, A) normalised;
+        action_mask (B, K, A) 0 past an episode's end and in padded dimensions.
+        drawn: (noise (B, R, K, A), time (B, R)), else drawn from the numpy generator `rng`.
+        count: the divisor, None = the number of counted elements here (at least 1).
+        Returns (loss fp32, {"sum", "count"}). Several draws share the VL path, which at small sizes
+        costs more than the DiT.
+        """
+        noise, time = drawn if drawn is not None else self.draw(rng, len(action), draws)
+        noise, time = noise.to(action.device), time.to(action.device)
+        t, draws = time[:, :, None, None], time.shape[1]  # (B, R, 1, 1)
+        noised = (1 - t) * noise + t * action[:, None]  # (B, R, K, A)
+        target = action[:, None] - noise  # fork point: the path and its velocity
+        start = self.state_in(state)[:, None].repeat_interleave(draws, dim=0)  # (B*R, 1, D)
+        context = self.context(feats, mask)
+        v = self.velocity(noised.flatten(0, 1), time.flatten(), start, context)  # (B*R, K, A)
+        error = (v.float().view_as(target) - target).square() * action_mask[:, None]
+        total, here = error.sum(), action_mask.sum() * draws
+        loss = total / (here.clamp(min=1) if count is None else count)
+        return loss, {"sum": total.detach(), "count": here}
+
+    @torch.no_grad()
+    def sample(self, feats, mask, state, noise=None):
+        """Features (B, T, D), mask (B, T), normalised state (B, S) -> normalised chunks (B, K, A)
+        fp32 by `steps` Euler steps from `noise`: a tensor (B, K, A), a torch.Generator, or None."""
+        if not torch.is_tensor(noise):
+            shape = (len(feats), self.cfg.horizon, self.cfg.action_dim)
+            noise = torch.randn(shape, generator=noise, device=feats.device)
+        context, start = self.context(feats, mask), self.state_in(state)[:, None]  # (B, 1, D)
+        x = noise.float()
+        for i in range(self.cfg.steps):
+            time = torch.full((1,), i / self.cfg.steps, device=x.device)
+            x = x + self.velocity(x, time, start, context).float() / self.cfg.steps
+        return x
+
+
+# Distributed training
+
+
+@dataclass(frozen=True)
+class Dist:
+    rank: int
+    world: int
+    device: torch.device
+
+
+def setup(seed):
+    """Starts nccl (GPU) or gloo (CPU) under torchrun, one process otherwise; seeds torch."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc: keep freed memory, a fifth faster on
+        libc.mallopt(-3, 1 << 30)  # CPU than faulting the same pages in at every step
+        libc.mallopt(-1, (1 << 31) - 1)
+    cuda, torchrun = torch.cuda.is_available(), "RANK" in os.environ
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else "cpu"
+    if cuda:
+        torch.cuda.set_device(device)
+    if not distributed.is_initialized():
+        if torchrun:
+            distributed.init_process_group("nccl" if cuda else "gloo")
+        elif cuda:  # FSDP on one GPU brings mixed precision with the same code
+            distributed.init_process_group(
+                "nccl", store=distributed.HashStore(), rank=0, world_size=1)
+    started = distributed.is_initialized()
+    torch.manual_seed(seed)
+    return Dist(_rank(), distributed.get_world_size() if started else 1, torch.device(device))
+
+
+def all_sum(x):
+    """Sums a number (-> float) or a list of numbers (-> list of floats) over the ranks."""
+    many = isinstance(x, (list, tuple))
+    values = torch.tensor([float(v) for v in (x if many else [x])], dtype=torch.float64)
+    if distributed.is_initialized() and distributed.get_world_size() > 1:
+        values = values.cuda() if distributed.get_backend() == "nccl" else values
+        distributed.all_reduce(values)
+    return values.tolist() if many else values.item()
+
+
+def shard(net, dist, mp_dtype=None):
+    """FSDP2 over all ranks, in place: fp32 masters, compute in mp_dtype (bf16 on GPU by default).
+
+    Each block is a unit, unless the model is so small that gathers cost more than they save. No-op
+    for one CPU process. Averages gradients over ranks.
+    """
+    if dist.world == 1 and dist.device.type == "cpu":
+        return net
+    if mp_dtype is None:
+        mp_dtype = torch.bfloat16 if dist.device.type == "cuda" else torch.float32
+    kw = {"mesh": init_device_mesh(dist.device.type, (dist.world,)),
+          "mp_policy": MixedPrecisionPolicy(param_dtype=mp_dtype, reduce_dtype=torch.float32)}
+    backbone = isinstance(net, transformers.PreTrainedModel)
+    if backbone and sum(p.numel() for p in net.parameters()) > 50e6:
+        for block in [*net.model.visual.blocks, *net.model.language_model.layers]:
+            fully_shard(block, **kw)
+    fully_shard(net, reshard_after_forward=False, **kw)
+    if backbone:  # the stages call hidden(), not forward(): FSDP must know
+        net.hidden = types.MethodType(_hidden, net)
+        register_fsdp_forward_method(net, "hidden")
+    return net
+
+
+def sync(net, last):
+    """Call before each micro-batch. A small sharded model gathers and reduces once a step; a large
+    one has no memory for that and does so for each micro-batch."""
+    if isinstance(net, FSDPModule) and sum(isinstance(m, FSDPModule) for m in net.modules()) == 1:
+        net.set_requires_gradient_sync(last)
+        net.set_reshard_after_backward(last)
+
+
+def optimizer(net, lr, weight_decay, betas):
+    """AdamW over the trainable parameters of a module (or a list of parameters); norms and biases
+    (1-D) are not decayed."""
+    params = list(net.parameters()) if isinstance(net, nn.Module) else list(net)
+    params = [p for p in params if p.requires_grad]
+    groups = [{"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
+              {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True)
+
+
+def lr_at(step, steps, lr, warmup_ratio, schedule="cosine"):
+    """Learning rate of step 0..steps-1: linear warmup, then cosine to 0 or constant."""
+    warmup = round(warmup_ratio * steps)
+    if step < warmup:
+        return lr * (step + 1) / (warmup + 1)
+    if schedule == "constant":
+        return lr
+    return lr * 0.5 * (1 + np.cos(np.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def clip_grad(params, max_norm):
+    """Scales the gradients in place to a global norm of at most max_norm (0: not). -> old norm."""
+    norm = nn.utils.clip_grad_norm_(params, max_norm if max_norm > 0 else float("inf"))
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
+def rng(seed, *keys):
+    """The generator of (seed, step, sample, ...): no state to save, resume is exact."""
+    keys = [zlib.crc32(k.encode()) if isinstance(k, str) else int(k) for k in keys]
+    return np.random.default_rng([seed, *keys])
+
+
+# Checkpoints
+
+
+def write_json(path, value):
+    Path(path).write_text(json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path):
+    return json.loads(Path(path).read_text())
+
+
+def _whole(t):
+    """A tensor, maybe sharded, as a whole on the CPU of rank 0 (elsewhere None). All ranks call."""
+    t = t.detach()
+    t = t.full_tensor() if isinstance(t, DTensor) else t
+    return t.cpu().contiguous() if _rank() == 0 else None
+
+
+def _rank():
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def _weights(module):
+    """Name -> whole tensor; tied parameters are gathered once and stay one tensor."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+    state = module.state_dict(keep_vars=True)
+    whole = {id(t): t for t in state.values()}
+    whole = {k: _whole(t) for k, t in whole.items()}
+    return {name: whole[id(t)] for name, t in state.items()}
+
+
+def _moments(module, optim):
+    """ "parameter/exp_avg" and so on -> whole tensor."""
+    names = {p: name for name, p in module.named_parameters()}
+    return {f"{names[p]}/{k}": _whole(t) for p, state in optim.state.items()
+            for k, t in state.items()}
+
+
+def _as_module(what):
+    """The module whose parameters an optimizer may hold: the backbone's net, or a dict of parts."""
+    if isinstance(what, Backbone):
+        return what.net
+    if isinstance(what, dict):
+        return nn.ModuleDict({k: _as_module(v) for k, v in what.items()})
+    return what
+
+
+def save(folder, what, run, fast=None, optim=None, extra=None):
+    """Writes a complete checkpoint, atomically; all ranks call it.
+
+    what: a Backbone, or {name: Backbone or module}: the backbone goes into the folder in the Hugging
+    Face layout with fast/, each module into name.safetensors. run: {"stage", "step", "config",
+    "parent"}, to which versions and commit are added. optim: with it, train_state/ for exact resume
+    holds the optimizer and `extra` (JSON). safetensors and JSON only.
+    """
+    folder = Path(folder)
+    part = folder.with_name(folder.name + ".tmp")
+    parts = what if isinstance(what, dict) else {"backbone": what}
+    states = {k: _weights(_as_module(v)) for k, v in parts.items()}
+    moments = _moments(_as_module(what), optim) if optim else {}
+    if _rank() == 0:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        for name, v in parts.items():
+            if isinstance(v, Backbone):
+                v.net.save_pretrained(part, state_dict=states[name])
+                v.tok.save_pretrained(part)
+                v.images.save(part)
+                fast = fast or v.fast
+            else:
+                save_file(states[name], part / f"{name}.safetensors")
+        if fast is not None:
+            fast.save(part / "fast")
+        write_json(part / "run.json", {**run, "versions": versions(), "commit": commit()})
+        if optim:
+            (part / "train_state").mkdir()
+            save_file(moments, part / "train_state" / "optimizer.safetensors")
+            write_json(part / "train_state" / "state.json", {
+                "extra": extra or {}, "step": run.get("step")})
+        _swap(part, folder)
+    if distributed.is_initialized():
+        distributed.barrier()
+
+
+def _swap(part, folder):
+    for path in [*part.rglob("*"), part]:  # on disk before the name is
+        fd = os.open(path, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    part.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_train_state(folder, net, optim):
+    """Restores the AdamW moments of a Backbone or module (or dict of parts, as saved) in place. The
+    weights come from load(), the learning rate from the schedule. -> the `extra` and step saved."""
+    folder = Path(folder) / "train_state"
+    if not (folder / "state.json").exists():
+        raise FileNotFoundError(f"{folder}: no state to resume; start from the weights with --init")
+    state = read_json(folder / "state.json")
+    names = {name: p for name, p in _as_module(net).named_parameters()}
+    for key, t in load_file(folder / "optimizer.safetensors").items():
+        name, k = key.split("/")  # "model.layer.weight/exp_avg"
+        p = names[name]
+        if t.ndim:
+            t = t.to(p.device)
+            t = distribute_tensor(t, p.device_mesh, p.placements) if isinstance(p, DTensor) else t
+        elif p.is_cuda:  # AdamW's step count lives beside a fused parameter
+            t = t.to(p.device)
+        optim.state[p][k] = t
+    return {**state["extra"], "step": state["step"]}
+
+
+def latest(out):
+    """The newest complete checkpoint out/step_000123, or None."""
+    found = [p for p in Path(out).glob("step_*") if p.name[5:].isdigit()]
+    return max(found, key=lambda p: int(p.name[5:]), default=None)
+
+
+# Command line and log
+
+
+def parse(Config, PRESETS, argv=None):
+    """`[PRESET] [--flag value]` from one flat dataclass: its trailing comments are the help. The
+    first preset is the default. A field `preset` receives its name."""
+    doc = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(Config), re.MULTILINE))
+    parser = argparse.ArgumentParser(
+        description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("preset", nargs="?", choices=list(PRESETS), default=next(iter(PRESETS)))
+    for f in dataclasses.fields(Config):
+        if f.name != "preset":
+            kind = ({"action": argparse.BooleanOptionalAction} if f.type is bool else
+                    {"type": f.type, "metavar": f.type.__name__.upper()})
+            text = f"{doc.get(f.name, '')} ({f.default})".replace("%", "%%")
+            parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
+                                help=text, **kind)
+    args = vars(parser.parse_args(argv))
+    preset = args.pop("preset")
+    name = {"preset": preset} if any(f.name == "preset" for f in dataclasses.fields(Config)) else {}
+    return Config(**{**PRESETS[preset], **args, **name})
+
+
+def versions():
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "transformers": transformers.__version__, "numpy": np.__version__}
+
+
+def commit():
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+                          cwd=Path(__file__).parent, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+class Log:
+    """Rank 0: one aligned line a record on stdout, the same record as JSON in out/log.jsonl."""
+
+    def __init__(self, out, cfg, dist):
+        self.file, self.start = None, time.time()
+        if dist.rank == 0:
+            Path(out).mkdir(parents=True, exist_ok=True)
+            self.file = Path(out) / "log.jsonl"  # a resumed run appends
+            device = torch.cuda.get_device_name() if dist.device.type == "cuda" else "cpu"
+            self._record({"config": dataclasses.asdict(cfg), "commit": commit(), **versions(),
+                          "device": device, "world": dist.world})
+
+    def _record(self, record):
+        with open(self.file, "a") as f:
+            f.write(json.dumps(record) + "\n")
+
+    def write(self, **metrics):
+        if self.file is None:
+            return
+        metrics = {k: float(v) if hasattr(v, "item") else v for k, v in metrics.items()}
+        self._record({**metrics, "seconds": round(time.time() - self.start, 1)})
+        cells = (f"{k} {v:<9.4g}" if isinstance(v, float) else f"{k} {v!s:<6}"
+                 for k, v in metrics.items())
+        print("  ".join(cells).rstrip(), flush=True)

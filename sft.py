@@ -1,0 +1,448 @@
+"""Stage 1 of RoboAlign (arXiv 2603.21341): fine-tune a multimodal LLM on questions, reasoning and
+robot actions written as FAST tokens.
+
+In: a backbone, a mixture of conversations (.jsonl) and episodes (folders), a FAST tokenizer.
+Out: a checkpoint that sees, reasons in <think></think> and answers with words or action tokens.
+1. the vocabulary grows by the action marks and the FAST tokens
+2. a sample of the mixture is a conversation, or a frame with its instruction -> the FAST tokens of
+   the next K actions, with no thought: thoughts reach actions only by transfer
+3. cross-entropy on the assistant's tokens, divided by their count over all ranks
+4. AdamW, warmup, cosine
+Our deviations: the tabletop preset trains the vision tower too (it is far too small to freeze).
+A conversation whose answer is "<answer><ACTION></answer>", with the actions in the row's "chunk"
+(K x A, dataset units), is an action sample that may carry a thought; mixture weights set its share.
+
+Reads  --init, --data, --fast. Writes runs/sft/{log.jsonl, step_*/, final/}.
+python sft.py                                        # tabletop, one CPU process
+torchrun --nproc_per_node 2 sft.py                   # the same on 2 CPU processes or 2 GPUs
+torchrun --nproc_per_node 8 sft.py paper --data vqa.jsonl,bridge/ --fast fast/    # 8 GPUs, 30 h
+"""
+
+import itertools
+import json
+import math
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import model
+from fast_tokenizer import FastTokenizer, chunks_of, episodes
+from model import all_sum, ask
+
+
+@dataclass(frozen=True)
+class Config:
+    preset: str = ""
+    init: str = "assets/tiny-vlm"  # checkpoint folder, hub name, or random:SIZE
+    data: str = "data/tabletop/conversations.jsonl:1,data/tabletop/episodes:3"  # path:weight,... weight = relative share of samples, without one the number of rows
+    fast: str = ""  # FAST tokenizer folder; empty: the one inside --init, if any
+    out: str = "runs/sft"  # run folder
+    seed: int = 0  # order of the samples, random weights
+    steps: int = 0  # optimizer steps; 0: from --epochs
+    epochs: float = 1.0  # passes over as many samples as there are rows
+    batch: int = 24  # samples a step, over all ranks
+    micro_batch: int = 0  # samples a forward on one rank; 0: all of its share
+    max_length: int = 1024  # tokens; a longer row is an error
+    lr: float = 6e-4  # peak learning rate
+    warmup: float = 0.03  # share of the steps
+    beta1: float = 0.9  # AdamW
+    beta2: float = 0.98  # AdamW
+    weight_decay: float = 0.01  # AdamW, not on norms and biases
+    clip: float = 1.0  # gradient norm; 0: no clipping
+    freeze_vision: bool = False  # keep the vision tower and its projector as they are
+    recompute: bool = False  # activation checkpointing: less memory, a third more time
+    holdout: int = 256  # last rows of each .jsonl kept for evaluation; of episodes the last 5%
+    eval_rows: int = 128  # held-out rows of each source in one evaluation
+    eval_every: int = 500  # steps; 0: only at the end
+    save_every: int = 1000  # steps; 0: only at the end
+    log_every: int = 20  # steps
+    probe: int = 64  # held-out action prompts for 4 thinking rollouts each at the end; 0: none
+    resume: bool = False  # continue from the newest step_* in --out
+
+
+PRESETS = {
+    "tabletop": {"fast": "runs/fast", "steps": 4000},
+    "base": {"init": "random:tiny-vlm", "data": "data/base/conversations.jsonl", "out": "runs/base",
+             "steps": 8000, "probe": 0},
+    "paper": {"init": "Qwen/Qwen2.5-VL-7B-Instruct", "lr": 2e-5, "beta2": 0.999, "batch": 128,
+              "micro_batch": 2, "max_length": 4096, "freeze_vision": True, "recompute": True},
+}
+
+
+class Conversations:
+    """Rows of a .jsonl file, checked when opened and read when asked for.
+
+    source[i] -> (messages with their mode lines, images, kind or None, where). ValueError naming the
+    file and the line on a malformed row or a missing image.
+    """
+
+    def __init__(self, path, fast, holdout):
+        self.path, self.fast, self.offset = Path(path), fast, []
+        self.name = self.path.stem
+        with open(path, "rb") as f:
+            for line in f:
+                self.offset.append(f.tell() - len(line))
+                self._check(line, f"{path}:{len(self.offset)}")
+        n = len(self.offset)
+        if n <= holdout:
+            raise ValueError(f"{path}: {n} rows, all of them held out; lower --holdout {holdout}")
+        self.train, self.held = range(n - holdout), range(n - holdout, n)
+
+    def _check(self, line, where):
+        try:
+            row = json.loads(line)
+            roles = [m["role"] for m in row["messages"]]
+            text = "".join(m["content"] for m in row["messages"])
+        except (ValueError, KeyError, TypeError) as e:
+            raise ValueError(f'{where}: not a row {{"images": [...], "messages": [{{"role", '
+                             f'"content"}}, ...]}} ({e!r}); repair or delete the line') from e
+        if "assistant" not in roles or not set(roles) <= {"system", "user", "assistant"}:
+            raise ValueError(f"{where}: roles {roles}; an assistant must answer, and only system, "
+                             "user and assistant may speak")
+        if "<ACTION>" in text and self.fast is None:
+            raise ValueError(f"{where}: an <ACTION> but no FAST tokenizer; give --fast")
+        if "<ACTION>" in text and "chunk" not in row:
+            raise ValueError(f'{where}: an <ACTION> but no "chunk"; add the K x A actions')
+
+    def text(self):
+        """What the tokenizer of a random backbone is trained on."""
+        return ("\n".join(m["content"] for m in modes(self._row(i)["messages"]))
+                for i in self.train[:20000])
+
+    def __len__(self):
+        return len(self.train)
+
+    def _row(self, i):
+        with open(self.path, "rb") as f:
+            f.seek(self.offset[i])
+            return json.loads(f.readline())
+
+    def __getitem__(self, i):
+        row, where = self._row(i), f"{self.path}:{i + 1}"
+        images = [self.path.parent / name for name in row.get("images", [])]
+        messages = modes(row["messages"])
+        if "chunk" in row:
+            answer = self._action(row["chunk"], where)
+            messages = [{**m, "content": m["content"].replace("<answer><ACTION></answer>", answer)}
+                        for m in messages]
+        return messages, images, row.get("kind"), where
+
+    def _action(self, chunk, where):
+        try:
+            return model.action_answer(self.fast.encode(np.asarray(chunk, np.float32)[None])[0])
+        except ValueError as e:
+            raise ValueError(f'{where}: "chunk": {e}') from e
+
+
+class Demonstrations:
+    """Steps of the episodes in a folder: source[i] as above, the K actions from step t as FAST."""
+
+    name = "action"
+
+    def __init__(self, folder, fast):
+        if fast is None:
+            raise ValueError(f"{folder}: episodes but no FAST tokenizer; fit one (python "
+                             "fast_tokenizer.py fit) and give its folder as --fast")
+        self.files, self.fast = episodes(folder), fast
+        ends = np.cumsum([len(e) for e in self.files])
+        last = max(1, len(self.files) // 20)  # episodes held out
+        cut = int(ends[-last - 1]) if len(self.files) > last else 0
+        if cut == 0:
+            raise ValueError(f"{folder}: one episode, which would be held out; record more")
+        self.ends, self.train, self.held = ends, range(cut), range(cut, int(ends[-1]))
+
+    def __len__(self):
+        return len(self.train)
+
+    def at(self, i):
+        """-> (episode, step)."""
+        e = int(np.searchsorted(self.ends, i, side="right"))
+        return self.files[e], i - int(self.ends[e] - len(self.files[e]))
+
+    def target(self, i):
+        episode, t = self.at(i)
+        return self.fast.encode(chunks_of(episode, self.fast.horizon)[t : t + 1])[0]
+
+    def question(self, i, think):
+        """-> (messages with the question alone, images, where)."""
+        episode, t = self.at(i)
+        text = "<image>" + ask(model.action_question(episode.task), think)
+        return [{"role": "user", "content": text}], [episode.frame(t)], f"{episode.path}:{t}"
+
+    def __getitem__(self, i):
+        messages, images, where = self.question(i, think=False)
+        answer = {"role": "assistant", "content": model.action_answer(self.target(i))}
+        return [*messages, answer], images, "action", where
+
+
+def modes(messages):
+    """Adds the mode line to each question, by how the assistant's next turn begins."""
+    mode = {"<think>": True, "<answer>": False}
+    out = []
+    for m, reply in itertools.zip_longest(messages, messages[1:]):
+        think = None
+        if m["role"] == "user" and reply:
+            think = next((v for k, v in mode.items() if reply["content"].startswith(k)), None)
+        out.append({"role": m["role"], "content": ask(m["content"], think)})
+    return out
+
+
+def read_image(image, where):
+    if isinstance(image, np.ndarray):
+        return image
+    try:
+        return np.asarray(Image.open(image).convert("RGB"))
+    except OSError as e:
+        raise ValueError(f"{where}: image {image} does not open ({e}); add the file or delete "
+                         "the row") from e
+
+
+def row_of(bb, source, i, max_length):
+    messages, images, _, where = source[i]
+    try:
+        row = model.encode(bb, messages, [read_image(image, where) for image in images])
+    except ValueError as e:
+        raise ValueError(str(e) if str(e).startswith(where) else f"{where}: {e}") from e
+    if len(row["ids"]) > max_length:
+        raise ValueError(f"{where}: {len(row['ids'])} tokens; raise --max-length {max_length} or "
+                         "shorten the row")
+    return row
+
+
+def mixture(spec):
+    """"path:weight,path" -> [(path, weight or None)]."""
+    out = []
+    for item in spec.split(","):
+        path, _, weight = item.strip().rpartition(":")
+        path, weight = (path, weight) if path else (weight, None)
+        try:
+            out.append((path, None if weight is None else float(weight)))
+        except ValueError as e:
+            raise ValueError(f"--data {item}: {weight!r} is no weight; write path:weight") from e
+        if not Path(path).exists():
+            raise FileNotFoundError(f"--data {path}: no such file or folder; generate or convert "
+                                    "it first (python -m benchmarks.tabletop)")
+    return out
+
+
+def order(sizes, weights, draws, seed):
+    """The sample order: (source (N,), row (N,)) of draws 0..N-1, where each source is shuffled anew
+    once all its rows were seen. A function of the seed; a longer run begins like a shorter one."""
+    p = np.asarray(weights, float) / sum(weights)
+    source = model.rng(seed, "mixture").choice(len(sizes), draws, p=p)  # (N,)
+    row = np.empty(draws, np.int64)
+    for s, size in enumerate(sizes):
+        at = np.flatnonzero(source == s)
+        passes = [model.rng(seed, s, k).permutation(size) for k in range(-(-len(at) // size))]
+        row[at] = np.concatenate(passes)[: len(at)] if passes else 0
+    return source, row
+
+
+def batches(bb, sources, picks, cfg, dist):
+    """This rank's micro-batches of the samples `picks` [(source, row)], equally many on each rank."""
+    rows = [row_of(bb, sources[s], int(i), cfg.max_length) for s, i in picks[dist.rank :: dist.world]]
+    micro = cfg.micro_batch or len(rows)
+    return [model.pack(rows[k : k + micro]) for k in range(0, len(rows), micro)]
+
+
+def spread(some, n):
+    """n indices evenly spaced over a range."""
+    return [some[int(k)] for k in np.linspace(0, len(some) - 1, min(n, len(some)))]
+
+
+@torch.no_grad()
+def evaluate(bb, sources, cfg, dist):
+    """Held-out token loss and accuracy of each source, greedy accuracy of each kind of question.
+    -> {name: value}."""
+    metrics, device = {}, dist.device
+    bb.net.eval()
+    size = cfg.micro_batch or 16
+    for source in sources:
+        held = spread(source.held, cfg.eval_rows)
+        mine, total = held[dist.rank :: dist.world], np.zeros(3)
+        for k in range(0, -(-len(held) // dist.world), size):  # as many forwards on each rank
+            some = mine[k : k + size]
+            rows = [row_of(bb, source, i, cfg.max_length) for i in some or held[:1]]
+            batch = model.to(model.pack(rows), device)
+            batch["target"] &= bool(some)
+            total += [x.item() for x in model.token_loss(bb.net, batch)]
+        loss, count, right = all_sum(total.tolist())
+        metrics |= {f"{source.name}_loss": loss / count, f"{source.name}_acc": right / count}
+    metrics |= greedy(bb, sources, cfg, dist)
+    bb.net.train()
+    return metrics
+
+
+def answer_of(text):
+    """What stands in <answer></answer>, else the whole text."""
+    return text.split("<answer>")[-1].split("</answer>")[0].strip()
+
+
+def greedy(bb, sources, cfg, dist, size=64):
+    """Exact-match accuracy of greedy answers to held-out single-turn rows, by their "kind"."""
+    prompts = []  # (messages, images, reference, kind)
+    for source in sources:
+        for i in spread(source.held, cfg.eval_rows):
+            messages, images, kind, where = source[i]
+            if kind and [m["role"] for m in messages] == ["user", "assistant"]:
+                prompts.append((messages[:1], images, answer_of(messages[1]["content"]), kind, where))
+    kinds = sorted({p[3] for p in prompts})
+    right, seen = dict.fromkeys(kinds, 0), dict.fromkeys(kinds, 0)
+    mine = prompts[dist.rank :: dist.world]
+    with model.unsharded(bb.net):
+        for k in range(0, len(mine), size):
+            some = mine[k : k + size]
+            rows = [model.encode(bb, m, [read_image(x, where) for x in images], prompt_only=True)
+                    for m, images, _, _, where in some]
+            ids = model.generate(bb, rows, max_new=128, greedy=True)["ids"]
+            for one, (_, _, reference, kind, _) in zip(ids, some):
+                text = bb.tok.decode(one, skip_special_tokens=True)
+                right[kind] += answer_of(text) == reference
+                seen[kind] += 1
+    right, seen = all_sum([right[k] for k in kinds]), all_sum([seen[k] for k in kinds])
+    return {f"greedy_{k}": r / n for k, r, n in zip(kinds, right, seen)}
+
+
+def thinking_rollouts(bb, sources, cfg, dist, n=4):
+    """What RL will start from: thinking rollouts on held-out action prompts, which SFT never showed.
+
+    -> format rate, mean r_a (paper section 3), and how many of the n thoughts and actions differ:
+    thoughts that are all alike leave RL without a signal (Table 1 of the paper).
+    """
+    prompts = [(s, i) for s in sources if isinstance(s, Demonstrations)
+               for i in spread(s.held, cfg.probe)][: cfg.probe]
+    mine, total, shown = prompts[dist.rank :: dist.world], np.zeros(5), ""
+    with model.unsharded(bb.net):
+        rows, targets = [], []
+        for source, i in mine:
+            messages, images, _ = source.question(i, think=True)
+            rows.append(model.encode(bb, messages, images, prompt_only=True))
+            targets.append(source.target(i))
+        keys = range(dist.rank, len(prompts), dist.world)
+        ids = model.generate(bb, rows, n=n, max_new=128, seed=cfg.seed, keys=keys)["ids"]
+    for b, target in enumerate(targets):
+        thoughts, actions = set(), set()
+        for one in ids[b * n : (b + 1) * n]:
+            good, thinks, fast = model.parse_actions(bb, one)
+            text = bb.tok.decode(one, skip_special_tokens=True)
+            thoughts.add(text.split("</think>")[0])
+            actions.add(tuple(fast))
+            reward = model.prefix_reward(fast, target)
+            total += [1, good and thinks, reward, 0, 0]
+            shown = shown or text
+        total += [0, 0, 0, len(thoughts), len(actions)]
+    count, good, reward, thoughts, actions = all_sum(total.tolist())
+    if dist.rank == 0 and shown:
+        print(f"a thinking rollout: {shown}", flush=True)
+    groups = max(count / n, 1)
+    return {"format": good / max(count, 1), "r_a": reward / max(count, 1),
+            f"thoughts_of_{n}": thoughts / groups, f"actions_of_{n}": actions / groups}
+
+
+def prepare(cfg):
+    """-> Backbone with its vocabulary, sources, their weights, the checkpoint to resume or None."""
+    paths = mixture(cfg.data)
+    newest = model.latest(cfg.out) if cfg.resume else None
+    fast = FastTokenizer.load(cfg.fast) if cfg.fast and not newest else None
+
+    def read(fast):
+        return [Conversations(p, fast, cfg.holdout) if p.endswith(".jsonl")
+                else Demonstrations(p, fast) for p, _ in paths]
+
+    sources = texts = None
+    if cfg.init.startswith("random:") and not newest:  # its tokenizer is trained on the data
+        sources = read(fast)
+        texts = itertools.chain(model.SENTENCES, *(
+            s.text() for s in sources if isinstance(s, Conversations)))
+    bb = model.load(newest or cfg.init, stages=("base", "sft"), seed=cfg.seed, texts=texts)
+    bb.fast = fast or bb.fast
+    if bb.fast is not None:
+        model.grow(bb, bb.fast.vocab_size)
+    sources = sources or read(bb.fast)
+    for k, s in enumerate(sources):
+        if s.name in [other.name for other in sources[:k]]:
+            s.name += str(k)
+    weights = [len(s) if w is None else w for s, (_, w) in zip(sources, paths)]
+    if newest:
+        old, new = bb.run["config"], asdict(cfg)
+        changed = [k for k in ("data", "seed", "batch", "holdout") if old[k] != new[k]]
+        if changed:
+            raise ValueError(f"{newest}: was run with another --{changed[0]}; resume with "
+                             f"--{changed[0]} {old[changed[0]]} or start anew in another --out")
+    if cfg.freeze_vision:
+        bb.net.model.visual.requires_grad_(False)
+    if cfg.recompute:
+        bb.net.gradient_checkpointing_enable({"use_reentrant": False})
+    return bb, sources, weights, newest
+
+
+def main(argv=None):
+    cfg = model.parse(Config, PRESETS, argv)
+    dist = model.setup(cfg.seed)
+    if cfg.batch % dist.world:
+        raise ValueError(f"--batch {cfg.batch} must be a multiple of {dist.world} ranks")
+    bb, sources, weights, newest = prepare(cfg)
+    net = model.shard(bb.net, dist)
+    net.train()
+    optim = model.optimizer(net, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2))
+    start = model.load_train_state(newest, net, optim)["step"] if newest else 0
+    rows = sum(len(s) for s in sources)
+    steps = cfg.steps or math.ceil(cfg.epochs * rows / cfg.batch)
+    picks = np.stack(order([len(s) for s in sources], weights, steps * cfg.batch, cfg.seed), 1)
+    run = {"stage": "sft" if bb.fast else "base", "config": asdict(cfg), "parent": cfg.init}
+    log = model.Log(cfg.out, cfg, dist)
+    seconds, logged, total = time.perf_counter(), start, np.zeros(3)
+
+    def fetch(step):
+        some = picks[step * cfg.batch : (step + 1) * cfg.batch]
+        return batches(bb, sources, some, cfg, dist)
+
+    with ThreadPoolExecutor(1) as pool:  # images and tokens of the next two steps
+        ahead = deque(pool.submit(fetch, s) for s in range(start, min(start + 2, steps)))
+        for step in range(start, steps):
+            micro = ahead.popleft().result()
+            if step + 2 < steps:
+                ahead.append(pool.submit(fetch, step + 2))
+            lr = model.lr_at(step, steps, cfg.lr, cfg.warmup)
+            for group in optim.param_groups:
+                group["lr"] = lr
+            count = all_sum(sum(int(b["target"][:, 1:].sum()) for b in micro))
+            for k, batch in enumerate(micro):
+                model.sync(net, last=k == len(micro) - 1)
+                loss, n, right = model.token_loss(net, model.to(batch, dist.device))
+                (loss * dist.world / count).backward()  # FSDP averages over ranks
+                total += [loss.item(), n.item(), right.item()]
+            norm = model.clip_grad(net.parameters(), cfg.clip)
+            optim.step()
+            optim.zero_grad()
+            done = step + 1
+            if done % cfg.log_every == 0 or done == steps:
+                loss, n, right = all_sum(total.tolist())
+                now = time.perf_counter()
+                log.write(step=done, loss=loss / n, acc=right / n, norm=norm, lr=lr,
+                          samples_s=cfg.batch * (done - logged) / (now - seconds))
+                seconds, logged, total = now, done, np.zeros(3)
+            if cfg.eval_every and done % cfg.eval_every == 0 and done < steps:
+                log.write(step=done, **evaluate(bb, sources, cfg, dist))
+                seconds = time.perf_counter()
+            if cfg.save_every and done % cfg.save_every == 0:
+                model.save(Path(cfg.out) / f"step_{done:06d}", bb, {**run, "step": done},
+                           optim=optim)
+    metrics = evaluate(bb, sources, cfg, dist)
+    if cfg.probe and any(isinstance(s, Demonstrations) for s in sources):
+        metrics |= thinking_rollouts(bb, sources, cfg, dist)
+    log.write(step=steps, **metrics)
+    model.save(Path(cfg.out) / "final", bb, {**run, "step": steps, "metrics": metrics})
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as e:
+        raise SystemExit(f"error: {e}") from e

@@ -1,0 +1,100 @@
+"""Intervals against hand-worked numbers, the trial runner against scripted policies, the table."""
+
+import json
+
+import numpy as np
+import pytest
+
+import evaluate
+from benchmarks import tabletop as tt
+
+
+def test_wilson_against_a_worked_example():
+    """8 of 10: Wilson's interval is 0.490 to 0.943 (e.g. Newcombe 1998); 0 of n starts at 0."""
+    value = evaluate.wilson(8, 10)
+    assert (round(value["low"], 3), round(value["high"], 3), value["n"]) == (0.490, 0.943, 10)
+    assert evaluate.wilson(0, 20)["low"] == 0 and evaluate.wilson(20, 20)["high"] == 1
+    with pytest.raises(ValueError, match="at least one"):
+        evaluate.wilson(0, 0)
+
+
+def test_bootstrap_covers_the_mean_and_is_repeatable():
+    values = np.random.default_rng(1).normal(2, 1, 400)
+    value = evaluate.bootstrap(values)
+    assert value == evaluate.bootstrap(values) and value["low"] < values.mean() < value["high"]
+    assert value["high"] - value["low"] == pytest.approx(2 * 1.96 / 20, rel=0.15)
+    assert evaluate.bootstrap([])["n"] == 0
+
+
+class Scripted:
+    """A policy with the interface of vla.Policy that reads the expert off the environments."""
+
+    horizon = 8
+
+    def __init__(self, trials, still=False):
+        self.trials, self.still = trials, still
+
+    def act_batch(self, images, instructions, states):
+        chunks = []
+        for instruction, state in zip(instructions, states):
+            env = next(t.env for t in self.trials if not t.done and t.env.instruction == instruction
+                       and np.allclose(t.env.pos, state[:3], atol=1e-6))
+            twin, chunk = env.clone(), []
+            for _ in range(8):
+                chunk.append(np.zeros(7) if self.still else twin.expert()[0])
+                twin.advance(chunk[-1])
+            chunks.append(np.stack(chunk))
+        return np.stack(chunks)
+
+
+def test_closed_loop_counts_what_the_expert_solves_and_a_still_hand_does_not():
+    suites = ["spatial", "object", "goal", "long", "chain"]
+    trials = evaluate.make_trials(suites, 1, 3)
+    evaluate.drive(Scripted(trials), trials, execute=4, batch=16)
+    assert all(t.done for t in trials)
+    assert [t.solved for t in trials] == [1] * 40 + [5] * 3
+    trials = evaluate.make_trials(["goal", "chain"], 1, 2)
+    evaluate.drive(Scripted(trials, still=True), trials, execute=4, batch=16)
+    assert [t.solved for t in trials] == [0] * 12
+    assert all(t.env.steps == t.env.limit for t in trials)
+
+
+def test_trials_are_the_fixed_evaluation_states():
+    a, b = (evaluate.make_trials(["object"], 2, 0) for _ in range(2))
+    assert len(a) == 20
+    for x, y in zip(a, b):
+        assert (x.env.render() == y.env.render()).all()
+    env = tt.Tabletop("object")
+    env.reset(0, 0, "train")
+    assert (a[0].env.render() != env.render()).any()
+
+
+def results(tmp_path, arms):
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps({"preset": "p", "arms": arms, "seeds": [0], "hardware": "h",
+                                "minutes": 1, "versions": {}, "commands": []}))
+    return path
+
+
+def test_report_table_and_paired_differences(tmp_path, capsys):
+    def arm(shift):
+        values = [round(0.2 + shift + 0.001 * i, 4) for i in range(51)]
+        metrics = {"think sampled r_a": evaluate.bootstrap(values),
+                   "success": evaluate.wilson(30, 40)}
+        return {"metrics": metrics, "paired": {"think sampled r_a": values}}
+
+    path = results(tmp_path, {"SFT": arm(0), "SFT+RL": arm(0.05)})
+    evaluate.main(["report", str(path), "--markdown", str(tmp_path / "r.md")])
+    out = capsys.readouterr().out
+    assert "| SFT+RL | - | - | 0.275 [" in out and "75.0 [" in out
+    # every prompt gained 0.05, so the interval of the difference has no width
+    assert "think sampled r_a: SFT+RL - SFT = 0.050 [0.050, 0.050], n 51" in out
+    assert (tmp_path / "r.md").read_text() in out
+
+
+def test_bad_results_file_is_one_line(tmp_path):
+    (tmp_path / "bad.json").write_text('{"arms": {')
+    with pytest.raises(SystemExit, match=r"bad.json:1: not JSON .*delete the file"):
+        evaluate.main(["report", str(tmp_path / "bad.json")])
+    with pytest.raises(SystemExit, match="choose from spatial"):
+        evaluate.main(["tabletop", "--policy", "x", "--suites", "spatial,moon"])

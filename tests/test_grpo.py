@@ -1,0 +1,444 @@
+"""Stage 2: reward, advantage and loss by hand, the shared prompt against full rows, ranks, resume."""
+
+import json
+import math
+import os
+import shutil
+import socket
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from safetensors.numpy import save_file
+from torch.distributed.fsdp import fully_shard
+
+import grpo
+import model
+from fast_tokenizer import FastTokenizer, episodes
+
+K, A = 4, 3
+SMALL = ["--prompts", "4", "--batch", "2", "--group", "4", "--max-new", "10", "--eval-prompts", "3",
+         "--eval-every", "2", "--save-every", "0", "--show-every", "0", "--lr", "0.003"]
+
+
+def chunks(n, seed=0):
+    return np.random.default_rng(seed).normal(0, 0.5, (n, K, A)).astype(np.float32)
+
+
+def backbone(size="tiny-qwen3-vl"):
+    bb = model.load(f"random:{size}")
+    bb.fast = FastTokenizer.fit(chunks(200), vocab_size=48, scale=2)
+    model.grow(bb, bb.fast.vocab_size)
+    return bb
+
+
+@pytest.fixture(scope="module")
+def bb():
+    return backbone()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """An SFT checkpoint and three episodes, the last of them held out."""
+    root = tmp_path_factory.mktemp("grpo")
+    model.save(root / "sft", backbone(), {"stage": "sft", "step": 1, "config": {}, "parent": ""})
+    (root / "data").mkdir()
+    for e in range(3):
+        rng, T = np.random.default_rng(e), 6 + e
+        save_file({"image": rng.integers(0, 255, (T, 32, 32, 3), np.uint8),
+                   "state": np.zeros((T, 2), np.float32),
+                   "action": rng.normal(0, 0.5, (T, A)).astype(np.float32)},
+                  root / "data" / f"episode_{e:06d}.safetensors",
+                  {"task": f"put the red block {'far ' * e}to the left", "fps": "5"})
+    return root
+
+
+def prompt_rows(bb, lengths):
+    """Prompts of unequal length, each with its own image."""
+    rng = np.random.default_rng(0)
+    return [model.encode(bb, [{"role": "user", "content": "<image>" + "go left " * n}],
+                         [rng.integers(0, 255, (32, 32 + 16 * (n % 2), 3), np.uint8)],
+                         prompt_only=True) for n in lengths]
+
+
+def test_advantage_by_hand():
+    r = torch.tensor([[1.0, 0, 0, 0], [0.7, 0.7, 0.7, 0.7]])
+    adv, ties = grpo.advantage(r)  # mean .25, std sqrt((.75^2 + 3 x .25^2) / 3) = .5
+    assert torch.allclose(adv[0], torch.tensor([1.5, -0.5, -0.5, -0.5]), atol=1e-5)
+    assert adv[1].tolist() == [0, 0, 0, 0] and ties.tolist() == [False, True]
+    assert grpo.advantage(r, "drgrpo")[0][0].tolist() == [0.75, -0.25, -0.25, -0.25]
+    assert torch.isfinite(grpo.advantage(torch.ones(3, 1))[0]).all()  # greedy evaluation: G = 1
+
+
+@pytest.mark.parametrize(("ratio", "adv", "loss", "slope"), [
+    (1.0, 2.0, -2.0, -2.0),  # on-policy: the plain policy gradient
+    (1.5, 1.0, -1.3, 0.0),  # good and already likelier: clipped at 1 + .3
+    (0.5, 1.0, -0.5, -0.5),  # good but less likely: not clipped
+    (0.5, -1.0, 0.8, 0.0),  # bad and already less likely: clipped at 1 - .2
+    (1.5, -1.0, 1.5, 1.5),  # bad but likelier: not clipped
+    (5.0, -1.0, 3.0, 0.0),  # dual clip
+    (5.0, -0.5, 1.5, 0.0),  # dual clip is in units of the advantage
+])
+def test_clip_by_hand(ratio, adv, loss, slope):
+    logp = torch.tensor([[math.log(ratio) - 1]], requires_grad=True)
+    old, one = torch.full((1, 1), -1.0), torch.ones(1, 1)
+    value, info = grpo.policy_loss(logp, old, adv * one, one)
+    value.backward()
+    assert value.item() == pytest.approx(loss, abs=1e-5)
+    assert logp.grad.item() == pytest.approx(slope, abs=1e-5)
+    assert info["clip"].item() == (slope == 0)
+
+
+def test_dual_clip_off():
+    logp = torch.tensor([[math.log(5.0)]])
+    one = torch.ones(1, 1)
+    assert grpo.policy_loss(logp, 0 * one, -one, one, dual_clip=0)[0].item() == pytest.approx(5)
+
+
+def test_kl_sign_and_estimate():
+    one = torch.ones(1, 1)
+    logp = torch.tensor([[-1.0]], requires_grad=True)
+    loss, info = grpo.policy_loss(logp, logp.detach(), 0 * one, one, -2 * one, kl=1.0)
+    loss.backward()
+    assert info["kl"].item() == pytest.approx(math.exp(-1), abs=1e-6)  # e^-1 - (-1) - 1
+    assert logp.grad.item() == pytest.approx(1 - math.exp(-1))  # descent makes it less likely again
+    p, q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.3, 0.3, 0.4])
+    _, info = grpo.policy_loss(p.log(), p.log(), 0 * p, torch.ones(3), q.log())
+    each = [grpo.policy_loss(a[None], a[None], a[None] * 0, one[0], b[None])[1]["kl"].item()
+            for a, b in zip(p.log(), q.log())]
+    assert min(each) >= 0
+    assert np.dot(p.numpy(), each) == pytest.approx((p * (p / q).log()).sum().item(), abs=1e-6)
+
+
+def test_mask_counts():
+    logp = torch.zeros(2, 3, requires_grad=True)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    old = torch.where(mask.bool(), 0.0, torch.nan)  # padding may hold anything
+    adv = torch.tensor([[1.0], [-2.0]])
+    loss, info = grpo.policy_loss(logp, old, adv, mask, old, kl=0.5)
+    assert loss.item() == -1 - 1 + 2 and info["kl"].item() == 0  # a sum: the caller divides
+    loss, _ = grpo.policy_loss(logp, 0 * logp.detach(), adv, mask)
+    loss.backward()
+    assert logp.grad.tolist() == [[-1, -1, 0], [2, 0, 0]]
+
+
+def ids_of(bb, text):
+    return bb.tok.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def test_reward_cases(bb):
+    target = bb.fast.encode(chunks(1, seed=5))[0]
+    m, act = len(target), model.action_answer(target)
+    body = act.removeprefix("<answer>").removesuffix("</answer>")
+    good = f"<think>go left</think>{act}<|im_end|>"
+    cases = {  # text -> r_f, tags, markers, decodes
+        good: (1, 1, 1, 1),
+        f" <think>go\nleft</think>\n{act}<|im_end|>": (1, 1, 1, 1),
+        good.replace("<think>", ""): (0, 0, 1, 1),
+        good.replace("</think>", ""): (0, 0, 1, 1),
+        good.replace("go left", " "): (0, 0, 1, 1),  # an empty thought
+        good.replace("<answer>", ""): (0, 0, 1, 1),
+        good.replace("</answer>", ""): (0, 0, 1, 1),
+        good.replace("<|im_end|>", ""): (0, 0, 1, 1),  # cut at --max-new
+        act + "<|im_end|>": (0, 0, 1, 1),  # no thought
+        good.replace("<|im_end|>", " and so on<|im_end|>"): (0, 0, 1, 1),
+        good.replace("<ACTION_START>", ""): (0, 1, 0, 0),
+        good.replace("<ACTION_END>", ""): (0, 1, 0, 1),
+        good.replace(body, "go left"): (0, 1, 0, 0),
+        good.replace(body, "<ACTION_START><ACTION_END>"): (0, 1, 0, 0),
+        good.replace("<ACTION_END>", "left<ACTION_END>"): (0, 1, 0, 1),
+        good.replace("go left", "<FAST_1>"): (0, 1, 0, 1),  # action tokens in the thought
+        good.replace(body, body + body): (0, 1, 0, 1),
+        good.replace("<ACTION_START>", "<ACTION_START><FAST_0>"): (0, 1, 1, 0),  # too many values
+        "": (0, 0, 0, 0),
+    }
+    rows = [ids_of(bb, text) for text in cases]
+    r, info = grpo.reward(bb, rows, [target] * len(rows))
+    for i, (text, (form, tags, markers, decodes)) in enumerate(cases.items()):
+        got = [info[k][i] for k in ("r_f", "tags", "markers", "decodes")]
+        assert got == [form, tags, markers, decodes], text
+        assert r[i] == form, text  # the action is the target's: r_a is 1, or 0 where r_f is
+        assert info["r_a"][i] == form, text
+    assert grpo.reward(bb, [ids_of(bb, act + "<|im_end|>")], [target], think=False)[0] == [1]
+    assert len(grpo.reward(bb, [], [])[0]) == 0
+    with pytest.raises(ValueError, match="prefix, l1 or lcs"):
+        grpo.reward(bb, rows[:1], [target], "exact")
+    assert m > 2
+
+
+def test_reward_of_partly_right_actions(bb):
+    # one token a coefficient, so that every sequence of K x A of them decodes
+    letters = [i for i, piece in bb.fast.pieces.items() if len(piece.decode()) == 1]
+    a, b, *_ = letters
+    target = [a] * 12
+
+    def score(action, kind="prefix", target=target):
+        text = f"<think>x</think>{model.action_answer(action)}<|im_end|>"
+        r, info = grpo.reward(bb, [ids_of(bb, text)], [target], kind)
+        assert r[0] == (info["r_f"][0] + info["r_a"][0]) / 2
+        return info["r_a"][0]
+
+    assert score([a] * 12) == 1
+    assert score([a] * 3 + [b] + [a] * 8) == 3 / 12
+    assert score([b] + [a] * 11) == 0
+    assert score([b] + [a] * 11, "lcs") == 11 / 12
+    merged = next(i for i, p in bb.fast.pieces.items() if len(p.decode()) == 2)
+    # a full match of a shorter target, then surplus tokens: max(m, n) makes them cost
+    assert score([a] * 12, target=[a] * 10 + [merged]) == 10 / 12
+    assert score([a] * 10 + [merged], target=[a] * 12) == 10 / 12
+    gap = np.abs(np.subtract(*bb.fast.decode([[b] + [a] * 11, target])[0])).mean()
+    assert score([b] + [a] * 11, "l1") == pytest.approx(math.exp(-gap / 0.1), rel=1e-5)
+    assert score([a] * 12, "l1") == 1
+    assert score([a] * 13, "l1") == 0  # does not decode: a failure, never zeros
+
+
+def test_surplus_tokens_are_punished():
+    assert model.prefix_reward([1, 2, 3], [1, 2, 3]) == 1
+    assert model.prefix_reward([1, 2, 3, 4], [1, 2, 3]) == 0.75
+    assert model.prefix_reward([], [1, 2]) == model.prefix_reward([], []) == 0
+
+
+def test_common_subsequence():
+    assert grpo.common_subsequence([1, 2, 3, 4], [2, 9, 4, 1]) == 2
+    assert grpo.common_subsequence([], [1]) == grpo.common_subsequence([1], [2]) == 0
+
+
+@pytest.mark.parametrize("size", ["tiny-qwen3-vl", "tiny-qwen2.5-vl", "tiny-vlm"])
+def test_shared_prompt_equals_full_rows(size):
+    """Log-probabilities and gradients of the update against plain right-padded rows."""
+    bb, G, lengths = backbone(size), 3, [5, 1, 4, 7, 2, 3, 6, 6, 1]
+    bb.net.train()
+    rows, rng = prompt_rows(bb, [3, 12, 6]), np.random.default_rng(1)
+    T = max(lengths)
+    ids = torch.from_numpy(rng.integers(5, 300, (9, T)))
+    mask = (torch.arange(T) < torch.tensor(lengths)[:, None]).long()
+    ids = ids.masked_fill(mask == 0, bb.vocab.pad)
+    weight = torch.randn(9, T, generator=torch.Generator().manual_seed(0)) * mask
+
+    def gradients(logp):
+        bb.net.zero_grad()
+        (logp * weight).sum().backward()
+        return {k: p.grad.clone() for k, p in bb.net.named_parameters() if p.grad is not None}
+
+    logp, entropy = grpo.shared_logp(bb, rows, ids, mask, temperature=0.7)
+    shared = gradients(logp)
+    full_rows = []
+    for i, row in enumerate(rows[i // G] for i in range(9)):
+        n, new = len(row["ids"]), ids[i, : lengths[i]].numpy()
+        pos = row["pos"].max() + 1 + np.arange(len(new))
+        full_rows.append({**row, "ids": np.concatenate([row["ids"], new]),
+                          "target": np.arange(n + len(new)) >= n,
+                          "pos": np.concatenate([row["pos"], np.tile(pos, (3, 1))], 1)})
+    batch = model.collate(full_rows, bb.vocab.pad)
+    on = batch["target"][:, 1:]
+    flat, flat_entropy = model.logp(bb.net, model.hidden(bb.net, batch)[:, :-1][on],
+                                    batch["ids"][:, 1:][on], 0.7, bb.vocab.banned)
+    plain = torch.zeros(9, T).masked_scatter(mask.bool(), flat)
+    assert torch.allclose(logp, plain, atol=1e-5)
+    assert torch.allclose(entropy[mask.bool()], flat_entropy, atol=1e-5)
+    assert (logp[mask == 0] == 0).all()
+    full = gradients(plain)
+    assert full.keys() == shared.keys() and len(full) > 20
+    for k, g in full.items():
+        assert (g - shared[k]).abs().max() <= 1e-5 * max(1.0, g.abs().max()), k
+
+
+def make_groups(bb, n=3, G=4, max_new=6):
+    cfg = grpo.Config(group=G, max_new=max_new)
+    rows = prompt_rows(bb, range(2, 2 + n))
+    targets = bb.fast.encode(chunks(n))
+    groups, sums, _ = grpo.rollout(bb, cfg, rows, targets, range(n), 0, G)
+    for i, g in enumerate(groups):  # an untrained model earns nothing: rewards by hand
+        g.adv, g.tie = torch.linspace(-1, 1, G), False
+        if i == 1:
+            g.adv, g.tie = torch.zeros(G), True
+    return groups, sums
+
+
+def test_first_update_is_on_policy(bb):
+    """The sampler's log-probabilities are those of the update: ratio 1, nothing clipped."""
+    groups, sums = make_groups(bb)
+    assert sums["reward"][1] == 12 and sums["ties"] == [3.0, 3]
+    logp, _ = grpo.shared_logp(bb, [groups[0].row], groups[0].ids, groups[0].mask)
+    assert torch.allclose(logp, groups[0].logp, atol=1e-5)
+    _, info = grpo.group_loss(bb, None, groups, grpo.Config())
+    assert info["clip"] == 0 and info["kl"] == 0
+
+
+def step_once(groups, **flags):
+    """One update of a fresh backbone -> (sums, weights)."""
+    bb, dist = backbone(), model.Dist(0, 1, torch.device("cpu"))
+    cfg = grpo.Config(batch=len(groups), group=4, max_new=6, **flags)
+    optim = model.optimizer(bb.net, 1e-3, 0.0, (0.9, 0.999))
+    ref = backbone() if cfg.kl else None
+    info = grpo.update(bb, ref, optim, groups, cfg, dist, "step 7")
+    return info, torch.cat([p.detach().flatten() for p in bb.net.parameters()])
+
+
+def test_skipping_ties_changes_nothing_without_kl(bb):
+    """A tied group has no gradient, and its tokens stay in the denominator."""
+    groups, _ = make_groups(bb)
+    skip, w_skip = step_once(groups, kl=0.0)
+    every, w_every = step_once(groups, kl=0.0, skip_ties=False, micro_batch=2)
+    assert skip["forwarded"] < every["forwarded"]
+    assert skip["loss"] == pytest.approx(every["loss"], abs=1e-6)
+    assert skip["grad_norm"] == pytest.approx(every["grad_norm"], rel=1e-4)
+    assert (w_skip - w_every).abs().max() < 1e-4
+    for g in groups:
+        g.tie = True
+    nothing, same = step_once(groups, kl=0.0)
+    assert nothing == {} and (same - torch.cat(
+        [p.detach().flatten() for p in backbone().net.parameters()])).abs().max() == 0
+
+
+def test_constant_denominator(bb):
+    groups, _ = make_groups(bb)
+    tokens = sum(int(g.mask.sum()) for g in groups)
+    mean, _ = step_once(groups, kl=0.0)
+    constant, _ = step_once(groups, kl=0.0, adv="drgrpo")
+    assert mean["grad_norm"] * tokens == pytest.approx(constant["grad_norm"] * 3 * 4 * 6, rel=1e-4)
+
+
+def test_non_finite_loss_stops(bb):
+    groups, _ = make_groups(bb)
+    groups[0].logp[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="step 7, rank 0: the loss is nan"):
+        step_once(groups)
+
+
+def test_prompt_order():
+    first = grpo.order(0, 10, range(10))
+    assert sorted(first) == list(range(10)) and first != sorted(first)  # an epoch sees all, once
+    both = grpo.order(0, 10, range(4, 14))
+    assert both[:6] == first[4:] and both[6:] == grpo.order(0, 10, range(10, 14))
+    assert grpo.order(0, 10, range(1, 9, 2)) == first[1:9:2]  # a rank's share
+    assert grpo.order(1, 10, range(10)) != first
+
+
+def test_prompts_match_their_targets(bb, world):
+    files = episodes(world / "data")
+    rows, targets = grpo.prompt_rows(bb, files, [0, 5, 6, 12, 13])
+    assert targets[2] == bb.fast.encode(files[1].action[None, :K])[0]
+    assert targets[1] == bb.fast.encode(files[0].action[[5, 5, 5, 5]][None])[0]  # past the end
+    text = bb.tok.decode(rows[4]["ids"])
+    assert files[2].task in text and model.THINK in text and text.endswith("assistant\n")
+    assert np.array_equal(rows[3]["patches"], model.patchify(files[1].frame(6), bb.images)[0])
+
+
+def test_grpo_raises_the_reward(monkeypatch):
+    """A bandit: the reward is whether one token was used; a few steps must make it common."""
+    bb = backbone()
+    wanted = ids_of(bb, "e")[0]
+
+    def contains(bb, ids, targets, kind):
+        r = np.array([float(wanted in i) for i in ids])
+        return r, {k: r for k in ("r_f", "r_a", "tags", "markers", "decodes")}
+
+    monkeypatch.setattr(grpo, "reward", contains)
+    cfg = grpo.Config(batch=2, group=16, max_new=6, kl=0.0)
+    dist, history = model.Dist(0, 1, torch.device("cpu")), []
+    optim = model.optimizer(bb.net, 3e-3, 0.0, (0.9, 0.999))
+    rows = prompt_rows(bb, [1, 4])
+    for step in range(25):
+        keys = range(2 * step, 2 * step + 2)
+        groups, sums, _ = grpo.rollout(bb, cfg, rows, [[1], [1]], keys, 0, cfg.group)
+        grpo.update(bb, None, optim, groups, cfg, dist, f"step {step}")
+        history.append(sums["reward"][0] / sums["reward"][1])
+    assert np.mean(history[:3]) < 0.3 and np.mean(history[-3:]) > 0.8, history
+
+
+def flags(world, out, *more):
+    return ["tabletop", "--init", str(world / "sft"), "--data", str(world / "data"), "--out",
+            str(world / out), *SMALL, *more]
+
+
+def spread_rewards(bb, ids, targets, kind="prefix"):
+    """Untrained rollouts all earn 0; here groups differ within, but for those of some targets."""
+    r = np.array([sum(i) % 5 / 5 * (len(t) % 2) for i, t in zip(ids, targets)])
+    return r, {k: r for k in ("r_f", "r_a", "tags", "markers", "decodes")}
+
+
+def records(out):
+    return [json.loads(line) for line in open(out / "log.jsonl")]
+
+
+def weights(folder):
+    return dict(model.load(folder).net.named_parameters())
+
+
+def test_resume_equals_uninterrupted(world, monkeypatch):
+    monkeypatch.setattr(grpo, "reward", spread_rewards)
+    grpo.main(flags(world, "whole", "--steps", "4"))
+    grpo.main(flags(world, "parts", "--steps", "4", "--save-every", "2"))
+    final = weights(world / "parts" / "final")
+    shutil.rmtree(world / "parts" / "step_000004")  # as if killed in step 3
+    grpo.main(flags(world, "parts", "--steps", "4", "--save-every", "2", "--resume"))
+    whole = weights(world / "whole" / "final")
+    for k, p in weights(world / "parts" / "final").items():
+        assert torch.equal(p, whole[k]) and torch.equal(p, final[k]), k
+    assert any(not torch.equal(p, whole[k]) for k, p in weights(world / "sft").items())
+    steps = [r["step"] for r in records(world / "parts") if "r_f" in r]
+    assert steps == [1, 2, 3, 4, 3, 4]
+    run = json.loads((world / "whole" / "final" / "run.json").read_text())
+    assert (run["stage"], run["step"], run["parent"]) == ("grpo", 4, str(world / "sft"))
+    with pytest.raises(ValueError, match="was run with --lr"):
+        grpo.main(flags(world, "parts", "--steps", "5", "--lr", "0.1", "--resume"))
+
+
+def one_rank(rank, argv, port):
+    """A torchrun process; blocks are sharded one by one, which model.shard does to large models."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), OMP_NUM_THREADS="1",
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    whole = model.shard
+
+    def by_block(net, dist):
+        for block in [*net.model.visual.blocks, *net.model.language_model.layers]:
+            fully_shard(block)
+        return whole(net, dist)
+
+    model.shard, grpo.reward = by_block, spread_rewards
+    grpo.main(argv)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_equal_one(world, monkeypatch):
+    monkeypatch.setattr(grpo, "reward", spread_rewards)
+    more = ["--steps", "2", "--micro-batch", "1"]
+    grpo.main(flags(world, "one", *more))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(one_rank, (flags(world, "two", *more), port), nprocs=2)
+    one, two = records(world / "one"), records(world / "two")
+    assert len(one) == len(two) == 5 and two[0]["world"] == 2  # header, 2 evaluations, 2 steps
+    for a, b in zip(one[1:], two[1:]):
+        for k in a.keys() - {"seconds", "rollout_s", "update_s", "tokens_s"}:
+            assert a[k] == pytest.approx(b[k], rel=1e-3, abs=1e-5), (a["step"], k)
+    # in one update only one rank has a group left, and the other forwards along
+    assert one[2]["grad_norm"] > 0 and 0 < one[2]["ties"] + one[3]["ties"] < 2
+    gap = [(p - q).abs().max().item() for p, q in
+           zip(weights(world / "one" / "final").values(), weights(world / "two" / "final").values())]
+    assert max(gap) < 3e-4  # Adam makes much of the last bits of tiny gradients; 2 steps move 6e-3
+
+
+def test_bad_input_is_one_line(world, tmp_path):
+    def error(*more, **kw):
+        with pytest.raises((ValueError, FileNotFoundError), **kw):
+            grpo.main(flags(world, "bad", "--steps", "1", *more))
+
+    plain = model.load("random:tiny-qwen3-vl")
+    for stage in ("sft", "vla"):
+        model.save(tmp_path / stage, plain, {"stage": stage, "step": 1, "config": {}, "parent": ""})
+    error("--init", str(tmp_path / "vla"), match="stage 'vla', expected sft or grpo")
+    error("--init", str(tmp_path / "sft"), match="no fast/ in this checkpoint")
+    error("--init", str(tmp_path / "none"), match="no such folder")
+    error("--data", str(tmp_path), match="no episode_")
+    error("--prompts", "3", match="--prompts 3 must be a multiple of --batch 2")
+    error("--group", "1", match="at least 2 completions")
+    error("--reward", "exact", match="--reward exact")
+    two = {"image": np.zeros((4, 32, 32, 3), np.uint8), "state": np.zeros((4, 2), np.float32),
+           "action": np.zeros((4, 2), np.float32)}
+    for i in range(2):
+        save_file(two, tmp_path / f"episode_{i}.safetensors", {"task": "go"})
+    error("--data", str(tmp_path), match="actions have 2 dimensions, the tokenizer in .* 3")

@@ -1,0 +1,380 @@
+"""model.py against transformers, hand-worked numbers, and itself (1 process against 2)."""
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers.cache_utils import DynamicCache
+
+import model
+from fast_tokenizer import FastTokenizer
+
+SIZES = ["tiny-qwen3-vl", "tiny-qwen2.5-vl", "tiny-vlm"]
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def bb(request):
+    bb = model.load(f"random:{request.param}", seed=1)
+    bb.run["size"] = request.param
+    return bb
+
+
+def image(height, width, seed=0):
+    return model.rng(seed, height, width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def talk(seed=0, words=5):
+    return [
+        {"role": "user", "content": "<image>Where is it?" + " block" * words},
+        {"role": "assistant", "content": "<think>It is near.</think><answer>d5</answer>"},
+        {"role": "user", "content": "And<image> this <image>?"},
+        {"role": "assistant", "content": "to the left" + " of" * seed}]
+
+
+def rows_of(bb, n=3):
+    sizes = [(64, 64), (48, 80), (96, 32)]
+    return [model.encode(bb, talk(k, 3 * k), [image(*size, k) for size in sizes]) for k in range(n)]
+
+
+def extra(bb, batch):
+    """The arguments of transformers' own forward."""
+    return {"input_ids": batch["ids"], "attention_mask": batch["mask"],
+            "pixel_values": batch["patches"], "image_grid_thw": batch["grid"],
+            "mm_token_type_ids": (batch["ids"] == bb.vocab.image).int()}
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_positions_equal_get_rope_index(bb, left):
+    batch = model.collate(rows_of(bb), bb.vocab.pad, left)
+    theirs, _ = bb.net.model.get_rope_index(
+        batch["ids"], (batch["ids"] == bb.vocab.image).int(), batch["grid"],
+        attention_mask=batch["mask"])
+    assert torch.equal(batch["pos"], theirs)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (37, 101), (250, 31), (16, 16), (9, 300), (700, 650)])
+def test_patchify_equals_the_image_processor(bb, size, tmp_path):
+    bb.images.save(tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    assert model.ImageSpec.load(tmp_path) == bb.images
+    theirs = processor(images=[image(*size)], return_tensors="np")
+    patches, grid = model.patchify(image(*size), bb.images)
+    assert tuple(theirs["image_grid_thw"][0]) == grid
+    np.testing.assert_allclose(patches, theirs["pixel_values"], atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (64, 64, 4)])
+def test_patchify_rejects_other_arrays(bb, shape):
+    with pytest.raises(ValueError, match="give uint8"):
+        model.patchify(np.zeros(shape, np.uint8), bb.images)
+
+
+@pytest.mark.parametrize("prompt_only", [False, True])
+@pytest.mark.parametrize("system", [False, True])
+def test_encode_equals_the_chat_template(bb, prompt_only, system):
+    messages = talk(2)[:3] if prompt_only else talk(2)
+    if system:
+        messages = [{"role": "system", "content": "Be brief."}, *messages]
+    row = model.encode(bb, messages, [image(64, 64)] * 3, prompt_only)
+    parts = []
+    for m in messages:
+        cut = m["content"].split("<image>")
+        content = [{"type": "text", "text": cut[0]}]
+        for text in cut[1:]:
+            content += [{"type": "image"}, {"type": "text", "text": text}]
+        parts.append({"role": m["role"], "content": content})
+    text = bb.tok.apply_chat_template(parts, tokenize=False, add_generation_prompt=prompt_only)
+    tokens = 64 // bb.images.patch // bb.images.merge
+    text = text.replace("<|image_pad|>", "<|image_pad|>" * tokens**2)
+    assert row["ids"].tolist() == bb.tok(text)["input_ids"]
+
+
+def test_targets_are_the_assistants_turns_with_their_end(bb):
+    row = model.encode(bb, talk(1), [image(64, 64)] * 3)
+    assert bb.tok.decode(row["ids"][row["target"]]) == (
+        "<think>It is near.</think><answer>d5</answer><|im_end|>to the left of<|im_end|>")
+
+
+def test_encode_names_the_disagreement(bb):
+    with pytest.raises(ValueError, match='3 "<image>" but 2 images'):
+        model.encode(bb, talk(), [image(64, 64)] * 2)
+    with pytest.raises(ValueError, match="image_pad"):
+        model.encode(bb, [{"role": "user", "content": "<|image_pad|>"}])
+
+
+def test_token_loss_equals_transformers_labels(bb):
+    batch = model.collate(rows_of(bb), bb.vocab.pad)
+    labels = batch["ids"].masked_fill(~batch["target"], -100)
+    theirs = bb.net(**extra(bb, batch), labels=labels).loss
+    loss, count, right = model.token_loss(bb.net, batch)
+    assert count == batch["target"].sum() and 0 <= right <= count
+    torch.testing.assert_close(loss / count, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_packed_rows_equal_padded_rows(bb):
+    rows = rows_of(bb, 4)
+    rows.insert(1, model.encode(bb, [{"role": "user", "content": "Hello"}]))  # one without images
+    results = []
+    for batch in (model.collate(rows, bb.vocab.pad), model.pack(rows)):
+        bb.net.zero_grad()
+        loss, count, right = model.token_loss(bb.net, batch)
+        (loss / count).backward()
+        results.append((loss.detach(), count, right, [p.grad for p in bb.net.parameters()]))
+        bb.net.zero_grad()
+    (a, n, right, g), (b, m, same, h) = results
+    assert n == m and right == same
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+    for x, y in zip(g, h):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
+
+
+def test_hidden_does_not_depend_on_padding_or_on_the_cache(bb):
+    rows = rows_of(bb)
+    right, left = (model.collate(rows, bb.vocab.pad, side) for side in (False, True))
+    with torch.no_grad():
+        a, b = model.hidden(bb.net, right), model.hidden(bb.net, left)
+    for k, row in enumerate(rows):
+        T = len(row["ids"])
+        torch.testing.assert_close(a[k, :T], b[k, -T:], rtol=1e-4, atol=1e-4)
+    # the last 5 tokens, which are text, through a cache
+    whole = model.collate(rows[:1], bb.vocab.pad)
+    cache = DynamicCache(config=bb.net.config.text_config)
+    head = {k: v[..., :-5] if k in ("ids", "mask", "pos") else v for k, v in whole.items()}
+    tail = {**whole, "ids": whole["ids"][:, -5:], "pos": whole["pos"][..., -5:], "patches": None}
+    with torch.no_grad():
+        parts = model.hidden(bb.net, head, cache), model.hidden(bb.net, tail, cache)
+        whole = model.hidden(bb.net, whole)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_logp_and_entropy_by_hand(bb):
+    rows = torch.randn(4, bb.net.config.text_config.hidden_size)
+    logits = bb.net.lm_head(rows) / 0.7
+    logits[:, bb.vocab.banned] = -torch.inf
+    p = logits.softmax(-1)
+    got, entropy = model.logp(bb.net, rows, torch.tensor([1, 2, 3, 4]), 0.7, bb.vocab.banned)
+    torch.testing.assert_close(got, p[range(4), [1, 2, 3, 4]].log(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(entropy, -(p * p.clamp(min=1e-30).log()).sum(-1),
+                               rtol=1e-4, atol=1e-5)
+    assert not entropy.requires_grad
+
+
+def test_truncated_features_are_the_hidden_states_of_that_layer():
+    bb = model.load("random:tiny-vlm")
+    batch = model.collate(rows_of(bb), bb.vocab.pad)
+    with torch.no_grad():
+        theirs = bb.net(**extra(bb, batch), output_hidden_states=True).hidden_states[2]
+        model.truncate(bb.net, 2)
+        ours, mask = model.features(bb, batch)
+    count = mask.bool()
+    torch.testing.assert_close(ours[count], theirs[count], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"1\.\.2"):
+        model.truncate(bb.net, 3)
+
+
+def test_grow_adds_once_keeps_old_rows_and_ties(bb):
+    bb = model.load(f"random:{SIZES[0]}")
+    table, old = bb.net.get_input_embeddings().weight, len(bb.tok)
+    before, rows = table[:old].clone(), len(table)
+    assert bb.vocab.start is None and bb.vocab.fast == []
+    model.grow(bb, 3)  # fits into the padding rows: the table stays
+    assert len(bb.net.get_input_embeddings().weight) == rows
+    model.grow(bb, 100)
+    table = bb.net.get_input_embeddings().weight
+    assert len(table) >= len(bb.tok) == old + 102 and len(table) % 64 == 0
+    assert bb.net.lm_head.weight is table and bb.net.config.text_config.vocab_size == len(table)
+    assert torch.equal(table[:old], before)
+    assert bb.vocab.start == bb.tok.convert_tokens_to_ids("<ACTION_START>")
+    assert bb.tok.convert_ids_to_tokens(bb.vocab.fast) == [f"<FAST_{i}>" for i in range(100)]
+    assert set(range(len(bb.tok), len(table))) <= set(bb.vocab.banned)
+    new = table[old:]  # near the mean of the old rows, and no two alike
+    assert (new - before.mean(0)).abs().max() < before.std()
+    assert torch.pdist(new).min() > 0
+    same = table.clone()
+    model.grow(bb, 100)
+    assert torch.equal(bb.net.get_input_embeddings().weight, same)
+    ids = model.encode(bb, [{"role": "assistant", "content": model.action_answer([0, 99, 1])}])["ids"]
+    assert [bb.vocab.fast.index(i) for i in ids if i in bb.vocab.fast] == [0, 99, 1]
+
+
+def test_untied_models_grow_both_tables():
+    bb = model.load(f"random:{SIZES[1]}")
+    bb.net.config.tie_word_embeddings = False
+    bb.net.lm_head.weight = torch.nn.Parameter(torch.randn_like(bb.net.lm_head.weight))
+    model.grow(bb, 200)
+    assert bb.net.lm_head.weight is not bb.net.get_input_embeddings().weight
+    assert len(bb.net.lm_head.weight) == len(bb.net.get_input_embeddings().weight) >= len(bb.tok)
+
+
+def fast(dim=3):
+    chunks = model.rng(0).uniform(-1, 1, (50, 4, dim)).astype(np.float32)
+    return FastTokenizer.fit(chunks, 64, 4)
+
+
+def test_save_load_save_is_bit_identical_and_loads_in_plain_transformers(bb, tmp_path):
+    one = model.load(f"random:{bb.run['size']}")
+    one.fast = fast()
+    model.grow(one, one.fast.vocab_size)
+    optim = model.optimizer(one.net, 1e-3, 0.1, (0.9, 0.95))
+    batch = model.collate(rows_of(one), one.vocab.pad)
+    model.token_loss(one.net, batch)[0].backward()
+    optim.step()
+    run = {"stage": "sft", "step": 1, "config": {}, "parent": "random"}
+    model.save(tmp_path / "a" / "step_000001", one, run, optim=optim, extra={"best": 2})
+    assert model.find(tmp_path / "a") == tmp_path / "a" / "step_000001"
+    two = model.load(tmp_path / "a", stages=("sft",))
+    assert two.run["parent"] == "random" and two.vocab == one.vocab and two.images == one.images
+    new = model.optimizer(two.net, 1e-3, 0.1, (0.9, 0.95))
+    assert model.load_train_state(tmp_path / "a" / "step_000001", two.net, new) == {
+        "best": 2, "step": 1}
+    model.save(tmp_path / "b", two, run, optim=new, extra={"best": 2})
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "fast/fast.json", "run.json",
+                 "train_state/optimizer.safetensors", "train_state/state.json"):
+        a = tmp_path / "a" / "step_000001" / name
+        assert a.read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+    assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("*.bin"))
+    # plain transformers: the same weights, ids and patches
+    net = AutoModelForImageTextToText.from_pretrained(tmp_path / "b")
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), one.net.parameters()))
+    text = "Where is it?<think></think>" + model.action_answer([3, 1])
+    assert AutoTokenizer.from_pretrained(tmp_path / "b")(text) == one.tok(text)
+    with pytest.raises(ValueError, match="stage 'sft', expected base"):
+        model.load(tmp_path / "b", stages=("base",))
+
+
+def test_modules_are_saved_beside_the_backbone_and_overwritten_atomically(bb, tmp_path):
+    head = torch.nn.Linear(3, 2)
+    optim = model.optimizer(head, 1e-3, 0.1, (0.9, 0.95))
+    head(torch.ones(3)).sum().backward()
+    optim.step()
+    for _ in range(2):  # the second time over the first
+        model.save(tmp_path / "v", {"backbone": bb, "head": head}, {"stage": "vla", "step": 1},
+                   optim=optim)
+    state = model.load_file(tmp_path / "v" / "head.safetensors")
+    assert torch.equal(state["weight"], head.weight)
+    new = model.optimizer(head, 1e-3, 0.1, (0.9, 0.95))
+    model.load_train_state(tmp_path / "v", {"backbone": bb, "head": head}, new)
+    a, b = (o.state[head.weight]["exp_avg"] for o in (optim, new))
+    assert torch.equal(a, b) and a.abs().sum() > 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["v"]
+
+
+def test_an_unfinished_checkpoint_is_not_found(tmp_path):
+    (tmp_path / "step_000007.tmp").mkdir()
+    assert model.latest(tmp_path) is None
+    (tmp_path / "step_000009").mkdir()
+    (tmp_path / "step_000010").mkdir()
+    assert model.latest(tmp_path).name == "step_000010"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        model.load(tmp_path / "empty")
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        model.load("runs/nowhere")
+    with pytest.raises(ValueError, match="unknown size"):
+        model.load("random:huge")
+
+
+def test_the_tokenizer_is_a_function_of_its_texts():
+    texts = ["the red block is at d5", "the blue bowl is at e6"] * 3
+    a, b = (model.train_tokenizer(texts, 300).get_vocab() for _ in range(2))
+    assert a == b and "Ġblock" in a
+    tok = model.train_tokenizer(texts, 300)
+    for text in ("<think>the red bowl</think> ünïcode\n\n  \t42", "<|im_start|>user\nhi<|im_end|>\n"):
+        assert tok.decode(tok(text)["input_ids"]) == text
+    assert tok.eos_token == "<|im_end|>" and tok.pad_token == "<|endoftext|>"
+    assert tok.tokenize("<think>") == ["<think>"] and not tok.all_special_tokens.count("<think>")
+
+
+GOOD = "<think>left, then down</think>" + model.action_answer([4, 0, 7]) + "<|im_end|>"
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    (GOOD, (True, True, [4, 0, 7])),
+    ("\n<think>a\nb</think>\n<answer> <ACTION_START><FAST_1><ACTION_END>\n</answer>\n<|im_end|>",
+     (True, True, [1])),
+    (GOOD + "<|endoftext|>" * 3, (True, True, [4, 0, 7])),
+    (model.action_answer([2]) + "<|im_end|>", (True, False, [2])),  # no thought
+    ("<think> </think>" + model.action_answer([2]) + "<|im_end|>", (True, False, [2])),
+    (GOOD.replace("<|im_end|>", ""), (False, False, [4, 0, 7])),  # cut off
+    (GOOD.replace("<ACTION_END>", ""), (False, False, [4, 0, 7])),
+    (GOOD.replace("</think>", ""), (False, False, [4, 0, 7])),
+    (GOOD.replace("</answer>", "</answer> and more"), (False, False, [4, 0, 7])),
+    (GOOD.replace("<FAST_0>", "up"), (False, False, [4])),
+    (GOOD.replace("left", "<FAST_3>"), (False, False, [4, 0, 7])),
+    (GOOD.replace("left", "<think>"), (False, False, [4, 0, 7])),
+    (model.action_answer([]) + "<|im_end|>", (False, False, [])),
+    ("<think>left</think><answer>d5</answer><|im_end|>", (False, False, [])),
+    ("", (False, False, []))])
+def test_parse_actions(text, expected):
+    bb = model.load(f"random:{SIZES[0]}")
+    assert model.parse_actions(bb, []) == (False, False, [])  # before growth there is no START
+    model.grow(bb, 8)
+    assert model.parse_actions(bb, bb.tok(text)["input_ids"]) == expected
+
+
+@pytest.mark.parametrize(("gen", "tgt", "expected"), [
+    ([1, 2, 3], [1, 2, 3], 1), ([1, 2], [1, 2, 3, 4], 0.5), ([1, 2, 3, 4], [1, 2], 0.5),
+    ([9, 2, 3], [1, 2, 3], 0), ([1, 9, 3], [1, 2, 3], 1 / 3), ([], [1], 0), ([], [], 0)])
+def test_prefix_reward(gen, tgt, expected):
+    assert model.prefix_reward(gen, tgt) == pytest.approx(expected)
+
+
+def test_learning_rate_by_hand():
+    rates = [model.lr_at(s, 10, 1.0, 0.2) for s in range(10)]
+    assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert rates[6] == pytest.approx(0.5) and 0 < rates[9] < 0.05
+    assert [model.lr_at(s, 10, 1.0, 0.0, "constant") for s in (0, 9)] == [1, 1]
+
+
+def test_clip_and_groups():
+    net = torch.nn.Linear(2, 1)
+    net.weight.grad, net.bias.grad = torch.tensor([[3.0, 0.0]]), torch.tensor([4.0])
+    assert model.clip_grad(net.parameters(), 0) == pytest.approx(5)
+    assert net.bias.grad.item() == 4
+    assert model.clip_grad(net.parameters(), 1.0) == pytest.approx(5)
+    assert net.bias.grad.item() == pytest.approx(0.8, rel=1e-4)
+    groups = model.optimizer(net, 1e-3, 0.1, (0.9, 0.95)).param_groups
+    assert [(g["weight_decay"], [p.ndim for p in g["params"]]) for g in groups] == [
+        (0.1, [2]), (0.0, [1])]
+
+
+def test_rng_is_a_function_of_its_keys():
+    draw = {k: model.rng(*k).random() for k in [(0, 1, 2), (0, 2, 1), (1, 1, 2), (0, "a"), (0, "b")]}
+    assert len(set(draw.values())) == 5 and model.rng(0, "a").random() == draw[(0, "a")]
+
+
+@dataclass(frozen=True)
+class Config:
+    preset: str = ""
+    lr: float = 1e-3  # learning rate, 100% of it
+    big_batch: int = 4  # samples
+    fix: bool = False  # keep it
+    out: str = "runs"
+
+
+def test_parse(capsys):
+    presets = {"small": {}, "large": {"lr": 1e-5, "fix": True}}
+    assert model.parse(Config, presets, []) == Config("small")
+    got = model.parse(Config, presets, ["large", "--big-batch", "8", "--no-fix"])
+    assert got == Config("large", 1e-5, 8, False)
+    for argv in (["--nope", "1"], ["huge"], ["--big", "3"]):
+        with pytest.raises(SystemExit):
+            model.parse(Config, presets, argv)
+    with pytest.raises(SystemExit):
+        model.parse(Config, presets, ["--help"])
+    assert "learning rate, 100% of it (0.001)" in capsys.readouterr().out
+
+
+def test_log(tmp_path, capsys):
+    dist = model.Dist(0, 1, torch.device("cpu"))
+    log = model.Log(tmp_path, Config("small"), dist)
+    log.write(step=3, loss=np.float32(0.5))
+    model.Log(tmp_path / "quiet", Config(), model.Dist(1, 2, torch.device("cpu"))).write(step=1)
+    first, second = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    assert first["config"]["preset"] == "small" and {"commit", "torch", "device"} <= set(first)
+    assert second["step"] == 3 and second["loss"] == 0.5
+    assert capsys.readouterr().out == "step 3       loss 0.5\n"
+    assert not (tmp_path / "quiet").exists()

@@ -1,0 +1,219 @@
+"""The sampler against transformers' generate, a full forward, and the probabilities themselves."""
+
+import datetime
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+from torch import distributed
+from torch.distributed.fsdp import fully_shard
+
+import model
+
+FAMILIES = ["random:tiny-qwen3-vl", "random:tiny-qwen2.5-vl"]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def bb(request):
+    return model.load(request.param)
+
+
+@pytest.fixture
+def small():
+    return model.load(FAMILIES[0])  # fresh, for tests that change it
+
+
+def prompts(bb, few=False):
+    """Four prompts of unequal length: one image, none, two images, one of another size."""
+    rng = np.random.default_rng(0)
+    image = lambda h, w: rng.integers(0, 256, (h, w, 3), dtype=np.uint8)
+    asked = [("<image>Where is the red block?", [image(32, 32)]),
+             ("The robot moves down and closes the gripper.", []),
+             ("<image>What is here?<image>", [image(48, 32), image(32, 64)]),
+             ("<image>" + model.ask(model.action_question("lift it"), True), [image(64, 64)])]
+    return [model.encode(bb, [{"role": "user", "content": text}], images, prompt_only=True)
+            for text, images in asked[: 2 if few else 4]]
+
+
+def samples(out):
+    """-> the sampled ids of each row, without padding."""
+    return [i[m.bool()].tolist() for i, m in zip(out["ids"], out["mask"])]
+
+
+def reference(bb, row, max_new, stop):
+    """transformers' greedy continuation of one prompt, unpadded and alone."""
+    ids = torch.from_numpy(row["ids"])[None]
+    seen = {}
+    if row["patches"] is not None:
+        seen = {"pixel_values": torch.from_numpy(row["patches"]),
+                "image_grid_thw": torch.from_numpy(row["grid"]),
+                "mm_token_type_ids": (ids == bb.vocab.image).int()}
+    out = bb.net.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new, **seen,
+        do_sample=False, suppress_tokens=bb.vocab.banned, eos_token_id=stop,
+        pad_token_id=bb.vocab.pad)
+    return out[0, ids.shape[1] :].tolist()
+
+
+def test_greedy_equals_transformers(bb):
+    rows, usual = prompts(bb), [bb.vocab.eos]
+    want = [reference(bb, row, 24, usual) for row in rows]
+    got = model.generate(bb, rows, max_new=24, greedy=True)
+    assert samples(got) == want
+    # the same with rows that end at different steps, two of them before the others
+    stop = [want[0][2], want[2][5]]
+    early = [reference(bb, row, 24, stop) for row in rows]
+    assert 2 <= len({len(i) for i in early}) and min(map(len, early)) <= 3
+    assert samples(model.generate(bb, rows, max_new=24, greedy=True, stop=stop)) == early
+    twice = samples(model.generate(bb, rows, n=2, max_new=24, greedy=True, stop=stop))
+    assert twice[0::2] == twice[1::2] == early
+
+
+def test_greedy_without_padding(bb):  # no padding takes the path without an attention mask
+    rows = [prompts(bb)[3]] * 2
+    assert samples(model.generate(bb, rows, max_new=12, greedy=True)) == [
+        reference(bb, rows[0], 12, [bb.vocab.eos])] * 2
+
+
+def test_logp_equals_a_full_forward(bb):
+    rows, n, temperature = prompts(bb), 3, 0.7
+    ends = range(0, len(bb.tok), 9)
+    out = model.generate(bb, rows, n, 20, temperature, seed=1, stop=ends)
+    assert out["mask"].sum(1).unique().numel() > 3  # rows left the batch at many steps
+    assert (out["logp"][out["mask"] == 0] == 0).all()
+    for k, new in enumerate(samples(out)):
+        row = rows[k // n]
+        pos = np.arange(len(new)) + row["pos"].max() + 1
+        full = {**row, "ids": np.concatenate([row["ids"], new]),
+                "pos": np.concatenate([row["pos"], np.tile(pos, (3, 1))], 1),
+                "target": np.zeros(len(row["ids"]) + len(new), bool)}
+        with torch.no_grad():
+            h = model.hidden(bb.net, model.collate([full], bb.vocab.pad))[0]
+            want, _ = model.logp(bb.net, h[-len(new) - 1 : -1], torch.tensor(new), temperature,
+                                 bb.vocab.banned)
+        torch.testing.assert_close(out["logp"][k, : len(new)], want, atol=1e-4, rtol=0)
+
+
+def test_the_batch_does_not_change_the_samples(bb):
+    rows, kw = prompts(bb), {"n": 3, "max_new": 16, "seed": 5, "stop": range(0, 300, 11)}
+    whole = samples(model.generate(bb, rows, **kw))
+    assert len({tuple(i) for i in whole}) == len(whole)  # every prompt and sample draws its own
+    split = [samples(model.generate(bb, rows[a:b], keys=range(a, b), **kw))
+             for a, b in [(0, 1), (1, 4)]]
+    assert split[0] + split[1] == whole
+    back = samples(model.generate(bb, rows[::-1], keys=[3, 2, 1, 0], **kw))
+    assert [back[9 - 3 * b + g] for b in range(4) for g in range(3)] == whole
+    same = samples(model.generate(bb, rows[:1] * 2, keys=[0, 9], **kw))
+    assert same[:3] == whole[:3] and all(a != b for a, b in zip(same[:3], same[3:]))
+    assert samples(model.generate(bb, rows, **{**kw, "n": 2}))[:2] == whole[:2]
+    assert samples(model.generate(bb, rows, **{**kw, "seed": 6})) != whole
+
+
+def test_finished_rows_stop_and_leave(small):
+    stop, seen = list(range(0, len(small.tok), 5)), []
+    small.net.lm_head.register_forward_pre_hook(lambda m, args: seen.append(len(args[0])))
+    small.net.train()
+    out = model.generate(small, prompts(small), n=8, max_new=99, seed=2, stop=stop)
+    assert small.net.training  # as before
+    length = out["mask"].sum(1)
+    assert out["ids"].shape[1] == length.max() < 99 and length.min() < 3
+    for i, m, k in zip(out["ids"].tolist(), out["mask"].tolist(), length.tolist()):
+        assert m == [1] * k + [0] * (len(i) - k)
+        assert i[k - 1] in stop and not set(i[: k - 1]) & set(stop)
+        assert set(i[k:]) <= {small.vocab.pad}
+    assert sum(seen) == out["mask"].sum()  # no row is computed after its end
+
+
+def test_banned_ids_are_never_sampled(small):
+    with torch.no_grad():
+        small.net.lm_head.weight.zero_()  # all ids as likely, also for the embedding tied to it
+    small.vocab.banned = [*small.vocab.banned, 0, 1, *range(100, 300)]
+    out = model.generate(small, prompts(small), n=64, max_new=64, seed=3, stop=[])
+    free = set(range(small.net.lm_head.out_features)) - set(small.vocab.banned)
+    assert set(out["ids"].flatten().tolist()) == free  # 16,384 draws reach each free id
+    torch.testing.assert_close(out["logp"], torch.full_like(out["logp"], -np.log(len(free))))
+    greedy = model.generate(small, prompts(small), max_new=4, greedy=True)
+    assert set(greedy["ids"].flatten().tolist()) <= free  # id 0 would be the argmax
+
+
+def test_frequencies_are_the_probabilities(small):
+    row, N = prompts(small, few=True)[:1], 4000
+    with torch.no_grad():
+        batch = model.collate(row, small.vocab.pad)
+        logits = model.logits_of(small.net, model.hidden(small.net, batch)[0, -1:])[0] / 1.5
+    logits[small.vocab.banned] = -torch.inf
+    want = N * logits.softmax(-1).double().numpy()
+    out = model.generate(small, row, N, 1, temperature=1.5, stop=[])
+    got = np.bincount(out["ids"][:, 0].numpy(), minlength=len(want))
+    often = want >= 5  # the chi-square rule of thumb; the rest is one class
+    assert often.sum() > 20
+    got, want = ([*x[often], x[~often].sum()] for x in (got, want))
+    assert chisquare(got, np.array(want) * N / sum(want)).pvalue > 0.01
+
+
+def test_draw_by_hand():
+    p = torch.tensor([0.0, 0.3, 0.0, 0.5, 0.05, 0.15, 0.0])
+    u = torch.tensor([1e-30, 0.29, 0.31, 0.79, 0.81, 0.84, 0.86, 1.0])
+    at = lambda u, **kw: model.draw(p.log().expand(len(u), -1), u, **kw).tolist()
+    assert at(u) == [1, 1, 3, 3, 4, 4, 5, 5]  # ids 0, 2 and 6 have no probability
+    even = (torch.arange(1000) + 0.5) / 1000
+    assert np.bincount(at(even)).tolist() == [0, 300, 0, 500, 50, 150]
+    # .5 alone reaches .4; .5 + .3 reach .75, and are drawn as 5 : 3; the tail is out
+    assert np.bincount(at(even, top_p=0.4)).tolist() == [0, 0, 0, 1000]
+    assert np.bincount(at(even, top_p=0.75)).tolist() == [0, 375, 0, 625]
+    assert set(at(even, top_p=0.9)) == {1, 3, 5}
+
+
+def test_top_p_in_generate(small):
+    rows = prompts(small)
+    greedy = model.generate(small, rows, max_new=8, greedy=True, stop=[])
+    narrow = model.generate(small, rows, n=2, max_new=8, top_p=1e-6, stop=[])
+    assert samples(narrow)[::2] == samples(narrow)[1::2] == samples(greedy)
+    torch.testing.assert_close(narrow["logp"][::2], greedy["logp"])  # logp is that before top_p
+
+
+def test_wrong_arguments_and_no_prompts(small):
+    with pytest.raises(ValueError, match="greedy=True"):
+        model.generate(small, prompts(small), temperature=0)
+    with pytest.raises(ValueError, match="top_p 0"):
+        model.generate(small, prompts(small), top_p=0)
+    assert model.generate(small, [])["ids"].shape == (0, 0)
+
+
+def two_ranks(rank, folder):
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2,
+        timeout=datetime.timedelta(seconds=300))
+    bb = model.load(FAMILIES[0])
+    rows = prompts(bb)
+    want = model.generate(bb, rows, n=2, max_new=9, seed=4, stop=range(0, 300, 7))
+    row = model.encode(bb, [{"role": "user", "content": "What is here?"},
+                            {"role": "assistant", "content": "A small cube."}])
+    batch = model.collate([row], bb.vocab.pad)
+    model.token_loss(bb.net, batch)[0].backward()
+    grads = {k: p.grad.clone() for k, p in bb.net.named_parameters() if p.grad is not None}
+    bb.net.zero_grad()
+    for block in bb.net.model.language_model.layers:  # shard() leaves so small a model in one unit
+        fully_shard(block)
+    model.shard(bb.net, model.Dist(rank, 2, torch.device("cpu")))
+    for mine in [range(4), range(0)][rank], [range(1), range(1, 4)][rank]:
+        with model.unsharded(bb.net):
+            got = model.generate(bb, [rows[i] for i in mine], n=2, max_new=9, seed=4, keys=mine,
+                                 stop=range(0, 300, 7))
+        assert samples(got) == [samples(want)[2 * i + g] for i in mine for g in range(2)]
+        model.token_loss(bb.net, batch)[0].backward()
+        for k, p in bb.net.named_parameters():
+            if k in grads:
+                torch.testing.assert_close(p.grad.full_tensor(), grads[k])
+        bb.net.zero_grad()
+    distributed.destroy_process_group()
+
+
+def test_sharded_ranks_with_unequal_prompts(tmp_path):
+    """Ranks with 4 and 0, then 1 and 3 prompts sample what one process does, and train after it.
+
+    The first pair hung in the backward: FSDP prefetched by the order of the rollouts' forwards,
+    which the rank without a prompt did not have.
+    """
+    torch.multiprocessing.spawn(two_ranks, (str(tmp_path),), nprocs=2)

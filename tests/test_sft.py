@@ -1,0 +1,240 @@
+"""sft.py: samples, errors that name the row, exact resume, 1 process against 2, and learning at all."""
+
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+import model
+import sft
+from fast_tokenizer import FastTokenizer, chunks_of, episodes
+
+SIZE = "random:tiny-qwen3-vl"
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "grey": (90, 90, 90)}
+
+
+def conversations(folder, n=8, extra=()):
+    """n rows: a coloured square, every third one text only, then `extra` rows; held-out copies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i in range(n):
+        name = list(COLOURS)[i % 4]
+        picture = np.full((32, 32, 3), COLOURS[name], np.uint8)
+        picture[: 8 * (i // 4 % 4)] = 255
+        Image.fromarray(picture).save(folder / f"{i}.png")
+        answer = f"<answer>{name} {i}</answer>"
+        if i % 2:
+            answer = f"<think>It is {name}.</think>" + answer
+        images, question = ([], f"Number {i}?") if i % 3 == 2 else ([f"{i}.png"], "<image>Which?")
+        rows.append({"images": images, "kind": "colour", "messages": [
+            {"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
+    rows += extra
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "talk.jsonl").write_text(text + text)
+    return folder / "talk.jsonl", len(rows)
+
+
+@pytest.fixture
+def robot(tmp_path):
+    """Three episodes and a FAST tokenizer for them."""
+    (tmp_path / "episodes").mkdir()
+    for e in range(3):
+        r = model.rng(7, e)
+        action = np.cumsum(r.normal(size=(9, 2)), 0).astype(np.float32)
+        save_file({"image": r.integers(0, 256, (9, 32, 32, 3), dtype=np.uint8), "action": action,
+                   "state": action}, tmp_path / "episodes" / f"episode_{e:06d}.safetensors",
+                  {"task": f"push block {e}", "fps": "5", "source": "test"})
+    files = episodes(tmp_path / "episodes")
+    chunks = np.concatenate([chunks_of(e, 4) for e in files])
+    fast = FastTokenizer.fit(chunks / np.abs(chunks).max(), 64, 3)
+    fast.stats = {k: [v] * 2 for k, v in {"q01": -3.0, "q99": 3.0, "mean": 0.0, "std": 1.0}.items()}
+    fast.save(tmp_path / "fast")
+    return tmp_path
+
+
+def args(out, data, *more, steps=6, holdout=8):
+    return ["base", "--init", SIZE, "--data", str(data), "--out", str(out), "--steps", str(steps),
+            "--batch", "4", "--holdout", str(holdout), "--log-every", "1", "--micro-batch", "2",
+            "--save-every", "0", "--eval-every", "0", "--eval-rows", "5", *map(str, more)]
+
+
+def log(out):
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()
+            if "step" in json.loads(line)]
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def _rank(rank, port, argv):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    sft.main(argv)
+
+
+def on_two_ranks(argv):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    fork = multiprocessing.get_context("fork")  # gloo on CPU; spares importing torch again
+    ranks = [fork.Process(target=_rank, args=(r, port, argv)) for r in range(2)]
+    for p in ranks:
+        p.start()
+    for p in ranks:
+        p.join(240)
+    assert [p.exitcode for p in ranks] == [0, 0]
+
+
+def test_overfits_eight_samples(tmp_path):
+    data, n = conversations(tmp_path)
+    sft.main(args(tmp_path / "o", data, "--lr", 2e-3, "--eval-rows", n, steps=150))
+    last = log(tmp_path / "o")[-1]
+    assert last["talk_acc"] == 1 and last["talk_loss"] < 0.1 and last["greedy_colour"] == 1
+    run = json.loads((tmp_path / "o" / "final" / "run.json").read_text())
+    assert run["stage"] == "base" and run["config"]["lr"] == 2e-3 and run["metrics"]["talk_acc"] == 1
+
+
+def test_resume_equals_the_uninterrupted_run(tmp_path):
+    data, _ = conversations(tmp_path)
+    sft.main(args(tmp_path / "a", data, "--save-every", 3))
+    shutil.copytree(tmp_path / "a" / "step_000003", tmp_path / "b" / "step_000003")
+    sft.main(args(tmp_path / "b", data, "--save-every", 3, "--resume"))
+    a, b = weights(tmp_path / "a" / "final"), weights(tmp_path / "b" / "final")
+    assert all(np.array_equal(a[k], b[k]) for k in a)
+    assert [r["loss"] for r in log(tmp_path / "a")[3:6]] == [r["loss"] for r in log(tmp_path / "b")[:3]]
+    with pytest.raises(ValueError, match="another --seed"):
+        sft.main(args(tmp_path / "b", data, "--resume", "--seed", 1))
+
+
+def test_two_ranks_equal_one(tmp_path):
+    """The sum of the loss is divided by the global count: rank means would differ from this, as the
+    ranks count different numbers of tokens; and one may have images where the other has none."""
+    data, _ = conversations(tmp_path, 12)
+    sft.main(args(tmp_path / "one", data, "--save-every", 3, holdout=12))
+    on_two_ranks(args(tmp_path / "two", data, holdout=12))
+    shutil.copytree(tmp_path / "one" / "step_000003", tmp_path / "back" / "step_000003")
+    on_two_ranks(args(tmp_path / "back", data, "--resume", holdout=12))
+    one, two = log(tmp_path / "one"), log(tmp_path / "two")
+    for a, b in itertools.chain(zip(one, two), zip(one[3:], log(tmp_path / "back"))):
+        for key in set(a) - {"seconds", "samples_s"}:
+            # Adam divides by sqrt(v): rounding differences grow from step to step
+            assert a[key] == pytest.approx(b[key], rel=1e-5 if a["step"] < 3 else 1e-3), (key, a, b)
+    a, b, c = (weights(tmp_path / k / "final") for k in ("one", "two", "back"))
+    for k in a:
+        np.testing.assert_allclose(a[k], b[k], atol=1e-4)
+        np.testing.assert_allclose(a[k], c[k], atol=1e-4)
+
+
+def test_micro_batches_do_not_change_the_loss(tmp_path):
+    data, _ = conversations(tmp_path)
+    for size in (0, 1):
+        sft.main(args(tmp_path / str(size), data, "--micro-batch", size, steps=3))
+    a, b = log(tmp_path / "0"), log(tmp_path / "1")
+    assert [r["norm"] for r in a[:3]] == pytest.approx([r["norm"] for r in b[:3]], rel=1e-4)
+
+
+def test_actions_thoughts_and_frozen_vision(tmp_path, robot, capsys):
+    chunk = chunks_of(episodes(robot / "episodes")[0], 4)[2]
+    thought = {"images": [], "chunk": chunk.tolist(), "messages": [
+        {"role": "user", "content": "Push."},
+        {"role": "assistant", "content": "<think>Left.</think><answer><ACTION></answer>"}]}
+    data, n = conversations(tmp_path / "talk", 3, [thought])
+    fast = FastTokenizer.load(robot / "fast")
+    told, shown = sft.Conversations(data, fast, n), sft.Demonstrations(robot / "episodes", fast)
+    messages = told[3][0]
+    assert messages[0]["content"] == "Push.\n" + model.THINK
+    assert messages[1]["content"] == "<think>Left.</think>" + shown[2][0][1]["content"]
+    assert shown[2][0][0]["content"] == "<image>" + model.ask(model.action_question("push block 0"),
+                                                              False)
+    assert shown[2][0][1]["content"] == model.action_answer(fast.encode(chunk[None])[0])
+    assert len(shown) == 18 and list(shown.held) == list(range(18, 27))  # the last episode
+    assert np.array_equal(shown[13][1][0], episodes(robot / "episodes")[1].frame(4))
+    sft.main(args(tmp_path / "o", f"{data}:1,{robot}/episodes:3", "--fast", robot / "fast",
+                  "--probe", 3, "--freeze-vision", "--lr", 1e-2, holdout=n))
+    bb = model.load(tmp_path / "o", stages=("sft",))
+    assert bb.fast.vocab_size == len(bb.vocab.fast) and bb.fast.horizon == 4
+    last = log(tmp_path / "o")[-1]
+    assert 0 <= last["format"] <= 1 and 0 <= last["r_a"] <= 1 and 1 <= last["thoughts_of_4"] <= 4
+    assert "a thinking rollout" in capsys.readouterr().out
+    start = model.load(SIZE, texts=itertools.chain(model.SENTENCES, told.text()))
+    for name, p in start.net.named_parameters():
+        same = np.array_equal(p.detach(), bb.net.get_parameter(name).detach())
+        assert same == ("visual" in name) or "embed_tokens" in name or "norm" in name, name
+
+
+def test_the_order_shuffles_each_source_in_passes():
+    source, row = sft.order([5, 50], [3, 1], 400, seed=4)
+    assert np.mean(source == 0) == pytest.approx(0.75, abs=0.07)
+    first = row[source == 0]
+    for k in range(0, 100, 5):  # every row once before any row again
+        assert sorted(first[k : k + 5]) == [0, 1, 2, 3, 4]
+    assert len({tuple(first[k : k + 5]) for k in range(0, 100, 5)}) > 10
+    again = sft.order([5, 50], [3, 1], 100, seed=4)  # a longer run begins like a shorter one
+    assert np.array_equal(again[0], source[:100]) and np.array_equal(again[1], row[:100])
+    assert not np.array_equal(sft.order([5, 50], [3, 1], 100, seed=5)[1], row[:100])
+
+
+def test_each_question_gets_the_mode_of_its_answer():
+    turns = [("user", "a"), ("assistant", "<think>b</think><answer>c</answer>"), ("user", "d"),
+             ("assistant", "<answer>e</answer>"), ("user", "f"), ("assistant", "g"), ("user", "h")]
+    out = sft.modes([{"role": r, "content": c} for r, c in turns])
+    assert [m["content"] for m in out if m["role"] == "user"] == [
+        "a\n" + model.THINK, "d\n" + model.DIRECT, "f", "h"]
+
+
+def row(images=(), text="<image>Which?", role="assistant", **more):
+    return json.dumps({"images": list(images), "messages": [
+        {"role": "user", "content": text}, {"role": role, "content": "<answer>x</answer>"}], **more})
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ('{"images": [', r"talk\.jsonl:9: not a row"),
+    ('{"images": []}', r"talk\.jsonl:9: not a row .*messages"),
+    (row(role="robot"), r"talk\.jsonl:9: roles \['user', 'robot'\]"),
+    (row(["gone.png"]), r"talk\.jsonl:9: image .*gone\.png does not open"),
+    (row([]), r'talk\.jsonl:9: 1 "<image>" but 0 images'),
+    (row([], "<ACTION>"), r"talk\.jsonl:9: an <ACTION> but no FAST tokenizer; give --fast"),
+    (row(["0.png"], "<image>" + "word " * 900), r"talk\.jsonl:9: 9\d\d tokens; raise --max-length"),
+])
+def test_a_bad_row_is_named(tmp_path, line, message):
+    data, _ = conversations(tmp_path)
+    data.write_text("".join(data.read_text().splitlines(True)[:8]) + line + "\n")
+    with pytest.raises(ValueError, match=message):
+        sft.main(args(tmp_path / "o", data, "--max-length", 900, steps=3, holdout=0))
+
+
+@pytest.mark.parametrize(("more", "error", "message"), [
+    (["--data", "nowhere.jsonl"], FileNotFoundError, "nowhere.jsonl: no such file"),
+    (["--holdout", 16], ValueError, "16 rows, all of them held out; lower --holdout"),
+    (["--fast", "nowhere"], FileNotFoundError, "nowhere"),
+    (["--init", "runs/nowhere"], FileNotFoundError, "runs/nowhere: no such folder"),
+])
+def test_bad_input_is_one_line_with_a_cure(tmp_path, more, error, message):
+    data, _ = conversations(tmp_path)
+    with pytest.raises(error, match=message):
+        sft.main(args(tmp_path / "o", data, *more))
+
+
+def test_action_data_needs_a_fast_tokenizer_and_the_right_chunk(tmp_path, robot):
+    with pytest.raises(ValueError, match="give its folder as --fast"):
+        sft.main(args(tmp_path / "o", robot / "episodes"))
+    with pytest.raises(ValueError, match="'x' is no weight"):
+        sft.main(args(tmp_path / "o", f"{robot}/episodes:x"))
+    bad = json.loads(row([], "Push."))
+    bad["messages"][1]["content"] = "<answer><ACTION></answer>"
+    data, n = conversations(tmp_path / "talk", 1, [{**bad, "chunk": [[1.0, 2.0]]}])
+    source = sft.Conversations(data, FastTokenizer.load(robot / "fast"), n)
+    with pytest.raises(ValueError, match=r'talk\.jsonl:2: "chunk": '):
+        source[1]
+    data, n = conversations(tmp_path / "talk", 1, [bad])
+    with pytest.raises(ValueError, match=r'talk\.jsonl:2: an <ACTION> but no "chunk"'):
+        sft.Conversations(data, FastTokenizer.load(robot / "fast"), n)

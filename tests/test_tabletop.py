@@ -1,0 +1,332 @@
+"""The embedded world: physics invariants, expert, fixed evaluation states, the data it writes."""
+
+import hashlib
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import fast_tokenizer
+import model
+from benchmarks import tabletop as tt
+
+ROOT = Path(tt.__file__).parents[1]
+
+
+def run_expert(env):
+    while env.steps < env.limit:
+        if env.advance(env.expert()[0]):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("suite", tt.SUITES)
+def test_expert_solves_every_task(suite):
+    for task in range(10):
+        wins = 0
+        for seed in range(6):
+            env = tt.Tabletop(suite)
+            env.place(task, seed, "train")
+            wins += run_expert(env)
+        assert wins == 6, f"{env.instruction}: {wins} of 6"
+
+
+@pytest.mark.parametrize("suite", tt.SUITES)
+def test_every_task_can_fail(suite):
+    """Doing nothing, and moving at random, must not solve a task."""
+    for task in range(10):
+        for policy in ("still", "random"):
+            env = tt.Tabletop(suite)
+            env.place(task, 3, "eval")
+            rng = np.random.default_rng(task)
+            solved = False
+            while env.steps < env.limit and not solved:
+                solved = env.advance(np.zeros(7) if policy == "still" else rng.uniform(-1, 1, 7))
+            assert not solved, f"{policy} solved {env.instruction}"
+
+
+@pytest.mark.parametrize("suite", tt.SUITES)
+def test_nothing_overlaps_at_reset_and_relations_are_true(suite):
+    for task in range(10):
+        for seed in range(10):
+            env = tt.Tabletop(suite)
+            env.place(task, seed, "eval")
+            spots = [(t.x, t.y) for t in env.things] + [env.plate] + [env.button] * bool(env.button)
+            for i, a in enumerate(spots):
+                assert all(math.dist(a, b) > 0.08 for b in spots[:i])
+            assert not any(env.satisfied(goal) for goal in env.goals)
+            relation = env.task_list[task][2]
+            if relation and relation[0] == "left of":
+                x = (env.plate if relation[1] == "plate" else env.button)[0]
+                assert env.things[0].x < x - 0.03 < x + 0.03 < env.things[1].x
+
+
+def test_reset_is_a_function_of_suite_task_and_trial():
+    def state(split, seed):
+        env = tt.Tabletop("goal")
+        obs = env.reset(4, seed, split)
+        return obs["image"].tobytes() + obs["state"].tobytes()
+
+    assert state("eval", 1) == state("eval", 1) != state("eval", 2)
+    assert state("eval", 1) != state("train", 1), "training and evaluation must not share states"
+
+
+def grasp(env, name):
+    """Put the gripper around a thing and close."""
+    thing = env.find(name)
+    env.pos = np.array([thing.x, thing.y, thing.z + 0.02])
+    for _ in range(3):
+        env.advance([0, 0, 0, 0, 0, 0, 1])
+    return thing
+
+
+def test_grasp_carry_release_by_hand():
+    env = tt.Tabletop("goal")
+    env.place(0, 0, "train")
+    cube = grasp(env, "red cube")
+    assert env.held is cube
+    x, z = cube.x, env.pos[2]
+    env.advance([0, 0, 1, 0, 0, 0, 1])
+    assert env.pos[2] == pytest.approx(z + tt.STEP) and cube.z == pytest.approx(tt.STEP)
+    env.advance([1, 0, 0, 0, 0, 0, 1])
+    assert cube.x == pytest.approx(x + tt.STEP)
+    env.pos[:2] = env.plate
+    env.advance([0, 0, 0, 0, 0, 0, -1])
+    env.advance([0, 0, 0, 0, 0, 0, -1])
+    assert env.held is None and cube.on == "plate" and cube.z == 0
+    assert env.satisfied(("on", "red cube", "plate"))
+
+
+def test_grasp_misses_beside_above_or_tilted():
+    for offset in ([0.02, 0, 0.02], [0, 0, 0.06]):
+        env = tt.Tabletop("goal")
+        env.place(0, 0, "train")
+        thing = env.find("red cube")
+        env.pos = np.array([thing.x, thing.y, 0]) + offset
+        for _ in range(3):
+            env.advance([0, 0, 0, 0, 0, 0, 1])
+        assert env.held is None
+    env = tt.Tabletop("goal")
+    env.place(0, 0, "train")
+    env.rpy[0] = 0.45
+    grasp(env, "red cube")
+    assert env.held is None
+
+
+def test_stacking_and_sliding_off():
+    env = tt.Tabletop("goal")
+    env.place(3, 0, "train")
+    red, blue = grasp(env, "red cube"), env.find("blue cube")
+    for dx, on in ((0.0, "blue cube"), (0.03, "table")):
+        red.x, red.y, red.z, red.on = blue.x + dx, blue.y, 0.05, "gripper"
+        env._fall(red)
+        assert red.on == on and red.z == (tt.SIZE if on == "blue cube" else 0)
+        if on == "table":
+            assert math.dist((red.x, red.y), (blue.x, blue.y)) == pytest.approx(tt.SIZE)
+
+
+def test_push_moves_a_block_and_what_stands_on_it():
+    env = tt.Tabletop("goal")
+    env.place(8, 0, "train")
+    blue, red = env.find("blue cube"), env.find("red cube")
+    red.x, red.y, red.z, red.on = blue.x, blue.y, tt.SIZE, "blue cube"
+    env.aperture, env.pos = 0.0, np.array([blue.x + 0.045, blue.y, 0.02])
+    x = blue.x
+    for _ in range(3):
+        env.advance([-1, 0, 0, 0, 0, 0, 1])
+    assert blue.x == pytest.approx(x + 0.045 - 3 * tt.STEP - 0.03)
+    assert red.x == pytest.approx(blue.x)
+
+
+def test_drawer_runs_on_its_rail():
+    env = tt.Tabletop("goal")
+    env.place(6, 0, "train")
+    env.pos = np.array([*env.handle(), 0.02])
+    for _ in range(3):
+        env.advance([0, 0, 0, 0, 0, 0, 1])
+    assert env.held == "drawer"
+    before = env.drawer
+    assert not env.advance([1, 0, 1, 0, 0, 0, 1])
+    assert env.drawer == before and env.pos[0] == pytest.approx(env.drawer_x), "y only"
+    for _ in range(5):
+        env.advance([0, 1, 0, 0, 0, 0, 1])
+    assert env.drawer == tt.TRAVEL and env.satisfied(("open", "drawer", None))
+
+
+def test_step_checks_actions_and_clips():
+    env = tt.Tabletop("goal")
+    env.place(0, 0, "train")
+    with pytest.raises(ValueError, match="7 finite"):
+        env.step([0] * 6)
+    with pytest.raises(ValueError, match="7 finite"):
+        env.step([np.nan] * 7)
+    x = env.pos[0]
+    env.advance([5, 0, 0, 0, 0, 0, 0])
+    assert env.pos[0] == pytest.approx(min(x + tt.STEP, tt.EDGE))
+
+
+def test_expert_is_smooth():
+    """Actions of neighbouring states are near each other, or chunks could not be predicted."""
+    env = tt.Tabletop("object")
+    env.place(2, 5, "train")
+    for _ in range(10):
+        action, _ = env.expert()
+        twin = env.clone()
+        twin.pos = twin.pos + 1e-4
+        assert np.abs(twin.expert()[0] - action).max() < 0.05
+        env.advance(action)
+
+
+def test_clone_is_independent():
+    env = tt.Tabletop("goal")
+    env.place(0, 0, "train")
+    grasp(env, "red cube")
+    twin = env.clone()
+    before = (env.find("red cube").x, env.pos.copy())
+    for _ in range(3):
+        twin.advance([1, 0, 1, 0, 0, 0, 1])
+    assert env.find("red cube").x == before[0] and (env.pos == before[1]).all()
+    assert twin.held is twin.find("red cube")
+
+
+def test_chains_are_feasible_and_fixed():
+    for number in range(6):
+        trial, picks = tt.chain(number)
+        assert (trial, picks) == tt.chain(number) and len(set(picks)) == 5
+        env = tt.Tabletop("goal")
+        env.place(0, trial, "eval")
+        assert all(env.follow(text) for text in picks)
+
+
+def test_cells_and_pixels_agree():
+    """A 64 px image holds cell d5 in its patch (column 3, row 4)."""
+    env = tt.Tabletop("object")
+    env.place(0, 0, "train")
+    cube = env.things[0]
+    cube.x, cube.y = -0.025, 0.025
+    env.pos = np.array([0.15, -0.15, 0.1])
+    env.plate = (-0.15, 0.15)
+    assert tt.cell(cube.x, cube.y) == "d5"
+    patch = env.render()[32:40, 24:32]
+    assert (np.abs(patch[1:-1, 1:-1].astype(int) - tt.COLORS["red"]) < 3).all()
+
+
+@pytest.mark.parametrize("size,tilt", [(64, 0.0), (96, 0.5)])
+def test_camera_sizes_and_tilt(size, tilt):
+    env = tt.Tabletop("goal", size, tilt)
+    image = env.reset(0, 0)["image"]
+    assert image.shape == (size, size, 3) and image.dtype == np.uint8 and image.std() > 10
+
+
+def test_answers_come_from_the_state():
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        env = tt.random_state(np.random.default_rng(number))
+        question, reason, answer = tt._where(env, rng)
+        name = question.removeprefix("Where is the ").removesuffix("?")
+        places = {n: tt.cell(x, y) for n, x, y in tt.named_places(env)}
+        assert answer == places[name] and answer in reason
+        question, reason, answer = tt._movement(env, rng)
+        options = question.split("A) ")[1].replace(" B) ", "|").replace(" C) ", "|").split("|")
+        assert dict(zip("ABC", options))[answer] == tt.heading(env.expert()[1])
+
+
+def test_heading_in_words():
+    plan = {"move": np.array([0.1, -0.026, 0.005]), "grip": -1}
+    assert tt.heading(plan) == "right 4, back 1, open"
+    assert tt.heading({"move": np.array([-0.4, 0, -0.08]), "grip": 1}) == "left 9, down 3, close"
+
+
+def digest(folder):
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+            for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The command run twice with one seed, by 1 and by 2 workers -> (folder, the last command)."""
+    root = tmp_path_factory.mktemp("tabletop")
+    for out, workers in (("a", "1"), ("b", "2")):
+        command = [sys.executable, "-m", "benchmarks.tabletop", "--out", str(root / out),
+                   "--episodes", "8", "--conversations", "24", "--thought-actions", "12",
+                   "--seed", "7", "--workers", workers]
+        subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    return root, command
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_command_writes_the_formats_same_seed_same_bytes(made):
+    """Once the episodes differed from run to run: safetensors leave metadata in random order."""
+    root, command = made
+    assert digest(root / "a") == digest(root / "b")
+    files = fast_tokenizer.episodes(root / "a" / "episodes")
+    assert len(files) == 8 and files[0].action.shape[1] == 7 and files[0].state.shape[1] == 8
+    assert files[0].frame(0).shape == (64, 64, 3) and np.abs(files[0].action).max() <= 1
+    assert (files[1].task, files[1].fps) == (tt.suite_tasks("object")[0][0], 5)
+    assert files[1].source == "tabletop object task 0"
+    stats = json.loads((root / "a" / "episodes" / "stats.json").read_text())
+    everything = np.concatenate([f.action for f in files])
+    assert np.allclose(stats["action"]["mean"], everything.mean(0), atol=1e-5)
+    talks = rows(root / "a" / "conversations.jsonl")
+    assert len(talks) == 24
+    for row in talks:
+        assert Image.open(root / "a" / row["images"][0]).size == (64, 64)
+        assert row["messages"][0]["content"].startswith("<image>")
+        assert all("FAST" not in m["content"] and "ACTION" not in m["content"]
+                   for m in row["messages"])
+    again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert again.returncode != 0 and "already holds data" in again.stderr
+
+
+def test_questions_about_actions_are_those_of_the_model(made):
+    """Else the thoughts before an action would be trained on a prompt that nobody asks."""
+    tasks = [text for suite in tt.SUITES for text, _, _ in tt.suite_tasks(suite)]
+    questions = {"<image>" + model.action_question(text) for text in tasks}
+    assert model.action_question("x").endswith(f"\n{tt.ACTION_QUESTION}")
+    for row in rows(made[0] / "a" / "thought_actions.jsonl"):
+        assert row["messages"][0]["content"] in questions
+    for row in rows(made[0] / "a" / "conversations.jsonl"):
+        users, answers = row["messages"][::2], row["messages"][1::2]
+        assert [m["content"].count("<image>") for m in users] == [1] + [0] * (len(answers) - 1)
+        for m in answers:
+            assert re.fullmatch(r"(<think>[^<>]+</think>)?<answer>[^<>]+</answer>", m["content"])
+
+
+def test_thought_actions_carry_a_chunk(made):
+    found = rows(made[0] / "a" / "thought_actions.jsonl")
+    assert len(found) == 12
+    for row in found:
+        chunk, answer = np.array(row["chunk"]), row["messages"][1]["content"]
+        assert chunk.shape == (5, 7) and np.abs(chunk).max() <= 1
+        assert re.fullmatch(r"<think>[^<>]+</think><answer><ACTION></answer>", answer)
+
+
+def test_grid_of_questions_and_ways_to_answer_is_covered():
+    """Each kind is asked both directly and with a thought; actions are never among them."""
+    turns = [turn for i in range(80) for turn in tt.conversation(0, i)[1]]
+    seen = {(kind, reason is not None) for kind, _, reason, _ in turns}
+    assert seen == {(kind, think) for kind in {**tt.SCENE, **tt.TASK} for think in (True, False)}
+
+
+def test_demonstrations_are_the_experts():
+    """Recorded actions are the expert's in the recorded states, whatever was executed instead."""
+    for seed, disturbed in ((12, False), (16, True)):
+        demo = tt.record("goal", 0, seed, noise=0.06)
+        assert demo["image"].shape == (len(demo["action"]), 64, 64, 3)
+        moved = np.diff(demo["state"][:, :3], axis=0) / tt.STEP
+        gap = np.abs(moved - demo["action"][:-1, :3]).max()
+        assert gap > 0.5 if disturbed else gap < 1e-3
+        env = tt.Tabletop("goal")
+        env.place(0, seed, "train")
+        for action, move in zip(demo["action"], moved):
+            assert np.allclose(env.expert()[0], action, atol=1e-3)
+            env.advance([*move, *action[3:]])

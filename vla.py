@@ -1,0 +1,534 @@
+"""Stage 3 of RoboAlign (arXiv 2603.21341): a flow-matching action head, as GR00T N1.5's, on the
+features of one layer of the frozen backbone.
+
+In: a checkpoint of stage base, sft or grpo, and episodes (images, state, actions, instruction).
+Out: a policy (images, instruction, state) -> the next K actions. It writes no text at run time:
+reasoning acts through the features that RL shaped.
+1. cut the frozen backbone after layer 0.64 L (18 of 28)
+2. its hidden states over all image and text tokens of the action prompt condition the head
+3. the normalised state enters the head alone, as one token
+4. x_t = (1 - t) noise + t action; the head learns the velocity action - noise, masked past the end
+5. 4 Euler steps from seeded noise give the chunk; q01/q99 statistics turn it into dataset units
+Our deviations: the features of all frames are computed once and memory-mapped (--cache features);
+several (time, noise) draws share a frame's features (--draws); averaged weights act (--ema).
+
+Reads --init, --data. Writes runs/vla/{log.jsonl, features/, step_*/, final/}.
+python vla.py                                      # tabletop, one CPU core: 0.5 s a step
+torchrun --nproc_per_node 1 vla.py --batch 256     # one GPU
+torchrun --nproc_per_node 8 vla.py paper --init runs/grpo-paper --data data/libero     # 8 GPUs
+"""
+
+import copy
+import functools
+import hashlib
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import distributed
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+import model
+from fast_tokenizer import chunks_of, episode_stats, episodes, normalize, unnormalize
+
+
+@dataclass(frozen=True)
+class Config:
+    preset: str = ""
+    init: str = "runs/grpo"  # checkpoint of stage base, sft or grpo; hub name or random:SIZE
+    data: str = "data/tabletop/episodes"  # folder of episodes and stats.json
+    out: str = "runs/vla"  # run folder
+    seed: int = 0  # order of the frames, noise, initial weights of the head
+    layer: int = 0  # LLM layer whose output conditions the head; 0: 0.64 of the depth
+    think: bool = False  # mode line of the prompt: think first, or answer directly
+    cameras: str = "image"  # camera names of the episodes, separated by commas
+    horizon: int = 8  # actions in a chunk, K
+    dim: int = 128  # width of the head
+    layers: int = 4  # blocks of the head; even ones read the features
+    heads: int = 4  # attention heads
+    vl_layers: int = 1  # self-attention blocks over the features; 0: none
+    future: int = 4  # learned tokens between state and actions
+    dropout: float = 0.0  # in the head
+    cache: str = "features"  # features: the backbone runs once, before training; none: in each step
+    cache_dir: str = ""  # folder of the cached features; empty: features/ in --out
+    steps: int = 2000  # optimizer steps
+    batch: int = 64  # frames a step, over all ranks
+    draws: int = 2  # (time, noise) pairs a frame and step, which share its features
+    lr: float = 1e-3  # peak learning rate
+    warmup: float = 0.05  # share of the steps; cosine to 0 after it
+    beta1: float = 0.95  # AdamW
+    beta2: float = 0.999  # AdamW
+    weight_decay: float = 1e-5  # AdamW, not on norms and biases
+    clip: float = 1.0  # gradient norm; 0: no clipping
+    ema: float = 0.999  # decay of the averaged weights that the policy uses; 0: no average
+    holdout: float = 0.05  # share of the episodes, the last ones, kept for evaluation; 0: none
+    eval_rows: int = 256  # held-out frames of one evaluation
+    eval_every: int = 500  # steps; 0: only at the end
+    save_every: int = 1000  # steps; 0: only at the end
+    log_every: int = 50  # steps
+    resume: bool = False  # continue from the newest step_* in --out
+
+
+PRESETS = {
+    "tabletop": {},
+    "paper": {"init": "runs/grpo-paper", "data": "data/libero", "out": "runs/vla-paper",
+              "horizon": 16, "dim": 1536, "layers": 16, "heads": 32, "vl_layers": 4, "future": 32,
+              "dropout": 0.2, "cache": "none", "steps": 60000, "batch": 32, "draws": 1, "lr": 1e-4,
+              "ema": 0.0, "eval_every": 2000, "save_every": 10000},
+}
+
+
+# Data: numbers in memory, frames on disk
+
+
+class Frames:
+    """All frames of a folder of episodes, each with its state and the K actions that follow it.
+
+    state (N, S) and action (N, K, A) are normalised by q01/q99 -> [-1, 1], not clipped; mask (N, K)
+    is 0 past the end of the episode. train and held are ranges of frame numbers 0..N-1.
+    ValueError naming what does not fit; FileNotFoundError without episodes.
+    """
+
+    def __init__(self, cfg):
+        self.files, self.cameras = episodes(cfg.data), cfg.cameras.split(",")
+        self.stats = episode_stats(cfg.data, self.files)
+        for f in self.files:
+            missing = [c for c in self.cameras if c not in f.cameras]
+            if missing:
+                raise ValueError(f"{f.path}: no camera {missing[0]!r}; choose --cameras among "
+                                 f"{', '.join(f.cameras)}")
+        longest = max(map(len, self.files))
+        if not 0 < cfg.horizon <= longest:
+            raise ValueError(f"--horizon {cfg.horizon} is not in 1..{longest}, the length of the "
+                             f"longest episode of {cfg.data}")
+        ahead = np.arange(cfg.horizon)
+        self.ends = np.cumsum([len(f) for f in self.files])  # frame number after each episode
+        state = np.concatenate([f.state for f in self.files])
+        action = np.concatenate([chunks_of(f, cfg.horizon) for f in self.files])
+        self.state = normalize(state, self.stats["state"]).astype(np.float32)  # (N, S)
+        self.action = normalize(action, self.stats["action"]).astype(np.float32)  # (N, K, A)
+        self.mask = np.concatenate([np.arange(len(f))[:, None] + ahead < len(f)
+                                    for f in self.files])  # (N, K)
+        last = max(1, int(cfg.holdout * len(self.files))) if cfg.holdout > 0 else 0
+        if last >= len(self.files):
+            raise ValueError(f"{cfg.data}: {len(self.files)} episodes, all of them held out; lower "
+                             f"--holdout {cfg.holdout} or record more")
+        n = int(self.ends[-1])
+        cut = int(self.ends[-last - 1]) if last else n
+        self.train, self.held = range(cut), range(cut, n)
+
+    def at(self, i):
+        """Frame number -> (episode number, step)."""
+        e = int(np.searchsorted(self.ends, i, side="right"))
+        return e, int(i) - int(self.ends[e] - len(self.files[e]))
+
+    def rows(self, bb, places, think, memo):
+        """Prompts of [(episode number, step)]."""
+        return [prompt(bb, [self.files[e].frame(t, camera) for camera in self.cameras],
+                       self.files[e].task, think, memo) for e, t in places]
+
+
+@functools.lru_cache(2)
+def shuffled(seed, n, number):
+    """The order of pass `number` over n frames."""
+    return model.rng(seed, "pass", number).permutation(n)
+
+
+def picks(cfg, n, step):
+    """The `batch` frame numbers of a step: a function of (seed, step), each frame once a pass."""
+    at = range(step * cfg.batch, (step + 1) * cfg.batch)
+    return np.array([shuffled(cfg.seed, n, i // n)[i % n] for i in at])
+
+
+# Features of the frozen backbone
+
+
+def prompt(bb, images, instruction, think, memo):
+    """The action prompt as a row of model.collate, in training and evaluation alike. The same words
+    and image sizes give the same tokens, which `memo` (a dict) keeps; then only pixels are cut."""
+    key = (instruction, think, *(image.shape for image in images))
+    if key in memo:
+        patches = np.concatenate([model.patchify(image, bb.images)[0] for image in images])
+        return {**memo[key], "patches": patches}
+    question = "<image>" * len(images) + model.ask(model.action_question(instruction), think)
+    row = model.encode(bb, [{"role": "user", "content": question}], images, prompt_only=True)
+    memo[key] = {**row, "patches": None}
+    return row
+
+
+def precision(device):
+    """The one place that names the compute type of backbone and head."""
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+
+
+def freeze(bb, layer):
+    """Cuts the backbone after `layer` of its L blocks (0: round(0.64 L)) and freezes it. -> its
+    final norm, which the features do without and save() puts back."""
+    lm = bb.net.model.language_model
+    norm = lm.norm
+    model.truncate(bb.net, layer or round(0.64 * len(lm.layers)))
+    bb.net.requires_grad_(False)
+    bb.net.eval()
+    return norm
+
+
+@torch.no_grad()
+def condition(bb, rows, device):
+    """Rows -> features (B, T, D), mask (B, T), or None where no row is padded."""
+    batch = model.to(model.collate(rows, bb.vocab.pad), device)
+    feats, mask = model.features(bb, batch)
+    same = all(len(r["ids"]) == len(rows[0]["ids"]) for r in rows)
+    return feats, None if same else mask
+
+
+class InLoop:
+    """Features by running the backbone on each batch (--cache none)."""
+
+    def __init__(self, bb, frames, cfg, device):
+        self.bb, self.frames, self.think, self.device, self.memo = bb, frames, cfg.think, device, {}
+
+    def read(self, ids):
+        return self.frames.rows(self.bb, map(self.frames.at, ids), self.think, self.memo)
+
+    def features(self, rows):
+        return condition(self.bb, rows, self.device)
+
+
+class Cached:
+    """Features from disk (--cache features): for each episode a file of its name with the tensor
+    "features" (frames, T, D), read by slice. fp16 on CPU; bf16 on GPU, the type they come in."""
+
+    def __init__(self, folder, frames, device):
+        self.frames, self.device, self.files = frames, device, []
+        for episode in frames.files:
+            path = folder / episode.path.name
+            try:
+                self.files.append(safe_open(path, "pt").get_slice("features"))
+            except (SafetensorError, OSError) as e:
+                raise ValueError(f"{path}: {e}; delete {folder} to compute it again") from e
+
+    def read(self, ids):
+        return [self.files[e][t : t + 1][0] for e, t in map(self.frames.at, ids)]  # (T, D) each
+
+    def features(self, feats):
+        length = torch.tensor([len(f) for f in feats])
+        feats = pad_sequence(feats, batch_first=True)  # (B, T, D)
+        mask = torch.arange(feats.shape[1]) < length[:, None]  # (B, T)
+        return feats.to(self.device), None if mask.all() else mask.to(self.device)
+
+
+def digest(items):
+    sha = hashlib.sha256()
+    for item in items:
+        sha.update(item)
+    return sha.hexdigest()
+
+
+def fingerprint(bb, frames, rows, cfg):
+    """What the features depend on: weights, prompts (words, mode, images), layer, files."""
+    stat = [(f.path.name, f.path.stat().st_size, f.path.stat().st_mtime_ns) for f in frames.files]
+    weights = sorted(bb.net.model.state_dict().items())
+    return {"backbone": digest(w.contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
+                               for _, w in weights),
+            "layer": len(bb.net.model.language_model.layers), "type": str(bb.net.dtype),
+            "prompts": digest(row["ids"].tobytes() for row in rows),
+            "images": repr(bb.images), "cameras": cfg.cameras,
+            "episodes": digest([repr(stat).encode()])}
+
+
+def build_cache(bb, frames, cfg, dist, size=64):
+    """Runs the backbone over all frames, split over the ranks by episodes, unless the folder holds
+    the very same features already. -> Cached. ValueError when it holds other ones."""
+    folder, memo, files = Path(cfg.cache_dir or Path(cfg.out) / "features"), {}, frames.files
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = frames.rows(bb, [(e, 0) for e in range(len(files))], cfg.think, memo)
+    made_from, path = fingerprint(bb, frames, rows, cfg), folder / "fingerprint.json"
+    if path.exists():
+        stored = model.read_json(path)
+        stale = [k for k in made_from if stored.get(k) != made_from[k]]
+        if stale:
+            raise ValueError(f"{folder}: features of other {', '.join(stale)} than this run's; "
+                             "delete the folder or name another --cache-dir")
+        return Cached(folder, frames, dist.device)
+    need = sum(len(f) * len(r["ids"]) for f, r in zip(files, rows)) * 2 / 1e9
+    need, free = need * bb.net.config.text_config.hidden_size, shutil.disk_usage(folder).free / 1e9
+    if need > free:
+        raise ValueError(f"{folder}: the features take {need:.1f} GB, {free:.1f} are free; name "
+                         "another --cache-dir or use --cache none")
+    kind = torch.float16 if bb.net.dtype == torch.float32 else bb.net.dtype
+    for e in tqdm(range(dist.rank, len(files), dist.world), "features", unit="episode",
+                  disable=None if dist.rank == 0 else True):
+        feats = []  # one instruction an episode: equal lengths, no padding
+        for t in range(0, len(files[e]), size):
+            some = [(e, i) for i in range(t, min(t + size, len(files[e])))]
+            rows = frames.rows(bb, some, cfg.think, memo)
+            feats.append(condition(bb, rows, dist.device)[0].to(kind).cpu())  # (B, T, D)
+        feats = torch.cat(feats)
+        if not feats.isfinite().all():
+            raise ValueError(f"{files[e].path}: its features are not finite as {kind}; check the "
+                             "checkpoint, or use --cache none")
+        save_file({"features": feats}, folder / files[e].path.name)
+    if distributed.is_initialized():
+        distributed.barrier()
+    if dist.rank == 0:  # last and atomically: a folder without it is incomplete, and computed again
+        model.write_json(path.with_suffix(".tmp"), made_from)
+        os.replace(path.with_suffix(".tmp"), path)
+    return Cached(folder, frames, dist.device)
+
+
+# The policy
+
+
+class Policy:
+    """A trained checkpoint as a function (images, instruction, state) -> the next K actions.
+
+    Attributes: horizon K, action_dim A, cameras (names, in the order in which images are given).
+    Call n draws its noise from (seed, n); row b of a batch gets the same whatever the batch size.
+    """
+
+    def __init__(self, bb, head, spec, device, seed=0):
+        self.bb, self.head, self.spec, self.device = bb, head.eval(), spec, torch.device(device)
+        self.horizon, self.action_dim = head.cfg.horizon, head.cfg.action_dim
+        self.cameras, self.seed, self.calls, self.memo = spec["cameras"], seed, 0, {}
+
+    @classmethod
+    def load(cls, path, device="cpu", seed=0):
+        """path: a checkpoint of vla.py, or its run folder. ValueError for one of another stage."""
+        folder = model.find(path)
+        bb = model.load(folder, device, precision(device), stages=("vla",))
+        if "policy" not in bb.run:
+            raise ValueError(f"{path}: no policy; train one from it with vla.py --init {path}")
+        spec = bb.run["policy"]
+        freeze(bb, spec["layer"])
+        head = model.FlowHead(model.HeadConfig(**spec["head"]))
+        head.load_state_dict(load_file(folder / "head.safetensors"))
+        return cls(bb, head.to(device), spec, device, seed)
+
+    def act(self, images, instruction, state):
+        """One observation: uint8 image (H, W, 3), or a list with one for each camera; state (S,) in
+        dataset units -> (K, A) float32 in dataset units."""
+        return self.act_batch([images], [instruction], np.asarray(state)[None])[0]
+
+    @torch.no_grad()
+    def act_batch(self, images, instructions, states):
+        """B observations: images a list of what `act` takes, instructions a list of texts, states
+        (B, S) -> (B, K, A) float32, not clipped. ValueError when sizes or values do not fit."""
+        states, size = np.asarray(states, np.float32), (len(images), self.head.cfg.state_dim)
+        if states.shape != size or len(instructions) != len(images):
+            raise ValueError(f"{len(images)} images, {len(instructions)} instructions and states "
+                             f"{states.shape}; give as many of each, states {size}")
+        if not np.isfinite(states).all():
+            row = np.flatnonzero(~np.isfinite(states).all(1))[0]
+            raise ValueError(f"state {row} is not finite; repair the observation")
+        rows = []
+        for views, instruction in zip(images, instructions):
+            views = [views] if getattr(views, "ndim", 0) == 3 else list(views)
+            if len(views) != len(self.cameras):
+                raise ValueError(f"{len(views)} images; the policy was trained with the cameras "
+                                 f"{', '.join(self.cameras)}")
+            rows.append(prompt(self.bb, views, instruction, self.spec["think"], self.memo))
+        state = torch.from_numpy(normalize(states, self.spec["stats"]["state"]))  # (B, S)
+        shape = (len(rows), self.horizon, self.action_dim)
+        noise = model.rng(self.seed, "policy", self.calls).standard_normal(shape, np.float32)
+        self.calls += 1
+        feats, mask = condition(self.bb, rows, self.device)
+        with autocast(self.device):
+            x = self.head.sample(feats, mask, state.to(self.device),
+                                 torch.from_numpy(noise).to(self.device))  # (B, K, A)
+        return unnormalize(x.cpu().numpy(), self.spec["stats"]["action"])
+
+
+def autocast(device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision(device) != torch.float32)
+
+
+# Training
+
+
+def targets(frames, ids, device):
+    """Frame numbers (B,) -> state (B, S), action (B, K, A), action mask (B, K, A)."""
+    mask = np.repeat(frames.mask[ids][..., None], frames.action.shape[2], axis=2)
+    return [torch.from_numpy(x).to(device) for x in (frames.state[ids], frames.action[ids], mask)]
+
+
+def flow_loss(head, source, frames, cfg, step, fetched, dist):
+    """This rank's part of a step's loss, such that the average over ranks is the mean over the
+    global batch. fetched: (global ids (batch,), source.read of this rank's) -> (loss, info)."""
+    ids, rows = fetched
+    size = cfg.batch // dist.world
+    part = slice(dist.rank * size, (dist.rank + 1) * size)
+    noise, time = head.draw(model.rng(cfg.seed, "flow", step), cfg.batch, cfg.draws)
+    state, action, mask = targets(frames, ids[part], dist.device)
+    count = int(frames.mask[ids].sum()) * action.shape[2] * cfg.draws  # known without asking ranks
+    with autocast(dist.device):
+        return head.loss(*source.features(rows), state, action, mask,
+                         drawn=(noise[part], time[part]), count=count / dist.world)
+
+
+@torch.no_grad()
+def evaluate(head, source, frames, cfg, dist):
+    """Held-out frames, evenly spaced: flow loss, L1 and squared error of sampled chunks, in
+    normalised units (range 2) a counted element. -> {name: value}, {} without held-out episodes."""
+    n = min(cfg.eval_rows, len(frames.held))
+    if n == 0:
+        return {}
+    ids = np.linspace(frames.held[0], frames.held[-1], n).astype(int)
+    drawn = head.draw(model.rng(cfg.seed, "held"), n)  # the same at each evaluation
+    first = head.draw(model.rng(cfg.seed, "sample"), n)[0][:, 0]  # (n, K, A)
+    share, size, total = -(-n // dist.world), cfg.batch // dist.world, np.zeros(4)
+    head.eval()
+    for k in range(0, share, size):  # the same number of forwards on each rank
+        at = dist.rank * share + np.arange(k, min(k + size, share))
+        real, at = torch.from_numpy(at < n).to(dist.device), np.minimum(at, n - 1)
+        state, action, mask = targets(frames, ids[at], dist.device)
+        mask = mask * real[:, None, None]
+        with autocast(dist.device):
+            seen = source.features(source.read(ids[at]))
+            info = head.loss(*seen, state, action, mask, drawn=[x[at] for x in drawn])[1]
+            x = head.sample(*seen, state, first[at].to(dist.device))
+        error = (x - action) * mask
+        total += [float(v) for v in (info["sum"], info["count"], error.abs().sum(),
+                                     error.square().sum())]
+    head.train()
+    if isinstance(head, FSDPModule):
+        head.reshard()  # else the gathered weights of before the next update would stay
+    loss, count, l1, mse = model.all_sum(total.tolist())
+    return {"held_loss": loss / count, "held_l1": l1 / count, "held_mse": mse / count}
+
+
+def make_heads(sizes, newest, cfg, dist):
+    """-> {"head": the head that acts, and with --ema "raw": the one that is trained}."""
+    torch.manual_seed(cfg.seed)
+    heads = {"head": model.FlowHead(sizes).to(dist.device)}
+    if cfg.ema:
+        heads["raw"] = copy.deepcopy(heads["head"])
+    for name, head in heads.items():
+        if newest:
+            head.load_state_dict(load_file(newest / f"{name}.safetensors"))
+        # fp32 gathers: autocast does the mixing, as inputs (time!) must not be rounded to bf16
+        model.shard(head, dist, torch.float32)
+        for method in ("loss", "sample"):
+            register_fsdp_forward_method(head, method)
+    return heads
+
+
+@torch.no_grad()
+def average(heads, decay, step):
+    """head <- decay * head + (1 - decay) * raw; faster at first, when raw still changes much."""
+    ours, new = ([p.to_local() if hasattr(p, "to_local") else p for p in heads[k].parameters()]
+                 for k in ("head", "raw"))
+    torch._foreach_lerp_(ours, new, 1 - min(decay, (1 + step) / (10 + step)))
+
+
+def save(folder, bb, norm, heads, run, **state):
+    """Self-contained: the cut backbone with its final norm (it loads in plain transformers), the
+    head in head.safetensors, and in run.json under "policy" all else that acting needs."""
+    lm = bb.net.model.language_model
+    lm.norm, bare = norm, lm.norm
+    model.save(folder, {"backbone": bb, **heads}, run, **state)
+    lm.norm = bare
+
+
+def prepare(cfg, dist):
+    """-> Frames, frozen Backbone, its final norm, feature source, checkpoint to resume or None."""
+    if cfg.batch % dist.world:
+        raise ValueError(f"--batch {cfg.batch} must be a multiple of {dist.world} ranks")
+    if cfg.cache not in ("features", "none"):
+        raise ValueError(f"--cache {cfg.cache}: choose features or none")
+    if min(cfg.draws, cfg.layers) < 1 or not 0 <= cfg.ema < 1:
+        raise ValueError(f"--draws {cfg.draws}, --layers {cfg.layers}, --ema {cfg.ema}; draws and "
+                         "layers start at 1, ema lies in [0, 1)")
+    frames, newest = Frames(cfg), model.latest(cfg.out) if cfg.resume else None
+    bb = model.load(newest or cfg.init, dist.device, precision(dist.device), seed=cfg.seed,
+                    stages=("vla",) if newest else ("base", "sft", "grpo"))
+    if newest:
+        free = ("out", "cache", "cache_dir", "steps", "eval_rows", "eval_every", "save_every",
+                "log_every", "resume")
+        old, new = bb.run["config"], asdict(cfg)
+        changed = [k for k in new if k not in free and old.get(k) != new[k]]
+        if changed:
+            raise ValueError(f"{newest}: was run with another --{changed[0]}; resume with "
+                             f"{old.get(changed[0])!r} or start anew in another --out")
+    norm = freeze(bb, bb.run["policy"]["layer"] if newest else cfg.layer)
+    if cfg.cache == "none":
+        model.shard(bb.net, dist, precision(dist.device))
+        return frames, bb, norm, InLoop(bb, frames, cfg, dist.device), newest
+    # Whole on each rank, which run unequal numbers of batches; then out of the GPU's way.
+    source = build_cache(bb, frames, cfg, dist)
+    bb.net.cpu()
+    return frames, bb, norm, source, newest
+
+
+def main(argv=None):
+    cfg = model.parse(Config, PRESETS, argv)
+    dist = model.setup(cfg.seed)
+    frames, bb, norm, source, newest = prepare(cfg, dist)
+    sizes = model.HeadConfig(
+        bb.net.config.text_config.hidden_size, cfg.dim, cfg.layers, cfg.heads, cfg.vl_layers,
+        frames.state.shape[1], frames.action.shape[2], cfg.horizon, cfg.future, dropout=cfg.dropout)
+    heads = make_heads(sizes, newest, cfg, dist)
+    trained = "raw" if cfg.ema else "head"
+    head = heads[trained].train()
+    optim = model.optimizer(head, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2))
+    start = model.load_train_state(newest, {trained: head}, optim)["step"] if newest else 0
+    run = {"stage": "vla", "config": asdict(cfg), "parent": cfg.init, "policy": {
+        "head": asdict(sizes), "layer": len(bb.net.model.language_model.layers),
+        "think": cfg.think, "cameras": frames.cameras, "stats": frames.stats}}
+    log = model.Log(cfg.out, cfg, dist)
+    seconds, since, total = model.time.perf_counter(), start, np.zeros(2)
+
+    def fetch(step):
+        ids, size = picks(cfg, len(frames.train), step), cfg.batch // dist.world
+        return ids, source.read(ids[dist.rank * size : (dist.rank + 1) * size])
+
+    with ThreadPoolExecutor(1) as pool:  # frames or features of the next step
+        ahead = pool.submit(fetch, start)
+        for step in range(start, cfg.steps):
+            fetched, ahead = ahead.result(), pool.submit(fetch, step + 1)
+            lr = model.lr_at(step, cfg.steps, cfg.lr, cfg.warmup)
+            for group in optim.param_groups:
+                group["lr"] = lr
+            if cfg.dropout:
+                torch.manual_seed(int(model.rng(cfg.seed, step, dist.rank).integers(2**31)))
+            loss, info = flow_loss(head, source, frames, cfg, step, fetched, dist)
+            loss.backward()
+            norm_g = model.clip_grad(head.parameters(), cfg.clip)
+            optim.step()
+            optim.zero_grad()
+            if cfg.ema:
+                average(heads, cfg.ema, step)
+            total += [float(info["sum"]), float(info["count"])]
+            done = step + 1
+            if done % cfg.log_every == 0 or done == cfg.steps:
+                # The loss keeps a floor, the variance of the velocity: watch held_l1 instead.
+                summed, count = model.all_sum(total.tolist())
+                now = model.time.perf_counter()
+                log.write(step=done, loss=summed / count, norm=norm_g, lr=lr,
+                          steps_s=(done - since) / (now - seconds))
+                seconds, since, total = now, done, np.zeros(2)
+            if cfg.eval_every and done % cfg.eval_every == 0 and done < cfg.steps:
+                log.write(step=done, **evaluate(heads["head"], source, frames, cfg, dist))
+                seconds, since = model.time.perf_counter(), done
+            if cfg.save_every and done % cfg.save_every == 0 and done < cfg.steps:
+                save(Path(cfg.out) / f"step_{done:06d}", bb, norm, heads, {**run, "step": done},
+                     optim=optim)
+    metrics = evaluate(heads["head"], source, frames, cfg, dist)
+    log.write(step=cfg.steps, **metrics)
+    save(Path(cfg.out) / "final", bb, norm, {"head": heads["head"]},
+         {**run, "step": cfg.steps, "metrics": metrics})
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as e:
+        raise SystemExit(f"error: {e}") from e
