@@ -2,12 +2,14 @@
 
     python evaluate.py tabletop --policy runs/vla --chains 50 --arm RL --out results/run.json
     python evaluate.py actions --policy runs/grpo --data data/test --arm RL --out results/run.json
+    python evaluate.py vqa --policy assets/tiny-vlm --data data/test/conversations.jsonl
     python evaluate.py report results/run.json
 
 `tabletop` lets a policy of vla.py drive the four suites and the chains of benchmarks/tabletop.py:
 many environments are stepped together with one batched forward. `actions` samples and decodes what
 a checkpoint of any stage writes for held-out (image, instruction) prompts, thinking first and
-directly. Both add one arm to a results file; `report` turns such files into one Markdown table with
+directly. `vqa` scores greedy answers to questions by exact match, by the "kind" of each row. All
+three add one arm to a results file; `report` turns such files into one Markdown table with
 the paired differences between consecutive arms.
 
 Every success rate carries its n and a 95% Wilson interval; means carry a 95% bootstrap interval
@@ -315,6 +317,38 @@ def actions(args):
     record(args.out, args.arm, metrics, args, started, paired)
 
 
+# ---- questions
+
+
+def vqa(args):
+    """`evaluate.py vqa`: exact match of greedy answers to the first question of each row, with a
+    95% Wilson interval for each "kind" of row (as the data generator names it; else "all")."""
+    from sft import Conversations, answer_of, read_image
+
+    started = time.time()
+    bb = model.load(args.policy, device=args.device, stages=("base", "sft", "grpo"))
+    bb.net.eval()
+    source = Conversations(args.data, bb.fast, 0)
+    picks = range(min(args.rows or len(source), len(source)))
+    right = {}
+    for start in tqdm(range(0, len(picks), args.batch), "rows", disable=None):
+        rows, answers = [], []
+        for i in picks[start : start + args.batch]:
+            messages, images, kind, where = source[i]
+            images = [read_image(image, where) for image in images]
+            rows.append(model.encode(bb, messages[:1], images, prompt_only=True))
+            answers.append((kind or "all", answer_of(messages[1]["content"])))
+        ids = model.generate(bb, rows, max_new=args.max_new, greedy=True)["ids"]
+        for one, (kind, answer) in zip(ids, answers):
+            text = bb.tok.decode(one, skip_special_tokens=True)
+            right.setdefault(kind, []).append(answer_of(text) == answer)
+    metrics = {f"exact {kind}": wilson(sum(v), len(v)) for kind, v in sorted(right.items())}
+    for name, value in metrics.items():
+        print(f"{name:24s} {value['mean']:6.3f}  [{value['low']:.3f}, {value['high']:.3f}]  "
+              f"n {value['n']}")
+    record(args.out, args.arm, metrics, args, started)
+
+
 # ---- the table
 
 COLUMNS = {
@@ -397,13 +431,20 @@ def main(argv=None):
     add("--samples", type=int, default=4, help="samples a prompt at temperature 1")
     add("--max-new", type=int, default=96, help="tokens a completion at most")
     add("--batch", type=int, default=64, help="prompts a forward")
+    four = commands.add_parser("vqa", parents=[common], help="exact answers to questions")
+    add = four.add_argument
+    add("--data", required=True, help="conversations, .jsonl")
+    add("--rows", type=int, default=0, help="first rows of the file; 0: all")
+    add("--max-new", type=int, default=128, help="tokens an answer at most")
+    add("--batch", type=int, default=64, help="rows a forward")
     three = commands.add_parser("report", help="results files -> Markdown")
     three.add_argument("files", nargs="+", help="results files")
     three.add_argument("--markdown", default="", help="also write the table here")
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        {"tabletop": tabletop, "actions": actions, "report": report}[args.command](args)
+        known = {"tabletop": tabletop, "actions": actions, "vqa": vqa, "report": report}
+        known[args.command](args)
     except (ValueError, FileNotFoundError) as e:
         raise SystemExit(f"error: {e}") from None
 

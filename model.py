@@ -944,11 +944,13 @@ def all_sum(x):
     return values.tolist() if many else values.item()
 
 
+SMALL = 50_000_000  # parameters below which gathering all at once costs less than it saves memory
+
+
 def shard(net, dist, mp_dtype=None):
     """FSDP2 over all ranks, in place: fp32 masters, compute in mp_dtype (bf16 on GPU by default).
 
-    Each block is a unit, unless the model is so small that gathers cost more than they save. No-op
-    for one CPU process. Averages gradients over ranks.
+    Each block is a unit, in a SMALL model the whole. No-op for one CPU process. Averages gradients.
     """
     if dist.world == 1 and dist.device.type == "cpu":
         return net
@@ -957,7 +959,7 @@ def shard(net, dist, mp_dtype=None):
     kw = {"mesh": init_device_mesh(dist.device.type, (dist.world,)),
           "mp_policy": MixedPrecisionPolicy(param_dtype=mp_dtype, reduce_dtype=torch.float32)}
     backbone = isinstance(net, transformers.PreTrainedModel)
-    if backbone and sum(p.numel() for p in net.parameters()) > 50e6:
+    if backbone and sum(p.numel() for p in net.parameters()) > SMALL:
         for block in [*net.model.visual.blocks, *net.model.language_model.layers]:
             fully_shard(block, **kw)
     fully_shard(net, reshard_after_forward=False, **kw)

@@ -89,7 +89,8 @@ class Conversations:
             for line in f:
                 self.offset.append(f.tell() - len(line))
                 self._check(line, f"{path}:{len(self.offset)}")
-        n = len(self.offset)
+            self.offset.append(f.tell())
+        n = len(self.offset) - 1
         if n <= holdout:
             raise ValueError(f"{path}: {n} rows, all of them held out; lower --holdout {holdout}")
         self.train, self.held = range(n - holdout), range(n - holdout, n)
@@ -117,6 +118,10 @@ class Conversations:
 
     def __len__(self):
         return len(self.train)
+
+    def size(self, i):
+        """About how long a row is: characters in the file."""
+        return self.offset[i + 1] - self.offset[i]
 
     def _row(self, i):
         with open(self.path, "rb") as f:
@@ -168,6 +173,9 @@ class Demonstrations:
     def target(self, i):
         episode, t = self.at(i)
         return self.fast.encode(chunks_of(episode, self.fast.horizon)[t : t + 1])[0]
+
+    def size(self, i):
+        return 300  # characters, about; all are alike
 
     def question(self, i, think):
         """-> (messages with the question alone, images, where)."""
@@ -245,7 +253,10 @@ def order(sizes, weights, draws, seed):
 
 
 def batches(bb, sources, picks, cfg, dist):
-    """This rank's micro-batches of the samples `picks` [(source, row)], equally many on each rank."""
+    """This rank's micro-batches of the samples `picks` [(source, row)], equally many on each rank.
+
+    Dealt out by length, as ranks wait for the one with the most tokens."""
+    picks = sorted(picks.tolist(), key=lambda p: sources[p[0]].size(p[1]))
     rows = [row_of(bb, sources[s], int(i), cfg.max_length) for s, i in picks[dist.rank :: dist.world]]
     micro = cfg.micro_batch or len(rows)
     return [model.pack(rows[k : k + micro]) for k in range(0, len(rows), micro)]

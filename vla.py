@@ -45,6 +45,7 @@ class Config:
     preset: str = ""
     init: str = "runs/grpo"  # checkpoint of stage base, sft or grpo; hub name or random:SIZE
     data: str = "data/tabletop/episodes"  # folder of episodes and stats.json
+    limit: int = 0  # only the first episodes; 0: all
     out: str = "runs/vla"  # run folder
     seed: int = 0  # order of the frames, noise, initial weights of the head
     layer: int = 0  # LLM layer whose output conditions the head; 0: 0.64 of the depth
@@ -98,7 +99,7 @@ class Frames:
     """
 
     def __init__(self, cfg):
-        self.files, self.cameras = episodes(cfg.data), cfg.cameras.split(",")
+        self.files, self.cameras = episodes(cfg.data, cfg.limit), cfg.cameras.split(",")
         self.stats = episode_stats(cfg.data, self.files)
         for f in self.files:
             missing = [c for c in self.cameras if c not in f.cameras]

@@ -66,6 +66,15 @@ def test_evaluate_writes_one_file_and_its_table(made):
     assert "| toy |" in run("evaluate.py", "report", results)
 
 
+def test_questions_are_scored_by_kind(made):
+    rows = [json.loads(line) for line in (made / "data/conversations.jsonl").open()]
+    run("evaluate.py", "vqa", "--policy", made / "sft", "--data", made / "data/conversations.jsonl",
+        "--rows", 12, "--max-new", 8, "--out", made / "vqa.json")
+    metrics = json.loads((made / "vqa.json").read_text())["arms"]["policy"]["metrics"]
+    assert sum(m["n"] for m in metrics.values()) == 12
+    assert f"exact {rows[0]['kind']}" in metrics
+
+
 def test_wrong_stage_is_refused_in_one_line(made):
     line = run("sft.py", "--init", made / "vla", "--data", made / "data/conversations.jsonl", "--fast",
                "", "--out", made / "x", ok=False)

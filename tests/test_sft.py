@@ -96,11 +96,12 @@ def on_two_ranks(argv):
 
 def test_overfits_eight_samples(tmp_path):
     data, n = conversations(tmp_path)
-    sft.main(args(tmp_path / "o", data, "--lr", 2e-3, "--eval-rows", n, steps=150))
+    sft.main(args(tmp_path / "o", data, "--lr", 3e-3, "--batch", 8, "--micro-batch", 0,
+                  "--eval-rows", n, steps=50))
     last = log(tmp_path / "o")[-1]
     assert last["talk_acc"] == 1 and last["talk_loss"] < 0.1 and last["greedy_colour"] == 1
     run = json.loads((tmp_path / "o" / "final" / "run.json").read_text())
-    assert run["stage"] == "base" and run["config"]["lr"] == 2e-3 and run["metrics"]["talk_acc"] == 1
+    assert run["stage"] == "base" and run["config"]["lr"] == 3e-3 and run["metrics"]["talk_acc"] == 1
 
 
 def test_resume_equals_the_uninterrupted_run(tmp_path):
@@ -115,9 +116,11 @@ def test_resume_equals_the_uninterrupted_run(tmp_path):
         sft.main(args(tmp_path / "b", data, "--resume", "--seed", 1))
 
 
-def test_two_ranks_equal_one(tmp_path):
+@pytest.mark.parametrize("small", [10**9, 0])  # one FSDP unit, or one for each block
+def test_two_ranks_equal_one(tmp_path, monkeypatch, small):
     """The sum of the loss is divided by the global count: rank means would differ from this, as the
     ranks count different numbers of tokens; and one may have images where the other has none."""
+    monkeypatch.setattr(model, "SMALL", small)
     data, _ = conversations(tmp_path, 12)
     sft.main(args(tmp_path / "one", data, "--save-every", 3, holdout=12))
     on_two_ranks(args(tmp_path / "two", data, holdout=12))
