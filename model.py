@@ -1,13 +1,13 @@
-"""What the three stages share: backbone, vocabulary, images and prompts, losses, sampler, action head,
-sharding and checkpoints. Whatever could make training, RL and evaluation disagree is defined here once.
+"""What the three stages share: backbone, vocabulary, images and prompts, losses, sampler, action
+head, sharding and checkpoints. What could make training, RL and evaluation disagree is here.
 
 Backbones: Qwen2.5-VL and Qwen3-VL of transformers, local folder, hub name or `random:SIZE`.
-The paper is RoboAlign, arXiv 2603.21341. A checkpoint is a folder that plain transformers loads, plus
-fast/ (action tokenizer), run.json (stage, config, versions, parent) and train_state/ (exact resume).
+The paper is RoboAlign, arXiv 2603.21341. A checkpoint is a folder that plain transformers loads,
+plus fast/ (action tokenizer), run.json (stage, config, versions, parent) and train_state/ (resume).
 
-Legend: B batch, T tokens, D width, H heads, P patches, G rollouts per prompt, K action-chunk length,
-A action dimensions, V vocabulary, L layer. A mask is 1 where it counts. M-RoPE: the position of a
-token is (time, row, column); text advances all three together.
+Legend: B batch, T tokens, D width, H heads, P patches, G rollouts per prompt, K action-chunk
+length, A action dimensions, V vocabulary, L layer. A mask is 1 where it counts. M-RoPE: a token's
+position is (time, row, column); text advances all three together.
 """
 
 import argparse
@@ -233,7 +233,7 @@ def vocab(net, tok):
 
 
 def train_tokenizer(texts, vocab_size):
-    """Byte-level BPE with the Qwen2 pre-tokenizer and ChatML tokens; the same texts, the same ids."""
+    """Byte-level BPE with the Qwen2 pre-tokenizer and ChatML tokens, a function of the texts."""
     blank = Qwen2Tokenizer().backend_tokenizer
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.normalizer, bpe.pre_tokenizer = blank.normalizer, blank.pre_tokenizer
@@ -253,8 +253,8 @@ def train_tokenizer(texts, vocab_size):
 
 
 def random_backbone(size, seed, texts=None):
-    """A backbone of SIZES with random weights. Std 1/sqrt(width): with the usual 0.02 a network this
-    narrow does not begin to learn."""
+    """A backbone of SIZES with random weights. Std 1/sqrt(width): with the usual 0.02 a network
+    this narrow does not begin to learn."""
     s, tok = SIZES[size], train_tokenizer(texts or SENTENCES, SIZES[size].vocab)
     text = {
         "vocab_size": -(-len(tok) // 64) * 64, "hidden_size": s.hidden, "intermediate_size": s.mlp,
@@ -313,7 +313,7 @@ def load(path, device="cpu", dtype=torch.float32, stages=None, seed=0, texts=Non
     """-> Backbone. path: checkpoint folder or run folder, hub name, or "random:SIZE" (see SIZES).
 
     stages: the run.json stages that are allowed, ValueError for another one; hub models and random
-    ones have no stage and always pass. texts: what the tokenizer of a random backbone is trained on.
+    ones have no stage and always pass. texts: what a random backbone's tokenizer is trained on.
     """
     if str(path).startswith("random:"):
         size = str(path).removeprefix("random:")
@@ -333,8 +333,8 @@ def load(path, device="cpu", dtype=torch.float32, stages=None, seed=0, texts=Non
     fast = FastTokenizer.load(folder / "fast") if local and (folder / "fast").exists() else None
     bb = Backbone(net, tok, ImageSpec.load(folder), vocab(net, tok), fast, run)
     if fast is not None and fast.vocab_size > len(bb.vocab.fast):
-        raise ValueError(f"{folder}: fast/ has {fast.vocab_size} tokens but the text tokenizer knows "
-                         f"{len(bb.vocab.fast)} <FAST_i>; the folder is damaged, copy it again")
+        raise ValueError(f"{folder}: fast/ has {fast.vocab_size} tokens but the text tokenizer "
+                         f"knows {len(bb.vocab.fast)} <FAST_i>; copy the whole folder again")
     return bb
 
 
@@ -555,8 +555,8 @@ def token_loss(net, batch):
 
 
 def logp(net, rows, ids, temperature=1.0, banned=None):
-    """rows (N, D) hidden states, ids (N,) -> logp (N,), entropy (N,), fp32 nats, without gradient in
-    the entropy. banned: ids of probability 0, as in `generate`."""
+    """rows (N, D) hidden states, ids (N,) -> logp (N,), entropy (N,), fp32 nats, no gradient in the
+    entropy. banned: ids of probability 0, as in `generate`."""
     logits = logits_of(net, rows) / temperature  # (N, V)
     if banned is not None and len(banned):
         logits = logits.index_fill(-1, torch.as_tensor(banned, device=logits.device), -1e9)
@@ -567,7 +567,7 @@ def logp(net, rows, ids, temperature=1.0, banned=None):
 
 
 def truncate(net, layer):
-    """Keeps the first `layer` LLM blocks; hidden() then gives what that block puts out, unnormed."""
+    """Keeps the first `layer` LLM blocks; hidden() then gives what the last puts out, unnormed."""
     lm = net.model.language_model
     if not 0 < layer <= len(lm.layers):
         raise ValueError(f"layer {layer} is not in 1..{len(lm.layers)}; choose one of these")
@@ -1061,7 +1061,7 @@ def _as_module(what):
 def save(folder, what, run, fast=None, optim=None, extra=None):
     """Writes a complete checkpoint, atomically; all ranks call it.
 
-    what: a Backbone, or {name: Backbone or module}: the backbone goes into the folder in the Hugging
+    what: a Backbone, or {name: Backbone or module}: the backbone goes into the folder in Hugging
     Face layout with fast/, each module into name.safetensors. run: {"stage", "step", "config",
     "parent"}, to which versions and commit are added. optim: with it, train_state/ for exact resume
     holds the optimizer and `extra` (JSON). safetensors and JSON only.

@@ -35,12 +35,14 @@ import model
 from fast_tokenizer import FastTokenizer, chunks_of, episodes
 from model import all_sum, ask
 
+TABLETOP = "data/tabletop/conversations.jsonl:1,data/tabletop/episodes:3"
+
 
 @dataclass(frozen=True)
 class Config:
     preset: str = ""
     init: str = "assets/tiny-vlm"  # checkpoint folder, hub name, or random:SIZE
-    data: str = "data/tabletop/conversations.jsonl:1,data/tabletop/episodes:3"  # path:weight,... weight = relative share of samples, without one the number of rows
+    data: str = TABLETOP  # path:weight,...: relative share of samples; no weight: number of rows
     fast: str = ""  # FAST tokenizer folder; empty: the one inside --init, if any
     out: str = "runs/sft"  # run folder
     seed: int = 0  # order of the samples, random weights
@@ -78,8 +80,8 @@ PRESETS = {
 class Conversations:
     """Rows of a .jsonl file, checked when opened and read when asked for.
 
-    source[i] -> (messages with their mode lines, images, kind or None, where). ValueError naming the
-    file and the line on a malformed row or a missing image.
+    source[i] -> (messages with their mode lines, images, kind or None, where). ValueError naming
+    the file and the line on a malformed row or a missing image.
     """
 
     def __init__(self, path, fast, holdout):
@@ -257,7 +259,8 @@ def batches(bb, sources, picks, cfg, dist):
 
     Dealt out by length, as ranks wait for the one with the most tokens."""
     picks = sorted(picks.tolist(), key=lambda p: sources[p[0]].size(p[1]))
-    rows = [row_of(bb, sources[s], int(i), cfg.max_length) for s, i in picks[dist.rank :: dist.world]]
+    mine = picks[dist.rank :: dist.world]
+    rows = [row_of(bb, sources[s], int(i), cfg.max_length) for s, i in mine]
     micro = cfg.micro_batch or len(rows)
     return [model.pack(rows[k : k + micro]) for k in range(0, len(rows), micro)]
 
@@ -302,7 +305,8 @@ def greedy(bb, sources, cfg, dist, size=64):
         for i in spread(source.held, cfg.eval_rows):
             messages, images, kind, where = source[i]
             if kind and [m["role"] for m in messages] == ["user", "assistant"]:
-                prompts.append((messages[:1], images, answer_of(messages[1]["content"]), kind, where))
+                reference = answer_of(messages[1]["content"])
+                prompts.append((messages[:1], images, reference, kind, where))
     kinds = sorted({p[3] for p in prompts})
     right, seen = dict.fromkeys(kinds, 0), dict.fromkeys(kinds, 0)
     mine = prompts[dist.rank :: dist.world]
@@ -321,7 +325,7 @@ def greedy(bb, sources, cfg, dist, size=64):
 
 
 def thinking_rollouts(bb, sources, cfg, dist, n=4):
-    """What RL will start from: thinking rollouts on held-out action prompts, which SFT never showed.
+    """What RL will start from: thinking rollouts on held-out prompts, which SFT never showed.
 
     -> format rate, mean r_a (paper section 3), and how many of the n thoughts and actions differ:
     thoughts that are all alike leave RL without a signal (Table 1 of the paper).

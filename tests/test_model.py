@@ -196,7 +196,8 @@ def test_grow_adds_once_keeps_old_rows_and_ties(bb):
     same = table.clone()
     model.grow(bb, 100)
     assert torch.equal(bb.net.get_input_embeddings().weight, same)
-    ids = model.encode(bb, [{"role": "assistant", "content": model.action_answer([0, 99, 1])}])["ids"]
+    answer = {"role": "assistant", "content": model.action_answer([0, 99, 1])}
+    ids = model.encode(bb, [answer])["ids"]
     assert [bb.vocab.fast.index(i) for i in ids if i in bb.vocab.fast] == [0, 99, 1]
 
 
@@ -282,7 +283,7 @@ def test_the_tokenizer_is_a_function_of_its_texts():
     a, b = (model.train_tokenizer(texts, 300).get_vocab() for _ in range(2))
     assert a == b and "Ġblock" in a
     tok = model.train_tokenizer(texts, 300)
-    for text in ("<think>the red bowl</think> ünïcode\n\n  \t42", "<|im_start|>user\nhi<|im_end|>\n"):
+    for text in ("<think>the red bowl</think> ünï\n\n  \t42", "<|im_start|>user\nhi<|im_end|>\n"):
         assert tok.decode(tok(text)["input_ids"]) == text
     assert tok.eos_token == "<|im_end|>" and tok.pad_token == "<|endoftext|>"
     assert tok.tokenize("<think>") == ["<think>"] and not tok.all_special_tokens.count("<think>")
@@ -342,7 +343,8 @@ def test_clip_and_groups():
 
 
 def test_rng_is_a_function_of_its_keys():
-    draw = {k: model.rng(*k).random() for k in [(0, 1, 2), (0, 2, 1), (1, 1, 2), (0, "a"), (0, "b")]}
+    keys = [(0, 1, 2), (0, 2, 1), (1, 1, 2), (0, "a"), (0, "b")]
+    draw = {k: model.rng(*k).random() for k in keys}
     assert len(set(draw.values())) == 5 and model.rng(0, "a").random() == draw[(0, "a")]
 
 

@@ -1,4 +1,4 @@
-"""sft.py: samples, errors that name the row, exact resume, 1 process against 2, and learning at all."""
+"""sft.py: samples, errors that name the row, exact resume, 1 process against 2, and learning."""
 
 import itertools
 import json
@@ -18,7 +18,8 @@ import sft
 from fast_tokenizer import FastTokenizer, chunks_of, episodes
 
 SIZE = "random:tiny-qwen3-vl"
-COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "grey": (90, 90, 90)}
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220),
+           "grey": (90, 90, 90)}
 
 
 def conversations(folder, n=8, extra=()):
@@ -101,7 +102,7 @@ def test_overfits_eight_samples(tmp_path):
     last = log(tmp_path / "o")[-1]
     assert last["talk_acc"] == 1 and last["talk_loss"] < 0.1 and last["greedy_colour"] == 1
     run = json.loads((tmp_path / "o" / "final" / "run.json").read_text())
-    assert run["stage"] == "base" and run["config"]["lr"] == 3e-3 and run["metrics"]["talk_acc"] == 1
+    assert (run["stage"], run["config"]["lr"], run["metrics"]["talk_acc"]) == ("base", 3e-3, 1)
 
 
 def test_resume_equals_the_uninterrupted_run(tmp_path):
@@ -111,7 +112,8 @@ def test_resume_equals_the_uninterrupted_run(tmp_path):
     sft.main(args(tmp_path / "b", data, "--save-every", 3, "--resume"))
     a, b = weights(tmp_path / "a" / "final"), weights(tmp_path / "b" / "final")
     assert all(np.array_equal(a[k], b[k]) for k in a)
-    assert [r["loss"] for r in log(tmp_path / "a")[3:6]] == [r["loss"] for r in log(tmp_path / "b")[:3]]
+    old, new = log(tmp_path / "a")[3:6], log(tmp_path / "b")[:3]
+    assert [r["loss"] for r in old] == [r["loss"] for r in new]
     with pytest.raises(ValueError, match="another --seed"):
         sft.main(args(tmp_path / "b", data, "--resume", "--seed", 1))
 
@@ -196,7 +198,8 @@ def test_each_question_gets_the_mode_of_its_answer():
 
 def row(images=(), text="<image>Which?", role="assistant", **more):
     return json.dumps({"images": list(images), "messages": [
-        {"role": "user", "content": text}, {"role": role, "content": "<answer>x</answer>"}], **more})
+        {"role": "user", "content": text},
+        {"role": role, "content": "<answer>x</answer>"}], **more})
 
 
 @pytest.mark.parametrize(("line", "message"), [
