@@ -31,11 +31,11 @@ say "FAST tokenizer"
 python fast_tokenizer.py fit --data "$DATA/train" --out "$RUN/fast" --horizon 5 --scale 1.5 --vocab 48 --limit 400
 
 say "stage 1: SFT"
-many sft.py tabletop --data "$DATA/train/conversations.jsonl:1,$DATA/train/episodes:3,$DATA/train/thought_actions.jsonl:0.4" \
+many sft.py speedrun --data "$DATA/train/conversations.jsonl:1,$DATA/train/episodes:3,$DATA/train/thought_actions.jsonl:0.4" \
   --fast "$RUN/fast" --out "$RUN/sft" --seed $SEED
 
 say "stage 2: GRPO"
-many grpo.py tabletop --init "$RUN/sft" --data "$DATA/train/episodes" --out "$RUN/grpo" --seed $SEED
+many grpo.py speedrun --init "$RUN/sft" --data "$DATA/train/episodes" --out "$RUN/grpo" --seed $SEED
 
 for arm in base sft grpo; do
   init=$([ $arm = base ] && echo assets/tiny-vlm || echo "$RUN/$arm")
@@ -44,11 +44,11 @@ for arm in base sft grpo; do
   python evaluate.py actions --policy "$init" --fast "$RUN/fast" --data "$DATA/test" --arm "$name" \
     --out "$RESULT" --preset speedrun --seed $SEED
   say "stage 3: action head on the frozen $name"
-  many vla.py tabletop --init "$init" --data "$DATA/train/episodes" --out "$RUN/vla-$arm" --seed $SEED
+  many vla.py speedrun --init "$init" --data "$DATA/train/episodes" --out "$RUN/vla-$arm" --seed $SEED
   rm -rf "$RUN/vla-$arm/features"
   say "$name: closed loop"
   python evaluate.py tabletop --policy "$RUN/vla-$arm" --arm "$name" --out "$RESULT" \
-    --preset speedrun --seed $SEED --gif "$RUN/gif-$arm"
+    --preset speedrun --seed $SEED --trials 5 --chains 50 --gif "$RUN/gif-$arm"
 done
 
 say "results"
