@@ -442,8 +442,7 @@ class Tabletop:
         if needed and needed != "drawer" and isinstance(held, Thing):
             holding = held is self.find(needed)
         if held is not None and not holding:  # something else is in the hand: put it down here
-            low = 0.02 + (0.0 if held == "drawer" else max(0.0, held.z * 0))
-            way = np.array([x, y, z if held == "drawer" else low])
+            way = np.array([x, y, z if held == "drawer" else 0.02])
             return self._act("drop", "gripper", (x, y), way, -self._near(0.0, way[2] - z))
         if verb == "press":
             return self._act("press", name, self.button, self._above(*self.button, 0.0), 1.0)
