@@ -18,6 +18,7 @@ file, and GIFs when asked.
 """
 
 import argparse
+import fcntl
 import itertools
 import json
 import math
@@ -73,8 +74,16 @@ def hardware():
 
 
 def record(path, arm, metrics, args, started, paired=None):
-    """Add metrics {name: interval} to `arm` of the results file (made if missing), atomically."""
+    """Add metrics {name: interval} to `arm` of the results file (made if missing), atomically, also
+    when several evaluations write to it at once."""
     path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _record(path, arm, metrics, args, started, paired)
+
+
+def _record(path, arm, metrics, args, started, paired):
     fresh = {"preset": args.preset, "arms": {}, "commands": []}
     results = read_results(path) if path.exists() else fresh
     place = results["arms"].setdefault(arm, {"metrics": {}, "paired": {}, "checkpoints": {}})
@@ -87,11 +96,14 @@ def record(path, arm, metrics, args, started, paired=None):
     results["versions"] = model.versions()
     command = shlex.join(["python", "evaluate.py", *args.argv])
     results["commands"] = [c for c in results["commands"] if c != command] + [command]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".tmp")
-    part.write_text(json.dumps(results, indent=1))
-    part.replace(path)
+    write_results(path, results)
     print(f"{path}: arm {arm}, {len(metrics)} metrics")
+
+
+def write_results(path, results):
+    part = pathlib.Path(path).with_suffix(".tmp")
+    part.write_text(json.dumps(results, indent=1) + "\n")
+    part.replace(path)
 
 
 def read_results(path):
@@ -323,25 +335,17 @@ def actions(args):
 def vqa(args):
     """`evaluate.py vqa`: exact match of greedy answers to the first question of each row, with a
     95% Wilson interval for each "kind" of row (as the data generator names it; else "all")."""
-    from sft import Conversations, answer_of, read_image
+    from sft import Conversations, exact
 
     started = time.time()
     bb = model.load(args.policy, device=args.device, stages=("base", "sft", "grpo"))
     bb.net.eval()
-    source = Conversations(args.data, bb.fast, 0)
+    source, right = Conversations(args.data, bb.fast, 0), {}
     picks = range(min(args.rows or len(source), len(source)))
-    right = {}
     for start in tqdm(range(0, len(picks), args.batch), "rows", disable=None):
-        rows, answers = [], []
-        for i in picks[start : start + args.batch]:
-            messages, images, kind, where = source[i]
-            images = [read_image(image, where) for image in images]
-            rows.append(model.encode(bb, messages[:1], images, prompt_only=True))
-            answers.append((kind or "all", answer_of(messages[1]["content"])))
-        ids = model.generate(bb, rows, max_new=args.max_new, greedy=True)["ids"]
-        for one, (kind, answer) in zip(ids, answers):
-            text = bb.tok.decode(one, skip_special_tokens=True)
-            right.setdefault(kind, []).append(answer_of(text) == answer)
+        items = [source[i] for i in picks[start : start + args.batch]]
+        for kind, ok in exact(bb, items, args.max_new, args.batch):
+            right.setdefault(kind, []).append(ok)
     metrics = {f"exact {kind}": wilson(sum(v), len(v)) for kind, v in sorted(right.items())}
     for name, value in metrics.items():
         print(f"{name:24s} {value['mean']:6.3f}  [{value['low']:.3f}, {value['high']:.3f}]  "
@@ -373,16 +377,25 @@ def report(args):
     neighbouring arms."""
     for path in args.files:
         results = read_results(path)
+        if args.minutes:
+            results["minutes_whole_run"] = args.minutes
+            write_results(path, results)
+        whole = results.get("minutes_whole_run")
         about = (f"Preset {results['preset']}, seeds {results['seeds']}, {results['hardware']}; "
-                 f"evaluation {results['minutes']} min. Mean [95% interval]; success in percent.")
+                 + (f"the whole run {whole} min, " if whole else "")
+                 + f"evaluation {results['minutes']} min. Mean [95% interval]; success in percent.")
+        names = args.arms.split(",") if args.arms else list(results["arms"])
+        if missing := set(names) - set(results["arms"]):
+            raise ValueError(f"{path}: no arm {', '.join(sorted(missing))}; it has "
+                             f"{', '.join(results['arms'])}")
+        arms = [(name, results["arms"][name]) for name in names]
         lines = [about, "", "| arm | " + " | ".join(COLUMNS) + " |",
                  "|---" * (len(COLUMNS) + 1) + "|"]
-        for arm, place in results["arms"].items():
+        for arm, place in arms:
             cells = [show(place["metrics"].get(key), key.startswith("success"))
                      for key in COLUMNS.values()]
             lines.append(f"| {arm} | " + " | ".join(cells) + " |")
         lines += ["", "Paired differences (same prompts, trials and chains):", ""]
-        arms = list(results["arms"].items())
         for (first, a), (second, b) in itertools.pairwise(arms):
             for key in COLUMNS.values():
                 old, new = a["paired"].get(key), b["paired"].get(key)
@@ -440,6 +453,8 @@ def main(argv=None):
     three = commands.add_parser("report", help="results files -> Markdown")
     three.add_argument("files", nargs="+", help="results files")
     three.add_argument("--markdown", default="", help="also write the table here")
+    three.add_argument("--arms", default="", help="rows of the table, in this order; empty: all")
+    three.add_argument("--minutes", type=float, default=0, help="of the whole run, to be noted")
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else list(argv)
     try:

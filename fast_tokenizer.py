@@ -328,6 +328,17 @@ def episodes(folder, limit=0):
     return files
 
 
+def split(files, share=0.05):
+    """Episodes -> (to train on, held out): the one rule of all stages, the last share, at least one.
+
+    ValueError when none would be left to train on."""
+    last = max(1, int(share * len(files) + 1e-9))
+    if last >= len(files):
+        raise ValueError(f"{files[0].path.parent}: {len(files)} episodes, all of them held out; "
+                         "record more")
+    return files[:-last], files[-last:]
+
+
 def episode_stats(folder, files):
     """{"action", "state"} -> statistics: stats.json beside the episodes, else made from files."""
     path = _root(folder) / "stats.json"
@@ -396,6 +407,8 @@ def main(argv=None):
         sub.add_argument("--stride", type=int, default=1, help="a chunk every this many steps")
         sub.add_argument("--limit", type=int, default=0, help="first N episodes only; 0: all")
     fit.add_argument("--out", required=True, help="folder for fast.json and report.json")
+    rep.add_argument("--out", help="save it here too, with the statistics of --data: what sft.py "
+                     "needs of a published processor")
     fit.add_argument("--horizon", type=int, default=5, help="actions a chunk (K)")
     fit.add_argument("--scale", type=float, default=2, help="quantisation steps a unit coefficient")
     fit.add_argument("--vocab", type=int, default=64, help="number of FAST tokens, at most")
@@ -418,7 +431,7 @@ def main(argv=None):
         fast.stats = fast.stats or stats  # published processors expect normalised chunks
     result = {**report(fast, cut(held or files, fast.horizon)), "held_out": bool(held)}
     _print(fast, result)
-    if args.command == "fit":
+    if args.out:
         fast.save(args.out)
         (Path(args.out) / "report.json").write_text(json.dumps(result, indent=1) + "\n")
 

@@ -32,7 +32,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 
 import model
-from fast_tokenizer import chunks_of, episodes, normalize
+from fast_tokenizer import chunks_of, episodes, normalize, split
 from model import all_sum
 
 
@@ -388,9 +388,7 @@ def prepare(cfg, dist):
     if files[0].action.shape[1] != bb.fast.dim:
         raise ValueError(f"{cfg.data}: actions have {files[0].action.shape[1]} dimensions, the "
                          f"tokenizer in {cfg.init} {bb.fast.dim}; give the episodes of this robot")
-    last = max(1, len(files) // 20)  # the rule of sft.py, so that what it held out stays unseen
-    if len(files) == last:
-        raise ValueError(f"{cfg.data}: one episode, which would be held out; record more")
+    files, unseen = split(files)  # the rule of sft.py, so that what it held out stays unseen
     model.shard(bb.net, dist)
     ref = None
     if cfg.kl > 0:  # always the model RL started from, also after --resume
@@ -398,7 +396,7 @@ def prepare(cfg, dist):
         model.shard(ref.net.requires_grad_(False).eval(), dist)
     optim = model.optimizer(bb.net, cfg.lr, cfg.weight_decay, (0.9, cfg.beta2))
     start = model.load_train_state(newest, bb.net, optim)["step"] if newest else 0
-    return bb, ref, optim, files[:-last], files[-last:], start
+    return bb, ref, optim, files, unseen, start
 
 
 def main(argv=None):

@@ -32,7 +32,7 @@ import torch
 from PIL import Image
 
 import model
-from fast_tokenizer import FastTokenizer, chunks_of, episodes
+from fast_tokenizer import FastTokenizer, chunks_of, episodes, split
 from model import all_sum, ask
 
 TABLETOP = "data/tabletop/conversations.jsonl:1,data/tabletop/episodes:3"
@@ -157,13 +157,13 @@ class Demonstrations:
         if fast is None:
             raise ValueError(f"{folder}: episodes but no FAST tokenizer; fit one (python "
                              "fast_tokenizer.py fit) and give its folder as --fast")
+        if fast.stats is None:
+            raise ValueError("--fast: a tokenizer without statistics; save it with those of the "
+                             f"episodes: fast_tokenizer.py report --data {folder} --out fast/")
         self.files, self.fast = episodes(folder), fast
-        ends = np.cumsum([len(e) for e in self.files])
-        last = max(1, len(self.files) // 20)  # episodes held out
-        cut = int(ends[-last - 1]) if len(self.files) > last else 0
-        if cut == 0:
-            raise ValueError(f"{folder}: one episode, which would be held out; record more")
-        self.ends, self.train, self.held = ends, range(cut), range(cut, int(ends[-1]))
+        self.ends = np.cumsum([len(e) for e in self.files])
+        cut, end = sum(map(len, split(self.files)[0])), int(self.ends[-1])
+        self.train, self.held = range(cut), range(cut, end)
 
     def __len__(self):
         return len(self.train)
@@ -299,29 +299,30 @@ def answer_of(text):
     return text.split("<answer>")[-1].split("</answer>")[0].strip()
 
 
-def greedy(bb, sources, cfg, dist, size=64):
+def exact(bb, items, max_new=128, size=64):
+    """Greedy answers to the first question of each item (as source[i] gives it), by exact match with
+    what the assistant says next. -> [(kind or "all", right)]."""
+    found = []
+    for k in range(0, len(items), size):
+        some = items[k : k + size]
+        rows = [model.encode(bb, messages[:1], [read_image(x, where) for x in images],
+                             prompt_only=True) for messages, images, _, where in some]
+        ids = model.generate(bb, rows, max_new=max_new, greedy=True)["ids"]
+        for one, (messages, _, kind, _) in zip(ids, some):
+            text = bb.tok.decode(one, skip_special_tokens=True)
+            found.append((kind or "all", answer_of(text) == answer_of(messages[1]["content"])))
+    return found
+
+
+def greedy(bb, sources, cfg, dist):
     """Exact-match accuracy of greedy answers to held-out single-turn rows, by their "kind"."""
-    prompts = []  # (messages, images, reference, kind)
-    for source in sources:
-        for i in spread(source.held, cfg.eval_rows):
-            messages, images, kind, where = source[i]
-            if kind and [m["role"] for m in messages] == ["user", "assistant"]:
-                reference = answer_of(messages[1]["content"])
-                prompts.append((messages[:1], images, reference, kind, where))
-    kinds = sorted({p[3] for p in prompts})
-    right, seen = dict.fromkeys(kinds, 0), dict.fromkeys(kinds, 0)
-    mine = prompts[dist.rank :: dist.world]
+    items = [source[i] for source in sources for i in spread(source.held, cfg.eval_rows)]
+    items = [x for x in items if x[2] and [m["role"] for m in x[0]] == ["user", "assistant"]]
+    kinds = sorted({kind for _, _, kind, _ in items})
     with model.unsharded(bb.net):
-        for k in range(0, len(mine), size):
-            some = mine[k : k + size]
-            rows = [model.encode(bb, m, [read_image(x, where) for x in images], prompt_only=True)
-                    for m, images, _, _, where in some]
-            ids = model.generate(bb, rows, max_new=128, greedy=True)["ids"]
-            for one, (_, _, reference, kind, _) in zip(ids, some):
-                text = bb.tok.decode(one, skip_special_tokens=True)
-                right[kind] += answer_of(text) == reference
-                seen[kind] += 1
-    right, seen = all_sum([right[k] for k in kinds]), all_sum([seen[k] for k in kinds])
+        found = exact(bb, items[dist.rank :: dist.world])
+    seen = all_sum([sum(k == kind for k, _ in found) for kind in kinds])
+    right = all_sum([sum(ok for k, ok in found if k == kind) for kind in kinds])
     return {f"greedy_{k}": r / n for k, r, n in zip(kinds, right, seen)}
 
 

@@ -37,7 +37,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import model
-from fast_tokenizer import chunks_of, episode_stats, episodes, normalize, unnormalize
+from fast_tokenizer import chunks_of, episode_stats, episodes, normalize, split, unnormalize
 
 
 @dataclass(frozen=True)
@@ -119,12 +119,8 @@ class Frames:
         self.action = normalize(action, self.stats["action"]).astype(np.float32)  # (N, K, A)
         self.mask = np.concatenate([np.arange(len(f))[:, None] + ahead < len(f)
                                     for f in self.files])  # (N, K)
-        last = max(1, int(cfg.holdout * len(self.files))) if cfg.holdout > 0 else 0
-        if last >= len(self.files):
-            raise ValueError(f"{cfg.data}: {len(self.files)} episodes, all of them held out; lower "
-                             f"--holdout {cfg.holdout} or record more")
-        n = int(self.ends[-1])
-        cut = int(self.ends[-last - 1]) if last else n
+        kept = split(self.files, cfg.holdout)[0] if cfg.holdout > 0 else self.files
+        cut, n = sum(map(len, kept)), int(self.ends[-1])
         self.train, self.held = range(cut), range(cut, n)
 
     def at(self, i):

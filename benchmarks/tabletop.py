@@ -819,7 +819,7 @@ def _save_frame(folder, kind, number, image):
 
 
 def _conversation_job(job):
-    folder, number, seed, size, tilt, single = job
+    folder, number, seed, size, tilt, single, _ = job
     image, turns = conversation(seed, number, size, tilt)
     name, rows, messages = _save_frame(folder, "frames", number, image), [], []
     for kind, question, reason, answer in turns:
@@ -834,17 +834,17 @@ def _conversation_job(job):
 
 
 def _thought_action_job(job):
-    """A thought followed by the expert's next five actions: not in the paper's data, see sft.py."""
-    folder, number, seed, size, tilt, _ = job
+    """A thought followed by the expert's next actions: not in the paper's data, see sft.py."""
+    folder, number, seed, size, tilt, _, horizon = job
     env = random_state(np.random.default_rng([5, seed, number]), size, tilt)
     name = _save_frame(folder, "thought_frames", number, env.render())
     _, plan = env.expert()
     reason, question = thought(env, plan), _task(env, ACTION_QUESTION)
     ahead, chunk = env.clone(), []
-    while len(chunk) < 5:
+    while len(chunk) < horizon:
         chunk.append(ahead.expert()[0].round(4).tolist())
         if ahead.advance(chunk[-1]):  # past the end an episode's last action repeats
-            chunk += [chunk[-1]] * (5 - len(chunk))
+            chunk += [chunk[-1]] * (horizon - len(chunk))
     answer = f"<think>{reason}</think><answer><ACTION></answer>"
     messages = [{"role": "user", "content": "<image>" + question},
                 {"role": "assistant", "content": answer}]
@@ -861,6 +861,7 @@ def main(argv=None):
     add("--single", action="store_true", help="each question of a conversation in its own row")
     add("--thought-actions", type=int, default=0,
         help="rows of thought_actions.jsonl: thought + action, a deviation of sft.py")
+    add("--horizon", type=int, default=5, help="actions in each of them, as of the FAST tokenizer")
     add("--seed", type=int, default=0, help="training seed; evaluation states have their own")
     add("--noise", type=float, default=0.06, help="chance a step that a disturbance begins")
     add("--size", type=int, default=64, help="image side in pixels")
@@ -887,7 +888,7 @@ def main(argv=None):
                                  ("thought_actions", _thought_action_job, args.thought_actions)):
             if count == 0:
                 continue
-            jobs = [(str(out), i, args.seed, args.size, args.tilt, args.single)
+            jobs = [(str(out), i, args.seed, args.size, args.tilt, args.single, args.horizon)
                     for i in range(count)]
             with open(out / f"{name}.jsonl", "w") as f:
                 rows = tqdm(pool.imap(job, jobs, 64), name, count, disable=None)

@@ -1,6 +1,8 @@
 """Intervals against hand-worked numbers, the trial runner against scripted policies, the table."""
 
+import argparse
 import json
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -90,6 +92,29 @@ def test_report_table_and_paired_differences(tmp_path, capsys):
     # every prompt gained 0.05, so the interval of the difference has no width
     assert "think sampled r_a: SFT+RL - SFT = 0.050 [0.050, 0.050], n 51" in out
     assert (tmp_path / "r.md").read_text() in out
+    evaluate.main(["report", str(path), "--arms", "SFT+RL,SFT", "--minutes", "19.5"])
+    out = capsys.readouterr().out
+    assert "SFT - SFT+RL = -0.050" in out and "the whole run 19.5 min" in out
+    assert out.index("| SFT+RL |") < out.index("| SFT |")
+    with pytest.raises(SystemExit, match="no arm base; it has SFT, SFT"):
+        evaluate.main(["report", str(path), "--arms", "base,SFT"])
+
+
+def _record(path, arm):
+    args = argparse.Namespace(preset="p", command="actions", policy="x", seed=0, argv=[arm])
+    evaluate.record(path, arm, {"m": evaluate.wilson(1, 2)}, args, 0)
+
+
+def test_evaluations_at_once_lose_no_arm(tmp_path):
+    """Each reads the file, adds its arm and writes it back: without a lock the last one wins."""
+    path, names = tmp_path / "r.json", [f"arm{i}" for i in range(12)]
+    fork = multiprocessing.get_context("fork")
+    jobs = [fork.Process(target=_record, args=(path, name)) for name in names]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    assert sorted(json.loads(path.read_text())["arms"]) == sorted(names)
 
 
 def test_bad_results_file_is_one_line(tmp_path):

@@ -350,6 +350,12 @@ def test_command(tmp_path):
     assert again.stdout == done.stdout
     assert command("fit", "--data", data, "--out", tmp_path / "b").returncode == 0
     assert (out / "fast.json").read_bytes() == (tmp_path / "b/fast.json").read_bytes()
+    # one without statistics, as the published ones are, is saved with those of the data
+    (tmp_path / "bare").mkdir()
+    bare = {**json.loads((out / "fast.json").read_text()), "stats": None}
+    (tmp_path / "bare/fast.json").write_text(json.dumps(bare))
+    done = command("report", "--fast", tmp_path / "bare", "--data", data, "--out", tmp_path / "own")
+    assert done.returncode == 0 and FastTokenizer.load(tmp_path / "own").stats == tok.stats
     # stats.json beside the episodes is used when it is there
     stats = {k: ft.statistics(np.random.default_rng(0).normal(size=(99, n)))
              for k, n in (("action", 3), ("state", 2))}

@@ -233,6 +233,10 @@ def test_bad_input_is_one_line_with_a_cure(tmp_path, more, error, message):
 def test_action_data_needs_a_fast_tokenizer_and_the_right_chunk(tmp_path, robot):
     with pytest.raises(ValueError, match="give its folder as --fast"):
         sft.main(args(tmp_path / "o", robot / "episodes"))
+    bare = FastTokenizer.load(robot / "fast")  # as a published processor: knows no dataset
+    bare.stats = None
+    with pytest.raises(ValueError, match="without statistics; save it with those of the episodes"):
+        sft.Demonstrations(robot / "episodes", bare)
     with pytest.raises(ValueError, match="'x' is no weight"):
         sft.main(args(tmp_path / "o", f"{robot}/episodes:x"))
     bad = json.loads(row([], "Push."))
