@@ -577,10 +577,10 @@ def hand(env):
 
 
 def heading(plan):
-    """The expert's next move in words: "right 4, front 2, down 3, open", in 2.5 cm, at most 9."""
+    """The expert's next move in words: "right 11, front 4, down 8, open", in centimetres."""
     words, sides = [], (("left", "right"), ("back", "front"), ("down", "up"))
     for delta, (minus, plus) in zip(plan["move"], sides):
-        count = min(int(abs(delta) / STEP + 0.5), 9)
+        count = int(100 * abs(delta) + 0.5)
         if count:
             words.append(f"{plus if delta > 0 else minus} {count}")
     words.append("close" if plan["grip"] > 0 else "open")
@@ -595,14 +595,20 @@ def thought(env, plan):
             f"Now {plan['phase']}: {heading(plan)}.")
 
 
-def caption(env):
-    """Everything on the table in words, by cells."""
-    places = sorted((cell(t.x, t.y), t.name) for t in env.things)
-    places += [(cell(x, y), name) for name, x, y in named_places(env)
-               if name in ("plate", "button", "drawer handle")]
-    at, height, grip = hand(env)
-    text = ", ".join(f"{name} {where}" for where, name in places)
-    return f"{text}, gripper {at} {height} {grip}" + (", light on" if env.lit else "")
+def point(x, y):
+    """A place in whole centimetres from the left and the back edge: "17 32"."""
+    return f"{100 * (x + EDGE):.0f} {100 * (y + EDGE):.0f}"
+
+
+def caption(env, place=cell):
+    """Everything on the table in words, each with its place, in the order of cells."""
+    places = sorted((cell(t.x, t.y), t.name, t.x, t.y) for t in env.things)
+    places = [(name, x, y) for _, name, x, y in places] + [
+        p for p in named_places(env) if p[0] in ("plate", "button", "drawer handle")]
+    _, height, grip = hand(env)
+    text = ", ".join(f"{name} {place(x, y)}" for name, x, y in places)
+    text += f", gripper {place(*env.pos[:2])} {height} {grip}"
+    return text + (", light on" if env.lit else "")
 
 
 def _where(env, rng):
@@ -620,6 +626,16 @@ def _what(env, rng):
     under = [n for n, px, py in named_places(env) if n not in OBJECTS and cell(px, py) == where]
     answer = (stack + under + ["nothing"])[0]
     return f"What is at {where}?", f"At {where} there is {answer}.", answer
+
+
+def _point(env, rng):
+    name, x, y = _pick(rng, [*named_places(env), ("gripper", *env.pos[:2])])
+    return f"Point to the {name}.", f"The {name} is at {cell(x, y)}.", point(x, y)
+
+
+def _points(env, rng):
+    _, reason, _ = _caption(env, rng)
+    return "Point to everything.", reason, caption(env, point)
 
 
 def _relation(env, rng):
@@ -714,8 +730,8 @@ def _trajectory(env, rng):
 # kind of question -> (maker, weight). Each is asked both ways, directly and with a thought.
 SCENE = {"where": (_where, 4), "what": (_what, 4), "relation": (_relation, 2),
          "holding": (_holding, 1), "gripper": (_gripper, 2), "choice": (_choice, 1),
-         "caption": (_caption, 6)}
-TASK = {"target": (_target, 2), "direction": (_direction, 4), "phase": (_phase, 1),
+         "caption": (_caption, 4), "point": (_point, 4), "points": (_points, 5)}
+TASK = {"target": (_target, 2), "direction": (_direction, 8), "phase": (_phase, 1),
         "fingers": (_fingers, 1), "movement": (_movement, 1), "trajectory": (_trajectory, 2)}
 
 
@@ -752,7 +768,8 @@ def conversation(seed, number, size=64, tilt=0.0):
     for kind in rng.choice(list(makers), count, replace=False, p=weights / weights.sum()):
         question, reason, answer = makers[kind][0](env, rng)
         turns.append((str(kind), question, reason if rng.random() < 0.5 else None, answer))
-    turns.sort(key=lambda turn: turn[0] == "caption")  # last, or the rest could be copied from it
+    # last, or the rest could be copied from them
+    turns.sort(key=lambda turn: turn[0] in ("caption", "points"))
     return env.render(), turns
 
 

@@ -232,15 +232,21 @@ def test_answers_come_from_the_state():
         name = question.removeprefix("Where is the ").removesuffix("?")
         places = {n: tt.cell(x, y) for n, x, y in tt.named_places(env)}
         assert answer == places[name] and answer in reason
+        question, reason, answer = tt._point(env, rng)
+        name = question.removeprefix("Point to the ").removesuffix(".")
+        places = {n: (x, y) for n, x, y in [*tt.named_places(env), ("gripper", *env.pos[:2])]}
+        centimetres = [100 * (v + tt.EDGE) for v in places[name]]
+        np.testing.assert_allclose([int(v) for v in answer.split()], centimetres, atol=0.5001)
+        assert f"{name} {answer}" in tt._points(env, rng)[2]
         question, reason, answer = tt._movement(env, rng)
         options = question.split("A) ")[1].replace(" B) ", "|").replace(" C) ", "|").split("|")
         assert dict(zip("ABC", options))[answer] == tt.heading(env.expert()[1])
 
 
 def test_heading_in_words():
-    plan = {"move": np.array([0.1, -0.026, 0.005]), "grip": -1}
-    assert tt.heading(plan) == "right 4, back 1, open"
-    assert tt.heading({"move": np.array([-0.4, 0, -0.08]), "grip": 1}) == "left 9, down 3, close"
+    plan = {"move": np.array([0.1, -0.026, 0.004]), "grip": -1}
+    assert tt.heading(plan) == "right 10, back 3, open"
+    assert tt.heading({"move": np.array([-0.4, 0, -0.08]), "grip": 1}) == "left 40, down 8, close"
 
 
 def digest(folder):

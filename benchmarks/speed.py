@@ -1,0 +1,561 @@
+"""Our code against its peers, side by side in one process: rollout, GRPO, SFT, head training, FAST.
+
+In: nothing; weights are random and data synthetic. Out: one line a pair, then one JSON line with
+both medians, their quartiles, the ratio (peer / ours), command, settings, hardware and versions.
+1. both sides start from the same weights and get the same prompts, rows or chunks
+2. each runs once unmeasured; then they take turns, A B A B, so that both meet the same machine
+3. what they did is compared at each turn (tokens, losses, ids): a difference is an error
+On CPU: one thread and process CPU seconds, which a busy machine disturbs less than wall time. On
+cuda: wall seconds between synchronisations. Where in doubt the peer is favoured: its batches are
+made before the clock starts (rollout), gradient checkpointing is off (TRL), and glibc keeps freed
+memory for both, as model.setup asks. The end of the turn is banned on both sides of rollout and
+grpo, so that each completion has --new tokens.
+
+python -m benchmarks.speed rollout                       # transformers generate
+python -m benchmarks.speed grpo --image 224              # a step of TRL; full rows in the update
+python -m benchmarks.speed sft --device cuda --size 3b   # plain transformers, padded rows
+python -m benchmarks.speed head                          # the frozen backbone in the loop
+python -m benchmarks.speed fast                          # the published code, chunk by chunk
+"""
+
+import argparse
+import contextlib
+import copy
+import functools
+import json
+import os
+import platform
+import shlex
+import sys
+import tempfile
+import time
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from safetensors.numpy import save_file
+from scipy.fft import dct, idct
+from tokenizers import Tokenizer, decoders
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+import grpo
+import model
+import vla
+from fast_tokenizer import FastTokenizer
+
+HORIZON, DIM = 16, 7  # steps K of a chunk, action dimensions A
+FAST = 1024  # FAST tokens
+QUESTION = "put the {}red block to the left of the blue bowl"
+
+# Weights and inputs
+
+SIZES = {  # width, layers, heads, key-value heads, MLP, vocabulary, tied embeddings
+    "tiny": (256, 4, 8, 4, 768, 4096, True),
+    "3b": (2048, 36, 16, 2, 11008, 151936, True),  # these two are Qwen2.5-VL's
+    "7b": (3584, 28, 28, 4, 18944, 152064, False),
+}
+
+
+def backbone(size, device):
+    """Random weights, bf16 on GPU, with FAST tokens; "tiny-vlm" has the shape of the embedded one.
+    All speak one small made-up vocabulary; the embedding has as many rows as its size says."""
+    if size == "tiny-vlm":
+        return model.load("random:tiny-vlm", device, vla.precision(device))
+    width, layers, heads, kv, mlp, rows, tied = SIZES[size]
+    bpe = 4096 - FAST - 2 - len(model.SPECIAL) - len(model.TAGS)  # so that tiny has no unused row
+    tok = model.train_tokenizer([*model.SENTENCES * 20, " ".join(words(6000, 0))], bpe)
+    text = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads,
+            "num_key_value_heads": kv, "intermediate_size": mlp, "vocab_size": rows,
+            "bos_token_id": None, "eos_token_id": tok.eos_token_id}
+    vision = {"patch_size": 14, "out_hidden_size": width}
+    marks = {f"{k}_token_id": tok.convert_tokens_to_ids(f"<|{v}|>") for k, v in {
+        "image": "image_pad", "video": "video_pad", "vision_start": "vision_start",
+        "vision_end": "vision_end"}.items()}
+    if size == "tiny":
+        text |= {"head_dim": 32, "initializer_range": 1 / 16}
+        vision |= {"depth": 2, "hidden_size": 128, "num_heads": 4, "intermediate_size": 512,
+                   "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
+        kind, section = transformers.Qwen3VLConfig, [6, 5, 5]
+    else:
+        vision |= {"depth": 32, "hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420,
+                   "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]}
+        kind, section = transformers.Qwen2_5_VLConfig, [16, 24, 24]
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": section}
+    config = kind(text_config=text, vision_config=vision, tie_word_embeddings=tied, **marks)
+    torch.manual_seed(0)
+    with torch.device(device):  # drawing 7B numbers on a CPU takes minutes
+        net = transformers.AutoModelForImageTextToText.from_config(
+            config, dtype=vla.precision(device))
+    net.generation_config.update(eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
+    spec = model.ImageSpec(14, 2, 2, *[(0.5, 0.5, 0.5)] * 2, 4 * 28**2, 4096 * 28**2)
+    bb = model.Backbone(net, tok, spec, model.vocab(net, tok), fitted())
+    model.grow(bb, FAST)
+    bb.vocab.banned = tok.convert_tokens_to_ids(model.SPECIAL)  # the end too; no unused rows
+    return bb
+
+
+def words(n, seed):
+    rng = model.rng(seed, "words")
+    return [bytes(rng.integers(97, 123, rng.integers(3, 9)).tolist()).decode() for _ in range(n)]
+
+
+def smooth(n, seed):
+    """n chunks (n, K, A) in [-1, 1] whose power falls with frequency, as that of recorded ones;
+    about 23 tokens each with fitted()."""
+    coefs = model.rng(0, "chunks", seed).normal(size=(n, HORIZON, DIM))
+    fall = 2 / (1 + np.arange(HORIZON)[:, None]) ** 1.8
+    return np.tanh(idct(coefs * fall, axis=1, norm="ortho")).astype(np.float32)
+
+
+def fitted():
+    ends = np.ones((2, HORIZON, DIM)) * [[[1.0]], [[-1.0]]]  # the largest coefficients: no clipping
+    return FastTokenizer.fit(np.concatenate([smooth(8192, "fit"), ends]), FAST, 10)
+
+
+def questions(n, side):
+    """-> n times (text, image (side, side, 3) uint8); the texts differ in length."""
+    images = model.rng(0, "images").integers(0, 256, (n, side, side, 3), np.uint8)
+    texts = [model.action_question(QUESTION.format("far " * (i % 3))) for i in range(n)]
+    return [("<image>" + model.ask(t, think=True), image) for t, image in zip(texts, images)]
+
+
+def prompts(bb, items):
+    return [model.encode(bb, [{"role": "user", "content": text}], [image], prompt_only=True)
+            for text, image in items]
+
+
+def plain(bb, rows, device, left=False):
+    """Rows -> arguments of transformers' own forward, and where targets are."""
+    batch = model.to(model.collate(rows, bb.vocab.pad, left), device)
+    return {"input_ids": batch["ids"], "attention_mask": batch["mask"],
+            "mm_token_type_ids": (batch["ids"] == bb.vocab.image).int(),
+            "pixel_values": batch["patches"], "image_grid_thw": batch["grid"]}, batch["target"]
+
+
+# Measuring
+
+
+def clock(args):
+    if args.device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def quartiles(values):
+    low, median, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
+    return {"median": median, "q25": low, "q75": high, "n": len(values)}
+
+
+def compare(ours, peer, work, args):
+    """ours(k) and peer(k) by turns, turn 0 unmeasured. work(what ours returned, what peer returned)
+    -> {name: (number, number, relative tolerance)}; ValueError when they differ by more.
+    -> {"ours", "peer", "ratio" (of the two in each turn): quartiles, "unit", "work"}."""
+    spent = []
+    for k in range(args.repeats + 1):
+        at, done = [clock(args)], []
+        for side in (ours, peer):
+            done.append(side(k))
+            at.append(clock(args))
+        spent.append(np.diff(at))
+        did = work(*done)
+        for name, (a, b, tolerance) in did.items():
+            if not abs(a - b) <= tolerance * max(abs(a), abs(b)):
+                raise ValueError(f"turn {k}: {name} is {a} in ours, {b} in the peer; they do not "
+                                 "do the same work, so a ratio would mean nothing")
+    a, b = np.array(spent[1:]).T
+    return {"ours": quartiles(a), "peer": quartiles(b), "ratio": quartiles(b / a),
+            "unit": "CPU s" if args.device == "cpu" else "s",
+            "work": {name: {"ours": a, "peer": b} for name, (a, b, _) in did.items()}}
+
+
+def timed(run, args):
+    """Median seconds of run()."""
+    at = [clock(args)]
+    for _ in range(args.repeats + 1):
+        run()
+        at.append(clock(args))
+    return float(np.median(np.diff(at)[1:]))
+
+
+# Rollout
+
+
+def rollout(args):
+    """model.generate against transformers' generate, which forwards a prompt once a completion."""
+    bb, G, new = backbone(args.size, args.device), args.group, args.new
+    rows = prompts(bb, questions(args.prompts, args.image))
+    batch, _ = plain(bb, rows, args.device, left=True)
+    more = {"suppress_tokens": bb.vocab.banned, "max_new_tokens": new, "min_new_tokens": new}
+    T = batch["input_ids"].shape[1]
+
+    def ours(k):
+        return model.generate(bb, rows, G, new, seed=k)["mask"]
+
+    def peer(k):
+        torch.manual_seed(k)
+        return bb.net.generate(**batch, **more, do_sample=True, top_k=0, top_p=1.0,
+                               num_return_sequences=G)[:, T:] != bb.vocab.pad
+
+    bb.net.eval()
+    pair = compare(ours, peer, lambda a, b: {"tokens": (int(a.sum()), int(b.sum()), 0)}, args)
+    same = (model.generate(bb, rows, 1, new, greedy=True)["ids"]
+            == bb.net.generate(**batch, **more, do_sample=False)[:, T:])
+    pair["greedy_agreement"] = same.float().mean().item()  # below 1 only by near ties, and in bf16
+    if args.device != "cpu":
+        pair |= decode_bound(bb, rows, T, pair["ours"]["median"], args)
+    return {"rollout": pair}, {"prompt_tokens": [len(r["ids"]) for r in rows]}
+
+
+def decode_bound(bb, rows, T, seconds, args):
+    """Decoding reads all weights and the cache at each token: how near to the time that takes."""
+    lm, c = bb.net.model.language_model, bb.net.config.text_config
+    width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    token = 2 * c.num_hidden_layers * c.num_key_value_heads * width * bb.net.dtype.itemsize
+    read = (sum(p.nbytes for p in lm.layers.parameters()) + bb.net.lm_head.weight.nbytes
+            + len(rows) * args.group * (T + args.new / 2) * token)  # bytes a step, on average
+    block = torch.empty(1 << 30, dtype=torch.uint8, device=args.device)
+    target = torch.empty_like(block)
+    speed = 2 * block.nbytes / timed(lambda: target.copy_(block), args)  # it reads and writes
+    step = (seconds - timed(lambda: model.generate(bb, rows, args.group, 1), args)) / (args.new - 1)
+    return {"copy_gb_s": speed / 1e9, "read_gb_step": read / 1e9, "step_s": step,
+            "bound_step_s": read / speed, "share_of_bound": read / speed / step}
+
+
+# GRPO
+
+
+def full_logp(bb, rows, ids, mask, temperature=1.0):
+    """What grpo.shared_logp computes, by forwarding all B*G rows in full, padded right."""
+    full, on, T = [], mask.bool(), ids.shape[1]
+    for i, (new, counts) in enumerate(zip(ids.cpu().numpy(), on.cpu().numpy())):
+        row = rows[i // (len(ids) // len(rows))]
+        pos = np.tile(row["pos"].max() + 1 + np.arange(T), (3, 1))
+        full.append({**row, "ids": np.concatenate([row["ids"], new]),
+                     "pos": np.concatenate([row["pos"], pos], 1),
+                     "target": np.concatenate([np.zeros(len(row["ids"]), bool), counts])})
+    batch = model.to(model.collate(full, bb.vocab.pad), ids.device)
+    h = model.hidden(bb.net, batch)[:, :-1][batch["target"][:, 1:]]  # (N, D), ordered as ids[on]
+    logp, entropy = model.logp(bb.net, h, ids[on], temperature, bb.vocab.banned)
+    zero = torch.zeros(ids.shape, device=ids.device)
+    return zero.masked_scatter(on, logp), zero.masked_scatter(on, entropy)
+
+
+def score(reward, bb, ids, targets, *more):
+    """The reward plus a number in [0, 1) made of the ids: random weights earn nothing, and groups
+    that tie would cost us nothing."""
+    r, info = reward(bb, ids, targets, *more)
+    return r + [zlib.crc32(np.array(row)) / 2**32 for row in ids], info
+
+
+def grpo_step(args):
+    """A whole step (encode, sample, score, update) against TRL's, and the update alone against one
+    on full rows. Settings of grpo.py, with KL, all prompts in one update."""
+    bb, items = backbone(args.size, args.device), questions(args.prompts, args.image)
+    gold = bb.fast.encode(smooth(args.prompts, "gold"))
+    dist = model.Dist(0, 1, torch.device(args.device))
+    cfg = grpo.Config(prompts=args.prompts, batch=args.prompts, micro_batch=args.prompts,
+                      group=args.group, max_new=args.new)
+    ref = replace(bb, net=copy.deepcopy(bb.net).requires_grad_(False).eval())
+    optim, scored = optimizer(bb, cfg), functools.partial(score, grpo.reward)
+
+    def sample(k):
+        with mock.patch.object(grpo, "reward", scored):
+            return grpo.rollout(bb, cfg, prompts(bb, items), gold, range(len(items)), k,
+                                cfg.group)[0]
+
+    def whole(k):
+        groups = sample(k)
+        bb.net.train()
+        return grpo.update(bb, ref, optim, groups, cfg, dist, f"turn {k}")["forwarded"]
+
+    pairs = {"update": update_pair(bb, ref, optim, sample(0), cfg, dist, args)}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            peer = trl_step(ref, cfg, items, gold, scored, args, folder)
+        except ImportError as e:
+            print(f"grpo: no step of TRL to compare with ({e}); pip install trl==1.16.0",
+                  file=sys.stderr)
+            pairs["step"] = {"skipped": "pip install trl==1.16.0"}
+        else:
+            pairs["step"] = compare(whole, peer, lambda x, y: {"tokens": (x, y, 0)}, args)
+    return pairs, {"prompt_tokens": [len(row["ids"]) for row in prompts(bb, items)]}
+
+
+def optimizer(bb, cfg):
+    return model.optimizer(bb.net, cfg.lr, cfg.weight_decay, (0.9, cfg.beta2))
+
+
+def update_pair(bb, ref, optim, groups, cfg, dist, args):
+    other = replace(bb, net=copy.deepcopy(bb.net))
+    sides = [(bb, optim, grpo.shared_logp), (other, optimizer(other, cfg), full_logp)]
+
+    def update(i, k):
+        one, own, logp = sides[i]
+        one.net.train()
+        with mock.patch.object(grpo, "shared_logp", logp):
+            return grpo.update(one, ref, own, groups, cfg, dist, f"turn {k}")
+
+    loose = 1e-3 if args.device == "cpu" else 0.1  # bf16; and the differences of the steps add up
+    return compare(functools.partial(update, 0), functools.partial(update, 1), lambda x, y: {
+        "forwarded": (x["forwarded"], y["forwarded"], 0),
+        "grad_norm": (x["grad_norm"], y["grad_norm"], loose)}, args)
+
+
+class Processor(transformers.Qwen3VLProcessor):
+    """For images alone: its part for videos wants torchvision."""
+
+    def check_argument_for_proper_class(self, name, argument):
+        return type(argument)
+
+
+def trl_step(bb, cfg, items, gold, scored, args, folder):
+    """-> step(k): one step of TRL's GRPOTrainer with the settings of cfg, without the logging and
+    data loading of its loop; returns the number of completion tokens."""
+    import datasets
+    import trl
+
+    bb.net.save_pretrained(folder)  # TRL loads its reference model from where the policy came from
+    s, auto = bb.images, transformers.AutoModelForImageTextToText
+    images = Qwen2VLImageProcessorPil(
+        patch_size=s.patch, merge_size=s.merge, temporal_patch_size=s.temporal, image_mean=s.mean,
+        image_std=s.std, size={"shortest_edge": s.min_pixels, "longest_edge": s.max_pixels})
+    data = datasets.Dataset.from_list([
+        {"prompt": [{"role": "user", "content": text.removeprefix("<image>")}],
+         "image": Image.fromarray(image), "target": t} for (text, image), t in zip(items, gold)])
+    config = trl.GRPOConfig(
+        folder, use_cpu=args.device == "cpu", bf16=False, gradient_checkpointing=False,
+        per_device_train_batch_size=len(items) * cfg.group, num_generations=cfg.group,
+        max_completion_length=cfg.max_new, temperature=cfg.temperature, beta=cfg.kl,
+        epsilon=cfg.clip_low, epsilon_high=cfg.clip_high, loss_type="bnpo", learning_rate=cfg.lr,
+        lr_scheduler_type="constant", weight_decay=cfg.weight_decay, adam_beta2=cfg.beta2,
+        max_grad_norm=cfg.grad_norm, max_steps=1, shuffle_dataset=False, save_strategy="no",
+        report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
+        generation_kwargs={"min_new_tokens": cfg.max_new, "suppress_tokens": bb.vocab.banned})
+
+    def reward(completion_ids, target, **_):
+        return scored(bb, completion_ids, target, cfg.reward)[0].tolist()
+
+    with contextlib.redirect_stdout(sys.stderr):
+        trainer = trl.GRPOTrainer(
+            auto.from_pretrained(folder, dtype=bb.net.dtype), reward, config, data,
+            processing_class=Processor(images, bb.tok, None, chat_template=bb.tok.chat_template))
+        trainer.train()  # one step, in which it also makes its optimizer
+        batch = next(iter(trainer.get_train_dataloader()))
+
+    def step(_):
+        trainer.training_step(trainer.model_wrapped, batch, None)  # samples, scores, backward
+        trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), cfg.grad_norm)
+        trainer.optimizer.step()
+        trainer.model.zero_grad()
+        return int(trainer._buffered_inputs[0]["completion_mask"].sum())
+
+    return step
+
+
+# SFT
+
+
+def sft_step(args):
+    """The step of sft.py (packed rows, logits where targets are) against right-padded rows and the
+    loss that the net itself computes, from all logits. Answers differ much in length."""
+    bb, n = backbone(args.size, args.device), args.batch or 24
+    rng, rows, texts = model.rng(0, "answers"), [], words(60, 1)
+    for i, (question, image) in enumerate(questions(n, args.image)):
+        thought = f"<think>{' '.join(texts[:rng.integers(60)])}</think>" if i % 2 else ""
+        answer = thought + model.action_answer(bb.fast.encode(smooth(1, i))[0])
+        rows.append(model.encode(bb, [{"role": "user", "content": question},
+                                      {"role": "assistant", "content": answer}], [image]))
+    nets = bb.net.train(), copy.deepcopy(bb.net)
+    optims = [model.optimizer(net, 2e-5, 0.01, (0.9, 0.999)) for net in nets]
+
+    def packed(k):
+        loss, count, _ = model.token_loss(nets[0], model.to(model.pack(rows), args.device))
+        return learn(loss / count, nets[0], optims[0])
+
+    def padded(k):
+        batch, target = plain(bb, rows, args.device)
+        labels = batch["input_ids"].masked_fill(~target, -100)
+        return learn(nets[1](**batch, labels=labels).loss, nets[1], optims[1])
+
+    loose = 1e-4 if args.device == "cpu" else 0.02
+    pair = compare(packed, padded, lambda x, y: {"loss": (x.item(), y.item(), loose)}, args)
+    if args.device != "cpu":
+        # 6 x parameters x tokens, each part for what it must see: the head targets, the tower
+        # patches. What attention multiplies is not counted.
+        net = bb.net
+        parts = [(net.model.language_model.layers, sum(len(r["ids"]) for r in rows)),
+                 (net.lm_head, sum(int(r["target"].sum()) for r in rows)),
+                 (net.model.visual, sum(len(r["patches"]) for r in rows))]
+        flop = 6 * sum(p.numel() * seen for part, seen in parts for p in part.parameters())
+        for side in ("ours", "peer"):
+            pair[f"{side}_mfu"] = flop / pair[side]["median"] / (args.peak_tflops * 1e12)
+    return {"step": pair}, {"row_tokens": [len(r["ids"]) for r in rows]}
+
+
+def learn(loss, net, optim):
+    loss.backward()
+    model.clip_grad(net.parameters(), 1.0)
+    optim.step()
+    optim.zero_grad()
+    return loss.detach()
+
+
+# Head
+
+
+def head_step(args):
+    """The step of vla.py on cached features against the same with the frozen backbone in the loop;
+    the head of the tabletop preset, at 3b and 7b that of the paper's."""
+    preset = vla.PRESETS["paper" if args.size in ("3b", "7b") else "tabletop"]
+    given = {"batch": args.batch, "vl_layers": args.vl_layers}
+    with tempfile.TemporaryDirectory() as folder:
+        for e in range(4):
+            rng, shape = model.rng(0, "episode", e), (24, args.image, args.image, 3)
+            save_file({"image": rng.integers(0, 256, shape, np.uint8),
+                       "state": rng.normal(size=(24, 8)).astype(np.float32),
+                       "action": smooth(24, e)[:, 0]},
+                      Path(folder) / f"episode_{e}.safetensors", {"task": QUESTION.format("")})
+        cfg = vla.Config(**{**preset, "data": folder, "out": f"{folder}/out",
+                            **{k: v for k, v in given.items() if v is not None}})
+        bb, dist = backbone(args.size, args.device), model.Dist(0, 1, torch.device(args.device))
+        frames, _ = vla.Frames(cfg), vla.freeze(bb, cfg.layer)
+        sources = vla.build_cache(bb, frames, cfg, dist), vla.InLoop(bb, frames, cfg, args.device)
+        torch.manual_seed(0)
+        head = model.FlowHead(model.HeadConfig(
+            bb.net.config.text_config.hidden_size, cfg.dim, cfg.layers, cfg.heads, cfg.vl_layers, 8,
+            DIM, cfg.horizon, cfg.future)).to(args.device)
+        heads = head, copy.deepcopy(head)
+        optims = [model.optimizer(h, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2))
+                  for h in heads]
+
+        def step(i, k):
+            ids = vla.picks(cfg, len(frames.train), k)
+            read = sources[i].read(ids)
+            loss, _ = vla.flow_loss(heads[i], sources[i], frames, cfg, k, (ids, read), dist)
+            return learn(loss, heads[i], optims[i])
+
+        pair = compare(functools.partial(step, 0), functools.partial(step, 1), lambda x, y: {
+            "loss": (x.item(), y.item(), 0.02)}, args)  # the cache holds 16 bits a number
+        tokens = len(sources[1].read([0])[0]["ids"])
+    return {"step": pair}, {"prompt_tokens": tokens, "head": repr(head.cfg), "frames": cfg.batch}
+
+
+# FAST
+
+
+class Published:
+    """FAST as physical-intelligence/fast codes it (arXiv 2501.09747), chunk by chunk through a
+    tokenizer of transformers; on our vocabulary, for the same ids, hence without its byte level."""
+
+    def __init__(self, fast):
+        bpe = Tokenizer.from_str(fast.bpe.to_str())
+        bpe.decoder = decoders.Fuse()
+        self.bpe = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=bpe, clean_up_tokenization_spaces=False)
+        self.scale, self.min_token = fast.scale, fast.min_coef
+
+    def encode(self, chunks):
+        out = []
+        for chunk in chunks:
+            coefs = np.around(dct(chunk[None], axis=1, norm="ortho") * self.scale)[0]  # (K, A)
+            codes = np.maximum(coefs.flatten() - self.min_token, 0).astype(int)
+            out.append(self.bpe("".join(map(chr, codes)))["input_ids"])
+        return out
+
+    def decode(self, tokens):
+        out = []
+        for ids in tokens:
+            codes = np.array(list(map(ord, self.bpe.decode(ids))))
+            coefs = (codes + self.min_token).reshape(-1, DIM)  # (K, A)
+            out.append(idct(coefs / self.scale, axis=0, norm="ortho"))
+        return np.stack(out)
+
+
+def fast_codes(args):
+    """FastTokenizer on a batch against the published code. Each turn has fresh chunks and each side
+    its own BPE, because a BPE remembers what it has encoded."""
+    ours = fitted()
+    peer = Published(ours)
+    chunks = [smooth(args.chunks, k) for k in range(args.repeats + 1)]
+    ids = list(map(fitted().encode, chunks))
+    pairs = {
+        "encode": compare(lambda k: ours.encode(chunks[k]), lambda k: peer.encode(chunks[k]),
+                          lambda x, y: {"tokens": (sum(map(len, x)), sum(map(len, y)), 0),
+                                        "identical": (int(x == y), 1, 0)}, args),
+        "decode": compare(lambda k: ours.decode(ids[k]), lambda k: peer.decode(ids[k]),
+                          lambda x, y: {"decoded": (int(x[1].sum()), len(y), 0), "identical": (
+                              int(np.array_equal(x[0], y.astype(np.float32))), 1, 0)}, args)}
+    return pairs, {"tokens_a_chunk": sum(map(len, ids[0])) / args.chunks}
+
+
+# Main
+
+COMMANDS = {"rollout": rollout, "grpo": grpo_step, "sft": sft_step, "head": head_step,
+            "fast": fast_codes}
+
+
+def hardware(device):
+    if device != "cpu":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    names = [x for x in info.read_text().splitlines() if "model name" in x] if info.exists() else []
+    return f"{names[0].split(':')[1].strip() if names else platform.machine()}, 1 thread"
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("command", choices=COMMANDS)
+    add("--device", default="cpu", choices=["cpu", "cuda"])
+    add("--size", choices=["tiny-vlm", *SIZES], help="backbone (head: tiny-vlm, else tiny)")
+    add("--repeats", type=int, default=9, help="measured turns")
+    add("--json", action="store_true", help="print the JSON line alone")
+    add("--prompts", type=int, default=4, help="rollout, grpo: prompts")
+    add("--group", type=int, default=8, help="rollout, grpo: completions a prompt")
+    add("--new", type=int, default=64, help="rollout, grpo: tokens a completion")
+    add("--image", type=int, help="side of the images, pixels (tiny-vlm: 64, else 112)")
+    add("--batch", type=int, help="sft: rows (24); head: frames (that of the preset)")
+    add("--vl-layers", type=int, help="head: self-attention over the features (the preset's)")
+    add("--chunks", type=int, default=4096, help="fast: chunks a batch")
+    add("--peak-tflops", type=float, default=989.0, help="sft on cuda: peak of the GPU in bf16")
+    args = parser.parse_args(argv)
+    args.size = args.size or ("tiny-vlm" if args.command == "head" else "tiny")
+    args.image = args.image or (64 if args.size == "tiny-vlm" else 112)
+    if args.size == "tiny-vlm" and args.command not in ("head", "fast"):
+        parser.error("--size tiny-vlm is for head; choose tiny, 3b or 7b")
+    if min(args.repeats, args.prompts, args.chunks) < 1 or min(args.group, args.new) < 2:
+        parser.error("--repeats, --prompts, --chunks must be at least 1, --group, --new 2")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if args.device == "cpu":
+        torch.set_num_threads(1)
+    if not torch.cuda.is_available():  # else it starts nccl for FSDP, which is not used here
+        model.setup(0)
+    pairs, more = COMMANDS[args.command](args)
+    trl = {"trl": sys.modules["trl"].__version__} if "trl" in sys.modules else {}
+    record = {"benchmark": args.command, "pairs": pairs, "settings": {**vars(args), **more},
+              "command": shlex.join(["python", "-m", "benchmarks.speed", *argv]),
+              "hardware": hardware(args.device), "versions": {**model.versions(), **trl},
+              "commit": model.commit()}
+    for name, pair in pairs.items() if not args.json else ():
+        if "skipped" not in pair:
+            cells = (f"{k} {pair[k]['median']:.4g} ({pair[k]['q25']:.4g} .. {pair[k]['q75']:.4g})"
+                     for k in ("ours", "peer", "ratio"))
+            print(f"{args.command} {name}, {pair['unit']}: {', '.join(cells)}")
+    print(json.dumps(record), flush=True)
+    return record
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as e:
+        raise SystemExit(f"error: {e}") from e
