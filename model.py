@@ -48,6 +48,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import (
     AttentionInterface,
+    AutoConfig,
     AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoTokenizer,
@@ -62,6 +63,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from fast_tokenizer import FastTokenizer
 
 transformers.utils.logging.disable_progress_bar()
+META = torch.device("meta")
 
 # Prompts and answers
 
@@ -146,24 +148,55 @@ SENTENCES = [  # enough English for tests; sft.py trains the tokenizer on its ow
 class Size:
     family: str = "qwen3_vl"
     vocab: int = 1024  # byte-pair entries of the tokenizer, bytes included
+    rows: int = 0  # of the embedding table; 0: as the tokenizer needs, to a multiple of 64
+    tied: bool = True  # one table for both ends
     hidden: int = 64
     layers: int = 2
-    heads: int = 2  # of 32
+    heads: int = 2
     kv: int = 1
+    head: int = 32  # width
     mlp: int = 128
+    theta: float = 1e4  # of the rotary positions, over `context` tokens
+    mrope: tuple = (6, 5, 5)  # frequencies of time, row and column
+    context: int = 4096
     vision: int = 64
+    depth: int = 2
+    vision_heads: int = 4
+    vision_mlp: int = 256
+    taps: tuple = (0,)  # vision blocks that Qwen3-VL feeds to the LLM, or Qwen2.5-VL gives no window
+    places: int = 64  # learned positions of Qwen3-VL
+    window: int = 32  # pixels, of Qwen2.5-VL
     patch: int = 8
     merge: int = 2
     temporal: int = 2
     mean: tuple = (0.5, 0.5, 0.5)  # colour that becomes 0
+    std: tuple = (0.5, 0.5, 0.5)
+    pixels: tuple = ()  # fewest and most of an image; none: 4 and 1024 image tokens
 
 
+_QWEN2_5 = {
+    "family": "qwen2_5_vl", "head": 128, "theta": 1e6, "mrope": (16, 24, 24), "context": 128000,
+    "vision": 1280, "depth": 32, "vision_heads": 16, "vision_mlp": 3420, "taps": (7, 15, 23, 31),
+    "window": 112, "patch": 14, "mean": (0.48145466, 0.4578275, 0.40821073),
+    "std": (0.26862954, 0.26130258, 0.27577711), "pixels": (3136, 12845056)}
+_QWEN3 = {
+    "rows": 151936, "head": 128, "kv": 8, "theta": 5e6, "mrope": (24, 20, 20), "context": 262144,
+    "vision": 1024, "depth": 24, "vision_heads": 16, "vision_mlp": 4096, "taps": (5, 11, 17),
+    "places": 2304, "patch": 16, "pixels": (65536, 16777216)}
 SIZES = {
     # the mean is Tabletop's background: else its constant drowns what differs between patches
-    "tiny-vlm": Size(hidden=128, layers=4, heads=4, kv=2, mlp=384, vision=96, merge=1, temporal=1,
-                     mean=(0.81, 0.75, 0.67)),
+    "tiny-vlm": Size(hidden=128, layers=4, heads=4, kv=2, mlp=384, vision=96, vision_mlp=384,
+                     merge=1, temporal=1, mean=(0.81, 0.75, 0.67)),
     "tiny-qwen3-vl": Size(vocab=384),
-    "tiny-qwen2.5-vl": Size("qwen2_5_vl", vocab=384),
+    "tiny-qwen2.5-vl": Size("qwen2_5_vl", vocab=384, taps=(1,)),
+    # the published configurations, with a tokenizer of our own in the padded table
+    "qwen2.5-vl-3b": Size(rows=151936, hidden=2048, layers=36, heads=16, kv=2, mlp=11008, **_QWEN2_5),
+    "qwen2.5-vl-7b": Size(rows=152064, hidden=3584, layers=28, heads=28, kv=4, mlp=18944, tied=False,
+                          **_QWEN2_5),
+    "qwen3-vl-2b": Size(hidden=2048, layers=28, heads=16, mlp=6144, **_QWEN3),
+    "qwen3-vl-4b": Size(hidden=2560, layers=36, heads=32, mlp=9728, **_QWEN3),
+    "qwen3-vl-8b": Size(hidden=4096, layers=36, heads=32, mlp=12288, tied=False, **{
+        **_QWEN3, "vision": 1152, "depth": 27, "vision_mlp": 4304, "taps": (8, 16, 24)}),
 }
 
 
@@ -184,6 +217,10 @@ class ImageSpec:
         p = AutoImageProcessor.from_pretrained(path)
         return cls(p.patch_size, p.merge_size, p.temporal_patch_size, tuple(p.image_mean),
                    tuple(p.image_std), p.size["shortest_edge"], p.size["longest_edge"])
+
+    def bounded(self, pixels):
+        least = min(self.min_pixels, pixels or self.min_pixels)
+        return dataclasses.replace(self, min_pixels=least, max_pixels=pixels or self.max_pixels)
 
     def save(self, folder):
         spec = {"image_processor_type": "Qwen2VLImageProcessor", "do_resize": True, "resample": 3,
@@ -252,43 +289,47 @@ def train_tokenizer(texts, vocab_size):
     return tok
 
 
-def random_backbone(size, seed, texts=None):
-    """A backbone of SIZES with random weights. Std 1/sqrt(width): with the usual 0.02 a network
-    this narrow does not begin to learn."""
+def random_backbone(size, seed, texts=None, device="cpu"):
+    """A backbone of SIZES with random weights; on "meta" it has shapes alone. Std 1/sqrt(width):
+    about the usual 0.02 at real widths, with which a narrow network does not begin to learn."""
     s, tok = SIZES[size], train_tokenizer(texts or SENTENCES, SIZES[size].vocab)
     text = {
-        "vocab_size": -(-len(tok) // 64) * 64, "hidden_size": s.hidden, "intermediate_size": s.mlp,
-        "num_hidden_layers": s.layers, "num_attention_heads": s.heads, "num_key_value_heads": s.kv,
-        "initializer_range": s.hidden**-0.5, "max_position_embeddings": 4096,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5]}}
+        "vocab_size": s.rows or -(-len(tok) // 64) * 64, "hidden_size": s.hidden,
+        "intermediate_size": s.mlp, "num_hidden_layers": s.layers, "num_attention_heads": s.heads,
+        "num_key_value_heads": s.kv, "initializer_range": s.hidden**-0.5, "rms_norm_eps": 1e-6,
+        "max_position_embeddings": s.context, "rope_parameters": {
+            "rope_type": "default", "rope_theta": s.theta, "mrope_section": list(s.mrope)}}
     vision = {
-        "hidden_size": s.vision, "depth": 2, "num_heads": 4, "intermediate_size": 4 * s.vision,
-        "patch_size": s.patch, "spatial_merge_size": s.merge, "temporal_patch_size": s.temporal,
-        "out_hidden_size": s.hidden, "initializer_range": s.vision**-0.5}
+        "hidden_size": s.vision, "depth": s.depth, "num_heads": s.vision_heads,
+        "intermediate_size": s.vision_mlp, "patch_size": s.patch, "spatial_merge_size": s.merge,
+        "temporal_patch_size": s.temporal, "out_hidden_size": s.hidden,
+        "initializer_range": s.vision**-0.5}
     ids = tok.convert_tokens_to_ids
     marks = {f"{k}_token_id": ids(f"<|{v}|>") for k, v in {
         "image": "image_pad", "video": "video_pad", "vision_start": "vision_start",
         "vision_end": "vision_end"}.items()}
-    marks |= {"tie_word_embeddings": True, "dtype": "float32"}
+    marks |= {"tie_word_embeddings": s.tied, "dtype": "float32"}
     text["dtype"] = vision["dtype"] = "float32"
     if s.family == "qwen3_vl":
-        text["head_dim"] = 32
-        vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
+        text["head_dim"] = s.head
+        vision |= {"num_position_embeddings": s.places, "deepstack_visual_indexes": list(s.taps)}
         config = Qwen3VLConfig(text_config=text, vision_config=vision, **marks)
     else:
         text |= {"bos_token_id": None, "eos_token_id": ids("<|im_end|>")}
         tok.chat_template = ("{% if messages[0].role != 'system' %}<|im_start|>system\n" + SYSTEM
                              + "<|im_end|>\n{% endif %}" + CHAT)
-        vision |= {"window_size": 2 * s.patch * s.merge, "fullatt_block_indexes": [1]}
+        vision |= {"window_size": s.window, "fullatt_block_indexes": list(s.taps),
+                   "tokens_per_second": 2}
         config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **marks)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(seed)
         net = AutoModelForImageTextToText.from_config(config)
         if s.family == "qwen3_vl":  # places must weigh as much as colours from the start
             nn.init.normal_(net.model.visual.pos_embed.weight, std=0.5)
     net.generation_config.update(eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
-    half, unit = (0.5, 0.5, 0.5), s.patch * s.merge
-    spec = ImageSpec(s.patch, s.merge, s.temporal, s.mean, half, 4 * unit**2, 1024 * unit**2)
+    token = (s.patch * s.merge) ** 2  # pixels of one
+    spec = ImageSpec(s.patch, s.merge, s.temporal, s.mean, s.std,
+                     *(s.pixels or (4 * token, 1024 * token)))
     return Backbone(net, tok, spec, vocab(net, tok))
 
 
@@ -309,18 +350,21 @@ def find(path):
     return path  # a hub name
 
 
-def load(path, device="cpu", dtype=torch.float32, stages=None, seed=0, texts=None):
+def load(path, device="cpu", dtype=torch.float32, stages=None, seed=0, texts=None, max_pixels=0):
     """-> Backbone. path: checkpoint folder or run folder, hub name, or "random:SIZE" (see SIZES).
 
     stages: the run.json stages that are allowed, ValueError for another one; hub models and random
     ones have no stage and always pass. texts: what a random backbone's tokenizer is trained on.
+    device "meta": shapes without weights, which shard() then gets from rank 0. max_pixels: bound of
+    an image, kept in later checkpoints; 0: as the backbone says.
     """
     if str(path).startswith("random:"):
         size = str(path).removeprefix("random:")
         if size not in SIZES:
             raise ValueError(f"{path}: unknown size; choose one of {', '.join(SIZES)}")
-        bb = random_backbone(size, seed, texts)
+        bb = random_backbone(size, seed, texts, "meta" if device == META else "cpu")
         bb.net.to(device, dtype)
+        bb.images = bb.images.bounded(max_pixels)
         return bb
     folder = find(path)
     local = isinstance(folder, Path)
@@ -328,10 +372,16 @@ def load(path, device="cpu", dtype=torch.float32, stages=None, seed=0, texts=Non
     if stages and run and run["stage"] not in stages:
         raise ValueError(f"{folder}: a checkpoint of stage {run['stage']!r}, expected "
                          f"{' or '.join(stages)}; give the folder that such a stage wrote")
-    net = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(device)
+    if device == META:
+        with META:
+            config = AutoConfig.from_pretrained(folder)
+            net = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    else:
+        net = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(device)
     tok = AutoTokenizer.from_pretrained(folder)
     fast = FastTokenizer.load(folder / "fast") if local and (folder / "fast").exists() else None
-    bb = Backbone(net, tok, ImageSpec.load(folder), vocab(net, tok), fast, run)
+    images = ImageSpec.load(folder).bounded(max_pixels)
+    bb = Backbone(net, tok, images, vocab(net, tok), fast, run)
     if fast is not None and fast.vocab_size > len(bb.vocab.fast):
         raise ValueError(f"{folder}: fast/ has {fast.vocab_size} tokens but the text tokenizer "
                          f"knows {len(bb.vocab.fast)} <FAST_i>; copy the whole folder again")
@@ -344,6 +394,7 @@ def grow(bb, n_fast):
 
     Embeddings grow only where the (padded) table has no row left; they never shrink and stay tied.
     New rows: mean of the old ones plus a tenth of their spread, so that no two tokens are alike.
+    Padding that is left in a table which did not grow stays as it is.
     """
     names = [ACTION_START, ACTION_END, *map(fast_name, range(n_fast))]
     old, known = len(bb.tok), bb.tok.get_vocab()
@@ -351,16 +402,17 @@ def grow(bb, n_fast):
                        for t in names if t not in known])
     if len(bb.tok) == old:
         return
-    rows = bb.net.get_input_embeddings().weight.shape[0]
-    if len(bb.tok) > rows:
-        bb.net.resize_token_embeddings(len(bb.tok), pad_to_multiple_of=64, mean_resizing=False)
-    tables = {w.weight.data_ptr(): w.weight
+    end = len(bb.tok)
+    if end > len(bb.net.get_input_embeddings().weight):
+        bb.net.resize_token_embeddings(end, pad_to_multiple_of=64, mean_resizing=False)
+        end = len(bb.net.get_input_embeddings().weight)
+    tables = {id(w.weight): w.weight
               for w in (bb.net.get_input_embeddings(), bb.net.get_output_embeddings())}
     noise = torch.Generator().manual_seed(0)
     for w in tables.values():  # one table when tied
         mean, std = w[:old].mean(0), w[:old].std(0)  # (D,)
-        new = torch.randn(len(w) - old, w.shape[1], generator=noise).to(w)
-        w[old:] = mean + 0.1 * std * new
+        new = torch.randn(end - old, w.shape[1], generator=noise).to(w)
+        w[old:end] = mean + 0.1 * std * new
     bb.vocab = vocab(bb.net, bb.tok)
 
 

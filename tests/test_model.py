@@ -1,5 +1,6 @@
 """model.py against transformers, hand-worked numbers, and itself (1 process against 2)."""
 
+import dataclasses
 import json
 from dataclasses import dataclass
 
@@ -208,6 +209,71 @@ def test_untied_models_grow_both_tables():
     model.grow(bb, 200)
     assert bb.net.lm_head.weight is not bb.net.get_input_embeddings().weight
     assert len(bb.net.lm_head.weight) == len(bb.net.get_input_embeddings().weight) >= len(bb.tok)
+
+
+@pytest.mark.parametrize(("size", "total", "rows", "tied", "text", "vision"), [
+    ("qwen2.5-vl-3b", 3_754_622_976, 151_936, True, (36, 16, 2), (32, 1280, (7, 15, 23, 31))),
+    ("qwen2.5-vl-7b", 8_292_166_656, 152_064, False, (28, 28, 4), (32, 1280, (7, 15, 23, 31))),
+    ("qwen3-vl-2b", 2_127_532_032, 151_936, True, (28, 16, 8), (24, 1024, (5, 11, 17))),
+    ("qwen3-vl-4b", 4_437_815_808, 151_936, True, (36, 32, 8), (24, 1024, (5, 11, 17))),
+    ("qwen3-vl-8b", 8_767_123_696, 151_936, False, (36, 32, 8), (27, 1152, (8, 16, 24)))])
+def test_real_sizes_have_the_published_parameters_and_need_no_memory(
+        size, total, rows, tied, text, vision):
+    """Totals as the published safetensors indices give them. On the meta device, as all ranks but
+    the first build a model; the vocabulary grows inside the padding and the table stays."""
+    bb = model.load(f"random:{size}", device=model.META)
+    parameters = list(bb.net.parameters())
+    assert all(p.is_meta for p in parameters) and sum(p.numel() for p in parameters) == total
+    config = bb.net.config
+    t, v = config.text_config, config.vision_config
+    assert (t.num_hidden_layers, t.num_attention_heads, t.num_key_value_heads) == text
+    taps = getattr(v, "deepstack_visual_indexes", None) or v.fullatt_block_indexes
+    assert (v.depth, v.hidden_size, tuple(taps)) == vision
+    model.grow(bb, 2048)
+    tables = bb.net.get_input_embeddings().weight, bb.net.get_output_embeddings().weight
+    assert [len(w) for w in tables] == [rows, rows] and (tables[0] is tables[1]) == tied
+    assert len(bb.vocab.fast) == 2048 and bb.vocab.banned[-1] == rows - 1
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_padded_table_neither_shrinks_nor_loses_its_padding(tmp_path, monkeypatch, tied):
+    sizes = {**model.SIZES, "padded": dataclasses.replace(
+        model.SIZES[SIZES[0]], rows=640, tied=tied)}
+    monkeypatch.setattr(model, "SIZES", sizes)
+    bb = model.load("random:padded")
+    tables = [bb.net.get_input_embeddings().weight, bb.net.get_output_embeddings().weight]
+    before, old = [w.detach().clone() for w in tables], len(bb.tok)
+    model.grow(bb, 20)
+    for w, was in zip(tables, before):
+        assert len(w) == 640 and torch.equal(w[:old], was[:old])
+        assert torch.equal(w[old + 22 :], was[old + 22 :])  # 2 marks and 20 tokens
+        assert (w[old : old + 22] - was[:old].mean(0)).abs().max() < was[:old].std()
+    assert bb.net.lm_head.weight is tables[1] and (tables[0] is tables[1]) == tied
+    model.save(tmp_path / "a", bb, {"stage": "sft", "step": 0})
+    again = model.load(tmp_path / "a")
+    model.grow(again, 20)  # knows them all
+    model.save(tmp_path / "b", again, {"stage": "sft", "step": 0})
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (
+        tmp_path / "b" / "model.safetensors").read_bytes()
+    assert (again.net.lm_head.weight is again.net.get_input_embeddings().weight) == tied
+    shapes = model.load(tmp_path / "a", device=model.META)  # and without weights it is the same net
+    same = {k: p.shape for k, p in shapes.net.named_parameters()}
+    assert same == {k: p.shape for k, p in again.net.named_parameters()}
+    assert all(p.is_meta for p in shapes.net.parameters()) and shapes.vocab == again.vocab
+
+
+@pytest.mark.parametrize("pixels", [0, 100, 5000])
+def test_max_pixels_bounds_images_and_stays_in_the_checkpoint(bb, tmp_path, pixels):
+    one = model.load(f"random:{bb.run['size']}", max_pixels=pixels)
+    _, (_, h, w) = model.patchify(image(90, 120), one.images)
+    unit = (one.images.patch * one.images.merge) ** 2  # one token is the least that an image has
+    if pixels:
+        assert h * w * one.images.patch**2 <= max(pixels, unit) < 90 * 120
+    else:
+        assert one.images == bb.images
+    assert model.encode(one, talk()[:1], [image(90, 120)])["grid"].tolist() == [[1, h, w]]
+    one.images.save(tmp_path)
+    assert model.ImageSpec.load(tmp_path) == one.images
 
 
 def fast(dim=3):
