@@ -32,7 +32,6 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import fast_tokenizer
@@ -121,65 +120,6 @@ def read_results(path):
 # ---- closed loop on Tabletop
 
 
-class Trial:
-    """One episode, or one chain of instructions without reset, in its own environment."""
-
-    def __init__(self, env, suite, task, seed, todo=()):
-        self.env, self.suite, self.task, self.seed, self.todo = env, suite, task, seed, list(todo)
-        self.done, self.solved, self.frames, self.film = False, 0, [], False
-
-    def shoot(self):
-        if not self.film:
-            return
-        picture = Image.new("RGB", (256, 280), "white")
-        picture.paste(Image.fromarray(self.env.render(256)), (0, 24))
-        ImageDraw.Draw(picture).text((4, 6), self.env.instruction[:48], "black")
-        self.frames.append(picture)
-
-    def act(self, actions):
-        """Carry out a chunk's actions (K, 7), or as many as the trial lasts."""
-        for action in actions:
-            success = self.env.advance(action)
-            self.shoot()
-            if success:
-                self.solved += 1
-                self.next()
-                return
-            if self.env.steps >= self.env.limit:
-                self.done = True
-                return
-
-    def next(self):
-        """The chain's next instruction, in the state that the last one left; done when none is."""
-        from benchmarks import tabletop
-
-        if not self.todo:
-            self.done = True
-            return
-        text = self.todo.pop(0)
-        self.env.instruct(text, [tabletop.GOALS[text]], tabletop.LIMITS["chain"])
-
-
-def make_trials(suites, trials, chains):
-    """The fixed evaluation trials of each suite (10 tasks x trials), and the chains."""
-    from benchmarks import tabletop
-
-    made = []
-    for suite in suites:
-        for task in range(10 if suite != "chain" else 0):
-            for seed in range(trials):
-                env = tabletop.Tabletop(suite)
-                env.place(task, seed, "eval")
-                made.append(Trial(env, suite, task, seed))
-    for number in range(chains if "chain" in suites else 0):
-        state, todo = tabletop.chain(number)
-        env = tabletop.Tabletop("goal")
-        env.place(0, state, "eval")
-        made.append(Trial(env, "chain", 0, number, todo))
-        made[-1].next()
-    return made
-
-
 def drive(policy, trials, execute, batch):
     """Run all trials to their ends: a round is one batched forward and `execute` steps of each."""
     active, bar = list(trials), tqdm(total=len(trials), desc="trials", disable=None)
@@ -200,6 +140,7 @@ def drive(policy, trials, execute, batch):
 
 def tabletop(args):
     """`evaluate.py tabletop`: success per task and suite, chains, and GIFs of the first trials."""
+    from benchmarks.tabletop import make_trials
     from vla import Policy
 
     started = time.time()
@@ -229,13 +170,8 @@ def tabletop(args):
         metrics["chain length"] = bootstrap(lengths)
         for k in range(1, 6):
             metrics[f"chain {k}"] = wilson(sum(n >= k for n in lengths), len(lengths))
-    for trial in [t for t in trials if t.frames]:
-        folder = pathlib.Path(args.gif)
-        folder.mkdir(parents=True, exist_ok=True)
-        frames = [f.quantize(64) for f in trial.frames]
-        name = folder / f"{trial.suite}_{trial.task}_{'success' if trial.solved else 'failure'}.gif"
-        frames += frames[-1:] * 6
-        frames[0].save(name, save_all=True, append_images=frames[1:], duration=120, loop=0)
+    for trial in trials:
+        trial.save(args.gif)
     for name, value in metrics.items():
         if len(name.split()) < 3:
             low, high, n = value["low"], value["high"], value["n"]

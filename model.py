@@ -629,11 +629,6 @@ def truncate(net, layer):
         lm.config.layer_types = lm.config.layer_types[:layer]
 
 
-def features(bb, batch):
-    """Conditioning of the action head: hidden states (B, T, D) and their mask (B, T)."""
-    return hidden(bb.net, batch), batch["mask"]
-
-
 # Sampler
 
 
@@ -821,9 +816,8 @@ class FlowBlock(nn.Module):
         self.qkv = nn.Linear(dim, dim if cross else 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=not ada)
-        self.mlp = nn.Sequential(
-            nn.Linear(dim, 4 * dim), nn.GELU("tanh"), nn.Dropout(dropout), nn.Linear(4 * dim, dim)
-        )
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU("tanh"), nn.Dropout(dropout),
+                                 nn.Linear(4 * dim, dim))
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x, time=None, kv=None, mask=None):
@@ -860,9 +854,8 @@ class FlowHead(nn.Module):
                 raise ValueError(f"{name} {width} must be even and a multiple of {cfg.heads} heads")
         self.cfg, dim = cfg, cfg.dim
         self.vl_norm = nn.LayerNorm(cfg.vl_dim)
-        self.vl_blocks = nn.ModuleList(
-            FlowBlock(cfg.vl_dim, cfg.heads, cfg.dropout) for _ in range(cfg.vl_layers)
-        )
+        self.vl_blocks = nn.ModuleList(FlowBlock(cfg.vl_dim, cfg.heads, cfg.dropout)
+                                       for _ in range(cfg.vl_layers))
         self.kv = nn.Linear(cfg.vl_dim, (cfg.layers + 1) // 2 * 2 * dim)
         self.state_in = nn.Sequential(nn.Linear(cfg.state_dim, dim), nn.ReLU(), nn.Linear(dim, dim))
         self.action_in = nn.Linear(cfg.action_dim, dim)
@@ -870,15 +863,12 @@ class FlowHead(nn.Module):
         self.position = nn.Parameter(torch.randn(cfg.horizon, dim) * 0.02)
         self.future = nn.Parameter(torch.randn(cfg.future_tokens, dim) * 0.02)
         self.time_in = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
-        self.blocks = nn.ModuleList(
-            FlowBlock(dim, cfg.heads, cfg.dropout, ada=True, cross=i % 2 == 0)
-            for i in range(cfg.layers)
-        )
+        self.blocks = nn.ModuleList(FlowBlock(dim, cfg.heads, cfg.dropout, True, i % 2 == 0)
+                                    for i in range(cfg.layers))
         self.norm_out = nn.LayerNorm(dim, elementwise_affine=False)
         self.ada_out = nn.Linear(dim, 2 * dim)
-        self.decoder = nn.Sequential(
-            nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, cfg.action_dim)
-        )
+        self.decoder = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(),
+                                     nn.Linear(dim, cfg.action_dim))
 
     def context(self, feats, mask):
         """Features (B, T, D) and mask (B, T), or None when all count -> what each block and Euler
@@ -915,9 +905,8 @@ class FlowHead(nn.Module):
         noise = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
         return noise, torch.from_numpy((TIME_SCALE - u) / TIME_SCALE).float()
 
-    def loss(
-        self, feats, mask, state, action, action_mask, draws=1, rng=None, drawn=None, count=None
-    ):
+    def loss(self, feats, mask, state, action, action_mask, draws=1, rng=None, drawn=None,
+             count=None):
         """Masked flow-matching loss of one batch, R = `draws` (time, noise) pairs a sample.
 
         feats (B, T, D), mask (B, T) or None; state (B, S) and action (B, K, A) normalised;
@@ -1110,13 +1099,13 @@ def _as_module(what):
     return what
 
 
-def save(folder, what, run, fast=None, optim=None, extra=None):
+def save(folder, what, run, fast=None, optim=None):
     """Writes a complete checkpoint, atomically; all ranks call it.
 
     what: a Backbone, or {name: Backbone or module}: the backbone goes into the folder in Hugging
     Face layout with fast/, each module into name.safetensors. run: {"stage", "step", "config",
     "parent"}, to which versions and commit are added. optim: with it, train_state/ for exact resume
-    holds the optimizer and `extra` (JSON). safetensors and JSON only.
+    holds the optimizer. safetensors and JSON only.
     """
     folder = Path(folder)
     part = folder.with_name(folder.name + ".tmp")
@@ -1140,8 +1129,7 @@ def save(folder, what, run, fast=None, optim=None, extra=None):
         if optim:
             (part / "train_state").mkdir()
             save_file(moments, part / "train_state" / "optimizer.safetensors")
-            write_json(part / "train_state" / "state.json", {
-                "extra": extra or {}, "step": run.get("step")})
+            write_json(part / "train_state" / "state.json", {"step": run.get("step")})
         _swap(part, folder)
     if distributed.is_initialized():
         distributed.barrier()
@@ -1162,7 +1150,7 @@ def _swap(part, folder):
 
 def load_train_state(folder, net, optim):
     """Restores the AdamW moments of a Backbone or module (or dict of parts, as saved) in place. The
-    weights come from load(), the learning rate from the schedule. -> the `extra` and step saved."""
+    weights come from load(), the learning rate from the schedule. -> {"step": of the state}."""
     folder = Path(folder) / "train_state"
     if not (folder / "state.json").exists():
         raise FileNotFoundError(f"{folder}: no state to resume; start from the weights with --init")
@@ -1177,7 +1165,7 @@ def load_train_state(folder, net, optim):
         elif p.is_cuda:  # AdamW's step count lives beside a fused parameter
             t = t.to(p.device)
         optim.state[p][k] = t
-    return {**state["extra"], "step": state["step"]}
+    return state
 
 
 def latest(out):

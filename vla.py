@@ -182,9 +182,8 @@ def freeze(bb, layer):
 def condition(bb, rows, device):
     """Rows -> features (B, T, D), mask (B, T), or None where no row is padded."""
     batch = model.to(model.collate(rows, bb.vocab.pad), device)
-    feats, mask = model.features(bb, batch)
     same = all(len(r["ids"]) == len(rows[0]["ids"]) for r in rows)
-    return feats, None if same else mask
+    return model.hidden(bb.net, batch), None if same else batch["mask"]
 
 
 class InLoop:

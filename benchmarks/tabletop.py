@@ -26,7 +26,7 @@ import multiprocessing
 import pathlib
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 from safetensors.numpy import save
 from tqdm import tqdm
 
@@ -542,6 +542,75 @@ def chain(number):
         env.place(0, trial, "eval")
         if all(env.follow(text) for text in picks):
             return trial, picks
+
+
+# ---- evaluation trials, which evaluate.py drives
+
+
+class Trial:
+    """One episode, or one chain of instructions without reset, in its own environment."""
+
+    def __init__(self, env, suite, task, seed, todo=()):
+        self.env, self.suite, self.task, self.seed, self.todo = env, suite, task, seed, list(todo)
+        self.done, self.solved, self.frames, self.film = False, 0, [], False
+
+    def shoot(self):
+        if not self.film:
+            return
+        picture = Image.new("RGB", (256, 280), "white")
+        picture.paste(Image.fromarray(self.env.render(256)), (0, 24))
+        ImageDraw.Draw(picture).text((4, 6), self.env.instruction[:48], "black")
+        self.frames.append(picture)
+
+    def act(self, actions):
+        """Carry out a chunk's actions (K, 7), or as many as the trial lasts."""
+        for action in actions:
+            success = self.env.advance(action)
+            self.shoot()
+            if success:
+                self.solved += 1
+                self.next()
+                return
+            if self.env.steps >= self.env.limit:
+                self.done = True
+                return
+
+    def save(self, folder):
+        """The frames, if any were shot, as folder/SUITE_TASK_OUTCOME.gif."""
+        if not self.frames:
+            return
+        folder = pathlib.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        frames = [f.quantize(64) for f in self.frames]
+        name = f"{self.suite}_{self.task}_{'success' if self.solved else 'failure'}.gif"
+        frames += frames[-1:] * 6
+        frames[0].save(folder / name, save_all=True, append_images=frames[1:], duration=120, loop=0)
+
+    def next(self):
+        """The chain's next instruction, in the state that the last one left; done when none is."""
+        if not self.todo:
+            self.done = True
+            return
+        text = self.todo.pop(0)
+        self.env.instruct(text, [GOALS[text]], LIMITS["chain"])
+
+
+def make_trials(suites, trials, chains):
+    """The fixed evaluation trials of each suite (10 tasks x trials), and the chains."""
+    made = []
+    for suite in suites:
+        for task in range(10 if suite != "chain" else 0):
+            for seed in range(trials):
+                env = Tabletop(suite)
+                env.place(task, seed, "eval")
+                made.append(Trial(env, suite, task, seed))
+    for number in range(chains if "chain" in suites else 0):
+        state, todo = chain(number)
+        env = Tabletop("goal")
+        env.place(0, state, "eval")
+        made.append(Trial(env, "chain", 0, number, todo))
+        made[-1].next()
+    return made
 
 
 # ---- questions and answers from the ground-truth state

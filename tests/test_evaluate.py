@@ -51,18 +51,18 @@ class Scripted:
 
 def test_closed_loop_counts_what_the_expert_solves_and_a_still_hand_does_not():
     suites = ["spatial", "object", "goal", "long", "chain"]
-    trials = evaluate.make_trials(suites, 1, 3)
+    trials = tt.make_trials(suites, 1, 3)
     evaluate.drive(Scripted(trials), trials, execute=4, batch=16)
     assert all(t.done for t in trials)
     assert [t.solved for t in trials] == [1] * 40 + [5] * 3
-    trials = evaluate.make_trials(["goal", "chain"], 1, 2)
+    trials = tt.make_trials(["goal", "chain"], 1, 2)
     evaluate.drive(Scripted(trials, still=True), trials, execute=4, batch=16)
     assert [t.solved for t in trials] == [0] * 12
     assert all(t.env.steps == t.env.limit for t in trials)
 
 
 def test_trials_are_the_fixed_evaluation_states():
-    a, b = (evaluate.make_trials(["object"], 2, 0) for _ in range(2))
+    a, b = (tt.make_trials(["object"], 2, 0) for _ in range(2))
     assert len(a) == 20
     for x, y in zip(a, b):
         assert (x.env.render() == y.env.render()).all()

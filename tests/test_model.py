@@ -169,7 +169,7 @@ def test_truncated_features_are_the_hidden_states_of_that_layer():
     with torch.no_grad():
         theirs = bb.net(**extra(bb, batch), output_hidden_states=True).hidden_states[2]
         model.truncate(bb.net, 2)
-        ours, mask = model.features(bb, batch)
+        ours, mask = model.hidden(bb.net, batch), batch["mask"]
     count = mask.bool()
     torch.testing.assert_close(ours[count], theirs[count], rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match=r"1\.\.2"):
@@ -290,14 +290,13 @@ def test_save_load_save_is_bit_identical_and_loads_in_plain_transformers(bb, tmp
     model.token_loss(one.net, batch)[0].backward()
     optim.step()
     run = {"stage": "sft", "step": 1, "config": {}, "parent": "random"}
-    model.save(tmp_path / "a" / "step_000001", one, run, optim=optim, extra={"best": 2})
+    model.save(tmp_path / "a" / "step_000001", one, run, optim=optim)
     assert model.find(tmp_path / "a") == tmp_path / "a" / "step_000001"
     two = model.load(tmp_path / "a", stages=("sft",))
     assert two.run["parent"] == "random" and two.vocab == one.vocab and two.images == one.images
     new = model.optimizer(two.net, 1e-3, 0.1, (0.9, 0.95))
-    assert model.load_train_state(tmp_path / "a" / "step_000001", two.net, new) == {
-        "best": 2, "step": 1}
-    model.save(tmp_path / "b", two, run, optim=new, extra={"best": 2})
+    assert model.load_train_state(tmp_path / "a" / "step_000001", two.net, new) == {"step": 1}
+    model.save(tmp_path / "b", two, run, optim=new)
     for name in ("model.safetensors", "config.json", "tokenizer.json", "fast/fast.json", "run.json",
                  "train_state/optimizer.safetensors", "train_state/state.json"):
         a = tmp_path / "a" / "step_000001" / name
