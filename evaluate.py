@@ -13,8 +13,7 @@ three add one arm to a results file; `report` turns such files into one Markdown
 the paired differences between consecutive arms.
 
 Every success rate carries its n and a 95% Wilson interval; means carry a 95% bootstrap interval
-over prompts or chains (2,000 resamples, seed 0). Reads: checkpoints, episodes. Writes: the results
-file, and GIFs when asked.
+over prompts or chains (2,000 resamples, seed 0). Writes the results file, and GIFs when asked.
 """
 
 import argparse
@@ -79,24 +78,20 @@ def record(path, arm, metrics, args, started, paired=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        _record(path, arm, metrics, args, started, paired)
-
-
-def _record(path, arm, metrics, args, started, paired):
-    fresh = {"preset": args.preset, "arms": {}, "commands": []}
-    results = read_results(path) if path.exists() else fresh
-    place = results["arms"].setdefault(arm, {"metrics": {}, "paired": {}, "checkpoints": {}})
-    place["metrics"].update(metrics)
-    place["paired"].update(paired or {})
-    place["checkpoints"][args.command] = str(args.policy)
-    results["seeds"] = sorted({*results.get("seeds", []), args.seed})
-    results["hardware"] = hardware()
-    results["minutes"] = round(results.get("minutes", 0) + (time.time() - started) / 60, 2)
-    results["versions"] = model.versions()
-    command = shlex.join(["python", "evaluate.py", *args.argv])
-    results["commands"] = [c for c in results["commands"] if c != command] + [command]
-    write_results(path, results)
-    print(f"{path}: arm {arm}, {len(metrics)} metrics")
+        fresh = {"preset": args.preset, "arms": {}, "commands": []}
+        results = read_results(path) if path.exists() else fresh
+        place = results["arms"].setdefault(arm, {"metrics": {}, "paired": {}, "checkpoints": {}})
+        place["metrics"].update(metrics)
+        place["paired"].update(paired or {})
+        place["checkpoints"][args.command] = str(args.policy)
+        results["seeds"] = sorted({*results.get("seeds", []), args.seed})
+        results["hardware"] = hardware()
+        results["minutes"] = round(results.get("minutes", 0) + (time.time() - started) / 60, 2)
+        results["versions"] = model.versions()
+        command = shlex.join(["python", "evaluate.py", *args.argv])
+        results["commands"] = [c for c in results["commands"] if c != command] + [command]
+        write_results(path, results)
+        print(f"{path}: arm {arm}, {len(metrics)} metrics")
 
 
 def write_results(path, results):
@@ -185,14 +180,8 @@ def tabletop(args):
 
 def held_out(bb, data, count, seed, think):
     """`count` prompts at random steps of the episodes: (rows, target tokens, chunks (N, K, A))."""
-    files = fast_tokenizer.episodes(data)
-    fast = bb.fast
-    if files[0].action.shape[1] != fast.dim:
-        raise ValueError(
-            f"{data}: actions have {files[0].action.shape[1]} dimensions, the tokenizer of the "
-            f"checkpoint {fast.dim}; evaluate on the data that it was fitted for")
-    rng = model.rng(seed, 11)
-    rows, chunks = [], []
+    fast, files = bb.fast, fast_tokenizer.episodes(data, fast=bb.fast)
+    rng, rows, chunks = model.rng(seed, 11), [], []
     for _ in range(count):
         episode = files[int(rng.integers(len(files)))]
         t = int(rng.integers(len(episode)))
@@ -256,8 +245,8 @@ def actions(args):
                     paired[f"{mode} {style} {name}"] = [round(float(v), 5) for v in values]
             total = len(rows) * n
             for name, count in (("distinct thoughts", thoughts), ("distinct actions", distinct)):
-                value = {"mean": count, "low": None, "high": None, "n": total}
-                metrics[f"{mode} {style} {name}"] = value
+                metrics[f"{mode} {style} {name}"] = {
+                    "mean": count, "low": None, "high": None, "n": total}
             line = "  ".join(f"{k} {v.mean():.3f}" if len(v) else f"{k} -"
                              for k, v in means.items())
             print(f"{mode:6s} {style:7s}  {line}  distinct thoughts {thoughts}, actions {distinct} "
@@ -393,12 +382,8 @@ def main(argv=None):
     three.add_argument("--minutes", type=float, default=0, help="of the whole run, to be noted")
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else list(argv)
-    try:
-        known = {"tabletop": tabletop, "actions": actions, "vqa": vqa, "report": report}
-        known[args.command](args)
-    except (ValueError, FileNotFoundError) as e:
-        raise SystemExit(f"error: {e}") from None
+    {"tabletop": tabletop, "actions": actions, "vqa": vqa, "report": report}[args.command](args)
 
 
 if __name__ == "__main__":
-    main()
+    model.entry(main, "--batch")

@@ -311,10 +311,11 @@ def _root(folder):
     return Path(folder) / "episodes" if (Path(folder) / "episodes").is_dir() else Path(folder)
 
 
-def episodes(folder, limit=0):
-    """Episodes of folder (or folder/episodes) by name, the first `limit` (0: all).
+def episodes(folder, limit=0, fast=None):
+    """Episodes of folder (or folder/episodes) by name, the first `limit` (0: all), for a tokenizer.
 
-    FileNotFoundError when there are none; ValueError when A or S differs between files."""
+    FileNotFoundError when there are none; ValueError when A or S differs between files, or A from
+    that of `fast`."""
     paths = sorted(_root(folder).glob("*.safetensors"))[:limit or None]
     if not paths:
         raise FileNotFoundError(f"{folder}: no episode_*.safetensors here; record or convert some")
@@ -325,7 +326,16 @@ def episodes(folder, limit=0):
             if size != first:
                 raise ValueError(f"{file.path}: {size} {name} dimensions, {paths[0].name} has "
                                  f"{first}; keep different robots in different folders")
+    if fast is not None and files[0].action.shape[1] != fast.dim:
+        raise ValueError(f"{folder}: actions have {files[0].action.shape[1]} dimensions, the action "
+                         f"tokenizer {fast.dim}; give the episodes of its robot")
     return files
+
+
+def locate(files, ends, i):
+    """Step i of all files, counted through (`ends`: the cumulated lengths) -> (file, its step)."""
+    e = int(np.searchsorted(ends, i, side="right"))
+    return files[e], int(i) - int(ends[e] - len(files[e]))
 
 
 def split(files, share=0.05):

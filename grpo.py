@@ -12,7 +12,7 @@ Our deviations: r_a is over max(m, n) where the paper divides by the target's m,
 r_f wants a thought that is not blank, the action marks, and tokens that decode. A group whose rewards
 tie has no gradient but its KL: it is not forwarded (--no-skip-ties does), though its tokens stay in the
 denominator. A prompt is forwarded once a group, its keys and values shared by the G completions, in
-sampling and in the update: the same gradients, less work. No gradient checkpointing, for that reason.
+sampling and in the update: the same gradients, less work.
 
 Reads --init and --data; writes OUT/log.jsonl, OUT/step_000050/... and OUT/final (Hugging Face layout).
 python grpo.py                                   # tabletop, one CPU process
@@ -24,15 +24,16 @@ import re
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn.functional import pad
-from transformers import DynamicCache
+from transformers.cache_utils import Cache
 
 import model
-from fast_tokenizer import chunks_of, episodes, normalize, split
+from fast_tokenizer import chunks_of, episodes, locate, normalize, split
 from model import all_sum
 
 
@@ -49,6 +50,10 @@ class Config:
     group: int = 8  # completions a prompt (G)
     micro_batch: int = 8  # prompts a rank forwards and backwards at once; lower it when memory runs out
     chunk: int = 0  # prompts a rank samples at once; 0: all of its prompts
+    recompute: bool = False  # activation checkpointing: less memory, a third more time an update
+    cpu_offload: bool = False  # keep the reference model in the CPU's memory
+    shards: int = 0  # ranks that share one copy of the weights, more nodes mirror it; 0: all ranks
+    max_pixels: int = 0  # larger images are shrunk to so many pixels; 0: as the backbone says
     max_new: int = 96  # longest completion, tokens
     temperature: float = 1.0  # of sampling and of the log-probabilities in the loss
     reward: str = "prefix"  # r_a: prefix (paper), l1 (decoded actions) or lcs (common subsequence)
@@ -76,8 +81,8 @@ PRESETS = {
     # Paper section "RL": 12.8K samples, 1 epoch = 25 rollout steps of 4 updates of 640 completions.
     "paper": {"init": "runs/sft-paper/final", "data": "data/bridge", "out": "runs/grpo-paper",
               "steps": 25, "prompts": 512, "batch": 128, "group": 5, "micro_batch": 1, "chunk": 16,
-              "max_new": 2048, "lr": 1e-6, "eval_every": 5, "eval_prompts": 512, "show_every": 1,
-              "save_every": 5},
+              "recompute": True, "max_new": 2048, "lr": 1e-6, "eval_every": 5,
+              "eval_prompts": 512, "show_every": 1, "save_every": 5},
 }
 
 
@@ -89,11 +94,10 @@ def prompt_rows(bb, files, steps):
     ends = np.cumsum([len(f) for f in files])
     rows, chunks = [], []
     for i in steps:
-        e = int(np.searchsorted(ends, i, side="right"))
-        file, t = files[e], int(i - ends[e] + len(files[e]))
+        file, t = locate(files, ends, i)
         question = "<image>" + model.ask(model.action_question(file.task), think=True)
         rows.append(model.encode(bb, [{"role": "user", "content": question}], [file.frame(t)],
-                                 prompt_only=True))
+                                 prompt_only=True) | {"where": f"{file.path}:{t}"})
         chunks.append(chunks_of(file, bb.fast.horizon)[t])  # (K, A)
     return rows, bb.fast.encode(np.stack(chunks)) if chunks else []
 
@@ -216,14 +220,14 @@ def shared_logp(bb, rows, ids, mask, temperature=1.0):
     -> logp, entropy (B*G, T) fp32, 0 where mask is 0. Equals forwarding B*G full rows."""
     device, (N, T), G = ids.device, ids.shape, len(ids) // len(rows)
     batch = model.to(model.collate(rows, bb.vocab.pad, left=True), device)
-    cache = DynamicCache()
-    last = model.hidden(bb.net, batch, cache)[:, -1]  # (B, D), predicts the first token
-    cache.batch_repeat_interleave(G)  # keys and values (B*G, heads, ., .) with their gradient
+    kv = [model.SharedKV() for _ in bb.net.model.language_model.layers]
+    last = model.hidden(bb.net, batch, Cache(layers=kv))[:, -1]  # (B, D), predicts the first token
     first = (batch["pos"].amax((0, 2)) + 1).repeat_interleave(G)  # (B*G,) M-RoPE of token 0
     S = max(T - 1, 1)  # the last token predicts nothing, but all ranks forward something
     after = {"ids": ids[:, :S], "pos": (first[:, None] + torch.arange(S, device=device)).expand(3, N, S),
              "mask": torch.cat([batch["mask"].repeat_interleave(G, 0), mask[:, :S]], 1)}
-    h = model.hidden(bb.net, after, cache)  # (B*G, S, D)
+    seen = Cache(layers=[model.SharedKV(prompt, G) for prompt in kv])
+    h = model.hidden(bb.net, after, seen)  # (B*G, S, D)
     h = torch.cat([last.repeat_interleave(G, 0)[:, None], h[:, : T - 1]], 1)  # (B*G, T, D)
     on = mask.bool()
     logp, entropy = model.logp(bb.net, h[on], ids[on], temperature, bb.vocab.banned)
@@ -319,20 +323,20 @@ def update(bb, ref, optim, groups, cfg, dist, where):
     first, sums = groups[0], {}
     idle = replace(first, ids=first.ids[:, :1], logp=first.logp[:, :1],
                    mask=torch.zeros_like(first.mask[:, :1]))
+    guard = partial(model.guard, cfg.out, where, dist, [
+        vars(g) | {f"prompt_{k}": x for k, x in g.row.items()} | {"where": [g.row.get("where", "")]}
+        for g in groups])
     for i in range(int(max(rounds))):
         some = live[i * cfg.micro_batch : (i + 1) * cfg.micro_batch] or [idle]
         loss, info = group_loss(bb, ref, some, cfg)
-        if not torch.isfinite(loss):
-            raise ValueError(f"{where}, rank {dist.rank}: the loss is {loss.item()}; lower --lr, or "
-                             "look at the newest checkpoint and the data")
+        guard("loss", loss.item())
         (loss * dist.world / count).backward()  # FSDP averages over ranks
         for k, x in {"loss": loss, **info}.items():
             sums[k] = sums.get(k, 0.0) + float(x.detach())
     if not sums:  # every group of every rank tied: nothing to learn from, and no weight decay either
         return {}
     norm = model.clip_grad(bb.net.parameters(), cfg.grad_norm)
-    if not np.isfinite(norm):
-        raise ValueError(f"{where}, rank {dist.rank}: the gradient norm is {norm}; lower --lr")
+    guard("gradient norm", norm)
     optim.step()
     optim.zero_grad()
     total = dict(zip(sums, all_sum(list(sums.values()))))
@@ -372,28 +376,23 @@ def prepare(cfg, dist):
     """-> Backbone and reference (sharded), optimizer, episode files (trained on, held out), first
     step. ValueError when checkpoint and data do not fit."""
     newest = model.latest(cfg.out) if cfg.resume else None
-    bb = model.load(newest or cfg.init, stages=("sft", "grpo"))
+    bb = model.load(newest or cfg.init, dist.build, stages=("sft", "grpo"),
+                    max_pixels=cfg.max_pixels)
     if bb.fast is None:
         raise ValueError(f"{newest or cfg.init}: no fast/ in this checkpoint, so it knows no action "
                          "tokens; run sft.py on episodes with --fast")
     if newest:
-        free = {"preset", "out", "steps", "resume", "chunk", "micro_batch", "eval_every",
-                "eval_prompts", "show_every", "save_every"}  # may change without changing the run
-        old, new = bb.run["config"], asdict(cfg)
-        changed = [k for k in new if k not in free and old.get(k) != new[k]]
-        if changed:
-            raise ValueError(f"{newest}: was run with --{changed[0].replace('_', '-')} "
-                             f"{old.get(changed[0])}; resume with the same, or start anew elsewhere")
-    files = episodes(cfg.data)
-    if files[0].action.shape[1] != bb.fast.dim:
-        raise ValueError(f"{cfg.data}: actions have {files[0].action.shape[1]} dimensions, the "
-                         f"tokenizer in {cfg.init} {bb.fast.dim}; give the episodes of this robot")
-    files, unseen = split(files)  # the rule of sft.py, so that what it held out stays unseen
+        free = {"preset", "out", "steps", "resume", "chunk", "micro_batch", "recompute", "shards",
+                "cpu_offload", "eval_every", "eval_prompts", "show_every", "save_every"}
+        model.check_resume(newest, bb.run["config"], cfg, free)
+    files, unseen = split(episodes(cfg.data, fast=bb.fast))  # the rule of sft.py, so that what it held out stays unseen
+    if cfg.recompute:
+        model.recompute(bb.net)
     model.shard(bb.net, dist)
     ref = None
     if cfg.kl > 0:  # always the model RL started from, also after --resume
-        ref = model.load(cfg.init)
-        model.shard(ref.net.requires_grad_(False).eval(), dist)
+        ref = model.load(cfg.init, dist.build)
+        model.shard(ref.net.requires_grad_(False).eval(), dist, offload=cfg.cpu_offload)
     optim = model.optimizer(bb.net, cfg.lr, cfg.weight_decay, (0.9, cfg.beta2))
     start = model.load_train_state(newest, bb.net, optim)["step"] if newest else 0
     return bb, ref, optim, files, unseen, start
@@ -401,7 +400,7 @@ def prepare(cfg, dist):
 
 def main(argv=None):
     cfg = model.parse(Config, PRESETS, argv)
-    dist = model.setup(cfg.seed)
+    dist = model.setup(cfg.seed, cfg.shards)
     check(cfg, dist.world)
     bb, ref, optim, files, unseen, start = prepare(cfg, dist)
     n, n_unseen = sum(map(len, files)), sum(map(len, unseen))
@@ -447,7 +446,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as e:
-        raise SystemExit(f"error: {e}") from e
+    model.entry(main, "--micro-batch, or --chunk if it was in a rollout")

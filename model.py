@@ -38,23 +38,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from torch import distributed, nn
+from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import (
-    AttentionInterface,
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    Qwen2_5_VLConfig,
-    Qwen3VLConfig,
-)
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
@@ -163,7 +150,7 @@ class Size:
     depth: int = 2
     vision_heads: int = 4
     vision_mlp: int = 256
-    taps: tuple = (0,)  # vision blocks that Qwen3-VL feeds to the LLM, or Qwen2.5-VL gives no window
+    taps: tuple = (0,)  # vision blocks: those fed to the LLM too (Qwen3), or without a window (2.5)
     places: int = 64  # learned positions of Qwen3-VL
     window: int = 32  # pixels, of Qwen2.5-VL
     patch: int = 8
@@ -190,9 +177,10 @@ SIZES = {
     "tiny-qwen3-vl": Size(vocab=384),
     "tiny-qwen2.5-vl": Size("qwen2_5_vl", vocab=384, taps=(1,)),
     # the published configurations, with a tokenizer of our own in the padded table
-    "qwen2.5-vl-3b": Size(rows=151936, hidden=2048, layers=36, heads=16, kv=2, mlp=11008, **_QWEN2_5),
-    "qwen2.5-vl-7b": Size(rows=152064, hidden=3584, layers=28, heads=28, kv=4, mlp=18944, tied=False,
-                          **_QWEN2_5),
+    "qwen2.5-vl-3b": Size(**_QWEN2_5, rows=151936, hidden=2048, layers=36, heads=16, kv=2,
+                          mlp=11008),
+    "qwen2.5-vl-7b": Size(**_QWEN2_5, rows=152064, hidden=3584, layers=28, heads=28, kv=4,
+                          mlp=18944, tied=False),
     "qwen3-vl-2b": Size(hidden=2048, layers=28, heads=16, mlp=6144, **_QWEN3),
     "qwen3-vl-4b": Size(hidden=2560, layers=36, heads=32, mlp=9728, **_QWEN3),
     "qwen3-vl-8b": Size(hidden=4096, layers=36, heads=32, mlp=12288, tied=False, **{
@@ -214,7 +202,7 @@ class ImageSpec:
 
     @classmethod
     def load(cls, path):
-        p = AutoImageProcessor.from_pretrained(path)
+        p = transformers.AutoImageProcessor.from_pretrained(path)
         return cls(p.patch_size, p.merge_size, p.temporal_patch_size, tuple(p.image_mean),
                    tuple(p.image_std), p.size["shortest_edge"], p.size["longest_edge"])
 
@@ -313,14 +301,14 @@ def random_backbone(size, seed, texts=None, device="cpu"):
     if s.family == "qwen3_vl":
         text["head_dim"] = s.head
         vision |= {"num_position_embeddings": s.places, "deepstack_visual_indexes": list(s.taps)}
-        config = Qwen3VLConfig(text_config=text, vision_config=vision, **marks)
+        config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **marks)
     else:
         text |= {"bos_token_id": None, "eos_token_id": ids("<|im_end|>")}
         tok.chat_template = ("{% if messages[0].role != 'system' %}<|im_start|>system\n" + SYSTEM
                              + "<|im_end|>\n{% endif %}" + CHAT)
         vision |= {"window_size": s.window, "fullatt_block_indexes": list(s.taps),
                    "tokens_per_second": 2}
-        config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **marks)
+        config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **marks)
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(seed)
         net = AutoModelForImageTextToText.from_config(config)
@@ -336,12 +324,9 @@ def random_backbone(size, seed, texts=None, device="cpu"):
 def find(path):
     """A folder with config.json: `path` itself, else its final/, else its newest step_*."""
     folder = Path(path)
-    if (folder / "config.json").exists():
-        return folder
-    if (folder / "final" / "config.json").exists():
-        return folder / "final"
-    if newest := latest(folder):
-        return newest
+    for place in (folder, folder / "final", latest(folder)):
+        if place and (place / "config.json").exists():
+            return place
     if folder.is_dir():
         raise FileNotFoundError(f"{path}: no checkpoint in this folder; run the stage before first")
     if str(path).count("/") != 1 or str(path).startswith(("runs/", "assets/", ".", "/")):
@@ -355,8 +340,7 @@ def load(path, device="cpu", dtype=torch.float32, stages=None, seed=0, texts=Non
 
     stages: the run.json stages that are allowed, ValueError for another one; hub models and random
     ones have no stage and always pass. texts: what a random backbone's tokenizer is trained on.
-    device "meta": shapes without weights, which shard() then gets from rank 0. max_pixels: bound of
-    an image, kept in later checkpoints; 0: as the backbone says.
+    device META: shapes alone, which shard() fills. max_pixels: of an image, 0: the backbone's own.
     """
     if str(path).startswith("random:"):
         size = str(path).removeprefix("random:")
@@ -374,7 +358,7 @@ def load(path, device="cpu", dtype=torch.float32, stages=None, seed=0, texts=Non
                          f"{' or '.join(stages)}; give the folder that such a stage wrote")
     if device == META:
         with META:
-            config = AutoConfig.from_pretrained(folder)
+            config = transformers.AutoConfig.from_pretrained(folder)
             net = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     else:
         net = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(device)
@@ -511,7 +495,8 @@ def pack(rows):
     keep hidden() from looking across rows. What training uses: rows differ much in length."""
     whole = {k: np.concatenate([r[k] for r in rows], -1) for k in ("ids", "target", "pos")}
     batch = collate([{**whole, "patches": None}], 0)
-    return {**batch, **_images(rows), "lengths": [len(r["ids"]) for r in rows]}
+    return {**batch, **_images(rows), "lengths": [len(r["ids"]) for r in rows],
+            "where": [r.get("where", "") for r in rows]}
 
 
 def _images(rows):
@@ -552,20 +537,19 @@ def _attention(module, q, k, v, attention_mask, lengths=None, **kw):
     return torch.cat([sdpa_attention_forward(module, *row, None, **kw)[0] for row in rows], 1), None
 
 
-AttentionInterface.register("sdpa", _attention)  # as before for all who pass no lengths
+transformers.AttentionInterface.register("sdpa", _attention)  # as before without lengths
 
 
-def hidden(net, batch, cache=None, embeds=None):
-    """Last hidden states (B, T, D), after the final norm. embeds (B, T, D) replace batch["ids"]."""
-    return net.hidden(batch, cache, embeds) if hasattr(net, "hidden") else _hidden(
-        net, batch, cache, embeds)
+def hidden(net, batch, cache=None):
+    """Last hidden states (B, T, D), after the final norm."""
+    return net.hidden(batch, cache) if hasattr(net, "hidden") else _hidden(net, batch, cache)
 
 
-def _hidden(net, batch, cache=None, embeds=None):
-    ids, mask, more = batch["ids"], batch["mask"], {}
+def _hidden(net, batch, cache=None):
+    ids, mask, embeds, more = batch["ids"], batch["mask"], None, {}
     if batch.get("patches") is not None:
         more = {"pixel_values": batch["patches"], "image_grid_thw": batch["grid"]}
-    elif isinstance(net, FSDPModule) and cache is None and embeds is None:
+    elif isinstance(net, fsdp.FSDPModule) and cache is None:
         # Every rank must gather and reduce the same parameters in the same order, so a batch
         # without images looks at a blank one, with weight 0.
         embeds = net.get_input_embeddings()(ids) + 0 * _blank(net, ids.device)
@@ -575,7 +559,7 @@ def _hidden(net, batch, cache=None, embeds=None):
         mask = None  # padded right: the causal mask alone does it, with the faster kernel
     return net.model(
         input_ids=ids if embeds is None else None, inputs_embeds=embeds, attention_mask=mask,
-        position_ids=batch["pos"], past_key_values=cache, use_cache=cache is not None, **more,
+        position_ids=batch["pos"], past_key_values=cache, use_cache=False, **more,
     ).last_hidden_state  # (B, T, D)
 
 
@@ -630,6 +614,27 @@ def truncate(net, layer):
 
 
 # Sampler
+
+
+class SharedKV(DynamicLayer):
+    """Keys and values of one layer in an update with gradient: a pass over the prompts keeps
+    theirs, a second one (given `prompt`) lets the n completions of each see them. Nothing else is
+    stored, so that activation checkpointing may call update() again."""
+
+    def __init__(self, prompt=None, n=1):
+        super().__init__()
+        self.prompt, self.n = prompt, n
+
+    def update(self, k, v, *args, **kwargs):
+        if self.prompt is None:
+            if self.keys is None:  # later ones are a recomputation's, which has no graph
+                self.keys, self.values = k, v
+            return k, v
+        pairs = (self.prompt.keys, k), (self.prompt.values, v)
+        return tuple(torch.cat([old.repeat_interleave(self.n, 0), x], 2) for old, x in pairs)
+
+    def get_seq_length(self):
+        return 0 if self.prompt is None else self.prompt.keys.shape[2]
 
 
 class SampleKV(DynamicLayer):
@@ -756,7 +761,7 @@ def unsharded(net):
     Inside, forwards without gradient communicate nothing, so ranks may run different numbers of
     them. No-op when net is not sharded. All ranks enter and leave it together.
     """
-    parts = [m for m in net.modules() if isinstance(m, FSDPModule)]
+    parts = [m for m in net.modules() if isinstance(m, fsdp.FSDPModule)]
     if not parts:
         yield
         return
@@ -905,19 +910,17 @@ class FlowHead(nn.Module):
         noise = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
         return noise, torch.from_numpy((TIME_SCALE - u) / TIME_SCALE).float()
 
-    def loss(self, feats, mask, state, action, action_mask, draws=1, rng=None, drawn=None,
-             count=None):
-        """Masked flow-matching loss of one batch, R = `draws` (time, noise) pairs a sample.
+    def loss(self, feats, mask, state, action, action_mask, drawn, count=None):
+        """Masked flow-matching loss of one batch with R (noise, time) pairs a sample.
 
         feats (B, T, D), mask (B, T) or None; state (B, S) and action (B, K, A) normalised;
         action_mask (B, K, A) 0 past an episode's end and in padded dimensions.
-        drawn: (noise (B, R, K, A), time (B, R)), else drawn from the numpy generator `rng`.
+        drawn: noise (B, R, K, A), time (B, R), as draw() gives them.
         count: the divisor, None = the number of counted elements here (at least 1).
         Returns (loss fp32, {"sum", "count"}). Several draws share the VL path, which at small sizes
         costs more than the DiT.
         """
-        noise, time = drawn if drawn is not None else self.draw(rng, len(action), draws)
-        noise, time = noise.to(action.device), time.to(action.device)
+        noise, time = (x.to(action.device) for x in drawn)
         t, draws = time[:, :, None, None], time.shape[1]  # (B, R, 1, 1)
         noised = (1 - t) * noise + t * action[:, None]  # (B, R, K, A)
         target = action[:, None] - noise  # fork point: the path and its velocity
@@ -930,12 +933,9 @@ class FlowHead(nn.Module):
         return loss, {"sum": total.detach(), "count": here}
 
     @torch.no_grad()
-    def sample(self, feats, mask, state, noise=None):
-        """Features (B, T, D), mask (B, T), normalised state (B, S) -> normalised chunks (B, K, A)
-        fp32 by `steps` Euler steps from `noise`: a tensor (B, K, A), a torch.Generator, or None."""
-        if not torch.is_tensor(noise):
-            shape = (len(feats), self.cfg.horizon, self.cfg.action_dim)
-            noise = torch.randn(shape, generator=noise, device=feats.device)
+    def sample(self, feats, mask, state, noise):
+        """Features (B, T, D), mask (B, T), normalised state (B, S), noise (B, K, A) -> normalised
+        chunks (B, K, A) fp32, by `steps` Euler steps."""
         context, start = self.context(feats, mask), self.state_in(state)[:, None]  # (B, 1, D)
         x = noise.float()
         for i in range(self.cfg.steps):
@@ -952,9 +952,15 @@ class Dist:
     rank: int
     world: int
     device: torch.device
+    shards: int = 0  # ranks that share one copy of the weights; 0: all
+
+    @property
+    def build(self):
+        """Where a backbone is loaded before shard(): only rank 0 reads weights."""
+        return torch.device("cpu") if self.rank == 0 else META
 
 
-def setup(seed):
+def setup(seed, shards=0):
     """Starts nccl (GPU) or gloo (CPU) under torchrun, one process otherwise; seeds torch."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc: keep freed memory, a fifth faster on
@@ -972,7 +978,10 @@ def setup(seed):
                 "nccl", store=distributed.HashStore(), rank=0, world_size=1)
     started = distributed.is_initialized()
     torch.manual_seed(seed)
-    return Dist(_rank(), distributed.get_world_size() if started else 1, torch.device(device))
+    world = distributed.get_world_size() if started else 1
+    if shards and world % shards:
+        raise ValueError(f"--shards {shards} must divide the {world} ranks")
+    return Dist(_rank(), world, torch.device(device), shards)
 
 
 def all_sum(x):
@@ -988,32 +997,66 @@ def all_sum(x):
 SMALL = 50_000_000  # parameters below which gathering all at once costs less than it saves memory
 
 
-def shard(net, dist, mp_dtype=None):
-    """FSDP2 over all ranks, in place: fp32 masters, compute in mp_dtype (bf16 on GPU by default).
+def shard(net, dist, mp_dtype=None, offload=False):
+    """FSDP2 in place: fp32 masters, compute in mp_dtype (bf16 on GPU by default), mean gradients.
 
-    Each block is a unit, in a SMALL model the whole. No-op for one CPU process. Averages gradients.
+    Each block is a unit, then each end of the vocabulary (unless both are one table), then the root
+    with the rest; a SMALL model is one unit. dist.shards: groups of so many ranks mirror each other
+    (HSDP). Weights on META come from rank 0, unit by unit. offload: the shards stay in the CPU's
+    memory, for a model without gradients. No-op for one CPU process.
     """
     if dist.world == 1 and dist.device.type == "cpu":
         return net
-    if mp_dtype is None:
-        mp_dtype = torch.bfloat16 if dist.device.type == "cuda" else torch.float32
-    kw = {"mesh": init_device_mesh(dist.device.type, (dist.world,)),
-          "mp_policy": MixedPrecisionPolicy(param_dtype=mp_dtype, reduce_dtype=torch.float32)}
-    backbone = isinstance(net, transformers.PreTrainedModel)
+    cuda = dist.device.type == "cuda"
+    mp_dtype = mp_dtype or (torch.bfloat16 if cuda else torch.float32)
+    n = dist.shards or dist.world
+    shape = (n,) if n == dist.world else (dist.world // n, n)
+    names = ("replicate", "shard")[-len(shape) :]
+    kw = {"mesh": init_device_mesh(dist.device.type, shape, mesh_dim_names=names),
+          "mp_policy": fsdp.MixedPrecisionPolicy(param_dtype=mp_dtype, reduce_dtype=torch.float32)}
+    kw |= {"offload_policy": fsdp.CPUOffloadPolicy(pin_memory=cuda)} if offload else {}
+    backbone, units = isinstance(net, transformers.PreTrainedModel), [net]
     if backbone and sum(p.numel() for p in net.parameters()) > SMALL:
-        for block in [*net.model.visual.blocks, *net.model.language_model.layers]:
-            fully_shard(block, **kw)
-    fully_shard(net, reshard_after_forward=False, **kw)
+        ends = [net.get_input_embeddings(), net.get_output_embeddings()]
+        ends = ends if ends[0].weight is not ends[1].weight else []
+        units = [*net.model.visual.blocks, *net.model.language_model.layers, *ends, net]
+    for unit in units:
+        _receive(unit, dist)
+        fsdp.fully_shard(unit, reshard_after_forward=unit is not net, **kw)
     if backbone:  # the stages call hidden(), not forward(): FSDP must know
         net.hidden = types.MethodType(_hidden, net)
-        register_fsdp_forward_method(net, "hidden")
+        fsdp.register_fsdp_forward_method(net, "hidden")
     return net
+
+
+def _receive(unit, dist):
+    """Moves what is not sharded yet to the device, with the values that rank 0 has."""
+    new = {}  # a tied tensor stays one
+    for part in unit.modules():
+        for table in part._parameters, part._buffers:
+            for name, t in table.items():
+                if t is None or isinstance(t, DTensor):
+                    continue
+                if t not in new:
+                    x = torch.empty_like(t, device=dist.device) if t.is_meta else t.to(dist.device)
+                    if dist.world > 1:
+                        distributed.broadcast(x.detach(), 0)
+                    new[t] = (nn.Parameter(x.detach(), t.requires_grad)
+                              if isinstance(t, nn.Parameter) else x)
+                table[name] = new[t]
+
+
+def recompute(net):
+    """Activation checkpointing of every block: less memory, a third more time."""
+    net.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    for layer in net.model.language_model.layers:
+        layer._can_checkpoint_with_cache = True  # a SharedKV may be updated twice
 
 
 def sync(net, last):
     """Call before each micro-batch. A small sharded model gathers and reduces once a step; a large
     one has no memory for that and does so for each micro-batch."""
-    if isinstance(net, FSDPModule) and sum(isinstance(m, FSDPModule) for m in net.modules()) == 1:
+    if [m for m in net.modules() if isinstance(m, fsdp.FSDPModule)] == [net]:
         net.set_requires_gradient_sync(last)
         net.set_reshard_after_backward(last)
 
@@ -1042,6 +1085,22 @@ def clip_grad(params, max_norm):
     """Scales the gradients in place to a global norm of at most max_norm (0: not). -> old norm."""
     norm = nn.utils.clip_grad_norm_(params, max_norm if max_norm > 0 else float("inf"))
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
+def guard(out, where, dist, batches, name, value):
+    """Stops a run whose loss or gradient norm is not finite, after saving this rank's batches for
+    replay: dicts of arrays, whose samples are named under "where"."""
+    if np.isfinite(value):
+        return
+    path = Path(out) / f"failed_{re.sub(r'[^0-9a-z]+', '_', where)}_rank_{dist.rank}.safetensors"
+    samples = [x for batch in batches for x in batch.get("where", [])]
+    arrays = {f"{i}.{k}": torch.as_tensor(x).detach().cpu().clone().contiguous()
+              for i, batch in enumerate(batches) for k, x in batch.items()
+              if k != "where" and isinstance(x, (list, np.ndarray, torch.Tensor))}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(arrays, path, {"samples": json.dumps(samples), "where": where})
+    raise ValueError(f"{where}, rank {dist.rank}: the {name} is {value}; look at its samples "
+                     f"{', '.join(samples)}, which {path} holds, or lower --lr")
 
 
 def rng(seed, *keys):
@@ -1075,7 +1134,7 @@ def _rank():
 def _weights(module):
     """Name -> whole tensor; tied parameters are gathered once and stay one tensor."""
     for part in module.modules():
-        if isinstance(part, FSDPModule):
+        if isinstance(part, fsdp.FSDPModule):
             part.reshard()
     state = module.state_dict(keep_vars=True)
     whole = {id(t): t for t in state.values()}
@@ -1159,13 +1218,20 @@ def load_train_state(folder, net, optim):
     for key, t in load_file(folder / "optimizer.safetensors").items():
         name, k = key.split("/")  # "model.layer.weight/exp_avg"
         p = names[name]
-        if t.ndim:
-            t = t.to(p.device)
-            t = distribute_tensor(t, p.device_mesh, p.placements) if isinstance(p, DTensor) else t
-        elif p.is_cuda:  # AdamW's step count lives beside a fused parameter
-            t = t.to(p.device)
+        t = t.to(p.device)  # the step count too: AdamW is fused
+        if t.ndim and isinstance(p, DTensor):
+            t = distribute_tensor(t, p.device_mesh, p.placements)
         optim.state[p][k] = t
     return state
+
+
+def check_resume(folder, old, cfg, free):
+    """ValueError when a run goes on with another value of a flag that is not `free` to change."""
+    new = dataclasses.asdict(cfg)
+    for k in [k for k in new if k not in free and old.get(k) != new[k]]:
+        flag = "--" + k.replace("_", "-")
+        raise ValueError(f"{folder}: was run with another {flag}; resume with {flag} {old.get(k)}, "
+                         "or start anew in another --out")
 
 
 def latest(out):
@@ -1207,6 +1273,16 @@ def commit():
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
                           cwd=Path(__file__).parent, check=False)
     return done.stdout.strip() or "unknown"
+
+
+def entry(main, lower):
+    """Runs a script; what its user can cure ends it in one line. lower: the flag against OOM."""
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as e:
+        raise SystemExit(f"error: {e}") from e
+    except torch.OutOfMemoryError as e:
+        raise SystemExit(f"error: out of GPU memory; lower {lower} ({str(e)[:80]})") from e
 
 
 class Log:

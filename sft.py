@@ -18,6 +18,7 @@ torchrun --nproc_per_node 2 sft.py                   # the same on 2 CPU process
 torchrun --nproc_per_node 8 sft.py paper --data vqa.jsonl,bridge/ --fast fast/    # 8 GPUs, 30 h
 """
 
+import functools
 import itertools
 import json
 import math
@@ -32,7 +33,7 @@ import torch
 from PIL import Image
 
 import model
-from fast_tokenizer import FastTokenizer, chunks_of, episodes, split
+from fast_tokenizer import FastTokenizer, chunks_of, episodes, locate, split
 from model import all_sum, ask
 
 TABLETOP = "data/tabletop/conversations.jsonl:1,data/tabletop/episodes:3"
@@ -57,8 +58,10 @@ class Config:
     beta2: float = 0.98  # AdamW
     weight_decay: float = 0.01  # AdamW, not on norms and biases
     clip: float = 1.0  # gradient norm; 0: no clipping
+    max_pixels: int = 0  # larger images are shrunk to so many pixels; 0: as the backbone says
     freeze_vision: bool = False  # keep the vision tower and its projector as they are
     recompute: bool = False  # activation checkpointing: less memory, a third more time
+    shards: int = 0  # ranks that share one copy of the weights, more nodes mirror it; 0: all ranks
     holdout: int = 256  # last rows of each .jsonl kept for evaluation; of episodes the last 5%
     eval_rows: int = 128  # held-out rows of each source in one evaluation
     eval_every: int = 500  # steps; 0: only at the end
@@ -160,7 +163,7 @@ class Demonstrations:
         if fast.stats is None:
             raise ValueError("--fast: a tokenizer without statistics; save it with those of the "
                              f"episodes: fast_tokenizer.py report --data {folder} --out fast/")
-        self.files, self.fast = episodes(folder), fast
+        self.files, self.fast = episodes(folder, fast=fast), fast
         self.ends = np.cumsum([len(e) for e in self.files])
         cut, end = sum(map(len, split(self.files)[0])), int(self.ends[-1])
         self.train, self.held = range(cut), range(cut, end)
@@ -168,13 +171,8 @@ class Demonstrations:
     def __len__(self):
         return len(self.train)
 
-    def at(self, i):
-        """-> (episode, step)."""
-        e = int(np.searchsorted(self.ends, i, side="right"))
-        return self.files[e], i - int(self.ends[e] - len(self.files[e]))
-
     def target(self, i):
-        episode, t = self.at(i)
+        episode, t = locate(self.files, self.ends, i)
         return self.fast.encode(chunks_of(episode, self.fast.horizon)[t : t + 1])[0]
 
     def size(self, i):
@@ -182,7 +180,7 @@ class Demonstrations:
 
     def question(self, i, think):
         """-> (messages with the question alone, images, where)."""
-        episode, t = self.at(i)
+        episode, t = locate(self.files, self.ends, i)
         text = "<image>" + ask(model.action_question(episode.task), think)
         return [{"role": "user", "content": text}], [episode.frame(t)], f"{episode.path}:{t}"
 
@@ -223,7 +221,7 @@ def row_of(bb, source, i, max_length):
     if len(row["ids"]) > max_length:
         raise ValueError(f"{where}: {len(row['ids'])} tokens; raise --max-length {max_length} or "
                          "shorten the row")
-    return row
+    return {**row, "where": where}
 
 
 def mixture(spec):
@@ -344,16 +342,13 @@ def thinking_rollouts(bb, sources, cfg, dist, n=4):
         keys = range(dist.rank, len(prompts), dist.world)
         ids = model.generate(bb, rows, n=n, max_new=128, seed=cfg.seed, keys=keys)["ids"]
     for b, target in enumerate(targets):
-        thoughts, actions = set(), set()
-        for one in ids[b * n : (b + 1) * n]:
-            good, thinks, fast = model.parse_actions(bb, one)
-            text = bb.tok.decode(one, skip_special_tokens=True)
-            thoughts.add(text.split("</think>")[0])
-            actions.add(tuple(fast))
-            reward = model.prefix_reward(fast, target)
-            total += [1, good and thinks, reward, 0, 0]
-            shown = shown or text
-        total += [0, 0, 0, len(thoughts), len(actions)]
+        group = ids[b * n : (b + 1) * n]
+        texts = [bb.tok.decode(one, skip_special_tokens=True) for one in group]
+        read = [model.parse_actions(bb, one) for one in group]
+        total += [n, sum(good and thinks for good, thinks, _ in read),
+                  sum(model.prefix_reward(fast, target) for *_, fast in read),
+                  len({t.split("</think>")[0] for t in texts}), len({tuple(a) for *_, a in read})]
+        shown = shown or texts[0]
     count, good, reward, thoughts, actions = all_sum(total.tolist())
     if dist.rank == 0 and shown:
         print(f"a thinking rollout: {shown}", flush=True)
@@ -362,7 +357,7 @@ def thinking_rollouts(bb, sources, cfg, dist, n=4):
             f"thoughts_of_{n}": thoughts / groups, f"actions_of_{n}": actions / groups}
 
 
-def prepare(cfg):
+def prepare(cfg, dist):
     """-> Backbone with its vocabulary, sources, their weights, the checkpoint to resume or None."""
     paths = mixture(cfg.data)
     newest = model.latest(cfg.out) if cfg.resume else None
@@ -377,7 +372,8 @@ def prepare(cfg):
         sources = read(fast)
         texts = itertools.chain(model.SENTENCES, *(
             s.text() for s in sources if isinstance(s, Conversations)))
-    bb = model.load(newest or cfg.init, stages=("base", "sft"), seed=cfg.seed, texts=texts)
+    bb = model.load(newest or cfg.init, dist.build, stages=("base", "sft"), seed=cfg.seed,
+                    texts=texts, max_pixels=cfg.max_pixels)
     bb.fast = fast or bb.fast
     if bb.fast is not None:
         model.grow(bb, bb.fast.vocab_size)
@@ -387,24 +383,21 @@ def prepare(cfg):
             s.name += str(k)
     weights = [len(s) if w is None else w for s, (_, w) in zip(sources, paths)]
     if newest:
-        old, new = bb.run["config"], asdict(cfg)
-        changed = [k for k in ("data", "seed", "batch", "holdout") if old[k] != new[k]]
-        if changed:
-            raise ValueError(f"{newest}: was run with another --{changed[0]}; resume with "
-                             f"--{changed[0]} {old[changed[0]]} or start anew in another --out")
+        free = asdict(cfg).keys() - {"data", "seed", "batch", "holdout"}
+        model.check_resume(newest, bb.run["config"], cfg, free)
     if cfg.freeze_vision:
         bb.net.model.visual.requires_grad_(False)
     if cfg.recompute:
-        bb.net.gradient_checkpointing_enable({"use_reentrant": False})
+        model.recompute(bb.net)
     return bb, sources, weights, newest
 
 
 def main(argv=None):
     cfg = model.parse(Config, PRESETS, argv)
-    dist = model.setup(cfg.seed)
+    dist = model.setup(cfg.seed, cfg.shards)
     if cfg.batch % dist.world:
         raise ValueError(f"--batch {cfg.batch} must be a multiple of {dist.world} ranks")
-    bb, sources, weights, newest = prepare(cfg)
+    bb, sources, weights, newest = prepare(cfg, dist)
     net = model.shard(bb.net, dist)
     net.train()
     optim = model.optimizer(net, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2))
@@ -430,12 +423,15 @@ def main(argv=None):
             for group in optim.param_groups:
                 group["lr"] = lr
             count = all_sum(sum(int(b["target"][:, 1:].sum()) for b in micro))
+            guard = functools.partial(model.guard, cfg.out, f"step {step + 1}", dist, micro)
             for k, batch in enumerate(micro):
                 model.sync(net, last=k == len(micro) - 1)
                 loss, n, right = model.token_loss(net, model.to(batch, dist.device))
                 (loss * dist.world / count).backward()  # FSDP averages over ranks
+                guard("loss", loss.item())
                 total += [loss.item(), n.item(), right.item()]
             norm = model.clip_grad(net.parameters(), cfg.clip)
+            guard("gradient norm", norm)
             optim.step()
             optim.zero_grad()
             done = step + 1
@@ -459,7 +455,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as e:
-        raise SystemExit(f"error: {e}") from e
+    model.entry(main, "--micro-batch")

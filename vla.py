@@ -51,6 +51,8 @@ class Config:
     layer: int = 0  # LLM layer whose output conditions the head; 0: 0.64 of the depth
     think: bool = False  # mode line of the prompt: think first, or answer directly
     cameras: str = "image"  # camera names of the episodes, separated by commas
+    max_pixels: int = 0  # larger images are shrunk to so many pixels; 0: as the backbone says
+    shards: int = 0  # ranks that share one copy of the weights, more nodes mirror it; 0: all ranks
     horizon: int = 8  # actions in a chunk, K
     dim: int = 128  # width of the head
     layers: int = 4  # blocks of the head; even ones read the features
@@ -127,6 +129,12 @@ class Frames:
         """Frame number -> (episode number, step)."""
         e = int(np.searchsorted(self.ends, i, side="right"))
         return e, int(i) - int(self.ends[e] - len(self.files[e]))
+
+    def batch(self, ids):
+        """Frames as model.guard saves them; what was seen in them follows from their numbers."""
+        where = [f"{self.files[e].path}:{t}" for e, t in map(self.at, ids)]
+        return [{"where": where, "frame": ids, "state": self.state[ids],
+                 "action": self.action[ids]}]
 
     def rows(self, bb, places, think, memo):
         """Prompts of [(episode number, step)]."""
@@ -444,16 +452,13 @@ def prepare(cfg, dist):
         raise ValueError(f"--draws {cfg.draws}, --layers {cfg.layers}, --ema {cfg.ema}; draws and "
                          "layers start at 1, ema lies in [0, 1)")
     frames, newest = Frames(cfg), model.latest(cfg.out) if cfg.resume else None
-    bb = model.load(newest or cfg.init, dist.device, precision(dist.device), seed=cfg.seed,
-                    stages=("vla",) if newest else ("base", "sft", "grpo"))
+    bb = model.load(newest or cfg.init, dist.build if cfg.cache == "none" else dist.device,
+                    precision(dist.device), ("vla",) if newest else ("base", "sft", "grpo"),
+                    cfg.seed, max_pixels=cfg.max_pixels)
     if newest:
-        free = ("out", "cache", "cache_dir", "steps", "eval_rows", "eval_every", "save_every",
-                "log_every", "resume")
-        old, new = bb.run["config"], asdict(cfg)
-        changed = [k for k in new if k not in free and old.get(k) != new[k]]
-        if changed:
-            raise ValueError(f"{newest}: was run with another --{changed[0]}; resume with "
-                             f"{old.get(changed[0])!r} or start anew in another --out")
+        free = ("out", "cache", "cache_dir", "steps", "shards", "eval_rows", "eval_every",
+                "save_every", "log_every", "resume")
+        model.check_resume(newest, bb.run["config"], cfg, free)
     norm = freeze(bb, bb.run["policy"]["layer"] if newest else cfg.layer)
     if cfg.cache == "none":
         model.shard(bb.net, dist, precision(dist.device))
@@ -466,7 +471,7 @@ def prepare(cfg, dist):
 
 def main(argv=None):
     cfg = model.parse(Config, PRESETS, argv)
-    dist = model.setup(cfg.seed)
+    dist = model.setup(cfg.seed, cfg.shards)
     frames, bb, norm, source, newest = prepare(cfg, dist)
     sizes = model.HeadConfig(
         bb.net.config.text_config.hidden_size, cfg.dim, cfg.layers, cfg.heads, cfg.vl_layers,
@@ -482,9 +487,12 @@ def main(argv=None):
     log = model.Log(cfg.out, cfg, dist)
     seconds, since, total = model.time.perf_counter(), start, np.zeros(2)
 
+    size = cfg.batch // dist.world
+    part = slice(dist.rank * size, (dist.rank + 1) * size)
+
     def fetch(step):
-        ids, size = picks(cfg, len(frames.train), step), cfg.batch // dist.world
-        return ids, source.read(ids[dist.rank * size : (dist.rank + 1) * size])
+        ids = picks(cfg, len(frames.train), step)
+        return ids, source.read(ids[part])
 
     with ThreadPoolExecutor(1) as pool:  # frames or features of the next step
         ahead = pool.submit(fetch, start)
@@ -496,8 +504,12 @@ def main(argv=None):
             if cfg.dropout:
                 torch.manual_seed(int(model.rng(cfg.seed, step, dist.rank).integers(2**31)))
             loss, info = flow_loss(head, source, frames, cfg, step, fetched, dist)
+            guard = functools.partial(model.guard, cfg.out, f"step {step + 1}", dist,
+                                      frames.batch(fetched[0][part]))
+            guard("loss", loss.item())
             loss.backward()
             norm_g = model.clip_grad(head.parameters(), cfg.clip)
+            guard("gradient norm", norm_g)
             optim.step()
             optim.zero_grad()
             if cfg.ema:
@@ -525,7 +537,4 @@ def main(argv=None):
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as e:
-        raise SystemExit(f"error: {e}") from e
+    model.entry(main, "--batch")

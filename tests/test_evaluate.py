@@ -96,7 +96,7 @@ def test_report_table_and_paired_differences(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "SFT - SFT+RL = -0.050" in out and "the whole run 19.5 min" in out
     assert out.index("| SFT+RL |") < out.index("| SFT |")
-    with pytest.raises(SystemExit, match="no arm base; it has SFT, SFT"):
+    with pytest.raises(ValueError, match="no arm base; it has SFT, SFT"):
         evaluate.main(["report", str(path), "--arms", "base,SFT"])
 
 
@@ -119,7 +119,7 @@ def test_evaluations_at_once_lose_no_arm(tmp_path):
 
 def test_bad_results_file_is_one_line(tmp_path):
     (tmp_path / "bad.json").write_text('{"arms": {')
-    with pytest.raises(SystemExit, match=r"bad.json:1: not JSON .*delete the file"):
+    with pytest.raises(ValueError, match=r"bad.json:1: not JSON .*delete the file"):
         evaluate.main(["report", str(tmp_path / "bad.json")])
-    with pytest.raises(SystemExit, match="choose from spatial"):
+    with pytest.raises(ValueError, match="choose from spatial"):
         evaluate.main(["tabletop", "--policy", "x", "--suites", "spatial,moon"])

@@ -435,6 +435,23 @@ def test_parse(capsys):
     assert "learning rate, 100% of it (0.001)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("error", "line"), [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+     r"error: out of GPU memory; lower --batch \(CUDA out of memory"),
+    (ValueError("--batch 3 must be even"), "error: --batch 3 must be even")])
+def test_what_the_user_can_cure_is_one_line(error, line):
+    def fail():
+        raise error
+
+    with pytest.raises(SystemExit, match=line):
+        model.entry(fail, "--batch")
+
+
+def test_shards_divide_the_ranks():
+    with pytest.raises(ValueError, match="--shards 3 must divide the 1 ranks"):
+        model.setup(0, 3)
+
+
 def test_log(tmp_path, capsys):
     dist = model.Dist(0, 1, torch.device("cpu"))
     log = model.Log(tmp_path, Config("small"), dist)

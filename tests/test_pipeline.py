@@ -38,8 +38,9 @@ def made(tmp_path_factory):
     run("grpo.py", "tabletop", "--init", at / "sft", "--data", at / "data/episodes", "--out",
         at / "grpo", "--steps", 1, "--prompts", 2, "--batch", 2, "--group", 2, "--max-new", 12,
         "--eval-prompts", 2)
-    run("vla.py", "tabletop", "--init", at / "grpo", "--data", at / "data/episodes", "--out",
-        at / "vla", "--steps", 3, "--batch", 8, "--eval-rows", 8)
+    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "vla.py", "tabletop",
+        "--init", at / "grpo", "--data", at / "data/episodes", "--out", at / "vla", "--steps", 3,
+        "--batch", 8, "--eval-rows", 8)
     return at
 
 

@@ -1,16 +1,16 @@
-"""sft.py: samples, errors that name the row, exact resume, 1 process against 2, and learning."""
+"""sft.py: samples, errors that name the row, exact resume, 1 process against 2 and 4, and learning."""
 
+import dataclasses
 import itertools
 import json
-import multiprocessing
-import os
 import shutil
-import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from ranks import on_ranks
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import model
@@ -76,25 +76,6 @@ def weights(folder):
     return load_file(Path(folder) / "model.safetensors")
 
 
-def _rank(rank, port, argv):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    sft.main(argv)
-
-
-def on_two_ranks(argv):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    fork = multiprocessing.get_context("fork")  # gloo on CPU; spares importing torch again
-    ranks = [fork.Process(target=_rank, args=(r, port, argv)) for r in range(2)]
-    for p in ranks:
-        p.start()
-    for p in ranks:
-        p.join(240)
-    assert [p.exitcode for p in ranks] == [0, 0]
-
-
 def test_overfits_eight_samples(tmp_path):
     data, n = conversations(tmp_path)
     sft.main(args(tmp_path / "o", data, "--lr", 3e-3, "--batch", 8, "--micro-batch", 0,
@@ -118,16 +99,21 @@ def test_resume_equals_the_uninterrupted_run(tmp_path):
         sft.main(args(tmp_path / "b", data, "--resume", "--seed", 1))
 
 
-@pytest.mark.parametrize("small", [10**9, 0])  # one FSDP unit, or one for each block
-def test_two_ranks_equal_one(tmp_path, monkeypatch, small):
+@pytest.mark.parametrize(("world", "small", "more"), [
+    (2, 10**9, []),  # one FSDP unit
+    (4, 0, ["--shards", 2, "--recompute"])])  # one a block and end; two copies of the weights
+def test_ranks_equal_one(tmp_path, monkeypatch, world, small, more):
     """The sum of the loss is divided by the global count: rank means would differ from this, as the
-    ranks count different numbers of tokens; and one may have images where the other has none."""
+    ranks count different numbers of tokens; and one may have images where the other has none. Only
+    rank 0 reads or draws weights, the others get theirs from it."""
     monkeypatch.setattr(model, "SMALL", small)
     data, _ = conversations(tmp_path, 12)
+    untied = {SIZE[7:]: dataclasses.replace(model.SIZES[SIZE[7:]], tied=False)}
+    monkeypatch.setattr(model, "SIZES", model.SIZES | (untied if small == 0 else {}))
     sft.main(args(tmp_path / "one", data, "--save-every", 3, holdout=12))
-    on_two_ranks(args(tmp_path / "two", data, holdout=12))
+    on_ranks(sft.main, args(tmp_path / "two", data, *more, holdout=12), world)
     shutil.copytree(tmp_path / "one" / "step_000003", tmp_path / "back" / "step_000003")
-    on_two_ranks(args(tmp_path / "back", data, "--resume", holdout=12))
+    on_ranks(sft.main, args(tmp_path / "back", data, *more, "--resume", holdout=12), world)
     one, two = log(tmp_path / "one"), log(tmp_path / "two")
     for a, b in itertools.chain(zip(one, two), zip(one[3:], log(tmp_path / "back"))):
         for key in set(a) - {"seconds", "samples_s"}:
@@ -137,6 +123,26 @@ def test_two_ranks_equal_one(tmp_path, monkeypatch, small):
     for k in a:
         np.testing.assert_allclose(a[k], b[k], atol=1e-4)
         np.testing.assert_allclose(a[k], c[k], atol=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_batch(tmp_path, monkeypatch):
+    data, _ = conversations(tmp_path)
+    with pytest.raises(ValueError, match=r"step 2, rank 0: the loss is (nan|inf).*talk\.jsonl:\d"):
+        sft.main(args(tmp_path / "o", data, "--lr", 1e25, "--clip", 0))
+    saved = tmp_path / "o" / "failed_step_2_rank_0.safetensors"
+    with safe_open(saved, "np") as f:
+        where = json.loads(f.metadata()["samples"])
+    # its samples are those of the second step; the first of its micro-batches is there to run again
+    source = sft.Conversations(data, None, 8)
+    order = sft.order([8], [8], 24, 0)[1][4:8]
+    assert sorted(where) == sorted(source[i][3] for i in order)
+    bb, kept = model.load(SIZE, texts=[*model.SENTENCES, *source.text()]), load_file(saved)
+    rows = [sft.row_of(bb, source, int(x.rpartition(":")[2]) - 1, 999) for x in where[:2]]
+    for k, x in model.pack(rows).items():
+        assert k == "where" or np.array_equal(kept[f"0.{k}"], x), k
+    monkeypatch.setattr(model, "clip_grad", lambda *_: float("inf"))
+    with pytest.raises(ValueError, match="step 1, rank 0: the gradient norm is inf"):
+        sft.main(args(tmp_path / "o", data))
 
 
 def test_micro_batches_do_not_change_the_loss(tmp_path):

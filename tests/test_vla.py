@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import on_ranks
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
@@ -144,8 +145,7 @@ def test_context_is_computed_once_and_equals_one_per_step(monkeypatch):
             y = y + head.velocity(y, time, start, head.context(feats, mask)) / 4
     torch.testing.assert_close(x, y)
     assert torch.equal(x, head.sample(feats, mask, state, noise))
-    seeds = [head.sample(feats, mask, state, torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
-    assert torch.equal(seeds[0], seeds[1]) and not torch.equal(seeds[0], seeds[2])
+    assert not torch.allclose(x, head.sample(feats, mask, state, -noise))
 
 
 def test_blocks_equal_torchs_own_layers():
@@ -196,16 +196,16 @@ def test_draws_share_features_and_equal_a_loop():
     for a, b in zip(grads, torch.autograd.grad(one, list(head.parameters()))):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
     assert all(g.abs().sum() > 0 for g in grads)  # every parameter takes part
-    drawn = head.draw(model.rng(7, 1), 2, 3)
-    assert torch.equal(head.loss(*args, draws=3, rng=model.rng(7, 1))[0],
-                       head.loss(*args, drawn=drawn)[0])
+    again = small().draw(model.rng(0), 2, 3)
+    assert all(torch.equal(x, y) for x, y in zip(again, drawn))
 
 
 def test_corner_sizes():
     for change in ({"vl_layers": 0}, {"future_tokens": 0}, {"layers": 1}, {"horizon": 1}):
         head = small(**change)
         feats, mask, state, _, _ = example()
-        assert head.sample(feats, mask, state).shape == (2, head.cfg.horizon, 4)
+        noise = torch.zeros(2, head.cfg.horizon, 4)
+        assert head.sample(feats, mask, state, noise).shape == noise.shape
     with pytest.raises(ValueError, match="multiple of 3 heads"):
         small(heads=3)
 
@@ -217,11 +217,11 @@ def test_head_overfits_8_samples():
     optim = torch.optim.Adam(head.parameters())
     for step in range(150):
         optim.param_groups[0]["lr"] = model.lr_at(step, 150, 3e-3, 0.05)
-        loss, _ = head.loss(feats, mask, state, action, counts, 8, model.rng(0, step))
+        loss, _ = head.loss(feats, mask, state, action, counts, head.draw(model.rng(0, step), 8, 8))
         optim.zero_grad()
         loss.backward()
         optim.step()
-    x = head.sample(feats, mask, state, torch.Generator().manual_seed(0))
+    x = head.sample(feats, mask, state, torch.randn(action.shape, generator=torch.manual_seed(0)))
     assert (x - action).square().mean() < 0.02  # 0.36 for the mean action
 
 
@@ -311,34 +311,35 @@ def test_resume_equals_uninterrupted(data, tmp_path, ema):
     assert all(torch.equal(got[k], want[k]) for k in want)
     again = records(tmp_path)[len(first) + 1 :]
     assert [r["step"] for r in again] == [4, 5, 6, 6]
-    with pytest.raises(ValueError, match="another --lr; resume with 0.001"):
+    with pytest.raises(ValueError, match="another --lr; resume with --lr 0.001"):
         vla.main(argv(data, tmp_path, **flags, resume=True, lr=1e-2))
 
 
-def test_two_ranks_equal_one(data, tmp_path):
-    """Gradient norms, held-out error and weights; features written by one rank and by two."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    flags = {"batch": 6, "eval-rows": 5, "ema": 0.9}  # 5 rows on 2 ranks: one is filled up
+def test_four_ranks_equal_one(data, tmp_path):
+    """Gradient norms, held-out error and weights; features written by one rank and by four; pairs of
+    ranks share one copy of the weights."""
+    flags = {"batch": 8, "eval-rows": 5, "ema": 0.9}  # 5 rows on 4 ranks: three are filled up
     vla.main(argv(data, tmp_path / "one", **flags))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run([*torchrun, ROOT / "vla.py", *argv(data, tmp_path / "two", **flags)], check=True,
-                   env=env, cwd=ROOT)
+    on_ranks(vla.main, argv(data, tmp_path / "two", **flags, shards=2), 4)
     one, two = records(tmp_path / "one")[1:], records(tmp_path / "two")[1:]
     assert len(one) == len(two) == 5
     for a, b in zip(one, two):
         for k in set(a) - {"steps_s", "seconds"}:
-            assert a[k] == pytest.approx(b[k], rel=1e-4), k
+            # Adam divides by sqrt(v): rounding differences grow from step to step
+            assert a[k] == pytest.approx(b[k], rel=1e-5 if a["step"] == 1 else 1e-4), k
     a, b = (load_file(tmp_path / k / "final" / "head.safetensors") for k in ("one", "two"))
     for k in a:  # the gradient of a key's bias is 0 but for rounding, which Adam blows up
         if not k.endswith("kv.bias"):
             torch.testing.assert_close(a[k], b[k], atol=1e-5, rtol=1e-4)
     vla.main(argv(data, tmp_path / "one", **flags, **{"cache-dir": tmp_path / "two" / "features"}))
-    again = records(tmp_path / "one")[7:]  # another world size reads the parts of two ranks
+    again = records(tmp_path / "one")[7:]  # another world size reads the parts of four ranks
     assert [r["loss"] for r in again[:4]] == pytest.approx([r["loss"] for r in one[:4]], rel=1e-4)
 
 
-def test_features_in_the_loop_train_alike(data, trained, tmp_path):
-    vla.main(argv(data, tmp_path, cache="none", **{"save-every": 2}))
+def test_features_in_the_loop_train_alike(data, trained, tmp_path, monkeypatch):
+    """Also on two ranks, of which the second builds no weights, with a unit for each block."""
+    monkeypatch.setattr(model, "SMALL", 0)
+    on_ranks(vla.main, argv(data, tmp_path, cache="none", **{"save-every": 2}), 2)
     assert not (tmp_path / "features").exists()
     for a, b in zip(records(trained)[1:], records(tmp_path)[1:]):
         for k in {"loss", "held_loss", "held_l1"} & set(a):
@@ -353,6 +354,17 @@ def observation(data):
     places = [(0, 0), (1, 2), (0, 5)]
     return ([frames.files[e].frame(t) for e, t in places], [TASKS[e] for e, _ in places],
             np.stack([frames.files[e].state[t] for e, t in places]))
+
+
+def test_a_gradient_that_is_not_finite_stops_with_its_batch(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "clip_grad", lambda *_: float("nan"))
+    with pytest.raises(ValueError, match=r"step 1, rank 0: the gradient norm is nan.*episode_\d+"):
+        vla.main(argv(data, tmp_path))
+    saved = load_file(tmp_path / "failed_step_1_rank_0.safetensors")
+    frames = vla.Frames(vla.Config(data=str(data), horizon=4))
+    ids = vla.picks(vla.Config(batch=8), len(frames.train), 0)
+    assert np.array_equal(saved["0.frame"], ids)
+    assert np.array_equal(saved["0.action"], frames.action[ids])
 
 
 def test_policy_round_trip(data, trained):

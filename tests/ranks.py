@@ -1,0 +1,25 @@
+"""A stage on several gloo processes, started as torchrun starts them."""
+
+import multiprocessing
+import os
+import socket
+
+
+def _rank(main, argv, rank, world, port):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    main(argv)
+
+
+def on_ranks(main, argv, world):
+    """Forked: that spares importing torch again, and what a test has patched stays patched."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=_rank, args=(main, argv, r, world, port)) for r in range(world)]
+    for p in ranks:
+        p.start()
+    for p in ranks:
+        p.join(240)
+    assert [p.exitcode for p in ranks] == [0] * world
