@@ -1,0 +1,192 @@
+"""What a run needs of each rank's memory, told before it starts: everything is built on the meta device.
+
+python -m benchmarks.memory sft paper --init random:qwen2.5-vl-7b --ranks 8 --gb 80
+python -m benchmarks.memory grpo paper --init random:qwen2.5-vl-7b --recompute --cpu-offload
+python -m benchmarks.memory vla paper --init random:qwen3-vl-8b
+
+Flags of the stage follow its preset; --ranks, --gb, --row (tokens of a row or prompt, its image
+among them) and --image (side in pixels) are read here. Weights, gradients, optimizer and caches are
+counted exactly; activations by asking autograd what it keeps of one block. What is left out: the
+allocator's fragments and the libraries' workspaces, so leave 10% free.
+"""
+
+import argparse
+import sys
+
+import torch
+
+import grpo
+import model
+import sft
+import vla
+
+META, FP32 = model.META, 4
+LOGITS = 16  # bytes a logit at the peak: bf16, fp32, its softmax and their gradients
+
+
+def kept(module, call):
+    """Bytes that autograd keeps of call(), besides the module's own parameters."""
+    own = {p.untyped_storage()._cdata for p in module.parameters()}
+    seen = {}  # storage -> a tensor that keeps it, and so its address, alive
+
+    def pack(t):
+        if t.untyped_storage()._cdata not in own:
+            seen[t.untyped_storage()._cdata] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        call()
+    return sum(t.untyped_storage().nbytes() for t in seen.values())
+
+
+def flash(q, k, v, *args, **kwargs):
+    """Attention that keeps what a fused kernel keeps; META would take the unfused one."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (k, v))
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
+
+
+def per_token(net, dtype, T=64):
+    """Bytes kept for each token by one LLM block and for each patch by one vision block."""
+    lm, visual = net.model.language_model, net.model.visual
+    plain, torch.nn.functional.scaled_dot_product_attention = (
+        torch.nn.functional.scaled_dot_product_attention, flash)
+    try:
+        def angles(width, *lead):
+            return [torch.empty(*lead, T, width, device=META, dtype=dtype) for _ in range(2)]
+
+        block = lm.layers[0]
+        h = torch.empty(1, T, lm.config.hidden_size, device=META, dtype=dtype, requires_grad=True)
+        text = kept(block, lambda: block(
+            h, position_embeddings=angles(block.self_attn.head_dim, 1)))
+        block, c = visual.blocks[0], net.config.vision_config
+        x = torch.empty(T, c.hidden_size, device=META, dtype=dtype, requires_grad=True)
+        seen = kept(block, lambda: block(
+            x, cu_seqlens=torch.tensor([0, T]),
+            position_embeddings=angles(c.hidden_size // c.num_heads)))
+    finally:
+        torch.nn.functional.scaled_dot_product_attention = plain
+    return text / T, seen / T
+
+
+def activations(net, cfg, tokens, patches, dtype):
+    """Bytes of a forward with gradient over so many tokens and patches, logits aside."""
+    text, seen = per_token(net, dtype)
+    lm, c = net.model.language_model, net.config.vision_config
+    sizes = [(len(lm.layers), text, lm.config.hidden_size, tokens)]
+    if not getattr(cfg, "freeze_vision", False):
+        sizes.append((len(net.model.visual.blocks), seen, c.hidden_size, patches))
+    if cfg.recompute:  # the inputs of all blocks, and all of one block
+        return sum(n * (L * D * dtype.itemsize + each) for L, each, D, n in sizes)
+    return sum(n * L * each for L, each, _, n in sizes)
+
+
+def units(net):
+    """Parameters of what shard() gathers at a time: (largest unit, root)."""
+    if sum(p.numel() for p in net.parameters()) <= model.SMALL:
+        return 0, sum(p.numel() for p in net.parameters())
+    ends = [net.get_input_embeddings(), net.get_output_embeddings()]
+    ends = [] if ends[0].weight is ends[1].weight else ends
+    parts = [*net.model.visual.blocks, *net.model.language_model.layers, *ends]
+    each = [sum(p.numel() for p in part.parameters()) for part in parts]
+    return max(each), sum(p.numel() for p in net.parameters()) - sum(each)
+
+
+def estimate(stage, cfg, net, ranks, row, patches, dtype=torch.bfloat16):
+    """-> {what: bytes on a rank}, {phase: its peak}; net on META or real, vision frozen or not."""
+    b, n, c = dtype.itemsize, cfg.shards or ranks, net.config.text_config
+    whole = sum(p.numel() for p in net.parameters())
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    largest, root = units(net)
+    gathered = (2 * largest + root) * b * (ranks > 1 or b < FP32)  # one unit computes, one arrives
+    fixed = {"weights": whole * FP32 / n, "gradients": trained * FP32 / n,
+             "optimizer": trained * 2 * FP32 / n, "gathered units": gathered}
+    if stage == "sft":
+        B = cfg.micro_batch or cfg.batch // ranks
+        work = {"activations": activations(net, cfg, B * row, B * patches, dtype),
+                "logits": B * row * c.vocab_size * LOGITS}
+        return {**fixed, **work}, {"update": sum(fixed.values()) + sum(work.values())}
+    B, G, T = cfg.micro_batch, cfg.group, cfg.max_new
+    kv = 2 * c.num_key_value_heads * _head(net) * b  # bytes a token and layer
+    seen = B * G * row * kv * (1 if cfg.recompute else c.num_hidden_layers)  # the prompt, G times
+    seen += B * row * kv * c.num_hidden_layers
+    fixed["reference"] = whole * FP32 / n * (cfg.kl > 0 and not cfg.cpu_offload)
+    work = {"activations": seen + activations(net, cfg, B * (row + G * T), B * patches, dtype),
+            "logits": B * G * T * c.vocab_size * LOGITS}
+    rows = (cfg.chunk or cfg.prompts // ranks) * G
+    cache = {"whole model": whole * b * (ranks > 1 or b < FP32),
+             "KV cache": rows * (row + T) * kv * c.num_hidden_layers,
+             "sampling": rows * c.vocab_size * 3 * FP32}
+    idle = fixed["gradients"] + gathered  # not there while sampling
+    return {**fixed, **work, **cache}, {"update": sum(fixed.values()) + sum(work.values()),
+                                        "rollout": sum(fixed.values()) - idle + sum(cache.values())}
+
+
+def _head(net):
+    return net.model.language_model.layers[0].self_attn.head_dim
+
+
+def head_estimate(cfg, net, ranks, row, dtype=torch.bfloat16):
+    """estimate() of vla.py: the cut backbone, frozen in dtype, and a head with 14 numbers of state."""
+    lm, n = net.model.language_model, cfg.shards or ranks
+    model.truncate(net, cfg.layer or round(0.64 * len(lm.layers)))
+    with META:
+        head = model.FlowHead(model.HeadConfig(
+            lm.config.hidden_size, cfg.dim, cfg.layers, cfg.heads, cfg.vl_layers, 14, 7,
+            cfg.horizon, cfg.future, dropout=cfg.dropout))
+    size, B, R = sum(p.numel() for p in head.parameters()), cfg.batch // ranks, cfg.draws
+    feats = torch.empty(B, row, lm.config.hidden_size, device=META)
+    chunk = torch.empty(B, cfg.horizon, 7, device=META)
+    plain, torch.nn.functional.scaled_dot_product_attention = (
+        torch.nn.functional.scaled_dot_product_attention, flash)
+    try:
+        work = kept(head, lambda: head.loss(
+            feats, None, torch.empty(B, 14, device=META), chunk, chunk,
+            (chunk[:, None].expand(B, R, -1, -1), torch.empty(B, R, device=META)), 1))
+    finally:
+        torch.nn.functional.scaled_dot_product_attention = plain
+    largest, root = units(net)
+    whole = sum(p.numel() for p in net.parameters()) * dtype.itemsize
+    backbone = ({"backbone": whole / n, "gathered units": (2 * largest + root) * dtype.itemsize}
+                if cfg.cache == "none" else {"backbone": whole})  # there while features are made
+    made = {**backbone, "weights": size * FP32 * (1 + bool(cfg.ema)) / n + size * FP32,
+            "gradients": size * FP32 / n, "optimizer": size * 2 * FP32 / n, "activations": work}
+    return made, {"update": sum(made.values())}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("stage", choices=["sft", "grpo", "vla"])
+    parser.add_argument("--ranks", type=int, default=8, help="processes, one a GPU")
+    parser.add_argument("--gb", type=float, default=80, help="memory of one, 10^9 bytes")
+    parser.add_argument("--row", type=int, default=0, help="tokens; 0: sft --max-length, else 256")
+    parser.add_argument("--image", type=int, default=256, help="side of the one image of a row")
+    args, rest = parser.parse_known_args(argv)
+    stage = {"sft": sft, "grpo": grpo, "vla": vla}[args.stage]
+    cfg = model.parse(stage.Config, stage.PRESETS, rest)
+    bb = model.load(cfg.init, META, max_pixels=cfg.max_pixels)
+    if getattr(cfg, "freeze_vision", False):
+        bb.net.model.visual.requires_grad_(False)
+    spec = bb.images
+    h, w = (x // spec.patch for x in model.smart_resize(
+        args.image, args.image, spec.patch * spec.merge, spec.min_pixels, spec.max_pixels))
+    row = args.row or (cfg.max_length if args.stage == "sft" else 256)
+    size = sum(p.numel() for p in bb.net.parameters())
+    trained = sum(p.numel() for p in bb.net.parameters() if p.requires_grad)
+    if args.stage == "vla":
+        parts, peaks = head_estimate(cfg, bb.net, args.ranks, row)
+    else:
+        parts, peaks = estimate(args.stage, cfg, bb.net.to(torch.bfloat16), args.ranks, row, h * w)
+    print(f"{args.stage} {cfg.preset}, {cfg.init}: {size / 1e9:.2f} B parameters"
+          + (f", {trained / 1e9:.2f} B of them trained" if args.stage != "vla" else ""))
+    print(f"GB on each of {args.ranks} ranks, rows of {row} tokens with {h * w} patches")
+    for name, value in parts.items():
+        print(f"  {name:16s} {value / 1e9:7.1f}")
+    for name, value in peaks.items():
+        fits = "fits" if value < 0.9 * args.gb * 1e9 else "does not fit"
+        print(f"{name + ', peak':18s} {value / 1e9:7.1f}   {fits} in {args.gb:g} GB, 10% left free")
+    return 0 if all(v < 0.9 * args.gb * 1e9 for v in peaks.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""benchmarks/memory.py: what it foretells against the bytes of the tensors of real (tiny) runs."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+import grpo
+import model
+import sft
+from benchmarks import memory
+from fast_tokenizer import FastTokenizer
+
+SIZES = ["tiny-qwen3-vl", "tiny-qwen2.5-vl"]
+
+
+@pytest.fixture(params=SIZES)
+def bb(request, monkeypatch):
+    """Deeper and wider than the sizes of other tests: what is not a block must not weigh most."""
+    size = dataclasses.replace(model.SIZES[request.param], layers=6, depth=6, hidden=128,
+                               vision=128, heads=4, kv=2)
+    monkeypatch.setattr(model, "SIZES", model.SIZES | {"deep": size})
+    bb = model.load("random:deep")
+    bb.fast = FastTokenizer.fit(np.random.default_rng(0).normal(size=(99, 4, 3)), 48, 2)
+    model.grow(bb, 48)
+    return bb
+
+
+def rows_of(bb, n, prompt_only):
+    pixels = np.random.default_rng(1).integers(0, 255, (n, 64, 64, 3), np.uint8)
+    talk = [{"role": "user", "content": "<image>" + "go left " * 12}]
+    if not prompt_only:
+        talk.append({"role": "assistant", "content": "the red block " * 9})
+    return [model.encode(bb, talk, [x], prompt_only) for x in pixels]
+
+
+def meta(bb):
+    """The same net without weights: estimates must not need them."""
+    net = model.load("random:deep", model.META)
+    net.net.resize_token_embeddings(len(bb.net.get_input_embeddings().weight), mean_resizing=False)
+    return net.net
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_sft(bb, recompute):
+    rows, cfg = rows_of(bb, 3, False), sft.Config(batch=3, recompute=recompute)
+    T, P = len(rows[0]["ids"]), len(rows[0]["patches"])
+    parts, peaks = memory.estimate("sft", cfg, meta(bb), 1, T, P, torch.float32)
+    if recompute:
+        model.recompute(bb.net.train())
+    optim = model.optimizer(bb.net, 1e-3, 0.0, (0.9, 0.95))
+    keeps = memory.kept(bb.net, lambda: model.hidden(bb.net, model.pack(rows)))
+    if not recompute:  # else a block is computed again when autograd has let go of much
+        assert parts["activations"] == pytest.approx(keeps, rel=0.15)
+    else:
+        assert keeps < parts["activations"] < 0.6 * memory.activations(
+            meta(bb), sft.Config(), 3 * T, 3 * P, torch.float32)
+    model.token_loss(bb.net, model.pack(rows))[0].backward()
+    optim.step()
+    params = list(bb.net.parameters())
+    assert parts["weights"] == sum(p.nbytes for p in params)
+    assert parts["gradients"] == pytest.approx(sum(p.grad.nbytes for p in params), rel=0.001)
+    state = sum(x.nbytes for s in optim.state.values() for x in s.values())
+    assert parts["optimizer"] == pytest.approx(state, rel=0.001)
+    assert peaks["update"] == pytest.approx(sum(parts.values()))
+    four, _ = memory.estimate("sft", cfg, meta(bb), 4, T, P, torch.float32)
+    assert four["weights"] == parts["weights"] / 4 and four["gathered units"] > 0
+
+
+def test_grpo(bb, monkeypatch):
+    rows, G, new = rows_of(bb, 2, True), 3, 40
+    cfg = grpo.Config(prompts=2, batch=2, micro_batch=2, group=G, max_new=new)
+    T, P = len(rows[0]["ids"]), len(rows[0]["patches"])
+    parts, peaks = memory.estimate("grpo", cfg, meta(bb), 1, T, P, torch.float32)
+    made = []
+
+    class Watched(model.SampleKV):
+        def update(self, *args, **kwargs):
+            first, out = self.keys is None, super().update(*args, **kwargs)
+            made.extend([self.keys.nbytes, self.values.nbytes] if first else [])
+            return out
+
+    monkeypatch.setattr(model, "SampleKV", Watched)
+    out = model.generate(bb, rows, G, new, stop=[])
+    assert parts["KV cache"] == sum(made)
+    keeps = memory.kept(bb.net, lambda: grpo.shared_logp(bb, rows, out["ids"], out["mask"]))
+    V = len(bb.net.get_input_embeddings().weight)
+    softmax = 2 * G * new * V * 4  # of the logits' peak, autograd keeps this
+    assert parts["activations"] == pytest.approx(keeps - softmax, rel=0.15)
+    assert parts["reference"] == parts["weights"] and peaks["update"] > peaks["rollout"]
+    away = dataclasses.replace(cfg, cpu_offload=True)
+    assert memory.estimate("grpo", away, meta(bb), 1, T, P, torch.float32)[0]["reference"] == 0
+
+
+@pytest.mark.parametrize(("argv", "size"), [
+    (["sft", "paper", "--init", "random:qwen2.5-vl-7b", "--ranks", "8"], 8.29),
+    (["grpo", "paper", "--init", "random:qwen3-vl-8b", "--ranks", "16", "--shards", "8"], 8.77),
+    (["vla", "paper", "--init", "random:qwen2.5-vl-3b"], 3.75)])
+def test_real_sizes_are_told_without_memory(argv, size, capsys):
+    assert memory.main([*argv, "--gb", "1000"]) == 0 and memory.main([*argv, "--gb", "5"]) == 1
+    out = capsys.readouterr().out
+    assert f"{size} B parameters" in out and "does not fit in 5 GB" in out
+    weights = float(out.split("weights")[1].split()[0])
+    if argv[0] != "vla":
+        assert weights == pytest.approx(size * 4 / 8, abs=0.06)  # fp32, over the shards
