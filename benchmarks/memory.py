@@ -1,4 +1,4 @@
-"""What a run needs of each rank's memory, told before it starts: everything is built on the meta device.
+"""What a run needs of each rank's memory, told before it starts; all is built on the meta device.
 
 python -m benchmarks.memory sft paper --init random:qwen2.5-vl-7b --ranks 8 --gb 80
 python -m benchmarks.memory grpo paper --init random:qwen2.5-vl-7b --recompute --cpu-offload
@@ -127,7 +127,7 @@ def _head(net):
 
 
 def head_estimate(cfg, net, ranks, row, dtype=torch.bfloat16):
-    """estimate() of vla.py: the cut backbone, frozen in dtype, and a head with 14 numbers of state."""
+    """estimate() of vla.py: the cut backbone, frozen in dtype, and a head of 14 state numbers."""
     lm, n = net.model.language_model, cfg.shards or ranks
     model.truncate(net, cfg.layer or round(0.64 * len(lm.layers)))
     with META:

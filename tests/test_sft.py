@@ -1,4 +1,4 @@
-"""sft.py: samples, errors that name the row, exact resume, 1 process against 2 and 4, and learning."""
+"""sft.py: samples, errors that name the row, exact resume, 1 rank against 2 and 4, and learning."""
 
 import dataclasses
 import itertools
