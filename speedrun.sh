@@ -32,14 +32,14 @@ if [ "$gpus" = 0 ] && grep -q AuthenticAMD /proc/cpuinfo 2>/dev/null && command 
 fi
 
 say "demonstrations and conversations"
-python -m benchmarks.tabletop --out "$DATA/train" --episodes 1600 --conversations 6000 --thought-actions 1500 --seed $SEED
+python -m benchmarks.tabletop --out "$DATA/train" --episodes 1600 --conversations 3000 --single --thought-actions 3000 --seed $SEED
 python -m benchmarks.tabletop --out "$DATA/test" --episodes 120 --conversations 0 --seed 1000
 
 say "FAST tokenizer"
-python fast_tokenizer.py fit --data "$DATA/train" --out "$RUN/fast" --horizon 5 --scale 1 --vocab 96 --limit 400
+python fast_tokenizer.py fit --data "$DATA/train" --out "$RUN/fast" --horizon 5 --scale 1 --vocab 18 --limit 400
 
 say "stage 1: SFT"
-many sft.py speedrun --data "$DATA/train/conversations.jsonl:1,$DATA/train/episodes:3,$DATA/train/thought_actions.jsonl:0.4" \
+many sft.py speedrun --data "$DATA/train/conversations.jsonl:0.5,$DATA/train/episodes:3,$DATA/train/thought_actions.jsonl:0.4" \
   --fast "$RUN/fast" --out "$RUN/sft" --seed $SEED
 
 say "stage 2: GRPO"

@@ -82,7 +82,8 @@ class Config:
 
 PRESETS = {
     "tabletop": {},
-    "speedrun": {"limit": 250, "vl_layers": 0, "steps": 450, "eval_every": 0, "save_every": 0},
+    "speedrun": {"limit": 500, "dim": 96, "vl_layers": 0, "steps": 1500, "eval_every": 0,
+                 "save_every": 0},
     "paper": {"init": "runs/grpo-paper", "data": "data/libero", "out": "runs/vla-paper",
               "horizon": 16, "dim": 1536, "layers": 16, "heads": 32, "vl_layers": 4, "future": 32,
               "dropout": 0.2, "cache": "none", "steps": 60000, "batch": 32, "draws": 1, "lr": 1e-4,
