@@ -16,7 +16,7 @@ sampling and in the update: the same gradients, less work.
 
 Reads --init and --data; writes OUT/log.jsonl, OUT/step_000050/... and OUT/final (Hugging Face layout).
 python grpo.py                                   # tabletop, one CPU process
-torchrun --nproc_per_node 2 grpo.py              # the same on 2 CPU processes or 2 GPUs
+torchrun --nproc_per_node 2 grpo.py              # 2 CPU processes, 2 s a step; or 2 GPUs
 torchrun --nproc_per_node 8 grpo.py paper        # 8 GPUs; took the authors about 1 h
 """
 

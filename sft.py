@@ -14,7 +14,7 @@ A conversation whose answer is "<answer><ACTION></answer>", with the actions in 
 
 Reads  --init, --data, --fast. Writes runs/sft/{log.jsonl, step_*/, final/}.
 python sft.py                                        # tabletop, one CPU process
-torchrun --nproc_per_node 2 sft.py                   # the same on 2 CPU processes or 2 GPUs
+torchrun --nproc_per_node 2 sft.py                   # 2 CPU processes, 190 ms a step; or 2 GPUs
 torchrun --nproc_per_node 8 sft.py paper --data vqa.jsonl,bridge/ --fast fast/    # 8 GPUs, 30 h
 """
 
@@ -75,7 +75,7 @@ PRESETS = {
     "tabletop": {"fast": "runs/fast", "steps": 4000},
     "speedrun": {"fast": "runs/fast", "steps": 2000, "eval_every": 0, "save_every": 0},
     "base": {"init": "random:tiny-vlm", "data": "data/base/conversations.jsonl", "out": "runs/base",
-             "steps": 24000, "micro_batch": 0, "holdout": 4000, "probe": 0},
+             "steps": 24000, "holdout": 4000, "probe": 0},
     "paper": {"init": "Qwen/Qwen2.5-VL-7B-Instruct", "lr": 2e-5, "beta2": 0.999, "batch": 128,
               "micro_batch": 2, "max_length": 4096, "freeze_vision": True, "recompute": True},
 }
