@@ -24,7 +24,7 @@ ranks=$([ "$gpus" -gt 0 ] && echo "$gpus" || echo 2)
 many() { torchrun --standalone --nproc_per_node "$ranks" "$@"; }
 finish() { for pid in "$@"; do wait "$pid"; done; }  # a job that failed stops the script
 
-# torch multiplies with MKL, which runs AMD processors at under half of their speed unless its check
+# torch multiplies with MKL, which runs AMD processors at about half of their speed unless its check
 # of the vendor is answered with yes. Without a C compiler the run is only slower.
 if [ "$gpus" = 0 ] && grep -q AuthenticAMD /proc/cpuinfo 2>/dev/null && command -v cc >/dev/null; then
   echo 'int mkl_serv_intel_cpu_true(void) { return 1; }' | cc -shared -fPIC -x c -o "$RUN/mkl.so" -
