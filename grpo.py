@@ -323,9 +323,9 @@ def update(bb, ref, optim, groups, cfg, dist, where):
     first, sums = groups[0], {}
     idle = replace(first, ids=first.ids[:, :1], logp=first.logp[:, :1],
                    mask=torch.zeros_like(first.mask[:, :1]))
-    guard = partial(model.guard, cfg.out, where, dist, [
+    guard = partial(model.guard, cfg.out, where, dist, (
         vars(g) | {f"prompt_{k}": x for k, x in g.row.items()} | {"where": [g.row.get("where", "")]}
-        for g in groups])
+        for g in groups))
     for i in range(int(max(rounds))):
         some = live[i * cfg.micro_batch : (i + 1) * cfg.micro_batch] or [idle]
         loss, info = group_loss(bb, ref, some, cfg)
@@ -385,7 +385,7 @@ def prepare(cfg, dist):
         free = {"preset", "out", "steps", "resume", "chunk", "micro_batch", "recompute", "shards",
                 "cpu_offload", "eval_every", "eval_prompts", "show_every", "save_every"}
         model.check_resume(newest, bb.run["config"], cfg, free)
-    files, unseen = split(episodes(cfg.data, fast=bb.fast))  # the rule of sft.py, so that what it held out stays unseen
+    files, unseen = split(episodes(cfg.data, fast=bb.fast))  # unseen by sft.py too
     if cfg.recompute:
         model.recompute(bb.net)
     model.shard(bb.net, dist)

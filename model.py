@@ -1093,6 +1093,7 @@ def guard(out, where, dist, batches, name, value):
     if np.isfinite(value):
         return
     path = Path(out) / f"failed_{re.sub(r'[^0-9a-z]+', '_', where)}_rank_{dist.rank}.safetensors"
+    batches = list(batches)  # from a generator: made only when there is something to save
     samples = [x for batch in batches for x in batch.get("where", [])]
     arrays = {f"{i}.{k}": torch.as_tensor(x).detach().cpu().clone().contiguous()
               for i, batch in enumerate(batches) for k, x in batch.items()

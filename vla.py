@@ -133,8 +133,7 @@ class Frames:
     def batch(self, ids):
         """Frames as model.guard saves them; what was seen in them follows from their numbers."""
         where = [f"{self.files[e].path}:{t}" for e, t in map(self.at, ids)]
-        return [{"where": where, "frame": ids, "state": self.state[ids],
-                 "action": self.action[ids]}]
+        yield {"where": where, "frame": ids, "state": self.state[ids], "action": self.action[ids]}
 
     def rows(self, bb, places, think, memo):
         """Prompts of [(episode number, step)]."""

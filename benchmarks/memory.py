@@ -12,6 +12,7 @@ allocator's fragments and the libraries' workspaces, so leave 10% free.
 
 import argparse
 import sys
+from unittest import mock
 
 import torch
 
@@ -49,12 +50,11 @@ def flash(q, k, v, *args, **kwargs):
 def per_token(net, dtype, T=64):
     """Bytes kept for each token by one LLM block and for each patch by one vision block."""
     lm, visual = net.model.language_model, net.model.visual
-    plain, torch.nn.functional.scaled_dot_product_attention = (
-        torch.nn.functional.scaled_dot_product_attention, flash)
-    try:
-        def angles(width, *lead):
-            return [torch.empty(*lead, T, width, device=META, dtype=dtype) for _ in range(2)]
 
+    def angles(width, *lead):
+        return [torch.empty(*lead, T, width, device=META, dtype=dtype) for _ in range(2)]
+
+    with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", flash):
         block = lm.layers[0]
         h = torch.empty(1, T, lm.config.hidden_size, device=META, dtype=dtype, requires_grad=True)
         text = kept(block, lambda: block(
@@ -64,8 +64,6 @@ def per_token(net, dtype, T=64):
         seen = kept(block, lambda: block(
             x, cu_seqlens=torch.tensor([0, T]),
             position_embeddings=angles(c.hidden_size // c.num_heads)))
-    finally:
-        torch.nn.functional.scaled_dot_product_attention = plain
     return text / T, seen / T
 
 
@@ -137,14 +135,10 @@ def head_estimate(cfg, net, ranks, row, dtype=torch.bfloat16):
     size, B, R = sum(p.numel() for p in head.parameters()), cfg.batch // ranks, cfg.draws
     feats = torch.empty(B, row, lm.config.hidden_size, device=META)
     chunk = torch.empty(B, cfg.horizon, 7, device=META)
-    plain, torch.nn.functional.scaled_dot_product_attention = (
-        torch.nn.functional.scaled_dot_product_attention, flash)
-    try:
+    with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", flash):
         work = kept(head, lambda: head.loss(
             feats, None, torch.empty(B, 14, device=META), chunk, chunk,
             (chunk[:, None].expand(B, R, -1, -1), torch.empty(B, R, device=META)), 1))
-    finally:
-        torch.nn.functional.scaled_dot_product_attention = plain
     largest, root = units(net)
     whole = sum(p.numel() for p in net.parameters()) * dtype.itemsize
     backbone = ({"backbone": whole / n, "gathered units": (2 * largest + root) * dtype.itemsize}
