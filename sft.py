@@ -58,6 +58,7 @@ class Config:
     beta2: float = 0.98  # AdamW
     weight_decay: float = 0.01  # AdamW, not on norms and biases
     clip: float = 1.0  # gradient norm; 0: no clipping
+    muon: bool = False  # inner matrices by orthogonalised momentum (Muon) instead of AdamW
     max_pixels: int = 0  # larger images are shrunk to so many pixels; 0: as the backbone says
     freeze_vision: bool = False  # keep the vision tower and its projector as they are
     recompute: bool = False  # activation checkpointing: less memory, a third more time
@@ -400,7 +401,8 @@ def main(argv=None):
     bb, sources, weights, newest = prepare(cfg, dist)
     net = model.shard(bb.net, dist)
     net.train()
-    optim = model.optimizer(net, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2))
+    optim = model.optimizer(net, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2),
+                            cfg.muon)
     start = model.load_train_state(newest, net, optim)["step"] if newest else 0
     rows = sum(len(s) for s in sources)
     steps = cfg.steps or math.ceil(cfg.epochs * rows / cfg.batch)

@@ -71,6 +71,7 @@ class Config:
     beta2: float = 0.999  # AdamW
     weight_decay: float = 1e-5  # AdamW, not on norms and biases
     clip: float = 1.0  # gradient norm; 0: no clipping
+    muon: bool = False  # inner matrices by orthogonalised momentum (Muon) instead of AdamW
     ema: float = 0.999  # decay of the averaged weights that the policy uses; 0: no average
     holdout: float = 0.05  # share of the episodes, the last ones, kept for evaluation; 0: none
     eval_rows: int = 256  # held-out frames of one evaluation
@@ -478,7 +479,7 @@ def main(argv=None):
     heads = make_heads(sizes, newest, cfg, dist)
     trained = "raw" if cfg.ema else "head"
     head = heads[trained].train()
-    optim = model.optimizer(head, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2))
+    optim = model.optimizer(head, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2), cfg.muon)
     start = model.load_train_state(newest, {trained: head}, optim)["step"] if newest else 0
     run = {"stage": "vla", "config": asdict(cfg), "parent": cfg.init, "policy": {
         "head": asdict(sizes), "layer": len(bb.net.model.language_model.layers),

@@ -169,7 +169,8 @@ def test_blocks_equal_torchs_own_layers():
     score = (q @ k.repeat_interleave(2, 0).mT / 8**0.5).softmax(-1)  # (B*R, H, N, T)
     y = x + cross.proj((score @ v.repeat_interleave(2, 0)).transpose(1, 2).reshape(6, 4, 16))
     y = y + cross.mlp(F.layer_norm(y, (16,)))
-    torch.testing.assert_close(cross(x, ada, (k, v)), y)
+    flat = [t.transpose(1, 2).reshape(3, 7, 16) for t in (k, v)]  # as they come: (B, T, D)
+    torch.testing.assert_close(cross(x, ada, flat), y)
 
 
 def test_padding_of_the_features_changes_nothing():
@@ -299,9 +300,9 @@ def test_stale_cache_is_refused(data, tmp_path):
 # Training
 
 
-@pytest.mark.parametrize("ema", [0.999, 0])
-def test_resume_equals_uninterrupted(data, tmp_path, ema):
-    flags = {"dropout": 0.1, "save-every": 3, "steps": 6, "ema": ema}
+@pytest.mark.parametrize("some", [{"ema": 0.999, "muon": True}, {"ema": 0}])
+def test_resume_equals_uninterrupted(data, tmp_path, some):
+    flags = {"dropout": 0.1, "save-every": 3, "steps": 6, **some}
     vla.main(argv(data, tmp_path, **flags))
     want = load_file(tmp_path / "final" / "head.safetensors")
     first = records(tmp_path)
@@ -318,7 +319,7 @@ def test_resume_equals_uninterrupted(data, tmp_path, ema):
 def test_four_ranks_equal_one(data, tmp_path):
     """Gradient norms, held-out error and weights; features written by one rank and by four; pairs of
     ranks share one copy of the weights."""
-    flags = {"batch": 8, "eval-rows": 5, "ema": 0.9}  # 5 rows on 4 ranks: three are filled up
+    flags = {"batch": 8, "eval-rows": 5, "ema": 0.9, "muon": True}  # 5 rows on 4 ranks: 3 filled up
     vla.main(argv(data, tmp_path / "one", **flags))
     on_ranks(vla.main, argv(data, tmp_path / "two", **flags, shards=2), 4)
     one, two = records(tmp_path / "one")[1:], records(tmp_path / "two")[1:]
