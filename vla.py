@@ -46,6 +46,7 @@ class Config:
     init: str = "runs/grpo"  # checkpoint of stage base, sft or grpo; hub name or random:SIZE
     data: str = "data/tabletop/episodes"  # folder of episodes and stats.json
     limit: int = 0  # only the first episodes; 0: all
+    stride: int = 1  # use every stride-th frame of an episode: neighbours say nearly the same
     out: str = "runs/vla"  # run folder
     seed: int = 0  # order of the frames, noise, initial weights of the head
     layer: int = 0  # LLM layer whose output conditions the head; 0: 0.64 of the depth
@@ -114,22 +115,22 @@ class Frames:
         if not 0 < cfg.horizon <= longest:
             raise ValueError(f"--horizon {cfg.horizon} is not in 1..{longest}, the length of the "
                              f"longest episode of {cfg.data}")
-        ahead = np.arange(cfg.horizon)
-        self.ends = np.cumsum([len(f) for f in self.files])  # frame number after each episode
-        state = np.concatenate([f.state for f in self.files])
-        action = np.concatenate([chunks_of(f, cfg.horizon) for f in self.files])
+        ahead, self.steps = np.arange(cfg.horizon), [range(0, len(f), cfg.stride) for f in self.files]
+        self.ends = np.cumsum([len(s) for s in self.steps])  # frame number after each episode
+        state = np.concatenate([f.state[:: cfg.stride] for f in self.files])
+        action = np.concatenate([chunks_of(f, cfg.horizon)[:: cfg.stride] for f in self.files])
         self.state = normalize(state, self.stats["state"]).astype(np.float32)  # (N, S)
         self.action = normalize(action, self.stats["action"]).astype(np.float32)  # (N, K, A)
-        self.mask = np.concatenate([np.arange(len(f))[:, None] + ahead < len(f)
-                                    for f in self.files])  # (N, K)
+        self.mask = np.concatenate([np.array(s)[:, None] + ahead < len(f)
+                                    for f, s in zip(self.files, self.steps)])  # (N, K)
         kept = split(self.files, cfg.holdout)[0] if cfg.holdout > 0 else self.files
-        cut, n = sum(map(len, kept)), int(self.ends[-1])
+        cut, n = int(self.ends[len(kept) - 1]), int(self.ends[-1])
         self.train, self.held = range(cut), range(cut, n)
 
     def at(self, i):
         """Frame number -> (episode number, step)."""
         e = int(np.searchsorted(self.ends, i, side="right"))
-        return e, int(i) - int(self.ends[e] - len(self.files[e]))
+        return e, self.steps[e][int(i) - int(self.ends[e])]  # counted from the episode's end
 
     def batch(self, ids):
         """Frames as model.guard saves them; what was seen in them follows from their numbers."""
@@ -221,7 +222,8 @@ class Cached:
                 raise ValueError(f"{path}: {e}; delete {folder} to compute it again") from e
 
     def read(self, ids):
-        return [self.files[e][t : t + 1][0] for e, t in map(self.frames.at, ids)]  # (T, D) each
+        places = ((e, t // self.frames.steps[e].step) for e, t in map(self.frames.at, ids))
+        return [self.files[e][t : t + 1][0] for e, t in places]  # (T, D) each
 
     def features(self, feats):
         length = torch.tensor([len(f) for f in feats])
@@ -245,7 +247,7 @@ def fingerprint(bb, frames, rows, cfg):
                                for _, w in weights),
             "layer": len(bb.net.model.language_model.layers), "type": str(bb.net.dtype),
             "prompts": digest(row["ids"].tobytes() for row in rows),
-            "images": repr(bb.images), "cameras": cfg.cameras,
+            "images": repr(bb.images), "cameras": cfg.cameras, "stride": cfg.stride,
             "episodes": digest([repr(stat).encode()])}
 
 
@@ -263,7 +265,7 @@ def build_cache(bb, frames, cfg, dist, size=64):
             raise ValueError(f"{folder}: features of other {', '.join(stale)} than this run's; "
                              "delete the folder or name another --cache-dir")
         return Cached(folder, frames, dist.device)
-    need = sum(len(f) * len(r["ids"]) for f, r in zip(files, rows)) * 2 / 1e9
+    need = sum(len(s) * len(r["ids"]) for s, r in zip(frames.steps, rows)) * 2 / 1e9
     need, free = need * bb.net.config.text_config.hidden_size, shutil.disk_usage(folder).free / 1e9
     if need > free:
         raise ValueError(f"{folder}: the features take {need:.1f} GB, {free:.1f} are free; name "
@@ -272,8 +274,8 @@ def build_cache(bb, frames, cfg, dist, size=64):
     for e in tqdm(range(dist.rank, len(files), dist.world), "features", unit="episode",
                   disable=None if dist.rank == 0 else True):
         feats = []  # one instruction an episode: equal lengths, no padding
-        for t in range(0, len(files[e]), size):
-            some = [(e, i) for i in range(t, min(t + size, len(files[e])))]
+        for t in range(0, len(frames.steps[e]), size):
+            some = [(e, i) for i in frames.steps[e][t : t + size]]
             rows = frames.rows(bb, some, cfg.think, memo)
             feats.append(condition(bb, rows, dist.device)[0].to(kind).cpu())  # (B, T, D)
         feats = torch.cat(feats)
@@ -448,9 +450,9 @@ def prepare(cfg, dist):
         raise ValueError(f"--batch {cfg.batch} must be a multiple of {dist.world} ranks")
     if cfg.cache not in ("features", "none"):
         raise ValueError(f"--cache {cfg.cache}: choose features or none")
-    if min(cfg.draws, cfg.layers) < 1 or not 0 <= cfg.ema < 1:
-        raise ValueError(f"--draws {cfg.draws}, --layers {cfg.layers}, --ema {cfg.ema}; draws and "
-                         "layers start at 1, ema lies in [0, 1)")
+    if min(cfg.draws, cfg.layers, cfg.stride) < 1 or not 0 <= cfg.ema < 1:
+        raise ValueError(f"--draws {cfg.draws}, --layers {cfg.layers}, --stride {cfg.stride}, "
+                         f"--ema {cfg.ema}; the first three start at 1, ema lies in [0, 1)")
     frames, newest = Frames(cfg), model.latest(cfg.out) if cfg.resume else None
     bb = model.load(newest or cfg.init, dist.build if cfg.cache == "none" else dist.device,
                     precision(dist.device), ("vla",) if newest else ("base", "sft", "grpo"),

@@ -278,6 +278,20 @@ def test_cached_features_equal_features_in_the_loop(data, tmp_path, monkeypatch)
     assert torch.equal(again.features(again.read(ids))[0], a)
 
 
+def test_stride_keeps_every_third_frame(data, tmp_path):
+    """Of episodes of unequal lengths: the same chunks, targets and features as without it."""
+    whole, thin = (source_of(data, tmp_path / k, "cache", stride=int(k)) for k in "13")
+    assert len(thin.frames.state) == sum(-(-len(f) // 3) for f in thin.frames.files)
+    places = list(map(thin.frames.at, range(len(thin.frames.state))))
+    assert all(t % 3 == 0 and t < len(thin.frames.files[e]) for e, t in places)
+    same = [i for i in range(len(whole.frames.state)) if whole.frames.at(i) in places]
+    for name in ("state", "action", "mask"):
+        assert np.array_equal(getattr(thin.frames, name), getattr(whole.frames, name)[same])
+    for a, b in zip(thin.read(range(len(same))), whole.read(same)):
+        torch.testing.assert_close(a, b, atol=2e-3, rtol=2e-3)
+    assert whole.frames.at(whole.frames.held[0]) == thin.frames.at(thin.frames.held[0])
+
+
 def test_stale_cache_is_refused(data, tmp_path):
     source_of(data, tmp_path, "cache")
     for change, name in (({"layer": 1}, "backbone, layer"), ({"think": True}, "prompts"),
@@ -426,7 +440,7 @@ def test_bad_input_stops_with_a_clear_line(data, trained, tmp_path):
         ({"layer": 5}, "layer 5 is not in 1..4"),
         ({"cache": "ram"}, "choose features or none"),
         ({"heads": 5}, "must be even and a multiple of 5 heads"),
-        ({"draws": 0}, "draws and layers start at 1"),
+        ({"draws": 0}, "the first three start at 1"),
         ({"holdout": 1.0}, "all of them held out"),
     ):
         with pytest.raises(ValueError, match=text):
