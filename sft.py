@@ -74,7 +74,8 @@ class Config:
 
 PRESETS = {
     "tabletop": {"fast": "runs/fast", "steps": 4000},
-    "speedrun": {"fast": "runs/fast", "steps": 2000, "eval_every": 0, "save_every": 0},
+    "speedrun": {"fast": "runs/fast", "steps": 1200, "lr": 2e-3, "muon": True, "eval_every": 0,
+                 "save_every": 0},
     "base": {"init": "random:tiny-vlm", "data": "data/base/conversations.jsonl", "out": "runs/base",
              "steps": 24000, "holdout": 4000, "probe": 0},
     "paper": {"init": "Qwen/Qwen2.5-VL-7B-Instruct", "lr": 2e-5, "beta2": 0.999, "batch": 128,
