@@ -24,6 +24,7 @@ import json
 import math
 import multiprocessing
 import pathlib
+import shutil
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -880,6 +881,38 @@ def write_episode(path, arrays, header):
     head["__metadata__"] = dict(sorted(header.items()))
     text = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode().ljust(n - 8)
     path.write_bytes(data[:8] + text + data[n:])
+
+
+def write_episodes(out, made):
+    """Episodes that converters make, (arrays, header) each -> folder `out` with its stats.json. What
+    can be cured ends in one line; a conversion that did not end leaves nothing behind."""
+    from fast_tokenizer import statistics
+
+    out, seen = pathlib.Path(out), {"action": [], "state": []}
+    part = out.with_name(out.name + ".part")
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"{out} already holds data; name another --out or delete it")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        for number, (arrays, header) in enumerate(tqdm(made, "episodes", disable=None)):
+            for name, rows in seen.items():
+                rows.append(arrays[name].astype(np.float32))
+                if len(bad := np.flatnonzero(~np.isfinite(rows[-1]).all(1))):
+                    raise ValueError(f"{header['source']}: {name} of step {bad[0]} is not finite; "
+                                     "repair that step or leave the episode out")
+            arrays |= {name: rows[-1] for name, rows in seen.items()}
+            write_episode(part / f"episode_{number:06d}.safetensors", arrays, header)
+        if not seen["action"]:
+            raise ValueError("no episodes in --data; give a folder that holds some")
+        stats = {name: statistics(np.concatenate(rows)) for name, rows in seen.items()}
+        (part / "stats.json").write_text(json.dumps(stats, indent=1))
+        part.replace(out)
+    except (ValueError, FileNotFoundError, ImportError) as e:
+        raise SystemExit(f"error: {e}") from e
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    print(f"{out}: {number + 1} episodes of {stats['action']['count']} steps")
 
 
 def _episode_job(job):
