@@ -61,6 +61,12 @@ def bootstrap(values, resamples=2000):
     return {"mean": float(values.mean()), "low": float(low), "high": float(high), "n": len(values)}
 
 
+def chain_metrics(lengths):
+    """Subtasks in a row of each chain, 0 .. 5 -> {"chain length", "chain 1" .. "chain 5"}."""
+    rates = {f"chain {k}": wilson(sum(n >= k for n in lengths), len(lengths)) for k in range(1, 6)}
+    return {"chain length": bootstrap(lengths), **rates}
+
+
 # ---- results files
 
 
@@ -161,10 +167,7 @@ def tabletop(args):
     if wins:
         metrics["success"] = wilson(sum(wins), len(wins))
     if "chain" in suites:
-        lengths = [t.solved for t in trials if t.suite == "chain"]
-        metrics["chain length"] = bootstrap(lengths)
-        for k in range(1, 6):
-            metrics[f"chain {k}"] = wilson(sum(n >= k for n in lengths), len(lengths))
+        metrics |= chain_metrics([t.solved for t in trials if t.suite == "chain"])
     for trial in trials:
         trial.save(args.gif)
     for name, value in metrics.items():
@@ -173,6 +176,16 @@ def tabletop(args):
             print(f"{name:20s} {value['mean']:6.3f}  [{low:.3f}, {high:.3f}]  n {n}")
     paired = {"success": wins, "chain length": [t.solved for t in trials if t.suite == "chain"]}
     record(args.out, args.arm, metrics, args, started, paired)
+
+
+def calvin(args):
+    """`evaluate.py calvin`: the first chains of CALVIN's protocol, see benchmarks/calvin.py."""
+    from benchmarks.calvin import play
+    from vla import Policy
+
+    started, policy = time.time(), Policy.load(args.policy, device=args.device, seed=args.seed)
+    lengths = play(policy, args.data, args.chains, args.execute or policy.horizon // 2)
+    record(args.out, args.arm, chain_metrics(lengths), args, started, {"chain length": lengths})
 
 
 # ---- action tokens on held-out prompts
@@ -361,6 +374,11 @@ def main(argv=None):
         help="steps of a chunk before the next forward; 0 = half of it")
     add("--batch", type=int, default=256, help="environments a forward")
     add("--gif", default="", help="folder for rollouts as animated GIFs (two tasks a suite)")
+    five = commands.add_parser("calvin", parents=[common], help="CALVIN's chains")
+    add = five.add_argument
+    add("--data", required=True, help="a CALVIN dataset; its validation/ describes the environment")
+    add("--chains", type=int, default=1000, help="the first chains of the 1,000")
+    add("--execute", type=int, default=0, help="steps of a chunk before the next; 0 = half of it")
     two = commands.add_parser("actions", parents=[common], help="action tokens on held-out prompts")
     add = two.add_argument
     add("--data", required=True, help="folder of held-out episodes")
@@ -382,7 +400,7 @@ def main(argv=None):
     three.add_argument("--minutes", type=float, default=0, help="of the whole run, to be noted")
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else list(argv)
-    {"tabletop": tabletop, "actions": actions, "vqa": vqa, "report": report}[args.command](args)
+    globals()[args.command](args)
 
 
 if __name__ == "__main__":

@@ -20,11 +20,15 @@ writes episodes/episode_*.safetensors, episodes/stats.json, conversations.jsonl 
 """
 
 import argparse
+import contextlib
 import json
 import math
 import multiprocessing
 import pathlib
+import pickle
 import shutil
+import zipfile
+import zlib
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -883,9 +887,27 @@ def write_episode(path, arrays, header):
     path.write_bytes(data[:8] + text + data[n:])
 
 
+class Damaged(ValueError):
+    """One line about data that cannot be used: where, what is wrong, the cure."""
+
+
+@contextlib.contextmanager
+def reading(where):
+    """What goes wrong inside becomes Damaged, naming `where` (a file, perhaps a row)."""
+    try:
+        yield
+    except Damaged:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError, EOFError,
+            pickle.UnpicklingError, zipfile.BadZipFile, zlib.error) as e:
+        kind = "" if type(e) is ValueError else f"{type(e).__name__}: "
+        why = str(e).replace("\n", " ")
+        raise Damaged(f"{where}: {kind}{why}; repair it or copy the dataset again") from e
+
+
 def write_episodes(out, made):
-    """Episodes that converters make, (arrays, header) each -> folder `out` with its stats.json. What
-    can be cured ends in one line; a conversion that did not end leaves nothing behind."""
+    """Episodes that a converter makes, (arrays, header) each -> folder `out` with its stats.json.
+    A conversion that fails ends in one line and leaves nothing behind."""
     from fast_tokenizer import statistics
 
     out, seen = pathlib.Path(out), {"action": [], "state": []}
@@ -893,22 +915,19 @@ def write_episodes(out, made):
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"{out} already holds data; name another --out or delete it")
-        shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         for number, (arrays, header) in enumerate(tqdm(made, "episodes", disable=None)):
             for name, rows in seen.items():
                 rows.append(arrays[name].astype(np.float32))
-                if len(bad := np.flatnonzero(~np.isfinite(rows[-1]).all(1))):
-                    raise ValueError(f"{header['source']}: {name} of step {bad[0]} is not finite; "
-                                     "repair that step or leave the episode out")
+                with reading(header["source"]):
+                    if len(bad := np.flatnonzero(~np.isfinite(rows[-1]).all(1))):
+                        raise ValueError(f"{name} of step {bad[0]} is not finite")
             arrays |= {name: rows[-1] for name, rows in seen.items()}
             write_episode(part / f"episode_{number:06d}.safetensors", arrays, header)
-        if not seen["action"]:
-            raise ValueError("no episodes in --data; give a folder that holds some")
         stats = {name: statistics(np.concatenate(rows)) for name, rows in seen.items()}
         (part / "stats.json").write_text(json.dumps(stats, indent=1))
         part.replace(out)
-    except (ValueError, FileNotFoundError, ImportError) as e:
+    except (ValueError, FileExistsError, ImportError) as e:
         raise SystemExit(f"error: {e}") from e
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -207,17 +207,17 @@ V2, V3 = "data/chunk-000/episode_000001.parquet", "data/chunk-000/file-000.parqu
 MP4 = f"videos/chunk-000/{CAMERA}/episode_000001.mp4"
 BAD = {
     "no dataset": ("v2.1", True, None, lambda f: (f / "meta/info.json").unlink(),
-                   "info.json: no such file; give a LeRobot folder"),
-    "info cut": ("v2.1", True, None, lambda f: cut(f / "meta/info.json"), "info.json: not JSON"),
+                   "info.json: FileNotFoundError"),
+    "info cut": ("v2.1", True, None, lambda f: cut(f / "meta/info.json"), "info.json: JSONDecodeError"),
     "old version": ("v2.1", True, None, lambda f: info_with(f, codebase_version="v1.6"),
-                    "v1.6; convert it to v2.1 or v3.0"),
+                    "info.json: KeyError: 'v1.6'"),
     "no fps": ("v3.0", True, None, lambda f: (f / "meta/info.json").write_text(
-        '{"codebase_version": "v3.0", "features": {}}'), "info.json: no 'fps' in it"),
-    "parquet cut": ("v2.1", True, None, lambda f: cut(f / V2), f"{V2}: not a complete parquet"),
-    "parquet cut, v3": ("v3.0", True, None, lambda f: cut(f / V3), f"{V3}: not a complete parquet"),
-    "parquet gone": ("v2.1", True, None, lambda f: (f / V2).unlink(), f"{V2}: no such file"),
-    "mp4 cut": ("v2.1", True, None, lambda f: cut(f / MP4), f"{MP4}: does not decode"),
-    "mp4 gone": ("v2.1", True, None, lambda f: (f / MP4).unlink(), f"{MP4}: does not decode"),
+        '{"codebase_version": "v3.0", "features": {}}'), "info.json: KeyError: 'fps'"),
+    "parquet cut": ("v2.1", True, None, lambda f: cut(f / V2), f"{V2}: ArrowInvalid"),
+    "parquet cut, v3": ("v3.0", True, None, lambda f: cut(f / V3), f"{V3}: ArrowInvalid"),
+    "parquet gone": ("v2.1", True, None, lambda f: (f / V2).unlink(), f"{V2}: FileNotFoundError"),
+    "mp4 cut": ("v2.1", True, None, lambda f: cut(f / MP4), f"{MP4}: \\w+Error: "),
+    "mp4 gone": ("v2.1", True, None, lambda f: (f / MP4).unlink(), f"{MP4}: FileNotFoundError"),
     "mp4 too short": ("v2.1", True, None, lambda f: encode(f / MP4, pictures(1)[:8]),
                       f"{MP4}: no frame at 0.800 s"),
     "wrong numbers": ("v2.1", False, wrong_action, None, "of action is .* meta/ says"),
@@ -229,7 +229,7 @@ BAD = {
     "rows gone": ("v2.1", False, None, lambda f: (f / V2).write_bytes(
         (f / V2.replace("1.", "0.")).read_bytes()), "episode 1: 0 rows, meta/ says 12"),
     "task unknown": ("v2.1", False, None, lambda f: lines_to(
-        f / "meta/tasks.jsonl", [{"task_index": 1, "task": "x"}]), "episode 1: no 0 in it"),
+        f / "meta/tasks.jsonl", [{"task_index": 1, "task": "x"}]), "episode 1: KeyError: 0"),
     "task empty": ("v2.1", False, None, lambda f: lines_to(
         f / "meta/tasks.jsonl", [{"task_index": 1, "task": " "}]), "empty instruction"),
 }
@@ -249,9 +249,9 @@ def test_damage_ends_in_one_line_and_leaves_nothing(tmp_path, case):
 
 def test_flags_that_do_not_fit_are_named(tmp_path):
     write(tmp_path / "in", "v3.0")
-    for flags, message in ((("--camera", "front"), "no front; choose among .*images.front"),
-                           (("--fps", "3"), "--fps 3 does not divide the 10"),
-                           (("--action", "act"), "no act; choose")):
+    for flags, message in ((("--camera", "front"), "info.json: no front among .*images.front"),
+                           (("--fps", "3"), "--fps 3 does not divide its 10"),
+                           (("--action", "act"), "no act among")):
         with pytest.raises(SystemExit, match=message):
             convert(tmp_path / "in", tmp_path / "out", *flags)
     convert(tmp_path / "in", tmp_path / "out")
