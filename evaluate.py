@@ -3,14 +3,15 @@
     python evaluate.py tabletop --policy runs/vla --chains 50 --arm RL --out results/run.json
     python evaluate.py actions --policy runs/grpo --data data/test --arm RL --out results/run.json
     python evaluate.py vqa --policy assets/tiny-vlm --data data/test/conversations.jsonl
+    python evaluate.py calvin --policy runs/vla --data task_ABC_D --out results/calvin.json
     python evaluate.py report results/run.json
 
 `tabletop` lets a policy of vla.py drive the four suites and the chains of benchmarks/tabletop.py:
 many environments are stepped together with one batched forward. `actions` samples and decodes what
 a checkpoint of any stage writes for held-out (image, instruction) prompts, thinking first and
-directly. `vqa` scores greedy answers to questions by exact match, by the "kind" of each row. All
-three add one arm to a results file; `report` turns such files into one Markdown table with
-the paired differences between consecutive arms.
+directly. `vqa` marks greedy answers to questions, by the "kind" of each row. `calvin` runs the
+chains of CALVIN. All add one arm to a results file; `report` turns such files into one Markdown
+table with the paired differences between consecutive arms.
 
 Every success rate carries its n and a 95% Wilson interval; means carry a 95% bootstrap interval
 over prompts or chains (2,000 resamples, seed 0). Writes the results file, and GIFs when asked.
@@ -97,7 +98,11 @@ def record(path, arm, metrics, args, started, paired=None):
         command = shlex.join(["python", "evaluate.py", *args.argv])
         results["commands"] = [c for c in results["commands"] if c != command] + [command]
         write_results(path, results)
-        print(f"{path}: arm {arm}, {len(metrics)} metrics")
+    for name, value in metrics.items():
+        if len(name.split()) < 3:
+            low, high, n = value["low"], value["high"], value["n"]
+            print(f"{name:24s} {value['mean']:6.3f}  [{low:.3f}, {high:.3f}]  n {n}")
+    print(f"{path}: arm {arm}, {len(metrics)} metrics")
 
 
 def write_results(path, results):
@@ -170,10 +175,6 @@ def tabletop(args):
         metrics |= chain_metrics([t.solved for t in trials if t.suite == "chain"])
     for trial in trials:
         trial.save(args.gif)
-    for name, value in metrics.items():
-        if len(name.split()) < 3:
-            low, high, n = value["low"], value["high"], value["n"]
-            print(f"{name:20s} {value['mean']:6.3f}  [{low:.3f}, {high:.3f}]  n {n}")
     paired = {"success": wins, "chain length": [t.solved for t in trials if t.suite == "chain"]}
     record(args.out, args.arm, metrics, args, started, paired)
 
@@ -271,23 +272,36 @@ def actions(args):
 
 
 def vqa(args):
-    """`evaluate.py vqa`: exact match of greedy answers to the first question of each row, with a
-    95% Wilson interval for each "kind" of row (as the data generator names it; else "all")."""
-    from sft import Conversations, exact
+    """`evaluate.py vqa`: marks (benchmarks/questions.py) of greedy answers to the first question of
+    each row, by the row's "kind" (as the data generator names it; else "all")."""
+    from benchmarks.questions import check, mark
+    from sft import Conversations, answer_of, answers
 
     started = time.time()
     bb = model.load(args.policy, device=args.device, stages=("base", "sft", "grpo"))
     bb.net.eval()
-    source, right = Conversations(args.data, bb.fast, 0), {}
-    picks = range(min(args.rows or len(source), len(source)))
-    for start in tqdm(range(0, len(picks), args.batch), "rows", disable=None):
-        items = [source[i] for i in picks[start : start + args.batch]]
-        for kind, ok in exact(bb, items, args.max_new, args.batch):
-            right.setdefault(kind, []).append(ok)
-    metrics = {f"exact {kind}": wilson(sum(v), len(v)) for kind, v in sorted(right.items())}
-    for name, value in metrics.items():
-        print(f"{name:24s} {value['mean']:6.3f}  [{value['low']:.3f}, {value['high']:.3f}]  "
-              f"n {value['n']}")
+    source, marks, todo, written = Conversations(args.data, bb.fast, 0), {}, [], []
+    folder = source.path.parent
+    for i in range(min(args.rows or len(source), len(source))):
+        row, (messages, images, kind, where) = source.row(i), source[i]
+        want, question = answer_of(messages[1]["content"]), messages[0]
+        check(args.score, want, row, folder, where, args.unit)
+        if args.prompt != "row":
+            text = model.ask(row["messages"][0]["content"], args.prompt == "think")
+            question = {"role": "user", "content": text}
+        todo.append((row, want, ([question], images, (kind or "all").replace(" ", "_"), where)))
+    for start in tqdm(range(0, len(todo), args.batch), "rows", disable=None):
+        some = todo[start : start + args.batch]
+        texts = answers(bb, [item for *_, item in some], args.max_new, args.batch)
+        for (row, want, (question, _, kind, where)), text in zip(some, texts):
+            value = mark(args.score, text, want, row, folder, args.unit)
+            marks.setdefault(kind, []).append(value)
+            written.append({"where": where, "kind": kind, "question": question[0]["content"],
+                            "right": want, "answer": text, "mark": value})
+    if args.answers:
+        pathlib.Path(args.answers).write_text("".join(json.dumps(x) + "\n" for x in written))
+    metrics = {f"{args.score} {kind}": bootstrap(v) if args.score == "point" else
+               wilson(sum(v), len(v)) for kind, v in sorted(marks.items())}
     record(args.out, args.arm, metrics, args, started)
 
 
@@ -387,9 +401,14 @@ def main(argv=None):
     add("--samples", type=int, default=4, help="samples a prompt at temperature 1")
     add("--max-new", type=int, default=96, help="tokens a completion at most")
     add("--batch", type=int, default=64, help="prompts a forward")
-    four = commands.add_parser("vqa", parents=[common], help="exact answers to questions")
+    four = commands.add_parser("vqa", parents=[common], help="marked answers to questions")
     add = four.add_argument
     add("--data", required=True, help="conversations, .jsonl")
+    add("--score", default="exact", choices=["exact", "choice", "number", "point"])
+    add("--prompt", default="row", choices=["row", "think", "direct"],
+        help="mode of the prompt; row: as the row's own answer begins")
+    add("--unit", type=float, default=1, help="what points are divided by; 0: the image's pixels")
+    add("--answers", default="", help="also write each answer here, .jsonl")
     add("--rows", type=int, default=0, help="first rows of the file; 0: all")
     add("--max-new", type=int, default=128, help="tokens an answer at most")
     add("--batch", type=int, default=64, help="rows a forward")
@@ -400,7 +419,7 @@ def main(argv=None):
     three.add_argument("--minutes", type=float, default=0, help="of the whole run, to be noted")
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else list(argv)
-    globals()[args.command](args)
+    {f.__name__: f for f in (tabletop, calvin, actions, vqa, report)}[args.command](args)
 
 
 if __name__ == "__main__":
