@@ -31,7 +31,6 @@ import time
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import fast_tokenizer
@@ -206,13 +205,12 @@ def held_out(bb, data, count, seed, think):
     return rows, fast.encode(np.stack(chunks)), np.stack(chunks)
 
 
-def score(bb, out, n, targets, chunks, think):
-    """Scores of B * n completions: (means by prompt {name: (B,)}, distinct thoughts and actions).
+def score(bb, ids, n, targets, chunks, think):
+    """Scores of B * n lists of ids: (means by prompt {name: (B,)}, distinct thoughts and actions).
 
     "l1" is over the completions that decode, in normalised units (range 2); r_f says how many."""
     from grpo import reward
 
-    ids = [row[keep.bool()].tolist() for row, keep in zip(out["ids"].cpu(), out["mask"].cpu())]
     value, info = reward(bb, ids, [t for t in targets for _ in range(n)], think=think)
     made = [model.parse_actions(bb, row)[2] if good else [] for row, good in zip(ids, info["r_f"])]
     decoded, _ = bb.fast.decode(made)  # (B * n, K, A), NaN where malformed
@@ -243,16 +241,13 @@ def actions(args):
     for mode, think in (("think", True), ("direct", False)):
         rows, targets, chunks = held_out(bb, args.data, args.prompts, args.seed, think)
         for style, n in (("sampled", args.samples), ("greedy", 1)):
-            parts = []
+            ids = []  # B * n lists
             for start in range(0, len(rows), args.batch):
-                some = slice(start, start + args.batch)
-                parts.append(model.generate(
-                    bb, rows[some], n=n, max_new=args.max_new, greedy=style == "greedy",
-                    seed=args.seed, keys=list(range(start, start + len(rows[some])))))
-            width = max(p["ids"].shape[1] for p in parts)
-            out = {k: torch.cat([F.pad(p[k], (0, width - p[k].shape[1])) for p in parts])
-                   for k in ("ids", "mask")}  # (B * n, T)
-            means, thoughts, distinct = score(bb, out, n, targets, chunks, think)
+                some = rows[start : start + args.batch]
+                out = model.generate(bb, some, n=n, max_new=args.max_new, greedy=style == "greedy",
+                                     seed=args.seed, keys=range(start, start + len(some)))
+                ids += [row[keep].tolist() for row, keep in zip(out["ids"], out["mask"].bool())]
+            means, thoughts, distinct = score(bb, ids, n, targets, chunks, think)
             for name, values in means.items():
                 metrics[f"{mode} {style} {name}"] = bootstrap(values)
                 if name in ("reward", "r_a"):
@@ -274,34 +269,13 @@ def actions(args):
 def vqa(args):
     """`evaluate.py vqa`: marks (benchmarks/questions.py) of greedy answers to the first question of
     each row, by the row's "kind" (as the data generator names it; else "all")."""
-    from benchmarks.questions import check, mark
-    from sft import Conversations, answer_of, answers
+    from benchmarks.questions import marks
 
     started = time.time()
     bb = model.load(args.policy, device=args.device, stages=("base", "sft", "grpo"))
     bb.net.eval()
-    source, marks, todo, written = Conversations(args.data, bb.fast, 0), {}, [], []
-    folder = source.path.parent
-    for i in range(min(args.rows or len(source), len(source))):
-        row, (messages, images, kind, where) = source.row(i), source[i]
-        want, question = answer_of(messages[1]["content"]), messages[0]
-        check(args.score, want, row, folder, where, args.unit)
-        if args.prompt != "row":
-            text = model.ask(row["messages"][0]["content"], args.prompt == "think")
-            question = {"role": "user", "content": text}
-        todo.append((row, want, ([question], images, (kind or "all").replace(" ", "_"), where)))
-    for start in tqdm(range(0, len(todo), args.batch), "rows", disable=None):
-        some = todo[start : start + args.batch]
-        texts = answers(bb, [item for *_, item in some], args.max_new, args.batch)
-        for (row, want, (question, _, kind, where)), text in zip(some, texts):
-            value = mark(args.score, text, want, row, folder, args.unit)
-            marks.setdefault(kind, []).append(value)
-            written.append({"where": where, "kind": kind, "question": question[0]["content"],
-                            "right": want, "answer": text, "mark": value})
-    if args.answers:
-        pathlib.Path(args.answers).write_text("".join(json.dumps(x) + "\n" for x in written))
     metrics = {f"{args.score} {kind}": bootstrap(v) if args.score == "point" else
-               wilson(sum(v), len(v)) for kind, v in sorted(marks.items())}
+               wilson(sum(v), len(v)) for kind, v in sorted(marks(bb, args).items())}
     record(args.out, args.arm, metrics, args, started)
 
 

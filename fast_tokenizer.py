@@ -255,9 +255,6 @@ class EpisodeFile:
     def __len__(self):
         return len(self.action)
 
-    def __getstate__(self):  # an open file does not travel to a worker process
-        return {**self.__dict__, "handle": None}
-
     def frame(self, t, name="image"):
         """Frame of a camera at step t (0 .. T-1): (H, W, 3) uint8. ValueError if there is none."""
         if name not in self.cameras or not 0 <= t < len(self):

@@ -37,10 +37,11 @@ def _tasks():
     sides, pairs = ("right", "left"), list(itertools.permutations(KEYS[4:7], 2))
     for verb, b, side in itertools.product(("rotate", "push"), blocks, sides):
         tasks[f"{verb}_{b}_{side}"] = "turn", [({b: "table", **free}, {})]
-    for new, old in (sides[::-1], sides):
-        tasks[f"move_slider_{new}"] = "slider", [({"slider": old, **free}, {"slider": new})]
-    for verb, old, new in (("open", "closed", "open"), ("close", "open", "closed")):
-        tasks[f"{verb}_drawer"] = "drawer", [({"drawer": old, **free}, {"drawer": new})]
+    for name, part, old, new in (
+            ("move_slider_left", "slider", "right", "left"),
+            ("move_slider_right", "slider", "left", "right"),
+            ("open_drawer", "drawer", "closed", "open"), ("close_drawer", "drawer", "open", "closed")):
+        tasks[name] = part, [({part: old, **free}, {part: new})]
     for b in blocks:
         for place, rules in (
                 ("table", [{b: "table"}]),
@@ -52,12 +53,11 @@ def _tasks():
                                          for b in blocks for x in sides]
     tasks["place_in_drawer"] = "place", [({b: "grasped", "drawer": "open"}, {b: "drawer", **free})
                                          for b in blocks]
+    stack = [{a: "stacked_top", b: "stacked_bottom", **free} for a, b in pairs]
     tasks["stack_block"] = "stack", [
-        ({a: "grasped", b: "table"}, {a: "stacked_top", b: "stacked_bottom", **free})
-        for a, b in pairs]
+        ({a: "grasped", b: "table"}, new) for (a, b), new in zip(pairs, stack)]
     tasks["unstack_block"] = "unstack", [
-        ({a: "stacked_top", b: "stacked_bottom", **free}, {a: "table", b: "table"})
-        for a, b in pairs]
+        (old, {a: "table", b: "table"}) for (a, b), old in zip(pairs, stack)]
     for light, (verb, on) in itertools.product(("lightbulb", "led"), (("on", 1), ("off", 0))):
         tasks[f"turn_{verb}_{light}"] = "light", [({light: 1 - on, **free}, {light: on})]
     away = dict.fromkeys(blocks, ("slider_right", "slider_left"))
@@ -78,14 +78,6 @@ def after(state, name):
     return found[0] if len(found) == 1 else None
 
 
-def feasible(state, names):
-    """Whether the tasks follow on each other from the state, all of different categories."""
-    for name in names:
-        if (state := after(state, name)) is None:
-            return False
-    return len({TASKS[name][0] for name in names}) == len(names)
-
-
 @functools.cache
 def chains():
     """The 1,000 official chains [(initial state, five task names)] in order; 15 CPU seconds."""
@@ -94,13 +86,16 @@ def chains():
         (0, 1), (0, 1), ("right", "left"), ("closed", "open"), places, places, places, (0,))
         if values.count("table") in (1, 2) and max(map(values.count, places[1:])) < 2]
     for i, share in enumerate(np.array_split(range(1000), len(states))):
-        rng, found = np.random.RandomState(i), 0
-        while found < len(share):
-            picks = list(TASKS)
+        rng, end = np.random.RandomState(i), len(made) + len(share)
+        while len(made) < end:
+            state, picks = states[i], list(TASKS)
             rng.shuffle(picks)  # the numbers that choice(34, 5, replace=False) draws
-            if feasible(states[i], picks[:5]):
-                made.append((dict(zip(KEYS, states[i])), tuple(picks[:5])))
-                found += 1
+            for name in picks[:5]:
+                if (state := after(state, name)) is None:
+                    break
+            else:
+                if len({TASKS[name][0] for name in picks[:5]}) == 5:
+                    made.append((dict(zip(KEYS, states[i])), tuple(picks[:5])))
     np.random.RandomState(0).shuffle(made)
     return made
 
@@ -116,18 +111,17 @@ def layout(state):
         0.02586889, -0.2313129, 0.5712808, 3.09045411, -0.02908596, 1.50013585, 0.07999963,
         -1.21779124, 1.03987629, 2.11978254, -2.34205014, -0.87015899, 1.64119093, 0.55344928, 1.0])
     rng = np.random.RandomState(fnv(str(state.values()).encode("utf-16-le")))
-    table = [np.array([5.00000896e-02, -1.20000177e-01, 4.59990009e-01]),
-             np.array([2.29995412e-01, -1.19995140e-01, 4.59990010e-01])]
-    slider = {"slider_left": np.array([-2.40851662e-01, 9.24044687e-02, 4.60990009e-01]),
-              "slider_right": np.array([7.03416330e-02, 9.24044687e-02, 4.60990009e-01])}
+    table = [(5.00000896e-02, -1.20000177e-01, 4.59990009e-01),
+             (2.29995412e-01, -1.19995140e-01, 4.59990010e-01)]
+    slider = {"slider_left": (-2.40851662e-01, 9.24044687e-02, 4.60990009e-01),
+              "slider_right": (7.03416330e-02, 9.24044687e-02, 4.60990009e-01)}
     rng.shuffle(table)
     free = {"red_block": 0, "blue_block": int(state["red_block"] == "table"), "pink_block": 1}
     scene = np.zeros(24)
     scene[:6] = [0.28 * (state["slider"] == "left"), 0.22 * (state["drawer"] == "open"), 0,
                  0.088 * state["lightbulb"], state["lightbulb"], state["led"]]
     for at, block in zip((6, 12, 18), KEYS[4:7]):
-        where = state[block]
-        scene[at : at + 3] = table[free[block]] if where == "table" else slider[where]
+        scene[at : at + 3] = slider.get(state[block], table[free[block]])
         scene[at + 5] = rng.uniform(np.pi * 3 / 8, np.pi * 5 / 8)
     return robot, scene
 
@@ -179,13 +173,11 @@ def play(policy, data, count, execute):
         raise ValueError(f"cameras {', '.join(policy.cameras)}; train the policy on image or on "
                          "image,image_gripper")
     env, oracle, words = world(data)
-    lengths, bar = [], tqdm(chains()[:count], "chains", disable=None)
-    for state, names in bar:
-        robot, scene = layout(state)
-        env.reset(robot_obs=robot, scene_obs=scene)
+    lengths = []
+    for state, names in tqdm(chains()[:count], "chains", disable=None):
+        env.reset(**dict(zip(("robot_obs", "scene_obs"), layout(state))))
         done = (attempt(policy, env, oracle, n, words[n][0], execute) for n in names)
-        lengths.append(sum(itertools.takewhile(bool, done)))
-        bar.set_postfix_str(f"average length {np.mean(lengths):.2f}")
+        lengths.append(sum(itertools.takewhile(bool, done)))  # the first failure ends the chain
     return lengths
 
 
@@ -202,13 +194,16 @@ class Plain(pickle.Unpickler):
 
 
 def annotations(path):
-    """-> [(instruction, first frame, last frame)] of a split."""
+    """-> [(instruction, (first frame, last frame))] of a split."""
     with reading(path), open(path, "rb") as f:
         np.lib.format.read_magic(f)
         np.lib.format.read_array_header_1_0(f)
         found = Plain(f).load().item()
-        rows = zip(found["language"]["ann"], found["info"]["indx"], strict=True)
-        return [(str(text).strip(), int(start), int(end)) for text, (start, end) in rows]
+        rows = list(zip(found["language"]["ann"], found["info"]["indx"], strict=True))
+        for text, (start, end) in rows:
+            if end < start or not text.strip():
+                raise ValueError(f"window {start}-{end} with the annotation {text!r}")
+        return rows
 
 
 def frame(path):
@@ -226,11 +221,8 @@ def frame(path):
 
 def recorded(folder, limit):
     """The annotated windows of a split as (arrays, header)."""
-    path = folder / "lang_annotations" / "auto_lang_ann.npy"
-    for text, start, end in annotations(path)[: limit or None]:
-        with reading(path):
-            if end < start or not text:
-                raise ValueError(f"window {start}-{end} with the annotation {text!r}")
+    windows = annotations(folder / "lang_annotations" / "auto_lang_ann.npy")
+    for text, (start, end) in windows[: limit or None]:
         steps = [frame(folder / f"episode_{t:07d}.npz") for t in range(start, end + 1)]
         yield ({name: np.stack([s[name] for s in steps]) for name in KEPT},
                {"task": text, "fps": "30", "source": f"calvin {folder.name} {start}-{end}"})

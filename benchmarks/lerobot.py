@@ -12,7 +12,6 @@ changes within a recording, a new episode begins. Statistics are checked against
 
 import argparse
 import functools
-import importlib
 import io
 import json
 from pathlib import Path
@@ -23,18 +22,12 @@ from PIL import Image
 from benchmarks.tabletop import reading, write_episodes
 
 
-def extra(name, pin):
-    """An optional package. ImportError naming what to install."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as e:
-        raise ImportError(f"{name} is not installed; pip install {pin}") from e
-
-
 @functools.lru_cache(2)  # a file of v3.0 holds many episodes
 def parquet(path):
+    import pyarrow.parquet
+
     with reading(path):
-        return extra("pyarrow.parquet", "pyarrow==26.0.1").read_table(path)
+        return pyarrow.parquet.read_table(path)
 
 
 def rows(path):
@@ -48,7 +41,9 @@ def rows(path):
 
 def film(path, times, fps):
     """Frames of a video at ascending times, in seconds -> list of (H, W, 3) uint8."""
-    av, images = extra("av", "av==18.1.0"), []
+    import av
+
+    images = []
     with reading(path), av.open(str(path)) as file:
         stream = file.streams.video[0]
         file.seek(int(times[0] / stream.time_base), stream=stream)  # the key frame before it
@@ -99,7 +94,8 @@ def recording(folder, info, row, cameras, keys, every):
     table = table.slice(mine[0], len(mine))
     if (np.array(table["frame_index"]) != np.arange(len(mine))).any():
         raise ValueError("its rows are not in order")
-    values = {key: np.array(table[key].to_pylist(), np.float32) for key in keys}
+    values = {key: np.array(table[key].to_pylist(), np.float32).reshape(len(mine), -1)
+              for key in keys}
     for key in cameras:
         if info["features"][key]["dtype"] == "video":
             start = row.get(f"videos/{key}/from_timestamp", 0)
@@ -110,7 +106,6 @@ def recording(folder, info, row, cameras, keys, every):
         for t, image in enumerate(views[key]):
             if sorted(image.shape) != sorted(info["features"][key]["shape"]):
                 raise ValueError(f"image {t} of {key} is {image.shape}, not as info.json says")
-    values = {key: x.reshape(len(mine), -1) for key, x in values.items()}
     return values, views, np.array(table["task_index"])
 
 

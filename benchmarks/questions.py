@@ -22,7 +22,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
+import model
+import sft
 from benchmarks.tabletop import reading
 
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
@@ -83,9 +86,29 @@ def mark(score, text, want, row, folder, unit=1):
     return float(np.mean(inside)) if len(xy) else 0.0
 
 
-def check(score, want, row, folder, where, unit):
-    """Damaged, naming the row, when its own answer would not be marked right."""
-    with reading(where):
-        right = mark(score, want, want, row, folder, unit)
-        if score != "point" and right != 1:
-            raise ValueError(f"its answer {want!r} is none for --score {score}")
+def marks(bb, args):
+    """Greedy answers to the first question of each row of args.data -> {kind: [mark]}. Damaged when
+    a row's own answer would not be marked right. Writes each answer to args.answers, if given."""
+    source, found, written, todo = sft.Conversations(args.data, bb.fast, 0), {}, [], []
+    folder = source.path.parent
+    for i in range(min(args.rows or len(source), len(source))):
+        row, (messages, images, kind, where) = source.row(i), source[i]
+        want, question = sft.answer_of(messages[1]["content"]), messages[0]
+        with reading(where):
+            right = mark(args.score, want, want, row, folder, args.unit)
+            if args.score != "point" and right != 1:
+                raise ValueError(f"its answer {want!r} is none for --score {args.score}")
+        if args.prompt != "row":
+            text = model.ask(row["messages"][0]["content"], args.prompt == "think")
+            question = {"role": "user", "content": text}
+        todo.append((row, want, ([question], images, (kind or "all").replace(" ", "_"), where)))
+    for start in tqdm(range(0, len(todo), args.batch), "rows", disable=None):
+        some = todo[start : start + args.batch]
+        texts = sft.answers(bb, [item for *_, item in some], args.max_new, args.batch)
+        for (row, want, (question, _, kind, where)), text in zip(some, texts):
+            found.setdefault(kind, []).append(mark(args.score, text, want, row, folder, args.unit))
+            written.append({"where": where, "kind": kind, "question": question[0]["content"],
+                            "right": want, "answer": text, "mark": found[kind][-1]})
+    if args.answers:
+        Path(args.answers).write_text("".join(json.dumps(x) + "\n" for x in written))
+    return found

@@ -927,7 +927,9 @@ def write_episodes(out, made):
         stats = {name: statistics(np.concatenate(rows)) for name, rows in seen.items()}
         (part / "stats.json").write_text(json.dumps(stats, indent=1))
         part.replace(out)
-    except (ValueError, FileExistsError, ImportError) as e:
+    except ModuleNotFoundError as e:
+        raise SystemExit(f"error: {e}; pip install -r requirements-extras.txt") from e
+    except (ValueError, FileExistsError) as e:
         raise SystemExit(f"error: {e}") from e
     finally:
         shutil.rmtree(part, ignore_errors=True)

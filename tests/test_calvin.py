@@ -256,7 +256,7 @@ BAD = {
     "code in annotations": (trap, rf"{ANN}: UnpicklingError: it would run \w+.mkdir"),
     "a text too few": (lambda f: annotate(f, ["open"], [(3, 6), (5, 9)]), rf"{ANN}: zip\(\) argument 2"),
     "window backwards": (lambda f: annotate(f, ["a", "b"], [(6, 3), (5, 9)]), "window 6-3"),
-    "empty text": (lambda f: annotate(f, ["a", " "], [(3, 6), (5, 9)]), "window 5-9 .* ''"),
+    "empty text": (lambda f: annotate(f, ["a", " "], [(3, 6), (5, 9)]), "window 5-9 .* ' '"),
 }
 
 
