@@ -9,9 +9,8 @@
 `tabletop` lets a policy of vla.py drive the four suites and the chains of benchmarks/tabletop.py:
 many environments are stepped together with one batched forward. `actions` samples and decodes what
 a checkpoint of any stage writes for held-out (image, instruction) prompts, thinking first and
-directly. `vqa` marks greedy answers to questions, by the "kind" of each row. `calvin` runs the
-chains of CALVIN. All add one arm to a results file; `report` turns such files into one Markdown
-table with the paired differences between consecutive arms.
+directly. `vqa` marks greedy answers to questions; `calvin` runs CALVIN's chains. Each adds one arm
+to a results file; `report` makes Markdown tables, with paired differences of consecutive arms.
 
 Every success rate carries its n and a 95% Wilson interval; means carry a 95% bootstrap interval
 over prompts or chains (2,000 resamples, seed 0). Writes the results file, and GIFs when asked.
@@ -21,7 +20,6 @@ import argparse
 import fcntl
 import itertools
 import json
-import math
 import os
 import pathlib
 import platform
@@ -45,7 +43,7 @@ def wilson(successes, n):
         raise ValueError("a success rate needs at least one trial; raise --trials")
     z, p = 1.959964, successes / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    half = z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5 / (1 + z * z / n)
     # the outer ends are exactly 0 and 1 at the extremes; rounding must not push them past the mean
     low, high = max(0.0, centre - half), min(1.0, centre + half)
     return {"mean": p, "low": min(low, p), "high": max(high, p), "n": n}
@@ -99,8 +97,7 @@ def record(path, arm, metrics, args, started, paired=None):
         write_results(path, results)
     for name, value in metrics.items():
         if len(name.split()) < 3:
-            low, high, n = value["low"], value["high"], value["n"]
-            print(f"{name:24s} {value['mean']:6.3f}  [{low:.3f}, {high:.3f}]  n {n}")
+            print(f"{name:24s}", "{mean:6.3f}  [{low:.3f}, {high:.3f}]  n {n}".format(**value))
     print(f"{path}: arm {arm}, {len(metrics)} metrics")
 
 
@@ -227,8 +224,7 @@ def score(bb, ids, n, targets, chunks, think):
 
 
 def actions(args):
-    """`evaluate.py actions`: format rate, prefix reward, decoded-action L1; thinking and direct;
-    sampled and greedy."""
+    """`evaluate.py actions`: format, reward and L1; thinking and direct, sampled and greedy."""
     started = time.time()
     bb = model.load(args.policy, device=args.device, stages=("base", "sft", "grpo"))
     bb.net.eval()
@@ -267,8 +263,7 @@ def actions(args):
 
 
 def vqa(args):
-    """`evaluate.py vqa`: marks (benchmarks/questions.py) of greedy answers to the first question of
-    each row, by the row's "kind" (as the data generator names it; else "all")."""
+    """`evaluate.py vqa`: marks (benchmarks/questions.py) of greedy answers, by the "kind" of row."""
     from benchmarks.questions import marks
 
     started = time.time()

@@ -1,4 +1,4 @@
-"""CALVIN (arXiv 2112.03227): its 1,000 evaluation chains, the closed loop, and its data as episodes.
+"""CALVIN (arXiv 2112.03227): its 1,000 evaluation chains, the closed loop, its data as episodes.
 
     python -m benchmarks.calvin convert --data task_ABC_D/training --out data/calvin
     python evaluate.py calvin --policy runs/vla --data task_ABC_D --out results/calvin.json
@@ -40,7 +40,8 @@ def _tasks():
     for name, part, old, new in (
             ("move_slider_left", "slider", "right", "left"),
             ("move_slider_right", "slider", "left", "right"),
-            ("open_drawer", "drawer", "closed", "open"), ("close_drawer", "drawer", "open", "closed")):
+            ("open_drawer", "drawer", "closed", "open"),
+            ("close_drawer", "drawer", "open", "closed")):
         tasks[name] = part, [({part: old, **free}, {part: new})]
     for b in blocks:
         for place, rules in (
@@ -71,7 +72,7 @@ TASKS = _tasks()
 
 @functools.cache
 def after(state, name):
-    """The state (values of KEYS) that a task leads to; None where CALVIN's rules give not just one."""
+    """The state (values of KEYS) that a task leads to; None unless CALVIN's rules give just one."""
     at = dict(zip(KEYS, state))
     found = [tuple({**at, **new}.values()) for old, new in TASKS[name][1]
              if all(at[k] in v if isinstance(v, tuple) else at[k] == v for k, v in old.items())]
@@ -188,7 +189,8 @@ class Plain(pickle.Unpickler):
     """CALVIN's annotations are a pickled dict; nothing but numpy's own arrays is built from it."""
 
     def find_class(self, module, name):
-        if module.split(".")[0] != "numpy" or name not in ("_reconstruct", "ndarray", "dtype", "scalar"):
+        allowed = "_reconstruct", "ndarray", "dtype", "scalar"
+        if module.split(".")[0] != "numpy" or name not in allowed:
             raise pickle.UnpicklingError(f"it would run {module}.{name}")
         return super().find_class(module, name)
 

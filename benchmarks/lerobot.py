@@ -71,7 +71,7 @@ def check(stats, key, x):
 
 
 def thin(action, every, deltas):
-    """Actions (T, A) -> one an interval of `every` steps: `deltas` dimensions added up, else last."""
+    """Actions (T, A) -> one for `every` steps: the first `deltas` dimensions added up, else the last."""
     starts = np.arange(0, len(action), every)
     last = action[np.minimum(starts + every, len(action)) - 1]  # (T / every, A)
     return np.concatenate([np.add.reduceat(action[:, :deltas], starts), last[:, deltas:]], 1)
@@ -86,7 +86,7 @@ def place(info, row, prefix):
 
 
 def recording(folder, info, row, cameras, keys, every):
-    """One recorded episode -> {key: (T, D)}, {camera: images of each `every`-th step}, tasks (T,)."""
+    """One recorded episode -> {key: (T, D)}, {camera: images of every n-th step}, tasks (T,)."""
     table, views = parquet(folder / place(info, row, "data")), {}
     mine = np.flatnonzero(np.array(table["episode_index"]) == row["episode_index"])
     if not len(mine) or len(mine) != row["length"]:
@@ -126,8 +126,8 @@ def recordings(args):
     end = "parquet" if v3 else "jsonl"
     with reading(meta):
         tasks = {r.pop("task_index"): next(iter(r.values())) for r in rows(meta / f"tasks.{end}")}
-        todo = [row for file in sorted(meta.glob("episodes/*/*.parquet" if v3 else "episodes.jsonl"))
-                for row in rows(file)]
+        files = sorted(meta.glob("episodes/*/*.parquet" if v3 else "episodes.jsonl"))
+        todo = [row for file in files for row in rows(file)]
         stats = rows(meta / "stats.json")[0] if v3 else {
             r["episode_index"]: r["stats"] for r in rows(meta / "episodes_stats.jsonl")}
     seen = {key: [] for key in (*actions, *states)}

@@ -12,8 +12,8 @@ the datasets package; Where2Place: the lines of point_questions.jsonl, in its fo
                   {"mask": f"masks/{r['question_id']:02d}.jpg"})
     Robot-R1     (r["question"], r["answer"], r["category"], [r["image"]])
 
-Scores, in this order: choice, choice, exact (yes and no), point, point, exact. Robot-R1 Bench is open
-questions that a large model judges from 0 to 3: give such a judge the file of --answers.
+Scores, in this order: choice, choice, exact (yes and no), point, point, exact. Robot-R1 Bench is
+open questions that a large model judges from 0 to 3: give such a judge the file of --answers.
 """
 
 import json

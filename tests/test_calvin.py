@@ -51,7 +51,8 @@ import numpy as np
 class Env:
     def __init__(self, folder):
         assert (folder / ".hydra" / "merged_config.yaml").read_text()
-        self.cameras, self.x, self.steps, self.resets, self.renders = ["static", "gripper"], 0.0, 0, [], 0
+        self.cameras, self.x = ["static", "gripper"], 0.0
+        self.steps, self.resets, self.renders = 0, [], 0
 
     def reset(self, robot_obs=None, scene_obs=None):
         assert robot_obs.shape == (15,) and scene_obs.shape == (24,)
