@@ -263,7 +263,7 @@ def actions(args):
 
 
 def vqa(args):
-    """`evaluate.py vqa`: marks (benchmarks/questions.py) of greedy answers, by the "kind" of row."""
+    """`evaluate.py vqa`: marks (benchmarks/questions.py) of greedy answers, by kind of row."""
     from benchmarks.questions import marks
 
     started = time.time()

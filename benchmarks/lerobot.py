@@ -71,7 +71,7 @@ def check(stats, key, x):
 
 
 def thin(action, every, deltas):
-    """Actions (T, A) -> one for `every` steps: the first `deltas` dimensions added up, else the last."""
+    """Actions (T, A) -> one for `every` steps: `deltas` dimensions added up, else the last."""
     starts = np.arange(0, len(action), every)
     last = action[np.minimum(starts + every, len(action)) - 1]  # (T / every, A)
     return np.concatenate([np.add.reduceat(action[:, :deltas], starts), last[:, deltas:]], 1)

@@ -937,17 +937,15 @@ def write_episodes(out, made):
 
 
 def _episode_job(job):
-    folder, number, seed, noise, size, tilt = job
+    number, seed, noise, size, tilt = job
     suite, task = SUITES[number % 4], number // 4 % 10
     arrays, dropped = None, -1
     while arrays is None:
         dropped += 1
         arrays = record(suite, task, (seed << 24) + (number << 4) + dropped, noise, size, tilt)
     text = suite_tasks(suite)[task][0]
-    name = pathlib.Path(folder) / f"episode_{number:06d}.safetensors"
     header = {"task": text, "fps": "5", "source": f"tabletop {suite} task {task}"}
-    write_episode(name, arrays, header)
-    return dropped, arrays["state"], arrays["action"]
+    return dropped, arrays, header
 
 
 def _save_frame(folder, kind, number, image):
@@ -1008,22 +1006,15 @@ def main(argv=None):
     add("--tilt", type=float, default=0.0, help="0 looks straight down; 0.5 is oblique")
     add("--workers", type=int, default=2, help="processes; the bytes do not depend on it")
     args = parser.parse_args(argv)
-    from fast_tokenizer import statistics
-
-    out = pathlib.Path(args.out)
-    folder = out / "episodes"
-    if folder.exists() and any(folder.iterdir()) or (out / "conversations.jsonl").exists():
+    out, dropped = pathlib.Path(args.out), []
+    if (out / "conversations.jsonl").exists():
         raise SystemExit(f"error: {out} already holds data; name another --out or delete it")
-    folder.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
-        jobs = [(str(folder), i, args.seed, args.noise, args.size, args.tilt)
-                for i in range(args.episodes)]
-        done = list(tqdm(pool.imap(_episode_job, jobs, 8), "episodes", args.episodes, disable=None))
-        if done:
-            stats = {"action": statistics(np.concatenate([d[2] for d in done])),
-                     "state": statistics(np.concatenate([d[1] for d in done]))}
-            (folder / "stats.json").write_text(json.dumps(stats, indent=1))
-        steps, dropped = sum(len(d[2]) for d in done), sum(d[0] for d in done)
+        jobs = [(i, args.seed, args.noise, args.size, args.tilt) for i in range(args.episodes)]
+        if jobs:
+            write_episodes(out / "episodes", (dropped.append(count) or made for count, *made in
+                                              pool.imap(_episode_job, jobs, 8)))
         for name, job, count in (("conversations", _conversation_job, args.conversations),
                                  ("thought_actions", _thought_action_job, args.thought_actions)):
             if count == 0:
@@ -1033,8 +1024,7 @@ def main(argv=None):
             with open(out / f"{name}.jsonl", "w") as f:
                 rows = tqdm(pool.imap(job, jobs, 64), name, count, disable=None)
                 f.writelines(row + "\n" for row in rows)
-    print(f"{out}: {args.episodes} episodes of {steps} steps, {dropped} failed demonstrations "
-          f"dropped, {args.conversations} conversations")
+    print(f"{out}: {sum(dropped)} failed demonstrations dropped, {args.conversations} rows")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""CALVIN: the published chains, the protocol on a fake of the package's interface, the converter."""
+"""CALVIN: the published chains, the protocol on a fake of the package, the converter."""
 
 import hashlib
 import itertools
@@ -255,7 +255,8 @@ BAD = {
     "no annotations": (lambda f: (f / "lang_annotations" / ANN).unlink(), f"{ANN}: FileNotFound"),
     "annotations cut": (lambda f: cut(f / "lang_annotations" / ANN), f"{ANN}: "),
     "code in annotations": (trap, rf"{ANN}: UnpicklingError: it would run \w+.mkdir"),
-    "a text too few": (lambda f: annotate(f, ["open"], [(3, 6), (5, 9)]), rf"{ANN}: zip\(\) argument 2"),
+    "a text too few": (lambda f: annotate(f, ["open"], [(3, 6), (5, 9)]),
+                       rf"{ANN}: zip\(\) argument 2"),
     "window backwards": (lambda f: annotate(f, ["a", "b"], [(6, 3), (5, 9)]), "window 6-3"),
     "empty text": (lambda f: annotate(f, ["a", " "], [(3, 6), (5, 9)]), "window 5-9 .* ' '"),
 }

@@ -22,7 +22,7 @@ TASKS = ["put the cup down", "close the drawer"]
 def pictures(episode):
     """Frames that show their own number: a grey level per step."""
     levels = 20 + 15 * np.arange(LENGTHS[episode]) + 5 * episode
-    return np.broadcast_to(levels[:, None, None, None], (len(levels), SIDE, SIDE, 3)).astype(np.uint8)
+    return np.tile(levels[:, None, None, None], (1, SIDE, SIDE, 3)).astype(np.uint8)
 
 
 def png(image):
@@ -208,7 +208,8 @@ MP4 = f"videos/chunk-000/{CAMERA}/episode_000001.mp4"
 BAD = {
     "no dataset": ("v2.1", True, None, lambda f: (f / "meta/info.json").unlink(),
                    "info.json: FileNotFoundError"),
-    "info cut": ("v2.1", True, None, lambda f: cut(f / "meta/info.json"), "info.json: JSONDecodeError"),
+    "info cut": ("v2.1", True, None, lambda f: cut(f / "meta/info.json"),
+                 "info.json: JSONDecodeError"),
     "old version": ("v2.1", True, None, lambda f: info_with(f, codebase_version="v1.6"),
                     "info.json: KeyError: 'v1.6'"),
     "no fps": ("v3.0", True, None, lambda f: (f / "meta/info.json").write_text(

@@ -1,4 +1,4 @@
-"""Marks by hand-worked answers, published row shapes through the documented lines, `evaluate.py vqa`."""
+"""Hand-worked marks, published row shapes through the documented lines, `evaluate.py vqa`."""
 
 import functools
 import json
@@ -15,9 +15,11 @@ from benchmarks import questions
 
 CASES = {  # score: [(answer, the row's own, more of the row, mark)]
     "exact": [("Red cube.", "red cube", {}, 1), ("red", "red cube", {}, 0),
-              ("Yes, it would fit.", "yes", {}, 1), ("yesterday", "yes", {}, 0), ("No", "yes", {}, 0)],
-    "choice": [("B", "(B)", {}, 1), ("(B)", "B", {}, 1), ("b", "B", {}, 1), ("B. the ball", "B", {}, 1),
-               ("B: the ball", "B", {}, 1), ("The answer is B", "B", {}, 1), ("Option B", "B", {}, 1),
+              ("Yes, it would fit.", "yes", {}, 1), ("yesterday", "yes", {}, 0),
+              ("No", "yes", {}, 0)],
+    "choice": [("B", "(B)", {}, 1), ("(B)", "B", {}, 1), ("b", "B", {}, 1),
+               ("B. the ball", "B", {}, 1), ("B: the ball", "B", {}, 1),
+               ("The answer is B", "B", {}, 1), ("Option B", "B", {}, 1),
                ("A red cube, so (B)", "B", {}, 1), ("A red cube", "A", {}, 0),
                ("(A) or (B)", "B", {}, 0), ("C", "B", {}, 0), ("", "B", {}, 0),
                ("The answer is a ball", "A", {}, 0)],
@@ -26,7 +28,8 @@ CASES = {  # score: [(answer, the row's own, more of the row, mark)]
                ("[0.1, .2, -1]", "0.1 0.2 -1", {}, 1), ("0.1 0.2", "0.1 0.2 -1", {}, 0),
                ("three", "3", {}, 0)],
     "point": [("[(0.3, 0.4)]", "", {"box": [0.2, 0.3, 0.4, 0.5]}, 1),
-              ("(0.3, 0.4), (0.9, 0.4), [.3,.6], (0.2, 0.3)", "", {"box": [0.2, 0.3, 0.4, 0.5]}, 0.5),
+              ("(0.3, 0.4), (0.9, 0.4), [.3,.6], (0.2, 0.3)", "", {"box": [0.2, 0.3, 0.4, 0.5]},
+               0.5),
               ("(3, 4)", "", {"box": [0.2, 0.3, 0.4, 0.5]}, 0),
               ("on the left", "", {"box": [0.2, 0.3, 0.4, 0.5]}, 0),
               # the mask is white in rows 10..19 of 40 and columns 40..59 of 80
@@ -72,13 +75,14 @@ def published(folder):
             "idx": "val_Relative_Depth_1", "sub_task": "Relative_Depth", "answer": "(B)",
             "question": "Which point is closer?", "choices": ["A is closer", "B is closer"],
             "prompt": "Which point is closer?\n(A) A is closer\n(B) B is closer",
-            "explanation": "", **{f"image_{k}": picture() if k < 3 else None for k in range(1, 5)}}),
+            "explanation": "", "image_1": picture(), "image_2": picture(), "image_3": None,
+            "image_4": None}),
         "MMStar": ("choice", {
             "index": 0, "question": "What is it?\nOptions: A: a cup, B: a hat, C: a car, D: a cat",
             "image": picture(), "answer": "C", "category": "coarse perception",
             "l2_category": "image topic", "meta_info": {"source": "MMBench"}}),
         "RoboSpatial": ("exact", {
-            "category": "configuration", "question": "Is the cup left of the can? Answer yes or no.",
+            "category": "configuration", "question": "Is the cup left of the can? Yes or no.",
             "answer": "no", "img": picture(), "depth_image": picture(), "mask": None}),
         "its context": ("point", {
             "category": "context", "question": "Pinpoint several points in the free space.",
@@ -97,7 +101,8 @@ RIGHT = {"BLINK": "(B)", "MMStar": "C: a car", "RoboSpatial": "No.", "its contex
 
 def documented():
     """name -> the code of its line in the docstring of benchmarks/questions.py."""
-    found = re.findall(r"^    (\S+(?: \S+)?)  +(\(r\[.*(?:\n {6,}.*)*)", questions.__doc__, re.MULTILINE)
+    line = r"^    (\S+(?: \S+)?)  +(\(r\[.*(?:\n {6,}.*)*)"
+    found = re.findall(line, questions.__doc__, re.MULTILINE)
     return {name: code.replace("\n", " ") for name, code in found}
 
 
@@ -153,7 +158,8 @@ def rows_to(path, rows):
 
 def test_prompt_modes_kinds_and_the_file_of_answers(tmp_path, monkeypatch):
     data = rows_to(tmp_path / "d.jsonl", [("depth", "q1", "A", {}), ("depth", "q2", "B", {}),
-                                          ("two words", "q3", "<think>x</think><answer>C</answer>", {})])
+                                          ("two words", "q3", "<think>x</think><answer>C</answer>",
+                                           {})])
     seen = scripted(monkeypatch, lambda text: "B")
     for prompt, modes in (("row", (None, None, True)), ("think", (True,) * 3),
                           ("direct", (False,) * 3)):
@@ -173,7 +179,7 @@ def cut(path):
 
 
 @pytest.mark.parametrize("score, row, message", [
-    ("choice", ("k", "q", "the ball", {}), "d.jsonl:2: its answer 'the ball' is none for --score ch"),
+    ("choice", ("k", "q", "the ball", {}), "d.jsonl:2: its answer 'the ball' is none for --sc"),
     ("number", ("k", "q", "many", {}), "d.jsonl:2: its answer 'many' is none for --score number"),
     ("point", ("k", "q", "", {}), "d.jsonl:2: KeyError: 'mask'"),
     ("point", ("k", "q", "", {"mask": "gone.png"}), "d.jsonl:2: FileNotFoundError.*gone.png"),
@@ -182,7 +188,7 @@ def cut(path):
     ("point", ("k", "q", "", {"box": [30, 10, 40, 30]}), "d.jsonl:2: box .* in 0 .. 1"),
     ("point", ("k", "q", "", {"box": [0.1, 0.2]}), "d.jsonl:2: cannot reshape"),
 ])
-def test_mislabelled_rows_are_named_before_the_model_answers(tmp_path, monkeypatch, score, row, message):
+def test_mislabelled_rows_are_named_first(tmp_path, monkeypatch, score, row, message):
     good = {"choice": "A", "number": "3", "point": ""}[score]
     data = rows_to(tmp_path / "d.jsonl", [("k", "q", good, {"box": [0, 0, 1, 1]}), row])
     seen = scripted(monkeypatch, lambda text: "A")
