@@ -44,7 +44,7 @@ def film(path, times, fps):
     import av
 
     images = []
-    with reading(path), av.open(str(path)) as file:
+    with reading(path, av.error.FFmpegError), av.open(str(path)) as file:
         stream = file.streams.video[0]
         file.seek(int(times[0] / stream.time_base), stream=stream)  # the key frame before it
         for frame in file.decode(stream):
@@ -144,6 +144,8 @@ def recordings(args):
                                      args.deltas)}
             for k, key in enumerate(cameras):
                 name = "image_" + key.split(".")[-1] if k else "image"
+                if name in arrays:
+                    raise ValueError(f"two cameras would be {name}; convert them apart")
                 arrays[name] = np.stack(views[key])
             task = [tasks[int(t)] for t in task[::every]]
             if not all(text.strip() for text in task):

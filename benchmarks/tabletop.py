@@ -892,14 +892,15 @@ class Damaged(ValueError):
 
 
 @contextlib.contextmanager
-def reading(where):
-    """What goes wrong inside becomes Damaged, naming `where` (a file, perhaps a row)."""
+def reading(where, *more):
+    """What goes wrong inside becomes Damaged, naming `where` (a file, perhaps a row). more: further
+    kinds of errors."""
     try:
         yield
     except Damaged:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError, EOFError,
-            pickle.UnpicklingError, zipfile.BadZipFile, zlib.error) as e:
+            pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, *more) as e:
         kind = "" if type(e) is ValueError else f"{type(e).__name__}: "
         why = str(e).replace("\n", " ")
         raise Damaged(f"{where}: {kind}{why}; repair it or copy the dataset again") from e
@@ -924,6 +925,8 @@ def write_episodes(out, made):
                         raise ValueError(f"{name} of step {bad[0]} is not finite")
             arrays |= {name: rows[-1] for name, rows in seen.items()}
             write_episode(part / f"episode_{number:06d}.safetensors", arrays, header)
+        if not seen["action"]:
+            raise ValueError(f"no episodes for {out}; give a folder with some as --data")
         stats = {name: statistics(np.concatenate(rows)) for name, rows in seen.items()}
         (part / "stats.json").write_text(json.dumps(stats, indent=1))
         part.replace(out)

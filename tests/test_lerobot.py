@@ -231,6 +231,8 @@ BAD = {
         (f / V2.replace("1.", "0.")).read_bytes()), "episode 1: 0 rows, meta/ says 12"),
     "task unknown": ("v2.1", False, None, lambda f: lines_to(
         f / "meta/tasks.jsonl", [{"task_index": 1, "task": "x"}]), "episode 1: KeyError: 0"),
+    "no recordings": ("v3.0", False, None, lambda f: (
+        f / "meta/episodes/chunk-000/file-000.parquet").unlink(), "no episodes for .*out"),
     "task empty": ("v2.1", False, None, lambda f: lines_to(
         f / "meta/tasks.jsonl", [{"task_index": 1, "task": " "}]), "empty instruction"),
 }
