@@ -56,12 +56,6 @@ def film(path, times, fps):
                          "frames a second")
 
 
-def still(cell, folder):
-    """A cell of an image column, {"bytes", "path"} -> (H, W, 3) uint8."""
-    file = io.BytesIO(cell["bytes"]) if cell["bytes"] else folder / cell["path"]
-    return np.asarray(Image.open(file).convert("RGB"))
-
-
 def check(stats, key, x):
     """ValueError unless x (N, D) has the least, largest and mean values that stats[key] records."""
     for name in ("min", "max", "mean"):
@@ -102,7 +96,9 @@ def recording(folder, info, row, cameras, keys, every):
             times = start + np.array(table["timestamp"], float)[::every]
             views[key] = film(folder / place(info, row, f"videos/{key}"), times, info["fps"])
         else:
-            views[key] = [still(cell, folder) for cell in table[key].to_pylist()[::every]]
+            cells = table[key].to_pylist()[::every]  # {"bytes", "path"} each
+            files = [io.BytesIO(c["bytes"]) if c["bytes"] else folder / c["path"] for c in cells]
+            views[key] = [np.asarray(Image.open(file).convert("RGB")) for file in files]
         for t, image in enumerate(views[key]):
             if sorted(image.shape) != sorted(info["features"][key]["shape"]):
                 raise ValueError(f"image {t} of {key} is {image.shape}, not as info.json says")
@@ -155,7 +151,7 @@ def recordings(args):
             yield ({k: v[start:end] for k, v in arrays.items()},
                    {"task": task[start], "fps": f"{fps / every:g}", "source": source})
     with reading(folder):
-        for key in seen if v3 and not args.limit else ():
+        for key in seen if v3 and todo and not args.limit else ():
             check(stats, key, np.concatenate(seen[key]))
 
 
