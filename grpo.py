@@ -72,6 +72,7 @@ class Config:
     eval_prompts: int = 64  # held-out prompts, fixed over the run
     show_every: int = 10  # steps between printed rollouts; 0: never
     save_every: int = 50  # steps between checkpoints with optimizer; 0: only the final one
+    keep: int = 0  # newest of these that stay; 0: all
     resume: bool = False  # go on from the newest checkpoint in OUT
 
 
@@ -82,7 +83,7 @@ PRESETS = {
     "paper": {"init": "runs/sft-paper/final", "data": "data/bridge", "out": "runs/grpo-paper",
               "steps": 25, "prompts": 512, "batch": 128, "group": 5, "micro_batch": 1, "chunk": 16,
               "recompute": True, "max_new": 2048, "lr": 1e-6, "eval_every": 5,
-              "eval_prompts": 512, "show_every": 1, "save_every": 5},
+              "eval_prompts": 512, "show_every": 1, "save_every": 5, "keep": 2},
 }
 
 
@@ -383,7 +384,7 @@ def prepare(cfg, dist):
                          "tokens; run sft.py on episodes with --fast")
     if newest:
         free = {"preset", "out", "steps", "resume", "chunk", "micro_batch", "recompute", "shards",
-                "cpu_offload", "eval_every", "eval_prompts", "show_every", "save_every"}
+                "cpu_offload", "eval_every", "eval_prompts", "show_every", "save_every", "keep"}
         model.check_resume(newest, bb.run["config"], cfg, free)
     files, unseen = split(episodes(cfg.data, fast=bb.fast))  # unseen by sft.py too
     if cfg.recompute:
@@ -394,7 +395,7 @@ def prepare(cfg, dist):
         ref = model.load(cfg.init, dist.build)
         model.shard(ref.net.requires_grad_(False).eval(), dist, offload=cfg.cpu_offload)
     optim = model.optimizer(bb.net, cfg.lr, cfg.weight_decay, (0.9, cfg.beta2))
-    start = model.load_train_state(newest, bb.net, optim)["step"] if newest else 0
+    start, _ = model.load_train_state(newest, bb.net, optim)
     return bb, ref, optim, files, unseen, start
 
 
@@ -407,6 +408,7 @@ def main(argv=None):
     spaced = np.linspace(0, n_unseen - 1, cfg.eval_prompts).astype(int)
     eval_rows, eval_targets = prompt_rows(bb, unseen, spaced[dist.rank :: dist.world])
     run = {"stage": "grpo", "config": asdict(cfg), "parent": cfg.init}
+    write = partial(model.save, what=bb, optim=optim)
     log = model.Log(cfg.out, cfg, dist)
 
     for step in range(start, cfg.steps + 1):
@@ -440,8 +442,7 @@ def main(argv=None):
                   tokens_s=mean["length"] * cfg.prompts * cfg.group / (ended - began))
         if cfg.show_every and done % cfg.show_every == 0:
             log.write(step=done, rollout=shown)
-        if cfg.save_every and done % cfg.save_every == 0:
-            model.save(Path(cfg.out) / f"step_{done:06d}", bb, {**run, "step": done}, optim=optim)
+        model.checkpoint(cfg, done, run, write)
     model.save(Path(cfg.out) / "final", bb, {**run, "step": cfg.steps})
 
 

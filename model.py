@@ -21,10 +21,13 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 import types
+import warnings
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,12 +38,14 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from tokenizers import AddedToken
 from torch import distributed, nn
+from torch.distributed import checkpoint as dcp
 from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -50,6 +55,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from fast_tokenizer import FastTokenizer
 
 transformers.utils.logging.disable_progress_bar()
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # of DCP in one process
 META = torch.device("meta")
 
 # Prompts and answers
@@ -1144,10 +1150,10 @@ def _weights(module):
 
 
 def _moments(module, optim):
-    """ "parameter/exp_avg" and so on -> whole tensor."""
+    """ "parameter/exp_avg" and so on -> tensor of the optimizer, of which a rank may hold a shard."""
     names = {p: name for name, p in module.named_parameters()}
-    return {f"{names[p]}/{k}": _whole(t) for p, state in optim.state.items()
-            for k, t in state.items()}
+    return dict(sorted((f"{names[p]}/{k}", t if t.ndim else t[None])
+                       for p, state in optim.state.items() for k, t in state.items()))
 
 
 def _as_module(what):
@@ -1159,40 +1165,59 @@ def _as_module(what):
     return what
 
 
+@contextlib.contextmanager
+def _together(part):
+    """All ranks stop when one of them could not write its part of a checkpoint."""
+    error = None
+    try:
+        yield
+    except dcp.api.CheckpointException as e:  # DCP tells all ranks what failed on one
+        error = next(iter(e.failures.values()))[0]
+    except (OSError, SafetensorError) as e:
+        error = e
+    if all_sum(error is not None):
+        if _rank() > 0:
+            raise SystemExit(1)  # rank 0 knows, and says it
+        shutil.rmtree(part, ignore_errors=True)  # it may fill the disk
+        raise ValueError(f"{part}: could not be written ({error}); what was saved before is whole: "
+                         "make room, then --resume")
+
+
 def save(folder, what, run, fast=None, optim=None):
-    """Writes a complete checkpoint, atomically; all ranks call it.
+    """Writes a complete checkpoint, atomically; all ranks call it. ValueError if it cannot.
 
     what: a Backbone, or {name: Backbone or module}: the backbone goes into the folder in Hugging
     Face layout with fast/, each module into name.safetensors. run: {"stage", "step", "config",
     "parent"}, to which versions and commit are added. optim: with it, train_state/ for exact resume
-    holds the optimizer. safetensors and JSON only.
+    holds the optimizer, each rank its shard. safetensors and JSON only.
     """
     folder = Path(folder)
     part = folder.with_name(folder.name + ".tmp")
     parts = what if isinstance(what, dict) else {"backbone": what}
+    with _together(part):
+        if _rank() == 0:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
     states = {k: _weights(_as_module(v)) for k, v in parts.items()}
-    moments = _moments(_as_module(what), optim) if optim else {}
-    if _rank() == 0:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        for name, v in parts.items():
-            if isinstance(v, Backbone):
-                v.net.save_pretrained(part, state_dict=states[name])
-                v.tok.save_pretrained(part)
-                v.images.save(part)
-                fast = fast or v.fast
-            else:
-                save_file(states[name], part / f"{name}.safetensors")
-        if fast is not None:
-            fast.save(part / "fast")
-        write_json(part / "run.json", {**run, "versions": versions(), "commit": commit()})
-        if optim:
-            (part / "train_state").mkdir()
-            save_file(moments, part / "train_state" / "optimizer.safetensors")
-            write_json(part / "train_state" / "state.json", {"step": run.get("step")})
-        _swap(part, folder)
-    if distributed.is_initialized():
-        distributed.barrier()
+    with _together(part):
+        if optim:  # as safetensors, where DCP's own format has a pickle; 64 tensors a file, as each
+            moments = _moments(_as_module(what), optim)  # file is put together in memory
+            dcp.save(moments, storage_writer=dcp.HuggingFaceStorageWriter(
+                part / "train_state", {k: i // 64 + 1 for i, k in enumerate(moments)},
+                save_distributed=True))
+        if _rank() == 0:
+            for name, v in parts.items():
+                if isinstance(v, Backbone):
+                    v.net.save_pretrained(part, state_dict=states[name])
+                    v.tok.save_pretrained(part)
+                    v.images.save(part)
+                    fast = fast or v.fast
+                else:
+                    save_file(states[name], part / f"{name}.safetensors")
+            if fast is not None:
+                fast.save(part / "fast")
+            write_json(part / "run.json", {**run, "versions": versions(), "commit": commit()})
+            _swap(part, folder)
 
 
 def _swap(part, folder):
@@ -1200,30 +1225,60 @@ def _swap(part, folder):
         fd = os.open(path, os.O_RDONLY)
         os.fsync(fd)
         os.close(fd)
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    part.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    if not folder.exists():
+        part.rename(folder)
+        return
+    libc, (new, old) = ctypes.CDLL(None), map(os.fsencode, (part, folder))
+    at, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE: at no moment is there no checkpoint
+    if not hasattr(libc, "renameat2") or libc.renameat2(at, new, at, old, exchange):
+        trash = part.with_suffix(".old")  # this file system cannot
+        shutil.rmtree(trash, ignore_errors=True)
+        folder.rename(trash)
+        part.rename(folder)
+        part = trash
+    shutil.rmtree(part)
 
 
-def load_train_state(folder, net, optim):
-    """Restores the AdamW moments of a Backbone or module (or dict of parts, as saved) in place. The
-    weights come from load(), the learning rate from the schedule. -> {"step": of the state}."""
-    folder = Path(folder) / "train_state"
-    if not (folder / "state.json").exists():
+STOP = threading.Event()  # SIGTERM has come
+
+
+def checkpoint(cfg, step, run, write, unlogged=()):
+    """All ranks call it at the end of each step. Every --save-every steps write(folder, run=...) is
+    to save out/step_000123, of which the newest --keep stay; SIGTERM saves too, and ends the run.
+    unlogged: this rank's sums since the last line of the log."""
+    out, stop = Path(cfg.out), all_sum(STOP.is_set()) > 0
+    folder = out / f"step_{step:06d}"
+    if stop or (cfg.save_every and step % cfg.save_every == 0):
+        write(folder, run={**run, "step": step, "unlogged": all_sum(unlogged)})
+        if _rank() == 0:
+            for old in _steps(out)[: -cfg.keep] if cfg.keep else []:
+                old.rename(old.with_suffix(".tmp"))  # one half deleted must not pass for whole
+            for part in out.glob("step_*.tmp"):
+                shutil.rmtree(part)
+    if stop:
+        if _rank() == 0:
+            print(f"SIGTERM: stopped after step {step}, saved {folder}; go on with --resume")
+        raise SystemExit(128 + signal.SIGTERM)
+
+
+def load_train_state(folder, what, optim):
+    """Restores the AdamW moments of a Backbone or module (or dict of parts, as saved) in place, on
+    as many ranks as there are now. The weights come from load(), the learning rate from the
+    schedule. folder None: a new run. -> step, and the sums since the last line of the log."""
+    if folder is None:
+        return 0, 0
+    if not (folder / "train_state").exists():
         raise FileNotFoundError(f"{folder}: no state to resume; start from the weights with --init")
-    state = read_json(folder / "state.json")
-    names = {name: p for name, p in _as_module(net).named_parameters()}
-    for key, t in load_file(folder / "optimizer.safetensors").items():
+    reader, module = dcp.HuggingFaceStorageReader(folder / "train_state"), _as_module(what)
+    names = dict(module.named_parameters())
+    for key in reader.read_metadata().state_dict_metadata:
         name, k = key.split("/")  # "model.layer.weight/exp_avg"
         p = names[name]
-        t = t.to(p.device)  # the step count too: AdamW is fused
-        if t.ndim and isinstance(p, DTensor):
-            t = distribute_tensor(t, p.device_mesh, p.placements)
-        optim.state[p][k] = t
-    return state
+        optim.state[p][k] = (torch.zeros((), device=p.device) if k == "step"
+                             else torch.zeros_like(p, requires_grad=False))
+    dcp.load(_moments(module, optim), storage_reader=reader)
+    run = read_json(folder / "run.json")
+    return run["step"], np.array(run.get("unlogged", 0)) * (_rank() == 0)
 
 
 def check_resume(folder, old, cfg, free):
@@ -1235,10 +1290,15 @@ def check_resume(folder, old, cfg, free):
                          "or start anew in another --out")
 
 
+def _steps(out):
+    """The complete checkpoints out/step_000123, oldest first."""
+    found = [p for p in Path(out).glob("step_*") if p.name[5:].isdigit()]
+    return sorted(found, key=lambda p: int(p.name[5:]))
+
+
 def latest(out):
     """The newest complete checkpoint out/step_000123, or None."""
-    found = [p for p in Path(out).glob("step_*") if p.name[5:].isdigit()]
-    return max(found, key=lambda p: int(p.name[5:]), default=None)
+    return next(reversed(_steps(out)), None)
 
 
 # Command line and log
@@ -1280,7 +1340,7 @@ def entry(main, lower):
     """Runs a script; what its user can cure ends it in one line. lower: the flag against OOM."""
     try:
         main()
-    except (ValueError, FileNotFoundError) as e:
+    except (ValueError, OSError) as e:
         raise SystemExit(f"error: {e}") from e
     except torch.OutOfMemoryError as e:
         raise SystemExit(f"error: out of GPU memory; lower {lower} ({str(e)[:80]})") from e
@@ -1291,6 +1351,8 @@ class Log:
 
     def __init__(self, out, cfg, dist):
         self.file, self.start = None, time.time()
+        STOP.clear()
+        signal.signal(signal.SIGTERM, lambda *_: STOP.set())  # from here on, see checkpoint()
         if dist.rank == 0:
             Path(out).mkdir(parents=True, exist_ok=True)
             self.file = Path(out) / "log.jsonl"  # a resumed run appends

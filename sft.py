@@ -66,6 +66,7 @@ class Config:
     eval_rows: int = 128  # held-out rows of each source in one evaluation
     eval_every: int = 500  # steps; 0: only at the end
     save_every: int = 1000  # steps; 0: only at the end
+    keep: int = 0  # newest checkpoints step_* that stay; 0: all
     log_every: int = 20  # steps
     probe: int = 64  # held-out action prompts for 4 thinking rollouts each at the end; 0: none
     resume: bool = False  # continue from the newest step_* in --out
@@ -77,7 +78,8 @@ PRESETS = {
     "base": {"init": "random:tiny-vlm", "data": "data/base/conversations.jsonl", "out": "runs/base",
              "steps": 24000, "holdout": 4000, "probe": 0},
     "paper": {"init": "Qwen/Qwen2.5-VL-7B-Instruct", "lr": 2e-5, "beta2": 0.999, "batch": 128,
-              "micro_batch": 2, "max_length": 4096, "freeze_vision": True, "recompute": True},
+              "micro_batch": 2, "max_length": 4096, "freeze_vision": True, "recompute": True,
+              "keep": 2},
 }
 
 
@@ -401,13 +403,14 @@ def main(argv=None):
     net = model.shard(bb.net, dist)
     net.train()
     optim = model.optimizer(net, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2))
-    start = model.load_train_state(newest, net, optim)["step"] if newest else 0
+    start, unlogged = model.load_train_state(newest, net, optim)
     rows = sum(len(s) for s in sources)
     steps = cfg.steps or math.ceil(cfg.epochs * rows / cfg.batch)
     picks = np.stack(order([len(s) for s in sources], weights, steps * cfg.batch, cfg.seed), 1)
     run = {"stage": "sft" if bb.fast else "base", "config": asdict(cfg), "parent": cfg.init}
+    write = functools.partial(model.save, what=bb, optim=optim)
     log = model.Log(cfg.out, cfg, dist)
-    seconds, logged, total = time.perf_counter(), start, np.zeros(3)
+    seconds, logged, total = time.perf_counter(), start, np.zeros(3) + unlogged
 
     def fetch(step):
         some = picks[step * cfg.batch : (step + 1) * cfg.batch]
@@ -444,9 +447,7 @@ def main(argv=None):
             if cfg.eval_every and done % cfg.eval_every == 0 and done < steps:
                 log.write(step=done, **evaluate(bb, sources, cfg, dist))
                 seconds = time.perf_counter()
-            if cfg.save_every and done % cfg.save_every == 0:
-                model.save(Path(cfg.out) / f"step_{done:06d}", bb, {**run, "step": done},
-                           optim=optim)
+            model.checkpoint(cfg, done, run, write, total.tolist())
     metrics = evaluate(bb, sources, cfg, dist)
     if cfg.probe and any(isinstance(s, Demonstrations) for s in sources):
         metrics |= thinking_rollouts(bb, sources, cfg, dist)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from ranks import on_ranks
 from safetensors.numpy import save_file
+from safetensors.torch import load_file
 
 import grpo
 import model
@@ -318,7 +319,7 @@ def test_non_finite_loss_stops(bb, tmp_path):
     groups[0].row["where"] = "push.safetensors:3"
     with pytest.raises(ValueError, match=r"step 7, rank 0: the loss is nan.* push\.safetensors:3"):
         step_once(groups, out=str(tmp_path))
-    saved = model.load_file(tmp_path / "failed_step_7_rank_0.safetensors")
+    saved = load_file(tmp_path / "failed_step_7_rank_0.safetensors")
     for i, g in enumerate(groups):  # all that the loss was made of, on every prompt of the update
         assert np.array_equal(saved[f"{i}.prompt_patches"], g.row["patches"])
         assert np.array_equal(saved[f"{i}.prompt_ids"], g.row["ids"])
