@@ -583,29 +583,56 @@ def logits_of(net, rows):
     return net.lm_head(rows).float()  # (N, V)
 
 
+LOGITS_AT_ONCE = 1 << 27  # with their gradients 16 bytes each: 2 GB; those of more tokens by slices
+
+
+def by_slices(net, score, rows, ids):
+    """score(logits (n, V), ids (n,)) -> two tensors (n,), over slices of rows (N, D), ids (N,). What
+    a slice needs is computed again in backward: else logits would be most of a rank's memory."""
+    head = net.lm_head
+    return getattr(head, "by_slices", functools.partial(_by_slices, head))(score, rows, ids)
+
+
+def _by_slices(head, score, rows, ids):
+    def one(rows, ids):
+        return score(head.forward(rows).float(), ids)  # not head(): FSDP has gathered it already
+
+    n = max(1, LOGITS_AT_ONCE // len(head.weight))
+    if len(rows) <= n:
+        return one(rows, ids)
+    parts = [torch.utils.checkpoint.checkpoint(one, *part, use_reentrant=False)
+             for part in zip(rows.split(n), ids.split(n))]
+    return [torch.cat(x) for x in zip(*parts)]  # (N,) each
+
+
 def token_loss(net, batch):
     """-> (summed cross-entropy, number of counted tokens, number right by argmax).
 
     Logits are computed only where a target follows; divide by the global count (see all_sum).
     """
+    def score(logits, ids):
+        right = logits.detach().argmax(-1) == ids
+        return F.cross_entropy(logits, ids, reduction="none"), right  # (n,) each
+
     counts = batch["target"][:, 1:]  # token t is predicted from position t - 1
     h = hidden(net, batch)[:, :-1][counts]  # (N, D)
-    ids = batch["ids"][:, 1:][counts]  # (N,)
-    logits = logits_of(net, h)  # (N, V)
-    right = (logits.detach().argmax(-1) == ids).sum()
-    return F.cross_entropy(logits, ids, reduction="sum"), counts.sum(), right
+    losses, right = by_slices(net, score, h, batch["ids"][:, 1:][counts])
+    return losses.sum(), counts.sum(), right.sum()
 
 
 def logp(net, rows, ids, temperature=1.0, banned=None):
     """rows (N, D) hidden states, ids (N,) -> logp (N,), entropy (N,), fp32 nats, no gradient in the
     entropy. banned: ids of probability 0, as in `generate`."""
-    logits = logits_of(net, rows) / temperature  # (N, V)
-    if banned is not None and len(banned):
-        logits = logits.index_fill(-1, torch.as_tensor(banned, device=logits.device), -1e9)
-    all_logp = logits.log_softmax(-1)
-    with torch.no_grad():
-        entropy = -(all_logp.exp() * all_logp).sum(-1)
-    return all_logp.gather(-1, ids[:, None])[:, 0], entropy
+    def score(logits, ids):
+        logits = logits / temperature  # (n, V)
+        if banned is not None and len(banned):
+            logits = logits.index_fill(-1, torch.as_tensor(banned, device=logits.device), -1e9)
+        all_logp = logits.log_softmax(-1)
+        with torch.no_grad():
+            entropy = -(all_logp.exp() * all_logp).sum(-1)
+        return all_logp.gather(-1, ids[:, None])[:, 0], entropy
+
+    return by_slices(net, score, rows, ids)
 
 
 def truncate(net, layer):
@@ -1003,13 +1030,23 @@ def all_sum(x):
 SMALL = 50_000_000  # parameters below which gathering all at once costs less than it saves memory
 
 
+def units(net):
+    """What is gathered at a time: each block, then each end of the vocabulary (unless both are one
+    table), then the root with the rest; all of a SMALL model."""
+    if (not isinstance(net, transformers.PreTrainedModel)
+            or sum(p.numel() for p in net.parameters()) <= SMALL):
+        return [net]
+    ends = [net.get_input_embeddings(), net.get_output_embeddings()]
+    ends = ends if ends[0].weight is not ends[1].weight else []
+    return [*net.model.visual.blocks, *net.model.language_model.layers, *ends, net]
+
+
 def shard(net, dist, mp_dtype=None, offload=False):
     """FSDP2 in place: fp32 masters, compute in mp_dtype (bf16 on GPU by default), mean gradients.
 
-    Each block is a unit, then each end of the vocabulary (unless both are one table), then the root
-    with the rest; a SMALL model is one unit. dist.shards: groups of so many ranks mirror each other
-    (HSDP). Weights on META come from rank 0, unit by unit. offload: the shards stay in the CPU's
-    memory, for a model without gradients. No-op for one CPU process.
+    dist.shards: groups of so many ranks mirror each other (HSDP). Weights on META come from rank 0,
+    one of the units() after the other. offload: the shards stay in the CPU's memory, for a model
+    without gradients. No-op for one CPU process.
     """
     if dist.world == 1 and dist.device.type == "cpu":
         return net
@@ -1021,17 +1058,13 @@ def shard(net, dist, mp_dtype=None, offload=False):
     kw = {"mesh": init_device_mesh(dist.device.type, shape, mesh_dim_names=names),
           "mp_policy": fsdp.MixedPrecisionPolicy(param_dtype=mp_dtype, reduce_dtype=torch.float32)}
     kw |= {"offload_policy": fsdp.CPUOffloadPolicy(pin_memory=cuda)} if offload else {}
-    backbone, units = isinstance(net, transformers.PreTrainedModel), [net]
-    if backbone and sum(p.numel() for p in net.parameters()) > SMALL:
-        ends = [net.get_input_embeddings(), net.get_output_embeddings()]
-        ends = ends if ends[0].weight is not ends[1].weight else []
-        units = [*net.model.visual.blocks, *net.model.language_model.layers, *ends, net]
-    for unit in units:
+    for unit in units(net):
         _receive(unit, dist)
         fsdp.fully_shard(unit, reshard_after_forward=unit is not net, **kw)
-    if backbone:  # the stages call hidden(), not forward(): FSDP must know
-        net.hidden = types.MethodType(_hidden, net)
-        fsdp.register_fsdp_forward_method(net, "hidden")
+    if isinstance(net, transformers.PreTrainedModel):  # FSDP must know which methods are called in place of forward()
+        for part, method in (net, _hidden), (net.lm_head, _by_slices):
+            setattr(part, name := method.__name__[1:], types.MethodType(method, part))
+            fsdp.register_fsdp_forward_method(part, name)
     return net
 
 

@@ -81,13 +81,8 @@ def activations(net, cfg, tokens, patches, dtype):
 
 def units(net):
     """Parameters of what shard() gathers at a time: (largest unit, root)."""
-    if sum(p.numel() for p in net.parameters()) <= model.SMALL:
-        return 0, sum(p.numel() for p in net.parameters())
-    ends = [net.get_input_embeddings(), net.get_output_embeddings()]
-    ends = [] if ends[0].weight is ends[1].weight else ends
-    parts = [*net.model.visual.blocks, *net.model.language_model.layers, *ends]
-    each = [sum(p.numel() for p in part.parameters()) for part in parts]
-    return max(each), sum(p.numel() for p in net.parameters()) - sum(each)
+    *each, whole = (sum(p.numel() for p in part.parameters()) for part in model.units(net))
+    return max(each, default=0), whole - sum(each)
 
 
 def estimate(stage, cfg, net, ranks, row, patches, dtype=torch.bfloat16):
@@ -96,13 +91,15 @@ def estimate(stage, cfg, net, ranks, row, patches, dtype=torch.bfloat16):
     whole = sum(p.numel() for p in net.parameters())
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     largest, root = units(net)
-    gathered = (2 * largest + root) * b * (ranks > 1 or b < FP32)  # one unit computes, one arrives
+    gathered = (2 * largest + root) * b  # one unit computes, one arrives
+    gathered += max(largest, root) * (b + FP32)  # the gradients of one, and as they are reduced
+    gathered *= ranks > 1 or b < FP32
     fixed = {"weights": whole * FP32 / n, "gradients": trained * FP32 / n,
              "optimizer": trained * 2 * FP32 / n, "gathered units": gathered}
     if stage == "sft":
         B = cfg.micro_batch or cfg.batch // ranks
         work = {"activations": activations(net, cfg, B * row, B * patches, dtype),
-                "logits": B * row * c.vocab_size * LOGITS}
+                "logits": min(B * row * c.vocab_size, model.LOGITS_AT_ONCE) * LOGITS}
         return {**fixed, **work}, {"update": sum(fixed.values()) + sum(work.values())}
     B, G, T = cfg.micro_batch, cfg.group, cfg.max_new
     kv = 2 * c.num_key_value_heads * _head(net) * b  # bytes a token and layer
@@ -110,7 +107,7 @@ def estimate(stage, cfg, net, ranks, row, patches, dtype=torch.bfloat16):
     seen += B * row * kv * c.num_hidden_layers
     fixed["reference"] = whole * FP32 / n * (cfg.kl > 0 and not cfg.cpu_offload)
     work = {"activations": seen + activations(net, cfg, B * (row + G * T), B * patches, dtype),
-            "logits": B * G * T * c.vocab_size * LOGITS}
+            "logits": min(B * G * T * c.vocab_size, model.LOGITS_AT_ONCE) * LOGITS}
     rows = (cfg.chunk or cfg.prompts // ranks) * G
     cache = {"whole model": whole * b * (ranks > 1 or b < FP32),
              "KV cache": rows * (row + T) * kv * c.num_hidden_layers,

@@ -89,8 +89,8 @@ def test_sigterm_saves_and_the_next_records_are_those_of_the_whole_run(
 
 
 def series(out, data, monkeypatch, kills, world, seed):
-    """Kills a run, which saves at every step, `kills` times and lets it go on; at the end it must be
-    where a run that was never killed is at that step. -> (kills in a save, steps done)."""
+    """Kills a run, which saves at every third step, `kills` times and lets it go on; at the end it must
+    be where a run that was never killed is at that step. -> (kills in a save, steps done)."""
     moment, saving, newest = random.Random(seed), 0, 0
 
     def argv(out, *more):
@@ -98,12 +98,13 @@ def series(out, data, monkeypatch, kills, world, seed):
 
     for _ in range(kills):
         records = len(log(out)) if (out / "log.jsonl").exists() else 0
-        ranks = start(sft.main, argv(out, "--save-every", 1, "--keep", 2), world)
+        ranks = start(sft.main, argv(out, "--save-every", 3, "--keep", 2), world)
+        wait = moment.randint(3, 7)  # steps, of which one or two are saved
         if moment.random() < 0.8:  # else while it starts
-            while not (out / "log.jsonl").exists() or len(log(out)) < records + 2:
+            while not (out / "log.jsonl").exists() or len(log(out)) < records + wait:
                 assert all(p.exitcode is None for p in ranks), "the run did not go on"
                 time.sleep(0.01)
-        time.sleep(moment.random())
+        time.sleep(moment.random() / 4)
         for p in moment.sample(ranks, world):
             p.kill()
             p.join()

@@ -89,6 +89,12 @@ def test_grpo(bb, monkeypatch):
     softmax = 2 * G * new * V * 4  # of the logits' peak, autograd keeps this
     assert parts["activations"] == pytest.approx(keeps - softmax, rel=0.15)
     assert parts["reference"] == parts["weights"] and peaks["update"] > peaks["rollout"]
+    assert parts["logits"] == 2 * G * new * V * memory.LOGITS
+    monkeypatch.setattr(model, "LOGITS_AT_ONCE", 20 * V)  # the same update, 20 tokens at a time
+    sliced = memory.estimate("grpo", cfg, meta(bb), 1, T, P, torch.float32)[0]
+    assert sliced["logits"] == 20 * V * memory.LOGITS
+    less = memory.kept(bb.net, lambda: grpo.shared_logp(bb, rows, out["ids"], out["mask"]))
+    assert less == pytest.approx(keeps - softmax, rel=0.02), "no slice keeps its logits"
     away = dataclasses.replace(cfg, cpu_offload=True)
     assert memory.estimate("grpo", away, meta(bb), 1, T, P, torch.float32)[0]["reference"] == 0
 

@@ -116,6 +116,29 @@ def test_token_loss_equals_transformers_labels(bb):
     torch.testing.assert_close(loss / count, theirs, rtol=1e-5, atol=1e-6)
 
 
+def test_logits_by_slices_are_the_logits(bb, monkeypatch):
+    """Losses of both stages and their gradients, from 7 tokens at a time; backward makes them again, and
+    at no time are there those of more."""
+    batch, results, seen = model.collate(rows_of(bb), bb.vocab.pad), [], []
+    V, forward = len(bb.net.lm_head.weight), bb.net.lm_head.forward
+    monkeypatch.setattr(bb.net.lm_head, "forward", lambda x: seen.append(len(x)) or forward(x))
+    for at_once in 10**9, 7 * V + 1:
+        monkeypatch.setattr(model, "LOGITS_AT_ONCE", at_once)
+        values = list(model.token_loss(bb.net, batch))
+        h = model.hidden(bb.net, batch).flatten(0, 1)
+        values += model.logp(bb.net, h, batch["ids"].flatten(), 0.7, bb.vocab.banned)
+        weight = torch.linspace(-1, 1, len(h))
+        bb.net.zero_grad()
+        (values[0] + (weight * values[3]).sum()).backward()
+        results.append(values + [p.grad.clone() for p in bb.net.parameters()])
+        bb.net.zero_grad()
+    whole, sliced = seen[:2], seen[2:]
+    assert whole == [int(values[1]), len(h)] and max(sliced) == 7
+    assert sum(sliced) == 2 * sum(whole), "once forward and once backward"
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_packed_rows_equal_padded_rows(bb):
     rows = rows_of(bb, 4)
     rows.insert(1, model.encode(bb, [{"role": "user", "content": "Hello"}]))  # one without images
