@@ -1352,10 +1352,19 @@ def parse(Config, PRESETS, argv=None):
             text = f"{doc.get(f.name, '')} ({f.default})".replace("%", "%%")
             parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
                                 help=text, **kind)
+    parser.add_argument("--dry-run", action="store_true",
+                        help="tell what a rank needs of memory, without allocating it, and stop")
     args = vars(parser.parse_args(argv))
-    preset = args.pop("preset")
+    preset, dry = args.pop("preset"), args.pop("dry_run")
     name = {"preset": preset} if any(f.name == "preset" for f in dataclasses.fields(Config)) else {}
-    return Config(**{**PRESETS[preset], **args, **name})
+    cfg = Config(**{**PRESETS[preset], **args, **name})
+    if dry:
+        from benchmarks import memory  # it imports the stages
+
+        if int(os.environ.get("RANK", "0")) == 0:
+            memory.tell(Path(inspect.getfile(Config)).stem, cfg, **memory.here())
+        raise SystemExit(0)
+    return cfg
 
 
 def versions():
