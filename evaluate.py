@@ -1,19 +1,13 @@
-"""Every number that the project reports: closed-loop success, action tokens, and the table.
+"""Every number that the project reports: closed-loop success, action tokens, answers, the table.
 
     python evaluate.py tabletop --policy runs/vla --chains 50 --arm RL --out results/run.json
     python evaluate.py actions --policy runs/grpo --data data/test --arm RL --out results/run.json
     python evaluate.py vqa --policy assets/tiny-vlm --data data/test/conversations.jsonl
     python evaluate.py report results/run.json
 
-`tabletop` lets a policy of vla.py drive the four suites and the chains of benchmarks/tabletop.py:
-many environments are stepped together with one batched forward. `actions` samples and decodes what
-a checkpoint of any stage writes for held-out (image, instruction) prompts, thinking first and
-directly. `vqa` scores greedy answers to questions by exact match, by the "kind" of each row. All
-three add one arm to a results file; `report` turns such files into one Markdown table with
-the paired differences between consecutive arms.
-
-Every success rate carries its n and a 95% Wilson interval; means carry a 95% bootstrap interval
-over prompts or chains (2,000 resamples, seed 0). Writes the results file, and GIFs when asked.
+The first three add one arm to a results file; `report` makes one Markdown table of such files, with
+the paired differences between consecutive arms. Every success rate carries its n and a 95% Wilson
+interval; means carry a 95% bootstrap interval over prompts or chains (2,000 resamples, seed 0).
 """
 
 import argparse
@@ -35,8 +29,6 @@ from tqdm import tqdm
 
 import fast_tokenizer
 import model
-
-# ---- intervals
 
 
 def wilson(successes, n):
@@ -61,16 +53,6 @@ def bootstrap(values, resamples=2000):
     return {"mean": float(values.mean()), "low": float(low), "high": float(high), "n": len(values)}
 
 
-# ---- results files
-
-
-def hardware():
-    """One line about the machine that measured."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"{os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} threads"
-
-
 def record(path, arm, metrics, args, started, paired=None):
     """Add metrics {name: interval} to `arm` of the results file (made if missing), atomically, also
     when several evaluations write to it at once."""
@@ -85,7 +67,9 @@ def record(path, arm, metrics, args, started, paired=None):
         place["paired"].update(paired or {})
         place["checkpoints"][args.command] = str(args.policy)
         results["seeds"] = sorted({*results.get("seeds", []), args.seed})
-        results["hardware"] = hardware()
+        gpus, cpu = torch.cuda.device_count(), f"{os.cpu_count()} CPU cores ({platform.machine()})"
+        results["hardware"] = (f"{gpus} x {torch.cuda.get_device_name()}" if gpus else
+                               f"{cpu}, {torch.get_num_threads()} threads")
         results["minutes"] = round(results.get("minutes", 0) + (time.time() - started) / 60, 2)
         results["versions"] = model.versions()
         command = shlex.join(["python", "evaluate.py", *args.argv])
@@ -94,9 +78,13 @@ def record(path, arm, metrics, args, started, paired=None):
         print(f"{path}: arm {arm}, {len(metrics)} metrics")
 
 
+def tell(metrics):
+    for name, v in metrics.items():
+        print(f"{name:24s} {v['mean']:6.3f}  [{v['low']:.3f}, {v['high']:.3f}]  n {v['n']}")
+
+
 def write_results(path, results):
-    part = pathlib.Path(path).with_suffix(".tmp")
-    part.write_text(json.dumps(results, indent=1) + "\n")
+    model.write_json(part := pathlib.Path(path).with_suffix(".tmp"), results)
     part.replace(path)
 
 
@@ -105,43 +93,20 @@ def read_results(path):
     try:
         results = json.loads(pathlib.Path(path).read_text())
     except json.JSONDecodeError as e:
-        raise ValueError(
-            f"{path}:{e.lineno}: not JSON ({e.msg}); delete the file and evaluate again") from None
+        raise ValueError(f"{path}:{e.lineno}: not JSON ({e.msg}); delete the file") from e
     if not isinstance(results, dict) or "arms" not in results:
         raise ValueError(f'{path}: no "arms" in it; give a results file that evaluate.py wrote')
     return results
 
 
-# ---- closed loop on Tabletop
-
-
-def drive(policy, trials, execute, batch):
-    """Run all trials to their ends: a round is one batched forward and `execute` steps of each."""
-    active, bar = list(trials), tqdm(total=len(trials), desc="trials", disable=None)
-    while active:
-        for start in range(0, len(active), batch):
-            part = active[start : start + batch]
-            seen = [trial.env.observe() for trial in part]
-            chunks = policy.act_batch(
-                [o["image"] for o in seen], [o["instruction"] for o in seen],
-                np.stack([o["state"] for o in seen]))  # (B, K, A)
-            for trial, chunk in zip(part, chunks):
-                trial.act(chunk[:execute])
-        left = [trial for trial in active if not trial.done]
-        bar.update(len(active) - len(left))
-        active = left
-    bar.close()
-
-
 def tabletop(args):
     """`evaluate.py tabletop`: success per task and suite, chains, and GIFs of the first trials."""
-    from benchmarks.tabletop import make_trials
+    from benchmarks.tabletop import drive, make_trials
     from vla import Policy
 
     started = time.time()
     suites = args.suites.split(",")
-    unknown = set(suites) - {"spatial", "object", "goal", "long", "chain"}
-    if unknown:
+    if unknown := set(suites) - {"spatial", "object", "goal", "long", "chain"}:
         raise ValueError(f"--suites {','.join(sorted(unknown))}: choose from "
                          "spatial,object,goal,long,chain")
     policy = Policy.load(args.policy, device=args.device, seed=args.seed)
@@ -167,15 +132,9 @@ def tabletop(args):
             metrics[f"chain {k}"] = wilson(sum(n >= k for n in lengths), len(lengths))
     for trial in trials:
         trial.save(args.gif)
-    for name, value in metrics.items():
-        if len(name.split()) < 3:
-            low, high, n = value["low"], value["high"], value["n"]
-            print(f"{name:20s} {value['mean']:6.3f}  [{low:.3f}, {high:.3f}]  n {n}")
+    tell({name: value for name, value in metrics.items() if len(name.split()) < 3})
     paired = {"success": wins, "chain length": [t.solved for t in trials if t.suite == "chain"]}
     record(args.out, args.arm, metrics, args, started, paired)
-
-
-# ---- action tokens on held-out prompts
 
 
 def held_out(bb, data, count, seed, think):
@@ -247,14 +206,11 @@ def actions(args):
             for name, count in (("distinct thoughts", thoughts), ("distinct actions", distinct)):
                 metrics[f"{mode} {style} {name}"] = {
                     "mean": count, "low": None, "high": None, "n": total}
-            line = "  ".join(f"{k} {v.mean():.3f}" if len(v) else f"{k} -"
+            line = "  ".join(f"{k} " + (f"{v.mean():.3f}" if len(v) else "-")
                              for k, v in means.items())
             print(f"{mode:6s} {style:7s}  {line}  distinct thoughts {thoughts}, actions {distinct} "
                   f"of {total} (targets {len({tuple(t) for t in targets})} of {len(targets)})")
     record(args.out, args.arm, metrics, args, started, paired)
-
-
-# ---- questions
 
 
 def vqa(args):
@@ -272,13 +228,9 @@ def vqa(args):
         for kind, ok in exact(bb, items, args.max_new, args.batch):
             right.setdefault(kind, []).append(ok)
     metrics = {f"exact {kind}": wilson(sum(v), len(v)) for kind, v in sorted(right.items())}
-    for name, value in metrics.items():
-        print(f"{name:24s} {value['mean']:6.3f}  [{value['low']:.3f}, {value['high']:.3f}]  "
-              f"n {value['n']}")
+    tell(metrics)
     record(args.out, args.arm, metrics, args, started)
 
-
-# ---- the table
 
 COLUMNS = {
     "format (think)": "think sampled r_f", "reward": "think sampled reward",
@@ -344,8 +296,7 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     common = argparse.ArgumentParser(add_help=False)
     add = common.add_argument
-    add("--policy", required=True,
-        help="checkpoint folder (vla for tabletop; base, sft, grpo for actions)")
+    add("--policy", required=True, help="checkpoint folder; of vla.py for tabletop")
     add("--arm", default="policy", help="row of the results table")
     add("--out", default="results/results.json", help="results file; the arm is added to it")
     add("--preset", default="tabletop", help="name of the run, noted in the results file")
@@ -353,12 +304,10 @@ def main(argv=None):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     one = commands.add_parser("tabletop", parents=[common], help="closed-loop success on Tabletop")
     add = one.add_argument
-    add("--suites", default="spatial,object,goal,long,chain",
-        help="which suites; chain is CALVIN's protocol")
+    add("--suites", default="spatial,object,goal,long,chain", help="chain is CALVIN's protocol")
     add("--trials", type=int, default=10, help="trials a task (10 tasks a suite)")
     add("--chains", type=int, default=100, help="chains of five instructions")
-    add("--execute", type=int, default=0,
-        help="steps of a chunk before the next forward; 0 = half of it")
+    add("--execute", type=int, default=0, help="steps of a chunk that are taken; 0: half of it")
     add("--batch", type=int, default=256, help="environments a forward")
     add("--gif", default="", help="folder for rollouts as animated GIFs (two tasks a suite)")
     two = commands.add_parser("actions", parents=[common], help="action tokens on held-out prompts")

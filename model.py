@@ -109,11 +109,8 @@ def parse_actions(bb, ids):
 
 
 def prefix_reward(gen, tgt):
-    """r_a of the paper (section 3): longest common prefix of two id lists, in [0, 1].
-
-    Deviation: divided by the longer length, so that tokens after a full match cost something; 0
-    when either list is empty.
-    """
+    """r_a of the paper (section 3), in [0, 1]: longest common prefix of two id lists over the
+    longer (our deviation: tokens after a full match cost something); 0 when either is empty."""
     same = next((i for i, (g, t) in enumerate(zip(gen, tgt)) if g != t), min(len(gen), len(tgt)))
     return same / max(len(gen), len(tgt), 1)
 
@@ -587,8 +584,8 @@ LOGITS_AT_ONCE = 1 << 27  # with their gradients 16 bytes each: 2 GB; those of m
 
 
 def by_slices(net, score, rows, ids):
-    """score(logits (n, V), ids (n,)) -> two tensors (n,), over slices of rows (N, D), ids (N,). What
-    a slice needs is computed again in backward: else logits would be most of a rank's memory."""
+    """score(logits (n, V), ids (n,)) -> two tensors (n,), over slices of rows (N, D), ids (N,). A
+    slice is computed again in backward: else logits would be most of a rank's memory."""
     head = net.lm_head
     return getattr(head, "by_slices", functools.partial(_by_slices, head))(score, rows, ids)
 
@@ -993,7 +990,7 @@ class Dist:
         return torch.device("cpu") if self.rank == 0 else META
 
 
-def setup(seed, shards=0):
+def setup(seed, shards=0, batch=0):
     """Starts nccl (GPU) or gloo (CPU) under torchrun, one process otherwise; seeds torch."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc: keep freed memory, a fifth faster on
@@ -1012,6 +1009,8 @@ def setup(seed, shards=0):
     started = distributed.is_initialized()
     torch.manual_seed(seed)
     world = distributed.get_world_size() if started else 1
+    if batch % world:
+        raise ValueError(f"--batch {batch} must be a multiple of {world} ranks")
     if shards and world % shards:
         raise ValueError(f"--shards {shards} must divide the {world} ranks")
     return Dist(_rank(), world, torch.device(device), shards)
@@ -1019,12 +1018,11 @@ def setup(seed, shards=0):
 
 def all_sum(x):
     """Sums a number (-> float) or a list of numbers (-> list of floats) over the ranks."""
-    many = isinstance(x, (list, tuple))
-    values = torch.tensor([float(v) for v in (x if many else [x])], dtype=torch.float64)
+    values = torch.tensor(x, dtype=torch.float64)
     if distributed.is_initialized() and distributed.get_world_size() > 1:
         values = values.cuda() if distributed.get_backend() == "nccl" else values
         distributed.all_reduce(values)
-    return values.tolist() if many else values.item()
+    return values.tolist()
 
 
 SMALL = 50_000_000  # parameters below which gathering all at once costs less than it saves memory
@@ -1061,7 +1059,7 @@ def shard(net, dist, mp_dtype=None, offload=False):
     for unit in units(net):
         _receive(unit, dist)
         fsdp.fully_shard(unit, reshard_after_forward=unit is not net, **kw)
-    if isinstance(net, transformers.PreTrainedModel):  # FSDP must know which methods are called in place of forward()
+    if isinstance(net, transformers.PreTrainedModel):  # which methods are called like forward()
         for part, method in (net, _hidden), (net.lm_head, _by_slices):
             setattr(part, name := method.__name__[1:], types.MethodType(method, part))
             fsdp.register_fsdp_forward_method(part, name)
@@ -1160,30 +1158,22 @@ def read_json(path):
     return json.loads(Path(path).read_text())
 
 
-def _whole(t):
-    """A tensor, maybe sharded, as a whole on the CPU of rank 0 (elsewhere None). All ranks call."""
-    t = t.detach()
-    t = t.full_tensor() if isinstance(t, DTensor) else t
-    return t.cpu().contiguous() if _rank() == 0 else None
-
-
 def _rank():
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def _weights(module):
-    """Name -> whole tensor; tied parameters are gathered once and stay one tensor."""
-    for part in module.modules():
-        if isinstance(part, fsdp.FSDPModule):
-            part.reshard()
-    state = module.state_dict(keep_vars=True)
-    whole = {id(t): t for t in state.values()}
-    whole = {k: _whole(t) for k, t in whole.items()}
+    """Name -> whole tensor on the CPU of rank 0 (elsewhere None); all ranks call it. Tied ones are
+    gathered once and stay one tensor."""
+    state, whole = module.state_dict(keep_vars=True), {}
+    for t in {id(t): t for t in state.values()}.values():
+        full = t.detach().full_tensor() if isinstance(t, DTensor) else t.detach()
+        whole[id(t)] = full.cpu().contiguous() if _rank() == 0 else None
     return {name: whole[id(t)] for name, t in state.items()}
 
 
 def _moments(module, optim):
-    """ "parameter/exp_avg" and so on -> tensor of the optimizer, of which a rank may hold a shard."""
+    """ "parameter/exp_avg" and so on -> tensor of the optimizer, maybe sharded."""
     names = {p: name for name, p in module.named_parameters()}
     return dict(sorted((f"{names[p]}/{k}", t if t.ndim else t[None])
                        for p, state in optim.state.items() for k, t in state.items()))
@@ -1191,29 +1181,9 @@ def _moments(module, optim):
 
 def _as_module(what):
     """The module whose parameters an optimizer may hold: the backbone's net, or a dict of parts."""
-    if isinstance(what, Backbone):
-        return what.net
     if isinstance(what, dict):
         return nn.ModuleDict({k: _as_module(v) for k, v in what.items()})
-    return what
-
-
-@contextlib.contextmanager
-def _together(part):
-    """All ranks stop when one of them could not write its part of a checkpoint."""
-    error = None
-    try:
-        yield
-    except dcp.api.CheckpointException as e:  # DCP tells all ranks what failed on one
-        error = next(iter(e.failures.values()))[0]
-    except (OSError, SafetensorError) as e:
-        error = e
-    if all_sum(error is not None):
-        if _rank() > 0:
-            raise SystemExit(1)  # rank 0 knows, and says it
-        shutil.rmtree(part, ignore_errors=True)  # it may fill the disk
-        raise ValueError(f"{part}: could not be written ({error}); what was saved before is whole: "
-                         "make room, then --resume")
+    return what.net if isinstance(what, Backbone) else what
 
 
 def save(folder, what, run, fast=None, optim=None):
@@ -1227,18 +1197,17 @@ def save(folder, what, run, fast=None, optim=None):
     folder = Path(folder)
     part = folder.with_name(folder.name + ".tmp")
     parts = what if isinstance(what, dict) else {"backbone": what}
-    with _together(part):
-        if _rank() == 0:
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-    states = {k: _weights(_as_module(v)) for k, v in parts.items()}
-    with _together(part):
+    states, error = {k: _weights(_as_module(v)) for k, v in parts.items()}, None
+    if _rank() == 0:
+        shutil.rmtree(part, ignore_errors=True)
+    try:
         if optim:  # as safetensors, where DCP's own format has a pickle; 64 tensors a file, as each
             moments = _moments(_as_module(what), optim)  # file is put together in memory
             dcp.save(moments, storage_writer=dcp.HuggingFaceStorageWriter(
                 part / "train_state", {k: i // 64 + 1 for i, k in enumerate(moments)},
                 save_distributed=True))
         if _rank() == 0:
+            part.mkdir(parents=True, exist_ok=True)
             for name, v in parts.items():
                 if isinstance(v, Backbone):
                     v.net.save_pretrained(part, state_dict=states[name])
@@ -1251,6 +1220,16 @@ def save(folder, what, run, fast=None, optim=None):
                 fast.save(part / "fast")
             write_json(part / "run.json", {**run, "versions": versions(), "commit": commit()})
             _swap(part, folder)
+    except dcp.api.CheckpointException as e:  # DCP tells all ranks what failed on one
+        error = next(iter(e.failures.values()))[0]
+    except (OSError, SafetensorError) as e:
+        error = e
+    if all_sum(error is not None):
+        if _rank() > 0:
+            raise SystemExit(1)  # rank 0 knows, and says it
+        shutil.rmtree(part, ignore_errors=True)  # it may fill the disk
+        raise ValueError(f"{part}: could not be written ({error}); what was saved before is whole: "
+                         "make room, then --resume")
 
 
 def _swap(part, folder):
@@ -1258,18 +1237,15 @@ def _swap(part, folder):
         fd = os.open(path, os.O_RDONLY)
         os.fsync(fd)
         os.close(fd)
-    if not folder.exists():
-        part.rename(folder)
-        return
-    libc, (new, old) = ctypes.CDLL(None), map(os.fsencode, (part, folder))
-    at, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE: at no moment is there no checkpoint
-    if not hasattr(libc, "renameat2") or libc.renameat2(at, new, at, old, exchange):
-        trash = part.with_suffix(".old")  # this file system cannot
-        shutil.rmtree(trash, ignore_errors=True)
-        folder.rename(trash)
-        part.rename(folder)
-        part = trash
-    shutil.rmtree(part)
+    old = part.with_suffix(".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():  # at no moment there is none: RENAME_EXCHANGE (2), where Linux has it
+        exchange = getattr(ctypes.CDLL(None), "renameat2", lambda *_: -1)
+        if exchange(-100, os.fsencode(part), -100, os.fsencode(folder), 2) == 0:
+            return shutil.rmtree(part)
+        folder.rename(old)
+    part.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 STOP = threading.Event()  # SIGTERM has come
@@ -1314,13 +1290,21 @@ def load_train_state(folder, what, optim):
     return run["step"], np.array(run.get("unlogged", 0)) * (_rank() == 0)
 
 
-def check_resume(folder, old, cfg, free):
-    """ValueError when a run goes on with another value of a flag that is not `free` to change."""
-    new = dataclasses.asdict(cfg)
-    for k in [k for k in new if k not in free and old.get(k) != new[k]]:
+FREE = ["preset", "out", "steps", "epochs", "resume", "keep", "probe", "micro_batch", "chunk",
+        "recompute", "shards", "cpu_offload", "cache", "cache_dir", "eval_rows", "eval_prompts",
+        "eval_every", "save_every", "log_every", "show_every"]
+
+
+def resumed(cfg):
+    """The newest checkpoint if the run is to --resume it, or None. ValueError when it goes on with
+    another value of a flag that is not FREE to change."""
+    newest, new = latest(cfg.out) if cfg.resume else None, dataclasses.asdict(cfg)
+    old = read_json(newest / "run.json")["config"] if newest else new
+    for k in [k for k in new if k not in FREE and old.get(k) != new[k]]:
         flag = "--" + k.replace("_", "-")
-        raise ValueError(f"{folder}: was run with another {flag}; resume with {flag} {old.get(k)}, "
+        raise ValueError(f"{newest}: was run with another {flag}; resume with {flag} {old.get(k)}, "
                          "or start anew in another --out")
+    return newest
 
 
 def _steps(out):

@@ -87,8 +87,7 @@ class Conversations:
     """Rows of a .jsonl file, checked when opened and read when asked for.
 
     source[i] -> (messages with their mode lines, images, kind or None, where). ValueError naming
-    the file and the line on a malformed row or a missing image.
-    """
+    the file and the line on a malformed row or a missing image."""
 
     def __init__(self, path, fast, holdout):
         self.path, self.fast, self.offset = Path(path), fast, []
@@ -256,9 +255,8 @@ def order(sizes, weights, draws, seed):
 
 
 def batches(bb, sources, picks, cfg, dist):
-    """This rank's micro-batches of the samples `picks` [(source, row)], equally many on each rank.
-
-    Dealt out by length, as ranks wait for the one with the most tokens."""
+    """This rank's micro-batches of the samples `picks` [(source, row)], equally many on each rank,
+    dealt out by length, as ranks wait for the one with the most tokens."""
     picks = sorted(picks.tolist(), key=lambda p: sources[p[0]].size(p[1]))
     mine = picks[dist.rank :: dist.world]
     rows = [row_of(bb, sources[s], int(i), cfg.max_length) for s, i in mine]
@@ -327,11 +325,9 @@ def greedy(bb, sources, cfg, dist):
 
 
 def thinking_rollouts(bb, sources, cfg, dist, n=4):
-    """What RL will start from: thinking rollouts on held-out prompts, which SFT never showed.
-
-    -> format rate, mean r_a (paper section 3), and how many of the n thoughts and actions differ:
-    thoughts that are all alike leave RL without a signal (Table 1 of the paper).
-    """
+    """What RL will start from: thinking rollouts on held-out prompts, which SFT never showed. ->
+    format rate, mean r_a (paper section 3), and how many of the n thoughts and actions differ: if
+    thoughts are all alike RL has no signal (Table 1 of the paper)."""
     prompts = [(s, i) for s in sources if isinstance(s, Demonstrations)
                for i in spread(s.held, cfg.probe)][: cfg.probe]
     mine, total, shown = prompts[dist.rank :: dist.world], np.zeros(5), ""
@@ -362,7 +358,7 @@ def thinking_rollouts(bb, sources, cfg, dist, n=4):
 def prepare(cfg, dist):
     """-> Backbone with its vocabulary, sources, their weights, the checkpoint to resume or None."""
     paths = mixture(cfg.data)
-    newest = model.latest(cfg.out) if cfg.resume else None
+    newest = model.resumed(cfg)
     fast = FastTokenizer.load(cfg.fast) if cfg.fast and not newest else None
 
     def read(fast):
@@ -384,9 +380,6 @@ def prepare(cfg, dist):
         if s.name in [other.name for other in sources[:k]]:
             s.name += str(k)
     weights = [len(s) if w is None else w for s, (_, w) in zip(sources, paths)]
-    if newest:
-        free = asdict(cfg).keys() - {"data", "seed", "batch", "holdout"}
-        model.check_resume(newest, bb.run["config"], cfg, free)
     if cfg.freeze_vision:
         bb.net.model.visual.requires_grad_(False)
     if cfg.recompute:
@@ -396,9 +389,7 @@ def prepare(cfg, dist):
 
 def main(argv=None):
     cfg = model.parse(Config, PRESETS, argv)
-    dist = model.setup(cfg.seed, cfg.shards)
-    if cfg.batch % dist.world:
-        raise ValueError(f"--batch {cfg.batch} must be a multiple of {dist.world} ranks")
+    dist = model.setup(cfg.seed, cfg.shards, cfg.batch)
     bb, sources, weights, newest = prepare(cfg, dist)
     net = model.shard(bb.net, dist)
     net.train()

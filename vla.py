@@ -37,7 +37,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import model
-from fast_tokenizer import chunks_of, episode_stats, episodes, normalize, split, unnormalize
+from fast_tokenizer import chunks_of, episode_stats, episodes, locate, normalize, split, unnormalize
 
 
 @dataclass(frozen=True)
@@ -126,20 +126,15 @@ class Frames:
         cut, n = sum(map(len, kept)), int(self.ends[-1])
         self.train, self.held = range(cut), range(cut, n)
 
-    def at(self, i):
-        """Frame number -> (episode number, step)."""
-        e = int(np.searchsorted(self.ends, i, side="right"))
-        return e, int(i) - int(self.ends[e] - len(self.files[e]))
-
     def batch(self, ids):
         """Frames as model.guard saves them; what was seen in them follows from their numbers."""
-        where = [f"{self.files[e].path}:{t}" for e, t in map(self.at, ids)]
+        where = [f"{f.path}:{t}" for f, t in (locate(self.files, self.ends, i) for i in ids)]
         yield {"where": where, "frame": ids, "state": self.state[ids], "action": self.action[ids]}
 
     def rows(self, bb, places, think, memo):
-        """Prompts of [(episode number, step)]."""
-        return [prompt(bb, [self.files[e].frame(t, camera) for camera in self.cameras],
-                       self.files[e].task, think, memo) for e, t in places]
+        """Prompts of [(episode, step)]."""
+        return [prompt(bb, [f.frame(t, camera) for camera in self.cameras], f.task, think, memo)
+                for f, t in places]
 
 
 @functools.lru_cache(2)
@@ -201,7 +196,8 @@ class InLoop:
         self.bb, self.frames, self.think, self.device, self.memo = bb, frames, cfg.think, device, {}
 
     def read(self, ids):
-        return self.frames.rows(self.bb, map(self.frames.at, ids), self.think, self.memo)
+        places = [locate(self.frames.files, self.frames.ends, i) for i in ids]
+        return self.frames.rows(self.bb, places, self.think, self.memo)
 
     def features(self, rows):
         return condition(self.bb, rows, self.device)
@@ -221,7 +217,8 @@ class Cached:
                 raise ValueError(f"{path}: {e}; delete {folder} to compute it again") from e
 
     def read(self, ids):
-        return [self.files[e][t : t + 1][0] for e, t in map(self.frames.at, ids)]  # (T, D) each
+        places = (locate(self.files, self.frames.ends, i) for i in ids)
+        return [file[t : t + 1][0] for file, t in places]  # (T, D) each
 
     def features(self, feats):
         length = torch.tensor([len(f) for f in feats])
@@ -254,7 +251,7 @@ def build_cache(bb, frames, cfg, dist, size=64):
     the very same features already. -> Cached. ValueError when it holds other ones."""
     folder, memo, files = Path(cfg.cache_dir or Path(cfg.out) / "features"), {}, frames.files
     folder.mkdir(parents=True, exist_ok=True)
-    rows = frames.rows(bb, [(e, 0) for e in range(len(files))], cfg.think, memo)
+    rows = frames.rows(bb, [(f, 0) for f in files], cfg.think, memo)
     made_from, path = fingerprint(bb, frames, rows, cfg), folder / "fingerprint.json"
     if path.exists():
         stored = model.read_json(path)
@@ -273,7 +270,7 @@ def build_cache(bb, frames, cfg, dist, size=64):
                   disable=None if dist.rank == 0 else True):
         feats = []  # one instruction an episode: equal lengths, no padding
         for t in range(0, len(files[e]), size):
-            some = [(e, i) for i in range(t, min(t + size, len(files[e])))]
+            some = [(files[e], i) for i in range(t, min(t + size, len(files[e])))]
             rows = frames.rows(bb, some, cfg.think, memo)
             feats.append(condition(bb, rows, dist.device)[0].to(kind).cpu())  # (B, T, D)
         feats = torch.cat(feats)
@@ -444,21 +441,15 @@ def save(folder, bb, norm, heads, run, **state):
 
 def prepare(cfg, dist):
     """-> Frames, frozen Backbone, its final norm, feature source, checkpoint to resume or None."""
-    if cfg.batch % dist.world:
-        raise ValueError(f"--batch {cfg.batch} must be a multiple of {dist.world} ranks")
     if cfg.cache not in ("features", "none"):
         raise ValueError(f"--cache {cfg.cache}: choose features or none")
     if min(cfg.draws, cfg.layers) < 1 or not 0 <= cfg.ema < 1:
         raise ValueError(f"--draws {cfg.draws}, --layers {cfg.layers}, --ema {cfg.ema}; draws and "
                          "layers start at 1, ema lies in [0, 1)")
-    frames, newest = Frames(cfg), model.latest(cfg.out) if cfg.resume else None
+    frames, newest = Frames(cfg), model.resumed(cfg)
     bb = model.load(newest or cfg.init, dist.build if cfg.cache == "none" else dist.device,
                     precision(dist.device), ("vla",) if newest else ("base", "sft", "grpo"),
                     cfg.seed, max_pixels=cfg.max_pixels)
-    if newest:
-        free = ("out", "cache", "cache_dir", "steps", "shards", "eval_rows", "eval_every",
-                "save_every", "keep", "log_every", "resume")
-        model.check_resume(newest, bb.run["config"], cfg, free)
     norm = freeze(bb, bb.run["policy"]["layer"] if newest else cfg.layer)
     if cfg.cache == "none":
         model.shard(bb.net, dist, precision(dist.device))
@@ -471,7 +462,7 @@ def prepare(cfg, dist):
 
 def main(argv=None):
     cfg = model.parse(Config, PRESETS, argv)
-    dist = model.setup(cfg.seed, cfg.shards)
+    dist = model.setup(cfg.seed, cfg.shards, cfg.batch)
     frames, bb, norm, source, newest = prepare(cfg, dist)
     sizes = model.HeadConfig(
         bb.net.config.text_config.hidden_size, cfg.dim, cfg.layers, cfg.heads, cfg.vl_layers,

@@ -6,9 +6,9 @@ python -m benchmarks.memory vla paper --init random:qwen3-vl-8b
 
 Flags of the stage follow its preset; --ranks, --gb, --row (tokens of a row or prompt, its image
 among them) and --image (side in pixels) are read here. `--dry-run` of a stage tells the same for
-the ranks and the memory of the machine it is started on. Weights, gradients, optimizer and caches are
-counted exactly; activations by asking autograd what it keeps of one block. What is left out: the
-allocator's fragments and the libraries' workspaces, so leave 10% free.
+the ranks and the memory of the machine it is started on. Weights, gradients, optimizer and caches
+are counted exactly; activations by asking autograd what it keeps of one block. What is left out:
+the allocator's fragments and the libraries' workspaces, so leave 10% free.
 """
 
 import argparse
