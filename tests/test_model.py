@@ -74,9 +74,36 @@ def test_patchify_rejects_other_arrays(bb, shape):
         model.patchify(np.zeros(shape, np.uint8), bb.images)
 
 
+# The templates that the families publish, but for their branches about tools and videos.
+IMAGE = ("{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
+         "{% if add_vision_id %}Picture 1: {% endif %}<|vision_start|><|image_pad|><|vision_end|>"
+         "{% elif 'text' in content %}{{ content['text'] }}{% endif %}")
+PUBLISHED = {
+    "qwen2_5_vl": (
+        "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>"
+        "system\nYou are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}"
+        "\n{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
+        "{% for content in message['content'] %}" + IMAGE + "{% endfor %}<|im_end|>\n{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"),
+    "qwen3_vl": (
+        "{%- if messages[0].role == 'system' %}{{- '<|im_start|>system\n' }}"
+        "{%- if messages[0].content is string %}{{- messages[0].content }}{%- else %}"
+        "{%- for content in messages[0].content %}{%- if 'text' in content %}{{- content.text }}"
+        "{%- endif %}{%- endfor %}{%- endif %}{{- '<|im_end|>\n' }}{%- endif %}"
+        "{%- for message in messages %}{%- if message.role == 'user' or message.role == 'assistant' %}"
+        "{{- '<|im_start|>' + message.role + '\n' }}{%- if message.content is string %}"
+        "{{- message.content }}{%- else %}{%- for content in message.content %}" + IMAGE +
+        "{%- endfor %}{%- endif %}{{- '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}")}
+
+
 @pytest.mark.parametrize("prompt_only", [False, True])
 @pytest.mark.parametrize("system", [False, True])
-def test_encode_equals_the_chat_template(bb, prompt_only, system):
+@pytest.mark.parametrize("published", [False, True])
+def test_encode_equals_the_chat_template(bb, prompt_only, system, published, monkeypatch):
+    """The one in a folder that we wrote, and the one that comes with the family."""
+    if published:
+        monkeypatch.setattr(bb.tok, "chat_template", PUBLISHED[bb.net.config.model_type])
     messages = talk(2)[:3] if prompt_only else talk(2)
     if system:
         messages = [{"role": "system", "content": "Be brief."}, *messages]

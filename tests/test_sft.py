@@ -221,6 +221,7 @@ def row(images=(), text="<image>Which?", role="assistant", **more):
     (row(role="robot"), r"talk\.jsonl:9: roles \['user', 'robot'\]"),
     (row(["gone.png"]), r"talk\.jsonl:9: image .*gone\.png does not open"),
     (row([]), r'talk\.jsonl:9: 1 "<image>" but 0 images'),
+    (row([], "<|image_pad|>"), r'talk\.jsonl:9: "<\|image_pad\|>" in the text; write "<image>"'),
     (row([], "<ACTION>"), r"talk\.jsonl:9: an <ACTION> but no FAST tokenizer; give --fast"),
     (row(["0.png"], "<image>" + "word " * 900), r"talk\.jsonl:9: 9\d\d tokens; raise --max-length"),
 ])
