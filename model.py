@@ -1006,9 +1006,8 @@ def setup(seed, shards=0, batch=0):
         elif cuda:  # FSDP on one GPU brings mixed precision with the same code
             distributed.init_process_group(
                 "nccl", store=distributed.HashStore(), rank=0, world_size=1)
-    started = distributed.is_initialized()
     torch.manual_seed(seed)
-    world = distributed.get_world_size() if started else 1
+    world = distributed.get_world_size() if distributed.is_initialized() else 1
     if batch % world:
         raise ValueError(f"--batch {batch} must be a multiple of {world} ranks")
     if shards and world % shards:
@@ -1260,7 +1259,8 @@ def checkpoint(cfg, step, run, write, unlogged=()):
     if stop or (cfg.save_every and step % cfg.save_every == 0):
         write(folder, run={**run, "step": step, "unlogged": all_sum(unlogged)})
         if _rank() == 0:
-            for old in _steps(out)[: -cfg.keep] if cfg.keep else []:
+            done = [p for p in _steps(out) if p.name <= folder.name]  # later ones: another run's
+            for old in done[: -cfg.keep] if cfg.keep else []:
                 old.rename(old.with_suffix(".tmp"))  # one half deleted must not pass for whole
             for part in out.glob("step_*.tmp"):
                 shutil.rmtree(part)
