@@ -153,7 +153,6 @@ def held_out(bb, data, count, seed, think):
 
 def score(bb, out, n, targets, chunks, think):
     """Scores of B * n completions: (means by prompt {name: (B,)}, distinct thoughts and actions).
-
     "l1" is over the completions that decode, in normalised units (range 2); r_f says how many."""
     from grpo import reward
 
@@ -174,8 +173,7 @@ def score(bb, out, n, targets, chunks, think):
 
 
 def actions(args):
-    """`evaluate.py actions`: format rate, prefix reward, decoded-action L1; thinking and direct;
-    sampled and greedy."""
+    """`evaluate.py actions`: format rate, r_a, L1; thinking and direct; sampled and greedy."""
     started = time.time()
     bb = model.load(args.policy, device=args.device, stages=("base", "sft", "grpo"))
     bb.net.eval()
@@ -250,8 +248,7 @@ def show(value, percent):
 
 
 def report(args):
-    """`evaluate.py report`: results files -> one Markdown table, and paired differences between
-    neighbouring arms."""
+    """`evaluate.py report`: results files -> one Markdown table, and differences between arms."""
     for path in args.files:
         results = read_results(path)
         if args.minutes:

@@ -335,7 +335,7 @@ def episodes(folder, limit=0, fast=None):
 def locate(files, ends, i):
     """Step i of all files, counted through (`ends`: the cumulated lengths) -> (file, its step)."""
     e = int(np.searchsorted(ends, i, side="right"))
-    return files[e], int(i) - (int(ends[e - 1]) if e else 0)
+    return files[e], int(i) - int(ends[e] - len(files[e]))
 
 
 def split(files, share=0.05):

@@ -37,7 +37,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import model
-from fast_tokenizer import chunks_of, episode_stats, episodes, locate, normalize, split, unnormalize
+from fast_tokenizer import chunks_of, episode_stats, episodes, normalize, split, unnormalize
 
 
 @dataclass(frozen=True)
@@ -126,15 +126,20 @@ class Frames:
         cut, n = sum(map(len, kept)), int(self.ends[-1])
         self.train, self.held = range(cut), range(cut, n)
 
+    def at(self, i):
+        """Frame number -> (episode number, step)."""
+        e = int(np.searchsorted(self.ends, i, side="right"))
+        return e, int(i) - int(self.ends[e] - len(self.files[e]))
+
     def batch(self, ids):
         """Frames as model.guard saves them; what was seen in them follows from their numbers."""
-        where = [f"{f.path}:{t}" for f, t in (locate(self.files, self.ends, i) for i in ids)]
+        where = [f"{self.files[e].path}:{t}" for e, t in map(self.at, ids)]
         yield {"where": where, "frame": ids, "state": self.state[ids], "action": self.action[ids]}
 
     def rows(self, bb, places, think, memo):
-        """Prompts of [(episode, step)]."""
-        return [prompt(bb, [f.frame(t, camera) for camera in self.cameras], f.task, think, memo)
-                for f, t in places]
+        """Prompts of [(episode number, step)]."""
+        return [prompt(bb, [self.files[e].frame(t, camera) for camera in self.cameras],
+                       self.files[e].task, think, memo) for e, t in places]
 
 
 @functools.lru_cache(2)
@@ -196,8 +201,7 @@ class InLoop:
         self.bb, self.frames, self.think, self.device, self.memo = bb, frames, cfg.think, device, {}
 
     def read(self, ids):
-        places = [locate(self.frames.files, self.frames.ends, i) for i in ids]
-        return self.frames.rows(self.bb, places, self.think, self.memo)
+        return self.frames.rows(self.bb, map(self.frames.at, ids), self.think, self.memo)
 
     def features(self, rows):
         return condition(self.bb, rows, self.device)
@@ -217,8 +221,7 @@ class Cached:
                 raise ValueError(f"{path}: {e}; delete {folder} to compute it again") from e
 
     def read(self, ids):
-        places = (locate(self.files, self.frames.ends, i) for i in ids)
-        return [file[t : t + 1][0] for file, t in places]  # (T, D) each
+        return [self.files[e][t : t + 1][0] for e, t in map(self.frames.at, ids)]  # (T, D) each
 
     def features(self, feats):
         length = torch.tensor([len(f) for f in feats])
@@ -251,7 +254,7 @@ def build_cache(bb, frames, cfg, dist, size=64):
     the very same features already. -> Cached. ValueError when it holds other ones."""
     folder, memo, files = Path(cfg.cache_dir or Path(cfg.out) / "features"), {}, frames.files
     folder.mkdir(parents=True, exist_ok=True)
-    rows = frames.rows(bb, [(f, 0) for f in files], cfg.think, memo)
+    rows = frames.rows(bb, [(e, 0) for e in range(len(files))], cfg.think, memo)
     made_from, path = fingerprint(bb, frames, rows, cfg), folder / "fingerprint.json"
     if path.exists():
         stored = model.read_json(path)
@@ -270,7 +273,7 @@ def build_cache(bb, frames, cfg, dist, size=64):
                   disable=None if dist.rank == 0 else True):
         feats = []  # one instruction an episode: equal lengths, no padding
         for t in range(0, len(files[e]), size):
-            some = [(files[e], i) for i in range(t, min(t + size, len(files[e])))]
+            some = [(e, i) for i in range(t, min(t + size, len(files[e])))]
             rows = frames.rows(bb, some, cfg.think, memo)
             feats.append(condition(bb, rows, dist.device)[0].to(kind).cpu())  # (B, T, D)
         feats = torch.cat(feats)
