@@ -1,4 +1,4 @@
-"""Every number that the project reports: closed-loop success, action tokens, and the table.
+"""Every number that the project reports: closed-loop success, action tokens, answers, the table.
 
     python evaluate.py tabletop --policy runs/vla --chains 50 --arm RL --out results/run.json
     python evaluate.py actions --policy runs/grpo --data data/test --arm RL --out results/run.json
@@ -6,14 +6,9 @@
     python evaluate.py calvin --policy runs/vla --data task_ABC_D --out results/calvin.json
     python evaluate.py report results/run.json
 
-`tabletop` lets a policy of vla.py drive the four suites and the chains of benchmarks/tabletop.py:
-many environments are stepped together with one batched forward. `actions` samples and decodes what
-a checkpoint of any stage writes for held-out (image, instruction) prompts, thinking first and
-directly. `vqa` marks greedy answers to questions; `calvin` runs CALVIN's chains. Each adds one arm
-to a results file; `report` makes Markdown tables, with paired differences of consecutive arms.
-
-Every success rate carries its n and a 95% Wilson interval; means carry a 95% bootstrap interval
-over prompts or chains (2,000 resamples, seed 0). Writes the results file, and GIFs when asked.
+The first four add one arm to a results file; `report` makes one Markdown table of such files, with
+the paired differences between consecutive arms. Every success rate carries its n and a 95% Wilson
+interval; means carry a 95% bootstrap interval over prompts or chains (2,000 resamples, seed 0).
 """
 
 import argparse
@@ -29,12 +24,9 @@ import time
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import fast_tokenizer
 import model
-
-# ---- intervals
 
 
 def wilson(successes, n):
@@ -65,16 +57,6 @@ def chain_metrics(lengths):
     return {"chain length": bootstrap(lengths), **rates}
 
 
-# ---- results files
-
-
-def hardware():
-    """One line about the machine that measured."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"{os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} threads"
-
-
 def record(path, arm, metrics, args, started, paired=None):
     """Add metrics {name: interval} to `arm` of the results file (made if missing), atomically, also
     when several evaluations write to it at once."""
@@ -89,7 +71,9 @@ def record(path, arm, metrics, args, started, paired=None):
         place["paired"].update(paired or {})
         place["checkpoints"][args.command] = str(args.policy)
         results["seeds"] = sorted({*results.get("seeds", []), args.seed})
-        results["hardware"] = hardware()
+        gpus, cpu = torch.cuda.device_count(), f"{os.cpu_count()} CPU cores ({platform.machine()})"
+        results["hardware"] = (f"{gpus} x {torch.cuda.get_device_name()}" if gpus else
+                               f"{cpu}, {torch.get_num_threads()} threads")
         results["minutes"] = round(results.get("minutes", 0) + (time.time() - started) / 60, 2)
         results["versions"] = model.versions()
         command = shlex.join(["python", "evaluate.py", *args.argv])
@@ -102,8 +86,7 @@ def record(path, arm, metrics, args, started, paired=None):
 
 
 def write_results(path, results):
-    part = pathlib.Path(path).with_suffix(".tmp")
-    part.write_text(json.dumps(results, indent=1) + "\n")
+    model.write_json(part := pathlib.Path(path).with_suffix(".tmp"), results)
     part.replace(path)
 
 
@@ -112,43 +95,20 @@ def read_results(path):
     try:
         results = json.loads(pathlib.Path(path).read_text())
     except json.JSONDecodeError as e:
-        raise ValueError(
-            f"{path}:{e.lineno}: not JSON ({e.msg}); delete the file and evaluate again") from None
+        raise ValueError(f"{path}:{e.lineno}: not JSON ({e.msg}); delete the file") from e
     if not isinstance(results, dict) or "arms" not in results:
         raise ValueError(f'{path}: no "arms" in it; give a results file that evaluate.py wrote')
     return results
 
 
-# ---- closed loop on Tabletop
-
-
-def drive(policy, trials, execute, batch):
-    """Run all trials to their ends: a round is one batched forward and `execute` steps of each."""
-    active, bar = list(trials), tqdm(total=len(trials), desc="trials", disable=None)
-    while active:
-        for start in range(0, len(active), batch):
-            part = active[start : start + batch]
-            seen = [trial.env.observe() for trial in part]
-            chunks = policy.act_batch(
-                [o["image"] for o in seen], [o["instruction"] for o in seen],
-                np.stack([o["state"] for o in seen]))  # (B, K, A)
-            for trial, chunk in zip(part, chunks):
-                trial.act(chunk[:execute])
-        left = [trial for trial in active if not trial.done]
-        bar.update(len(active) - len(left))
-        active = left
-    bar.close()
-
-
 def tabletop(args):
     """`evaluate.py tabletop`: success per task and suite, chains, and GIFs of the first trials."""
-    from benchmarks.tabletop import make_trials
+    from benchmarks.tabletop import drive, make_trials
     from vla import Policy
 
     started = time.time()
     suites = args.suites.split(",")
-    unknown = set(suites) - {"spatial", "object", "goal", "long", "chain"}
-    if unknown:
+    if unknown := set(suites) - {"spatial", "object", "goal", "long", "chain"}:
         raise ValueError(f"--suites {','.join(sorted(unknown))}: choose from "
                          "spatial,object,goal,long,chain")
     policy = Policy.load(args.policy, device=args.device, seed=args.seed)
@@ -183,9 +143,6 @@ def calvin(args):
     started, policy = time.time(), Policy.load(args.policy, device=args.device, seed=args.seed)
     lengths = play(policy, args.data, args.chains, args.execute or policy.horizon // 2)
     record(args.out, args.arm, chain_metrics(lengths), args, started, {"chain length": lengths})
-
-
-# ---- action tokens on held-out prompts
 
 
 def held_out(bb, data, count, seed, think):
@@ -224,7 +181,7 @@ def score(bb, ids, n, targets, chunks, think):
 
 
 def actions(args):
-    """`evaluate.py actions`: format, reward and L1; thinking and direct, sampled and greedy."""
+    """`evaluate.py actions`: format rate, r_a, L1; thinking and direct; sampled and greedy."""
     started = time.time()
     bb = model.load(args.policy, device=args.device, stages=("base", "sft", "grpo"))
     bb.net.eval()
@@ -252,14 +209,11 @@ def actions(args):
             for name, count in (("distinct thoughts", thoughts), ("distinct actions", distinct)):
                 metrics[f"{mode} {style} {name}"] = {
                     "mean": count, "low": None, "high": None, "n": total}
-            line = "  ".join(f"{k} {v.mean():.3f}" if len(v) else f"{k} -"
+            line = "  ".join(f"{k} " + (f"{v.mean():.3f}" if len(v) else "-")
                              for k, v in means.items())
             print(f"{mode:6s} {style:7s}  {line}  distinct thoughts {thoughts}, actions {distinct} "
                   f"of {total} (targets {len({tuple(t) for t in targets})} of {len(targets)})")
     record(args.out, args.arm, metrics, args, started, paired)
-
-
-# ---- questions
 
 
 def vqa(args):
@@ -273,8 +227,6 @@ def vqa(args):
                wilson(sum(v), len(v)) for kind, v in sorted(marks(bb, args).items())}
     record(args.out, args.arm, metrics, args, started)
 
-
-# ---- the table
 
 COLUMNS = {
     "format (think)": "think sampled r_f", "reward": "think sampled reward",
@@ -294,8 +246,7 @@ def show(value, percent):
 
 
 def report(args):
-    """`evaluate.py report`: results files -> one Markdown table, and paired differences between
-    neighbouring arms."""
+    """`evaluate.py report`: results files -> one Markdown table, and differences between arms."""
     for path in args.files:
         results = read_results(path)
         if args.minutes:
@@ -340,8 +291,7 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     common = argparse.ArgumentParser(add_help=False)
     add = common.add_argument
-    add("--policy", required=True,
-        help="checkpoint folder (vla for tabletop; base, sft, grpo for actions)")
+    add("--policy", required=True, help="checkpoint folder; of vla.py for tabletop")
     add("--arm", default="policy", help="row of the results table")
     add("--out", default="results/results.json", help="results file; the arm is added to it")
     add("--preset", default="tabletop", help="name of the run, noted in the results file")
@@ -349,12 +299,10 @@ def main(argv=None):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     one = commands.add_parser("tabletop", parents=[common], help="closed-loop success on Tabletop")
     add = one.add_argument
-    add("--suites", default="spatial,object,goal,long,chain",
-        help="which suites; chain is CALVIN's protocol")
+    add("--suites", default="spatial,object,goal,long,chain", help="chain is CALVIN's protocol")
     add("--trials", type=int, default=10, help="trials a task (10 tasks a suite)")
     add("--chains", type=int, default=100, help="chains of five instructions")
-    add("--execute", type=int, default=0,
-        help="steps of a chunk before the next forward; 0 = half of it")
+    add("--execute", type=int, default=0, help="steps of a chunk that are taken; 0: half of it")
     add("--batch", type=int, default=256, help="environments a forward")
     add("--gif", default="", help="folder for rollouts as animated GIFs (two tasks a suite)")
     five = commands.add_parser("calvin", parents=[common], help="CALVIN's chains")

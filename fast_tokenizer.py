@@ -336,7 +336,6 @@ def locate(files, ends, i):
 
 def split(files, share=0.05):
     """Episodes -> (to train on, held out): the one rule of all stages, the last share, at least one.
-
     ValueError when none would be left to train on."""
     last = max(1, int(share * len(files) + 1e-9))
     if last >= len(files):
@@ -368,9 +367,9 @@ def chunks_of(episode, horizon):
 
 
 def report(fast, chunks):
-    """Round trip of chunks (B, K, A) against one 256-bin token a number -> dict.
-
-    Errors per dimension in the units of chunks, lengths in tokens, entropy in nats."""
+    """Round trip of chunks (B, K, A) against one 256-bin token a number ("naive") -> dict: errors
+    by dimension in the units of chunks, share of coefficients clipped, lengths in tokens, entropy
+    of the first token in nats, coefficients that the first token and all tokens cover."""
     ids = fast.encode(chunks)
     decoded, ok = fast.decode(ids)
     error = (decoded - chunks)[ok].astype(np.float64)  # (B, K, A)
@@ -388,20 +387,6 @@ def report(fast, chunks):
             "tokens_mean": float(length.mean()), "tokens_p95": float(np.percentile(length, 95)),
             "first_entropy": float(p @ np.log(1 / p)), "first_cover": float(np.mean(cover)),
             "cover": chunks.size / float(length.sum())}
-
-
-def _print(fast, r):
-    def row(values):
-        return " ".join(f"{v:10.3g}" for v in values)
-    print(f"horizon {fast.horizon}, {fast.dim} dimensions, scale {fast.scale:g}, vocabulary "
-          f"{fast.vocab_size}, coefficients {fast.min_coef} .. {fast.max_coef}\n"
-          f"round trip of {r['chunks']} {'held-out' if r['held_out'] else 'fitted'} chunks, in "
-          f"dataset units; {r['malformed']} malformed, {r['clipped']:.3%} of coefficients clipped\n"
-          f"  dimension       {row(range(fast.dim))}\n  MSE             {row(r['mse'])}\n"
-          f"  maximum error   {row(r['max_error'])}\n  MSE, 256 bins   {row(r['naive_mse'])}\n"
-          f"  tokens a chunk  {r['tokens_mean']:.2f} mean, {r['tokens_p95']:.0f} p95; 256 bins: "
-          f"{r['naive_tokens']}\n  first token     {r['first_entropy']:.2f} nats, covers "
-          f"{r['first_cover']:.2f} coefficients; all tokens {r['cover']:.2f}")
 
 
 def main(argv=None):
@@ -436,7 +421,11 @@ def main(argv=None):
         fast = FastTokenizer.load(args.fast, args.horizon, files[0].action.shape[1])
         fast.stats = fast.stats or stats  # published processors expect normalised chunks
     result = {**report(fast, cut(held or files, fast.horizon)), "held_out": bool(held)}
-    _print(fast, result)
+    print(f"horizon {fast.horizon}, {fast.dim} dimensions, scale {fast.scale:g}, vocabulary "
+          f"{fast.vocab_size}, coefficients {fast.min_coef} .. {fast.max_coef}\nround trip of "
+          f"{result['chunks']} {'held-out' if held else 'fitted'} chunks, in dataset units")
+    for name, x in result.items():  # what they are: see report()
+        print(f"  {name:14s}" + "".join(f" {v:10.4g}" for v in (x if isinstance(x, list) else [x])))
     if args.out:
         fast.save(args.out)
         (Path(args.out) / "report.json").write_text(json.dumps(result, indent=1) + "\n")

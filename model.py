@@ -21,10 +21,13 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 import types
+import warnings
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,9 +38,11 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from tokenizers import AddedToken
 from torch import distributed, nn
+from torch.distributed import checkpoint as dcp
 from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -50,6 +55,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from fast_tokenizer import FastTokenizer
 
 transformers.utils.logging.disable_progress_bar()
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # of DCP in one process
 META = torch.device("meta")
 
 # Prompts and answers
@@ -103,11 +109,8 @@ def parse_actions(bb, ids):
 
 
 def prefix_reward(gen, tgt):
-    """r_a of the paper (section 3): longest common prefix of two id lists, in [0, 1].
-
-    Deviation: divided by the longer length, so that tokens after a full match cost something; 0
-    when either list is empty.
-    """
+    """r_a of the paper (section 3), in [0, 1]: longest common prefix of two id lists over the
+    longer (our deviation: tokens after a full match cost something); 0 when either is empty."""
     same = next((i for i, (g, t) in enumerate(zip(gen, tgt)) if g != t), min(len(gen), len(tgt)))
     return same / max(len(gen), len(tgt), 1)
 
@@ -577,29 +580,56 @@ def logits_of(net, rows):
     return net.lm_head(rows).float()  # (N, V)
 
 
+LOGITS_AT_ONCE = 1 << 27  # with their gradients 16 bytes each: 2 GB; those of more tokens by slices
+
+
+def by_slices(net, score, rows, ids):
+    """score(logits (n, V), ids (n,)) -> two tensors (n,), over slices of rows (N, D), ids (N,). A
+    slice is computed again in backward: else logits would be most of a rank's memory."""
+    head = net.lm_head
+    return getattr(head, "by_slices", functools.partial(_by_slices, head))(score, rows, ids)
+
+
+def _by_slices(head, score, rows, ids):
+    def one(rows, ids):
+        return score(head.forward(rows).float(), ids)  # not head(): FSDP has gathered it already
+
+    n = max(1, LOGITS_AT_ONCE // len(head.weight))
+    if len(rows) <= n:
+        return one(rows, ids)
+    parts = [torch.utils.checkpoint.checkpoint(one, *part, use_reentrant=False)
+             for part in zip(rows.split(n), ids.split(n))]
+    return [torch.cat(x) for x in zip(*parts)]  # (N,) each
+
+
 def token_loss(net, batch):
     """-> (summed cross-entropy, number of counted tokens, number right by argmax).
 
     Logits are computed only where a target follows; divide by the global count (see all_sum).
     """
+    def score(logits, ids):
+        right = logits.detach().argmax(-1) == ids
+        return F.cross_entropy(logits, ids, reduction="none"), right  # (n,) each
+
     counts = batch["target"][:, 1:]  # token t is predicted from position t - 1
     h = hidden(net, batch)[:, :-1][counts]  # (N, D)
-    ids = batch["ids"][:, 1:][counts]  # (N,)
-    logits = logits_of(net, h)  # (N, V)
-    right = (logits.detach().argmax(-1) == ids).sum()
-    return F.cross_entropy(logits, ids, reduction="sum"), counts.sum(), right
+    losses, right = by_slices(net, score, h, batch["ids"][:, 1:][counts])
+    return losses.sum(), counts.sum(), right.sum()
 
 
 def logp(net, rows, ids, temperature=1.0, banned=None):
     """rows (N, D) hidden states, ids (N,) -> logp (N,), entropy (N,), fp32 nats, no gradient in the
     entropy. banned: ids of probability 0, as in `generate`."""
-    logits = logits_of(net, rows) / temperature  # (N, V)
-    if banned is not None and len(banned):
-        logits = logits.index_fill(-1, torch.as_tensor(banned, device=logits.device), -1e9)
-    all_logp = logits.log_softmax(-1)
-    with torch.no_grad():
-        entropy = -(all_logp.exp() * all_logp).sum(-1)
-    return all_logp.gather(-1, ids[:, None])[:, 0], entropy
+    def score(logits, ids):
+        logits = logits / temperature  # (n, V)
+        if banned is not None and len(banned):
+            logits = logits.index_fill(-1, torch.as_tensor(banned, device=logits.device), -1e9)
+        all_logp = logits.log_softmax(-1)
+        with torch.no_grad():
+            entropy = -(all_logp.exp() * all_logp).sum(-1)
+        return all_logp.gather(-1, ids[:, None])[:, 0], entropy
+
+    return by_slices(net, score, rows, ids)
 
 
 def truncate(net, layer):
@@ -958,7 +988,7 @@ class Dist:
         return torch.device("cpu") if self.rank == 0 else META
 
 
-def setup(seed, shards=0):
+def setup(seed, shards=0, batch=0):
     """Starts nccl (GPU) or gloo (CPU) under torchrun, one process otherwise; seeds torch."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc: keep freed memory, a fifth faster on
@@ -974,9 +1004,10 @@ def setup(seed, shards=0):
         elif cuda:  # FSDP on one GPU brings mixed precision with the same code
             distributed.init_process_group(
                 "nccl", store=distributed.HashStore(), rank=0, world_size=1)
-    started = distributed.is_initialized()
     torch.manual_seed(seed)
-    world = distributed.get_world_size() if started else 1
+    world = distributed.get_world_size() if distributed.is_initialized() else 1
+    if batch % world:
+        raise ValueError(f"--batch {batch} must be a multiple of {world} ranks")
     if shards and world % shards:
         raise ValueError(f"--shards {shards} must divide the {world} ranks")
     return Dist(_rank(), world, torch.device(device), shards)
@@ -984,24 +1015,33 @@ def setup(seed, shards=0):
 
 def all_sum(x):
     """Sums a number (-> float) or a list of numbers (-> list of floats) over the ranks."""
-    many = isinstance(x, (list, tuple))
-    values = torch.tensor([float(v) for v in (x if many else [x])], dtype=torch.float64)
+    values = torch.tensor(x, dtype=torch.float64)
     if distributed.is_initialized() and distributed.get_world_size() > 1:
         values = values.cuda() if distributed.get_backend() == "nccl" else values
         distributed.all_reduce(values)
-    return values.tolist() if many else values.item()
+    return values.tolist()
 
 
 SMALL = 50_000_000  # parameters below which gathering all at once costs less than it saves memory
 
 
+def units(net):
+    """What is gathered at a time: each block, then each end of the vocabulary (unless both are one
+    table), then the root with the rest; all of a SMALL model."""
+    if (not isinstance(net, transformers.PreTrainedModel)
+            or sum(p.numel() for p in net.parameters()) <= SMALL):
+        return [net]
+    ends = [net.get_input_embeddings(), net.get_output_embeddings()]
+    ends = ends if ends[0].weight is not ends[1].weight else []
+    return [*net.model.visual.blocks, *net.model.language_model.layers, *ends, net]
+
+
 def shard(net, dist, mp_dtype=None, offload=False):
     """FSDP2 in place: fp32 masters, compute in mp_dtype (bf16 on GPU by default), mean gradients.
 
-    Each block is a unit, then each end of the vocabulary (unless both are one table), then the root
-    with the rest; a SMALL model is one unit. dist.shards: groups of so many ranks mirror each other
-    (HSDP). Weights on META come from rank 0, unit by unit. offload: the shards stay in the CPU's
-    memory, for a model without gradients. No-op for one CPU process.
+    dist.shards: groups of so many ranks mirror each other (HSDP). Weights on META come from rank 0,
+    one of the units() after the other. offload: the shards stay in the CPU's memory, for a model
+    without gradients. No-op for one CPU process.
     """
     if dist.world == 1 and dist.device.type == "cpu":
         return net
@@ -1013,17 +1053,13 @@ def shard(net, dist, mp_dtype=None, offload=False):
     kw = {"mesh": init_device_mesh(dist.device.type, shape, mesh_dim_names=names),
           "mp_policy": fsdp.MixedPrecisionPolicy(param_dtype=mp_dtype, reduce_dtype=torch.float32)}
     kw |= {"offload_policy": fsdp.CPUOffloadPolicy(pin_memory=cuda)} if offload else {}
-    backbone, units = isinstance(net, transformers.PreTrainedModel), [net]
-    if backbone and sum(p.numel() for p in net.parameters()) > SMALL:
-        ends = [net.get_input_embeddings(), net.get_output_embeddings()]
-        ends = ends if ends[0].weight is not ends[1].weight else []
-        units = [*net.model.visual.blocks, *net.model.language_model.layers, *ends, net]
-    for unit in units:
+    for unit in units(net):
         _receive(unit, dist)
         fsdp.fully_shard(unit, reshard_after_forward=unit is not net, **kw)
-    if backbone:  # the stages call hidden(), not forward(): FSDP must know
-        net.hidden = types.MethodType(_hidden, net)
-        fsdp.register_fsdp_forward_method(net, "hidden")
+    if isinstance(net, transformers.PreTrainedModel):  # which methods are called like forward()
+        for part, method in (net, _hidden), (net.lm_head, _by_slices):
+            setattr(part, name := method.__name__[1:], types.MethodType(method, part))
+            fsdp.register_fsdp_forward_method(part, name)
     return net
 
 
@@ -1190,78 +1226,78 @@ def read_json(path):
     return json.loads(Path(path).read_text())
 
 
-def _whole(t):
-    """A tensor, maybe sharded, as a whole on the CPU of rank 0 (elsewhere None). All ranks call."""
-    t = t.detach()
-    t = t.full_tensor() if isinstance(t, DTensor) else t
-    return t.cpu().contiguous() if _rank() == 0 else None
-
-
 def _rank():
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def _weights(module):
-    """Name -> whole tensor; tied parameters are gathered once and stay one tensor."""
-    for part in module.modules():
-        if isinstance(part, fsdp.FSDPModule):
-            part.reshard()
-    state = module.state_dict(keep_vars=True)
-    whole = {id(t): t for t in state.values()}
-    whole = {k: _whole(t) for k, t in whole.items()}
+    """Name -> whole tensor on the CPU of rank 0 (elsewhere None); all ranks call it. Tied ones are
+    gathered once and stay one tensor."""
+    state, whole = module.state_dict(keep_vars=True), {}
+    for t in {id(t): t for t in state.values()}.values():
+        full = t.detach().full_tensor() if isinstance(t, DTensor) else t.detach()
+        whole[id(t)] = full.cpu().contiguous() if _rank() == 0 else None
     return {name: whole[id(t)] for name, t in state.items()}
 
 
 def _moments(module, optim):
-    """ "parameter/exp_avg" and so on -> whole tensor."""
+    """ "parameter/exp_avg" and so on -> tensor of the optimizer, maybe sharded."""
     names = {p: name for name, p in module.named_parameters()}
-    return {f"{names[p]}/{k}": _whole(t) for p, state in optim.state.items()
-            for k, t in state.items()}
+    return dict(sorted((f"{names[p]}/{k}", t if t.ndim else t[None])
+                       for p, state in optim.state.items() for k, t in state.items()))
 
 
 def _as_module(what):
     """The module whose parameters an optimizer may hold: the backbone's net, or a dict of parts."""
-    if isinstance(what, Backbone):
-        return what.net
     if isinstance(what, dict):
         return nn.ModuleDict({k: _as_module(v) for k, v in what.items()})
-    return what
+    return what.net if isinstance(what, Backbone) else what
 
 
 def save(folder, what, run, fast=None, optim=None):
-    """Writes a complete checkpoint, atomically; all ranks call it.
+    """Writes a complete checkpoint, atomically; all ranks call it. ValueError if it cannot.
 
     what: a Backbone, or {name: Backbone or module}: the backbone goes into the folder in Hugging
     Face layout with fast/, each module into name.safetensors. run: {"stage", "step", "config",
     "parent"}, to which versions and commit are added. optim: with it, train_state/ for exact resume
-    holds the optimizer. safetensors and JSON only.
+    holds the optimizer, each rank its shard. safetensors and JSON only.
     """
     folder = Path(folder)
     part = folder.with_name(folder.name + ".tmp")
     parts = what if isinstance(what, dict) else {"backbone": what}
-    states = {k: _weights(_as_module(v)) for k, v in parts.items()}
-    moments = _moments(_as_module(what), optim) if optim else {}
+    states, error = {k: _weights(_as_module(v)) for k, v in parts.items()}, None
     if _rank() == 0:
         shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        for name, v in parts.items():
-            if isinstance(v, Backbone):
-                v.net.save_pretrained(part, state_dict=states[name])
-                v.tok.save_pretrained(part)
-                v.images.save(part)
-                fast = fast or v.fast
-            else:
-                save_file(states[name], part / f"{name}.safetensors")
-        if fast is not None:
-            fast.save(part / "fast")
-        write_json(part / "run.json", {**run, "versions": versions(), "commit": commit()})
-        if optim:
-            (part / "train_state").mkdir()
-            save_file(moments, part / "train_state" / "optimizer.safetensors")
-            write_json(part / "train_state" / "state.json", {"step": run.get("step")})
-        _swap(part, folder)
-    if distributed.is_initialized():
-        distributed.barrier()
+    try:
+        if optim:  # as safetensors, where DCP's own format has a pickle; 64 tensors a file, as each
+            moments = _moments(_as_module(what), optim)  # file is put together in memory
+            dcp.save(moments, storage_writer=dcp.HuggingFaceStorageWriter(
+                part / "train_state", {k: i // 64 + 1 for i, k in enumerate(moments)},
+                save_distributed=True))
+        if _rank() == 0:
+            part.mkdir(parents=True, exist_ok=True)
+            for name, v in parts.items():
+                if isinstance(v, Backbone):
+                    v.net.save_pretrained(part, state_dict=states[name])
+                    v.tok.save_pretrained(part)
+                    v.images.save(part)
+                    fast = fast or v.fast
+                else:
+                    save_file(states[name], part / f"{name}.safetensors")
+            if fast is not None:
+                fast.save(part / "fast")
+            write_json(part / "run.json", {**run, "versions": versions(), "commit": commit()})
+            _swap(part, folder)
+    except dcp.api.CheckpointException as e:  # DCP tells all ranks what failed on one
+        error = next(iter(e.failures.values()))[0]
+    except (OSError, SafetensorError) as e:
+        error = e
+    if all_sum(error is not None):
+        if _rank() > 0:
+            raise SystemExit(1)  # rank 0 knows, and says it
+        shutil.rmtree(part, ignore_errors=True)  # it may fill the disk
+        raise ValueError(f"{part}: could not be written ({error}); what was saved before is whole: "
+                         "make room, then --resume")
 
 
 def _swap(part, folder):
@@ -1269,45 +1305,86 @@ def _swap(part, folder):
         fd = os.open(path, os.O_RDONLY)
         os.fsync(fd)
         os.close(fd)
-    old = folder.with_name(folder.name + ".old")
+    old = part.with_suffix(".old")
     shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
+    if folder.exists():  # at no moment there is none: RENAME_EXCHANGE (2), where Linux has it
+        exchange = getattr(ctypes.CDLL(None), "renameat2", lambda *_: -1)
+        if exchange(-100, os.fsencode(part), -100, os.fsencode(folder), 2) == 0:
+            return shutil.rmtree(part)
         folder.rename(old)
     part.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_train_state(folder, net, optim):
-    """Restores the AdamW moments of a Backbone or module (or dict of parts, as saved) in place. The
-    weights come from load(), the learning rate from the schedule. -> {"step": of the state}."""
-    folder = Path(folder) / "train_state"
-    if not (folder / "state.json").exists():
+STOP = threading.Event()  # SIGTERM has come
+
+
+def checkpoint(cfg, step, run, write, unlogged=()):
+    """All ranks call it at the end of each step. Every --save-every steps write(folder, run=...) is
+    to save out/step_000123, of which the newest --keep stay; SIGTERM saves too, and ends the run.
+    unlogged: this rank's sums since the last line of the log."""
+    out, stop = Path(cfg.out), all_sum(STOP.is_set()) > 0
+    folder = out / f"step_{step:06d}"
+    if stop or (cfg.save_every and step % cfg.save_every == 0):
+        write(folder, run={**run, "step": step, "unlogged": all_sum(unlogged)})
+        if _rank() == 0:
+            done = [p for p in _steps(out) if p.name <= folder.name]  # later ones: another run's
+            for old in done[: -cfg.keep] if cfg.keep else []:
+                old.rename(old.with_suffix(".tmp"))  # one half deleted must not pass for whole
+            for part in out.glob("step_*.tmp"):
+                shutil.rmtree(part)
+    if stop:
+        if _rank() == 0:
+            print(f"SIGTERM: stopped after step {step}, saved {folder}; go on with --resume")
+        raise SystemExit(128 + signal.SIGTERM)
+
+
+def load_train_state(folder, what, optim):
+    """Restores the AdamW moments of a Backbone or module (or dict of parts, as saved) in place, on
+    as many ranks as there are now. The weights come from load(), the learning rate from the
+    schedule. folder None: a new run. -> step, and the sums since the last line of the log."""
+    if folder is None:
+        return 0, 0
+    if not (folder / "train_state").exists():
         raise FileNotFoundError(f"{folder}: no state to resume; start from the weights with --init")
-    state = read_json(folder / "state.json")
-    names = {name: p for name, p in _as_module(net).named_parameters()}
-    for key, t in load_file(folder / "optimizer.safetensors").items():
+    reader, module = dcp.HuggingFaceStorageReader(folder / "train_state"), _as_module(what)
+    names = dict(module.named_parameters())
+    for key in reader.read_metadata().state_dict_metadata:
         name, k = key.split("/")  # "model.layer.weight/exp_avg"
         p = names[name]
-        t = t.to(p.device)  # the step count too: AdamW is fused
-        if t.ndim and isinstance(p, DTensor):
-            t = distribute_tensor(t, p.device_mesh, p.placements)
-        optim.state[p][k] = t
-    return state
+        optim.state[p][k] = (torch.zeros((), device=p.device) if k == "step"
+                             else torch.zeros_like(p, requires_grad=False))
+    dcp.load(_moments(module, optim), storage_reader=reader)
+    run = read_json(folder / "run.json")
+    return run["step"], np.array(run.get("unlogged", 0)) * (_rank() == 0)
 
 
-def check_resume(folder, old, cfg, free):
-    """ValueError when a run goes on with another value of a flag that is not `free` to change."""
-    new = dataclasses.asdict(cfg)
-    for k in [k for k in new if k not in free and old.get(k) != new[k]]:
+FREE = ["preset", "out", "steps", "epochs", "resume", "keep", "probe", "micro_batch", "chunk",
+        "recompute", "shards", "cpu_offload", "cache", "cache_dir", "eval_rows", "eval_prompts",
+        "eval_every", "save_every", "log_every", "show_every"]
+
+
+def resumed(cfg):
+    """The newest checkpoint if the run is to --resume it, or None. ValueError when it goes on with
+    another value of a flag that is not FREE to change."""
+    newest, new = latest(cfg.out) if cfg.resume else None, dataclasses.asdict(cfg)
+    old = read_json(newest / "run.json")["config"] if newest else new
+    for k in [k for k in new if k not in FREE and old.get(k) != new[k]]:
         flag = "--" + k.replace("_", "-")
-        raise ValueError(f"{folder}: was run with another {flag}; resume with {flag} {old.get(k)}, "
+        raise ValueError(f"{newest}: was run with another {flag}; resume with {flag} {old.get(k)}, "
                          "or start anew in another --out")
+    return newest
+
+
+def _steps(out):
+    """The complete checkpoints out/step_000123, oldest first."""
+    found = [p for p in Path(out).glob("step_*") if p.name[5:].isdigit()]
+    return sorted(found, key=lambda p: int(p.name[5:]))
 
 
 def latest(out):
     """The newest complete checkpoint out/step_000123, or None."""
-    found = [p for p in Path(out).glob("step_*") if p.name[5:].isdigit()]
-    return max(found, key=lambda p: int(p.name[5:]), default=None)
+    return next(reversed(_steps(out)), None)
 
 
 # Command line and log
@@ -1328,10 +1405,19 @@ def parse(Config, PRESETS, argv=None):
             text = f"{doc.get(f.name, '')} ({f.default})".replace("%", "%%")
             parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
                                 help=text, **kind)
+    parser.add_argument("--dry-run", action="store_true",
+                        help="tell what a rank needs of memory, without allocating it, and stop")
     args = vars(parser.parse_args(argv))
-    preset = args.pop("preset")
+    preset, dry = args.pop("preset"), args.pop("dry_run")
     name = {"preset": preset} if any(f.name == "preset" for f in dataclasses.fields(Config)) else {}
-    return Config(**{**PRESETS[preset], **args, **name})
+    cfg = Config(**{**PRESETS[preset], **args, **name})
+    if dry:
+        from benchmarks import memory  # it imports the stages
+
+        if int(os.environ.get("RANK", "0")) == 0:
+            memory.tell(Path(inspect.getfile(Config)).stem, cfg, **memory.here())
+        raise SystemExit(0)
+    return cfg
 
 
 def versions():
@@ -1349,7 +1435,7 @@ def entry(main, lower):
     """Runs a script; what its user can cure ends it in one line. lower: the flag against OOM."""
     try:
         main()
-    except (ValueError, FileNotFoundError) as e:
+    except (ValueError, OSError) as e:
         raise SystemExit(f"error: {e}") from e
     except torch.OutOfMemoryError as e:
         raise SystemExit(f"error: out of GPU memory; lower {lower} ({str(e)[:80]})") from e
@@ -1360,6 +1446,8 @@ class Log:
 
     def __init__(self, out, cfg, dist):
         self.file, self.start = None, time.time()
+        STOP.clear()
+        signal.signal(signal.SIGTERM, lambda *_: STOP.set())  # from here on, see checkpoint()
         if dist.rank == 0:
             Path(out).mkdir(parents=True, exist_ok=True)
             self.file = Path(out) / "log.jsonl"  # a resumed run appends

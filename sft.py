@@ -67,6 +67,7 @@ class Config:
     eval_rows: int = 128  # held-out rows of each source in one evaluation
     eval_every: int = 500  # steps; 0: only at the end
     save_every: int = 1000  # steps; 0: only at the end
+    keep: int = 0  # newest checkpoints step_* that stay; 0: all
     log_every: int = 20  # steps
     probe: int = 64  # held-out action prompts for 4 thinking rollouts each at the end; 0: none
     resume: bool = False  # continue from the newest step_* in --out
@@ -79,7 +80,8 @@ PRESETS = {
     "base": {"init": "random:tiny-vlm", "data": "data/base/conversations.jsonl", "out": "runs/base",
              "steps": 24000, "holdout": 4000, "probe": 0},
     "paper": {"init": "Qwen/Qwen2.5-VL-7B-Instruct", "lr": 2e-5, "beta2": 0.999, "batch": 128,
-              "micro_batch": 2, "max_length": 4096, "freeze_vision": True, "recompute": True},
+              "micro_batch": 2, "max_length": 4096, "freeze_vision": True, "recompute": True,
+              "keep": 2},
 }
 
 
@@ -87,8 +89,7 @@ class Conversations:
     """Rows of a .jsonl file, checked when opened and read when asked for.
 
     source[i] -> (messages with their mode lines, images, kind or None, where). ValueError naming
-    the file and the line on a malformed row or a missing image.
-    """
+    the file and the line on a malformed row or a missing image."""
 
     def __init__(self, path, fast, holdout):
         self.path, self.fast, self.offset = Path(path), fast, []
@@ -256,9 +257,8 @@ def order(sizes, weights, draws, seed):
 
 
 def batches(bb, sources, picks, cfg, dist):
-    """This rank's micro-batches of the samples `picks` [(source, row)], equally many on each rank.
-
-    Dealt out by length, as ranks wait for the one with the most tokens."""
+    """This rank's micro-batches of the samples `picks` [(source, row)], equally many on each rank,
+    dealt out by length, as ranks wait for the one with the most tokens."""
     picks = sorted(picks.tolist(), key=lambda p: sources[p[0]].size(p[1]))
     mine = picks[dist.rank :: dist.world]
     rows = [row_of(bb, sources[s], int(i), cfg.max_length) for s, i in mine]
@@ -325,11 +325,9 @@ def greedy(bb, sources, cfg, dist):
 
 
 def thinking_rollouts(bb, sources, cfg, dist, n=4):
-    """What RL will start from: thinking rollouts on held-out prompts, which SFT never showed.
-
-    -> format rate, mean r_a (paper section 3), and how many of the n thoughts and actions differ:
-    thoughts that are all alike leave RL without a signal (Table 1 of the paper).
-    """
+    """What RL will start from: thinking rollouts on held-out prompts, which SFT never showed. ->
+    format rate, mean r_a (paper section 3), and how many of the n thoughts and actions differ: if
+    thoughts are all alike RL has no signal (Table 1 of the paper)."""
     prompts = [(s, i) for s in sources if isinstance(s, Demonstrations)
                for i in spread(s.held, cfg.probe)][: cfg.probe]
     mine, total, shown = prompts[dist.rank :: dist.world], np.zeros(5), ""
@@ -360,7 +358,7 @@ def thinking_rollouts(bb, sources, cfg, dist, n=4):
 def prepare(cfg, dist):
     """-> Backbone with its vocabulary, sources, their weights, the checkpoint to resume or None."""
     paths = mixture(cfg.data)
-    newest = model.latest(cfg.out) if cfg.resume else None
+    newest = model.resumed(cfg)
     fast = FastTokenizer.load(cfg.fast) if cfg.fast and not newest else None
 
     def read(fast):
@@ -382,9 +380,6 @@ def prepare(cfg, dist):
         if s.name in [other.name for other in sources[:k]]:
             s.name += str(k)
     weights = [len(s) if w is None else w for s, (_, w) in zip(sources, paths)]
-    if newest:
-        free = asdict(cfg).keys() - {"data", "seed", "batch", "holdout"}
-        model.check_resume(newest, bb.run["config"], cfg, free)
     if cfg.freeze_vision:
         bb.net.model.visual.requires_grad_(False)
     if cfg.recompute:
@@ -394,21 +389,19 @@ def prepare(cfg, dist):
 
 def main(argv=None):
     cfg = model.parse(Config, PRESETS, argv)
-    dist = model.setup(cfg.seed, cfg.shards)
-    if cfg.batch % dist.world:
-        raise ValueError(f"--batch {cfg.batch} must be a multiple of {dist.world} ranks")
+    dist = model.setup(cfg.seed, cfg.shards, cfg.batch)
     bb, sources, weights, newest = prepare(cfg, dist)
     net = model.shard(bb.net, dist)
     net.train()
-    optim = model.optimizer(net, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2),
-                            cfg.muon)
-    start = model.load_train_state(newest, net, optim)["step"] if newest else 0
+    optim = model.optimizer(net, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2), cfg.muon)
+    start, unlogged = model.load_train_state(newest, net, optim)
     rows = sum(len(s) for s in sources)
     steps = cfg.steps or math.ceil(cfg.epochs * rows / cfg.batch)
     picks = np.stack(order([len(s) for s in sources], weights, steps * cfg.batch, cfg.seed), 1)
     run = {"stage": "sft" if bb.fast else "base", "config": asdict(cfg), "parent": cfg.init}
+    write = functools.partial(model.save, what=bb, optim=optim)
     log = model.Log(cfg.out, cfg, dist)
-    seconds, logged, total = time.perf_counter(), start, np.zeros(3)
+    seconds, logged, total = time.perf_counter(), start, np.zeros(3) + unlogged
 
     def fetch(step):
         some = picks[step * cfg.batch : (step + 1) * cfg.batch]
@@ -445,9 +438,7 @@ def main(argv=None):
             if cfg.eval_every and done % cfg.eval_every == 0 and done < steps:
                 log.write(step=done, **evaluate(bb, sources, cfg, dist))
                 seconds = time.perf_counter()
-            if cfg.save_every and done % cfg.save_every == 0:
-                model.save(Path(cfg.out) / f"step_{done:06d}", bb, {**run, "step": done},
-                           optim=optim)
+            model.checkpoint(cfg, done, run, write, total.tolist())
     metrics = evaluate(bb, sources, cfg, dist)
     if cfg.probe and any(isinstance(s, Demonstrations) for s in sources):
         metrics |= thinking_rollouts(bb, sources, cfg, dist)

@@ -78,6 +78,7 @@ class Config:
     eval_rows: int = 256  # held-out frames of one evaluation
     eval_every: int = 500  # steps; 0: only at the end
     save_every: int = 1000  # steps; 0: only at the end
+    keep: int = 0  # newest checkpoints step_* that stay; 0: all
     log_every: int = 50  # steps
     resume: bool = False  # continue from the newest step_* in --out
 
@@ -447,21 +448,15 @@ def save(folder, bb, norm, heads, run, **state):
 
 def prepare(cfg, dist):
     """-> Frames, frozen Backbone, its final norm, feature source, checkpoint to resume or None."""
-    if cfg.batch % dist.world:
-        raise ValueError(f"--batch {cfg.batch} must be a multiple of {dist.world} ranks")
     if cfg.cache not in ("features", "none"):
         raise ValueError(f"--cache {cfg.cache}: choose features or none")
     if min(cfg.draws, cfg.layers, cfg.stride) < 1 or not 0 <= cfg.ema < 1:
         raise ValueError(f"--draws {cfg.draws}, --layers {cfg.layers}, --stride {cfg.stride}, "
                          f"--ema {cfg.ema}; the first three start at 1, ema lies in [0, 1)")
-    frames, newest = Frames(cfg), model.latest(cfg.out) if cfg.resume else None
+    frames, newest = Frames(cfg), model.resumed(cfg)
     bb = model.load(newest or cfg.init, dist.build if cfg.cache == "none" else dist.device,
                     precision(dist.device), ("vla",) if newest else ("base", "sft", "grpo"),
                     cfg.seed, max_pixels=cfg.max_pixels)
-    if newest:
-        free = ("out", "cache", "cache_dir", "steps", "shards", "eval_rows", "eval_every",
-                "save_every", "log_every", "resume")
-        model.check_resume(newest, bb.run["config"], cfg, free)
     norm = freeze(bb, bb.run["policy"]["layer"] if newest else cfg.layer)
     if cfg.cache == "none":
         model.shard(bb.net, dist, precision(dist.device))
@@ -474,7 +469,7 @@ def prepare(cfg, dist):
 
 def main(argv=None):
     cfg = model.parse(Config, PRESETS, argv)
-    dist = model.setup(cfg.seed, cfg.shards)
+    dist = model.setup(cfg.seed, cfg.shards, cfg.batch)
     frames, bb, norm, source, newest = prepare(cfg, dist)
     sizes = model.HeadConfig(
         bb.net.config.text_config.hidden_size, cfg.dim, cfg.layers, cfg.heads, cfg.vl_layers,
@@ -483,12 +478,13 @@ def main(argv=None):
     trained = "raw" if cfg.ema else "head"
     head = heads[trained].train()
     optim = model.optimizer(head, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2), cfg.muon)
-    start = model.load_train_state(newest, {trained: head}, optim)["step"] if newest else 0
+    start, unlogged = model.load_train_state(newest, {trained: head}, optim)
     run = {"stage": "vla", "config": asdict(cfg), "parent": cfg.init, "policy": {
         "head": asdict(sizes), "layer": len(bb.net.model.language_model.layers),
         "think": cfg.think, "cameras": frames.cameras, "stats": frames.stats}}
+    write = functools.partial(save, bb=bb, norm=norm, heads=heads, optim=optim)
     log = model.Log(cfg.out, cfg, dist)
-    seconds, since, total = model.time.perf_counter(), start, np.zeros(2)
+    seconds, since, total = model.time.perf_counter(), start, np.zeros(2) + unlogged
 
     size = cfg.batch // dist.world
     part = slice(dist.rank * size, (dist.rank + 1) * size)
@@ -529,9 +525,7 @@ def main(argv=None):
             if cfg.eval_every and done % cfg.eval_every == 0 and done < cfg.steps:
                 log.write(step=done, **evaluate(heads["head"], source, frames, cfg, dist))
                 seconds, since = model.time.perf_counter(), done
-            if cfg.save_every and done % cfg.save_every == 0 and done < cfg.steps:
-                save(Path(cfg.out) / f"step_{done:06d}", bb, norm, heads, {**run, "step": done},
-                     optim=optim)
+            model.checkpoint(cfg, done, run, write, total.tolist())
     metrics = evaluate(heads["head"], source, frames, cfg, dist)
     log.write(step=cfg.steps, **metrics)
     save(Path(cfg.out) / "final", bb, norm, {"head": heads["head"]},

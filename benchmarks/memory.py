@@ -5,12 +5,14 @@ python -m benchmarks.memory grpo paper --init random:qwen2.5-vl-7b --recompute -
 python -m benchmarks.memory vla paper --init random:qwen3-vl-8b
 
 Flags of the stage follow its preset; --ranks, --gb, --row (tokens of a row or prompt, its image
-among them) and --image (side in pixels) are read here. Weights, gradients, optimizer and caches are
-counted exactly; activations by asking autograd what it keeps of one block. What is left out: the
-allocator's fragments and the libraries' workspaces, so leave 10% free.
+among them) and --image (side in pixels) are read here. `--dry-run` of a stage tells the same for
+the ranks and the memory of the machine it is started on. Weights, gradients, optimizer and caches
+are counted exactly; activations by asking autograd what it keeps of one block. What is left out:
+the allocator's fragments and the libraries' workspaces, so leave 10% free.
 """
 
 import argparse
+import os
 import sys
 from unittest import mock
 
@@ -81,13 +83,8 @@ def activations(net, cfg, tokens, patches, dtype):
 
 def units(net):
     """Parameters of what shard() gathers at a time: (largest unit, root)."""
-    if sum(p.numel() for p in net.parameters()) <= model.SMALL:
-        return 0, sum(p.numel() for p in net.parameters())
-    ends = [net.get_input_embeddings(), net.get_output_embeddings()]
-    ends = [] if ends[0].weight is ends[1].weight else ends
-    parts = [*net.model.visual.blocks, *net.model.language_model.layers, *ends]
-    each = [sum(p.numel() for p in part.parameters()) for part in parts]
-    return max(each), sum(p.numel() for p in net.parameters()) - sum(each)
+    *each, whole = (sum(p.numel() for p in part.parameters()) for part in model.units(net))
+    return max(each, default=0), whole - sum(each)
 
 
 def estimate(stage, cfg, net, ranks, row, patches, dtype=torch.bfloat16):
@@ -96,13 +93,15 @@ def estimate(stage, cfg, net, ranks, row, patches, dtype=torch.bfloat16):
     whole = sum(p.numel() for p in net.parameters())
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     largest, root = units(net)
-    gathered = (2 * largest + root) * b * (ranks > 1 or b < FP32)  # one unit computes, one arrives
+    gathered = (2 * largest + root) * b  # one unit computes, one arrives
+    gathered += max(largest, root) * (b + FP32)  # the gradients of one, and as they are reduced
+    gathered *= ranks > 1 or b < FP32
     fixed = {"weights": whole * FP32 / n, "gradients": trained * FP32 / n,
              "optimizer": trained * 2 * FP32 / n, "gathered units": gathered}
     if stage == "sft":
         B = cfg.micro_batch or cfg.batch // ranks
         work = {"activations": activations(net, cfg, B * row, B * patches, dtype),
-                "logits": B * row * c.vocab_size * LOGITS}
+                "logits": min(B * row * c.vocab_size, model.LOGITS_AT_ONCE) * LOGITS}
         return {**fixed, **work}, {"update": sum(fixed.values()) + sum(work.values())}
     B, G, T = cfg.micro_batch, cfg.group, cfg.max_new
     kv = 2 * c.num_key_value_heads * _head(net) * b  # bytes a token and layer
@@ -110,7 +109,7 @@ def estimate(stage, cfg, net, ranks, row, patches, dtype=torch.bfloat16):
     seen += B * row * kv * c.num_hidden_layers
     fixed["reference"] = whole * FP32 / n * (cfg.kl > 0 and not cfg.cpu_offload)
     work = {"activations": seen + activations(net, cfg, B * (row + G * T), B * patches, dtype),
-            "logits": B * G * T * c.vocab_size * LOGITS}
+            "logits": min(B * G * T * c.vocab_size, model.LOGITS_AT_ONCE) * LOGITS}
     rows = (cfg.chunk or cfg.prompts // ranks) * G
     cache = {"whole model": whole * b * (ranks > 1 or b < FP32),
              "KV cache": rows * (row + T) * kv * c.num_hidden_layers,
@@ -148,6 +147,44 @@ def head_estimate(cfg, net, ranks, row, dtype=torch.bfloat16):
     return made, {"update": sum(made.values())}
 
 
+def here():
+    """Ranks, memory of one and compute type of a run on this machine under this torchrun."""
+    ranks, local = (int(os.environ.get(k, "1")) for k in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if torch.cuda.is_available():
+        gb = torch.cuda.get_device_properties(0).total_memory / 1e9
+    else:
+        gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local / 1e9
+    return {"ranks": ranks, "gb": gb, "dtype": vla.precision("cuda" if torch.cuda.is_available()
+                                                             else "cpu")}
+
+
+def tell(stage, cfg, ranks, gb, dtype=torch.bfloat16, row=0, image=256):
+    """Prints what a run of `stage` with this Config needs. -> whether all of it fits in gb."""
+    bb = model.load(cfg.init, META, max_pixels=cfg.max_pixels)
+    if getattr(cfg, "freeze_vision", False):
+        bb.net.model.visual.requires_grad_(False)
+    spec = bb.images
+    h, w = (x // spec.patch for x in model.smart_resize(
+        image, image, spec.patch * spec.merge, spec.min_pixels, spec.max_pixels))
+    row = row or (cfg.max_length if stage == "sft" else 256)
+    size = sum(p.numel() for p in bb.net.parameters())
+    trained = sum(p.numel() for p in bb.net.parameters() if p.requires_grad)
+    if stage == "vla":
+        parts, peaks = head_estimate(cfg, bb.net, ranks, row, dtype)
+    else:
+        parts, peaks = estimate(stage, cfg, bb.net.to(dtype), ranks, row, h * w, dtype)
+    print(f"{stage} {cfg.preset}, {cfg.init}: {size / 1e9:.2f} B parameters"
+          + (f", {trained / 1e9:.2f} B of them trained" if stage != "vla" else ""))
+    print(f"GB on each of {ranks} ranks, rows of {row} tokens with {h * w} patches, "
+          f"{str(dtype)[6:]} compute")
+    for name, value in parts.items():
+        print(f"  {name:16s} {value / 1e9:7.1f}")
+    for name, value in peaks.items():
+        fits = "fits" if value < 0.9 * gb * 1e9 else "does not fit"
+        print(f"{name + ', peak':18s} {value / 1e9:7.1f}   {fits} in {gb:.4g} GB, 10% left free")
+    return all(v < 0.9 * gb * 1e9 for v in peaks.values())
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("stage", choices=["sft", "grpo", "vla"])
@@ -158,28 +195,7 @@ def main(argv=None):
     args, rest = parser.parse_known_args(argv)
     stage = {"sft": sft, "grpo": grpo, "vla": vla}[args.stage]
     cfg = model.parse(stage.Config, stage.PRESETS, rest)
-    bb = model.load(cfg.init, META, max_pixels=cfg.max_pixels)
-    if getattr(cfg, "freeze_vision", False):
-        bb.net.model.visual.requires_grad_(False)
-    spec = bb.images
-    h, w = (x // spec.patch for x in model.smart_resize(
-        args.image, args.image, spec.patch * spec.merge, spec.min_pixels, spec.max_pixels))
-    row = args.row or (cfg.max_length if args.stage == "sft" else 256)
-    size = sum(p.numel() for p in bb.net.parameters())
-    trained = sum(p.numel() for p in bb.net.parameters() if p.requires_grad)
-    if args.stage == "vla":
-        parts, peaks = head_estimate(cfg, bb.net, args.ranks, row)
-    else:
-        parts, peaks = estimate(args.stage, cfg, bb.net.to(torch.bfloat16), args.ranks, row, h * w)
-    print(f"{args.stage} {cfg.preset}, {cfg.init}: {size / 1e9:.2f} B parameters"
-          + (f", {trained / 1e9:.2f} B of them trained" if args.stage != "vla" else ""))
-    print(f"GB on each of {args.ranks} ranks, rows of {row} tokens with {h * w} patches")
-    for name, value in parts.items():
-        print(f"  {name:16s} {value / 1e9:7.1f}")
-    for name, value in peaks.items():
-        fits = "fits" if value < 0.9 * args.gb * 1e9 else "does not fit"
-        print(f"{name + ', peak':18s} {value / 1e9:7.1f}   {fits} in {args.gb:g} GB, 10% left free")
-    return 0 if all(v < 0.9 * args.gb * 1e9 for v in peaks.values()) else 1
+    return 0 if tell(cfg=cfg, **vars(args)) else 1
 
 
 if __name__ == "__main__":

@@ -549,7 +549,7 @@ def chain(number):
             return trial, picks
 
 
-# ---- evaluation trials, which evaluate.py drives
+# ---- evaluation trials of evaluate.py
 
 
 class Trial:
@@ -616,6 +616,24 @@ def make_trials(suites, trials, chains):
         made.append(Trial(env, "chain", 0, number, todo))
         made[-1].next()
     return made
+
+
+def drive(policy, trials, execute, batch):
+    """Run all trials to their ends: a round is one batched forward and `execute` steps of each."""
+    active, bar = list(trials), tqdm(total=len(trials), desc="trials", disable=None)
+    while active:
+        for start in range(0, len(active), batch):
+            part = active[start : start + batch]
+            seen = [trial.env.observe() for trial in part]
+            chunks = policy.act_batch(
+                [o["image"] for o in seen], [o["instruction"] for o in seen],
+                np.stack([o["state"] for o in seen]))  # (B, K, A)
+            for trial, chunk in zip(part, chunks):
+                trial.act(chunk[:execute])
+        left = [trial for trial in active if not trial.done]
+        bar.update(len(active) - len(left))
+        active = left
+    bar.close()
 
 
 # ---- questions and answers from the ground-truth state

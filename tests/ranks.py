@@ -11,15 +11,23 @@ def _rank(main, argv, rank, world, port):
     main(argv)
 
 
-def on_ranks(main, argv, world):
+def start(main, argv, world):
     """Forked: that spares importing torch again, and what a test has patched stays patched."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=_rank, args=(main, argv, r, world, port)) for r in range(world)]
+    if world == 1:
+        ranks = [fork.Process(target=main, args=(argv,))]
+    else:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        ranks = [fork.Process(target=_rank, args=(main, argv, r, world, port)) for r in range(world)]
     for p in ranks:
         p.start()
+    return ranks
+
+
+def on_ranks(main, argv, world, code=0):
+    ranks = start(main, argv, world)
     for p in ranks:
         p.join(240)
-    assert [p.exitcode for p in ranks] == [0] * world
+    assert [p.exitcode for p in ranks] == [code] * world

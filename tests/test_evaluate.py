@@ -9,6 +9,7 @@ import pytest
 
 import evaluate
 from benchmarks import tabletop as tt
+from benchmarks.tabletop import drive
 
 
 def test_wilson_against_a_worked_example():
@@ -52,11 +53,11 @@ class Scripted:
 def test_closed_loop_counts_what_the_expert_solves_and_a_still_hand_does_not():
     suites = ["spatial", "object", "goal", "long", "chain"]
     trials = tt.make_trials(suites, 1, 3)
-    evaluate.drive(Scripted(trials), trials, execute=4, batch=16)
+    drive(Scripted(trials), trials, execute=4, batch=16)
     assert all(t.done for t in trials)
     assert [t.solved for t in trials] == [1] * 40 + [5] * 3
     trials = tt.make_trials(["goal", "chain"], 1, 2)
-    evaluate.drive(Scripted(trials, still=True), trials, execute=4, batch=16)
+    drive(Scripted(trials, still=True), trials, execute=4, batch=16)
     assert [t.solved for t in trials] == [0] * 12
     assert all(t.env.steps == t.env.limit for t in trials)
 

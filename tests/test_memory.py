@@ -9,6 +9,7 @@ import torch
 import grpo
 import model
 import sft
+import vla
 from benchmarks import memory
 from fast_tokenizer import FastTokenizer
 
@@ -89,6 +90,12 @@ def test_grpo(bb, monkeypatch):
     softmax = 2 * G * new * V * 4  # of the logits' peak, autograd keeps this
     assert parts["activations"] == pytest.approx(keeps - softmax, rel=0.15)
     assert parts["reference"] == parts["weights"] and peaks["update"] > peaks["rollout"]
+    assert parts["logits"] == 2 * G * new * V * memory.LOGITS
+    monkeypatch.setattr(model, "LOGITS_AT_ONCE", 20 * V)  # the same update, 20 tokens at a time
+    sliced = memory.estimate("grpo", cfg, meta(bb), 1, T, P, torch.float32)[0]
+    assert sliced["logits"] == 20 * V * memory.LOGITS
+    less = memory.kept(bb.net, lambda: grpo.shared_logp(bb, rows, out["ids"], out["mask"]))
+    assert less == pytest.approx(keeps - softmax, rel=0.02), "no slice keeps its logits"
     away = dataclasses.replace(cfg, cpu_offload=True)
     assert memory.estimate("grpo", away, meta(bb), 1, T, P, torch.float32)[0]["reference"] == 0
 
@@ -104,3 +111,22 @@ def test_real_sizes_are_told_without_memory(argv, size, capsys):
     weights = float(out.split("weights")[1].split()[0])
     if argv[0] != "vla":
         assert weights == pytest.approx(size * 4 / 8, abs=0.06)  # fp32, over the shards
+
+
+@pytest.mark.parametrize(("stage", "argv"), [
+    (sft, ["paper"]), (grpo, ["paper"]), (vla, ["paper", "--data", "nowhere"])])
+def test_dry_run_tells_the_same_of_this_machine_and_stops(stage, argv, capsys, monkeypatch, tmp_path):
+    argv, told = [*argv, "--init", "random:tiny-qwen3-vl", "--out", str(tmp_path / "o")], ""
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    for rank in "0", "1":
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as end:
+            stage.main([*argv, "--dry-run"])
+        assert end.value.code == 0 and not (tmp_path / "o").exists()
+        said = capsys.readouterr().out
+        assert bool(said) == (rank == "0"), "one rank says it"
+        told += said
+    cfg = model.parse(stage.Config, stage.PRESETS, argv)
+    memory.tell(stage.__name__, cfg, **memory.here())
+    assert capsys.readouterr().out == told and "GB on each of 8 ranks" in told
+    assert "0.00 B parameters" in told and "fits in" in told

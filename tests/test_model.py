@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from transformers.cache_utils import DynamicCache
@@ -74,9 +75,36 @@ def test_patchify_rejects_other_arrays(bb, shape):
         model.patchify(np.zeros(shape, np.uint8), bb.images)
 
 
+# The templates that the families publish, but for their branches about tools and videos.
+IMAGE = ("{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
+         "{% if add_vision_id %}Picture 1: {% endif %}<|vision_start|><|image_pad|><|vision_end|>"
+         "{% elif 'text' in content %}{{ content['text'] }}{% endif %}")
+PUBLISHED = {
+    "qwen2_5_vl": (
+        "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>"
+        "system\nYou are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}"
+        "\n{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
+        "{% for content in message['content'] %}" + IMAGE + "{% endfor %}<|im_end|>\n{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"),
+    "qwen3_vl": (
+        "{%- if messages[0].role == 'system' %}{{- '<|im_start|>system\n' }}"
+        "{%- if messages[0].content is string %}{{- messages[0].content }}{%- else %}"
+        "{%- for content in messages[0].content %}{%- if 'text' in content %}{{- content.text }}"
+        "{%- endif %}{%- endfor %}{%- endif %}{{- '<|im_end|>\n' }}{%- endif %}"
+        "{%- for message in messages %}{%- if message.role == 'user' or message.role == 'assistant' %}"
+        "{{- '<|im_start|>' + message.role + '\n' }}{%- if message.content is string %}"
+        "{{- message.content }}{%- else %}{%- for content in message.content %}" + IMAGE +
+        "{%- endfor %}{%- endif %}{{- '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}")}
+
+
 @pytest.mark.parametrize("prompt_only", [False, True])
 @pytest.mark.parametrize("system", [False, True])
-def test_encode_equals_the_chat_template(bb, prompt_only, system):
+@pytest.mark.parametrize("published", [False, True])
+def test_encode_equals_the_chat_template(bb, prompt_only, system, published, monkeypatch):
+    """The one in a folder that we wrote, and the one that comes with the family."""
+    if published:
+        monkeypatch.setattr(bb.tok, "chat_template", PUBLISHED[bb.net.config.model_type])
     messages = talk(2)[:3] if prompt_only else talk(2)
     if system:
         messages = [{"role": "system", "content": "Be brief."}, *messages]
@@ -114,6 +142,29 @@ def test_token_loss_equals_transformers_labels(bb):
     loss, count, right = model.token_loss(bb.net, batch)
     assert count == batch["target"].sum() and 0 <= right <= count
     torch.testing.assert_close(loss / count, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_logits_by_slices_are_the_logits(bb, monkeypatch):
+    """Losses of both stages and their gradients, from 7 tokens at a time; backward makes them again, and
+    at no time are there those of more."""
+    batch, results, seen = model.collate(rows_of(bb), bb.vocab.pad), [], []
+    V, forward = len(bb.net.lm_head.weight), bb.net.lm_head.forward
+    monkeypatch.setattr(bb.net.lm_head, "forward", lambda x: seen.append(len(x)) or forward(x))
+    for at_once in 10**9, 7 * V + 1:
+        monkeypatch.setattr(model, "LOGITS_AT_ONCE", at_once)
+        values = list(model.token_loss(bb.net, batch))
+        h = model.hidden(bb.net, batch).flatten(0, 1)
+        values += model.logp(bb.net, h, batch["ids"].flatten(), 0.7, bb.vocab.banned)
+        weight = torch.linspace(-1, 1, len(h))
+        bb.net.zero_grad()
+        (values[0] + (weight * values[3]).sum()).backward()
+        results.append(values + [p.grad.clone() for p in bb.net.parameters()])
+        bb.net.zero_grad()
+    whole, sliced = seen[:2], seen[2:]
+    assert whole == [int(values[1]), len(h)] and max(sliced) == 7
+    assert sum(sliced) == 2 * sum(whole), "once forward and once backward"
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_packed_rows_equal_padded_rows(bb):
@@ -296,13 +347,17 @@ def test_save_load_save_is_bit_identical_and_loads_in_plain_transformers(bb, tmp
     two = model.load(tmp_path / "a", stages=("sft",))
     assert two.run["parent"] == "random" and two.vocab == one.vocab and two.images == one.images
     new = model.optimizer(two.net, 1e-3, 0.1, (0.9, 0.95))
-    assert model.load_train_state(tmp_path / "a" / "step_000001", two.net, new) == {"step": 1}
+    assert model.load_train_state(tmp_path / "a" / "step_000001", two.net, new) == (1, 0)
     model.save(tmp_path / "b", two, run, optim=new)
-    for name in ("model.safetensors", "config.json", "tokenizer.json", "fast/fast.json", "run.json",
-                 "train_state/optimizer.safetensors", "train_state/state.json"):
+    for name in "model.safetensors", "config.json", "tokenizer.json", "fast/fast.json", "run.json":
         a = tmp_path / "a" / "step_000001" / name
         assert a.read_bytes() == (tmp_path / "b" / name).read_bytes(), name
-    assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("*.bin"))
+    old, new = ({k: x for file in sorted((tmp_path / at / "train_state").iterdir())
+                 for k, x in load_file(file).items()} for at in ("a/step_000001", "b"))
+    assert old.keys() == new.keys() and all(torch.equal(old[k], new[k]) for k in old)
+    assert sum(k.endswith("/exp_avg") for k in old) == len(list(one.net.parameters()))
+    assert {p.suffix for p in tmp_path.rglob("*.*") if p.is_file()} <= {
+        ".safetensors", ".json", ".jinja"}, "no pickle, nothing unfinished"
     # plain transformers: the same weights, ids and patches
     net = AutoModelForImageTextToText.from_pretrained(tmp_path / "b")
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), one.net.parameters()))
@@ -320,7 +375,7 @@ def test_modules_are_saved_beside_the_backbone_and_overwritten_atomically(bb, tm
     for _ in range(2):  # the second time over the first
         model.save(tmp_path / "v", {"backbone": bb, "head": head}, {"stage": "vla", "step": 1},
                    optim=optim)
-    state = model.load_file(tmp_path / "v" / "head.safetensors")
+    state = load_file(tmp_path / "v" / "head.safetensors")
     assert torch.equal(state["weight"], head.weight)
     new = model.optimizer(head, 1e-3, 0.1, (0.9, 0.95))
     model.load_train_state(tmp_path / "v", {"backbone": bb, "head": head}, new)

@@ -4,6 +4,7 @@ training script and the policy. Everything runs on CPU with a random backbone of
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -316,16 +317,19 @@ def test_stale_cache_is_refused(data, tmp_path):
 
 @pytest.mark.parametrize("some", [{"ema": 0.999, "muon": True}, {"ema": 0}])
 def test_resume_equals_uninterrupted(data, tmp_path, some):
-    flags = {"dropout": 0.1, "save-every": 3, "steps": 6, **some}
+    flags = {"dropout": 0.1, "save-every": 3, "steps": 6, "log-every": 2, **some}
     vla.main(argv(data, tmp_path, **flags))
     want = load_file(tmp_path / "final" / "head.safetensors")
     first = records(tmp_path)
     (tmp_path / "final").rename(tmp_path / "gone")
+    shutil.rmtree(tmp_path / "step_000006")  # as if killed in step 5, between two lines of the log
     vla.main(argv(data, tmp_path, **flags, resume=True))
     got = load_file(tmp_path / "final" / "head.safetensors")
     assert all(torch.equal(got[k], want[k]) for k in want)
     again = records(tmp_path)[len(first) + 1 :]
-    assert [r["step"] for r in again] == [4, 5, 6, 6]
+    assert [r["step"] for r in again] == [4, 6, 6]
+    for a, b in zip(first[2:], again, strict=True):
+        assert all(a[k] == b[k] for k in a.keys() - {"seconds", "steps_s"}), (a, b)
     with pytest.raises(ValueError, match="another --lr; resume with --lr 0.001"):
         vla.main(argv(data, tmp_path, **flags, resume=True, lr=1e-2))
 
