@@ -18,6 +18,7 @@ Seconds on one CPU core. Legend: B batch, K chunk length, A action dims, S state
 import argparse
 import json
 import os
+from collections import defaultdict
 from dataclasses import dataclass
 from itertools import compress
 from operator import itemgetter
@@ -99,8 +100,8 @@ class FastTokenizer:
         self.pieces = {i: bytes(byte[c] for c in piece) if byte.keys() >= set(piece)
                        else piece.encode() for piece, i in vocab.items()}  # id -> UTF-8 bytes
         self.bytewise = bool(spell)
-        self.texts = _Texts((i, piece.decode("latin-1" if spell else "utf-8"))
-                            for i, piece in self.pieces.items())
+        kind = "latin-1" if spell else "utf-8"  # an id that is not there makes a text BROKEN
+        self.texts = defaultdict(lambda: BROKEN, {i: p.decode(kind) for i, p in self.pieces.items()})
         # It may also lack bytes, and then drops characters silently: encode goes to the nearest
         # coefficient that can be written instead. Our own vocabulary can write the whole range.
         codes = [c for c in range(int(max_coef - min_coef) + 1) if all(
@@ -236,13 +237,6 @@ def _texts(codes):
     """Codes (B, K, A), whole numbers from 0 to LAST_CODE -> B strings of K * A characters."""
     text, n = codes.astype("<u4").tobytes().decode("utf-32-le"), codes[0].size if len(codes) else 1
     return [text[i:i + n] for i in range(0, len(text), n)]
-
-
-class _Texts(dict):
-    """id -> text, of which decode joins some 20 a chunk; one that is not there makes a text wrong."""
-
-    def __missing__(self, i):
-        return BROKEN
 
 
 def _byte_characters():

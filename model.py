@@ -529,8 +529,11 @@ def to(batch, device):
 # Forward and losses
 
 
-def _attention(module, q, k, v, attention_mask, lengths=None, **kw):
-    """q, k, v (B, H, T, d) -> (B, T, H, d). With lengths, each row of a pack attends to itself."""
+def _attention(module, q, k, v, attention_mask, lengths=None, sampled=None, **kw):
+    """q, k, v (B, H, T, d) -> (B, T, H, d). With lengths, each row of a pack attends to itself; with
+    sampled, rows in generate() to their prompts too."""
+    if sampled is not None:
+        return _attend_prompt(q, k, v, *sampled[module.layer_idx].prompt, **sampled[-1]), None
     if lengths is None or not module.is_causal:  # the vision tower cuts at its images by itself
         return sdpa_attention_forward(module, q, k, v, attention_mask, **kw)
     rows = zip(*(x.split(lengths, 2) for x in (q, k, v)), strict=True)
@@ -593,9 +596,10 @@ def token_loss(net, batch):
 def logp(net, rows, ids, temperature=1.0, banned=None):
     """rows (N, D) hidden states, ids (N,) -> logp (N,), entropy (N,), fp32 nats, no gradient in the
     entropy. banned: ids of probability 0, as in `generate`."""
-    logits = logits_of(net, rows) / temperature  # (N, V)
+    logits = logits_of(net, rows)  # (N, V): large, so each pass over it that can be spared is
+    logits = logits if temperature == 1 else logits / temperature
     if banned is not None and len(banned):
-        logits = logits.index_fill(-1, torch.as_tensor(banned, device=logits.device), -1e9)
+        logits.index_fill_(-1, torch.as_tensor(banned, device=logits.device), -1e9)
     all_logp = logits.log_softmax(-1)
     with torch.no_grad():
         entropy = -(all_logp.exp() * all_logp).sum(-1)
@@ -638,37 +642,54 @@ class SharedKV(DynamicLayer):
 
 
 class SampleKV(DynamicLayer):
-    """Keys and values of one layer, (rows, kv heads, T + room, head width), allocated once.
-
-    The first update is the prefill of B prompts: it is copied to the n samples of each. Later ones
-    write in place, where a DynamicLayer would copy all of K and V at every token.
-    """
+    """Keys and values of one layer: those of the prompts, (B, kv heads, T, head width), from the first
+    update, and those of n samples of each, (rows, kv heads, room, head width), allocated once and
+    written in place, where a DynamicLayer would copy all of K and V at every token."""
 
     def __init__(self, n, room):
         super().__init__()
-        self.n, self.room, self.used = n, room, 0
+        self.n, self.room, self.used, self.prompt = n, room, 0, None
 
     def update(self, k, v, *args, **kwargs):
-        start, self.used = self.used, self.used + k.shape[2]
-        if start == 0:
-            B, heads, T, width = k.shape
-            self.keys = k.new_empty(B * self.n, heads, T + self.room, width)
+        if self.prompt is None:
+            self.prompt = k, v
+            self.keys = k.new_empty(len(k) * self.n, k.shape[1], self.room, k.shape[3])
             self.values = torch.empty_like(self.keys)
-            self.keys.unflatten(0, (B, self.n))[..., :T, :] = k[:, None]
-            self.values.unflatten(0, (B, self.n))[..., :T, :] = v[:, None]
-            return k, v  # each prompt attends to itself once, not n times
+            return k, v
+        start, self.used = self.used, self.used + k.shape[2]
         self.keys[:, :, start : self.used] = k
         self.values[:, :, start : self.used] = v
         return self.keys[:, :, : self.used], self.values[:, :, : self.used]
 
     def get_seq_length(self):
-        return self.used
+        return 0 if self.prompt is None else self.prompt[0].shape[2] + self.used
 
     def drop(self, hole, tail, left):
         """Rows `tail` take the places `hole` of finished ones, then the first `left` rows stay."""
         for kv in self.keys, self.values:
             kv[hole, :, : self.used] = kv[tail, :, : self.used]
         self.keys, self.values = self.keys[:left], self.values[:left]
+
+
+def _attend_prompt(q, k, v, prompt_k, prompt_v, sample, N, bias):
+    """One new token of R samples, q (R, H, 1, d), attends to their own tokens, k and v (R, h, t, d),
+    and to the B prompts, (B, h, T, d), which the n samples of each read together: a decoder is as
+    fast as the keys it reads. sample (R,): b * n + g of each row; bias (B, 1, 1, T) or None."""
+    (R, H, _, d), (B, h, T, _) = q.shape, prompt_k.shape
+    q = q.view(R, h, H // h, d) * d**-0.5
+
+    def by_prompt(x):  # (R, h, H/h, .) -> (B, h, n * H/h, .), 0 for samples that have finished
+        x = x.new_zeros(N, *x.shape[1:]).index_copy_(0, sample, x)
+        return x.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)
+
+    def by_sample(x):  # and back
+        return x.unflatten(2, (-1, H // h)).transpose(1, 2).flatten(0, 1)[sample]
+
+    score = by_prompt(q) @ prompt_k.mT
+    score = by_sample(score if bias is None else score + bias)  # (R, h, H/h, T)
+    p = torch.cat([score, q @ k.mT], -1).float().softmax(-1).to(v.dtype)
+    x = by_sample(by_prompt(p[..., :T]) @ prompt_v) + p[..., T:] @ v  # (R, h, H/h, d)
+    return x.reshape(R, 1, H, d)
 
 
 def draw(logp, u, top_p=1.0):
@@ -720,14 +741,12 @@ def generate(bb, rows, n=1, max_new=128, temperature=1.0, top_p=1.0, greedy=Fals
     net.eval()
     lm, embed = net.model.language_model, net.get_input_embeddings()
     batch = to(collate(rows, bb.vocab.pad, left=True), device)
-    T = batch["ids"].shape[1]
     cache = Cache(layers=[SampleKV(n, max_new) for _ in lm.layers])
     h = hidden(net, batch, cache)[:, -1].repeat_interleave(n, 0)  # (B*n, D)
     first = (batch["pos"].amax((0, 2)) + 1).repeat_interleave(n)  # (B*n,) M-RoPE of sampled token 0
-    bias = None  # what attention adds; without padding nothing, which has faster kernels
+    bias = None  # what attention to the prompts adds
     if not batch["mask"].all():
-        bias = torch.zeros(N, 1, 1, T + max_new, dtype=cache.layers[0].keys.dtype, device=device)
-        bias[..., :T] = (batch["mask"] - 1).repeat_interleave(n, 0)[:, None, None] * 1e9
+        bias = ((batch["mask"] - 1)[:, None, None] * 1e9).to(h.dtype)  # (B, 1, 1, T)
 
     row = torch.arange(N, device=device)  # which sample each row of the shrinking batch is
     for t in range(max_new):
@@ -745,10 +764,10 @@ def generate(bb, rows, n=1, max_new=128, temperature=1.0, top_p=1.0, greedy=Fals
             for layer in cache.layers:
                 layer.drop(hole, tail, left)
             order = torch.arange(left, device=device).index_copy_(0, hole, tail)
-            row, new, bias = row[order], new[order], None if bias is None else bias[order]
+            row, new = row[order], new[order]
         h = lm(inputs_embeds=embed(new[:, None]), past_key_values=cache, use_cache=True,
                position_ids=(first[row] + t)[None, :, None].expand(3, -1, -1),
-               attention_mask=None if bias is None else bias[..., : T + t + 1],
+               sampled=[*cache.layers, {"sample": row, "N": N, "bias": bias}],
                ).last_hidden_state[:, 0]  # (R, D)
     net.train(was_training)
     return {"ids": ids[:, : t + 1], "mask": mask[:, : t + 1], "logp": logps[:, : t + 1]}
