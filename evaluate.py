@@ -96,7 +96,7 @@ def record(path, arm, metrics, args, started, paired=None):
 
 def write_results(path, results):
     part = pathlib.Path(path).with_suffix(".tmp")
-    part.write_text(json.dumps(results, indent=1) + "\n")
+    model.write_json(part, results)
     part.replace(path)
 
 
@@ -266,7 +266,7 @@ def vqa(args):
     bb = model.load(args.policy, device=args.device, stages=("base", "sft", "grpo"))
     bb.net.eval()
     source, right = Conversations(args.data, bb.fast, 0), {}
-    picks = range(min(args.rows or len(source), len(source)))
+    picks = source.train[: args.rows or None]
     for start in tqdm(range(0, len(picks), args.batch), "rows", disable=None):
         items = [source[i] for i in picks[start : start + args.batch]]
         for kind, ok in exact(bb, items, args.max_new, args.batch):
@@ -284,8 +284,7 @@ COLUMNS = {
     "format (think)": "think sampled r_f", "reward": "think sampled reward",
     "r_a": "think sampled r_a", "L1": "think sampled l1", "spatial": "success spatial",
     "object": "success object", "goal": "success goal", "long": "success long",
-    "average": "success", "chain length": "chain length",
-}
+    "average": "success", "chain length": "chain length"}
 
 
 def show(value, percent):
@@ -344,8 +343,7 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     common = argparse.ArgumentParser(add_help=False)
     add = common.add_argument
-    add("--policy", required=True,
-        help="checkpoint folder (vla for tabletop; base, sft, grpo for actions)")
+    add("--policy", required=True, help="checkpoint: of vla for tabletop, else of base, sft or grpo")
     add("--arm", default="policy", help="row of the results table")
     add("--out", default="results/results.json", help="results file; the arm is added to it")
     add("--preset", default="tabletop", help="name of the run, noted in the results file")
@@ -357,8 +355,7 @@ def main(argv=None):
         help="which suites; chain is CALVIN's protocol")
     add("--trials", type=int, default=10, help="trials a task (10 tasks a suite)")
     add("--chains", type=int, default=100, help="chains of five instructions")
-    add("--execute", type=int, default=0,
-        help="steps of a chunk before the next forward; 0 = half of it")
+    add("--execute", type=int, default=0, help="steps of a chunk taken a forward; 0: half of it")
     add("--batch", type=int, default=256, help="environments a forward")
     add("--gif", default="", help="folder for rollouts as animated GIFs (two tasks a suite)")
     two = commands.add_parser("actions", parents=[common], help="action tokens on held-out prompts")

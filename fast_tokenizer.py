@@ -99,9 +99,9 @@ class FastTokenizer:
         byte = {c: b for b, c in enumerate(spell)}
         self.pieces = {i: bytes(byte[c] for c in piece) if byte.keys() >= set(piece)
                        else piece.encode() for piece, i in vocab.items()}  # id -> UTF-8 bytes
-        self.bytewise = bool(spell)
-        kind = "latin-1" if spell else "utf-8"  # an id that is not there makes a text BROKEN
-        self.texts = defaultdict(lambda: BROKEN, {i: p.decode(kind) for i, p in self.pieces.items()})
+        self.kind = "latin-1" if spell else "utf-8"  # an id that is not there makes a text BROKEN
+        texts = {i: piece.decode(self.kind) for i, piece in self.pieces.items()}
+        self.texts = defaultdict(lambda: BROKEN, texts)
         # It may also lack bytes, and then drops characters silently: encode goes to the nearest
         # coefficient that can be written instead. Our own vocabulary can write the whole range.
         codes = [c for c in range(int(max_coef - min_coef) + 1) if all(
@@ -144,7 +144,7 @@ class FastTokenizer:
             chunks = normalize(chunks, self.stats)
         coefs = np.rint(dct(chunks, axis=1, norm="ortho") * self.scale)  # (B, K, A)
         # both ends are clipped; the reference clips the low end only, and counts nothing
-        codes = np.clip(coefs, self.min_coef, self.max_coef).astype(np.int64) - self.min_coef
+        codes = np.clip(coefs, self.min_coef, self.max_coef).astype(int) - self.min_coef
         codes = self.nearest[codes]
         self.clipped = int((codes + self.min_coef != coefs).sum())
         return [row.ids for row in self.bpe.encode_batch(_texts(codes))]
@@ -156,14 +156,13 @@ class FastTokenizer:
         coefficients (byte level: or no valid text); its chunk is NaN."""
         rows, n = [x.tolist() if hasattr(x, "tolist") else x for x in ids], self.horizon * self.dim
         texts = ["".join(itemgetter(*row)(self.texts)) if row else "" for row in rows]
-        if self.bytewise:
+        if self.kind == "latin-1":  # what it spells are bytes
             texts = [text if BROKEN in text else text.encode("latin-1").decode(errors="replace")
                      for text in texts]
         ok = np.array([len(text) == n and BROKEN not in text for text in texts], bool)
         chunks = np.full((len(ids), self.horizon, self.dim), np.nan, np.float32)
         if ok.any():
-            text = "".join(texts if ok.all() else compress(texts, ok))
-            codes = np.frombuffer(text.encode("utf-16-le"), "<u2")
+            codes = np.frombuffer("".join(compress(texts, ok)).encode("utf-16-le"), "<u2")
             coefs = (codes + float(self.min_coef)).reshape(-1, *chunks.shape[1:])  # (ok.sum(), K, A)
             actions = idct(coefs / self.scale, axis=1, norm="ortho")
             chunks[ok] = actions if self.stats is None else unnormalize(actions, self.stats)

@@ -15,8 +15,7 @@ A conversation whose answer is "<answer><ACTION></answer>", with the actions in 
 Reads  --init, --data, --fast. Writes runs/sft/{log.jsonl, step_*/, final/}.
 python sft.py                                        # tabletop, one CPU process
 torchrun --nproc_per_node 2 sft.py                   # 2 CPU processes, 190 ms a step; or 2 GPUs
-torchrun --nproc_per_node 8 sft.py paper --data vqa.jsonl,bridge/ --fast fast/    # 8 GPUs, 30 h
-"""
+torchrun --nproc_per_node 8 sft.py paper --data vqa.jsonl,bridge/ --fast fast/    # 8 GPUs, 30 h"""
 
 import functools
 import itertools
@@ -85,8 +84,7 @@ class Conversations:
     """Rows of a .jsonl file, checked when opened and read when asked for.
 
     source[i] -> (messages with their mode lines, images, kind or None, where). ValueError naming
-    the file and the line on a malformed row or a missing image.
-    """
+    the file and the line on a malformed row or a missing image."""
 
     def __init__(self, path, fast, holdout):
         self.path, self.fast, self.offset = Path(path), fast, []
@@ -121,9 +119,6 @@ class Conversations:
         """What the tokenizer of a random backbone is trained on."""
         return ("\n".join(m["content"] for m in modes(self._row(i)["messages"]))
                 for i in self.train[:20000])
-
-    def __len__(self):
-        return len(self.train)
 
     def size(self, i):
         """About how long a row is: characters in the file."""
@@ -167,9 +162,6 @@ class Demonstrations:
         self.ends = np.cumsum([len(e) for e in self.files])
         cut, end = sum(map(len, split(self.files)[0])), int(self.ends[-1])
         self.train, self.held = range(cut), range(cut, end)
-
-    def __len__(self):
-        return len(self.train)
 
     def target(self, i):
         episode, t = locate(self.files, self.ends, i)
@@ -328,8 +320,7 @@ def thinking_rollouts(bb, sources, cfg, dist, n=4):
     """What RL will start from: thinking rollouts on held-out prompts, which SFT never showed.
 
     -> format rate, mean r_a (paper section 3), and how many of the n thoughts and actions differ:
-    thoughts that are all alike leave RL without a signal (Table 1 of the paper).
-    """
+    thoughts that are all alike leave RL without a signal (Table 1 of the paper)."""
     prompts = [(s, i) for s in sources if isinstance(s, Demonstrations)
                for i in spread(s.held, cfg.probe)][: cfg.probe]
     mine, total, shown = prompts[dist.rank :: dist.world], np.zeros(5), ""
@@ -381,7 +372,7 @@ def prepare(cfg, dist):
     for k, s in enumerate(sources):
         if s.name in [other.name for other in sources[:k]]:
             s.name += str(k)
-    weights = [len(s) if w is None else w for s, (_, w) in zip(sources, paths)]
+    weights = [len(s.train) if w is None else w for s, (_, w) in zip(sources, paths)]
     if newest:
         free = asdict(cfg).keys() - {"data", "seed", "batch", "holdout"}
         model.check_resume(newest, bb.run["config"], cfg, free)
@@ -402,9 +393,9 @@ def main(argv=None):
     net.train()
     optim = model.optimizer(net, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2))
     start = model.load_train_state(newest, net, optim)["step"] if newest else 0
-    rows = sum(len(s) for s in sources)
-    steps = cfg.steps or math.ceil(cfg.epochs * rows / cfg.batch)
-    picks = np.stack(order([len(s) for s in sources], weights, steps * cfg.batch, cfg.seed), 1)
+    sizes = [len(s.train) for s in sources]
+    steps = cfg.steps or math.ceil(cfg.epochs * sum(sizes) / cfg.batch)
+    picks = np.stack(order(sizes, weights, steps * cfg.batch, cfg.seed), 1)
     run = {"stage": "sft" if bb.fast else "base", "config": asdict(cfg), "parent": cfg.init}
     log = model.Log(cfg.out, cfg, dist)
     seconds, logged, total = time.perf_counter(), start, np.zeros(3)

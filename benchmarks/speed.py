@@ -101,6 +101,10 @@ def prompts(bb, items):
             for text, image in items]
 
 
+def lengths(rows):
+    return [len(row["ids"]) for row in rows]
+
+
 def plain(bb, rows, device, left=False):
     """Rows -> arguments of transformers' own forward, and where targets are."""
     batch = model.to(model.collate(rows, bb.vocab.pad, left), device)
@@ -181,16 +185,16 @@ def rollout(args):
     pair["greedy_agreement"] = same.float().mean().item()  # below 1 only by near ties, and in bf16
     if args.device != "cpu":
         pair |= decode_bound(bb, rows, T, pair["ours"]["median"], args)
-    return {"rollout": pair}, {"prompt_tokens": [len(row["ids"]) for row in rows]}
+    return {"rollout": pair}, {"prompt_tokens": lengths(rows)}
 
 
 def decode_bound(bb, rows, T, seconds, args):
-    """Decoding reads all weights and the cache at each token: how near to the time that takes."""
+    """Decoding reads all weights and the cache (prompts once) at each token: how near to that time."""
     lm, c = bb.net.model.language_model, bb.net.config.text_config
     width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     token = 2 * c.num_hidden_layers * c.num_key_value_heads * width * bb.net.dtype.itemsize
     read = (sum(p.nbytes for p in lm.layers.parameters()) + bb.net.lm_head.weight.nbytes
-            + len(rows) * args.group * (T + args.new / 2) * token)  # bytes a step, on average
+            + len(rows) * (T + args.group * args.new / 2) * token)  # bytes a step, on average
     block = torch.empty(1 << 30, dtype=torch.uint8, device=args.device)
     target = torch.empty_like(block)
     speed = 2 * block.nbytes / timed(lambda: target.copy_(block), args)  # it reads and writes
@@ -270,7 +274,7 @@ def grpo_step(args):
         else:
             pairs["step"] = compare(lambda k: ours(sample(k), k)["forwarded"], peer,
                                     lambda x, y: {"tokens": (x, y, 0)}, args)
-    return pairs, {"prompt_tokens": prompt_tokens(ref, items)}
+    return pairs, {"prompt_tokens": lengths(prompts(ref, items))}
 
 
 def cost(args):
@@ -282,13 +286,9 @@ def cost(args):
         groups, update = sample(0), learner()
         spent = {"rollout": timed(functools.partial(sample, 1), args),
                  "update": timed(functools.partial(update, groups, 0), args)}
-        rows.append({**start, **change, "prompt": max(prompt_tokens(ref, items)), **spent})
+        rows.append({**start, **change, "prompt": max(lengths(prompts(ref, items))), **spent})
         print("  ".join(f"{k} {v:<7.4g}" for k, v in rows[-1].items()), file=sys.stderr)
     return {}, {"cost": rows}
-
-
-def prompt_tokens(bb, items):
-    return [len(row["ids"]) for row in prompts(bb, items)]
 
 
 class Processor(transformers.Qwen3VLProcessor):
@@ -305,10 +305,8 @@ def trl_step(bb, cfg, items, gold, scored, args, folder):
     import trl
 
     bb.net.save_pretrained(folder)  # TRL loads its reference model from where the policy came from
-    s, auto = bb.images, transformers.AutoModelForImageTextToText
-    images = Qwen2VLImageProcessorPil(
-        patch_size=s.patch, merge_size=s.merge, temporal_patch_size=s.temporal, image_mean=s.mean,
-        image_std=s.std, size={"shortest_edge": s.min_pixels, "longest_edge": s.max_pixels})
+    bb.images.save(folder)
+    images = Qwen2VLImageProcessorPil.from_pretrained(folder)
     data = datasets.Dataset.from_list([
         {"prompt": [{"role": "user", "content": text.removeprefix("<image>")}],
          "image": Image.fromarray(image), "target": t} for (text, image), t in zip(items, gold)])
@@ -327,7 +325,8 @@ def trl_step(bb, cfg, items, gold, scored, args, folder):
 
     with contextlib.redirect_stdout(sys.stderr):
         trainer = trl.GRPOTrainer(
-            auto.from_pretrained(folder, dtype=bb.net.dtype), reward, config, data,
+            transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=bb.net.dtype),
+            reward, config, data,
             processing_class=Processor(images, bb.tok, None, chat_template=bb.tok.chat_template))
         trainer.train()  # one step, in which it also makes its optimizer
         batch = next(iter(trainer.get_train_dataloader()))
@@ -373,13 +372,13 @@ def sft_step(args):
         # 6 x parameters x tokens, each part for what it must see: the head targets, the tower
         # patches. What attention multiplies is not counted.
         net = bb.net
-        parts = [(net.model.language_model.layers, sum(len(r["ids"]) for r in rows)),
+        parts = [(net.model.language_model.layers, sum(lengths(rows))),
                  (net.lm_head, sum(int(r["target"].sum()) for r in rows)),
                  (net.model.visual, sum(len(r["patches"]) for r in rows))]
         flop = 6 * sum(p.numel() * seen for part, seen in parts for p in part.parameters())
         for side in ("ours", "peer"):
             pair[f"{side}_mfu"] = flop / pair[side]["median"] / (args.peak_tflops * 1e12)
-    return {"step": pair}, {"row_tokens": [len(r["ids"]) for r in rows]}
+    return {"step": pair}, {"row_tokens": lengths(rows)}
 
 
 def learn(loss, net, optim):
