@@ -671,11 +671,12 @@ def _attend_prompt(q, k, v, prompt_k, prompt_v, sample, N, bias):
     q = q.view(R, h, H // h, d) * d**-0.5
 
     def by_prompt(x):  # (R, h, H/h, .) -> (B, h, n * H/h, .), 0 for samples that have finished
-        x = x.new_zeros(N, *x.shape[1:]).index_copy_(0, sample, x)
+        x = x if R == N else x.new_zeros(N, *x.shape[1:]).index_copy_(0, sample, x)
         return x.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)
 
     def by_sample(x):  # and back
-        return x.unflatten(2, (-1, H // h)).transpose(1, 2).flatten(0, 1)[sample]
+        x = x.unflatten(2, (-1, H // h)).transpose(1, 2).flatten(0, 1)  # (N, h, H/h, .)
+        return x if R == N else x[sample]
 
     score = by_sample(by_prompt(q) @ prompt_k.mT + bias)  # (R, h, H/h, T)
     p = torch.cat([score, q @ k.mT], -1).float().softmax(-1).to(v.dtype)

@@ -113,7 +113,7 @@ def estimate(stage, cfg, net, ranks, row, patches, dtype=torch.bfloat16):
             "logits": B * G * T * c.vocab_size * LOGITS}
     rows = (cfg.chunk or cfg.prompts // ranks) * G
     cache = {"whole model": whole * b * (ranks > 1 or b < FP32),
-             "KV cache": rows * (row / G + T) * kv * c.num_hidden_layers,
+             "KV cache": (rows // G * row + rows * T) * kv * c.num_hidden_layers,
              "sampling": rows * c.vocab_size * 3 * FP32}
     idle = fixed["gradients"] + gathered  # not there while sampling
     return {**fixed, **work, **cache}, {"update": sum(fixed.values()) + sum(work.values()),
