@@ -232,8 +232,7 @@ COLUMNS = {
     "format (think)": "think sampled r_f", "reward": "think sampled reward",
     "r_a": "think sampled r_a", "L1": "think sampled l1", "spatial": "success spatial",
     "object": "success object", "goal": "success goal", "long": "success long",
-    "average": "success", "chain length": "chain length",
-}
+    "average": "success", "chain length": "chain length"}
 
 
 def show(value, percent):
@@ -291,7 +290,7 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     common = argparse.ArgumentParser(add_help=False)
     add = common.add_argument
-    add("--policy", required=True, help="checkpoint folder; of vla.py for tabletop")
+    add("--policy", required=True, help="checkpoint: of vla for tabletop, else of base, sft or grpo")
     add("--arm", default="policy", help="row of the results table")
     add("--out", default="results/results.json", help="results file; the arm is added to it")
     add("--preset", default="tabletop", help="name of the run, noted in the results file")

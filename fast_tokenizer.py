@@ -17,7 +17,10 @@ Seconds on one CPU core. Legend: B batch, K chunk length, A action dims, S state
 
 import argparse
 import json
+from collections import defaultdict
 from dataclasses import dataclass
+from itertools import compress
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +29,7 @@ from scipy.fft import dct, idct
 from tokenizers import Tokenizer, decoders, models, trainers
 
 STILL = 1e-6  # a dimension whose q99 - q01 is below this never moves: it maps to 0 and back to q01
+BROKEN = "\ufffd"  # what bytes that are no UTF-8 decode as
 LAST_CODE = 0xD7FF  # the largest character code below the surrogates, which no text can hold
 
 
@@ -94,14 +98,18 @@ class FastTokenizer:
         byte = {c: b for b, c in enumerate(spell)}
         self.pieces = {i: bytes(byte[c] for c in piece) if byte.keys() >= set(piece)
                        else piece.encode() for piece, i in vocab.items()}  # id -> UTF-8 bytes
+        self.kind = "latin-1" if spell else "utf-8"  # an id that is not there makes a text BROKEN
+        texts = {i: piece.decode(self.kind) for i, piece in self.pieces.items()}
+        self.texts = defaultdict(lambda: BROKEN, texts)
         # It may also lack bytes, and then drops characters silently: encode goes to the nearest
         # coefficient that can be written instead. Our own vocabulary can write the whole range.
         codes = [c for c in range(int(max_coef - min_coef) + 1) if all(
             p in vocab for p in ([spell[b] for b in chr(c).encode()] if spell else chr(c)))]
         if not codes:
             raise ValueError("the BPE vocabulary can write no coefficient; fit the tokenizer again")
-        self.known = np.array(codes) + self.min_coef  # (C,) ascending
-        self.max_coef = int(self.known[-1])
+        self.max_coef = codes[-1] + self.min_coef
+        middle = (np.array(codes[1:]) + codes[:-1]) / 2
+        self.nearest = np.array(codes)[np.searchsorted(middle, range(codes[-1] + 1))]  # by code
 
     @classmethod
     def fit(cls, chunks, vocab_size, scale, stats=None):
@@ -135,29 +143,26 @@ class FastTokenizer:
             chunks = normalize(chunks, self.stats)
         coefs = np.rint(dct(chunks, axis=1, norm="ortho") * self.scale)  # (B, K, A)
         # both ends are clipped; the reference clips the low end only, and counts nothing
-        kept = self.known[np.searchsorted((self.known[1:] + self.known[:-1]) / 2, coefs)]
-        self.clipped = int((kept != coefs).sum())
-        return [row.ids for row in self.bpe.encode_batch(_texts(kept - self.min_coef))]
+        codes = np.clip(coefs, self.min_coef, self.max_coef).astype(int) - self.min_coef
+        codes = self.nearest[codes]
+        self.clipped = int((codes + self.min_coef != coefs).sum())
+        return [row.ids for row in self.bpe.encode_batch(_texts(codes))]
 
     def decode(self, ids):
         """B lists of ids -> (chunks (B, K, A) float32, ok (B,) bool).
 
         ok is False for a sequence that is empty, holds an id out of range or gives no K x A
         coefficients (byte level: or no valid text); its chunk is NaN."""
-        ok, texts = np.zeros(len(ids), bool), []
-        for i, row in enumerate(ids):
-            row = row.tolist() if hasattr(row, "tolist") else row
-            try:
-                text = b"".join([self.pieces[t] for t in row]).decode()
-            except (KeyError, UnicodeDecodeError):
-                continue
-            if len(text) == self.horizon * self.dim:
-                ok[i] = True
-                texts.append(text)
-        codes = np.frombuffer("".join(texts).encode("utf-32-le"), "<u4").astype(np.int64)
+        rows, n = [x.tolist() if hasattr(x, "tolist") else x for x in ids], self.horizon * self.dim
+        texts = ["".join(itemgetter(*row)(self.texts)) if row else "" for row in rows]
+        if self.kind == "latin-1":  # what it spells are bytes
+            texts = [text if BROKEN in text else text.encode("latin-1").decode(errors="replace")
+                     for text in texts]
+        ok = np.array([len(text) == n and BROKEN not in text for text in texts], bool)
         chunks = np.full((len(ids), self.horizon, self.dim), np.nan, np.float32)
-        if texts:
-            coefs = (codes + self.min_coef).reshape(-1, self.horizon, self.dim)  # (ok.sum(), K, A)
+        if ok.any():
+            codes = np.frombuffer("".join(compress(texts, ok)).encode("utf-16-le"), "<u2")
+            coefs = (codes + float(self.min_coef)).reshape(-1, *chunks.shape[1:])  # (ok.sum(), K, A)
             actions = idct(coefs / self.scale, axis=1, norm="ortho")
             chunks[ok] = actions if self.stats is None else unnormalize(actions, self.stats)
         return chunks, ok

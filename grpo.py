@@ -17,8 +17,7 @@ sampling and in the update: the same gradients, less work.
 Reads --init and --data; writes OUT/log.jsonl, OUT/step_000050/... and OUT/final (Hugging Face layout).
 python grpo.py                                   # tabletop, one CPU process
 torchrun --nproc_per_node 2 grpo.py              # 2 CPU processes, 2 s a step; or 2 GPUs
-torchrun --nproc_per_node 8 grpo.py paper        # 8 GPUs; took the authors about 1 h
-"""
+torchrun --nproc_per_node 8 grpo.py paper        # 8 GPUs; took the authors about 1 h"""
 
 import re
 import time
@@ -141,8 +140,7 @@ def reward(bb, ids, targets, kind="prefix", think=True):
     l1 or lcs. think=False scores direct answers, where r_f asks for no thought.
     -> (r (N,) float64, {"r_f", "r_a", "tags", "markers", "decodes": (N,) float64}): tags are in
     place, one run of FAST tokens stands between the marks, and it decodes to K x A coefficients;
-    r_f is all of them (and that nothing stands around them). r_a is 0 where r_f is 0.
-    """
+    r_f is all of them (and that nothing stands around them). r_a is 0 where r_f is 0."""
     tags, markers, form, made = [], [], [], []
     shape = re.compile(r"\s*<think>.*\S.*</think>\s*<answer>.*</answer>\s*<\|im_end\|>" if think
                        else r".*<answer>.*</answer>\s*<\|im_end\|>", re.DOTALL)
@@ -427,8 +425,8 @@ def main(argv=None):
         updates, seen = max(total["updates"], 1), max(total["forwarded"], 1)
         log.write(step=done, **mean, **{k: total[k] / seen for k in ("clip", "kl", "entropy")},
                   loss=total["loss"] / updates, grad_norm=total["grad_norm"] / updates,
-                  updates=total["updates"], lr=optim.param_groups[0]["lr"], rollout_s=rolled - began,
-                  update_s=ended - rolled,
+                  updates=total["updates"], lr=optim.param_groups[0]["lr"],
+                  rollout_s=rolled - began, update_s=ended - rolled,
                   tokens_s=mean["length"] * cfg.prompts * cfg.group / (ended - began))
         if cfg.show_every and done % cfg.show_every == 0:
             log.write(step=done, rollout=shown)

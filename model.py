@@ -89,8 +89,7 @@ def parse_actions(bb, ids):
     Well formed: [<think>...</think>] <answer> START FAST+ END </answer> <|im_end|> and nothing else
     but white space between the parts; has_think: it opens with a thought that is not blank. So the
     r_f of paper section 3 is both. The indices are the run of FAST tokens after the first START,
-    also when the rest is malformed. Tags are matched as text: Qwen2.5 has no token for them.
-    """
+    also when the rest is malformed. Tags are matched as text: Qwen2.5 has no token for them."""
     v, ids = bb.vocab, [int(i) for i in ids]
     ids = ids[: ids.index(v.eos) + 1] if v.eos in ids else ids
     index = {t: i for i, t in enumerate(v.fast)}
@@ -167,8 +166,8 @@ class Size:
 _QWEN2_5 = {
     "family": "qwen2_5_vl", "head": 128, "theta": 1e6, "mrope": (16, 24, 24), "context": 128000,
     "vision": 1280, "depth": 32, "vision_heads": 16, "vision_mlp": 3420, "taps": (7, 15, 23, 31),
-    "window": 112, "patch": 14, "mean": (0.48145466, 0.4578275, 0.40821073),
-    "std": (0.26862954, 0.26130258, 0.27577711), "pixels": (3136, 12845056)}
+    "window": 112, "patch": 14, "pixels": (3136, 12845056),
+    "mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
 _QWEN3 = {
     "rows": 151936, "head": 128, "kv": 8, "theta": 5e6, "mrope": (24, 20, 20), "context": 262144,
     "vision": 1024, "depth": 24, "vision_heads": 16, "vision_mlp": 4096, "taps": (5, 11, 17),
@@ -288,19 +287,17 @@ def random_backbone(size, seed, texts=None, device="cpu"):
         "vocab_size": s.rows or -(-len(tok) // 64) * 64, "hidden_size": s.hidden,
         "intermediate_size": s.mlp, "num_hidden_layers": s.layers, "num_attention_heads": s.heads,
         "num_key_value_heads": s.kv, "initializer_range": s.hidden**-0.5, "rms_norm_eps": 1e-6,
-        "max_position_embeddings": s.context, "rope_parameters": {
+        "max_position_embeddings": s.context, "dtype": "float32", "rope_parameters": {
             "rope_type": "default", "rope_theta": s.theta, "mrope_section": list(s.mrope)}}
     vision = {
         "hidden_size": s.vision, "depth": s.depth, "num_heads": s.vision_heads,
         "intermediate_size": s.vision_mlp, "patch_size": s.patch, "spatial_merge_size": s.merge,
-        "temporal_patch_size": s.temporal, "out_hidden_size": s.hidden,
+        "temporal_patch_size": s.temporal, "out_hidden_size": s.hidden, "dtype": "float32",
         "initializer_range": s.vision**-0.5}
     ids = tok.convert_tokens_to_ids
-    marks = {f"{k}_token_id": ids(f"<|{v}|>") for k, v in {
-        "image": "image_pad", "video": "video_pad", "vision_start": "vision_start",
-        "vision_end": "vision_end"}.items()}
+    marks = {f"{k.removesuffix('_pad')}_token_id": ids(f"<|{k}|>")
+             for k in ("image_pad", "video_pad", "vision_start", "vision_end")}
     marks |= {"tie_word_embeddings": s.tied, "dtype": "float32"}
-    text["dtype"] = vision["dtype"] = "float32"
     if s.family == "qwen3_vl":
         text["head_dim"] = s.head
         vision |= {"num_position_embeddings": s.places, "deepstack_visual_indexes": list(s.taps)}
@@ -381,8 +378,7 @@ def grow(bb, n_fast):
 
     Embeddings grow only where the (padded) table has no row left; they never shrink and stay tied.
     New rows: mean of the old ones plus a tenth of their spread, so that no two tokens are alike.
-    Padding that is left in a table which did not grow stays as it is.
-    """
+    Padding that is left in a table which did not grow stays as it is."""
     names = [ACTION_START, ACTION_END, *map(fast_name, range(n_fast))]
     old, known = len(bb.tok), bb.tok.get_vocab()
     bb.tok.add_tokens([AddedToken(t, special=False, normalized=False)
@@ -409,8 +405,7 @@ def grow(bb, n_fast):
 def patchify(image, spec):
     """image uint8 (H, W, 3) -> patches (P, 3 * temporal * patch * patch) float32, grid (1, h, w).
 
-    Equals the Pillow image processor of transformers' Qwen2-VL, without its overhead.
-    """
+    Equals the Pillow image processor of transformers' Qwen2-VL, without its overhead."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"image is {image.dtype} {image.shape}; give uint8 (H, W, 3)")
     p, m = spec.patch, spec.merge
@@ -455,8 +450,7 @@ def encode(bb, messages, images=(), prompt_only=False):
     messages: [{"role", "content"}], "<image>" in a content stands for the next of `images` (uint8
     (H, W, 3)). prompt_only: opens the assistant's turn instead of ending.
     -> ids (T,) int64, target (T,) bool (the assistant's turns, <|im_end|> among them), pos (3, T),
-    patches (P, .) float32 or None, grid (N, 3) int64. ValueError when tags and images disagree.
-    """
+    patches (P, .) float32 or None, grid (N, 3) int64. ValueError when tags and images disagree."""
     tags = sum(m["content"].count("<image>") for m in messages)
     if tags != len(images):
         raise ValueError(f'{tags} "<image>" but {len(images)} images; write one tag for each image')
@@ -532,8 +526,11 @@ def to(batch, device):
 # Forward and losses
 
 
-def _attention(module, q, k, v, attention_mask, lengths=None, **kw):
-    """q, k, v (B, H, T, d) -> (B, T, H, d). With lengths, each row of a pack attends to itself."""
+def _attention(module, q, k, v, attention_mask, lengths=None, sampled=None, **kw):
+    """q, k, v (B, H, T, d) -> (B, T, H, d). With lengths, each row of a pack attends to itself; with
+    sampled, rows in generate() to their prompts too."""
+    if sampled is not None:
+        return _attend_prompt(q, k, v, *sampled[module.layer_idx].prompt, **sampled[-1]), None
     if lengths is None or not module.is_causal:  # the vision tower cuts at its images by itself
         return sdpa_attention_forward(module, q, k, v, attention_mask, **kw)
     rows = zip(*(x.split(lengths, 2) for x in (q, k, v)), strict=True)
@@ -605,8 +602,7 @@ def _by_slices(head, score, rows, ids):
 def token_loss(net, batch):
     """-> (summed cross-entropy, number of counted tokens, number right by argmax).
 
-    Logits are computed only where a target follows; divide by the global count (see all_sum).
-    """
+    Logits are computed only where a target follows; divide by the global count (see all_sum)."""
     def score(logits, ids):
         right = logits.detach().argmax(-1) == ids
         return F.cross_entropy(logits, ids, reduction="none"), right  # (n,) each
@@ -620,10 +616,10 @@ def token_loss(net, batch):
 def logp(net, rows, ids, temperature=1.0, banned=None):
     """rows (N, D) hidden states, ids (N,) -> logp (N,), entropy (N,), fp32 nats, no gradient in the
     entropy. banned: ids of probability 0, as in `generate`."""
-    def score(logits, ids):
-        logits = logits / temperature  # (n, V)
+    def score(logits, ids):  # logits (n, V): each pass over them that can be spared is
+        logits = logits if temperature == 1 else logits / temperature
         if banned is not None and len(banned):
-            logits = logits.index_fill(-1, torch.as_tensor(banned, device=logits.device), -1e9)
+            logits.index_fill_(-1, torch.as_tensor(banned, device=logits.device), -1e9)
         all_logp = logits.log_softmax(-1)
         with torch.no_grad():
             entropy = -(all_logp.exp() * all_logp).sum(-1)
@@ -668,31 +664,27 @@ class SharedKV(DynamicLayer):
 
 
 class SampleKV(DynamicLayer):
-    """Keys and values of one layer, (rows, kv heads, T + room, head width), allocated once.
-
-    The first update is the prefill of B prompts: it is copied to the n samples of each. Later ones
-    write in place, where a DynamicLayer would copy all of K and V at every token.
-    """
+    """Keys and values of one layer: those of the prompts, (B, kv heads, T, head width), from the first
+    update, and those of n samples of each, (rows, kv heads, room, head width), allocated once and
+    written in place, where a DynamicLayer would copy all of K and V at every token."""
 
     def __init__(self, n, room):
         super().__init__()
-        self.n, self.room, self.used = n, room, 0
+        self.n, self.room, self.used, self.prompt = n, room, 0, None
 
     def update(self, k, v, *args, **kwargs):
-        start, self.used = self.used, self.used + k.shape[2]
-        if start == 0:
-            B, heads, T, width = k.shape
-            self.keys = k.new_empty(B * self.n, heads, T + self.room, width)
+        if self.prompt is None:
+            self.prompt = k, v
+            self.keys = k.new_empty(len(k) * self.n, k.shape[1], self.room, k.shape[3])
             self.values = torch.empty_like(self.keys)
-            self.keys.unflatten(0, (B, self.n))[..., :T, :] = k[:, None]
-            self.values.unflatten(0, (B, self.n))[..., :T, :] = v[:, None]
-            return k, v  # each prompt attends to itself once, not n times
+            return k, v
+        start, self.used = self.used, self.used + k.shape[2]
         self.keys[:, :, start : self.used] = k
         self.values[:, :, start : self.used] = v
         return self.keys[:, :, : self.used], self.values[:, :, : self.used]
 
     def get_seq_length(self):
-        return self.used
+        return 0 if self.prompt is None else self.prompt[0].shape[2] + self.used
 
     def drop(self, hole, tail, left):
         """Rows `tail` take the places `hole` of finished ones, then the first `left` rows stay."""
@@ -701,13 +693,33 @@ class SampleKV(DynamicLayer):
         self.keys, self.values = self.keys[:left], self.values[:left]
 
 
+def _attend_prompt(q, k, v, prompt_k, prompt_v, sample, N, bias):
+    """One new token of R samples, q (R, H, 1, d), attends to their own tokens, k and v (R, h, t, d),
+    and to the B prompts, (B, h, T, d), which the n samples of each read together: a decoder is as
+    fast as the keys it reads. sample (R,): b * n + g of each row; bias (B, 1, 1, T)."""
+    (R, H, _, d), (B, h, T, _) = q.shape, prompt_k.shape
+    q = q.view(R, h, H // h, d) * d**-0.5
+
+    def by_prompt(x):  # (R, h, H/h, .) -> (B, h, n * H/h, .), 0 for samples that have finished
+        x = x if R == N else x.new_zeros(N, *x.shape[1:]).index_copy_(0, sample, x)
+        return x.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)
+
+    def by_sample(x):  # and back
+        x = x.unflatten(2, (-1, H // h)).transpose(1, 2).flatten(0, 1)  # (N, h, H/h, .)
+        return x if R == N else x[sample]
+
+    score = by_sample(by_prompt(q) @ prompt_k.mT + bias)  # (R, h, H/h, T)
+    p = torch.cat([score, q @ k.mT], -1).float().softmax(-1).to(v.dtype)
+    x = by_sample(by_prompt(p[..., :T]) @ prompt_v) + p[..., T:] @ v  # (R, h, H/h, d)
+    return x.reshape(R, 1, H, d)
+
+
 def draw(logp, u, top_p=1.0):
     """Inverse-CDF sampling: the first index whose cumulative probability reaches u.
 
     logp (N, V), u (N,) in (0, 1], fp32 -> (N,). Some 10x faster than torch.multinomial on a CPU at
     152K tokens, and the draw of a row depends on no other row. top_p < 1 leaves only the nucleus:
-    the fewest most probable tokens that reach top_p together, and all ties of the last.
-    """
+    the fewest most probable tokens that reach top_p together, and all ties of the last."""
     p = logp.exp()
     if top_p < 1:
         ranked = p.sort(-1, descending=True).values
@@ -730,8 +742,7 @@ def generate(bb, rows, n=1, max_new=128, temperature=1.0, top_p=1.0, greedy=Fals
     -> ids (B*n, T) padded with pad, mask (B*n, T) 1 on sampled tokens, the stop token among them,
     logp (B*n, T) fp32 of each sampled token at this temperature, before top_p, 0 where mask is 0;
     sample g of prompt b is row b*n + g, T <= max_new. ValueError for an impossible temperature or
-    top_p. Gather sharded parameters first: `with unsharded(net)`.
-    """
+    top_p. Gather sharded parameters first: `with unsharded(net)`."""
     if temperature <= 0 or not 0 < top_p <= 1:
         raise ValueError(f"temperature {temperature} must be > 0 and top_p {top_p} in (0, 1]; "
                          "for the most probable token pass greedy=True")
@@ -750,14 +761,10 @@ def generate(bb, rows, n=1, max_new=128, temperature=1.0, top_p=1.0, greedy=Fals
     net.eval()
     lm, embed = net.model.language_model, net.get_input_embeddings()
     batch = to(collate(rows, bb.vocab.pad, left=True), device)
-    T = batch["ids"].shape[1]
     cache = Cache(layers=[SampleKV(n, max_new) for _ in lm.layers])
     h = hidden(net, batch, cache)[:, -1].repeat_interleave(n, 0)  # (B*n, D)
     first = (batch["pos"].amax((0, 2)) + 1).repeat_interleave(n)  # (B*n,) M-RoPE of sampled token 0
-    bias = None  # what attention adds; without padding nothing, which has faster kernels
-    if not batch["mask"].all():
-        bias = torch.zeros(N, 1, 1, T + max_new, dtype=cache.layers[0].keys.dtype, device=device)
-        bias[..., :T] = (batch["mask"] - 1).repeat_interleave(n, 0)[:, None, None] * 1e9
+    bias = ((batch["mask"] - 1)[:, None, None] * 1e9).to(h.dtype)  # (B, 1, 1, T) to attention
 
     row = torch.arange(N, device=device)  # which sample each row of the shrinking batch is
     for t in range(max_new):
@@ -775,10 +782,10 @@ def generate(bb, rows, n=1, max_new=128, temperature=1.0, top_p=1.0, greedy=Fals
             for layer in cache.layers:
                 layer.drop(hole, tail, left)
             order = torch.arange(left, device=device).index_copy_(0, hole, tail)
-            row, new, bias = row[order], new[order], None if bias is None else bias[order]
+            row, new = row[order], new[order]
         h = lm(inputs_embeds=embed(new[:, None]), past_key_values=cache, use_cache=True,
                position_ids=(first[row] + t)[None, :, None].expand(3, -1, -1),
-               attention_mask=None if bias is None else bias[..., : T + t + 1],
+               sampled=[*cache.layers, {"sample": row, "N": N, "bias": bias}],
                ).last_hidden_state[:, 0]  # (R, D)
     net.train(was_training)
     return {"ids": ids[:, : t + 1], "mask": mask[:, : t + 1], "logp": logps[:, : t + 1]}
@@ -789,8 +796,7 @@ def unsharded(net):
     """Gathers all parameters once, for rollouts: no gather a token, and ranks need not keep step.
 
     Inside, forwards without gradient communicate nothing, so ranks may run different numbers of
-    them. No-op when net is not sharded. All ranks enter and leave it together.
-    """
+    them. No-op when net is not sharded. All ranks enter and leave it together."""
     parts = [m for m in net.modules() if isinstance(m, fsdp.FSDPModule)]
     if not parts:
         yield
@@ -1041,8 +1047,7 @@ def shard(net, dist, mp_dtype=None, offload=False):
 
     dist.shards: groups of so many ranks mirror each other (HSDP). Weights on META come from rank 0,
     one of the units() after the other. offload: the shards stay in the CPU's memory, for a model
-    without gradients. No-op for one CPU process.
-    """
+    without gradients. No-op for one CPU process."""
     if dist.world == 1 and dist.device.type == "cpu":
         return net
     cuda = dist.device.type == "cuda"
@@ -1260,8 +1265,7 @@ def save(folder, what, run, fast=None, optim=None):
     what: a Backbone, or {name: Backbone or module}: the backbone goes into the folder in Hugging
     Face layout with fast/, each module into name.safetensors. run: {"stage", "step", "config",
     "parent"}, to which versions and commit are added. optim: with it, train_state/ for exact resume
-    holds the optimizer, each rank its shard. safetensors and JSON only.
-    """
+    holds the optimizer, each rank its shard. safetensors and JSON only."""
     folder = Path(folder)
     part = folder.with_name(folder.name + ".tmp")
     parts = what if isinstance(what, dict) else {"backbone": what}

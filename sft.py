@@ -15,8 +15,7 @@ A conversation whose answer is "<answer><ACTION></answer>", with the actions in 
 Reads  --init, --data, --fast. Writes runs/sft/{log.jsonl, step_*/, final/}.
 python sft.py                                        # tabletop, one CPU process
 torchrun --nproc_per_node 2 sft.py                   # 2 CPU processes, 190 ms a step; or 2 GPUs
-torchrun --nproc_per_node 8 sft.py paper --data vqa.jsonl,bridge/ --fast fast/    # 8 GPUs, 30 h
-"""
+torchrun --nproc_per_node 8 sft.py paper --data vqa.jsonl,bridge/ --fast fast/    # 8 GPUs, 30 h"""
 
 import functools
 import itertools
@@ -125,9 +124,6 @@ class Conversations:
         return ("\n".join(m["content"] for m in modes(self.row(i)["messages"]))
                 for i in self.train[:20000])
 
-    def __len__(self):
-        return len(self.train)
-
     def size(self, i):
         """About how long a row is: characters in the file."""
         return self.offset[i + 1] - self.offset[i]
@@ -170,9 +166,6 @@ class Demonstrations:
         self.ends = np.cumsum([len(e) for e in self.files])
         cut, end = sum(map(len, split(self.files)[0])), int(self.ends[-1])
         self.train, self.held = range(cut), range(cut, end)
-
-    def __len__(self):
-        return len(self.train)
 
     def target(self, i):
         episode, t = locate(self.files, self.ends, i)
@@ -379,7 +372,7 @@ def prepare(cfg, dist):
     for k, s in enumerate(sources):
         if s.name in [other.name for other in sources[:k]]:
             s.name += str(k)
-    weights = [len(s) if w is None else w for s, (_, w) in zip(sources, paths)]
+    weights = [len(s.train) if w is None else w for s, (_, w) in zip(sources, paths)]
     if cfg.freeze_vision:
         bb.net.model.visual.requires_grad_(False)
     if cfg.recompute:
@@ -395,9 +388,9 @@ def main(argv=None):
     net.train()
     optim = model.optimizer(net, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2), cfg.muon)
     start, unlogged = model.load_train_state(newest, net, optim)
-    rows = sum(len(s) for s in sources)
-    steps = cfg.steps or math.ceil(cfg.epochs * rows / cfg.batch)
-    picks = np.stack(order([len(s) for s in sources], weights, steps * cfg.batch, cfg.seed), 1)
+    sizes = [len(s.train) for s in sources]
+    steps = cfg.steps or math.ceil(cfg.epochs * sum(sizes) / cfg.batch)
+    picks = np.stack(order(sizes, weights, steps * cfg.batch, cfg.seed), 1)
     run = {"stage": "sft" if bb.fast else "base", "config": asdict(cfg), "parent": cfg.init}
     write = functools.partial(model.save, what=bb, optim=optim)
     log = model.Log(cfg.out, cfg, dist)

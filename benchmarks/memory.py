@@ -112,7 +112,7 @@ def estimate(stage, cfg, net, ranks, row, patches, dtype=torch.bfloat16):
             "logits": min(B * G * T * c.vocab_size, model.LOGITS_AT_ONCE) * LOGITS}
     rows = (cfg.chunk or cfg.prompts // ranks) * G
     cache = {"whole model": whole * b * (ranks > 1 or b < FP32),
-             "KV cache": rows * (row + T) * kv * c.num_hidden_layers,
+             "KV cache": (rows // G * row + rows * T) * kv * c.num_hidden_layers,
              "sampling": rows * c.vocab_size * 3 * FP32}
     idle = fixed["gradients"] + gathered  # not there while sampling
     return {**fixed, **work, **cache}, {"update": sum(fixed.values()) + sum(work.values()),

@@ -91,7 +91,7 @@ def marks(bb, args):
     a row's own answer would not be marked right. Writes each answer to args.answers, if given."""
     source, found, written, todo = sft.Conversations(args.data, bb.fast, 0), {}, [], []
     folder = source.path.parent
-    for i in range(min(args.rows or len(source), len(source))):
+    for i in source.train[: args.rows or None]:
         row, (messages, images, kind, where) = source.row(i), source[i]
         want, question = sft.answer_of(messages[1]["content"]), messages[0]
         with reading(where):

@@ -1,21 +1,19 @@
-"""Our code against its peers, side by side in one process: rollout, GRPO, SFT, head training, FAST.
+"""Our code against its peers, taking turns in one process: rollout, GRPO, SFT, head training, FAST.
 
-In: nothing; weights are random and data synthetic. Out: one line a pair, then one JSON line with
-both medians, their quartiles, the ratio (peer / ours), command, settings, hardware and versions.
-1. both sides start from the same weights and get the same prompts, rows or chunks
-2. each runs once unmeasured; then they take turns, A B A B, so that both meet the same machine
-3. what they did is compared at each turn (tokens, losses, ids): a difference is an error
-On CPU: one thread and process CPU seconds, which a busy machine disturbs less than wall time. On
-cuda: wall seconds between synchronisations. Where in doubt the peer is favoured: its batches are
-made before the clock starts (rollout), gradient checkpointing is off (TRL), and glibc keeps freed
-memory for both, as model.setup asks. The end of the turn is banned on both sides of rollout and
-grpo, so that each completion has --new tokens.
+In: nothing; weights are random and data synthetic. Out: a line a pair, then one JSON line with both
+medians, quartiles and the ratio (peer / ours). Both sides start from the same weights and inputs,
+run once unmeasured, and what they did is compared at each turn (tokens, losses, ids): a difference
+is an error. On CPU: one thread, process CPU seconds, which a busy machine disturbs less than wall
+time; on cuda wall seconds between synchronisations. Where in doubt the peer is favoured: its batches
+are made before the clock starts (rollout), gradient checkpointing is off (TRL), glibc keeps freed
+memory for both (model.setup). In rollout and grpo the end of the turn is banned: all have --new tokens.
 
 python -m benchmarks.speed rollout                       # transformers generate
 python -m benchmarks.speed grpo --image 224              # a step of TRL; full rows in the update
 python -m benchmarks.speed sft --device cuda --size 3b   # plain transformers, padded rows
 python -m benchmarks.speed head                          # the frozen backbone in the loop
 python -m benchmarks.speed fast                          # the published code, chunk by chunk
+python -m benchmarks.speed cost --repeats 3              # ours alone: group, completion, image grow
 """
 
 import argparse
@@ -54,48 +52,22 @@ QUESTION = "put the {}red block to the left of the blue bowl"
 
 # Weights and inputs
 
-SIZES = {  # width, layers, heads, key-value heads, MLP, vocabulary, tied embeddings
-    "tiny": (256, 4, 8, 4, 768, 4096, True),
-    "3b": (2048, 36, 16, 2, 11008, 151936, True),  # these two are Qwen2.5-VL's
-    "7b": (3584, 28, 28, 4, 18944, 152064, False),
-}
+SIZES = {"3b": "qwen2.5-vl-3b", "7b": "qwen2.5-vl-7b", "tiny-vlm": "tiny-vlm", "tiny": "speed"}
+model.SIZES["speed"] = model.Size(
+    vocab=4096 - FAST - 2 - len(model.SPECIAL) - len(model.TAGS), hidden=256, layers=4, heads=8, kv=4,
+    mlp=768, theta=1e6, vision=128, vision_mlp=512, patch=14, pixels=(4 * 28**2, 4096 * 28**2))
 
 
 def backbone(size, device):
-    """Random weights, bf16 on GPU, with FAST tokens; "tiny-vlm" has the shape of the embedded one.
-    All speak one small made-up vocabulary; the embedding has as many rows as its size says."""
+    """Random weights, bf16 on GPU, with FAST tokens; "tiny-vlm" has the shape of the embedded one."""
     if size == "tiny-vlm":
         return model.load("random:tiny-vlm", device, vla.precision(device))
-    width, layers, heads, kv, mlp, rows, tied = SIZES[size]
-    bpe = 4096 - FAST - 2 - len(model.SPECIAL) - len(model.TAGS)  # so that tiny has no unused row
-    tok = model.train_tokenizer([*model.SENTENCES * 20, " ".join(words(6000, 0))], bpe)
-    text = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads,
-            "num_key_value_heads": kv, "intermediate_size": mlp, "vocab_size": rows,
-            "bos_token_id": None, "eos_token_id": tok.eos_token_id}
-    vision = {"patch_size": 14, "out_hidden_size": width}
-    marks = {f"{k}_token_id": tok.convert_tokens_to_ids(f"<|{v}|>") for k, v in {
-        "image": "image_pad", "video": "video_pad", "vision_start": "vision_start",
-        "vision_end": "vision_end"}.items()}
-    if size == "tiny":
-        text |= {"head_dim": 32, "initializer_range": 1 / 16}
-        vision |= {"depth": 2, "hidden_size": 128, "num_heads": 4, "intermediate_size": 512,
-                   "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
-        kind, section = transformers.Qwen3VLConfig, [6, 5, 5]
-    else:
-        vision |= {"depth": 32, "hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420,
-                   "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]}
-        kind, section = transformers.Qwen2_5_VLConfig, [16, 24, 24]
-    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": section}
-    config = kind(text_config=text, vision_config=vision, tie_word_embeddings=tied, **marks)
-    torch.manual_seed(0)
-    with torch.device(device):  # drawing 7B numbers on a CPU takes minutes
-        net = transformers.AutoModelForImageTextToText.from_config(
-            config, dtype=vla.precision(device))
-    net.generation_config.update(eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
-    spec = model.ImageSpec(14, 2, 2, *[(0.5, 0.5, 0.5)] * 2, 4 * 28**2, 4096 * 28**2)
-    bb = model.Backbone(net, tok, spec, model.vocab(net, tok), fitted())
+    texts = [*model.SENTENCES * 20, " ".join(words(6000, 0))]
+    bb = model.random_backbone(SIZES[size], 0, texts, device)
+    bb.net.to(vla.precision(device))
+    bb.fast = fitted()
     model.grow(bb, FAST)
-    bb.vocab.banned = tok.convert_tokens_to_ids(model.SPECIAL)  # the end too; no unused rows
+    bb.vocab.banned = bb.tok.convert_tokens_to_ids(model.SPECIAL)  # the end too; no unused rows
     return bb
 
 
@@ -127,6 +99,10 @@ def questions(n, side):
 def prompts(bb, items):
     return [model.encode(bb, [{"role": "user", "content": text}], [image], prompt_only=True)
             for text, image in items]
+
+
+def lengths(rows):
+    return [len(row["ids"]) for row in rows]
 
 
 def plain(bb, rows, device, left=False):
@@ -209,16 +185,16 @@ def rollout(args):
     pair["greedy_agreement"] = same.float().mean().item()  # below 1 only by near ties, and in bf16
     if args.device != "cpu":
         pair |= decode_bound(bb, rows, T, pair["ours"]["median"], args)
-    return {"rollout": pair}, {"prompt_tokens": [len(r["ids"]) for r in rows]}
+    return {"rollout": pair}, {"prompt_tokens": lengths(rows)}
 
 
 def decode_bound(bb, rows, T, seconds, args):
-    """Decoding reads all weights and the cache at each token: how near to the time that takes."""
+    """Decoding reads all weights and the cache (prompts once) at each token: how near to that time."""
     lm, c = bb.net.model.language_model, bb.net.config.text_config
     width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     token = 2 * c.num_hidden_layers * c.num_key_value_heads * width * bb.net.dtype.itemsize
     read = (sum(p.nbytes for p in lm.layers.parameters()) + bb.net.lm_head.weight.nbytes
-            + len(rows) * args.group * (T + args.new / 2) * token)  # bytes a step, on average
+            + len(rows) * (T + args.group * args.new / 2) * token)  # bytes a step, on average
     block = torch.empty(1 << 30, dtype=torch.uint8, device=args.device)
     target = torch.empty_like(block)
     speed = 2 * block.nbytes / timed(lambda: target.copy_(block), args)  # it reads and writes
@@ -253,28 +229,41 @@ def score(reward, bb, ids, targets, *more):
     return r + [zlib.crc32(np.array(row)) / 2**32 for row in ids], info
 
 
-def grpo_step(args):
-    """A whole step (encode, sample, score, update) against TRL's, and the update alone against one
-    on full rows. Settings of grpo.py, with KL, all prompts in one update."""
+def parts(args):
+    """-> what a step of grpo.py is made of: all prompts in one update, with KL; its settings, the
+    questions and targets, and our sampling and update."""
     bb, items = backbone(args.size, args.device), questions(args.prompts, args.image)
-    gold = bb.fast.encode(smooth(args.prompts, "gold"))
-    dist = model.Dist(0, 1, torch.device(args.device))
     cfg = grpo.Config(prompts=args.prompts, batch=args.prompts, micro_batch=args.prompts,
                       group=args.group, max_new=args.new)
+    dist, gold = model.Dist(0, 1, torch.device(args.device)), bb.fast.encode(smooth(len(items), "gold"))
     ref = replace(bb, net=copy.deepcopy(bb.net).requires_grad_(False).eval())
-    optim, scored = optimizer(bb, cfg), functools.partial(score, grpo.reward)
+    scored = functools.partial(score, grpo.reward)
 
     def sample(k):
         with mock.patch.object(grpo, "reward", scored):
-            return grpo.rollout(bb, cfg, prompts(bb, items), gold, range(len(items)), k,
-                                cfg.group)[0]
+            return grpo.rollout(bb, cfg, prompts(bb, items), gold, range(len(items)), k, args.group)[0]
 
-    def whole(k):
-        groups = sample(k)
-        bb.net.train()
-        return grpo.update(bb, ref, optim, groups, cfg, dist, f"turn {k}")["forwarded"]
+    def learner(logp=grpo.shared_logp):
+        one = replace(bb, net=copy.deepcopy(bb.net).train()) if logp is full_logp else bb
+        optim = model.optimizer(one.net, cfg.lr, cfg.weight_decay, (0.9, cfg.beta2))
 
-    pairs = {"update": update_pair(bb, ref, optim, sample(0), cfg, dist, args)}
+        def update(groups, k):
+            one.net.train()
+            with mock.patch.object(grpo, "shared_logp", logp):
+                return grpo.update(one, ref, optim, groups, cfg, dist, f"turn {k}")
+        return update
+    return ref, cfg, items, gold, scored, sample, learner
+
+
+def grpo_step(args):
+    """A whole step (encode, sample, score, update) against TRL's, and the update alone against one
+    on full rows."""
+    ref, cfg, items, gold, scored, sample, learner = parts(args)
+    groups, ours, peer = sample(0), learner(), learner(full_logp)
+    loose = 1e-3 if args.device == "cpu" else 0.1  # bf16; and the differences of the steps add up
+    pairs = {"update": compare(
+        functools.partial(ours, groups), functools.partial(peer, groups), lambda x, y: {
+            k: (x[k], y[k], tol) for k, tol in (("forwarded", 0), ("grad_norm", loose))}, args)}
     with tempfile.TemporaryDirectory() as folder:
         try:
             peer = trl_step(ref, cfg, items, gold, scored, args, folder)
@@ -283,28 +272,23 @@ def grpo_step(args):
                   file=sys.stderr)
             pairs["step"] = {"skipped": "pip install trl==1.16.0"}
         else:
-            pairs["step"] = compare(whole, peer, lambda x, y: {"tokens": (x, y, 0)}, args)
-    return pairs, {"prompt_tokens": [len(row["ids"]) for row in prompts(bb, items)]}
+            pairs["step"] = compare(lambda k: ours(sample(k), k)["forwarded"], peer,
+                                    lambda x, y: {"tokens": (x, y, 0)}, args)
+    return pairs, {"prompt_tokens": lengths(prompts(ref, items))}
 
 
-def optimizer(bb, cfg):
-    return model.optimizer(bb.net, cfg.lr, cfg.weight_decay, (0.9, cfg.beta2))
-
-
-def update_pair(bb, ref, optim, groups, cfg, dist, args):
-    other = replace(bb, net=copy.deepcopy(bb.net))
-    sides = [(bb, optim, grpo.shared_logp), (other, optimizer(other, cfg), full_logp)]
-
-    def update(i, k):
-        one, own, logp = sides[i]
-        one.net.train()
-        with mock.patch.object(grpo, "shared_logp", logp):
-            return grpo.update(one, ref, own, groups, cfg, dist, f"turn {k}")
-
-    loose = 1e-3 if args.device == "cpu" else 0.1  # bf16; and the differences of the steps add up
-    return compare(functools.partial(update, 0), functools.partial(update, 1), lambda x, y: {
-        "forwarded": (x["forwarded"], y["forwarded"], 0),
-        "grad_norm": (x["grad_norm"], y["grad_norm"], loose)}, args)
+def cost(args):
+    """Our own seconds of a rollout and an update, as one setting at a time grows."""
+    start, rows = {"group": args.group, "new": args.new, "image": args.image}, []
+    for change in ({}, *({k: m * v} for k, v in start.items() for m in (2, 4))):
+        some = argparse.Namespace(**{**vars(args), **change})
+        ref, _, items, _, _, sample, learner = parts(some)
+        groups, update = sample(0), learner()
+        spent = {"rollout": timed(functools.partial(sample, 1), args),
+                 "update": timed(functools.partial(update, groups, 0), args)}
+        rows.append({**start, **change, "prompt": max(lengths(prompts(ref, items))), **spent})
+        print("  ".join(f"{k} {v:<7.4g}" for k, v in rows[-1].items()), file=sys.stderr)
+    return {}, {"cost": rows}
 
 
 class Processor(transformers.Qwen3VLProcessor):
@@ -321,10 +305,8 @@ def trl_step(bb, cfg, items, gold, scored, args, folder):
     import trl
 
     bb.net.save_pretrained(folder)  # TRL loads its reference model from where the policy came from
-    s, auto = bb.images, transformers.AutoModelForImageTextToText
-    images = Qwen2VLImageProcessorPil(
-        patch_size=s.patch, merge_size=s.merge, temporal_patch_size=s.temporal, image_mean=s.mean,
-        image_std=s.std, size={"shortest_edge": s.min_pixels, "longest_edge": s.max_pixels})
+    bb.images.save(folder)
+    images = Qwen2VLImageProcessorPil.from_pretrained(folder)
     data = datasets.Dataset.from_list([
         {"prompt": [{"role": "user", "content": text.removeprefix("<image>")}],
          "image": Image.fromarray(image), "target": t} for (text, image), t in zip(items, gold)])
@@ -343,7 +325,8 @@ def trl_step(bb, cfg, items, gold, scored, args, folder):
 
     with contextlib.redirect_stdout(sys.stderr):
         trainer = trl.GRPOTrainer(
-            auto.from_pretrained(folder, dtype=bb.net.dtype), reward, config, data,
+            transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=bb.net.dtype),
+            reward, config, data,
             processing_class=Processor(images, bb.tok, None, chat_template=bb.tok.chat_template))
         trainer.train()  # one step, in which it also makes its optimizer
         batch = next(iter(trainer.get_train_dataloader()))
@@ -389,13 +372,13 @@ def sft_step(args):
         # 6 x parameters x tokens, each part for what it must see: the head targets, the tower
         # patches. What attention multiplies is not counted.
         net = bb.net
-        parts = [(net.model.language_model.layers, sum(len(r["ids"]) for r in rows)),
+        parts = [(net.model.language_model.layers, sum(lengths(rows))),
                  (net.lm_head, sum(int(r["target"].sum()) for r in rows)),
                  (net.model.visual, sum(len(r["patches"]) for r in rows))]
         flop = 6 * sum(p.numel() * seen for part, seen in parts for p in part.parameters())
         for side in ("ours", "peer"):
             pair[f"{side}_mfu"] = flop / pair[side]["median"] / (args.peak_tflops * 1e12)
-    return {"step": pair}, {"row_tokens": [len(r["ids"]) for r in rows]}
+    return {"step": pair}, {"row_tokens": lengths(rows)}
 
 
 def learn(loss, net, optim):
@@ -411,8 +394,8 @@ def learn(loss, net, optim):
 
 def head_step(args):
     """The step of vla.py on cached features against the same with the frozen backbone in the loop;
-    the head of the tabletop preset, at 3b and 7b that of the paper's."""
-    preset = vla.PRESETS["paper" if args.size in ("3b", "7b") else "tabletop"]
+    the head of the speedrun preset, at 3b and 7b that of the paper's."""
+    preset = vla.PRESETS["paper" if args.size in ("3b", "7b") else "speedrun"]
     given = {"batch": args.batch, "vl_layers": args.vl_layers}
     with tempfile.TemporaryDirectory() as folder:
         for e in range(4):
@@ -497,7 +480,7 @@ def fast_codes(args):
 # Main
 
 COMMANDS = {"rollout": rollout, "grpo": grpo_step, "sft": sft_step, "head": head_step,
-            "fast": fast_codes}
+            "fast": fast_codes, "cost": cost}
 
 
 def hardware(device):
@@ -516,7 +499,7 @@ def main(argv=None):
     add = parser.add_argument
     add("command", choices=COMMANDS)
     add("--device", default="cpu", choices=["cpu", "cuda"])
-    add("--size", choices=["tiny-vlm", *SIZES], help="backbone (head: tiny-vlm, else tiny)")
+    add("--size", choices=SIZES, help="backbone (head: tiny-vlm, else tiny)")
     add("--repeats", type=int, default=9, help="measured turns")
     add("--json", action="store_true", help="print the JSON line alone")
     add("--prompts", type=int, default=4, help="rollout, grpo: prompts")

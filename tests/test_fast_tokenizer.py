@@ -101,8 +101,8 @@ def test_half_a_character_is_malformed(tmp_path):
     ours = FastTokenizer.load(tmp_path)
     lead = next(i for i, piece in ours.pieces.items() if len(piece) == 1 and piece[0] >= 0xC3)
     row = [next(i for i, piece in ours.pieces.items() if piece == b"A")] * 31
-    decoded, ok = ours.decode([row + [lead], row + row[:1]])
-    assert ok.tolist() == [False, True] and np.isnan(decoded[0]).all()
+    decoded, ok = ours.decode([row + [lead], row + row[:1], row + [ours.vocab_size], []])
+    assert ok.tolist() == [False, True, False, False] and np.isnan(decoded[0]).all()
 
 
 def test_older_published_folders_need_horizon_and_dim(tmp_path):

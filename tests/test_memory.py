@@ -78,8 +78,8 @@ def test_grpo(bb, monkeypatch):
 
     class Watched(model.SampleKV):
         def update(self, *args, **kwargs):
-            first, out = self.keys is None, super().update(*args, **kwargs)
-            made.extend([self.keys.nbytes, self.values.nbytes] if first else [])
+            first, out = self.prompt is None, super().update(*args, **kwargs)
+            made.extend([x.nbytes for x in (*self.prompt, self.keys, self.values)] if first else [])
             return out
 
     monkeypatch.setattr(model, "SampleKV", Watched)
