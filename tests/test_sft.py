@@ -172,7 +172,7 @@ def test_actions_thoughts_and_frozen_vision(tmp_path, robot, capsys):
     assert shown[2][0][0]["content"] == "<image>" + model.ask(model.action_question("push block 0"),
                                                               False)
     assert shown[2][0][1]["content"] == model.action_answer(fast.encode(chunk[None])[0])
-    assert len(shown) == 18 and list(shown.held) == list(range(18, 27))  # the last episode
+    assert len(shown.train) == 18 and list(shown.held) == list(range(18, 27))  # the last episode
     assert np.array_equal(shown[13][1][0], episodes(robot / "episodes")[1].frame(4))
     sft.main(args(tmp_path / "o", f"{data}:1,{robot}/episodes:3", "--fast", robot / "fast",
                   "--probe", 3, "--freeze-vision", "--lr", 1e-2, holdout=n))
