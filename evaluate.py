@@ -3,14 +3,16 @@
     python evaluate.py tabletop --policy runs/vla --chains 50 --arm RL --out results/run.json
     python evaluate.py actions --policy runs/grpo --data data/test --arm RL --out results/run.json
     python evaluate.py vqa --policy assets/tiny-vlm --data data/test/conversations.jsonl
+    python evaluate.py metaworld|libero|serve --policy runs/vla
     python evaluate.py report results/run.json
 
 `tabletop` lets a policy of vla.py drive the four suites and the chains of benchmarks/tabletop.py:
-many environments are stepped together with one batched forward. `actions` samples and decodes what
-a checkpoint of any stage writes for held-out (image, instruction) prompts, thinking first and
-directly. `vqa` scores greedy answers to questions by exact match, by the "kind" of each row. All
-three add one arm to a results file; `report` turns such files into one Markdown table with
-the paired differences between consecutive arms.
+many environments are stepped together with one batched forward; `metaworld` and `libero` do so in
+real simulators, and `serve` for robots. `actions` samples and decodes what a checkpoint of any
+stage writes for held-out (image, instruction) prompts, thinking first and directly. `vqa` scores
+greedy answers to questions by exact match, by the "kind" of each row. Each adds one arm to a
+results file; `report` turns such files into one Markdown table with the paired differences between
+consecutive arms.
 
 Every success rate carries its n and a 95% Wilson interval; means carry a 95% bootstrap interval
 over prompts or chains (2,000 resamples, seed 0). Writes the results file, and GIFs when asked.
@@ -114,10 +116,15 @@ def read_results(path):
 
 # ---- closed loop on Tabletop
 
+SUITES = "spatial,object,goal,long,chain"
 
-def drive(policy, trials, execute, batch):
+
+def drive(policy, trials, batch, execute=0, ensemble=0.0):
     """Run all trials to their ends: a round is one batched forward and `execute` steps of each."""
+    from benchmarks.serve import Chunks
+
     active, bar = list(trials), tqdm(total=len(trials), desc="trials", disable=None)
+    plans = {trial: Chunks(policy.horizon, execute, ensemble) for trial in trials}
     while active:
         for start in range(0, len(active), batch):
             part = active[start : start + batch]
@@ -125,12 +132,27 @@ def drive(policy, trials, execute, batch):
             chunks = policy.act_batch(
                 [o["image"] for o in seen], [o["instruction"] for o in seen],
                 np.stack([o["state"] for o in seen]))  # (B, K, A)
-            for trial, chunk in zip(part, chunks):
-                trial.act(chunk[:execute])
+            for trial, o, chunk in zip(part, seen, chunks):
+                trial.act(plans[trial](chunk, o["instruction"]))
         left = [trial for trial in active if not trial.done]
         bar.update(len(active) - len(left))
         active = left
     bar.close()
+
+
+def tally(rows):
+    """[(group, task, solved)] -> success of all, of each group, and of each task in it."""
+    parts = {"success": [solved for _, _, solved in rows]} if rows else {}
+    for group, task, solved in rows:
+        for name in (f"success {group}", f"success {group} {task}"):
+            parts.setdefault(name, []).append(solved)
+    return {name: wilson(sum(part), len(part)) for name, part in parts.items()}
+
+
+def tell(metrics):
+    for name, value in metrics.items():
+        low, high, n = value["low"], value["high"], value["n"]
+        print(f"{name:20s} {value['mean']:6.3f}  [{low:.3f}, {high:.3f}]  n {n}")
 
 
 def tabletop(args):
@@ -138,41 +160,40 @@ def tabletop(args):
     from benchmarks.tabletop import make_trials
     from vla import Policy
 
-    started = time.time()
-    suites = args.suites.split(",")
-    unknown = set(suites) - {"spatial", "object", "goal", "long", "chain"}
-    if unknown:
-        raise ValueError(f"--suites {','.join(sorted(unknown))}: choose from "
-                         "spatial,object,goal,long,chain")
+    started, suites = time.time(), args.suites.split(",")
+    if unknown := set(suites) - set(SUITES.split(",")):
+        raise ValueError(f"--suites {','.join(sorted(unknown))}: choose from {SUITES}")
     policy = Policy.load(args.policy, device=args.device, seed=args.seed)
     trials = make_trials(suites, args.trials, args.chains)
     for trial in trials:
         trial.film = bool(args.gif) and trial.seed == 0 and trial.task < 2
         trial.shoot()
-    drive(policy, trials, args.execute or policy.horizon // 2, args.batch)
-    metrics, wins = {}, []
-    for suite in [s for s in suites if s != "chain"]:
-        rows = [t for t in trials if t.suite == suite]
-        wins += [t.solved for t in rows]
-        metrics[f"success {suite}"] = wilson(sum(t.solved for t in rows), len(rows))
-        for task in range(10):
-            some = [t.solved for t in rows if t.task == task]
-            metrics[f"success {suite} {task}"] = wilson(sum(some), len(some))
-    if wins:
-        metrics["success"] = wilson(sum(wins), len(wins))
-    if "chain" in suites:
-        lengths = [t.solved for t in trials if t.suite == "chain"]
+    drive(policy, trials, args.batch, args.execute, args.ensemble)
+    rows = [(t.suite, t.task, t.solved) for t in trials if t.suite != "chain"]
+    lengths, metrics = [t.solved for t in trials if t.suite == "chain"], tally(rows)
+    if lengths:
         metrics["chain length"] = bootstrap(lengths)
         for k in range(1, 6):
             metrics[f"chain {k}"] = wilson(sum(n >= k for n in lengths), len(lengths))
     for trial in trials:
         trial.save(args.gif)
-    for name, value in metrics.items():
-        if len(name.split()) < 3:
-            low, high, n = value["low"], value["high"], value["n"]
-            print(f"{name:20s} {value['mean']:6.3f}  [{low:.3f}, {high:.3f}]  n {n}")
-    paired = {"success": wins, "chain length": [t.solved for t in trials if t.suite == "chain"]}
+    tell({name: value for name, value in metrics.items() if len(name.split()) < 3})
+    paired = {"success": [solved for _, _, solved in rows], "chain length": lengths}
     record(args.out, args.arm, metrics, args, started, paired)
+
+
+def simulator(args):
+    """`evaluate.py serve`: the policy for robots; `metaworld`, `libero`: success in simulators."""
+    from benchmarks import serve, simulate
+    from vla import Policy
+
+    started, policy = time.time(), Policy.load(args.policy, device=args.device, seed=args.seed)
+    if args.command == "serve":
+        return serve.main(policy, args)
+    rows = simulate.trials(policy, args)
+    tell(metrics := tally(rows))
+    wins = [solved for _, _, solved in rows]
+    return record(args.out, args.arm, metrics, args, started, {"success": wins})
 
 
 # ---- action tokens on held-out prompts
@@ -340,26 +361,29 @@ def report(args):
 
 
 def main(argv=None):
+    from benchmarks import simulate
+
     parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     common = argparse.ArgumentParser(add_help=False)
     add = common.add_argument
-    add("--policy", required=True,
-        help="checkpoint folder (vla for tabletop; base, sft, grpo for actions)")
+    add("--policy", required=True, help="checkpoint: vla in a closed loop; base, sft, grpo else")
     add("--arm", default="policy", help="row of the results table")
     add("--out", default="results/results.json", help="results file; the arm is added to it")
     add("--preset", default="tabletop", help="name of the run, noted in the results file")
     add("--seed", type=int, default=0, help="seed of sampling and of the policy's noise")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    one = commands.add_parser("tabletop", parents=[common], help="closed-loop success on Tabletop")
+    loop = argparse.ArgumentParser(add_help=False, parents=[common])
+    add = loop.add_argument
+    add("--execute", type=int, default=0, help="steps of a chunk that are carried out; 0: half")
+    add("--ensemble", type=float, default=0, help="decay of temporal ensembling; 0: none")
+    add("--batch", type=int, default=256, help="environments or clients a forward")
+    simulate.subcommands(commands, loop)
+    one = commands.add_parser("tabletop", parents=[loop], help="closed-loop success on Tabletop")
     add = one.add_argument
-    add("--suites", default="spatial,object,goal,long,chain",
-        help="which suites; chain is CALVIN's protocol")
+    add("--suites", default=SUITES, help="which suites; chain is CALVIN's protocol")
     add("--trials", type=int, default=10, help="trials a task (10 tasks a suite)")
     add("--chains", type=int, default=100, help="chains of five instructions")
-    add("--execute", type=int, default=0,
-        help="steps of a chunk before the next forward; 0 = half of it")
-    add("--batch", type=int, default=256, help="environments a forward")
     add("--gif", default="", help="folder for rollouts as animated GIFs (two tasks a suite)")
     two = commands.add_parser("actions", parents=[common], help="action tokens on held-out prompts")
     add = two.add_argument
@@ -382,7 +406,8 @@ def main(argv=None):
     three.add_argument("--minutes", type=float, default=0, help="of the whole run, to be noted")
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else list(argv)
-    {"tabletop": tabletop, "actions": actions, "vqa": vqa, "report": report}[args.command](args)
+    known = {"tabletop": tabletop, "actions": actions, "vqa": vqa, "report": report}
+    known.get(args.command, simulator)(args)
 
 
 if __name__ == "__main__":
