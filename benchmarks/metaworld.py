@@ -79,4 +79,4 @@ class Simulator:
 
 
 if __name__ == "__main__":
-    simulate.record("metaworld")
+    simulate.entry(simulate.record, "metaworld")

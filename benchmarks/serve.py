@@ -21,6 +21,7 @@ import contextlib
 import importlib
 import itertools
 import re
+import signal
 import threading
 import time
 
@@ -100,13 +101,13 @@ class Chunks:
 
 class Server:
     """One policy (vla.Policy) for any number of clients. execute, ensemble: see Chunks. keys: {name:
-    what clients call it, several joined by "+"}. wait: seconds in which the other clients may join a
-    forward of at most `batch`. limit: bytes a message. every: requests between printed lines."""
+    what clients call it, several joined by "+"}. batch: clients a forward at most. limit: bytes a
+    message. every: requests between printed lines."""
 
-    def __init__(self, policy, execute=0, ensemble=0.0, keys=None, wait=0.005, batch=64,
-                 limit=1 << 24, every=100):
+    def __init__(self, policy, execute=0, ensemble=0.0, keys=None, batch=64, limit=1 << 24,
+                 every=100):
         network()
-        self.policy, self.keys, self.wait, self.batch = policy, keys or {}, wait, batch
+        self.policy, self.keys, self.batch, self.pace = policy, keys or {}, batch, 0.05
         self.limit, self.every, self.numbers, self.clients = limit, every, itertools.count(), 0
         self.plan = lambda: Chunks(policy.horizon, execute, ensemble)
         self.answered = self.forwards = self.refused = self.clipped = self.written = 0
@@ -162,15 +163,18 @@ class Server:
             return [e] if len(rows) == 1 else [self.forward([row])[0] for row in rows]
 
     async def batches(self):
-        """Forever: all that waits in one forward, in a thread; messages are read meanwhile."""
+        """Forever: all that waits in one forward, in a thread; messages are read meanwhile. Clients
+        have a tenth of a forward's time to join one."""
         while True:
-            rows, until = [await self.queue.get()], time.monotonic() + self.wait
-            while self.queue.qsize() + 1 < self.clients and time.monotonic() < until:
+            rows, start = [await self.queue.get()], time.monotonic()
+            while (self.queue.qsize() + 1 < self.clients
+                   and time.monotonic() < start + self.pace / 10):
                 await asyncio.sleep(0.0005)
             while len(rows) < self.batch and not self.queue.empty():
                 rows.append(self.queue.get_nowait())
+            start, self.forwards = time.monotonic(), self.forwards + 1
             chunks = await asyncio.to_thread(self.forward, [row for row, _ in rows])
-            self.forwards += 1
+            self.pace = time.monotonic() - start
             for (_, future), chunk in zip(rows, chunks):
                 future.set_result(chunk)
 
@@ -284,6 +288,7 @@ def main(policy, args):
     keys = dict(pair.split("=") for pair in args.keys.split(",") if pair)
     server = Server(policy, args.execute or policy.horizon, args.ensemble, keys,
                     batch=args.batch, limit=int(args.max_mb * 1e6), every=args.log_every)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(server.run(args.host, args.port, lambda port: print(
             f"ws://{args.host}:{port}: {server.metadata}", flush=True)))

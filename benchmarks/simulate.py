@@ -9,6 +9,7 @@ Simulators run in processes of their own (`python -m benchmarks.simulate` is one
 Python that has the simulator, and ask the evaluating process through benchmarks/serve.py.
 """
 
+import argparse
 import concurrent.futures
 import contextlib
 import hashlib
@@ -159,49 +160,60 @@ def demonstrate(env, seed, noise):
     return {k: np.stack([row[k] for row in rows]) for k in names} if success else None
 
 
-def record(name, argv=None):
-    """`python -m benchmarks.NAME`."""
-    import argparse
+def demonstrations(module, args):
+    """-> (arrays, header) of each episode. Failures are dropped and counted; ten in a row raise."""
+    tasks, failed = module.tasks(args), 0
+    for t, task in enumerate(tasks):
+        env = module.Simulator(task, **module.options(args))
+        for e in range(args.episodes):
+            number, arrays, tries = e * len(tasks) + t, None, 0  # tasks take turns in the folder
+            while not arrays and tries < 10:
+                seed = ((args.seed << 20) + number) * 10 + tries
+                arrays, tries = demonstrate(env, seed, args.noise), tries + 1
+            if not arrays:
+                raise ValueError(f"{task}: the expert failed 10 times in a row; leave it out")
+            failed += tries - 1
+            yield number, arrays, {"task": env.prompt, "fps": str(env.fps), "source": task}
+        env.close()
+    print(f"{failed} failed demonstrations dropped")
 
+
+def record(name, convert=None):
+    """`python -m benchmarks.NAME`: the expert's demonstrations, or convert(args), as episodes."""
     from benchmarks.tabletop import write_episode
     from fast_tokenizer import statistics
+
     module = importlib.import_module(f"benchmarks.{name}")
-    parser = argparse.ArgumentParser(description="Record demonstrations of the scripted expert.")
+    parser = argparse.ArgumentParser(description="Demonstrations of a scripted expert.")
     add = parser.add_argument
     add("--out", required=True, help="folder to write")
     add("--episodes", type=int, default=20, help="demonstrations a task")
     add("--seed", type=int, default=0, help="of states and noise")
     add("--noise", type=float, default=0.1, help="std of what is added to the expert's actions")
+    if convert:
+        add("--convert", default="", help="instead: folder of the published demonstrations")
+        add("--drop-noops", action="store_true", help="with it: leave out steps that do nothing")
     module.arguments(add)
-    args = parser.parse_args(argv)
-    out, tasks, tried, kept = pathlib.Path(args.out) / "episodes", module.tasks(args), 0, []
+    args = parser.parse_args()
+    out, kept = pathlib.Path(args.out) / "episodes", []
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} already holds data; name another --out or delete it")
     out.mkdir(parents=True, exist_ok=True)
-    bar = tqdm(total=args.episodes * len(tasks), desc="episodes", disable=None)
-    for t, task in enumerate(tasks):
-        env = module.Simulator(task, **module.options(args))
-        for e in range(args.episodes):
-            for attempt in range(10):
-                number, tried = e * len(tasks) + t, tried + 1  # tasks take turns in the folder
-                arrays = demonstrate(env, ((args.seed << 20) + number) * 10 + attempt, args.noise)
-                if arrays:
-                    break
-            else:
-                raise ValueError(f"{task}: the expert failed 10 times in a row; leave it out")
-            write_episode(out / f"episode_{number:06d}.safetensors", arrays, {
-                "task": env.prompt, "fps": str(env.fps), "source": task})
-            kept.append((arrays["action"], arrays["state"]))
-            bar.update()
-        env.close()
+    source = convert if convert and args.convert else demonstrations
+    for number, arrays, header in tqdm(source(module, args), "episodes", disable=None):
+        write_episode(out / f"episode_{number:06d}.safetensors", arrays, header)
+        kept.append((arrays["action"], arrays["state"]))
     stats = {k: statistics(np.concatenate(x)) for k, x in zip(("action", "state"), zip(*kept))}
     (out / "stats.json").write_text(json.dumps(stats, indent=1))
-    print(f"{out}: {len(kept)} episodes of {stats['action']['count']} steps, "
-          f"{tried - len(kept)} failed demonstrations dropped")
+    print(f"{out}: {len(kept)} episodes of {stats['action']['count']} steps")
+
+
+def entry(run, *argv):
+    try:
+        run(*argv)
+    except (ValueError, FileNotFoundError) as e:
+        raise SystemExit(f"error: {e}") from e
 
 
 if __name__ == "__main__":
-    try:
-        worker(*sys.argv[1:])
-    except ValueError as e:
-        raise SystemExit(f"error: {e}") from e
+    entry(worker, *sys.argv[1:])
