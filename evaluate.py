@@ -7,12 +7,11 @@
     python evaluate.py report results/run.json
 
 `tabletop` lets a policy of vla.py drive the four suites and the chains of benchmarks/tabletop.py:
-many environments are stepped together with one batched forward; `metaworld` and `libero` do so in
-real simulators, and `serve` for robots. `actions` samples and decodes what a checkpoint of any
-stage writes for held-out (image, instruction) prompts, thinking first and directly. `vqa` scores
-greedy answers to questions by exact match, by the "kind" of each row. Each adds one arm to a
-results file; `report` turns such files into one Markdown table with the paired differences between
-consecutive arms.
+many environments are stepped together with one batched forward; `metaworld` and `libero` are real
+simulators, `serve` is for robots. `actions` samples and decodes what a checkpoint of any stage
+writes for held-out (image, instruction) prompts, thinking first and directly. `vqa` scores greedy
+answers to questions by exact match, by the "kind" of each row. Each adds one arm to a results file;
+`report` makes one Markdown table of it, with the paired differences between consecutive arms.
 
 Every success rate carries its n and a 95% Wilson interval; means carry a 95% bootstrap interval
 over prompts or chains (2,000 resamples, seed 0). Writes the results file, and GIFs when asked.
@@ -63,6 +62,12 @@ def bootstrap(values, resamples=2000):
     return {"mean": float(values.mean()), "low": float(low), "high": float(high), "n": len(values)}
 
 
+def chain_metrics(lengths):
+    """Subtasks in a row of each chain, 0 .. 5 -> {"chain length", "chain 1" .. "chain 5"}."""
+    rates = {f"chain {k}": wilson(sum(n >= k for n in lengths), len(lengths)) for k in range(1, 6)}
+    return {"chain length": bootstrap(lengths), **rates}
+
+
 # ---- results files
 
 
@@ -93,7 +98,10 @@ def record(path, arm, metrics, args, started, paired=None):
         command = shlex.join(["python", "evaluate.py", *args.argv])
         results["commands"] = [c for c in results["commands"] if c != command] + [command]
         write_results(path, results)
-        print(f"{path}: arm {arm}, {len(metrics)} metrics")
+    for name, value in metrics.items():
+        if len(name.split()) < 3:
+            print(f"{name:24s}", "{mean:6.3f}  [{low:.3f}, {high:.3f}]  n {n}".format(**value))
+    print(f"{path}: arm {arm}, {len(metrics)} metrics")
 
 
 def write_results(path, results):
@@ -122,7 +130,6 @@ SUITES = "spatial,object,goal,long,chain"
 def drive(policy, trials, batch, execute=0, ensemble=0.0):
     """Run all trials to their ends: a round is one batched forward and `execute` steps of each."""
     from benchmarks.serve import Chunks
-
     active, bar = list(trials), tqdm(total=len(trials), desc="trials", disable=None)
     plans = {trial: Chunks(policy.horizon, execute, ensemble) for trial in trials}
     while active:
@@ -149,12 +156,6 @@ def tally(rows):
     return {name: wilson(sum(part), len(part)) for name, part in parts.items()}
 
 
-def tell(metrics):
-    for name, value in metrics.items():
-        low, high, n = value["low"], value["high"], value["n"]
-        print(f"{name:20s} {value['mean']:6.3f}  [{low:.3f}, {high:.3f}]  n {n}")
-
-
 def tabletop(args):
     """`evaluate.py tabletop`: success per task and suite, chains, and GIFs of the first trials."""
     from benchmarks.tabletop import make_trials
@@ -171,13 +172,9 @@ def tabletop(args):
     drive(policy, trials, args.batch, args.execute, args.ensemble)
     rows = [(t.suite, t.task, t.solved) for t in trials if t.suite != "chain"]
     lengths, metrics = [t.solved for t in trials if t.suite == "chain"], tally(rows)
-    if lengths:
-        metrics["chain length"] = bootstrap(lengths)
-        for k in range(1, 6):
-            metrics[f"chain {k}"] = wilson(sum(n >= k for n in lengths), len(lengths))
+    metrics |= chain_metrics(lengths) if lengths else {}
     for trial in trials:
         trial.save(args.gif)
-    tell({name: value for name, value in metrics.items() if len(name.split()) < 3})
     paired = {"success": [solved for _, _, solved in rows], "chain length": lengths}
     record(args.out, args.arm, metrics, args, started, paired)
 
@@ -186,14 +183,12 @@ def simulator(args):
     """`evaluate.py serve`: the policy for robots; `metaworld`, `libero`: success in simulators."""
     from benchmarks import serve, simulate
     from vla import Policy
-
     started, policy = time.time(), Policy.load(args.policy, device=args.device, seed=args.seed)
     if args.command == "serve":
         return serve.main(policy, args)
     rows = simulate.trials(policy, args)
-    tell(metrics := tally(rows))
     wins = [solved for _, _, solved in rows]
-    return record(args.out, args.arm, metrics, args, started, {"success": wins})
+    return record(args.out, args.arm, tally(rows), args, started, {"success": wins})
 
 
 # ---- action tokens on held-out prompts
@@ -406,8 +401,8 @@ def main(argv=None):
     three.add_argument("--minutes", type=float, default=0, help="of the whole run, to be noted")
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else list(argv)
-    known = {"tabletop": tabletop, "actions": actions, "vqa": vqa, "report": report}
-    known.get(args.command, simulator)(args)
+    run = {"tabletop": tabletop, "actions": actions, "vqa": vqa, "report": report}
+    run.get(args.command, simulator)(args)
 
 
 if __name__ == "__main__":

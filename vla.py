@@ -324,8 +324,8 @@ class Policy:
     @torch.no_grad()
     def act_batch(self, images, instructions, states, keys=None):
         """B observations: images a list of what `act` takes, instructions a list of texts, states
-        (B, S) -> (B, K, A) float32, not clipped. keys: whole numbers for each row that name its
-        noise, in whatever batch it comes. ValueError when sizes or values do not fit."""
+        (B, S) -> (B, K, A) float32, not clipped. keys: numbers for each row, by which its noise is
+        drawn, whatever the batch. ValueError when sizes or values do not fit."""
         states, size = np.asarray(states, np.float32), (len(images), self.head.cfg.state_dim)
         if states.shape != size or len(instructions) != len(images):
             raise ValueError(f"{len(images)} images, {len(instructions)} instructions and states "

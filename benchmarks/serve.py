@@ -260,17 +260,14 @@ def background(server):
 
 @contextlib.contextmanager
 def client(port):
-    """-> infer(observation) -> answer, on this machine. infer raises RuntimeError with the server's
-    words when it refuses."""
+    """-> (infer(observation) -> answer, metadata), on this machine. RuntimeError when refused."""
     with network()[3].connect(f"ws://127.0.0.1:{port}", compression=None, max_size=None) as ws:
-        ws.recv()
-
         def infer(obs):
             ws.send(pack(obs))
             if (answer := ws.recv())[:5] == "error":
                 raise RuntimeError(answer)
             return unpack(answer)
-        yield infer
+        yield infer, unpack(ws.recv())
 
 
 def arguments(add):

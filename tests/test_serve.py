@@ -148,7 +148,7 @@ def test_malformed_messages_leave_the_server_alive():
             assert "\n" not in reply and len(reply) < 300
         assert "str instead of" in raw(port, "hello")
         assert raw(port, b"x" * 20_000) == 1009, "over the limit: closed as too big"
-        with serve.client(port) as infer:
+        with serve.client(port) as (infer, _):
             assert infer(seen())["actions"].shape == (2, 3)
 
 
@@ -158,7 +158,7 @@ def test_eight_clients_share_a_forward():
     server = serve.Server(policy := Fake(), execute=1)
     with (serve.background(server) as port, contextlib.ExitStack() as stack,
           concurrent.futures.ThreadPoolExecutor(9) as pool):
-        ask = [stack.enter_context(serve.client(port)) for _ in range(9)]
+        ask = [stack.enter_context(serve.client(port))[0] for _ in range(9)]
 
         def together(observations):
             policy.gate.clear()
