@@ -12,6 +12,7 @@ steps to settle; both cameras are turned by 180 degrees, in training and evaluat
 (rad), two finger joints (m). The expert knows libero_spatial but for task 4 (a bowl in a drawer).
 """
 
+import functools
 import json
 import pathlib
 
@@ -66,9 +67,18 @@ class Simulator:
         self.env = envs.OffScreenRenderEnv(bddl_file_name=str(bddl), camera_heights=size,
                                            camera_widths=size)
 
+    def lazy(self, sensor):
+        return functools.wraps(sensor)(lambda cache: sensor(cache) if self.look else np.zeros(0))
+
     def reset(self, number, split):
         self.env.seed(0 if split == "eval" else number)
         self.env.reset()
+        # LIBERO observes at its own moment, a few ms before a step ends: to render after a step would
+        # give other frames, and so would switching cameras off, which resets their clocks
+        self.look = False
+        for name in VIEWS.values():
+            camera = self.env.env._observables[name + "_image"]
+            camera._sensor = self.lazy(camera._sensor)
         if split == "eval":
             self.env.set_init_state(self.states[number % len(self.states)])
         for i in range(10):
@@ -82,10 +92,7 @@ class Simulator:
         return {**views, "state": np.concatenate(state).astype(np.float32)}
 
     def advance(self, action, look=True):
-        """What LIBERO observes is of the first 2 ms of a step, images as numbers, so a frame that is
-        rendered after the step would be another one: cameras are switched on for the step itself."""
-        for name in VIEWS.values():
-            self.env.env._observables[name + "_image"].set_enabled(look)
+        self.look = look
         self.seen, _, success, _ = self.env.step(action)
         return bool(success)
 
