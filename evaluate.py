@@ -4,14 +4,15 @@
     python evaluate.py actions --policy runs/grpo --data data/test --arm RL --out results/run.json
     python evaluate.py vqa --policy assets/tiny-vlm --data data/test/conversations.jsonl
     python evaluate.py metaworld|libero|serve --policy runs/vla
+    python evaluate.py calvin --policy runs/vla --data task_ABC_D --out results/calvin.json
     python evaluate.py report results/run.json
 
 `tabletop` lets a policy of vla.py drive the four suites and the chains of benchmarks/tabletop.py:
-many environments are stepped together with one batched forward; `metaworld` and `libero` are real
-simulators, `serve` is for robots. `actions` samples and decodes what a checkpoint of any stage
-writes for held-out (image, instruction) prompts, thinking first and directly. `vqa` scores greedy
-answers to questions by exact match, by the "kind" of each row. Each adds one arm to a results file;
-`report` makes one Markdown table of it, with the paired differences between consecutive arms.
+many environments are stepped together with one batched forward; `metaworld`, `libero` and `calvin`
+are real simulators, `serve` is for robots. `actions` samples and decodes what a checkpoint of any
+stage writes for held-out (image, instruction) prompts, thinking first and directly. `vqa` marks
+greedy answers to questions. Each adds one arm to a results file; `report` makes Markdown tables,
+with paired differences of consecutive arms.
 
 Every success rate carries its n and a 95% Wilson interval; means carry a 95% bootstrap interval
 over prompts or chains (2,000 resamples, seed 0). Writes the results file, and GIFs when asked.
@@ -21,7 +22,6 @@ import argparse
 import fcntl
 import itertools
 import json
-import math
 import os
 import pathlib
 import platform
@@ -31,7 +31,6 @@ import time
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import fast_tokenizer
@@ -46,7 +45,7 @@ def wilson(successes, n):
         raise ValueError("a success rate needs at least one trial; raise --trials")
     z, p = 1.959964, successes / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    half = z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5 / (1 + z * z / n)
     # the outer ends are exactly 0 and 1 at the extremes; rounding must not push them past the mean
     low, high = max(0.0, centre - half), min(1.0, centre + half)
     return {"mean": p, "low": min(low, p), "high": max(high, p), "n": n}
@@ -180,15 +179,20 @@ def tabletop(args):
 
 
 def simulator(args):
-    """`evaluate.py serve`: the policy for robots; `metaworld`, `libero`: success in simulators."""
-    from benchmarks import serve, simulate
+    """`evaluate.py metaworld | libero | calvin`: closed loops elsewhere; `serve`: for robots."""
+    from benchmarks import calvin, serve, simulate
     from vla import Policy
+
     started, policy = time.time(), Policy.load(args.policy, device=args.device, seed=args.seed)
     if args.command == "serve":
         return serve.main(policy, args)
-    rows = simulate.trials(policy, args)
-    wins = [solved for _, _, solved in rows]
-    return record(args.out, args.arm, tally(rows), args, started, {"success": wins})
+    if args.command == "calvin":
+        wins = calvin.play(policy, args.data, args.chains, args.execute, args.ensemble)
+        metrics, name = chain_metrics(wins), "chain length"
+    else:
+        rows = simulate.trials(policy, args)
+        metrics, name, wins = tally(rows), "success", [solved for _, _, solved in rows]
+    return record(args.out, args.arm, metrics, args, started, {name: wins})
 
 
 # ---- action tokens on held-out prompts
@@ -208,13 +212,12 @@ def held_out(bb, data, count, seed, think):
     return rows, fast.encode(np.stack(chunks)), np.stack(chunks)
 
 
-def score(bb, out, n, targets, chunks, think):
-    """Scores of B * n completions: (means by prompt {name: (B,)}, distinct thoughts and actions).
+def score(bb, ids, n, targets, chunks, think):
+    """Scores of B * n lists of ids: (means by prompt {name: (B,)}, distinct thoughts and actions).
 
     "l1" is over the completions that decode, in normalised units (range 2); r_f says how many."""
     from grpo import reward
 
-    ids = [row[keep.bool()].tolist() for row, keep in zip(out["ids"].cpu(), out["mask"].cpu())]
     value, info = reward(bb, ids, [t for t in targets for _ in range(n)], think=think)
     made = [model.parse_actions(bb, row)[2] if good else [] for row, good in zip(ids, info["r_f"])]
     decoded, _ = bb.fast.decode(made)  # (B * n, K, A), NaN where malformed
@@ -231,8 +234,7 @@ def score(bb, out, n, targets, chunks, think):
 
 
 def actions(args):
-    """`evaluate.py actions`: format rate, prefix reward, decoded-action L1; thinking and direct;
-    sampled and greedy."""
+    """`evaluate.py actions`: format, reward and L1; thinking and direct, sampled and greedy."""
     started = time.time()
     bb = model.load(args.policy, device=args.device, stages=("base", "sft", "grpo"))
     bb.net.eval()
@@ -245,16 +247,13 @@ def actions(args):
     for mode, think in (("think", True), ("direct", False)):
         rows, targets, chunks = held_out(bb, args.data, args.prompts, args.seed, think)
         for style, n in (("sampled", args.samples), ("greedy", 1)):
-            parts = []
+            ids = []  # B * n lists
             for start in range(0, len(rows), args.batch):
-                some = slice(start, start + args.batch)
-                parts.append(model.generate(
-                    bb, rows[some], n=n, max_new=args.max_new, greedy=style == "greedy",
-                    seed=args.seed, keys=list(range(start, start + len(rows[some])))))
-            width = max(p["ids"].shape[1] for p in parts)
-            out = {k: torch.cat([F.pad(p[k], (0, width - p[k].shape[1])) for p in parts])
-                   for k in ("ids", "mask")}  # (B * n, T)
-            means, thoughts, distinct = score(bb, out, n, targets, chunks, think)
+                some = rows[start : start + args.batch]
+                out = model.generate(bb, some, n=n, max_new=args.max_new, greedy=style == "greedy",
+                                     seed=args.seed, keys=range(start, start + len(some)))
+                ids += [row[keep].tolist() for row, keep in zip(out["ids"], out["mask"].bool())]
+            means, thoughts, distinct = score(bb, ids, n, targets, chunks, think)
             for name, values in means.items():
                 metrics[f"{mode} {style} {name}"] = bootstrap(values)
                 if name in ("reward", "r_a"):
@@ -274,23 +273,14 @@ def actions(args):
 
 
 def vqa(args):
-    """`evaluate.py vqa`: exact match of greedy answers to the first question of each row, with a
-    95% Wilson interval for each "kind" of row (as the data generator names it; else "all")."""
-    from sft import Conversations, exact
+    """`evaluate.py vqa`: marks (benchmarks/questions.py) of greedy answers, by kind of row."""
+    from benchmarks.questions import marks
 
     started = time.time()
     bb = model.load(args.policy, device=args.device, stages=("base", "sft", "grpo"))
     bb.net.eval()
-    source, right = Conversations(args.data, bb.fast, 0), {}
-    picks = range(min(args.rows or len(source), len(source)))
-    for start in tqdm(range(0, len(picks), args.batch), "rows", disable=None):
-        items = [source[i] for i in picks[start : start + args.batch]]
-        for kind, ok in exact(bb, items, args.max_new, args.batch):
-            right.setdefault(kind, []).append(ok)
-    metrics = {f"exact {kind}": wilson(sum(v), len(v)) for kind, v in sorted(right.items())}
-    for name, value in metrics.items():
-        print(f"{name:24s} {value['mean']:6.3f}  [{value['low']:.3f}, {value['high']:.3f}]  "
-              f"n {value['n']}")
+    metrics = {f"{args.score} {kind}": bootstrap(v) if args.score == "point" else
+               wilson(sum(v), len(v)) for kind, v in sorted(marks(bb, args).items())}
     record(args.out, args.arm, metrics, args, started)
 
 
@@ -380,6 +370,10 @@ def main(argv=None):
     add("--trials", type=int, default=10, help="trials a task (10 tasks a suite)")
     add("--chains", type=int, default=100, help="chains of five instructions")
     add("--gif", default="", help="folder for rollouts as animated GIFs (two tasks a suite)")
+    five = commands.add_parser("calvin", parents=[loop], help="CALVIN's chains")
+    add = five.add_argument
+    add("--data", required=True, help="a CALVIN dataset; its validation/ describes the environment")
+    add("--chains", type=int, default=1000, help="the first chains of the 1,000")
     two = commands.add_parser("actions", parents=[common], help="action tokens on held-out prompts")
     add = two.add_argument
     add("--data", required=True, help="folder of held-out episodes")
@@ -388,9 +382,14 @@ def main(argv=None):
     add("--samples", type=int, default=4, help="samples a prompt at temperature 1")
     add("--max-new", type=int, default=96, help="tokens a completion at most")
     add("--batch", type=int, default=64, help="prompts a forward")
-    four = commands.add_parser("vqa", parents=[common], help="exact answers to questions")
+    four = commands.add_parser("vqa", parents=[common], help="marked answers to questions")
     add = four.add_argument
     add("--data", required=True, help="conversations, .jsonl")
+    add("--score", default="exact", choices=["exact", "choice", "number", "point"])
+    add("--prompt", default="row", choices=["row", "think", "direct"],
+        help="mode of the prompt; row: as the row's own answer begins")
+    add("--unit", type=float, default=1, help="what points are divided by; 0: the image's pixels")
+    add("--answers", default="", help="also write each answer here, .jsonl")
     add("--rows", type=int, default=0, help="first rows of the file; 0: all")
     add("--max-new", type=int, default=128, help="tokens an answer at most")
     add("--batch", type=int, default=64, help="rows a forward")
@@ -401,7 +400,7 @@ def main(argv=None):
     three.add_argument("--minutes", type=float, default=0, help="of the whole run, to be noted")
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else list(argv)
-    run = {"tabletop": tabletop, "actions": actions, "vqa": vqa, "report": report}
+    run = {f.__name__: f for f in (tabletop, actions, vqa, report)}
     run.get(args.command, simulator)(args)
 
 

@@ -17,7 +17,6 @@ Seconds on one CPU core. Legend: B batch, K chunk length, A action dims, S state
 
 import argparse
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -170,7 +169,7 @@ class FastTokenizer:
         record = {**{k: getattr(self, k) for k in keys}, "bpe": json.loads(self.bpe.to_str())}
         path = Path(folder) / "fast.json"
         path.with_suffix(".tmp").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-        os.replace(path.with_suffix(".tmp"), path)
+        path.with_suffix(".tmp").replace(path)
 
     @classmethod
     def load(cls, folder, horizon=None, dim=None):
@@ -254,9 +253,6 @@ class EpisodeFile:
 
     def __len__(self):
         return len(self.action)
-
-    def __getstate__(self):  # an open file does not travel to a worker process
-        return {**self.__dict__, "handle": None}
 
     def frame(self, t, name="image"):
         """Frame of a camera at step t (0 .. T-1): (H, W, 3) uint8. ValueError if there is none."""

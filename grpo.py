@@ -77,7 +77,7 @@ class Config:
 
 PRESETS = {
     "tabletop": {},
-    "speedrun": {"steps": 80, "lr": 4e-5, "save_every": 0},
+    "speedrun": {"steps": 80, "lr": 2e-5, "save_every": 0},
     # Paper section "RL": 12.8K samples, 1 epoch = 25 rollout steps of 4 updates of 640 completions.
     "paper": {"init": "runs/sft-paper/final", "data": "data/bridge", "out": "runs/grpo-paper",
               "steps": 25, "prompts": 512, "batch": 128, "group": 5, "micro_batch": 1, "chunk": 16,

@@ -826,17 +826,16 @@ class FlowBlock(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x, time=None, kv=None, mask=None):
-        """x (B*R, N, D), time (B*R or 1, D), kv two (B, H, T, d), mask (B, 1, 1, T) -> like x."""
+        """x (B*R, N, D), time (B*R or 1, D), kv two (B, T, D), mask (B, 1, 1, T) -> like x."""
         h = self.norm1(x)
         if self.ada is not None:
             scale, shift = self.ada(time)[:, None].chunk(2, dim=-1)  # (B*R, 1, D) each
             h = torch.addcmul(shift, h, 1 + scale)
-        batch = len(x) if kv is None else len(kv[0])
-        q = self.qkv(h).view(batch, -1, x.shape[-1] * (3 if kv is None else 1))
-        q = q.unflatten(-1, (-1, self.heads, x.shape[-1] // self.heads))  # (B, R*N, 1 or 3, H, d)
         # The R draws of a sample stand one behind the other on the query axis: attention treats
         # queries independently, so one K/V serves them all without a copy.
-        q, k, v = q.permute(2, 0, 3, 1, 4) if kv is None else (q[:, :, 0].transpose(1, 2), *kv)
+        q = self.qkv(h)
+        parts = q.chunk(3, dim=-1) if kv is None else (q.view(len(kv[0]), -1, q.shape[-1]), *kv)
+        q, k, v = (p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in parts)
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, R*N, d)
         x = x + self.drop(self.proj(h.transpose(1, 2).reshape(x.shape)))
         return x + self.drop(self.mlp(self.norm2(x)))
@@ -877,14 +876,13 @@ class FlowHead(nn.Module):
 
     def context(self, feats, mask):
         """Features (B, T, D) and mask (B, T), or None when all count -> what each block and Euler
-        step reads of them: k, v (B, H, T, d) for each cross-attention block, mask (B, 1, 1, T)."""
+        step reads of them: k, v (B, T, dim) for each cross-attention block, mask (B, 1, 1, T)."""
         mask = None if mask is None else mask.bool()[:, None, None]  # (B, 1, 1, T)
         x = self.vl_norm(feats.float())
         for block in self.vl_blocks:
             x = block(x, mask=mask)  # (B, T, vl_dim)
-        kv = self.kv(x).unflatten(-1, (-1, 2, self.cfg.heads, self.cfg.dim // self.cfg.heads))
-        kv = kv.permute(2, 3, 0, 4, 1, 5)  # (blocks, 2, B, H, T, d)
-        return [(k, v) for k, v in kv], mask
+        kv = self.kv(x).split(self.cfg.dim, dim=-1)  # k of block 0, v of block 0, k of block 2, ...
+        return list(zip(kv[::2], kv[1::2])), mask
 
     def velocity(self, noised, time, state, context):
         """noised (B*R, K, A), time (B*R or 1,) in [0, 1], state token (B*R, 1, D), context of B
@@ -1061,14 +1059,85 @@ def sync(net, last):
         net.set_reshard_after_backward(last)
 
 
-def optimizer(net, lr, weight_decay, betas):
+class Muon(torch.optim.AdamW):
+    """AdamW, except that in groups marked "hidden" the momentum of a matrix is replaced by (nearly)
+    the closest orthogonal one before it is subtracted (kellerjordan.github.io/posts/muon), scaled
+    so that learning rate and decay mean what they mean in AdamW (arXiv 2502.16982, section 2.2)."""
+
+    @torch.no_grad()
+    def step(self):
+        jobs = []
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"] if group["hidden"] else []:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for params in shapes.values():
+                for p in params:
+                    if not self.state[p]:
+                        self.state[p]["exp_avg"] = torch.zeros_like(p)
+                means, grads = local([self.state[p]["exp_avg"] for p in params],
+                                     [p.grad for p in params])
+                torch._foreach_lerp_(means, grads, 1 - group["betas"][0])
+                torch._foreach_lerp_(grads, means, group["betas"][0])  # Nesterov
+                jobs.append((group, params, torch.stack([p.grad for p in params])))  # (N, out, in)
+        whole = [m.full_tensor() if isinstance(m, DTensor) else m for _, _, m in jobs]
+        for (group, params, m), u in zip(jobs, orthogonal_shared(whole)):
+            if isinstance(m, DTensor):
+                u = distribute_tensor(u, m.device_mesh, m.placements, src_data_rank=None).to_local()
+            torch._foreach_mul_(*local(params), 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(*local(params), u.unbind(),
+                                alpha=-group["lr"] * 0.2 * max(m.shape[1:]) ** 0.5)
+            for p in params:
+                p.grad = None  # AdamW passes over what has none
+        super().step()
+
+
+def local(*lists):
+    """This rank's shards of lists of tensors."""
+    return [[t.to_local() if isinstance(t, DTensor) else t for t in ts] for ts in lists]
+
+
+def orthogonal(x, steps=5):
+    """Matrices (N, out, in) -> U V^T of their singular value decompositions, roughly: the singular
+    values come to lie around 1 (0.7 to 1.2) by `steps` of a quintic Newton-Schulz iteration."""
+    wide = x if x.shape[1] <= x.shape[2] else x.mT
+    wide = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = wide @ wide.mT
+        wide = torch.baddbmm(wide, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), wide,
+                             beta=3.4445)
+    return wide if x.shape[1] <= x.shape[2] else wide.mT
+
+
+def orthogonal_shared(stacks):
+    """orthogonal() of stacks that are the same on all ranks, each of which computes its share."""
+    if not distributed.is_initialized():
+        return [orthogonal(x) for x in stacks]
+    flat = stacks[0].new_zeros(sum(x.numel() for x in stacks))
+    out = [part.view_as(x) for x, part in zip(stacks, flat.split([x.numel() for x in stacks]))]
+    mine = slice(distributed.get_rank(), None, distributed.get_world_size())
+    for x, u in zip(stacks, out):
+        if len(x[mine]):
+            u[mine] = orthogonal(x[mine])
+    distributed.all_reduce(flat)
+    return out
+
+
+def optimizer(net, lr, weight_decay, betas, muon=False):
     """AdamW over the trainable parameters of a module (or a list of parameters); norms and biases
-    (1-D) are not decayed."""
+    (1-D) are not decayed. muon: Muon for the weights of linear layers, but the last one's (lm_head)."""
     params = list(net.parameters()) if isinstance(net, nn.Module) else list(net)
     params = [p for p in params if p.requires_grad]
-    groups = [{"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
+    inner = {m.weight for name, m in net.named_modules()
+             if isinstance(m, nn.Linear) and name != "lm_head"} if muon else set()
+    groups = [{"params": [p for p in params if p in inner], "weight_decay": weight_decay},
+              {"params": [p for p in params if p.ndim > 1 and p not in inner],
+               "weight_decay": weight_decay},
               {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True)
+    groups = [{**g, "hidden": i == 0} for i, g in enumerate(groups) if g["params"]]
+    make = Muon if muon else torch.optim.AdamW
+    return make(groups, lr=lr, betas=betas, fused=True)
 
 
 def lr_at(step, steps, lr, warmup_ratio, schedule="cosine"):

@@ -58,6 +58,7 @@ class Config:
     beta2: float = 0.98  # AdamW
     weight_decay: float = 0.01  # AdamW, not on norms and biases
     clip: float = 1.0  # gradient norm; 0: no clipping
+    muon: bool = False  # inner matrices by orthogonalised momentum (Muon) instead of AdamW
     max_pixels: int = 0  # larger images are shrunk to so many pixels; 0: as the backbone says
     freeze_vision: bool = False  # keep the vision tower and its projector as they are
     recompute: bool = False  # activation checkpointing: less memory, a third more time
@@ -73,7 +74,8 @@ class Config:
 
 PRESETS = {
     "tabletop": {"fast": "runs/fast", "steps": 4000},
-    "speedrun": {"fast": "runs/fast", "steps": 2000, "eval_every": 0, "save_every": 0},
+    "speedrun": {"fast": "runs/fast", "steps": 1200, "lr": 2e-3, "muon": True, "eval_every": 0,
+                 "save_every": 0},
     "base": {"init": "random:tiny-vlm", "data": "data/base/conversations.jsonl", "out": "runs/base",
              "steps": 24000, "holdout": 4000, "probe": 0},
     "paper": {"init": "Qwen/Qwen2.5-VL-7B-Instruct", "lr": 2e-5, "beta2": 0.999, "batch": 128,
@@ -119,7 +121,7 @@ class Conversations:
 
     def text(self):
         """What the tokenizer of a random backbone is trained on."""
-        return ("\n".join(m["content"] for m in modes(self._row(i)["messages"]))
+        return ("\n".join(m["content"] for m in modes(self.row(i)["messages"]))
                 for i in self.train[:20000])
 
     def __len__(self):
@@ -129,13 +131,13 @@ class Conversations:
         """About how long a row is: characters in the file."""
         return self.offset[i + 1] - self.offset[i]
 
-    def _row(self, i):
+    def row(self, i):
         with open(self.path, "rb") as f:
             f.seek(self.offset[i])
             return json.loads(f.readline())
 
     def __getitem__(self, i):
-        row, where = self._row(i), f"{self.path}:{i + 1}"
+        row, where = self.row(i), f"{self.path}:{i + 1}"
         images = [self.path.parent / name for name in row.get("images", [])]
         messages = modes(row["messages"])
         if "chunk" in row:
@@ -297,19 +299,15 @@ def answer_of(text):
     return text.split("<answer>")[-1].split("</answer>")[0].strip()
 
 
-def exact(bb, items, max_new=128, size=64):
-    """Greedy answers to the first question of each item (as source[i] gives it), by exact match with
-    what the assistant says next. -> [(kind or "all", right)]."""
-    found = []
+def answers(bb, items, max_new=128, size=64):
+    """Greedy answers, as text, to the first question of each item (as source[i] gives it)."""
+    texts = []
     for k in range(0, len(items), size):
-        some = items[k : k + size]
         rows = [model.encode(bb, messages[:1], [read_image(x, where) for x in images],
-                             prompt_only=True) for messages, images, _, where in some]
+                             prompt_only=True) for messages, images, _, where in items[k : k + size]]
         ids = model.generate(bb, rows, max_new=max_new, greedy=True)["ids"]
-        for one, (messages, _, kind, _) in zip(ids, some):
-            text = bb.tok.decode(one, skip_special_tokens=True)
-            found.append((kind or "all", answer_of(text) == answer_of(messages[1]["content"])))
-    return found
+        texts += [answer_of(bb.tok.decode(one, skip_special_tokens=True)) for one in ids]
+    return texts
 
 
 def greedy(bb, sources, cfg, dist):
@@ -317,8 +315,10 @@ def greedy(bb, sources, cfg, dist):
     items = [source[i] for source in sources for i in spread(source.held, cfg.eval_rows)]
     items = [x for x in items if x[2] and [m["role"] for m in x[0]] == ["user", "assistant"]]
     kinds = sorted({kind for _, _, kind, _ in items})
+    mine = items[dist.rank :: dist.world]
     with model.unsharded(bb.net):
-        found = exact(bb, items[dist.rank :: dist.world])
+        found = [(kind, text == answer_of(messages[1]["content"]))
+                 for (messages, _, kind, _), text in zip(mine, answers(bb, mine))]
     seen = all_sum([sum(k == kind for k, _ in found) for kind in kinds])
     right = all_sum([sum(ok for k, ok in found if k == kind) for kind in kinds])
     return {f"greedy_{k}": r / n for k, r, n in zip(kinds, right, seen)}
@@ -400,7 +400,8 @@ def main(argv=None):
     bb, sources, weights, newest = prepare(cfg, dist)
     net = model.shard(bb.net, dist)
     net.train()
-    optim = model.optimizer(net, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2))
+    optim = model.optimizer(net, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2),
+                            cfg.muon)
     start = model.load_train_state(newest, net, optim)["step"] if newest else 0
     rows = sum(len(s) for s in sources)
     steps = cfg.steps or math.ceil(cfg.epochs * rows / cfg.batch)

@@ -22,7 +22,7 @@ rm -f "$RESULT"
 gpus=$(python -c "import torch; print(torch.cuda.device_count())")
 ranks=$([ "$gpus" -gt 0 ] && echo "$gpus" || echo 2)
 many() { torchrun --standalone --nproc_per_node "$ranks" "$@"; }
-finish() { for pid in "$@"; do wait "$pid"; done; }  # a job that failed stops the script
+finish() { for pid in "$@"; do wait "$pid" || return 1; done; }  # a job that failed stops the script
 
 # torch multiplies with MKL, which runs AMD processors at about half of their speed unless its check
 # of the vendor is answered with yes. Without a C compiler the run is only slower.
@@ -54,17 +54,21 @@ for arm in "${arms[@]}"; do
 done
 finish "${jobs[@]}"
 
+say "stage 3: an action head on each of the three, frozen; logs in $RUN/vla"
+mkdir -p "$RUN/vla"; jobs=()
 for arm in "${arms[@]}"; do
-  say "stage 3: action head on the frozen $arm"
-  many vla.py speedrun --init "$(checkpoint $arm)" --data "$DATA/train/episodes" --out "$RUN/vla/$arm" --seed $SEED
-  rm -rf "$RUN/vla/$arm/features"
+  head=(vla.py speedrun --init "$(checkpoint $arm)" --data "$DATA/train/episodes" --out "$RUN/vla/$arm" --seed $SEED)
+  if [ "$gpus" -gt 0 ]; then many "${head[@]}"; continue; fi
+  python "${head[@]}" > "$RUN/vla/$arm.txt" 2>&1 & jobs+=($!)  # on CPU side by side: no waiting for another rank
 done
+finish "${jobs[@]}" || { tail -n 2 "$RUN"/vla/*.txt; exit 1; }
+rm -rf "$RUN"/vla/*/features
 
 say "closed loop of the three heads"
 jobs=()
 for arm in "${arms[@]}"; do
   python evaluate.py tabletop --policy "$RUN/vla/$arm" --arm "$arm" --out "$RESULT" \
-    --preset speedrun --seed $SEED --trials 5 --chains 50 --gif "$RUN/gif/$arm" & jobs+=($!)
+    --preset speedrun --seed $SEED --execute 2 --trials 5 --chains 50 --gif "$RUN/gif/$arm" & jobs+=($!)
 done
 finish "${jobs[@]}"
 

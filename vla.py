@@ -13,7 +13,7 @@ Our deviations: the features of all frames are computed once and memory-mapped (
 several (time, noise) draws share a frame's features (--draws); averaged weights act (--ema).
 
 Reads --init, --data. Writes runs/vla/{log.jsonl, features/, step_*/, final/}.
-torchrun --nproc_per_node 2 vla.py speedrun        # 2 CPU processes, 85 ms a step
+python vla.py speedrun                              # one CPU core, 0.1 s a step
 torchrun --nproc_per_node 1 vla.py --batch 256     # one GPU
 torchrun --nproc_per_node 8 vla.py paper --init runs/grpo-paper --data data/libero     # 8 GPUs
 """
@@ -46,6 +46,7 @@ class Config:
     init: str = "runs/grpo"  # checkpoint of stage base, sft or grpo; hub name or random:SIZE
     data: str = "data/tabletop/episodes"  # folder of episodes and stats.json
     limit: int = 0  # only the first episodes; 0: all
+    stride: int = 1  # use every stride-th frame of an episode: neighbours say nearly the same
     out: str = "runs/vla"  # run folder
     seed: int = 0  # order of the frames, noise, initial weights of the head
     layer: int = 0  # LLM layer whose output conditions the head; 0: 0.64 of the depth
@@ -71,6 +72,7 @@ class Config:
     beta2: float = 0.999  # AdamW
     weight_decay: float = 1e-5  # AdamW, not on norms and biases
     clip: float = 1.0  # gradient norm; 0: no clipping
+    muon: bool = False  # inner matrices by orthogonalised momentum (Muon) instead of AdamW
     ema: float = 0.999  # decay of the averaged weights that the policy uses; 0: no average
     holdout: float = 0.05  # share of the episodes, the last ones, kept for evaluation; 0: none
     eval_rows: int = 256  # held-out frames of one evaluation
@@ -82,7 +84,8 @@ class Config:
 
 PRESETS = {
     "tabletop": {},
-    "speedrun": {"limit": 500, "dim": 96, "vl_layers": 0, "steps": 1500, "save_every": 0},
+    "speedrun": {"stride": 2, "horizon": 5, "vl_layers": 0, "future": 0, "steps": 2200, "lr": 4e-3,
+                 "muon": True, "save_every": 0},
     "paper": {"init": "runs/grpo-paper", "data": "data/libero", "out": "runs/vla-paper",
               "horizon": 16, "dim": 1536, "layers": 16, "heads": 32, "vl_layers": 4, "future": 32,
               "dropout": 0.2, "cache": "none", "steps": 60000, "batch": 32, "draws": 1, "lr": 1e-4,
@@ -113,22 +116,22 @@ class Frames:
         if not 0 < cfg.horizon <= longest:
             raise ValueError(f"--horizon {cfg.horizon} is not in 1..{longest}, the length of the "
                              f"longest episode of {cfg.data}")
-        ahead = np.arange(cfg.horizon)
-        self.ends = np.cumsum([len(f) for f in self.files])  # frame number after each episode
-        state = np.concatenate([f.state for f in self.files])
-        action = np.concatenate([chunks_of(f, cfg.horizon) for f in self.files])
+        ahead, self.steps = np.arange(cfg.horizon), [range(0, len(f), cfg.stride) for f in self.files]
+        self.ends = np.cumsum([len(s) for s in self.steps])  # frame number after each episode
+        state = np.concatenate([f.state[:: cfg.stride] for f in self.files])
+        action = np.concatenate([chunks_of(f, cfg.horizon)[:: cfg.stride] for f in self.files])
         self.state = normalize(state, self.stats["state"]).astype(np.float32)  # (N, S)
         self.action = normalize(action, self.stats["action"]).astype(np.float32)  # (N, K, A)
-        self.mask = np.concatenate([np.arange(len(f))[:, None] + ahead < len(f)
-                                    for f in self.files])  # (N, K)
+        self.mask = np.concatenate([np.array(s)[:, None] + ahead < len(f)
+                                    for f, s in zip(self.files, self.steps)])  # (N, K)
         kept = split(self.files, cfg.holdout)[0] if cfg.holdout > 0 else self.files
-        cut, n = sum(map(len, kept)), int(self.ends[-1])
+        cut, n = int(self.ends[len(kept) - 1]), int(self.ends[-1])
         self.train, self.held = range(cut), range(cut, n)
 
     def at(self, i):
         """Frame number -> (episode number, step)."""
         e = int(np.searchsorted(self.ends, i, side="right"))
-        return e, int(i) - int(self.ends[e] - len(self.files[e]))
+        return e, self.steps[e][int(i) - int(self.ends[e])]  # counted from the episode's end
 
     def batch(self, ids):
         """Frames as model.guard saves them; what was seen in them follows from their numbers."""
@@ -220,7 +223,8 @@ class Cached:
                 raise ValueError(f"{path}: {e}; delete {folder} to compute it again") from e
 
     def read(self, ids):
-        return [self.files[e][t : t + 1][0] for e, t in map(self.frames.at, ids)]  # (T, D) each
+        places = ((e, t // self.frames.steps[e].step) for e, t in map(self.frames.at, ids))
+        return [self.files[e][t : t + 1][0] for e, t in places]  # (T, D) each
 
     def features(self, feats):
         length = torch.tensor([len(f) for f in feats])
@@ -244,7 +248,7 @@ def fingerprint(bb, frames, rows, cfg):
                                for _, w in weights),
             "layer": len(bb.net.model.language_model.layers), "type": str(bb.net.dtype),
             "prompts": digest(row["ids"].tobytes() for row in rows),
-            "images": repr(bb.images), "cameras": cfg.cameras,
+            "images": repr(bb.images), "cameras": cfg.cameras, "stride": cfg.stride,
             "episodes": digest([repr(stat).encode()])}
 
 
@@ -262,7 +266,7 @@ def build_cache(bb, frames, cfg, dist, size=64):
             raise ValueError(f"{folder}: features of other {', '.join(stale)} than this run's; "
                              "delete the folder or name another --cache-dir")
         return Cached(folder, frames, dist.device)
-    need = sum(len(f) * len(r["ids"]) for f, r in zip(files, rows)) * 2 / 1e9
+    need = sum(len(s) * len(r["ids"]) for s, r in zip(frames.steps, rows)) * 2 / 1e9
     need, free = need * bb.net.config.text_config.hidden_size, shutil.disk_usage(folder).free / 1e9
     if need > free:
         raise ValueError(f"{folder}: the features take {need:.1f} GB, {free:.1f} are free; name "
@@ -271,8 +275,8 @@ def build_cache(bb, frames, cfg, dist, size=64):
     for e in tqdm(range(dist.rank, len(files), dist.world), "features", unit="episode",
                   disable=None if dist.rank == 0 else True):
         feats = []  # one instruction an episode: equal lengths, no padding
-        for t in range(0, len(files[e]), size):
-            some = [(e, i) for i in range(t, min(t + size, len(files[e])))]
+        for t in range(0, len(frames.steps[e]), size):
+            some = [(e, i) for i in frames.steps[e][t : t + size]]
             rows = frames.rows(bb, some, cfg.think, memo)
             feats.append(condition(bb, rows, dist.device)[0].to(kind).cpu())  # (B, T, D)
         feats = torch.cat(feats)
@@ -450,9 +454,9 @@ def prepare(cfg, dist):
         raise ValueError(f"--batch {cfg.batch} must be a multiple of {dist.world} ranks")
     if cfg.cache not in ("features", "none"):
         raise ValueError(f"--cache {cfg.cache}: choose features or none")
-    if min(cfg.draws, cfg.layers) < 1 or not 0 <= cfg.ema < 1:
-        raise ValueError(f"--draws {cfg.draws}, --layers {cfg.layers}, --ema {cfg.ema}; draws and "
-                         "layers start at 1, ema lies in [0, 1)")
+    if min(cfg.draws, cfg.layers, cfg.stride) < 1 or not 0 <= cfg.ema < 1:
+        raise ValueError(f"--draws {cfg.draws}, --layers {cfg.layers}, --stride {cfg.stride}, "
+                         f"--ema {cfg.ema}; the first three start at 1, ema lies in [0, 1)")
     frames, newest = Frames(cfg), model.latest(cfg.out) if cfg.resume else None
     bb = model.load(newest or cfg.init, dist.build if cfg.cache == "none" else dist.device,
                     precision(dist.device), ("vla",) if newest else ("base", "sft", "grpo"),
@@ -481,7 +485,7 @@ def main(argv=None):
     heads = make_heads(sizes, newest, cfg, dist)
     trained = "raw" if cfg.ema else "head"
     head = heads[trained].train()
-    optim = model.optimizer(head, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2))
+    optim = model.optimizer(head, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2), cfg.muon)
     start = model.load_train_state(newest, {trained: head}, optim)["step"] if newest else 0
     run = {"stage": "vla", "config": asdict(cfg), "parent": cfg.init, "policy": {
         "head": asdict(sizes), "layer": len(bb.net.model.language_model.layers),

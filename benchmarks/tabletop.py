@@ -20,10 +20,15 @@ writes episodes/episode_*.safetensors, episodes/stats.json, conversations.jsonl 
 """
 
 import argparse
+import contextlib
 import json
 import math
 import multiprocessing
 import pathlib
+import pickle
+import shutil
+import zipfile
+import zlib
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -882,18 +887,68 @@ def write_episode(path, arrays, header):
     path.write_bytes(data[:8] + text + data[n:])
 
 
+class Damaged(ValueError):
+    """One line about data that cannot be used: where, what is wrong, the cure."""
+
+
+@contextlib.contextmanager
+def reading(where, *more):
+    """What goes wrong inside becomes Damaged, naming `where` (a file, perhaps a row). more: further
+    kinds of errors."""
+    try:
+        yield
+    except Damaged:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError, EOFError,
+            pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, *more) as e:
+        kind = "" if type(e) is ValueError else f"{type(e).__name__}: "
+        why = str(e).replace("\n", " ")
+        raise Damaged(f"{where}: {kind}{why}; repair it or copy the dataset again") from e
+
+
+def write_episodes(out, made):
+    """Episodes that a converter makes, (arrays, header) each -> folder `out` with its stats.json.
+    A conversion that fails ends in one line and leaves nothing behind."""
+    from fast_tokenizer import statistics
+
+    out, seen = pathlib.Path(out), {"action": [], "state": []}
+    part = out.with_name(out.name + ".part")
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"{out} already holds data; name another --out or delete it")
+        part.mkdir(parents=True)
+        for number, (arrays, header) in enumerate(tqdm(made, "episodes", disable=None)):
+            for name, rows in seen.items():
+                rows.append(arrays[name].astype(np.float32))
+                with reading(header["source"]):
+                    if len(bad := np.flatnonzero(~np.isfinite(rows[-1]).all(1))):
+                        raise ValueError(f"{name} of step {bad[0]} is not finite")
+            arrays |= {name: rows[-1] for name, rows in seen.items()}
+            write_episode(part / f"episode_{number:06d}.safetensors", arrays, header)
+        if not seen["action"]:
+            raise ValueError(f"no episodes for {out}; give a folder with some as --data")
+        stats = {name: statistics(np.concatenate(rows)) for name, rows in seen.items()}
+        (part / "stats.json").write_text(json.dumps(stats, indent=1))
+        part.replace(out)
+    except ModuleNotFoundError as e:
+        raise SystemExit(f"error: {e}; pip install -r requirements-extras.txt") from e
+    except (ValueError, FileExistsError) as e:
+        raise SystemExit(f"error: {e}") from e
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    print(f"{out}: {number + 1} episodes of {stats['action']['count']} steps")
+
+
 def _episode_job(job):
-    folder, number, seed, noise, size, tilt = job
+    number, seed, noise, size, tilt = job
     suite, task = SUITES[number % 4], number // 4 % 10
     arrays, dropped = None, -1
     while arrays is None:
         dropped += 1
         arrays = record(suite, task, (seed << 24) + (number << 4) + dropped, noise, size, tilt)
     text = suite_tasks(suite)[task][0]
-    name = pathlib.Path(folder) / f"episode_{number:06d}.safetensors"
     header = {"task": text, "fps": "5", "source": f"tabletop {suite} task {task}"}
-    write_episode(name, arrays, header)
-    return dropped, arrays["state"], arrays["action"]
+    return dropped, arrays, header
 
 
 def _save_frame(folder, kind, number, image):
@@ -954,22 +1009,15 @@ def main(argv=None):
     add("--tilt", type=float, default=0.0, help="0 looks straight down; 0.5 is oblique")
     add("--workers", type=int, default=2, help="processes; the bytes do not depend on it")
     args = parser.parse_args(argv)
-    from fast_tokenizer import statistics
-
-    out = pathlib.Path(args.out)
-    folder = out / "episodes"
-    if folder.exists() and any(folder.iterdir()) or (out / "conversations.jsonl").exists():
+    out, dropped = pathlib.Path(args.out), []
+    if (out / "conversations.jsonl").exists():
         raise SystemExit(f"error: {out} already holds data; name another --out or delete it")
-    folder.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
-        jobs = [(str(folder), i, args.seed, args.noise, args.size, args.tilt)
-                for i in range(args.episodes)]
-        done = list(tqdm(pool.imap(_episode_job, jobs, 8), "episodes", args.episodes, disable=None))
-        if done:
-            stats = {"action": statistics(np.concatenate([d[2] for d in done])),
-                     "state": statistics(np.concatenate([d[1] for d in done]))}
-            (folder / "stats.json").write_text(json.dumps(stats, indent=1))
-        steps, dropped = sum(len(d[2]) for d in done), sum(d[0] for d in done)
+        jobs = [(i, args.seed, args.noise, args.size, args.tilt) for i in range(args.episodes)]
+        if jobs:
+            write_episodes(out / "episodes", (dropped.append(count) or made for count, *made in
+                                              pool.imap(_episode_job, jobs, 8)))
         for name, job, count in (("conversations", _conversation_job, args.conversations),
                                  ("thought_actions", _thought_action_job, args.thought_actions)):
             if count == 0:
@@ -979,8 +1027,7 @@ def main(argv=None):
             with open(out / f"{name}.jsonl", "w") as f:
                 rows = tqdm(pool.imap(job, jobs, 64), name, count, disable=None)
                 f.writelines(row + "\n" for row in rows)
-    print(f"{out}: {args.episodes} episodes of {steps} steps, {dropped} failed demonstrations "
-          f"dropped, {args.conversations} conversations")
+    print(f"{out}: {sum(dropped)} failed demonstrations dropped, {args.conversations} rows")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from transformers.cache_utils import DynamicCache
 
@@ -405,6 +406,31 @@ def test_clip_and_groups():
     groups = model.optimizer(net, 1e-3, 0.1, (0.9, 0.95)).param_groups
     assert [(g["weight_decay"], [p.ndim for p in g["params"]]) for g in groups] == [
         (0.1, [2]), (0.0, [1])]
+
+
+def test_muon_by_hand():
+    """One step on a matrix whose singular vectors are known; everything else is AdamW's."""
+    torch.manual_seed(0)
+    u, _ = torch.linalg.qr(torch.randn(6, 4))
+    v, _ = torch.linalg.qr(torch.randn(9, 4))
+    near = model.orthogonal((u @ torch.diag(torch.tensor([9.0, 5.0, 3.0, 2.0])) @ v.T)[None])[0]
+    core = u.T @ near @ v  # the same singular vectors, all values near 1
+    assert (core - core.diag().diag()).abs().max() < 1e-5 and (core.diag() - 1).abs().max() < 0.35
+    torch.testing.assert_close(near, u @ core @ v.T)
+    nets = [nn.ModuleDict({"inner": nn.Linear(9, 6), "words": nn.Embedding(3, 9),
+                           "lm_head": nn.Linear(6, 3)}) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    before = nets[0]["inner"].weight.detach().clone()
+    for net, muon in zip(nets, (True, False)):
+        optim = model.optimizer(net, 0.01, 0.1, (0.9, 0.95), muon)
+        net["lm_head"](net["inner"](net["words"](torch.tensor([0, 2])))).square().sum().backward()
+        grad = net["inner"].weight.grad.clone()
+        optim.step()
+    for name, p in nets[0].named_parameters():  # the second net had AdamW alone
+        assert torch.equal(p, nets[1].get_parameter(name)) == (name != "inner.weight")
+    # momentum 0.1 g, Nesterov 0.9 * 0.1 g + 0.1 g; its length does not matter
+    by_hand = before * (1 - 0.01 * 0.1) - 0.01 * 0.2 * 3 * model.orthogonal(grad[None])[0]
+    torch.testing.assert_close(nets[0]["inner"].weight.detach(), by_hand)
 
 
 def test_rng_is_a_function_of_its_keys():

@@ -169,7 +169,8 @@ def test_blocks_equal_torchs_own_layers():
     score = (q @ k.repeat_interleave(2, 0).mT / 8**0.5).softmax(-1)  # (B*R, H, N, T)
     y = x + cross.proj((score @ v.repeat_interleave(2, 0)).transpose(1, 2).reshape(6, 4, 16))
     y = y + cross.mlp(F.layer_norm(y, (16,)))
-    torch.testing.assert_close(cross(x, ada, (k, v)), y)
+    flat = [t.transpose(1, 2).reshape(3, 7, 16) for t in (k, v)]  # as they come: (B, T, D)
+    torch.testing.assert_close(cross(x, ada, flat), y)
 
 
 def test_padding_of_the_features_changes_nothing():
@@ -277,6 +278,20 @@ def test_cached_features_equal_features_in_the_loop(data, tmp_path, monkeypatch)
     assert torch.equal(again.features(again.read(ids))[0], a)
 
 
+def test_stride_keeps_every_third_frame(data, tmp_path):
+    """Of episodes of unequal lengths: the same chunks, targets and features as without it."""
+    whole, thin = (source_of(data, tmp_path / k, "cache", stride=int(k)) for k in "13")
+    assert len(thin.frames.state) == sum(-(-len(f) // 3) for f in thin.frames.files)
+    places = list(map(thin.frames.at, range(len(thin.frames.state))))
+    assert all(t % 3 == 0 and t < len(thin.frames.files[e]) for e, t in places)
+    same = [i for i in range(len(whole.frames.state)) if whole.frames.at(i) in places]
+    for name in ("state", "action", "mask"):
+        assert np.array_equal(getattr(thin.frames, name), getattr(whole.frames, name)[same])
+    for a, b in zip(thin.read(range(len(same))), whole.read(same)):
+        torch.testing.assert_close(a, b, atol=2e-3, rtol=2e-3)
+    assert whole.frames.at(whole.frames.held[0]) == thin.frames.at(thin.frames.held[0])
+
+
 def test_stale_cache_is_refused(data, tmp_path):
     source_of(data, tmp_path, "cache")
     for change, name in (({"layer": 1}, "backbone, layer"), ({"think": True}, "prompts"),
@@ -299,9 +314,9 @@ def test_stale_cache_is_refused(data, tmp_path):
 # Training
 
 
-@pytest.mark.parametrize("ema", [0.999, 0])
-def test_resume_equals_uninterrupted(data, tmp_path, ema):
-    flags = {"dropout": 0.1, "save-every": 3, "steps": 6, "ema": ema}
+@pytest.mark.parametrize("some", [{"ema": 0.999, "muon": True}, {"ema": 0}])
+def test_resume_equals_uninterrupted(data, tmp_path, some):
+    flags = {"dropout": 0.1, "save-every": 3, "steps": 6, **some}
     vla.main(argv(data, tmp_path, **flags))
     want = load_file(tmp_path / "final" / "head.safetensors")
     first = records(tmp_path)
@@ -318,7 +333,7 @@ def test_resume_equals_uninterrupted(data, tmp_path, ema):
 def test_four_ranks_equal_one(data, tmp_path):
     """Gradient norms, held-out error and weights; features written by one rank and by four; pairs of
     ranks share one copy of the weights."""
-    flags = {"batch": 8, "eval-rows": 5, "ema": 0.9}  # 5 rows on 4 ranks: three are filled up
+    flags = {"batch": 8, "eval-rows": 5, "ema": 0.9, "muon": True}  # 5 rows on 4 ranks: 3 filled up
     vla.main(argv(data, tmp_path / "one", **flags))
     on_ranks(vla.main, argv(data, tmp_path / "two", **flags, shards=2), 4)
     one, two = records(tmp_path / "one")[1:], records(tmp_path / "two")[1:]
@@ -425,7 +440,7 @@ def test_bad_input_stops_with_a_clear_line(data, trained, tmp_path):
         ({"layer": 5}, "layer 5 is not in 1..4"),
         ({"cache": "ram"}, "choose features or none"),
         ({"heads": 5}, "must be even and a multiple of 5 heads"),
-        ({"draws": 0}, "draws and layers start at 1"),
+        ({"draws": 0}, "the first three start at 1"),
         ({"holdout": 1.0}, "all of them held out"),
     ):
         with pytest.raises(ValueError, match=text):
