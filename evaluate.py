@@ -3,12 +3,14 @@
     python evaluate.py tabletop --policy runs/vla --chains 50 --arm RL --out results/run.json
     python evaluate.py actions --policy runs/grpo --data data/test --arm RL --out results/run.json
     python evaluate.py vqa --policy assets/tiny-vlm --data data/test/conversations.jsonl
+    python evaluate.py metaworld|libero|serve --policy runs/vla
     python evaluate.py calvin --policy runs/vla --data task_ABC_D --out results/calvin.json
     python evaluate.py report results/run.json
 
-The first four add one arm to a results file; `report` makes one Markdown table of such files, with
-the paired differences between consecutive arms. Every success rate carries its n and a 95% Wilson
-interval; means carry a 95% bootstrap interval over prompts or chains (2,000 resamples, seed 0).
+`metaworld`, `libero` and `calvin` are real simulators, `serve` is for robots. All but `serve` add
+one arm to a results file; `report` makes one Markdown table of such files, with the paired
+differences between consecutive arms. Every success rate carries its n and a 95% Wilson interval;
+means carry a 95% bootstrap interval over prompts or chains (2,000 resamples, seed 0).
 """
 
 import argparse
@@ -101,48 +103,56 @@ def read_results(path):
     return results
 
 
+SUITES = "spatial,object,goal,long,chain"
+
+
+def tally(rows):
+    """[(group, task, solved)] -> success of all, of each group, and of each task in it."""
+    parts = {"success": [solved for _, _, solved in rows]} if rows else {}
+    for group, task, solved in rows:
+        for name in (f"success {group}", f"success {group} {task}"):
+            parts.setdefault(name, []).append(solved)
+    return {name: wilson(sum(part), len(part)) for name, part in parts.items()}
+
+
 def tabletop(args):
     """`evaluate.py tabletop`: success per task and suite, chains, and GIFs of the first trials."""
     from benchmarks.tabletop import drive, make_trials
     from vla import Policy
 
-    started = time.time()
-    suites = args.suites.split(",")
-    if unknown := set(suites) - {"spatial", "object", "goal", "long", "chain"}:
-        raise ValueError(f"--suites {','.join(sorted(unknown))}: choose from "
-                         "spatial,object,goal,long,chain")
+    started, suites = time.time(), args.suites.split(",")
+    if unknown := set(suites) - set(SUITES.split(",")):
+        raise ValueError(f"--suites {','.join(sorted(unknown))}: choose from {SUITES}")
     policy = Policy.load(args.policy, device=args.device, seed=args.seed)
     trials = make_trials(suites, args.trials, args.chains)
     for trial in trials:
         trial.film = bool(args.gif) and trial.seed == 0 and trial.task < 2
         trial.shoot()
-    drive(policy, trials, args.execute or policy.horizon // 2, args.batch)
-    metrics, wins = {}, []
-    for suite in [s for s in suites if s != "chain"]:
-        rows = [t for t in trials if t.suite == suite]
-        wins += [t.solved for t in rows]
-        metrics[f"success {suite}"] = wilson(sum(t.solved for t in rows), len(rows))
-        for task in range(10):
-            some = [t.solved for t in rows if t.task == task]
-            metrics[f"success {suite} {task}"] = wilson(sum(some), len(some))
-    if wins:
-        metrics["success"] = wilson(sum(wins), len(wins))
-    if "chain" in suites:
-        metrics |= chain_metrics([t.solved for t in trials if t.suite == "chain"])
+    drive(policy, trials, args.batch, args.execute, args.ensemble)
+    rows = [(t.suite, t.task, t.solved) for t in trials if t.suite != "chain"]
+    lengths, metrics = [t.solved for t in trials if t.suite == "chain"], tally(rows)
+    metrics |= chain_metrics(lengths) if lengths else {}
     for trial in trials:
         trial.save(args.gif)
-    paired = {"success": wins, "chain length": [t.solved for t in trials if t.suite == "chain"]}
+    paired = {"success": [solved for _, _, solved in rows], "chain length": lengths}
     record(args.out, args.arm, metrics, args, started, paired)
 
 
-def calvin(args):
-    """`evaluate.py calvin`: the first chains of CALVIN's protocol, see benchmarks/calvin.py."""
-    from benchmarks.calvin import play
+def simulator(args):
+    """`evaluate.py metaworld | libero | calvin`: closed loops elsewhere; `serve`: for robots."""
+    from benchmarks import calvin, serve, simulate
     from vla import Policy
 
     started, policy = time.time(), Policy.load(args.policy, device=args.device, seed=args.seed)
-    lengths = play(policy, args.data, args.chains, args.execute or policy.horizon // 2)
-    record(args.out, args.arm, chain_metrics(lengths), args, started, {"chain length": lengths})
+    if args.command == "serve":
+        return serve.main(policy, args)
+    if args.command == "calvin":
+        wins = calvin.play(policy, args.data, args.chains, args.execute, args.ensemble)
+        metrics, name = chain_metrics(wins), "chain length"
+    else:
+        rows = simulate.trials(policy, args)
+        metrics, name, wins = tally(rows), "success", [solved for _, _, solved in rows]
+    return record(args.out, args.arm, metrics, args, started, {name: wins})
 
 
 def held_out(bb, data, count, seed, think):
@@ -286,29 +296,34 @@ def report(args):
 
 
 def main(argv=None):
+    from benchmarks import simulate
+
     parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     common = argparse.ArgumentParser(add_help=False)
     add = common.add_argument
-    add("--policy", required=True, help="checkpoint: of vla for tabletop, else of base, sft or grpo")
+    add("--policy", required=True, help="checkpoint: vla in a closed loop; base, sft, grpo else")
     add("--arm", default="policy", help="row of the results table")
     add("--out", default="results/results.json", help="results file; the arm is added to it")
     add("--preset", default="tabletop", help="name of the run, noted in the results file")
     add("--seed", type=int, default=0, help="seed of sampling and of the policy's noise")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    one = commands.add_parser("tabletop", parents=[common], help="closed-loop success on Tabletop")
+    loop = argparse.ArgumentParser(add_help=False, parents=[common])
+    add = loop.add_argument
+    add("--execute", type=int, default=0, help="steps of a chunk that are carried out; 0: half")
+    add("--ensemble", type=float, default=0, help="decay of temporal ensembling; 0: none")
+    add("--batch", type=int, default=256, help="environments or clients a forward")
+    simulate.subcommands(commands, loop)
+    one = commands.add_parser("tabletop", parents=[loop], help="closed-loop success on Tabletop")
     add = one.add_argument
-    add("--suites", default="spatial,object,goal,long,chain", help="chain is CALVIN's protocol")
+    add("--suites", default=SUITES, help="chain is CALVIN's protocol")
     add("--trials", type=int, default=10, help="trials a task (10 tasks a suite)")
     add("--chains", type=int, default=100, help="chains of five instructions")
-    add("--execute", type=int, default=0, help="steps of a chunk that are taken; 0: half of it")
-    add("--batch", type=int, default=256, help="environments a forward")
     add("--gif", default="", help="folder for rollouts as animated GIFs (two tasks a suite)")
-    five = commands.add_parser("calvin", parents=[common], help="CALVIN's chains")
+    five = commands.add_parser("calvin", parents=[loop], help="CALVIN's chains")
     add = five.add_argument
     add("--data", required=True, help="a CALVIN dataset; its validation/ describes the environment")
     add("--chains", type=int, default=1000, help="the first chains of the 1,000")
-    add("--execute", type=int, default=0, help="steps of a chunk before the next; 0 = half of it")
     two = commands.add_parser("actions", parents=[common], help="action tokens on held-out prompts")
     add = two.add_argument
     add("--data", required=True, help="folder of held-out episodes")
@@ -335,7 +350,8 @@ def main(argv=None):
     three.add_argument("--minutes", type=float, default=0, help="of the whole run, to be noted")
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else list(argv)
-    {f.__name__: f for f in (tabletop, calvin, actions, vqa, report)}[args.command](args)
+    run = {f.__name__: f for f in (tabletop, actions, vqa, report)}
+    run.get(args.command, simulator)(args)
 
 
 if __name__ == "__main__":

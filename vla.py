@@ -327,9 +327,10 @@ class Policy:
         return self.act_batch([images], [instruction], np.asarray(state)[None])[0]
 
     @torch.no_grad()
-    def act_batch(self, images, instructions, states):
+    def act_batch(self, images, instructions, states, keys=None):
         """B observations: images a list of what `act` takes, instructions a list of texts, states
-        (B, S) -> (B, K, A) float32, not clipped. ValueError when sizes or values do not fit."""
+        (B, S) -> (B, K, A) float32, not clipped. keys: numbers for each row, by which its noise is
+        drawn, whatever the batch. ValueError when sizes or values do not fit."""
         states, size = np.asarray(states, np.float32), (len(images), self.head.cfg.state_dim)
         if states.shape != size or len(instructions) != len(images):
             raise ValueError(f"{len(images)} images, {len(instructions)} instructions and states "
@@ -347,6 +348,8 @@ class Policy:
         state = torch.from_numpy(normalize(states, self.spec["stats"]["state"]))  # (B, S)
         shape = (len(rows), self.horizon, self.action_dim)
         noise = model.rng(self.seed, "policy", self.calls).standard_normal(shape, np.float32)
+        for b, key in enumerate(keys or ()):
+            noise[b] = model.rng(self.seed, "row", *key).standard_normal(shape[1:], np.float32)
         self.calls += 1
         feats, mask = condition(self.bb, rows, self.device)
         with autocast(self.device):

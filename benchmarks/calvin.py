@@ -21,6 +21,7 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
+from benchmarks.serve import Chunks
 from benchmarks.tabletop import reading, write_episodes
 
 STEPS = 360  # of a subtask
@@ -149,17 +150,18 @@ def world(data):
     return env, Tasks(oracle["tasks"]), words
 
 
-def attempt(policy, env, oracle, name, text, execute):
+def attempt(policy, env, oracle, name, text, plan):
     """One subtask from where the environment stands -> whether the oracle saw it done in time."""
     start, cameras = env.get_info(), env.cameras
-    for step in range(0, STEPS, execute):
+    for step in range(0, STEPS, plan.execute):
         obs = env.get_obs()
         views = [obs["rgb_obs"][KEPT[camera][0]] for camera in policy.cameras]
-        chunk = np.clip(policy.act(views, text, obs["robot_obs"]), -1, 1).astype(np.float64)
+        chunk = plan(policy.act(views, text, obs["robot_obs"]), text)
+        chunk = np.clip(chunk, -1, 1).astype(np.float64)
         chunk[:, -1] = np.where(chunk[:, -1] > 0, 1, -1)
         env.cameras = []  # step() would render both cameras, three quarters of its time
         try:
-            for action in chunk[: min(execute, STEPS - step)]:
+            for action in chunk[: STEPS - step]:
                 info = env.step(action.copy())[3]  # the robot scales its argument in place
                 if oracle.get_task_info_for_set(start, info, {name}):
                     return True
@@ -168,7 +170,7 @@ def attempt(policy, env, oracle, name, text, execute):
     return False
 
 
-def play(policy, data, count, execute):
+def play(policy, data, count, execute=0, ensemble=0.0):
     """The first `count` chains -> how many subtasks in a row each solved, 0 .. 5."""
     if not {"image", "image_gripper"} >= set(policy.cameras):
         raise ValueError(f"cameras {', '.join(policy.cameras)}; train the policy on image or on "
@@ -177,7 +179,8 @@ def play(policy, data, count, execute):
     lengths = []
     for state, names in tqdm(chains()[:count], "chains", disable=None):
         env.reset(**dict(zip(("robot_obs", "scene_obs"), layout(state))))
-        done = (attempt(policy, env, oracle, n, words[n][0], execute) for n in names)
+        plan = Chunks(policy.horizon, execute, ensemble)
+        done = (attempt(policy, env, oracle, n, words[n][0], plan) for n in names)
         lengths.append(sum(itertools.takewhile(bool, done)))  # the first failure ends the chain
     return lengths
 

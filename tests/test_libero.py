@@ -1,0 +1,117 @@
+"""LIBERO's HDF5 demonstrations in their published layout -> episodes; and the protocol's settings."""
+
+import argparse
+import json
+import sys
+
+import numpy as np
+import pytest
+from scipy.spatial.transform import Rotation
+
+from benchmarks import libero, simulate
+from fast_tokenizer import episodes
+
+
+def test_axis_angle_against_scipy():
+    for q in Rotation.random(20, rng=0).as_quat():
+        got = Rotation.from_rotvec(libero.axis_angle(q)).as_matrix()
+        assert got == pytest.approx(Rotation.from_quat(q).as_matrix(), abs=1e-6)
+    assert libero.axis_angle(np.array([0, 0, 0, 1.0])).tolist() == [0, 0, 0]
+    # just beyond half a turn the long way round is kept, as robosuite's quat2axisangle has it
+    assert libero.axis_angle(np.array([1.0, 0, 0, -1e-3]))[0] == pytest.approx(np.pi + 2e-3, abs=1e-5)
+
+
+def test_protocol_settings():
+    parser = argparse.ArgumentParser()
+    libero.arguments(parser.add_argument)
+    args = parser.parse_args([])
+    assert len(libero.tasks(args)) == 40 and libero.TRIALS == 50
+    assert list(libero.LIMITS.values()) == [220, 280, 300, 520]
+    args = parser.parse_args(["--suites", "libero_spatial", "--tasks", "3,7", "--limit", "280"])
+    assert libero.tasks(args) == ["spatial/3", "spatial/7"]
+    assert libero.options(args) == {"size": 128, "limit": 280}
+    for flags in (["--suites", "libero_moon"], ["--tasks", "1234"]):
+        with pytest.raises(ValueError, match=f"no {flags[1][-4:]}; --suites of spatial.*0 to 9"):
+            libero.tasks(parser.parse_args(flags))
+
+
+def write(path, demos=2, steps=6, **changes):
+    """A file in the layout of LIBERO's demonstrations (shared by its four suites)."""
+    h5py = pytest.importorskip("h5py", reason="pip install -r requirements-extras.txt")
+    rng = np.random.default_rng(len(path.name))
+    with h5py.File(path, "w") as file:
+        data = file.create_group("data")
+        data.attrs["env_name"] = "Libero_Tabletop_Manipulation"
+        data.attrs["problem_info"] = json.dumps({"language_instruction": ['"', *path.name[:5], '"']})
+        data.attrs["macros_image_convention"] = changes.get("convention", "opengl")
+        for i in range(demos):
+            demo, n = data.create_group(f"demo_{i}"), steps + i
+            obs = demo.create_group("obs")
+            obs["agentview_rgb"] = rng.integers(0, 255, (n, 8, 8, 3), np.uint8)
+            obs["eye_in_hand_rgb"] = rng.integers(0, 255, (n, 8, 8, 3), np.uint8)
+            obs["ee_states"], obs["gripper_states"] = rng.normal(size=(n, 6)), rng.normal(size=(n, 2))
+            obs["joint_states"] = rng.normal(size=(n, 7))
+            actions = rng.uniform(-1, 1, (n, 7))
+            actions[:, 6] = -1
+            actions[2:4, :6] = 0  # two steps without motion, in the second of which
+            actions[3:, 6] = 1  # the gripper closes
+            demo["actions"] = actions
+            demo.attrs["num_samples"] = n
+        if cut := changes.get("cut"):
+            part = data["demo_1/" + cut][:-1]
+            del data["demo_1/" + cut]
+            data["demo_1/" + cut] = part
+        if drop := changes.get("drop"):
+            del data["demo_1/" + drop]
+        if wrong := changes.get("wrong"):
+            data["demo_1/" + wrong][2] = np.nan
+
+
+def convert(monkeypatch, folder, out, *flags):
+    monkeypatch.setattr(sys, "argv", ["x", "--convert", str(folder), "--out", str(out), *flags])
+    simulate.record("libero", libero.convert)
+    return episodes(out)
+
+
+def test_demonstrations_become_episodes(tmp_path, monkeypatch):
+    h5py = pytest.importorskip("h5py", reason="pip install -r requirements-extras.txt")
+    for name in ("first_demo.hdf5", "second_demo.hdf5"):
+        write(tmp_path / name, demos=11)
+    files = convert(monkeypatch, tmp_path, tmp_path / "a")
+    assert [f.task for f in files[:4]] == ["first", "secon"] * 2, "tasks take turns"
+    assert [len(f) for f in files[::2]] == list(range(6, 17)), "demo_10 after demo_9"
+    assert files[0].fps == 20 and files[0].cameras == ("image", "image_wrist")
+    with h5py.File(tmp_path / "first_demo.hdf5") as file:
+        demo = file["data/demo_1"]
+        turned = demo["obs/agentview_rgb"][3][::-1, ::-1]
+        assert (files[2].frame(3) == turned).all()
+        assert (files[2].frame(0, "image_wrist") == demo["obs/eye_in_hand_rgb"][0][::-1, ::-1]).all()
+        state = np.concatenate([demo["obs/ee_states"], demo["obs/gripper_states"]], 1)
+        assert files[2].state == pytest.approx(state, abs=1e-6)
+        assert files[2].action == pytest.approx(demo["actions"][:], abs=1e-6)
+    fewer = convert(monkeypatch, tmp_path, tmp_path / "b", "--drop-noops")
+    assert [len(f) for f in fewer] == [len(f) - 1 for f in files], "the closing gripper stays"
+    assert (fewer[0].frame(2) == files[0].frame(3)).all()
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"cut": "actions"}, "demo_1: steps, sizes"), ({"drop": "obs/ee_states"}, "ee_states"),
+    ({"cut": "obs/agentview_rgb"}, "demo_1: steps, sizes"),
+    ({"wrong": "actions"}, "demo_1: .*numbers are wrong"),
+    ({"convention": "opencv"}, "not in the opengl convention")])
+def test_damaged_demonstrations_are_named(tmp_path, monkeypatch, changes, words):
+    write(tmp_path / "a_demo.hdf5", **changes)
+    with pytest.raises(ValueError, match=f"a_demo.hdf5: .*{words}.*download it again"):
+        convert(monkeypatch, tmp_path, tmp_path / "out")
+
+
+def test_files_that_are_no_demonstrations(tmp_path, monkeypatch):
+    pytest.importorskip("h5py", reason="pip install -r requirements-extras.txt")
+    with pytest.raises(FileNotFoundError, match="no .*_demo.hdf5 in it"):
+        convert(monkeypatch, tmp_path, tmp_path / "out")
+    write(tmp_path / "b_demo.hdf5")
+    whole = (tmp_path / "b_demo.hdf5").read_bytes()
+    for i, content in enumerate((whole[: len(whole) // 2], b"", b"<html>not found</html>")):
+        (tmp_path / "b_demo.hdf5").write_bytes(content)
+        with pytest.raises(ValueError, match="b_demo.hdf5: .*download it again"):
+            convert(monkeypatch, tmp_path, tmp_path / f"out{i}")

@@ -1,0 +1,206 @@
+"""The policy server on loopback against openpi's own client, and the action chunks it shares with
+simulation against hand-worked numbers."""
+
+import argparse
+import concurrent.futures
+import contextlib
+import importlib.util
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from benchmarks import serve
+
+network = pytest.mark.skipif(not all(map(importlib.util.find_spec, ("websockets", "msgpack"))),
+                             reason="pip install -r requirements-extras.txt")
+
+
+class Fake:
+    """vla.Policy's interface: chunk step k of a row is its state plus k, 3 actions, range +-5."""
+
+    horizon, action_dim, cameras = 4, 3, ("image", "image_wrist")
+
+    def __init__(self):
+        self.spec = {"stats": {"state": {"q01": [0, 0], "q99": [1, 1]},
+                               "action": {"q01": [-5] * 3, "q99": [5] * 3}}}
+        self.memo, self.sizes, self.keys, self.gate = {}, [], [], threading.Event()
+        self.waiting = 0  # forwards that the closed gate holds
+        self.gate.set()
+
+    def act_batch(self, images, instructions, states, keys=None):
+        self.waiting += 1
+        self.gate.wait(20)
+        self.waiting -= 1
+        self.sizes.append(len(images))
+        self.keys += map(tuple, keys)
+        if "explode" in instructions:
+            raise RuntimeError("boom")
+        k = np.arange(self.horizon)[:, None]
+        chunks = np.stack([k + np.full(3, state[0]) for state in states]).astype(np.float32)
+        return np.where(np.array(instructions)[:, None, None] == "nan", np.nan, chunks)
+
+
+def seen(**changes):
+    view = np.zeros((8, 8, 3), np.uint8)
+    return {"image": view, "image_wrist": view, "state": np.array([0.5, 0.0]), "prompt": "go",
+            **changes}
+
+
+def test_chunks_by_hand():
+    """Executed two at a time. At step 2 the old chunk says 2 and 3, the new one 10 and 11; with
+    weights 1 and exp(-ln 3) = 1/3 the mean is (2 + 10/3) / (4/3) = 4, then (3 + 11/3) / (4/3) = 5."""
+    old, new = np.arange(4.0)[:, None], np.arange(10.0, 14)[:, None]
+    plan = serve.Chunks(4, 2, np.log(3))
+    assert plan(old, "a").ravel().tolist() == [0, 1]
+    assert plan(new, "a").ravel() == pytest.approx([4, 5])
+    assert plan(old, "b").ravel().tolist() == [0, 1], "another instruction forgets the past"
+    plan.reset()
+    assert plan(new, "b").ravel().tolist() == [10, 11]
+    plan = serve.Chunks(4, 3)
+    assert plan(old, "a").ravel().tolist() == [0, 1, 2]
+    assert plan(new, "a").ravel().tolist() == [10, 11, 12]
+    assert serve.Chunks(5).execute == 2 and serve.Chunks(1).execute == 1
+    for bad in ((4, 5), (4, -1), (4, 4, 0.1), (4, 2, -1)):
+        with pytest.raises(ValueError, match="--e"):
+            serve.Chunks(*bad)
+
+
+@network
+def test_messages_are_those_of_openpi():
+    theirs = pytest.importorskip("openpi_client.msgpack_numpy",
+                                 reason="pip install --no-deps openpi-client==0.1.2 dm-tree")
+    value = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": [1, "x"], "c": {"d": 0.5}}
+    for there, back in ((serve.pack, theirs.unpackb), (theirs.packb, serve.unpack)):
+        got = back(there(value))
+        assert (got["a"] == value["a"]).all() and got["a"].dtype == np.float32
+        assert got["b"] == [1, "x"] and got["c"] == {"d": 0.5}
+    assert serve.unpack(theirs.packb(np.float64(3))) == 3
+
+
+@network
+def test_openpi_client_end_to_end():
+    """Metadata, inference by chunk and step by step, clipping, reset, wrong input: openpi's own
+    WebsocketClientPolicy and ActionChunkBroker, unchanged."""
+    client = pytest.importorskip("openpi_client.websocket_client_policy",
+                                 reason="pip install --no-deps openpi-client==0.1.2 dm-tree")
+    broker = pytest.importorskip("openpi_client.action_chunk_broker", reason="dm-tree")
+    server = serve.Server(policy := Fake(), execute=4)
+    with serve.background(server) as port:
+        robot = client.WebsocketClientPolicy("127.0.0.1", port)
+        about = robot.get_server_metadata()
+        assert about["action_horizon"] == 4 and about["cameras"] == ["image", "image_wrist"]
+        assert about["action_high"].tolist() == [5, 5, 5]
+        out = robot.infer(seen(state=np.array([3.0, 0])))
+        assert out["actions"][:, 0].tolist() == [3, 4, 5, 5] and out["clipped"] == 3
+        assert out["server_timing"]["infer_ms"] > 0
+        view = np.zeros((8, 8, 3), np.uint8)
+        out = robot.infer({"observation/image": view, "observation/wrist_image": view,
+                           "observation/state": [1.0, 0.0], "prompt": "go"})
+        assert out["actions"][0, 0] == 1, "openpi's own names"
+        stepwise = broker.ActionChunkBroker(robot, 4)
+        assert [stepwise.infer(seen())["actions"][0] for _ in range(5)] == [.5, 1.5, 2.5, 3.5, .5]
+        wrong = [
+            (seen(state=np.array([np.nan, 0])), "state 0 is nan"),
+            (seen(state=np.zeros(3)), r"state has shape \(3,\).*\(2,\)"),
+            (seen(state="left"), "could not convert"), (seen(state=None), "state"),
+            (seen(image=np.zeros((8, 8, 3), np.float32)), "image is float32.*uint8"),
+            (seen(image_wrist=np.zeros((3, 8, 8), np.uint8)), r"image_wrist is uint8 \(3, 8, 8\)"),
+            (seen(prompt=""), "prompt must be text"), (seen(prompt="x" * 2001), "prompt"),
+            ({"state": np.zeros(2), "prompt": "go"}, "no 'image' in the observation"),
+            ([1, 2], "list instead of"), (seen(seed=[-1]), "seed"), (seen(seed="x"), "seed"),
+            (seen(prompt="nan"), "not finite; stop the robot"),
+            (seen(prompt="explode"), "the policy failed on it: boom")]
+        for obs, words in wrong:
+            with pytest.raises(RuntimeError, match=words):
+                robot.infer(obs)
+        assert robot.infer({"reset": True}) == {"reset": True}
+        assert robot.infer(seen())["actions"].shape == (4, 3), "the same connection goes on"
+        assert server.refused == len(wrong) and server.clipped == 3
+        robot.infer(seen(seed=[7, 1]))
+        assert policy.keys[-1] == (7, 1)
+
+
+def raw(port, message):
+    """The server's reply to raw bytes or text, or its close code."""
+    from websockets import ConnectionClosed
+    from websockets.sync.client import connect
+    with connect(f"ws://127.0.0.1:{port}", max_size=None, compression=None) as ws:
+        ws.recv()
+        try:
+            ws.send(message)
+            return ws.recv(timeout=20)
+        except ConnectionClosed as e:
+            return e.rcvd.code
+
+
+@network
+def test_malformed_messages_leave_the_server_alive():
+    import msgpack
+    array = {b"__ndarray__": True, b"data": b"1234", b"dtype": "<f4", b"shape": [1]}
+    bad = [b"", b"\xc1", b"not msgpack", b"\x81" * 5000, msgpack.packb({"a": 1})[:-1],
+           msgpack.packb({**array, b"shape": [10**9, 10**9]}), msgpack.packb({**array, b"dtype": "O"}),
+           msgpack.packb({**array, b"dtype": "<f4,<f4"}), msgpack.packb({**array, b"shape": "x"}),
+           msgpack.packb({b"__ndarray__": True}), msgpack.packb({1: 2}),
+           msgpack.packb(msgpack.ExtType(5, b"x")), msgpack.packb({"prompt": {"a": 1}})]
+    server = serve.Server(Fake(), limit=10_000)
+    with serve.background(server) as port:
+        for message in bad:
+            reply = raw(port, message)
+            assert isinstance(reply, str) and reply.startswith("error: "), message
+            assert "\n" not in reply and len(reply) < 300
+        assert "str instead of" in raw(port, "hello")
+        assert raw(port, b"x" * 20_000) == 1009, "over the limit: closed as too big"
+        with serve.client(port) as (infer, _):
+            assert infer(seen())["actions"].shape == (2, 3)
+
+
+@network
+def test_eight_clients_share_a_forward():
+    """While the first forward is held, eight more clients ask: one forward answers them all, each
+    with its own state. One that the policy cannot take fails alone."""
+    server = serve.Server(policy := Fake(), execute=1)
+    with (serve.background(server) as port, contextlib.ExitStack() as stack,
+          concurrent.futures.ThreadPoolExecutor(9) as pool):
+        ask = [stack.enter_context(serve.client(port))[0] for _ in range(9)]
+
+        def together(observations):
+            policy.gate.clear()
+            first = pool.submit(ask[8], seen())
+            while policy.waiting == 0:
+                time.sleep(0.001)
+            jobs = [pool.submit(infer, obs) for infer, obs in zip(ask, observations)]
+            while server.queue.qsize() < 8:
+                time.sleep(0.001)
+            policy.gate.set()
+            first.result(20)
+            return jobs
+        jobs = together([seen(state=np.array([i / 2, 0])) for i in range(8)])
+        assert [job.result(20)["actions"][0, 0] for job in jobs] == [i / 2 for i in range(8)]
+        assert policy.sizes == [1, 8]
+        jobs = together([seen(prompt="explode" if i == 3 else "go") for i in range(8)])
+        failed = [job.exception(20) for job in jobs]
+        assert [i for i, e in enumerate(failed) if e] == [3] and "boom" in str(failed[3])
+    assert "17 requests" in str(server) and "1 refused" in str(server) and "p95" in str(server)
+
+
+@network
+def test_other_names_and_refused_settings(monkeypatch):
+    server = serve.Server(Fake(), keys={"state": "joints+gripper", "image": "cam/0"})
+    obs = {"joints": np.zeros(1), "gripper": 0.5, "cam/0": 1}
+    assert server.find(obs, "state").tolist() == [0, 0.5] and server.find(obs, "image") == 1
+    with pytest.raises(ValueError, match=r"no 'joints\+gripper' in the observation, which has x"):
+        server.find({"x": 1}, "state")
+    with pytest.raises(ValueError, match="--keys depth: no such input"):
+        serve.Server(Fake(), keys={"depth": "d"})
+    args = argparse.Namespace(keys="image", execute=0, ensemble=0, batch=1, max_mb=1, log_every=1)
+    with pytest.raises(ValueError, match="not NAME=KEY"):
+        serve.main(Fake(), args)
+    with serve.background(server) as port:
+        args = argparse.Namespace(**{**vars(args), "keys": "", "host": "127.0.0.1", "port": port})
+        with pytest.raises(ValueError, match=f"{port}: .*choose another --port"):
+            serve.main(Fake(), args)
+    monkeypatch.setitem(__import__("sys").modules, "msgpack", None)
+    with pytest.raises(ValueError, match="package msgpack: pip install websockets"):
+        serve.Server(Fake())

@@ -1,0 +1,153 @@
+"""Trials in worker processes and demonstrations, with a toy simulator that the tests write, and with
+Meta-World itself where it is installed (marker sim)."""
+
+import json
+import pathlib
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+from test_serve import Fake
+
+from benchmarks import simulate
+from fast_tokenizer import episodes
+
+TOY = '''
+"""A hand on a line: the state is its place, the goal 10 * (task + 1) steps of 1 to the right."""
+import os, pathlib
+import numpy as np
+TRIALS = 2
+def arguments(add): pass
+def tasks(args): return ["toy/0", "toy/1"]
+def options(args): return {"crash": args.crash}
+class Simulator:
+    limit, fps, cameras = 15, 10, ["image", "image_wrist"]
+    def __init__(self, task, crash=""):
+        print("simulators print")
+        self.task, self.crash, self.prompt, self.env = task, crash, "go right", self
+        self.goal = 10 * (int(task[-1]) + 1)
+    def reset(self, number, split):
+        self.at, self.views, self.number = 8.0 if split == "train" else number, 0, number
+        if self.crash and os.path.exists(self.crash) and [self.task[-1], number] == ["1", 1]:
+            os._exit(139)
+    def observe(self, cameras):
+        self.views += 1
+        view = np.full((8, 8, 3), self.views, np.uint8)
+        return {**{name: view for name in cameras}, "state": np.float32([self.at, 0])}
+    def advance(self, action, look=True):
+        self.at += float(action[0])
+        return self.at >= self.goal
+    def expert(self):  # fails in every state whose seed ends in 0
+        return np.array([0.0 if self.number % 10 == 0 else 5.0, 0, 0])
+    def close(self): pass
+'''
+
+
+class Right(Fake):
+    """Goes right by 1 in each step."""
+
+    def __init__(self):
+        super().__init__()
+        import torch
+        self.head, self.seen = torch.nn.Linear(1, 1), []
+
+    def act_batch(self, images, instructions, states, keys=None):
+        self.seen += [(tuple(k[1:]), int(view[0][0, 0, 0]), float(s[0]))
+                      for k, view, s in zip(keys, images, states)]
+        return np.ones((len(images), 4, 3), np.float32)
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """The toy among the benchmarks, for this process and its workers -> evaluation's arguments."""
+    pytest.importorskip("websockets", reason="pip install -r requirements-extras.txt")
+    pytest.importorskip("msgpack", reason="pip install -r requirements-extras.txt")
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "toy.py").write_text(TOY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return types.SimpleNamespace(
+        command="toy", out=str(tmp_path / "r.json"), arm="a", trials=2, workers=2, execute=2, seed=0,
+        ensemble=0, batch=8, python=sys.executable, crash=str(tmp_path / "crash"))
+
+
+def test_trials_ask_at_chunk_boundaries_and_stop_at_the_limit(toy):
+    policy = Right()
+    rows = simulate.trials(policy, toy)
+    assert rows == [("toy", "0", True)] * 2 + [("toy", "1", False)] * 2
+    for (number, step), view, at in policy.seen:
+        assert at == number + step and view == step // 2 + 1, "a frame a chunk of two, no more"
+    assert sorted(s[0] for s in policy.seen) == sorted(
+        (n, step) for last in (10, 15) for n in (0, 1) for step in range(0, last, 2))
+    text = pathlib.Path(toy.out).with_suffix(".toy.a.jsonl").read_text()
+    steps = {(r["task"], r["trial"]): r["steps"] for r in map(json.loads, text.splitlines()[1:])}
+    assert steps == {("toy/0", 0): 10, ("toy/0", 1): 9, ("toy/1", 0): 15, ("toy/1", 1): 15}
+
+
+def test_a_crash_is_no_failed_trial_and_the_same_command_goes_on(toy, capfd):
+    path, policy = pathlib.Path(toy.out).with_suffix(".toy.a.jsonl"), Right()
+    pathlib.Path(toy.crash).touch()
+    toy.workers = 1
+    with pytest.raises(ValueError, match=r"task toy/1, trial 1 \(exit code 139.*after the 3 trials"):
+        simulate.trials(policy, toy)
+    path.write_text(path.read_text() + '{"task": "toy/1", "tri')  # and a line cut off by the stop
+    pathlib.Path(toy.crash).unlink()
+    policy.seen.clear()
+    assert [row[2] for row in simulate.trials(policy, toy)] == [True, True, False, False]
+    assert {key[0] for key, _, _ in policy.seen} == {1}, "only the last trial was run again"
+    policy.seen.clear()
+    assert len(simulate.trials(policy, toy)) == 4 and not policy.seen
+    toy.execute = 1
+    with pytest.raises(ValueError, match="r.toy.a.jsonl: trials with another execute; delete it"):
+        simulate.trials(policy, toy)
+    with pytest.raises(ValueError, match="another weights, execute"):
+        simulate.trials(Right(), toy)
+    path.write_text("what?\n")
+    with pytest.raises(ValueError, match="r.toy.a.jsonl: .*delete it"):
+        simulate.trials(policy, toy)
+    assert "simulators print" in capfd.readouterr().err
+
+
+def test_record_drops_failures_and_counts_them(toy, tmp_path, monkeypatch, capsys):
+    argv = ["x", "--out", str(tmp_path / "data"), "--episodes", "3"]
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr("benchmarks.toy.options", lambda args: {}, raising=False)
+    simulate.record("toy")
+    files = episodes(tmp_path / "data")
+    assert [f.source for f in files] == ["toy/0", "toy/1"] * 3, "tasks take turns"
+    assert files[0].task == "go right" and files[0].fps == 10
+    assert files[0].cameras == ("image", "image_wrist")
+    assert set(files[0].action[:, 0]) == {1.0}, "clipped, and without the noise"
+    assert len(set(np.diff(files[1].state[:, 0]))) > 1, "carried out with noise"
+    assert (tmp_path / "data/episodes/stats.json").exists()
+    assert "6 failed demonstrations dropped" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="already holds data"):
+        simulate.record("toy")
+
+
+@pytest.mark.sim
+def test_metaworld_records_and_evaluates(tmp_path, monkeypatch):
+    """Real physics: the expert's demonstration, and the expert as the policy of two trials."""
+    pytest.importorskip("metaworld", reason="pip install -r requirements-extras.txt")
+    pytest.importorskip("websockets", reason="pip install -r requirements-extras.txt")
+    root = pathlib.Path(__file__).parents[1]
+    subprocess.run([sys.executable, "-W", "ignore", "-m", "benchmarks.metaworld", "--tasks", "reach-v3",
+                    "--episodes", "2", "--size", "32", "--out", tmp_path], cwd=root, check=True)
+    files = episodes(tmp_path)
+    assert len(files) == 2 and files[0].task == "reach the red ball"
+    assert files[0].action.shape[1] == files[0].state.shape[1] == 4
+    assert files[0].frame(0).shape == (32, 32, 3) and files[0].frame(0).std() > 10
+    assert (files[0].state[0] != files[1].state[-1]).any()
+    args = types.SimpleNamespace(
+        command="metaworld", out=str(tmp_path / "r.json"), arm="a", trials=2, workers=1, execute=4,
+        seed=0, ensemble=0, batch=8, python=sys.executable, tasks="reach-v3", size=32, limit=40)
+    policy = Right()  # a constant push to the right reaches no goal, and each trial is counted
+    policy.cameras, policy.action_dim = ["image"], 4
+    policy.spec["stats"] = {"state": {"q01": [0] * 4, "q99": [1] * 4},
+                            "action": {"q01": [-1] * 4, "q99": [1] * 4}}
+    monkeypatch.setattr(Right, "act_batch", lambda self, images, *_: (
+        self.sizes.append(images[0][0].shape) or np.ones((len(images), 4, 4), np.float32)))
+    assert simulate.trials(policy, args) == [("metaworld", "reach-v3", False)] * 2
+    assert policy.sizes == [(32, 32, 3)] * 20, "a frame every 4 of 40 steps"
