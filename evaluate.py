@@ -60,8 +60,7 @@ def chain_metrics(lengths):
 
 
 def record(path, arm, metrics, args, started, paired=None):
-    """Add metrics {name: interval} to `arm` of the results file (made if missing), atomically, also
-    when several evaluations write to it at once."""
+    """Add metrics {name: interval} to `arm` of the results file, beside others that do the same."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "a") as lock:

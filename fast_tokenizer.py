@@ -373,8 +373,7 @@ def chunks_of(episode, horizon):
 
 def report(fast, chunks):
     """Round trip of chunks (B, K, A) against one 256-bin token a number ("naive") -> dict: errors
-    by dimension in the units of chunks, share of coefficients clipped, lengths in tokens, entropy
-    of the first token in nats, coefficients that the first token and all tokens cover."""
+    in units of chunks, share clipped, lengths in tokens, nats, coefficients that a token covers."""
     ids = fast.encode(chunks)
     decoded, ok = fast.decode(ids)
     error = (decoded - chunks)[ok].astype(np.float64)  # (B, K, A)

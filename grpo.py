@@ -162,8 +162,10 @@ def reward(bb, ids, targets, kind="prefix", think=True):
         near = [model.prefix_reward(a, b) for a, b in zip(made, targets)]
     elif kind == "lcs":
         near = [common_subsequence(a, b) / max(len(a), len(b), 1) for a, b in zip(made, targets)]
-    else:
+    elif kind == "l1":
         near = closeness(bb.fast, made, targets)
+    else:
+        raise ValueError(f"--reward {kind!r} is unknown; choose prefix, l1 or lcs")
     info = {"r_f": r_f, "r_a": np.where(r_f, near, 0.0), "tags": tags, "markers": markers,
             "decodes": decodes}
     info = {k: np.asarray(x, np.float64) for k, x in info.items()}  # (N,) each
