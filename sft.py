@@ -358,11 +358,10 @@ def prepare(cfg, dist):
         return [Conversations(p, fast, cfg.holdout) if p.endswith(".jsonl")
                 else Demonstrations(p, fast) for p, _ in paths]
 
-    sources = texts = None
+    sources, texts = None, ()
     if cfg.init.startswith("random:") and not newest:  # its tokenizer is trained on the data
         sources = read(fast)
-        texts = itertools.chain(model.SENTENCES, *(
-            s.text() for s in sources if isinstance(s, Conversations)))
+        texts = itertools.chain(*(s.text() for s in sources if isinstance(s, Conversations)))
     bb = model.load(newest or cfg.init, dist.build, stages=("base", "sft"), seed=cfg.seed,
                     texts=texts, max_pixels=cfg.max_pixels)
     bb.fast = fast or bb.fast

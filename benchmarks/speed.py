@@ -44,6 +44,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 import grpo
 import model
 import vla
+from benchmarks import backbones
 from fast_tokenizer import FastTokenizer
 
 HORIZON, DIM = 16, 7  # steps K of a chunk, action dimensions A
@@ -53,7 +54,7 @@ QUESTION = "put the {}red block to the left of the blue bowl"
 # Weights and inputs
 
 SIZES = {"3b": "qwen2.5-vl-3b", "7b": "qwen2.5-vl-7b", "tiny-vlm": "tiny-vlm", "tiny": "speed"}
-model.SIZES["speed"] = model.Size(
+backbones.SIZES["speed"] = backbones.Size(
     vocab=4096 - FAST - 2 - len(model.SPECIAL) - len(model.TAGS), hidden=256, layers=4, heads=8, kv=4,
     mlp=768, theta=1e6, vision=128, vision_mlp=512, patch=14, pixels=(4 * 28**2, 4096 * 28**2))
 
@@ -62,8 +63,8 @@ def backbone(size, device):
     """Random weights, bf16 on GPU, with FAST tokens; "tiny-vlm" has the shape of the embedded one."""
     if size == "tiny-vlm":
         return model.load("random:tiny-vlm", device, vla.precision(device))
-    texts = [*model.SENTENCES * 20, " ".join(words(6000, 0))]
-    bb = model.random_backbone(SIZES[size], 0, texts, device)
+    texts = [*backbones.SENTENCES * 20, " ".join(words(6000, 0))]
+    bb = backbones.random_backbone(SIZES[size], 0, texts, device)
     bb.net.to(vla.precision(device))
     bb.fast = fitted()
     model.grow(bb, FAST)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import grpo
 import model
+from benchmarks import backbones
 from fast_tokenizer import FastTokenizer, episodes
 
 K, A = 4, 3
@@ -43,8 +44,8 @@ def world(tmp_path_factory):
     """An SFT checkpoint, untied as those of 7B and 8B, and three episodes, the last held out."""
     root = tmp_path_factory.mktemp("grpo")
     with pytest.MonkeyPatch.context() as patch:
-        size = dataclasses.replace(model.SIZES["tiny-qwen3-vl"], tied=False)
-        patch.setitem(model.SIZES, "untied", size)
+        size = dataclasses.replace(backbones.SIZES["tiny-qwen3-vl"], tied=False)
+        patch.setitem(backbones.SIZES, "untied", size)
         bb = backbone("untied")
     model.save(root / "sft", bb, {"stage": "sft", "step": 1, "config": {}, "parent": ""})
     (root / "data").mkdir()

@@ -10,7 +10,7 @@ import grpo
 import model
 import sft
 import vla
-from benchmarks import memory
+from benchmarks import backbones, memory
 from fast_tokenizer import FastTokenizer
 
 SIZES = ["tiny-qwen3-vl", "tiny-qwen2.5-vl"]
@@ -19,9 +19,9 @@ SIZES = ["tiny-qwen3-vl", "tiny-qwen2.5-vl"]
 @pytest.fixture(params=SIZES)
 def bb(request, monkeypatch):
     """Deeper and wider than the sizes of other tests: what is not a block must not weigh most."""
-    size = dataclasses.replace(model.SIZES[request.param], layers=6, depth=6, hidden=128,
+    size = dataclasses.replace(backbones.SIZES[request.param], layers=6, depth=6, hidden=128,
                                vision=128, heads=4, kv=2)
-    monkeypatch.setattr(model, "SIZES", model.SIZES | {"deep": size})
+    monkeypatch.setitem(backbones.SIZES, "deep", size)
     bb = model.load("random:deep")
     bb.fast = FastTokenizer.fit(np.random.default_rng(0).normal(size=(99, 4, 3)), 48, 2)
     model.grow(bb, 48)

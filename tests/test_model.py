@@ -13,6 +13,7 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTo
 from transformers.cache_utils import DynamicCache
 
 import model
+from benchmarks import backbones
 from fast_tokenizer import FastTokenizer
 
 SIZES = ["tiny-qwen3-vl", "tiny-qwen2.5-vl", "tiny-vlm"]
@@ -289,9 +290,9 @@ def test_real_sizes_have_the_published_parameters_and_need_no_memory(
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_padded_table_neither_shrinks_nor_loses_its_padding(tmp_path, monkeypatch, tied):
-    sizes = {**model.SIZES, "padded": dataclasses.replace(
-        model.SIZES[SIZES[0]], rows=640, tied=tied)}
-    monkeypatch.setattr(model, "SIZES", sizes)
+    sizes = {**backbones.SIZES, "padded": dataclasses.replace(
+        backbones.SIZES[SIZES[0]], rows=640, tied=tied)}
+    monkeypatch.setattr(backbones, "SIZES", sizes)
     bb = model.load("random:padded")
     tables = [bb.net.get_input_embeddings().weight, bb.net.get_output_embeddings().weight]
     before, old = [w.detach().clone() for w in tables], len(bb.tok)
@@ -401,9 +402,9 @@ def test_an_unfinished_checkpoint_is_not_found(tmp_path):
 
 def test_the_tokenizer_is_a_function_of_its_texts():
     texts = ["the red block is at d5", "the blue bowl is at e6"] * 3
-    a, b = (model.train_tokenizer(texts, 300).get_vocab() for _ in range(2))
+    a, b = (backbones.train_tokenizer(texts, 300).get_vocab() for _ in range(2))
     assert a == b and "Ġblock" in a
-    tok = model.train_tokenizer(texts, 300)
+    tok = backbones.train_tokenizer(texts, 300)
     for text in ("<think>the red bowl</think> ünï\n\n  \t42", "<|im_start|>user\nhi<|im_end|>\n"):
         assert tok.decode(tok(text)["input_ids"]) == text
     assert tok.eos_token == "<|im_end|>" and tok.pad_token == "<|endoftext|>"

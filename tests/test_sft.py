@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import model
 import sft
+from benchmarks import backbones
 from fast_tokenizer import FastTokenizer, chunks_of, episodes
 
 SIZE = "random:tiny-qwen3-vl"
@@ -108,8 +109,8 @@ def test_ranks_equal_one(tmp_path, monkeypatch, world, small, more):
     rank 0 reads or draws weights, the others get theirs from it."""
     monkeypatch.setattr(model, "SMALL", small)
     data, _ = conversations(tmp_path, 12)
-    untied = {SIZE[7:]: dataclasses.replace(model.SIZES[SIZE[7:]], tied=False)}
-    monkeypatch.setattr(model, "SIZES", model.SIZES | (untied if small == 0 else {}))
+    untied = {SIZE[7:]: dataclasses.replace(backbones.SIZES[SIZE[7:]], tied=False)}
+    monkeypatch.setattr(backbones, "SIZES", backbones.SIZES | (untied if small == 0 else {}))
     sft.main(args(tmp_path / "one", data, "--save-every", 3, holdout=12))
     if small == 0:
         monkeypatch.setattr(model, "LOGITS_AT_ONCE", 9 * 448)  # ranks have unequally many slices
@@ -143,7 +144,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_batch(tmp_path, monkeypatch):
     source = sft.Conversations(data, None, 8)
     order = sft.order([8], [8], 24, 0)[1][4:8]
     assert sorted(where) == sorted(source[i][3] for i in order)
-    bb, kept = model.load(SIZE, texts=[*model.SENTENCES, *source.text()]), load_file(saved)
+    bb, kept = model.load(SIZE, texts=source.text()), load_file(saved)
     rows = [sft.row_of(bb, source, int(x.rpartition(":")[2]) - 1, 999) for x in where[:2]]
     for k, x in model.pack(rows).items():
         assert k == "where" or np.array_equal(kept[f"0.{k}"], x), k
@@ -183,7 +184,7 @@ def test_actions_thoughts_and_frozen_vision(tmp_path, robot, capsys):
     last = log(tmp_path / "o")[-1]
     assert 0 <= last["format"] <= 1 and 0 <= last["r_a"] <= 1 and 1 <= last["thoughts_of_4"] <= 4
     assert "a thinking rollout" in capsys.readouterr().out
-    start = model.load(SIZE, texts=itertools.chain(model.SENTENCES, told.text()))
+    start = model.load(SIZE, texts=told.text())
     for name, p in start.net.named_parameters():
         same = np.array_equal(p.detach(), bb.net.get_parameter(name).detach())
         assert same == ("visual" in name) or "embed_tokens" in name or "norm" in name, name
