@@ -761,7 +761,7 @@ class FlowHead(nn.Module):
             if width % cfg.heads or width % 2:
                 raise ValueError(f"{name} {width} must be even and a multiple of {cfg.heads} heads")
         self.cfg, dim = cfg, cfg.dim
-        self.vl_norm = nn.LayerNorm(cfg.vl_dim)
+        self.vl_norm = nn.LayerNorm(cfg.vl_dim, elementwise_affine=cfg.vl_layers > 0)  # kv has both
         self.vl_blocks = nn.ModuleList(FlowBlock(cfg.vl_dim, cfg.heads, cfg.dropout)
                                        for _ in range(cfg.vl_layers))
         self.kv = nn.Linear(cfg.vl_dim, (cfg.layers + 1) // 2 * 2 * dim)
@@ -1012,11 +1012,12 @@ def orthogonal(x, steps=5):
     values come to lie around 1 (0.7 to 1.2) by `steps` of a quintic Newton-Schulz iteration."""
     wide = x if x.shape[1] <= x.shape[2] else x.mT
     wide = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    gram, product = wide @ wide.mT, None  # of the steps' factors: small, where wide may be long
     for _ in range(steps):
-        gram = wide @ wide.mT
-        wide = torch.baddbmm(wide, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), wide,
-                             beta=3.4445)
-    return wide if x.shape[1] <= x.shape[2] else wide.mT
+        factor = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        factor.diagonal(dim1=1, dim2=2).add_(3.4445)
+        gram, product = factor @ gram @ factor, factor if product is None else factor @ product
+    return product @ wide if x.shape[1] <= x.shape[2] else (product @ wide).mT
 
 
 def orthogonal_shared(stacks):
