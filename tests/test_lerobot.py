@@ -125,7 +125,7 @@ def write(folder, version, video=True, both=None):
 
 
 def convert(folder, out, *flags):
-    lerobot.main(["--data", str(folder), "--out", str(out), *flags])
+    lerobot.main(["--data", str(folder), "--out", str(out), "--camera", CAMERA, *flags])
     return fast_tokenizer.episodes(out)
 
 
@@ -266,5 +266,5 @@ def test_flags_that_do_not_fit_are_named(tmp_path):
 def test_a_missing_package_names_its_installation(tmp_path, monkeypatch):
     write(tmp_path / "in", "v2.1")
     monkeypatch.setitem(__import__("sys").modules, "av", None)
-    with pytest.raises(SystemExit, match="av.*; pip install -r requirements-extras.txt"):
+    with pytest.raises(SystemExit, match="package av: pip install -r requirements-extras.txt"):
         convert(tmp_path / "in", tmp_path / "out")
