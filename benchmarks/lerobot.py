@@ -83,11 +83,9 @@ def recording(folder, info, row, cameras, keys, every):
     """One recorded episode -> {key: (T, D)}, [images of every n-th step] of each camera, tasks."""
     table, views = parquet(folder / place(info, row, "data")), []
     mine = np.flatnonzero(np.array(table["episode_index"]) == row["episode_index"])
-    if not len(mine) or len(mine) != row["length"]:
-        raise ValueError(f"{len(mine)} rows, meta/ says {row['length']}")
-    table = table.slice(mine[0], len(mine))
-    if (np.array(table["frame_index"]) != np.arange(len(mine))).any():
-        raise ValueError("its rows are not in order")
+    table = table.take(mine)
+    if table["frame_index"].to_pylist() != list(range(row["length"])):
+        raise ValueError(f"{len(mine)} rows, not frames 0 to {row['length'] - 1} as meta/ says")
     for key in cameras:
         if info["features"][key]["dtype"] == "video":
             start = row.get(f"videos/{key}/from_timestamp", 0)
@@ -121,8 +119,8 @@ def recordings(args):
             raise ValueError(f"--fps {args.fps:g} does not divide its {fps}, or names of two cameras "
                              "end alike")
     with reading(meta):
-        tasks = {r.pop("task_index"): next(iter(r.values()))
-                 for r in rows(meta / ("tasks.parquet" if v3 else "tasks.jsonl"))}
+        end = "parquet" if v3 else "jsonl"
+        tasks = {r.pop("task_index"): next(iter(r.values())) for r in rows(meta / f"tasks.{end}")}
         files = sorted(meta.glob("episodes/*/*.parquet" if v3 else "episodes.jsonl"))
         todo = [row for file in files for row in rows(file)][: args.limit or None]
         stats = rows(meta / "stats.json")[0] if v3 else {
@@ -137,8 +135,8 @@ def recordings(args):
                 if not v3:
                     check(stats[row["episode_index"]], key, x)
             state, action = (np.hstack([values[k] for k in keys]) for keys in (states, actions))
-            arrays = {"state": state[::every], "action": thin(action, every, args.deltas),
-                      **dict(zip(names, views))}
+            arrays = {"state": state[::every], "action": thin(action, every, args.deltas)}
+            arrays |= zip(names, views)
             texts = [tasks[number] for number in task]
             if not all(map(str.strip, texts)):
                 raise ValueError("an empty instruction in meta/tasks")

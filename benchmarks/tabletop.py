@@ -796,8 +796,7 @@ class Damaged(ValueError):
 
 @contextlib.contextmanager
 def reading(where, *more):
-    """What goes wrong inside becomes Damaged, naming `where`: a file, perhaps a row. more: further
-    kinds of errors."""
+    """What goes wrong inside becomes Damaged, naming `where`. more: further kinds of errors."""
     try:
         yield
     except Damaged:

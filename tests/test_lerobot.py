@@ -224,11 +224,11 @@ BAD = {
     "wrong numbers": ("v2.1", False, wrong_action, None, "of action is .* meta/ says"),
     "wrong numbers, v3": ("v3.0", False, wrong_action, None, "of action is .* meta/ says"),
     "NaN": ("v3.0", False, one_nan, None, "episode 1: action of step 3 is not finite"),
-    "order": ("v3.0", False, shuffled, None, "episode 1: its rows are not in order"),
+    "order": ("v3.0", False, shuffled, None, "episode 1: 12 rows, not frames 0 to 11 as"),
     "image": ("v2.1", False, no_image, None, r"episode 1: .*cannot identify image"),
     "size": ("v3.0", False, other_size, None, r"episode 1: .*image 2 of .* is \(16, 16, 3\)"),
     "rows gone": ("v2.1", False, None, lambda f: (f / V2).write_bytes(
-        (f / V2.replace("1.", "0.")).read_bytes()), "episode 1: 0 rows, meta/ says 12"),
+        (f / V2.replace("1.", "0.")).read_bytes()), "episode 1: 0 rows, not frames 0 to 11 as"),
     "task unknown": ("v2.1", False, None, lambda f: lines_to(
         f / "meta/tasks.jsonl", [{"task_index": 1, "task": "x"}]), "episode 1: KeyError: 0"),
     "no recordings": ("v3.0", False, None, lambda f: (
