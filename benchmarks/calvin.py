@@ -3,68 +3,67 @@
     python -m benchmarks.calvin convert --data task_ABC_D/training --out data/calvin
     python evaluate.py calvin --policy runs/vla --data task_ABC_D --out results/calvin.json
 
-`convert` turns each annotated window (at most 64 frames) of a split into an episode: image (static
-camera, 200 x 200), image_gripper (84 x 84), state = robot_obs (15), action = rel_actions (7).
-`evaluate.py calvin` is the official protocol: reset once a chain, 360 steps a subtask, the first
-validation annotation as instruction, the gripper exactly -1 or +1; the first failure ends a chain.
-It needs the public calvin repository with calvin_env installed from it, and a dataset's validation
-folder, whose .hydra/ describes the environment. Cameras are rendered where the policy looks only.
+`convert` turns each annotated window of a split into an episode: image (static camera),
+image_gripper, state = robot_obs (15), action = rel_actions (7). `evaluate.py calvin` is the
+official protocol: reset once a chain, 360 steps a subtask, the first validation annotation as
+instruction, the gripper exactly -1 or +1; the first failure ends a chain. It needs calvin_env from
+the public calvin repository and a dataset's validation/.hydra.
 """
 
 import argparse
 import functools
 import itertools
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
 import yaml
 from tqdm import tqdm
 
-from benchmarks.serve import Chunks
+from benchmarks.serve import Chunks, need
 from benchmarks.tabletop import reading, write_episodes
 
 STEPS = 360  # of a subtask
 KEPT = {"image": ("rgb_static", (200, 200, 3)), "image_gripper": ("rgb_gripper", (84, 84, 3)),
         "state": ("robot_obs", (15,)), "action": ("rel_actions", (7,))}  # our name: theirs, shape
-KEYS = ("led", "lightbulb", "slider", "drawer", "red_block", "blue_block", "pink_block", "grasped")
+BLOCKS = ("red_block", "blue_block", "pink_block")
+KEYS = ("led", "lightbulb", "slider", "drawer", *BLOCKS)  # of a state
 
 # ---- the chains
+
+# task, category: what must hold > what holds then. B, C and D stand for the blocks in any order, S
+# and O for a side and the other one, L for a light. Indented tasks alternate with the one above.
+RULES = """\
+rotate_B_S turn: B=table >
+push_B_S turn: B=table >
+move_slider_O slider: slider=S > slider=O
+open_drawer drawer: drawer=closed > drawer=open
+close_drawer drawer: drawer=open > drawer=closed
+lift_B_table lift_table: B=table > B=grasped
+ lift_B_slider lift_slider: B=slider_S slider=O > B=grasped
+ lift_B_drawer lift_drawer: B=drawer drawer=open > B=grasped
+place_in_slider place: B=grasped slider=S > B=slider_S
+place_in_drawer place: B=grasped drawer=open > B=drawer
+stack_block stack: B=grasped C=table > B=stacked_top C=stacked_bottom
+unstack_block unstack: B=stacked_top C=stacked_bottom > B=table C=table
+turn_on_L light: L=0 > L=1
+ turn_off_L light: L=1 > L=0
+push_into_drawer push: B=table C=slider_S D=slider_S drawer=open > B=drawer
+push_into_drawer push: B=table C=slider_S D=slider_O drawer=open > B=drawer"""
 
 
 def _tasks():
     """name -> (category, [(what must hold, what holds then)]), in the official order."""
-    blocks, free, held, tasks = KEYS[4:7], {"grasped": 0}, {"grasped": 1}, {}
-    sides, pairs = ("right", "left"), list(itertools.permutations(KEYS[4:7], 2))
-    for verb, b, side in itertools.product(("rotate", "push"), blocks, sides):
-        tasks[f"{verb}_{b}_{side}"] = "turn", [({b: "table", **free}, {})]
-    for name, part, old, new in (
-            ("move_slider_left", "slider", "right", "left"),
-            ("move_slider_right", "slider", "left", "right"),
-            ("open_drawer", "drawer", "closed", "open"),
-            ("close_drawer", "drawer", "open", "closed")):
-        tasks[name] = part, [({part: old, **free}, {part: new})]
-    for b in blocks:
-        for place, rules in (
-                ("table", [{b: "table"}]),
-                ("slider", [{b: f"slider_{x}", "slider": y} for x, y in (sides, sides[::-1])]),
-                ("drawer", [{b: "drawer", "drawer": "open"}])):
-            tasks[f"lift_{b}_{place}"] = f"lift {place}", [
-                ({**rule, **free}, {b: "grasped", **held}) for rule in rules]
-    tasks["place_in_slider"] = "place", [({b: "grasped", "slider": x}, {b: f"slider_{x}", **free})
-                                         for b in blocks for x in sides]
-    tasks["place_in_drawer"] = "place", [({b: "grasped", "drawer": "open"}, {b: "drawer", **free})
-                                         for b in blocks]
-    stack = [{a: "stacked_top", b: "stacked_bottom", **free} for a, b in pairs]
-    tasks["stack_block"] = "stack", [
-        ({a: "grasped", b: "table"}, new) for (a, b), new in zip(pairs, stack)]
-    tasks["unstack_block"] = "unstack", [
-        (old, {a: "table", b: "table"}) for (a, b), old in zip(pairs, stack)]
-    for light, (verb, on) in itertools.product(("lightbulb", "led"), (("on", 1), ("off", 0))):
-        tasks[f"turn_{verb}_{light}"] = "light", [({light: 1 - on, **free}, {light: on})]
-    away = dict.fromkeys(blocks, ("slider_right", "slider_left"))
-    tasks["push_into_drawer"] = "push in", [
-        ({**away, b: "table", "drawer": "open", **free}, {b: "drawer"}) for b in blocks]
+    tasks, sides, lights = {}, ("right", "left"), ("lightbulb", "led")
+    for lines in re.split(r"\n(?! )", RULES):
+        for blocks, pair, light in itertools.product(
+                itertools.permutations(BLOCKS), itertools.permutations(sides), lights):
+            words = str.maketrans(dict(zip("BCDSOL", (*blocks, *pair, light))))
+            for line in lines.translate(words).splitlines():
+                (name, category), *rule = (part.split() for part in re.split("[:>]", line))
+                old, new = (dict(fact.split("=") for fact in part) for part in rule)
+                tasks.setdefault(name, (category, []))[1].append((old, new))
     return tasks
 
 
@@ -73,31 +72,31 @@ TASKS = _tasks()
 
 @functools.cache
 def after(state, name):
-    """The state (values of KEYS) that a task leads to; None unless CALVIN's rules give just one."""
+    """The state (values of KEYS) that a task leads to; None unless CALVIN's rules give just one.
+    The hand must be empty before, unless a block must be grasped."""
     at = dict(zip(KEYS, state))
-    found = [tuple({**at, **new}.values()) for old, new in TASKS[name][1]
-             if all(at[k] in v if isinstance(v, tuple) else at[k] == v for k, v in old.items())]
-    return found[0] if len(found) == 1 else None
+    found = {tuple({**at, **new}.values()) for old, new in TASKS[name][1]
+             if old.items() <= at.items() and ("grasped" in state) == ("grasped" in old.values())}
+    return found.pop() if len(found) == 1 else None
 
 
 @functools.cache
 def chains():
     """The 1,000 official chains [(initial state, five task names)] in order; 15 CPU seconds."""
     places, made = ("table", "slider_right", "slider_left"), []
-    states = [values for values in itertools.product(
-        (0, 1), (0, 1), ("right", "left"), ("closed", "open"), places, places, places, (0,))
-        if values.count("table") in (1, 2) and max(map(values.count, places[1:])) < 2]
+    states = [state for state in itertools.product(
+        "01", "01", ("right", "left"), ("closed", "open"), places, places, places)
+        if state.count("table") in (1, 2) and max(map(state.count, places[1:])) < 2]
     for i, share in enumerate(np.array_split(range(1000), len(states))):
         rng, end = np.random.RandomState(i), len(made) + len(share)
         while len(made) < end:
-            state, picks = states[i], list(TASKS)
+            picks = list(TASKS)
             rng.shuffle(picks)  # the numbers that choice(34, 5, replace=False) draws
-            for name in picks[:5]:
-                if (state := after(state, name)) is None:
-                    break
-            else:
-                if len({TASKS[name][0] for name in picks[:5]}) == 5:
-                    made.append((dict(zip(KEYS, states[i])), tuple(picks[:5])))
+            ends = itertools.accumulate(picks[:5], lambda at, name: at and after(at, name),
+                                        initial=states[i])
+            if all(ends) and len({TASKS[name][0] for name in picks[:5]}) == 5:
+                start = {k: int(v) if v in "01" else v for k, v in zip(KEYS, states[i])}
+                made.append(({**start, "grasped": 0}, tuple(picks[:5])))
     np.random.RandomState(0).shuffle(made)
     return made
 
@@ -122,7 +121,7 @@ def layout(state):
     scene = np.zeros(24)
     scene[:6] = [0.28 * (state["slider"] == "left"), 0.22 * (state["drawer"] == "open"), 0,
                  0.088 * state["lightbulb"], state["lightbulb"], state["led"]]
-    for at, block in zip((6, 12, 18), KEYS[4:7]):
+    for at, block in zip((6, 12, 18), BLOCKS):
         scene[at : at + 3] = slider.get(state[block], table[free[block]])
         scene[at + 5] = rng.uniform(np.pi * 3 / 8, np.pi * 5 / 8)
     return robot, scene
@@ -133,55 +132,43 @@ def layout(state):
 
 def world(data):
     """-> environment, oracle, {task: its validation annotations}."""
-    try:
-        import calvin_env
-        from calvin_env.envs.play_table_env import get_env
-        from calvin_env.envs.tasks import Tasks
-
-        conf = Path(calvin_env.__file__).resolve().parents[2] / "calvin_models" / "conf"
-        oracle, words = (yaml.safe_load((conf / name).read_text()) for name in (
-            "callbacks/rollout/tasks/new_playtable_tasks.yaml",
-            "annotations/new_playtable_validation.yaml"))
-        env = get_env(Path(data) / "validation", show_gui=False)
-    except (ImportError, FileNotFoundError) as e:
-        raise ValueError(
-            f"{e}: CALVIN needs git clone --recursive https://github.com/mees/calvin, then pip "
-            "install -e calvin/calvin_env, and a dataset with validation/.hydra as --data") from e
-    return env, Tasks(oracle["tasks"]), words
-
-
-def attempt(policy, env, oracle, name, text, plan):
-    """One subtask from where the environment stands -> whether the oracle saw it done in time."""
-    start, cameras = env.get_info(), env.cameras
-    for step in range(0, STEPS, plan.execute):
-        obs = env.get_obs()
-        views = [obs["rgb_obs"][KEPT[camera][0]] for camera in policy.cameras]
-        chunk = plan(policy.act(views, text, obs["robot_obs"]), text)
-        chunk = np.clip(chunk, -1, 1).astype(np.float64)
-        chunk[:, -1] = np.where(chunk[:, -1] > 0, 1, -1)
-        env.cameras = []  # step() would render both cameras, three quarters of its time
-        try:
-            for action in chunk[: STEPS - step]:
-                info = env.step(action.copy())[3]  # the robot scales its argument in place
-                if oracle.get_task_info_for_set(start, info, {name}):
-                    return True
-        finally:
-            env.cameras = cameras
-    return False
+    package, envs, oracles = need(
+        "-e calvin/calvin_env, after git clone --recursive https://github.com/mees/calvin",
+        "calvin_env", "calvin_env.envs.play_table_env", "calvin_env.envs.tasks")
+    conf = Path(package.__file__).resolve().parents[2] / "calvin_models/conf"
+    rules, words = (yaml.safe_load((conf / f"{name}.yaml").read_text()) for name in (
+        "callbacks/rollout/tasks/new_playtable_tasks", "annotations/new_playtable_validation"))
+    env = envs.get_env(Path(data) / "validation", show_gui=False)
+    return env, oracles.Tasks(rules["tasks"]), words
 
 
 def play(policy, data, count, execute=0, ensemble=0.0):
     """The first `count` chains -> how many subtasks in a row each solved, 0 .. 5."""
     if not {"image", "image_gripper"} >= set(policy.cameras):
-        raise ValueError(f"cameras {', '.join(policy.cameras)}; train the policy on image or on "
-                         "image,image_gripper")
+        raise ValueError(f"cameras {', '.join(policy.cameras)}; use image or image,image_gripper")
     env, oracle, words = world(data)
-    lengths = []
+    cameras, lengths = env.cameras, []
+
+    def attempt(name):  # from where the environment stands -> whether it was done in time
+        text, start = words[name][0], env.get_info()
+        for step in range(0, STEPS, plan.execute):
+            env.cameras = cameras
+            obs = env.get_obs()
+            env.cameras = []  # step() would render both cameras, three quarters of its time
+            views = [obs["rgb_obs"][KEPT[camera][0]] for camera in policy.cameras]
+            chunk = plan(policy.act(views, text, obs["robot_obs"]), text)
+            for action in chunk[: STEPS - step].astype(np.float64).clip(-1, 1):
+                action[-1] = 1 if action[-1] > 0 else -1
+                info = env.step(action)[3]
+                if oracle.get_task_info_for_set(start, info, {name}):
+                    return True
+        return False
+
     for state, names in tqdm(chains()[:count], "chains", disable=None):
-        env.reset(**dict(zip(("robot_obs", "scene_obs"), layout(state))))
+        robot, scene = layout(state)
+        env.reset(robot_obs=robot, scene_obs=scene)
         plan = Chunks(policy.horizon, execute, ensemble)
-        done = (attempt(policy, env, oracle, n, words[n][0], plan) for n in names)
-        lengths.append(sum(itertools.takewhile(bool, done)))  # the first failure ends the chain
+        lengths.append(sum(itertools.takewhile(bool, map(attempt, names))))
     return lengths
 
 
@@ -192,8 +179,7 @@ class Plain(pickle.Unpickler):
     """CALVIN's annotations are a pickled dict; nothing but numpy's own arrays is built from it."""
 
     def find_class(self, module, name):
-        allowed = "_reconstruct", "ndarray", "dtype", "scalar"
-        if module.split(".")[0] != "numpy" or name not in allowed:
+        if module[:5] != "numpy" or name not in ("_reconstruct", "ndarray", "dtype", "scalar"):
             raise pickle.UnpicklingError(f"it would run {module}.{name}")
         return super().find_class(module, name)
 
@@ -218,16 +204,14 @@ def frame(path):
         for name, (key, shape) in KEPT.items():
             if step[name].shape != shape:
                 raise ValueError(f"{key} is {step[name].shape}, not {shape}")
-        if (abs(step["action"]) > 1.001).any() or abs(step["action"][6]) != 1:
-            raise ValueError(f"rel_actions {step['action'].round(3)} are not in [-1, 1] with a "
-                             "gripper of -1 or 1")
+        if (action := abs(step["action"])).max() > 1.001 or action[6] != 1:
+            raise ValueError(f"rel_actions above 1, or a gripper not -1 or 1: {step['action']}")
     return step
 
 
-def recorded(folder, limit):
+def recorded(folder):
     """The annotated windows of a split as (arrays, header)."""
-    windows = annotations(folder / "lang_annotations" / "auto_lang_ann.npy")
-    for text, (start, end) in windows[: limit or None]:
+    for text, (start, end) in annotations(folder / "lang_annotations" / "auto_lang_ann.npy"):
         steps = [frame(folder / f"episode_{t:07d}.npz") for t in range(start, end + 1)]
         yield ({name: np.stack([s[name] for s in steps]) for name in KEPT},
                {"task": text, "fps": "30", "source": f"calvin {folder.name} {start}-{end}"})
@@ -238,9 +222,8 @@ def main(argv=None):
     parser.add_argument("command", choices=["convert"])
     parser.add_argument("--data", required=True, help="training/ or validation/ of a dataset")
     parser.add_argument("--out", required=True, help="folder for the episodes")
-    parser.add_argument("--limit", type=int, default=0, help="first N windows only; 0: all")
     args = parser.parse_args(argv)
-    write_episodes(args.out, recorded(Path(args.data), args.limit))
+    write_episodes(args.out, recorded(Path(args.data)))
 
 
 if __name__ == "__main__":

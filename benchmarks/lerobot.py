@@ -3,22 +3,23 @@
     python -m benchmarks.lerobot --data FOLDER --out data/x --camera observation.images.front \\
         --action action --state observation.state --fps 5 --deltas 6
 
-Images come from parquet columns or from mp4. Several cameras or keys are separated by commas: the
-first camera is `image`, a further one `image_<last part of its name>`; keys are put side by side.
---fps thins the steps out: of each interval it keeps the first image and state, and the last value
-of the action, but the sum of its first --deltas dimensions, which are movements. Where the task
-changes within a recording, a new episode begins. Statistics are checked against those in meta/.
+Several cameras or keys are separated by commas: the first camera is `image`, a further one
+`image_<last part of its name>`; keys are put side by side. --fps keeps the first image and state of
+each interval, and the last value of the action, but the sum of its first --deltas dimensions, which
+are movements. Where the task changes within a recording, a new episode begins.
 """
 
 import argparse
 import functools
 import io
+import itertools
 import json
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from benchmarks.serve import need
 from benchmarks.tabletop import reading, write_episodes
 
 
@@ -32,9 +33,9 @@ def parquet(path):
 
 def rows(path):
     """Rows of a file of meta/: .json (one), .jsonl or .parquet."""
+    if path.suffix == ".parquet":
+        return parquet(path).to_pylist()
     with reading(path):
-        if path.suffix == ".parquet":
-            return parquet(path).to_pylist()
         text = path.read_text()
         return [json.loads(x) for x in (text.splitlines() if path.suffix == ".jsonl" else [text])]
 
@@ -52,8 +53,7 @@ def film(path, times, fps):
                 images.append(frame.to_ndarray(format="rgb24"))
             if len(images) == len(times):
                 return images
-        raise ValueError(f"no frame at {times[len(images)]:.3f} s: cut short, or not of {fps:g} "
-                         "frames a second")
+        raise ValueError(f"no frame at {times[len(images)]:.3f} s: cut short, or not {fps:g} fps")
 
 
 def check(stats, key, x):
@@ -73,83 +73,77 @@ def thin(action, every, deltas):
 
 def place(info, row, prefix):
     """Path of an episode's data ("data") or of a camera's video ("videos/KEY"), in its folder."""
-    number, kind = row["episode_index"], prefix.split("/")[0].rstrip("s")
-    at = {k: row[f"{prefix}/{k}"] for k in ("chunk_index", "file_index") if f"{prefix}/{k}" in row}
-    return info[f"{kind}_path"].format(video_key=prefix.partition("/")[2], episode_index=number,
-                                       episode_chunk=number // info.get("chunks_size", 1000), **at)
+    number, (kind, _, key) = row["episode_index"], prefix.partition("/")
+    at = {k: row.get(f"{prefix}/{k}") for k in ("chunk_index", "file_index")}
+    at |= {"episode_chunk": number // info.get("chunks_size", 1000), "episode_index": number}
+    return info[f"{kind.rstrip('s')}_path"].format(video_key=key, **at)
 
 
 def recording(folder, info, row, cameras, keys, every):
-    """One recorded episode -> {key: (T, D)}, {camera: images of every n-th step}, tasks (T,)."""
-    table, views = parquet(folder / place(info, row, "data")), {}
+    """One recorded episode -> {key: (T, D)}, [images of every n-th step] of each camera, tasks."""
+    table, views = parquet(folder / place(info, row, "data")), []
     mine = np.flatnonzero(np.array(table["episode_index"]) == row["episode_index"])
-    if not len(mine) or len(mine) != row["length"]:
-        raise ValueError(f"{len(mine)} rows, meta/ says {row['length']}")
-    table = table.slice(mine[0], len(mine))
-    if (np.array(table["frame_index"]) != np.arange(len(mine))).any():
-        raise ValueError("its rows are not in order")
-    values = {key: np.array(table[key].to_pylist(), np.float32).reshape(len(mine), -1)
-              for key in keys}
+    table = table.take(mine)
+    if table["frame_index"].to_pylist() != list(range(row["length"])):
+        raise ValueError(f"{len(mine)} rows, not frames 0 to {row['length'] - 1} as meta/ says")
     for key in cameras:
         if info["features"][key]["dtype"] == "video":
             start = row.get(f"videos/{key}/from_timestamp", 0)
             times = start + np.array(table["timestamp"], float)[::every]
-            views[key] = film(folder / place(info, row, f"videos/{key}"), times, info["fps"])
+            view = film(folder / place(info, row, f"videos/{key}"), times, info["fps"])
         else:
             cells = table[key].to_pylist()[::every]  # {"bytes", "path"} each
             files = [io.BytesIO(c["bytes"]) if c["bytes"] else folder / c["path"] for c in cells]
-            views[key] = [np.asarray(Image.open(file).convert("RGB")) for file in files]
-        for t, image in enumerate(views[key]):
+            view = [np.asarray(Image.open(file).convert("RGB")) for file in files]
+        for t, image in enumerate(view):
             if sorted(image.shape) != sorted(info["features"][key]["shape"]):
                 raise ValueError(f"image {t} of {key} is {image.shape}, not as info.json says")
-    return values, views, np.array(table["task_index"])
+        views.append(np.stack(view))
+    values = {k: np.array(table[k].to_pylist(), np.float32).reshape(len(mine), -1) for k in keys}
+    return values, views, table["task_index"].to_pylist()[::every]
 
 
 def recordings(args):
     """A dataset's episodes as (arrays, header). Damaged, naming what is wrong with it."""
+    need("-r requirements-extras.txt", "av", "pyarrow.parquet")
     folder, meta = Path(args.data), Path(args.data) / "meta"
     cameras, actions, states = (x.split(",") for x in (args.camera, args.action, args.state))
+    names = ["image", *("image_" + key.split(".")[-1] for key in cameras[1:])]
     with reading(meta / "info.json"):
         info = rows(meta / "info.json")[0]
         v3, fps = {"v2.1": False, "v3.0": True}[info["codebase_version"]], info["fps"]
-        cameras = [c for c in cameras if c] or [
-            k for k, v in info["features"].items() if v["dtype"] in ("image", "video")][:1]
         if missing := {*cameras, *actions, *states} - set(info["features"]):
             raise ValueError(f"no {', '.join(missing)} among {', '.join(info['features'])}")
         every = round(fps / args.fps) if args.fps else 1
-        if every < 1 or args.fps and abs(fps - every * args.fps) > 1e-6:
-            raise ValueError(f"--fps {args.fps:g} does not divide its {fps}")
-    end = "parquet" if v3 else "jsonl"
+        if len(set(names)) < len(names) or every < 1 or args.fps and fps != every * args.fps:
+            raise ValueError(f"--fps {args.fps:g} does not divide its {fps}, or names of two cameras "
+                             "end alike")
     with reading(meta):
+        end = "parquet" if v3 else "jsonl"
         tasks = {r.pop("task_index"): next(iter(r.values())) for r in rows(meta / f"tasks.{end}")}
         files = sorted(meta.glob("episodes/*/*.parquet" if v3 else "episodes.jsonl"))
-        todo = [row for file in files for row in rows(file)]
+        todo = [row for file in files for row in rows(file)][: args.limit or None]
         stats = rows(meta / "stats.json")[0] if v3 else {
             r["episode_index"]: r["stats"] for r in rows(meta / "episodes_stats.jsonl")}
     seen = {key: [] for key in (*actions, *states)}
-    for row in todo[: args.limit or None]:
-        source = f"{folder}: episode {row['episode_index']}"
+    for row in todo:
+        source, end = f"{folder}: episode {row['episode_index']}", 0
         with reading(source):
             values, views, task = recording(folder, info, row, cameras, seen, every)
             for key, x in values.items():
                 seen[key].append(x)
                 if not v3:
                     check(stats[row["episode_index"]], key, x)
-            arrays = {"state": np.concatenate([values[k] for k in states], 1)[::every],
-                      "action": thin(np.concatenate([values[k] for k in actions], 1), every,
-                                     args.deltas)}
-            for k, key in enumerate(cameras):
-                name = "image_" + key.split(".")[-1] if k else "image"
-                if name in arrays:
-                    raise ValueError(f"two cameras would be {name}; convert them apart")
-                arrays[name] = np.stack(views[key])
-            task = [tasks[int(t)] for t in task[::every]]
-            if not all(text.strip() for text in task):
+            state, action = (np.hstack([values[k] for k in keys]) for keys in (states, actions))
+            arrays = {"state": state[::every], "action": thin(action, every, args.deltas)}
+            arrays |= zip(names, views)
+            texts = [tasks[number] for number in task]
+            if not all(map(str.strip, texts)):
                 raise ValueError("an empty instruction in meta/tasks")
-        ends = [t for t in range(1, len(task) + 1) if t == len(task) or task[t] != task[t - 1]]
-        for start, end in zip([0, *ends], ends):
+        for text, steps in itertools.groupby(texts):
+            start, end = end, end + len(list(steps))
             yield ({k: v[start:end] for k, v in arrays.items()},
-                   {"task": task[start], "fps": f"{fps / every:g}", "source": source})
+                   {"task": text, "fps": f"{fps / every:g}", "source": source})
     with reading(folder):
         for key in seen if v3 and todo and not args.limit else ():
             check(stats, key, np.concatenate(seen[key]))
@@ -160,7 +154,7 @@ def main(argv=None):
     add = parser.add_argument
     add("--data", required=True, help="folder with meta/, data/ and perhaps videos/")
     add("--out", required=True, help="folder for the episodes")
-    add("--camera", default="", help="image keys, separated by commas; empty: the first one")
+    add("--camera", required=True, help="image keys, separated by commas")
     add("--action", default="action", help="action keys, separated by commas")
     add("--state", default="observation.state", help="state keys, separated by commas")
     add("--fps", type=float, default=0, help="steps a second to keep; 0: all")

@@ -1,8 +1,8 @@
 """Public question benchmarks: their rows for `evaluate.py vqa`, and how an answer is marked.
 
-`write(folder, rows)` writes questions.jsonl with its images; the rows are tuples (question, answer,
-kind, images[, more]), one line for each benchmark, `r` being a row as published (load_dataset of
-the datasets package; Where2Place: the lines of point_questions.jsonl, in its folder):
+`write(folder, rows)` writes questions.jsonl with its images; a row is (question, answer, kind,
+images[, more]), one line for each benchmark, `r` being a row as published (load_dataset of the
+datasets package; Where2Place: the lines of point_questions.jsonl, in its folder):
 
     BLINK        (r["prompt"], r["answer"], r["sub_task"], [r[f"image_{k}"] for k in (1, 2, 3, 4)])
     MMStar       (r["question"], r["answer"], r["category"], [r["image"]])
@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 import model
 import sft
@@ -39,28 +38,27 @@ def write(folder, rows):
     (folder / "images").mkdir(parents=True, exist_ok=True)
 
     def save(image, name):
-        image = image if isinstance(image, Image.Image) else Image.open(image)
-        image.convert("RGB").save(folder / "images" / name)
+        path = folder / "images" / name
+        (image if isinstance(image, Image.Image) else Image.open(image)).convert("RGB").save(path)
         return f"images/{name}"
 
     for i, (question, answer, kind, images, *more) in enumerate(rows):
         with reading(f"row {i}"):
             names = [save(x, f"{i}_{k}.png") for k, x in enumerate(images) if x is not None]
-            more = {**more[0]} if more else {}
-            if "mask" in more:
-                more["mask"] = save(more["mask"], f"{i}_mask.png")
-            messages = [{"role": "user", "content": "<image>" * len(names) + question},
-                        {"role": "assistant", "content": answer}]
-            lines.append(json.dumps({"images": names, "messages": messages, "kind": kind, **more}))
-    (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
+            row = {"images": names, "kind": kind, **dict(*more), "messages": [
+                {"role": "user", "content": "<image>" * len(names) + question},
+                {"role": "assistant", "content": answer}]}
+            if "mask" in row:
+                row["mask"] = save(row["mask"], f"{i}_mask.png")
+            lines.append(json.dumps(row) + "\n")
+    (folder / "questions.jsonl").write_text("".join(lines))
 
 
 def mark(score, text, want, row, folder, unit=1):
-    """Mark of an answer, 0 .. 1. By score: `exact`, the same text, case and full stop aside; of a
-    yes or no the first word. `choice`, the same single letter. `number`, the same numbers, each
-    within the row's "tolerance". `point`, the share of its points inside the row's "mask" (white)
-    or "box" [left, top, right, bottom] in fractions of the image. unit: what points are divided by
-    to be fractions too, 0: the image's pixels."""
+    """Mark of an answer, 0 .. 1: `exact`, the same text, case and full stop aside, or first word for
+    a yes or no; `choice`, the same single letter; `number`, the same ones, within "tolerance";
+    `point`, the share inside the "mask" (white) or "box" [left, top, right, bottom] in fractions of
+    the image. unit: what points are divided by to be fractions too, 0: the image's pixels."""
     if score == "exact":
         text, want = (t.lower().strip(" .") for t in (text, want))
         return float((re.match(r"\w*", text)[0] if want in ("yes", "no") else text) == want)
@@ -75,40 +73,36 @@ def mark(score, text, want, row, folder, unit=1):
     xy = xy / (unit or Image.open(folder / row["images"][0]).size)
     if "box" in row:
         low, high = np.reshape(row["box"], (2, 2))
-        if (low >= high).any() or low.min() < 0 or high.max() > 1:
+        if low.min() < 0 or (low >= high).any() or high.max() > 1:
             raise ValueError(f"box {row['box']} is not left, top, right, bottom in 0 .. 1")
         inside = ((xy >= low) & (xy <= high)).all(1)
     else:
         mask = np.asarray(Image.open(folder / row["mask"]).convert("L")) > 127  # (H, W)
-        at = np.floor(xy * mask.shape[::-1]).astype(int)
-        inside = [min(x, y) >= 0 and y < len(mask) and x < mask.shape[1] and mask[y, x]
-                  for x, y in at]
+        x, y = np.floor(xy * mask.shape[::-1]).astype(int).T + 1
+        inside = np.pad(mask, 1)[y.clip(0, len(mask) + 1), x.clip(0, mask.shape[1] + 1)]
     return float(np.mean(inside)) if len(xy) else 0.0
 
 
 def marks(bb, args):
-    """Greedy answers to the first question of each row of args.data -> {kind: [mark]}. Damaged when
-    a row's own answer would not be marked right. Writes each answer to args.answers, if given."""
+    """Greedy answers to the first question of each row of args.data -> {kind: [mark]}; and to the
+    file args.answers. Damaged when a row's own answer would not be marked right."""
     source, found, written, todo = sft.Conversations(args.data, bb.fast, 0), {}, [], []
-    folder = source.path.parent
     for i in source.train[: args.rows or None]:
         row, (messages, images, kind, where) = source.row(i), source[i]
-        want, question = sft.answer_of(messages[1]["content"]), messages[0]
+        want = sft.answer_of(messages[1]["content"])
+        given = {"want": want, "row": row, "folder": source.path.parent, "unit": args.unit}
         with reading(where):
-            right = mark(args.score, want, want, row, folder, args.unit)
-            if args.score != "point" and right != 1:
+            if mark(args.score, want, **given) != 1 and args.score != "point":
                 raise ValueError(f"its answer {want!r} is none for --score {args.score}")
         if args.prompt != "row":
             text = model.ask(row["messages"][0]["content"], args.prompt == "think")
-            question = {"role": "user", "content": text}
-        todo.append((row, want, ([question], images, (kind or "all").replace(" ", "_"), where)))
-    for start in tqdm(range(0, len(todo), args.batch), "rows", disable=None):
-        some = todo[start : start + args.batch]
-        texts = sft.answers(bb, [item for *_, item in some], args.max_new, args.batch)
-        for (row, want, (question, _, kind, where)), text in zip(some, texts):
-            found.setdefault(kind, []).append(mark(args.score, text, want, row, folder, args.unit))
-            written.append({"where": where, "kind": kind, "question": question[0]["content"],
-                            "right": want, "answer": text, "mark": found[kind][-1]})
+            messages = [{"role": "user", "content": text}]
+        todo.append((given, (messages, images, (kind or "all").replace(" ", "_"), where)))
+    texts = sft.answers(bb, [item for _, item in todo], args.max_new, args.batch)
+    for (given, (messages, _, kind, where)), text in zip(todo, texts):
+        found.setdefault(kind, []).append(mark(args.score, text, **given))
+        written.append({"where": where, "kind": kind, "question": messages[0]["content"],
+                        "right": given["want"], "answer": text, "mark": found[kind][-1]})
     if args.answers:
         Path(args.answers).write_text("".join(json.dumps(x) + "\n" for x in written))
     return found

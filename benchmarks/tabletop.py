@@ -1,17 +1,15 @@
 """Tabletop, the embedded world: a small LIBERO-shaped benchmark in numpy, its expert and its data.
 
-World (metres, seconds do not matter): a table x (right), y (towards the front) in [-0.2, 0.2], z
-up. Coloured cubes and balls of 4 cm, a plate, a button, a drawer at the back edge, and a gripper
-that grasps, carries, releases, stacks, pushes, presses and pulls. Kinematic: no forces, but
-contacts move things, nothing overlaps at reset, and each task can be failed. The image's default
-camera looks straight down, so that one 8x8-pixel patch of a 64x64 image is one of the 8x8 cells
-a1 (back left) ... h8 (front right) in which questions and thoughts name places. A cast shadow
-shows height.
+World (metres): a table x (right), y (towards the front) in [-0.2, 0.2], z up. Coloured cubes and
+balls of 4 cm, a plate, a button, a drawer at the back edge, and a gripper that grasps, carries,
+releases, stacks, pushes, presses and pulls. Kinematic: no forces, but contacts move things, nothing
+overlaps at reset, and each task can be failed. The default camera looks straight down: one
+8x8-pixel patch of a 64x64 image is one of the cells a1 (back left) ... h8 (front right) in which
+questions and thoughts name places. A cast shadow shows height.
 
 Four suites of ten tasks in LIBERO's sense (arXiv 2306.03310): `spatial` (which of two equal cubes:
 the relation decides), `object` (which object), `goal` (one scene, the instruction decides the
-verb), `long` (two goals in sequence); and CALVIN's protocol (arXiv 2112.03227): chains of five
-instructions without reset.
+verb), `long` (two goals in sequence); and CALVIN's protocol (arXiv 2112.03227): chains of five.
 
     python -m benchmarks.tabletop --out data/tabletop --episodes 600 --conversations 20000 --seed 0
 
@@ -21,6 +19,10 @@ writes episodes/episode_*.safetensors, episodes/stats.json, conversations.jsonl 
 
 import argparse
 import contextlib
+import copy
+import dataclasses
+import functools
+import itertools
 import json
 import math
 import multiprocessing
@@ -44,20 +46,16 @@ PLATE, BUTTON = 0.045, 0.028  # radii, m
 OPEN, CLOSED = 0.07, 0.01  # drawer: counts as open beyond, as closed below, m
 TRAVEL = 0.085  # drawer: longest pull, m
 
-COLORS = {
-    "red": (225, 40, 40), "green": (30, 160, 60), "blue": (40, 80, 230), "yellow": (245, 215, 40),
-    "purple": (160, 60, 200), "white": (250, 250, 250),
-}
-OBJECTS = [f"{color} {shape}" for shape in ("cube", "ball")
-           for color in ("red", "green", "blue", "yellow", "purple")]
-SIDES = ["left of", "right of", "behind", "in front of"]
+COLORS = {"red": (225, 40, 40), "green": (30, 160, 60), "blue": (40, 80, 230),
+          "yellow": (245, 215, 40), "purple": (160, 60, 200)}
+OBJECTS = [f"{color} {shape}" for shape in ("cube", "ball") for color in COLORS]
+SIDES = {"left of": (-1, 0), "right of": (1, 0), "behind": (0, -1), "in front of": (0, 1)}
 SUITES = ["spatial", "object", "goal", "long"]
 LIMITS = {"spatial": 70, "object": 70, "goal": 70, "long": 130, "chain": 70}  # steps
 
 ACTION_QUESTION = "What should the robot do next?"  # as model.action_question asks it
 
-# A goal is (verb, object, destination); a task is an instruction with the goals that it asks for,
-# in order.
+# A goal is (verb, object, destination); a task asks for one or two, in order.
 GOALS = {
     "put the red cube on the plate": ("on", "red cube", "plate"),
     "put the blue cube on the plate": ("on", "blue cube", "plate"),
@@ -71,24 +69,22 @@ GOALS = {
     "lift the red cube": ("lift", "red cube", None),
 }
 LONG = [
-    ("put the red cube on the plate", "press the button"),
-    ("put the blue cube on the plate", "press the button"),
-    ("put the green ball on the plate", "open the drawer"),
-    ("open the drawer", "press the button"),
-    ("close the drawer", "put the red cube on the plate"),
-    ("press the button", "stack the red cube on the blue cube"),
-    ("stack the red cube on the blue cube", "open the drawer"),
-    ("open the drawer", "lift the red cube"),
-    ("close the drawer", "stack the green ball on the blue cube"),
-    ("close the drawer", "press the button"),
+    "put the red cube on the plate, then press the button",
+    "put the blue cube on the plate, then press the button",
+    "put the green ball on the plate, then open the drawer",
+    "open the drawer, then press the button",
+    "close the drawer, then put the red cube on the plate",
+    "press the button, then stack the red cube on the blue cube",
+    "stack the red cube on the blue cube, then open the drawer",
+    "open the drawer, then lift the red cube",
+    "close the drawer, then stack the green ball on the blue cube",
+    "close the drawer, then press the button",
 ]
 
 
 def suite_tasks(suite):
-    """The ten tasks of a suite: list of (instruction, [goal, ...], relation or None).
-
-    Raises ValueError for an unknown suite.
-    """
+    """The ten tasks of a suite: [(instruction, [goal, ...], relation or None)]. ValueError for an
+    unknown suite."""
     if suite == "spatial":
         relations = [(side, ref) for ref in ("plate", "button") for side in SIDES]
         relations += [("nearest to", "plate"), ("farthest from", "plate")]
@@ -98,16 +94,14 @@ def suite_tasks(suite):
     if suite == "object":
         return [(f"pick up the {name} and put it on the plate", [("on", name, "plate")], None)
                 for name in OBJECTS]
-    if suite == "goal":
-        return [(text, [goal], None) for text, goal in GOALS.items()]
-    if suite == "long":
-        return [(f"{a}, then {b}", [GOALS[a], GOALS[b]], None) for a, b in LONG]
+    if suite in ("goal", "long"):
+        return [(text, [GOALS[part] for part in text.split(", then ")], None)
+                for text in (GOALS if suite == "goal" else LONG)]
     raise ValueError(f"suite {suite!r} is unknown; choose one of {', '.join(SUITES)}")
 
 
 def paint(image, shapes):
-    """Paint shapes in order over a float image (n, n, 3): rectangles, with a gap in the middle if
-    asked, and discs."""
+    """Paint discs and rectangles, as _shapes lists them, over a float image (n, n, 3)."""
     n = len(image)
     scale, grid = n / (2 * EDGE), np.arange(n, dtype=np.float32)
     disc, x, y, rx, ry, gap, *color, alpha = np.array(shapes, np.float32).T  # (N,) each
@@ -131,65 +125,64 @@ def paint(image, shapes):
     return image
 
 
+@dataclasses.dataclass(eq=False)
 class Thing:
-    """A cube or ball: name, place of its bottom centre (x, y, z), and what it rests `on`."""
+    """A cube or ball: its name, the centre of its bottom, and what it rests `on`."""
 
-    __slots__ = ("name", "on", "x", "y", "z")
+    name: str
+    x: float
+    y: float
+    z: float = 0.0
+    on: str = "table"
 
-    def __init__(self, name, x, y, z=0.0, on="table"):
-        self.name, self.x, self.y, self.z, self.on = name, x, y, z, on
+    @property
+    def at(self):
+        return self.x, self.y
 
 
 class Tabletop:
     """The environment. Actions (7,) in [-1, 1], all deltas: xyz, roll pitch yaw, gripper (-1 opens,
-    +1 closes).
-
-    obs: {"image": uint8 (size, size, 3), "state": float32 (8,) = gripper xyz (m), roll pitch yaw
-    (rad), the two finger positions (m), "instruction": str}. `tilt` > 0 turns the camera from
-    straight down to oblique.
-    """
+    +1 closes). obs: {"image": uint8 (size, size, 3), "state": float32 (8,) = gripper xyz (m), roll
+    pitch yaw (rad), the two finger positions (m), "instruction": str}. `tilt` > 0 turns the camera
+    from straight down to oblique."""
 
     def __init__(self, suite="goal", size=64, tilt=0.0):
         self.suite, self.size, self.tilt = suite, size, tilt
         self.task_list = suite_tasks(suite)
-        self.tasks = [text for text, _, _ in self.task_list]
         self.still = (None, None)  # the painted background and what it shows
 
     # ---- reset
 
     def reset(self, task, seed, split="eval"):
-        """Start trial `seed` of a task. split "eval" and "train" never share a random stream.
-        Returns obs."""
+        """Start trial `seed` of a task -> obs. The splits "eval" and "train" share no randomness."""
         self.place(task, seed, split)
         return self.observe()
 
     def place(self, task, seed, split):
         """`reset` without rendering."""
-        number = SUITES.index(self.suite)
-        self.rng = np.random.default_rng([0 if split == "train" else 1, number, task, seed])
-        _, goals, relation = self.task_list[task]
+        stream = [0 if split == "train" else 1, SUITES.index(self.suite), task, seed]
+        self.rng = np.random.default_rng(stream)
+        text, goals, relation = self.task_list[task]
         while not self._lay_out(relation, goals):
             pass
         self.pos = self.rng.uniform([-0.17, -0.1, 0.07], [0.17, 0.17, 0.13])
         self.rpy = np.zeros(3)
         self.aperture, self.held, self.grip = 1.0, None, None
-        self.instruct(self.tasks[task], goals, LIMITS[self.suite])
+        self.instruct(text, goals, LIMITS[self.suite])
 
     def instruct(self, text, goals, limit):
         """Give a new instruction in the present state (chains do this without reset)."""
         self.instruction, self.goals, self.limit, self.steps = text, goals, limit, 0
-        self.begin = {thing.name: (thing.x, thing.y) for thing in self.things}
+        self.begin = {thing.name: thing.x for thing in self.things}
 
     def _lay_out(self, relation, goals):
-        """One try at a random scene in which the task's relation singles out one cube; False to
-        try again."""
+        """One try at a random scene -> whether the task makes sense in it."""
         rng, self.lit = self.rng, False
         if self.suite == "spatial":
             names = ["red cube", "red cube"]
         elif self.suite == "object":
-            target = goals[0][1]
-            others = [name for name in OBJECTS if name != target]
-            names = [target, *rng.choice(others, 3, replace=False)]
+            others = [name for name in OBJECTS if name != goals[0][1]]
+            names = [goals[0][1], *rng.choice(others, 3, replace=False)]
         else:
             names = ["red cube", "blue cube", "green ball"]
         self.drawer_x, self.drawer = None, 0.0
@@ -198,37 +191,35 @@ class Tabletop:
         back = -0.05 if self.drawer_x is not None else -0.16
         spots = []
         for _ in range(100):
-            spot = rng.uniform([-0.165, back], [0.165, 0.165])
+            spot = tuple(rng.uniform([-0.165, back], [0.165, 0.165]).tolist())
             if all(math.dist(spot, other) > 0.085 for other in spots):
                 spots.append(spot)
             if len(spots) == len(names) + 2:
                 break
         else:
             return False
-        self.plate = tuple(map(float, spots[0]))
-        self.button = tuple(map(float, spots[1])) if self.suite != "object" else None
-        self.things = [Thing(str(n), float(x), float(y)) for n, (x, y) in zip(names, spots[2:])]
+        self.plate, button, *rest = spots
+        self.button = None if self.suite == "object" else button
+        self.things = [Thing(str(name), *spot) for name, spot in zip(names, rest)]
         if any(verb == "push" for verb, _, _ in goals):
             thing = self.find("blue cube")
             if not -0.05 < thing.x < 0.11:
                 return False
             path = [(thing.x - d, thing.y) for d in (-0.05, 0.05, 0.1)]
-            places = [self.plate, self.button, *((t.x, t.y) for t in self.things if t is not thing)]
+            places = [self.plate, self.button, *(t.at for t in self.things if t is not thing)]
             if any(math.dist(a, b) < 0.06 for a in path for b in places):
                 return False
         return relation is None or self._single_out(*relation)
 
     def _single_out(self, side, ref):
-        """Order the two red cubes so that only things[0] stands in the relation to the reference,
-        by a margin."""
+        """Order the red cubes -> whether things[0] alone stands in the relation, by a margin."""
         x, y = self.plate if ref == "plate" else self.button
-        axes = {"left of": (-1, 0), "right of": (1, 0), "behind": (0, -1), "in front of": (0, 1)}
-        axis = axes.get(side)
+        axis = SIDES.get(side)
 
         def score(t):
             if axis:
                 return (t.x - x) * axis[0] + (t.y - y) * axis[1]
-            return math.hypot(t.x - x, t.y - y) * (-1 if side == "nearest to" else 1)
+            return math.dist(t.at, (x, y)) * (-1 if side == "nearest to" else 1)
 
         self.things.sort(key=score, reverse=True)
         a, b = map(score, self.things)
@@ -239,16 +230,14 @@ class Tabletop:
         return next(thing for thing in self.things if thing.name == name)
 
     def handle(self):
-        """Place (x, y) of the drawer's handle."""
-        return self.drawer_x, -EDGE + 0.03 + self.drawer
+        """Place (x, y) of the drawer's handle, None without a drawer."""
+        return None if self.drawer_x is None else (self.drawer_x, -EDGE + 0.03 + self.drawer)
 
     # ---- step
 
     def step(self, action):
-        """Apply one action (7,). Returns (obs, success, done); done also at the step limit.
-
-        Raises ValueError when the action is not 7 finite numbers.
-        """
+        """Apply one action (7,) -> (obs, success, done); done also at the step limit. ValueError
+        when the action is not 7 finite numbers."""
         success = self.advance(action)
         return self.observe(), success, success or self.steps >= self.limit
 
@@ -265,9 +254,8 @@ class Tabletop:
             new = np.array([old[0], self.handle()[1], old[2]])
         self.pos = new
         self.rpy = np.clip(self.rpy + TURN * action[3:6], -0.5, 0.5)
-        if isinstance(self.held, Thing):
-            thing = self.held
-            thing.x, thing.y, thing.z = (float(v) for v in new + self.grip)
+        if isinstance(thing := self.held, Thing):
+            thing.x, thing.y, thing.z = map(float, new + self.grip)
             if thing.z < 0:  # the table is in the way
                 self.pos, thing.z = new - [0, 0, thing.z], 0.0
         self._fingers(float(action[6]))
@@ -284,18 +272,17 @@ class Tabletop:
             self.aperture = max(self.aperture, 0.4)  # an object fills the rest
             if self.aperture > 0.6:
                 thing, self.held = self.held, None
-                if isinstance(thing, Thing):
+                if thing != "drawer":
                     self._fall(thing)
             return
         if self.aperture > 0.5 or command <= 0 or np.abs(self.rpy).max() > 0.4:
             return
-        x, y, z = self.pos
-        if self.drawer_x is not None and z < 0.04 and math.dist((x, y), self.handle()) < 0.018:
+        (x, y, z), handle = self.pos, self.handle()
+        if handle and z < 0.04 and math.dist((x, y), handle) < 0.018:
             self.held = "drawer"
         for thing in self.things:
-            if math.hypot(thing.x - x, thing.y - y) < 0.016 and -0.005 < z - thing.z < 0.036:
-                if self._above_it(thing):
-                    continue
+            around = math.dist(thing.at, (x, y)) < 0.016 and -0.005 < z - thing.z < 0.036
+            if around and not self._above_it(thing):
                 self.held, thing.on = thing, "gripper"
                 self.grip = np.array([thing.x - x, thing.y - y, thing.z - z])
                 break
@@ -305,15 +292,15 @@ class Tabletop:
     def _above_it(self, thing):
         """The things that stand on this one."""
         return [t for t in self.things if t is not thing and t.on == thing.name and t.z > thing.z
-                and math.hypot(t.x - thing.x, t.y - thing.y) < 0.03]
+                and math.dist(t.at, thing.at) < 0.03]
 
     def _fall(self, thing):
         """Drop a released thing onto what is below: another thing, the plate, or the table."""
         thing.z, thing.on = 0.0, "table"
-        if math.dist((thing.x, thing.y), self.plate) < PLATE - 0.005:
+        if math.dist(thing.at, self.plate) < PLATE - 0.005:
             thing.on = "plate"
         for other in sorted(self.things, key=lambda t: t.z):
-            gap = math.hypot(thing.x - other.x, thing.y - other.y)
+            gap = math.dist(thing.at, other.at)
             if other is thing or gap > 0.9 * SIZE:
                 continue
             if gap < 0.022:
@@ -329,7 +316,7 @@ class Tabletop:
         for other in (thing, *self._above_it(thing)):
             other.x = min(max(other.x + dx, -EDGE + 0.02), EDGE - 0.02)
             other.y = min(max(other.y + dy, -EDGE + 0.02), EDGE - 0.02)
-        if thing.on == "plate" and math.dist((thing.x, thing.y), self.plate) > PLATE:
+        if thing.on == "plate" and math.dist(thing.at, self.plate) > PLATE:
             thing.on = "table"
 
     def _push(self):
@@ -340,39 +327,24 @@ class Tabletop:
         for thing in self.things:
             if thing is carried or not thing.z - 0.005 < low < thing.z + SIZE:
                 continue
-            gap = math.hypot(thing.x - x, thing.y - y)
-            if carried:
-                radius = SIZE
-            elif self.aperture < 0.5:
-                radius = 0.03
-            elif gap < 0.02:  # between the open fingers: free to move 12 mm, then dragged along
-                if gap > 0.012:
+            gap = math.dist(thing.at, (x, y))
+            if not carried and self.aperture >= 0.5 and gap < 0.02:
+                if gap > 0.012:  # between the open fingers: free to move 12 mm, then dragged along
                     self._shift(thing, x, y, 0.012)
                 continue
-            else:
-                radius = 0.034
+            radius = SIZE if carried else 0.03 if self.aperture < 0.5 else 0.034
             if gap < radius:
                 self._shift(thing, x, y, min(radius, gap + STEP))
 
     def satisfied(self, goal):
         """Is this goal (verb, object, destination) reached in the present state?"""
         verb, name, dest = goal
-        if verb == "on":
-            return self.find(name).on == dest
-        if verb == "press":
-            return self.lit
-        if verb == "open":
-            return self.drawer > OPEN
-        if verb == "close":
-            return self.drawer < CLOSED
+        if name in ("button", "drawer"):
+            return {"press": self.lit, "open": self.drawer > OPEN,
+                    "close": self.drawer < CLOSED}[verb]
         thing = self.find(name)
-        if verb == "lift":
-            return self.held is thing and thing.z > 0.06
-        return self.begin[name][0] - thing.x > 0.06  # push to the left
-
-    def goal(self):
-        """The first goal that is not reached yet (the last one when all are)."""
-        return next((g for g in self.goals if not self.satisfied(g)), self.goals[-1])
+        return {"on": thing.on == dest, "lift": self.held is thing and thing.z > 0.06,
+                "push": self.begin[name] - thing.x > 0.06}[verb]  # to the left
 
     # ---- render
 
@@ -387,34 +359,32 @@ class Tabletop:
         fixed, moving = self._shapes()
         key = (n, self.tilt, tuple(fixed))
         if self.still[0] != key:  # what does not move is painted once
-            image = np.empty((n, n, 3), np.float32)
-            image[:] = (206, 192, 170)
+            image = np.full((n, n, 3), (206, 192, 170), np.float32)
             self.still = (key, paint(image, fixed))
-        image = paint(self.still[1].copy(), moving)
-        return (image + 0.5).astype(np.uint8)
+        return (paint(self.still[1].copy(), moving) + 0.5).astype(np.uint8)
 
     def _shapes(self):
         """What the camera sees, back to front, in metres, as two lists (fixed, moving) of
         (is disc, x, y, half width, half height, half width of the gap, r, g, b, alpha)."""
-        fixed, moving = [], []
+        shapes = []
 
-        def add(disc, x, y, z, rx, ry, color, alpha=1.0, gap=0.0, to=moving):
-            to.append((disc, x, y - self.tilt * z, rx, ry, gap, *color, alpha))
+        def add(disc, x, y, z, rx, ry, color, alpha=1.0, gap=0.0):
+            shapes.append((disc, x, y - self.tilt * z, rx, ry, gap, *color, alpha))
 
-        add(1, *self.plate, 0, PLATE, PLATE, COLORS["white"], to=fixed)
-        add(1, *self.plate, 0, PLATE - 0.012, PLATE - 0.012, (215, 215, 225), to=fixed)
+        add(1, *self.plate, 0, PLATE, PLATE, (250, 250, 250))
+        add(1, *self.plate, 0, PLATE - 0.012, PLATE - 0.012, (215, 215, 225))
         if self.button:
-            add(0, *self.button, 0, BUTTON, BUTTON, (70, 70, 70), to=fixed)
-            light = (60, 240, 240) if self.lit else (135, 135, 135)
-            add(1, *self.button, 0, 0.017, 0.017, light, to=fixed)
-        if self.drawer_x is not None:
-            x, y = self.handle()
-            add(0, x, -EDGE + (y + EDGE) / 2, 0, 0.05, (y + EDGE) / 2, (125, 85, 45), to=fixed)
-            add(0, x, y, 0.02, 0.025, 0.008, (60, 40, 20), to=fixed)
+            add(0, *self.button, 0, BUTTON, BUTTON, (70, 70, 70))
+            add(1, *self.button, 0, 0.017, 0.017, (60, 240, 240) if self.lit else (135, 135, 135))
+        if handle := self.handle():
+            x, y = handle
+            add(0, x, -EDGE + (y + EDGE) / 2, 0, 0.05, (y + EDGE) / 2, (125, 85, 45))
+            add(0, x, y, 0.02, 0.025, 0.008, (60, 40, 20))
+        fixed = len(shapes)
         for thing in sorted(self.things, key=lambda t: t.z):
             ball, half = thing.name.endswith("ball"), SIZE / 2 * (1 + 1.5 * thing.z)
-            if thing.z > 0:
-                shade = 0.4 * thing.z
+            shade = 0.4 * thing.z
+            if shade > 0:
                 add(ball, thing.x + shade, thing.y + shade, 0, half, half, (0, 0, 0), 0.35)
             add(ball, thing.x, thing.y, thing.z, half, half, COLORS[thing.name.split()[0]])
             if ball:
@@ -426,71 +396,55 @@ class Tabletop:
             wide, slit = (spread + 0.006) * zoom, (spread - 0.006) * zoom
             add(0, x + shade, y + shade, height, wide, 0.018 * zoom, color, alpha, slit)
             add(0, x + shade, y + shade - 0.018 * zoom, height, wide, 0.004 * zoom, color, alpha)
-        return fixed, moving
+        return shapes[:fixed], shapes[fixed:]
 
     # ---- expert
 
     def expert(self):
-        """The scripted expert, a smooth function of the present state (so perturbed states show
-        recoveries).
-
-        Returns (action (7,) in [-1, 1], plan): plan = {"phase", "target" (name), "at" (x, y of the
-        target), "move" (3,) m to the waypoint, "grip"}. Speed is limited isotropically and falls
-        off proportionally near the waypoint, height is blended with the distance left: chunks of
-        its actions are predictable from the scene.
-        """
-        verb, name, dest = self.goal()
+        """The scripted expert -> (action (7,) in [-1, 1], plan): {"phase", "target" (name), "at"
+        (x, y of the target), "move" (3,) m to the waypoint, "grip"}. A smooth function of the
+        present state (so perturbed states show recoveries): speed falls off near the waypoint,
+        height is blended with the distance left. So its chunks can be predicted from the scene."""
+        todo = (goal for goal in self.goals if not self.satisfied(goal))
+        verb, name, dest = next(todo, self.goals[-1])
         x, y, z = self.pos
-        held = self.held
-        needed = name if verb in ("on", "lift") else "drawer" if verb in ("open", "close") else None
-        holding = held is not None and (held if held == "drawer" else held.name) == needed
-        if needed and needed != "drawer" and isinstance(held, Thing):
-            holding = held is self.find(needed)
-        if held is not None and not holding:  # something else is in the hand: put it down here
-            way = np.array([x, y, z if held == "drawer" else 0.02])
-            return self._act("drop", "gripper", (x, y), way, -self._near(0.0, way[2] - z))
+        thing = name if name in ("button", "drawer") else self.find(name)
+        wanted = None if verb in ("press", "push") else thing
+        if self.held not in (None, wanted):  # something else is in the hand: put it down here
+            way, near = self._approach((x, y), z if self.held == "drawer" else 0.02)
+            return self._act("drop", "gripper", (x, y), way, -near)
         if verb == "press":
-            return self._act("press", name, self.button, self._above(*self.button, 0.0), 1.0)
+            return self._act("press", name, self.button, self._approach(self.button, 0.0)[0], 1.0)
+        at, low = (self.handle(), 0.02) if thing == "drawer" else (thing.at, thing.z + 0.02)
         if verb == "push":
-            thing = self.find(name)
-            start = (thing.x + 0.05, thing.y)
-            dx, dy = x - thing.x, y - thing.y
-            if dx > 0.02 and abs(dy) < 0.012 and dx < 0.07 and z < 0.035:
-                way = np.array([thing.x - 0.02, thing.y, 0.02])
-                return self._act("push", name, (thing.x, thing.y), way, 1.0)
-            return self._act("reach", name, (thing.x, thing.y), self._above(*start, 0.02), 1.0)
-        if not holding:
-            if needed == "drawer":
-                at, low = self.handle(), 0.02
-            else:
-                thing = self.find(name)
-                at, low = (thing.x, thing.y), thing.z + 0.02
-            way = self._above(*at, low)
-            grip = self._near(math.dist((x, y), at), z - low)
-            return self._act("grasp" if grip > 0 else "reach", name, at, way, grip)
-        if verb in ("open", "close"):
-            way = np.array([x, y + (0.12 if verb == "open" else -0.12), z])
-            return self._act("pull" if verb == "open" else "shut", name, self.handle(), way, 1.0)
+            if 0.02 < x - thing.x < 0.07 and abs(y - thing.y) < 0.012 and z < 0.035:
+                return self._act("push", name, at, np.array([thing.x - 0.02, thing.y, 0.02]), 1.0)
+            way, _ = self._approach((thing.x + 0.05, thing.y), 0.02)
+            return self._act("reach", name, at, way, 1.0)
+        if self.held is None:
+            way, near = self._approach(at, low)
+            return self._act("grasp" if near > 0 else "reach", name, at, way, near)
+        if thing == "drawer":
+            phase, pull = ("pull", 0.12) if verb == "open" else ("shut", -0.12)
+            return self._act(phase, name, at, np.array([x, y + pull, z]), 1.0)
         if verb == "lift":
             return self._act("lift", name, (x, y), np.array([x, y, 0.14]), 1.0)
-        if dest == "plate":
-            at, low = self.plate, 0.0
-        else:
+        at, low = self.plate, 0.0
+        if dest != "plate":
             base = self.find(dest)
-            at, low = (base.x, base.y), base.z + SIZE
-        low = low + 0.004 - self.grip[2]
-        spot = (at[0] - self.grip[0], at[1] - self.grip[1])
-        grip = -self._near(math.dist((x, y), spot), z - low)
-        return self._act("place" if grip < 0 else "carry", dest, at, self._above(*spot, low), grip)
+            at, low = base.at, base.z + SIZE
+        dx, dy, dz = self.grip
+        way, near = self._approach((at[0] - dx, at[1] - dy), low + 0.004 - dz)
+        return self._act("place" if near > 0 else "carry", dest, at, way, -near)
 
-    def _above(self, x, y, low):
-        """Waypoint over (x, y): travel height far away, down to `low` within the last 6 cm."""
-        far = min(max((math.hypot(x - self.pos[0], y - self.pos[1]) - 0.015) / 0.05, 0.0), 1.0)
-        return np.array([x, y, low + (max(HOVER, low + 0.05) - low) * far * far * (3 - 2 * far)])
-
-    def _near(self, gap, dz):
-        """+1 at the pose, -1 away from it, smooth between (m): commands the fingers."""
-        return math.tanh(3 * (1 - math.hypot(gap, dz) / 0.011))
+    def _approach(self, at, low):
+        """-> waypoint over `at`: travel height far away, down to `low` within the last 6 cm; and
+        nearness to its end, from -1 away to +1 there, smooth (m): it commands the fingers."""
+        gap = math.dist(self.pos[:2], at)
+        far = min(max((gap - 0.015) / 0.05, 0.0), 1.0)
+        height = low + (max(HOVER, low + 0.05) - low) * far * far * (3 - 2 * far)
+        near = math.tanh(3 * (1 - math.hypot(gap, self.pos[2] - low) / 0.011))
+        return np.array([*at, height]), near
 
     def _act(self, phase, target, at, way, grip):
         move = way - self.pos
@@ -498,7 +452,7 @@ class Tabletop:
         x, y, z = self.pos
         # the fingers still enclose something that is not wanted: rise before moving sideways
         for thing in self.things:
-            inside = math.hypot(thing.x - x, thing.y - y) < 0.045 and z < thing.z + SIZE
+            inside = math.dist(thing.at, (x, y)) < 0.045 and z < thing.z + SIZE
             if inside and thing is not self.held and (thing.name != target or phase == "carry"):
                 free = min(max((z - thing.z - 0.015) / 0.03, 0.0), 1.0)
                 u = np.array([u[0] * free, u[1] * free, max(u[2], 1.0 - free)])
@@ -508,114 +462,92 @@ class Tabletop:
         return action, {"phase": phase, "target": target, "at": at, "move": move, "grip": grip}
 
     def follow(self, text):
-        """Let the expert carry out one instruction of the goal suite in the present state; True
-        when it succeeds."""
+        """Let the expert carry out an instruction of the goal suite from here -> success."""
         self.instruct(text, [GOALS[text]], LIMITS["chain"])
         if self.satisfied(GOALS[text]):
             return False  # nothing left to do: not a task
-        while self.steps < self.limit:
-            if self.advance(self.expert()[0]):
-                return True
-        return False
+        return any(self.advance(self.expert()[0]) for _ in range(self.limit))
 
     def clone(self):
         """An independent copy of the present state."""
-        twin = Tabletop.__new__(Tabletop)
-        twin.__dict__.update(self.__dict__)
-        twin.things = [Thing(t.name, t.x, t.y, t.z, t.on) for t in self.things]
+        twin = copy.copy(self)
+        twin.things = [copy.copy(thing) for thing in self.things]
         if isinstance(self.held, Thing):
             twin.held = twin.things[self.things.index(self.held)]
         return twin
 
 
-# ---- CALVIN's protocol on this world
+# ---- evaluation trials of evaluate.py; chains are CALVIN's protocol on this world
 
 
 def chain(number):
-    """Chain `number`: (trial of the goal suite's task 0, [five instructions]).
-
-    As CALVIN's, chains are feasible: the expert finishes all five from the initial state chosen.
-    """
+    """Chain `number`: (trial of the goal suite's task 0, [five instructions]). As CALVIN's, chains
+    are feasible: the expert finishes all five from the initial state chosen."""
     rng = np.random.default_rng([2, number])
     while True:
         picks = [list(GOALS)[i] for i in rng.choice(len(GOALS), 5, replace=False)]
         trial = int(rng.integers(1 << 40))
-        plates = sum(p.endswith("plate") for p in picks)
-        if plates > 1 or sum(p.startswith("stack") for p in picks) > 1:
-            continue
+        plates, stacks = (sum(word in p for p in picks) for word in ("plate", "stack"))
         env = Tabletop("goal")
         env.place(0, trial, "eval")
-        if all(env.follow(text) for text in picks):
+        if plates < 2 and stacks < 2 and all(env.follow(text) for text in picks):
             return trial, picks
 
 
-# ---- evaluation trials of evaluate.py
-
-
 class Trial:
-    """One episode, or one chain of instructions without reset, in its own environment."""
+    """One episode of a suite, or chain number `seed`, in its own environment."""
 
-    def __init__(self, env, suite, task, seed, todo=()):
-        self.env, self.suite, self.task, self.seed, self.todo = env, suite, task, seed, list(todo)
+    def __init__(self, suite, task, seed):
+        self.suite, self.task, self.seed, self.todo = suite, task, seed, []
         self.done, self.solved, self.frames, self.film = False, 0, [], False
+        self.env = Tabletop("goal" if suite == "chain" else suite)
+        if suite == "chain":
+            seed, self.todo = chain(seed)
+        self.env.place(task, seed, "eval")
+        if self.todo:
+            self.next()
 
-    def shoot(self):
-        if not self.film:
-            return
-        picture = Image.new("RGB", (256, 280), "white")
-        picture.paste(Image.fromarray(self.env.render(256)), (0, 24))
-        ImageDraw.Draw(picture).text((4, 6), self.env.instruction[:48], "black")
-        self.frames.append(picture)
+    def next(self):
+        """The chain's next instruction, in the state that the last one left; done when none is."""
+        self.done = not self.todo
+        if self.todo:
+            text = self.todo.pop(0)
+            self.env.instruct(text, [GOALS[text]], LIMITS["chain"])
 
     def act(self, actions):
-        """Carry out a chunk's actions (K, 7), or as many as the trial lasts."""
+        """Carry out a chunk's actions (K, 7), or as many as the instruction lasts."""
         for action in actions:
             success = self.env.advance(action)
             self.shoot()
             if success:
                 self.solved += 1
-                self.next()
-                return
+                return self.next()
             if self.env.steps >= self.env.limit:
                 self.done = True
-                return
+                return None
+
+    def shoot(self):
+        if self.film:
+            picture = Image.new("RGB", (256, 280), "white")
+            picture.paste(Image.fromarray(self.env.render(256)), (0, 24))
+            ImageDraw.Draw(picture).text((4, 6), self.env.instruction[:48], "black")
+            self.frames.append(picture.quantize(64))
 
     def save(self, folder):
         """The frames, if any were shot, as folder/SUITE_TASK_OUTCOME.gif."""
-        if not self.frames:
-            return
-        folder = pathlib.Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        frames = [f.quantize(64) for f in self.frames]
-        name = f"{self.suite}_{self.task}_{'success' if self.solved else 'failure'}.gif"
-        frames += frames[-1:] * 6
-        frames[0].save(folder / name, save_all=True, append_images=frames[1:], duration=120, loop=0)
-
-    def next(self):
-        """The chain's next instruction, in the state that the last one left; done when none is."""
-        if not self.todo:
-            self.done = True
-            return
-        text = self.todo.pop(0)
-        self.env.instruct(text, [GOALS[text]], LIMITS["chain"])
+        if self.frames:
+            outcome = "success" if self.solved else "failure"
+            path = pathlib.Path(folder) / f"{self.suite}_{self.task}_{outcome}.gif"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            first, *rest = self.frames + self.frames[-1:] * 6
+            first.save(path, save_all=True, append_images=rest, duration=120, loop=0)
 
 
 def make_trials(suites, trials, chains):
     """The fixed evaluation trials of each suite (10 tasks x trials), and the chains."""
-    made = []
-    for suite in suites:
-        for task in range(10 if suite != "chain" else 0):
-            for seed in range(trials):
-                env = Tabletop(suite)
-                env.place(task, seed, "eval")
-                made.append(Trial(env, suite, task, seed))
-    for number in range(chains if "chain" in suites else 0):
-        state, todo = chain(number)
-        env = Tabletop("goal")
-        env.place(0, state, "eval")
-        made.append(Trial(env, "chain", 0, number, todo))
-        made[-1].next()
-    return made
+    made = [Trial(suite, task, seed) for suite in suites if suite != "chain"
+            for task in range(10) for seed in range(trials)]
+    return made + [Trial("chain", 0, n) for n in range(chains if "chain" in suites else 0)]
 
 
 def drive(policy, trials, batch, execute=0, ensemble=0.0):
@@ -628,11 +560,10 @@ def drive(policy, trials, batch, execute=0, ensemble=0.0):
         for start in range(0, len(active), batch):
             part = active[start : start + batch]
             seen = [trial.env.observe() for trial in part]
-            chunks = policy.act_batch(
-                [o["image"] for o in seen], [o["instruction"] for o in seen],
-                np.stack([o["state"] for o in seen]))  # (B, K, A)
-            for trial, o, chunk in zip(part, seen, chunks):
-                trial.act(plans[trial](chunk, o["instruction"]))
+            images, states, texts = ([o[k] for o in seen] for k in seen[0])
+            chunks = policy.act_batch(images, texts, np.stack(states))  # (B, K, A)
+            for trial, text, chunk in zip(part, texts, chunks):
+                trial.act(plans[trial](chunk, text))
         left = [trial for trial in active if not trial.done]
         bar.update(len(active) - len(left))
         active = left
@@ -644,21 +575,20 @@ def drive(policy, trials, batch, execute=0, ensemble=0.0):
 
 def cell(x, y):
     """Name of the 5 cm cell at (x, y): column a-h left to right, row 1-8 back to front."""
-    column = min(max(int((x + EDGE) / 0.05), 0), 7)
-    row = min(max(int((y + EDGE) / 0.05), 0), 7)
-    return "abcdefgh"[column] + str(row + 1)
+    column, row = (min(max(int((v + EDGE) / 0.05), 0), 7) for v in (x, y))
+    return f"{'abcdefgh'[column]}{row + 1}"
+
+
+def fixtures(env):
+    """[(name, x, y)] of what stays on the table."""
+    spots = {"plate": env.plate, "button": env.button, "drawer handle": env.handle()}
+    return [(name, *spot) for name, spot in spots.items() if spot]
 
 
 def named_places(env):
     """[(name, x, y)] of everything on the table that has a name of its own."""
     names = [t.name for t in env.things]
-    places = [(t.name, t.x, t.y) for t in env.things if names.count(t.name) == 1]
-    places.append(("plate", *env.plate))
-    if env.button:
-        places.append(("button", *env.button))
-    if env.drawer_x is not None:
-        places.append(("drawer handle", *env.handle()))
-    return places
+    return [(t.name, *t.at) for t in env.things if names.count(t.name) == 1] + fixtures(env)
 
 
 def hand(env):
@@ -675,8 +605,7 @@ def heading(plan):
     """The expert's next move in words: "right 11, front 4, down 8, open", in centimetres."""
     words, sides = [], (("left", "right"), ("back", "front"), ("down", "up"))
     for delta, (minus, plus) in zip(plan["move"], sides):
-        count = int(100 * abs(delta) + 0.5)
-        if count:
+        if count := int(100 * abs(delta) + 0.5):
             words.append(f"{plus if delta > 0 else minus} {count}")
     words.append("close" if plan["grip"] > 0 else "open")
     return ", ".join(words)
@@ -697,62 +626,16 @@ def point(x, y):
 
 def caption(env, place=cell):
     """Everything on the table in words, each with its place, in the order of cells."""
-    places = sorted((cell(t.x, t.y), t.name, t.x, t.y) for t in env.things)
-    places = [(name, x, y) for _, name, x, y in places] + [
-        p for p in named_places(env) if p[0] in ("plate", "button", "drawer handle")]
+    things = sorted(env.things, key=lambda t: (cell(*t.at), t.name, t.x, t.y))
+    places = [(t.name, *t.at) for t in things] + fixtures(env)
     _, height, grip = hand(env)
     text = ", ".join(f"{name} {place(x, y)}" for name, x, y in places)
     text += f", gripper {place(*env.pos[:2])} {height} {grip}"
     return text + (", light on" if env.lit else "")
 
 
-def _where(env, rng):
-    name, x, y = _pick(rng, named_places(env))
-    return f"Where is the {name}?", f"The {name} is at {cell(x, y)}.", cell(x, y)
-
-
-def _what(env, rng):
-    places = [(t.name, t.x, t.y) for t in env.things] + named_places(env)[-3:]
-    _, x, y = _pick(rng, places)
-    if rng.random() < 0.15:
-        x, y = rng.uniform(-EDGE, EDGE, 2)
-    where = cell(x, y)
-    stack = [t.name for t in sorted(env.things, key=lambda t: -t.z) if cell(t.x, t.y) == where]
-    under = [n for n, px, py in named_places(env) if n not in OBJECTS and cell(px, py) == where]
-    answer = (stack + under + ["nothing"])[0]
-    return f"What is at {where}?", f"At {where} there is {answer}.", answer
-
-
-def _point(env, rng):
-    name, x, y = _pick(rng, [*named_places(env), ("gripper", *env.pos[:2])])
-    return f"Point to the {name}.", f"The {name} is at {cell(x, y)}.", point(x, y)
-
-
-def _points(env, rng):
-    _, reason, _ = _caption(env, rng)
-    return "Point to everything.", reason, caption(env, point)
-
-
-def _relation(env, rng):
-    places = named_places(env)
-    (a, ax, ay), (b, bx, by) = (places[i] for i in rng.permutation(len(places))[:2])
-    if abs(ax - bx) > abs(ay - by):
-        question, answer = f"Is the {a} left or right of the {b}?", "left" if ax < bx else "right"
-    else:
-        question = f"Is the {a} behind or in front of the {b}?"
-        answer = "behind" if ay < by else "in front"
-    return question, f"The {a} is at {cell(ax, ay)}. The {b} is at {cell(bx, by)}.", answer
-
-
-def _holding(env, rng):
-    at, height, grip = hand(env)
-    answer = grip.removeprefix("holding the ") if env.held is not None else "nothing"
-    return "What is the gripper holding?", f"The gripper is at {at}, {height}, {grip}.", answer
-
-
-def _gripper(env, rng):
-    answer = ", ".join(hand(env))
-    return "Where is the gripper?", f"The gripper is at {answer}.", answer
+def _pick(rng, options):
+    return options[int(rng.integers(len(options)))]
 
 
 def _choices(rng, right, wrong):
@@ -763,80 +646,84 @@ def _choices(rng, right, wrong):
     return text, "ABC"[list(order).index(0)]
 
 
-def _choice(env, rng):
-    name, x, y = _pick(rng, named_places(env))
-    others = [p[0] for p in named_places(env)] + list(rng.permutation(OBJECTS))
-    wrong = [str(o) for o in rng.permutation(others) if all(o != n or cell(a, b) != cell(x, y)
-             for n, a, b in named_places(env))]
-    text, letter = _choices(rng, name, wrong)
-    return f"Which one is at {cell(x, y)}? {text}", f"At {cell(x, y)} there is {name}.", letter
+# kind of question -> weight. Each is asked both ways, directly and with a thought.
+SCENE = {"where": 4, "what": 4, "relation": 2, "holding": 1, "gripper": 2, "choice": 1,
+         "caption": 4, "point": 4, "points": 5}
+TASK = {"target": 2, "direction": 8, "phase": 1, "fingers": 1, "movement": 1, "trajectory": 2}
 
 
-def _caption(env, rng):
-    at, height, grip = hand(env)
-    return "Describe the scene.", f"The gripper is at {at}, {height}, {grip}.", caption(env)
+def scene_question(kind, env, rng):
+    """A question about what the image shows -> (question, thought, answer)."""
+    places, (at, height, grip) = named_places(env), hand(env)
+    if kind in ("where", "choice"):
+        name, x, y = _pick(rng, places)
+        where = cell(x, y)
+        if kind == "where":
+            return f"Where is the {name}?", f"The {name} is at {where}.", where
+        others = [p[0] for p in places] + list(rng.permutation(OBJECTS))
+        there = [n for n, *spot in places if cell(*spot) == where]
+        wrong = [str(o) for o in rng.permutation(others) if o not in there]
+        text, letter = _choices(rng, name, wrong)
+        return f"Which one is at {where}? {text}", f"At {where} there is {name}.", letter
+    if kind == "what":
+        _, x, y = _pick(rng, [(t.name, *t.at) for t in env.things] + places[-3:])
+        if rng.random() < 0.15:
+            x, y = rng.uniform(-EDGE, EDGE, 2)
+        where = cell(x, y)
+        stack = [t.name for t in sorted(env.things, key=lambda t: -t.z) if cell(*t.at) == where]
+        under = [name for name, *spot in fixtures(env) if cell(*spot) == where]
+        answer = (stack + under + ["nothing"])[0]
+        return f"What is at {where}?", f"At {where} there is {answer}.", answer
+    if kind == "point":
+        name, x, y = _pick(rng, [*places, ("gripper", *env.pos[:2])])
+        return f"Point to the {name}.", f"The {name} is at {cell(x, y)}.", point(x, y)
+    if kind == "relation":
+        (a, ax, ay), (b, bx, by) = (places[i] for i in rng.permutation(len(places))[:2])
+        if abs(ax - bx) > abs(ay - by):
+            answer = "left" if ax < bx else "right"
+            question = f"Is the {a} left or right of the {b}?"
+        else:
+            question = f"Is the {a} behind or in front of the {b}?"
+            answer = "behind" if ay < by else "in front"
+        return question, f"The {a} is at {cell(ax, ay)}. The {b} is at {cell(bx, by)}.", answer
+    seen = f"The gripper is at {at}, {height}, {grip}."
+    return {
+        "holding": ("What is the gripper holding?", seen,
+                    "nothing" if env.held is None else grip.removeprefix("holding the ")),
+        "gripper": ("Where is the gripper?", seen, f"{at}, {height}, {grip}"),
+        "caption": ("Describe the scene.", seen, caption(env)),
+        "points": ("Point to everything.", seen, caption(env, point))}[kind]
 
 
-def _task(env, question):
-    return f"Instruction: {env.instruction}\n{question}"
-
-
-def _target(env, rng):
+def task_question(kind, env, rng):
+    """A question about the expert's next move -> (question, thought, answer)."""
     _, plan = env.expert()
-    return _task(env, "Where is the target?"), thought(env, plan), cell(*plan["at"])
-
-
-def _direction(env, rng):
-    _, plan = env.expert()
-    return _task(env, "Which way should the gripper move?"), thought(env, plan), heading(plan)
-
-
-def _phase(env, rng):
-    _, plan = env.expert()
-    return _task(env, "Which phase is it?"), thought(env, plan), plan["phase"]
-
-
-def _fingers(env, rng):
-    _, plan = env.expert()
-    answer = "close" if plan["grip"] > 0 else "open"
-    return _task(env, "Should the fingers open or close?"), thought(env, plan), answer
-
-
-def _movement(env, rng):
-    _, plan = env.expert()
-    wrong = []
-    for _ in range(4):
-        move = plan["move"] * rng.choice([-1.0, 1.0, 0.0], 3) + rng.normal(0, 0.05, 3)
-        wrong.append(heading({"move": move, "grip": rng.choice([-1, 1])}))
-    text, letter = _choices(rng, heading(plan), wrong)
-    return _task(env, f"Which movement is next? {text}"), thought(env, plan), letter
-
-
-def _trajectory(env, rng):
-    _, plan = env.expert()
-    ahead, cells = env.clone(), [cell(*env.pos[:2])]
-    for _ in range(4):
-        for _ in range(3):
-            ahead.advance(ahead.expert()[0])
-        cells.append(cell(*ahead.pos[:2]))
-    return _task(env, "Trace the path of the gripper."), thought(env, plan), " ".join(cells)
-
-
-# kind of question -> (maker, weight). Each is asked both ways, directly and with a thought.
-SCENE = {"where": (_where, 4), "what": (_what, 4), "relation": (_relation, 2),
-         "holding": (_holding, 1), "gripper": (_gripper, 2), "choice": (_choice, 1),
-         "caption": (_caption, 4), "point": (_point, 4), "points": (_points, 5)}
-TASK = {"target": (_target, 2), "direction": (_direction, 8), "phase": (_phase, 1),
-        "fingers": (_fingers, 1), "movement": (_movement, 1), "trajectory": (_trajectory, 2)}
-
-
-def _pick(rng, options):
-    return options[int(rng.integers(len(options)))]
+    if kind == "movement":
+        wrong = []
+        for _ in range(4):
+            move = plan["move"] * rng.choice([-1.0, 1.0, 0.0], 3) + rng.normal(0, 0.05, 3)
+            wrong.append(heading({"move": move, "grip": rng.choice([-1, 1])}))
+        text, answer = _choices(rng, heading(plan), wrong)
+        question = f"Which movement is next? {text}"
+    elif kind == "trajectory":
+        ahead, cells = env.clone(), [cell(*env.pos[:2])]
+        for _ in range(4):
+            for _ in range(3):
+                ahead.advance(ahead.expert()[0])
+            cells.append(cell(*ahead.pos[:2]))
+        question, answer = "Trace the path of the gripper.", " ".join(cells)
+    else:
+        question, answer = {
+            "target": ("Where is the target?", cell(*plan["at"])),
+            "direction": ("Which way should the gripper move?", heading(plan)),
+            "phase": ("Which phase is it?", plan["phase"]),
+            "fingers": ("Should the fingers open or close?",
+                        "close" if plan["grip"] > 0 else "open")}[kind]
+    return f"Instruction: {env.instruction}\n{question}", thought(env, plan), answer
 
 
 def random_state(rng, size=64, tilt=0.0):
-    """A scene in the middle of some task: a random suite and task, the expert run for a while,
-    sometimes disturbed."""
+    """A scene in the middle of a random task, sometimes disturbed."""
     env = Tabletop(_pick(rng, SUITES), size, tilt)
     env.place(int(rng.integers(10)), int(rng.integers(1 << 40)), "train")
     if rng.random() < 0.4:  # anywhere above the table
@@ -856,15 +743,15 @@ def conversation(seed, number, size=64, tilt=0.0):
     """Conversation `number`: (image, [(kind, question, thought or None, answer), ...])."""
     rng = np.random.default_rng([3, seed, number])
     env = random_state(rng, size, tilt)
-    makers = {**SCENE, **TASK}
-    weights = np.array([w for _, w in makers.values()], float)
+    kinds = SCENE | TASK
+    shares = np.array(list(kinds.values())) / sum(kinds.values())
     count = 1 if number % 4 == 0 else 5  # a quarter of single questions, held-out scores use those
     turns = []
-    for kind in rng.choice(list(makers), count, replace=False, p=weights / weights.sum()):
-        question, reason, answer = makers[kind][0](env, rng)
-        turns.append((str(kind), question, reason if rng.random() < 0.5 else None, answer))
-    # last, or the rest could be copied from them
-    turns.sort(key=lambda turn: turn[0] in ("caption", "points"))
+    for kind in rng.choice(list(kinds), count, replace=False, p=shares).tolist():
+        ask = scene_question if kind in SCENE else task_question
+        question, reason, answer = ask(kind, env, rng)
+        turns.append((kind, question, reason if rng.random() < 0.5 else None, answer))
+    turns.sort(key=lambda turn: turn[0] in ("caption", "points"))  # the rest could be copied
     return env.render(), turns
 
 
@@ -872,30 +759,25 @@ def conversation(seed, number, size=64, tilt=0.0):
 
 
 def record(suite, task, seed, noise, size=64, tilt=0.0):
-    """One demonstration: dict of arrays, or None when the expert failed. Some are disturbed.
-
-    Recorded actions are always the expert's for the state seen; disturbed steps execute a random
-    push instead, so that the demonstrations contain recoveries (as in DART, arXiv 1703.09327).
-    """
+    """One demonstration: dict of arrays, or None when the expert failed. Some are disturbed: the
+    recorded actions are always the expert's for the state seen, but disturbed steps execute a
+    random push, so that demonstrations contain recoveries (as in DART, arXiv 1703.09327)."""
     env = Tabletop(suite, size, tilt)
     obs = env.reset(task, seed, split="train")
     rng = np.random.default_rng([4, SUITES.index(suite), task, seed])
     disturbed, left = rng.random() < 0.5, 0
-    frames, states, actions, done, success = [], [], [], False, False
+    steps, done, success = [], False, False
     while not done:
         action, _ = env.expert()
-        frames.append(obs["image"])
-        states.append(obs["state"])
-        actions.append(action.astype(np.float32))
+        steps.append((obs["image"], obs["state"], action.astype(np.float32)))
         if disturbed and left == 0 and rng.random() < noise:
             left, push = int(rng.integers(2, 5)), rng.uniform(-1, 1, 3)
         if left:
             action = np.concatenate([push, action[3:]])
             left -= 1
         obs, success, done = env.step(action)
-    if not success:
-        return None
-    return {"image": np.stack(frames), "state": np.stack(states), "action": np.stack(actions)}
+    arrays = dict(zip(("image", "state", "action"), map(np.stack, zip(*steps))))
+    return arrays if success else None
 
 
 def write_episode(path, arrays, header):
@@ -914,8 +796,7 @@ class Damaged(ValueError):
 
 @contextlib.contextmanager
 def reading(where, *more):
-    """What goes wrong inside becomes Damaged, naming `where` (a file, perhaps a row). more: further
-    kinds of errors."""
+    """What goes wrong inside becomes Damaged, naming `where`. more: further kinds of errors."""
     try:
         yield
     except Damaged:
@@ -941,18 +822,16 @@ def write_episodes(out, made):
         for number, (arrays, header) in enumerate(tqdm(made, "episodes", disable=None)):
             for name, rows in seen.items():
                 rows.append(arrays[name].astype(np.float32))
-                with reading(header["source"]):
-                    if len(bad := np.flatnonzero(~np.isfinite(rows[-1]).all(1))):
-                        raise ValueError(f"{name} of step {bad[0]} is not finite")
-            arrays |= {name: rows[-1] for name, rows in seen.items()}
+                if len(bad := np.flatnonzero(~np.isfinite(rows[-1]).all(1))):
+                    raise ValueError(f"{header['source']}: {name} of step {bad[0]} is not finite; "
+                                     "repair it or copy the dataset again")
+                arrays[name] = rows[-1]
             write_episode(part / f"episode_{number:06d}.safetensors", arrays, header)
         if not seen["action"]:
             raise ValueError(f"no episodes for {out}; give a folder with some as --data")
         stats = {name: statistics(np.concatenate(rows)) for name, rows in seen.items()}
         (part / "stats.json").write_text(json.dumps(stats, indent=1))
         part.replace(out)
-    except ModuleNotFoundError as e:
-        raise SystemExit(f"error: {e}; pip install -r requirements-extras.txt") from e
     except (ValueError, FileExistsError) as e:
         raise SystemExit(f"error: {e}") from e
     finally:
@@ -960,62 +839,59 @@ def write_episodes(out, made):
     print(f"{out}: {number + 1} episodes of {stats['action']['count']} steps")
 
 
-def _episode_job(job):
-    number, seed, noise, size, tilt = job
+def _episode_job(args, number):
+    """Demonstration `number` -> how many failed ones were dropped before it, arrays, header."""
     suite, task = SUITES[number % 4], number // 4 % 10
-    arrays, dropped = None, -1
-    while arrays is None:
-        dropped += 1
-        arrays = record(suite, task, (seed << 24) + (number << 4) + dropped, noise, size, tilt)
-    text = suite_tasks(suite)[task][0]
-    header = {"task": text, "fps": "5", "source": f"tabletop {suite} task {task}"}
-    return dropped, arrays, header
+    header = {"task": suite_tasks(suite)[task][0], "fps": "5",
+              "source": f"tabletop {suite} task {task}"}
+    for dropped in itertools.count():
+        seed = (args.seed << 24) + (number << 4) + dropped
+        if arrays := record(suite, task, seed, args.noise, args.size, args.tilt):
+            return dropped, arrays, header
 
 
-def _save_frame(folder, kind, number, image):
+def _save_frame(args, kind, number, image):
     name = f"{kind}/{number // 1000:04d}/{number:07d}.png"
-    path = pathlib.Path(folder) / name
+    path = pathlib.Path(args.out) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image).save(path, compress_level=1)
     return name
 
 
-def _conversation_job(job):
-    folder, number, seed, size, tilt, single, _ = job
-    image, turns = conversation(seed, number, size, tilt)
-    name, rows, messages = _save_frame(folder, "frames", number, image), [], []
+def _turn(question, reason, answer):
+    think = f"<think>{reason}</think>" if reason else ""
+    return [{"role": "user", "content": question},
+            {"role": "assistant", "content": f"{think}<answer>{answer}</answer>"}]
+
+
+def _conversation_job(args, number):
+    image, turns = conversation(args.seed, number, args.size, args.tilt)
+    name, rows, messages = _save_frame(args, "frames", number, image), [], []
     for kind, question, reason, answer in turns:
-        think = f"<think>{reason}</think>" if reason else ""
-        messages += [{"role": "user", "content": ("" if messages else "<image>") + question},
-                     {"role": "assistant", "content": f"{think}<answer>{answer}</answer>"}]
-        if single or len(turns) == 1:
-            rows.append({"images": [name], "messages": messages,
-                         "kind": kind + ("+think" if reason else "")})
+        messages += _turn(("" if messages else "<image>") + question, reason, answer)
+        if args.single or len(turns) == 1:
+            kind += "+think" if reason else ""
+            rows.append({"images": [name], "messages": messages, "kind": kind})
             messages = []
     return "\n".join(map(json.dumps, rows or [{"images": [name], "messages": messages}]))
 
 
-def _thought_action_job(job):
+def _thought_action_job(args, number):
     """A thought followed by the expert's next actions: not in the paper's data, see sft.py."""
-    folder, number, seed, size, tilt, _, horizon = job
-    env = random_state(np.random.default_rng([5, seed, number]), size, tilt)
-    name = _save_frame(folder, "thought_frames", number, env.render())
-    _, plan = env.expert()
-    reason, question = thought(env, plan), _task(env, ACTION_QUESTION)
-    ahead, chunk = env.clone(), []
-    while len(chunk) < horizon:
-        chunk.append(ahead.expert()[0].round(4).tolist())
-        if ahead.advance(chunk[-1]):  # past the end an episode's last action repeats
-            chunk += [chunk[-1]] * (horizon - len(chunk))
-    answer = f"<think>{reason}</think><answer><ACTION></answer>"
-    messages = [{"role": "user", "content": "<image>" + question},
-                {"role": "assistant", "content": answer}]
+    env = random_state(np.random.default_rng([5, args.seed, number]), args.size, args.tilt)
+    name = _save_frame(args, "thought_frames", number, env.render())
+    question = f"<image>Instruction: {env.instruction}\n{ACTION_QUESTION}"
+    messages = _turn(question, thought(env, env.expert()[1]), "<ACTION>")
+    chunk = []
+    while len(chunk) < args.horizon:
+        chunk.append(env.expert()[0].round(4).tolist())
+        if env.advance(chunk[-1]):  # past the end an episode's last action repeats
+            chunk += [chunk[-1]] * (args.horizon - len(chunk))
     return json.dumps({"images": [name], "messages": messages, "chunk": chunk})
 
 
 def main(argv=None):
-    about = __doc__.split("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tabletop", description=about)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tabletop", description=__doc__)
     add = parser.add_argument
     add("--out", required=True, help="folder to write")
     add("--episodes", type=int, default=600, help="demonstrations, spread over the 40 tasks")
@@ -1035,19 +911,18 @@ def main(argv=None):
         raise SystemExit(f"error: {out} already holds data; name another --out or delete it")
     out.mkdir(parents=True, exist_ok=True)
     with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
-        jobs = [(i, args.seed, args.noise, args.size, args.tilt) for i in range(args.episodes)]
-        if jobs:
-            write_episodes(out / "episodes", (dropped.append(count) or made for count, *made in
-                                              pool.imap(_episode_job, jobs, 8)))
+        def made(job, count, size):
+            return pool.imap(functools.partial(job, args), range(count), size)
+
+        if args.episodes:
+            write_episodes(out / "episodes", (dropped.append(count) or episode for count, *episode
+                                              in made(_episode_job, args.episodes, 8)))
         for name, job, count in (("conversations", _conversation_job, args.conversations),
                                  ("thought_actions", _thought_action_job, args.thought_actions)):
-            if count == 0:
-                continue
-            jobs = [(str(out), i, args.seed, args.size, args.tilt, args.single, args.horizon)
-                    for i in range(count)]
-            with open(out / f"{name}.jsonl", "w") as f:
-                rows = tqdm(pool.imap(job, jobs, 64), name, count, disable=None)
-                f.writelines(row + "\n" for row in rows)
+            if count:
+                with open(out / f"{name}.jsonl", "w") as f:
+                    rows = tqdm(made(job, count, 64), name, count, disable=None)
+                    f.writelines(row + "\n" for row in rows)
     print(f"{out}: {sum(dropped)} failed demonstrations dropped, {args.conversations} rows")
 
 

@@ -160,11 +160,11 @@ def test_the_protocol_and_its_statistics(package, tmp_path, monkeypatch):
 
 
 def test_what_is_missing_is_one_line(package, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="merged_config.yaml.*CALVIN needs .*--data"):
+    with pytest.raises(FileNotFoundError, match="elsewhere/validation/.hydra/merged_config.yaml"):
         calvin.play(Scripted(()), tmp_path / "elsewhere", 1, 8)
     policy = Scripted(())
     policy.cameras = ["image", "image_wrist"]
-    with pytest.raises(ValueError, match="cameras image, image_wrist; train the policy on image"):
+    with pytest.raises(ValueError, match="cameras image, image_wrist; use image or"):
         calvin.play(policy, package, 1, 8)
     monkeypatch.setitem(sys.modules, "calvin_env", None)
     with pytest.raises(ValueError, match="calvin_env.*pip install -e calvin/calvin_env") as e:
@@ -248,8 +248,8 @@ BAD = {
     "cameras swapped": (lambda f: change(f / FRAME, rgb_static=np.zeros((84, 84, 3), np.uint8)),
                         rf"{FRAME}: rgb_static is \(84, 84, 3\), not \(200, 200, 3\)"),
     "absolute actions": (lambda f: change(f / FRAME, rel_actions=np.full(7, 3.0)),
-                         rf"{FRAME}: rel_actions .* are not in \[-1, 1\]"),
-    "gripper": (lambda f: change(f / FRAME, rel_actions=np.zeros(7)), "gripper of -1 or 1"),
+                         rf"{FRAME}: rel_actions above 1, .*3"),
+    "gripper": (lambda f: change(f / FRAME, rel_actions=np.zeros(7)), "gripper not -1 or 1.*0"),
     "NaN": (lambda f: change(f / FRAME, robot_obs=np.full(15, np.nan)),
             "calvin training 3-6: state of step 3 is not finite"),
     "no annotations": (lambda f: (f / "lang_annotations" / ANN).unlink(), f"{ANN}: FileNotFound"),

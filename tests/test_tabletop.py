@@ -228,17 +228,17 @@ def test_answers_come_from_the_state():
     rng = np.random.default_rng(0)
     for number in range(40):
         env = tt.random_state(np.random.default_rng(number))
-        question, reason, answer = tt._where(env, rng)
+        question, reason, answer = tt.scene_question("where", env, rng)
         name = question.removeprefix("Where is the ").removesuffix("?")
         places = {n: tt.cell(x, y) for n, x, y in tt.named_places(env)}
         assert answer == places[name] and answer in reason
-        question, reason, answer = tt._point(env, rng)
+        question, reason, answer = tt.scene_question("point", env, rng)
         name = question.removeprefix("Point to the ").removesuffix(".")
         places = {n: (x, y) for n, x, y in [*tt.named_places(env), ("gripper", *env.pos[:2])]}
         centimetres = [100 * (v + tt.EDGE) for v in places[name]]
         np.testing.assert_allclose([int(v) for v in answer.split()], centimetres, atol=0.5001)
-        assert f"{name} {answer}" in tt._points(env, rng)[2]
-        question, reason, answer = tt._movement(env, rng)
+        assert f"{name} {answer}" in tt.scene_question("points", env, rng)[2]
+        question, reason, answer = tt.task_question("movement", env, rng)
         options = question.split("A) ")[1].replace(" B) ", "|").replace(" C) ", "|").split("|")
         assert dict(zip("ABC", options))[answer] == tt.heading(env.expert()[1])
 
