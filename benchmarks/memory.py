@@ -52,7 +52,8 @@ def activations(net, cfg, tokens, patches, dtype, T=64):
     """Bytes of a forward with gradient over so many tokens and patches, logits aside, told by what
     one block of each kind keeps of T."""
     lm, visual, c, total = net.model.language_model, net.model.visual, net.config.vision_config, 0
-    kinds = [(tokens, lm.layers, lm.config.hidden_size, lm.layers[0].self_attn.head_dim, (1, T), {})]
+    width = lm.layers[0].self_attn.head_dim
+    kinds = [(tokens, lm.layers, lm.config.hidden_size, width, (1, T), {})]
     if not getattr(cfg, "freeze_vision", False):
         kinds.append((patches, visual.blocks, c.hidden_size, c.hidden_size // c.num_heads, (T,),
                       {"cu_seqlens": torch.tensor([0, T])}))
@@ -92,7 +93,8 @@ def estimate(stage, cfg, net, ranks, row, patches, dtype=torch.bfloat16):
         return {**fixed, **work}, {"update": sum(fixed.values()) + sum(work.values())}
     L, k_proj = c.num_hidden_layers, net.model.language_model.layers[0].self_attn.k_proj
     kv = 2 * k_proj.out_features * b  # bytes a token and layer
-    work["activations"] += B * row * kv * (L + G * (1 if cfg.recompute else L))  # the prompt, G times
+    again = G * (1 if cfg.recompute else L)  # the prompt's keys and values, for each completion
+    work["activations"] += B * row * kv * (L + again)
     fixed["reference"] = whole * FP32 / n * (cfg.kl > 0 and not cfg.cpu_offload)
     rows = (cfg.chunk or cfg.prompts // ranks) * G
     cache = {"whole model": whole * b * (ranks > 1 or b < FP32),

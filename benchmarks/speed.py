@@ -3,8 +3,8 @@
 Weights are random, data synthetic. Prints a line a pair, then one JSON line with medians, quartiles
 and the ratio (peer / ours). Both sides start from the same weights and inputs, run once unmeasured,
 and must do the same work (tokens, losses) at each turn. CPU: one thread, process CPU seconds; cuda:
-wall seconds between synchronisations. In doubt the peer is favoured: its batches are made before the
-clock starts (rollout), no gradient checkpointing (TRL). All completions have --new tokens.
+wall seconds between synchronisations. In doubt the peer is favoured: its batches are made before
+the clock starts (rollout), no gradient checkpointing (TRL). All completions have --new tokens.
 
 python -m benchmarks.speed rollout                       # transformers generate
 python -m benchmarks.speed grpo --image 224              # a step of TRL; full rows in the update
@@ -344,8 +344,8 @@ def head_step(args):
 
 
 def fast_codes(args):
-    """FastTokenizer on a batch against FAST as physical-intelligence/fast codes it (2501.09747), chunk
-    by chunk through a tokenizer of transformers; on our vocabulary, hence without its byte level.
+    """FastTokenizer on a batch against physical-intelligence/fast (arXiv 2501.09747), one chunk at a
+    time through a tokenizer of transformers; on our vocabulary, hence without its byte level.
     Each turn has fresh chunks and each side its own BPE: a BPE remembers what it has encoded."""
     ours, chunks = fitted(), [smooth(args.chunks, k) for k in range(args.repeats + 2)]
     ids, bpe = list(map(fitted().encode, chunks)), Tokenizer.from_str(ours.bpe.to_str())
