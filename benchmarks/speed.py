@@ -344,7 +344,7 @@ def head_step(args):
 
 
 def fast_codes(args):
-    """FastTokenizer on a batch against physical-intelligence/fast (arXiv 2501.09747), one chunk at a
+    """FastTokenizer on a batch against physical-intelligence/fast (arXiv 2501.09747), a chunk at a
     time through a tokenizer of transformers; on our vocabulary, hence without its byte level.
     Each turn has fresh chunks and each side its own BPE: a BPE remembers what it has encoded."""
     ours, chunks = fitted(), [smooth(args.chunks, k) for k in range(args.repeats + 2)]
