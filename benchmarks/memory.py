@@ -4,11 +4,9 @@ python -m benchmarks.memory sft paper --init random:qwen2.5-vl-7b --ranks 8 --gb
 python -m benchmarks.memory grpo paper --init random:qwen2.5-vl-7b --recompute --cpu-offload
 python -m benchmarks.memory vla paper --init random:qwen3-vl-8b
 
-Flags of the stage follow its preset; --ranks, --gb, --row (tokens of a row or prompt, its image
-among them) and --image (side in pixels) are read here. `--dry-run` of a stage tells the same for
-the ranks and the memory of the machine it is started on. Weights, gradients, optimizer and caches
-are counted exactly; activations by asking autograd what it keeps of one block. What is left out:
-the allocator's fragments and the libraries' workspaces, so leave 10% free.
+Flags of the stage follow its preset. `--dry-run` of a stage tells the same for its own machine.
+Weights, gradients, optimizer and caches are counted exactly; activations by asking autograd what it
+keeps of one block. The allocator's fragments and the libraries' workspaces come on top: 10% or so.
 """
 
 import argparse
@@ -27,19 +25,17 @@ META, FP32 = model.META, 4
 LOGITS = 16  # bytes a logit at the peak: bf16, fp32, its softmax and their gradients
 
 
-def kept(module, call):
-    """Bytes that autograd keeps of call(), besides the module's own parameters."""
-    own = {p.untyped_storage()._cdata for p in module.parameters()}
-    seen = {}  # storage -> a tensor that keeps it, and so its address, alive
+def kept(module, call, *args, **kwargs):
+    """Bytes that autograd keeps of call(...), besides the module's own parameters."""
+    own, seen = {p.untyped_storage()._cdata for p in module.parameters()}, {}
 
     def pack(t):
-        if t.untyped_storage()._cdata not in own:
-            seen[t.untyped_storage()._cdata] = t
+        seen[t.untyped_storage()._cdata] = t  # keeps the storage, and so its address, alive
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        call()
-    return sum(t.untyped_storage().nbytes() for t in seen.values())
+        call(*args, **kwargs)
+    return sum(t.untyped_storage().nbytes() for at, t in seen.items() if at not in own)
 
 
 def flash(q, k, v, *args, **kwargs):
@@ -49,36 +45,26 @@ def flash(q, k, v, *args, **kwargs):
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
 
 
-def per_token(net, dtype, T=64):
-    """Bytes kept for each token by one LLM block and for each patch by one vision block."""
-    lm, visual = net.model.language_model, net.model.visual
-
-    def angles(width, *lead):
-        return [torch.empty(*lead, T, width, device=META, dtype=dtype) for _ in range(2)]
-
-    with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", flash):
-        block = lm.layers[0]
-        h = torch.empty(1, T, lm.config.hidden_size, device=META, dtype=dtype, requires_grad=True)
-        text = kept(block, lambda: block(
-            h, position_embeddings=angles(block.self_attn.head_dim, 1)))
-        block, c = visual.blocks[0], net.config.vision_config
-        x = torch.empty(T, c.hidden_size, device=META, dtype=dtype, requires_grad=True)
-        seen = kept(block, lambda: block(
-            x, cu_seqlens=torch.tensor([0, T]),
-            position_embeddings=angles(c.hidden_size // c.num_heads)))
-    return text / T, seen / T
+fused = mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", flash)
 
 
-def activations(net, cfg, tokens, patches, dtype):
-    """Bytes of a forward with gradient over so many tokens and patches, logits aside."""
-    text, seen = per_token(net, dtype)
-    lm, c = net.model.language_model, net.config.vision_config
-    sizes = [(len(lm.layers), text, lm.config.hidden_size, tokens)]
+def activations(net, cfg, tokens, patches, dtype, T=64):
+    """Bytes of a forward with gradient over so many tokens and patches, logits aside, told by what
+    one block of each kind keeps of T."""
+    lm, visual, c, total = net.model.language_model, net.model.visual, net.config.vision_config, 0
+    width = lm.layers[0].self_attn.head_dim
+    kinds = [(tokens, lm.layers, lm.config.hidden_size, width, (1, T), {})]
     if not getattr(cfg, "freeze_vision", False):
-        sizes.append((len(net.model.visual.blocks), seen, c.hidden_size, patches))
-    if cfg.recompute:  # the inputs of all blocks, and all of one block
-        return sum(n * (L * D * dtype.itemsize + each) for L, each, D, n in sizes)
-    return sum(n * L * each for L, each, _, n in sizes)
+        kinds.append((patches, visual.blocks, c.hidden_size, c.hidden_size // c.num_heads, (T,),
+                      {"cu_seqlens": torch.tensor([0, T])}))
+    for n, blocks, D, head, lead, more in kinds:
+        x = torch.empty(*lead, D, device=META, dtype=dtype, requires_grad=True)
+        angles = [torch.empty(*lead, head, device=META, dtype=dtype) for _ in range(2)]
+        with fused:
+            each = kept(blocks[0], blocks[0], x, position_embeddings=angles, **more) / T
+        L = len(blocks)  # recompute: the inputs of all blocks, and all of one block
+        total += n * (L * D * dtype.itemsize + each if cfg.recompute else L * each)
+    return total
 
 
 def units(net):
@@ -98,47 +84,40 @@ def estimate(stage, cfg, net, ranks, row, patches, dtype=torch.bfloat16):
     gathered *= ranks > 1 or b < FP32
     fixed = {"weights": whole * FP32 / n, "gradients": trained * FP32 / n,
              "optimizer": trained * 2 * FP32 / n, "gathered units": gathered}
+    B, G, T = (cfg.micro_batch, cfg.group, cfg.max_new) if stage == "grpo" else (
+        cfg.micro_batch or cfg.batch // ranks, 1, 0)
+    targets = B * (G * T or row)
+    work = {"activations": activations(net, cfg, B * (row + G * T), B * patches, dtype),
+            "logits": min(targets * c.vocab_size, model.LOGITS_AT_ONCE) * LOGITS}
     if stage == "sft":
-        B = cfg.micro_batch or cfg.batch // ranks
-        work = {"activations": activations(net, cfg, B * row, B * patches, dtype),
-                "logits": min(B * row * c.vocab_size, model.LOGITS_AT_ONCE) * LOGITS}
         return {**fixed, **work}, {"update": sum(fixed.values()) + sum(work.values())}
-    B, G, T = cfg.micro_batch, cfg.group, cfg.max_new
-    kv = 2 * c.num_key_value_heads * _head(net) * b  # bytes a token and layer
-    seen = B * G * row * kv * (1 if cfg.recompute else c.num_hidden_layers)  # the prompt, G times
-    seen += B * row * kv * c.num_hidden_layers
+    L, k_proj = c.num_hidden_layers, net.model.language_model.layers[0].self_attn.k_proj
+    kv = 2 * k_proj.out_features * b  # bytes a token and layer
+    again = G * (1 if cfg.recompute else L)  # the prompt's keys and values, for each completion
+    work["activations"] += B * row * kv * (L + again)
     fixed["reference"] = whole * FP32 / n * (cfg.kl > 0 and not cfg.cpu_offload)
-    work = {"activations": seen + activations(net, cfg, B * (row + G * T), B * patches, dtype),
-            "logits": min(B * G * T * c.vocab_size, model.LOGITS_AT_ONCE) * LOGITS}
     rows = (cfg.chunk or cfg.prompts // ranks) * G
     cache = {"whole model": whole * b * (ranks > 1 or b < FP32),
-             "KV cache": (rows // G * row + rows * T) * kv * c.num_hidden_layers,
+             "KV cache": (rows // G * row + rows * T) * kv * L,
              "sampling": rows * c.vocab_size * 3 * FP32}
     idle = fixed["gradients"] + gathered  # not there while sampling
     return {**fixed, **work, **cache}, {"update": sum(fixed.values()) + sum(work.values()),
                                         "rollout": sum(fixed.values()) - idle + sum(cache.values())}
 
 
-def _head(net):
-    return net.model.language_model.layers[0].self_attn.head_dim
-
-
 def head_estimate(cfg, net, ranks, row, dtype=torch.bfloat16):
     """estimate() of vla.py: the cut backbone, frozen in dtype, and a head of 14 state numbers."""
     lm, n = net.model.language_model, cfg.shards or ranks
     model.truncate(net, cfg.layer or round(0.64 * len(lm.layers)))
-    with META:
+    B, R, K = cfg.batch // ranks, cfg.draws, cfg.horizon
+    with META, fused:
         head = model.FlowHead(model.HeadConfig(
-            lm.config.hidden_size, cfg.dim, cfg.layers, cfg.heads, cfg.vl_layers, 14, 7,
-            cfg.horizon, cfg.future, dropout=cfg.dropout))
-    size, B, R = sum(p.numel() for p in head.parameters()), cfg.batch // ranks, cfg.draws
-    feats = torch.empty(B, row, lm.config.hidden_size, device=META)
-    chunk = torch.empty(B, cfg.horizon, 7, device=META)
-    with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", flash):
-        work = kept(head, lambda: head.loss(
-            feats, None, torch.empty(B, 14, device=META), chunk, chunk,
-            (chunk[:, None].expand(B, R, -1, -1), torch.empty(B, R, device=META)), 1))
-    largest, root = units(net)
+            lm.config.hidden_size, cfg.dim, cfg.layers, cfg.heads, cfg.vl_layers, 14, 7, K,
+            cfg.future, dropout=cfg.dropout))
+        chunk, drawn = torch.empty(B, K, 7), (torch.empty(B, R, K, 7), torch.empty(B, R))
+        work = kept(head, head.loss, torch.empty(B, row, lm.config.hidden_size), None,
+                    torch.empty(B, 14), chunk, chunk, drawn, 1)
+    size, (largest, root) = sum(p.numel() for p in head.parameters()), units(net)
     whole = sum(p.numel() for p in net.parameters()) * dtype.itemsize
     backbone = ({"backbone": whole / n, "gathered units": (2 * largest + root) * dtype.itemsize}
                 if cfg.cache == "none" else {"backbone": whole})  # there while features are made
@@ -150,12 +129,10 @@ def head_estimate(cfg, net, ranks, row, dtype=torch.bfloat16):
 def here():
     """Ranks, memory of one and compute type of a run on this machine under this torchrun."""
     ranks, local = (int(os.environ.get(k, "1")) for k in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    if torch.cuda.is_available():
-        gb = torch.cuda.get_device_properties(0).total_memory / 1e9
-    else:
-        gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local / 1e9
-    return {"ranks": ranks, "gb": gb, "dtype": vla.precision("cuda" if torch.cuda.is_available()
-                                                             else "cpu")}
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local
+    if cuda := torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory
+    return {"ranks": ranks, "gb": memory / 1e9, "dtype": vla.precision("cuda" if cuda else "cpu")}
 
 
 def tell(stage, cfg, ranks, gb, dtype=torch.bfloat16, row=0, image=256):
@@ -167,14 +144,13 @@ def tell(stage, cfg, ranks, gb, dtype=torch.bfloat16, row=0, image=256):
     h, w = (x // spec.patch for x in model.smart_resize(
         image, image, spec.patch * spec.merge, spec.min_pixels, spec.max_pixels))
     row = row or (cfg.max_length if stage == "sft" else 256)
-    size = sum(p.numel() for p in bb.net.parameters())
-    trained = sum(p.numel() for p in bb.net.parameters() if p.requires_grad)
+    params = [(p.numel(), p.requires_grad) for p in bb.net.parameters()]
     if stage == "vla":
         parts, peaks = head_estimate(cfg, bb.net, ranks, row, dtype)
     else:
         parts, peaks = estimate(stage, cfg, bb.net.to(dtype), ranks, row, h * w, dtype)
-    print(f"{stage} {cfg.preset}, {cfg.init}: {size / 1e9:.2f} B parameters"
-          + (f", {trained / 1e9:.2f} B of them trained" if stage != "vla" else ""))
+    print(f"{stage} {cfg.preset}, {cfg.init}: {sum(n for n, _ in params) / 1e9:.2f} B parameters"
+          + (f", {sum(n for n, t in params if t) / 1e9:.2f} B of them trained" * (stage != "vla")))
     print(f"GB on each of {ranks} ranks, rows of {row} tokens with {h * w} patches, "
           f"{str(dtype)[6:]} compute")
     for name, value in parts.items():
@@ -187,11 +163,12 @@ def tell(stage, cfg, ranks, gb, dtype=torch.bfloat16, row=0, image=256):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("stage", choices=["sft", "grpo", "vla"])
-    parser.add_argument("--ranks", type=int, default=8, help="processes, one a GPU")
-    parser.add_argument("--gb", type=float, default=80, help="memory of one, 10^9 bytes")
-    parser.add_argument("--row", type=int, default=0, help="tokens; 0: sft --max-length, else 256")
-    parser.add_argument("--image", type=int, default=256, help="side of the one image of a row")
+    add = parser.add_argument
+    add("stage", choices=["sft", "grpo", "vla"])
+    add("--ranks", type=int, default=8, help="processes, one a GPU")
+    add("--gb", type=float, default=80, help="memory of one, 10^9 bytes")
+    add("--row", type=int, default=0, help="tokens of a row; 0: sft --max-length, else 256")
+    add("--image", type=int, default=256, help="side of the one image of a row, pixels")
     args, rest = parser.parse_known_args(argv)
     stage = {"sft": sft, "grpo": grpo, "vla": vla}[args.stage]
     cfg = model.parse(stage.Config, stage.PRESETS, rest)
