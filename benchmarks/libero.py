@@ -24,15 +24,15 @@ from benchmarks.serve import need
 TRIALS = 50
 LIMITS = {"spatial": 220, "object": 280, "goal": 300, "long": 520}  # long: LIBERO's "libero_10"
 VIEWS = {"image": "agentview", "image_wrist": "robot0_eye_in_hand"}
-HDF5 = {"image": "obs/agentview_rgb", "image_wrist": "obs/eye_in_hand_rgb", "action": "actions",
-        "state": "obs/ee_states", "fingers": "obs/gripper_states"}
+HDF5 = {  # our name: theirs, kind of numbers, dimensions, size of the last
+    "image": ("obs/agentview_rgb", "u", 4, 3), "image_wrist": ("obs/eye_in_hand_rgb", "u", 4, 3),
+    "action": ("actions", "f", 2, 7), "state": ("obs/ee_states", "f", 2, 6),
+    "fingers": ("obs/gripper_states", "f", 2, 2)}
 
 
 def arguments(add):
     add("--suites", default=",".join(LIMITS), help="which suites")
     add("--tasks", default="", help="numbers of tasks of each suite; empty: all ten")
-    add("--size", type=int, default=128, help="image side, the same in training and evaluation")
-    add("--limit", type=int, default=0, help="steps a trial; 0: 220, 280, 300, 520 by the suite")
 
 
 def tasks(args):
@@ -42,10 +42,6 @@ def tasks(args):
         raise ValueError(f"LIBERO has no {min(unknown)}; --suites of {', '.join(LIMITS)}, --tasks "
                          "of 0 to 9")
     return [f"{suite}/{n}" for suite in suites for n in numbers]
-
-
-def options(args):
-    return {"size": args.size, "limit": args.limit}
 
 
 def axis_angle(q):
@@ -123,38 +119,37 @@ class Simulator:
             yield [0, 0, 0, 0, 0, 0, -1]
 
 
-def convert(_, args):
-    """-> (number, arrays, header) of the demonstrations in a folder of *_demo.hdf5, tasks in turns;
-    cameras are turned as in observe. ValueError naming file and demonstration."""
-    (h5py,) = need("h5py==3.16.0", "h5py")
-    demos, path = [], args.convert
-    try:
-        for path in sorted(pathlib.Path(args.convert).rglob("*_demo.hdf5")):
+def convert(args):
+    """-> (arrays, header) of the demonstrations in a folder of *_demo.hdf5, tasks in turns; cameras
+    are turned as in observe. ValueError naming file and demonstration."""
+    from benchmarks.tabletop import reading
+
+    (h5py,), demos = need("h5py==3.16.0", "h5py"), []
+    for path in sorted(pathlib.Path(args.convert).rglob("*_demo.hdf5")):
+        with reading(path):
             data = h5py.File(path)["data"]
             if data.attrs["macros_image_convention"] != "opengl":
                 raise ValueError("images are not in the opengl convention, upside down")
             words = json.loads(data.attrs["problem_info"])["language_instruction"]
             demos += [(int(n[5:]), path, data[n], "".join(words).strip('"')) for n in data]
-        for number, (_, path, demo, task) in enumerate(sorted(demos, key=lambda d: d[:2])):
-            arrays = {name: demo[key][:] for name, key in HDF5.items()}
-            shapes, fit = {k: x.shape for k, x in arrays.items()}, {"action": 7, "state": 6, "fingers": 2}
-            if (len({s[0] for s in shapes.values()}) > 1 or any(
-                    shapes[k][1:] != (n,) or not np.isfinite(arrays[k]).all() for k, n in fit.items())
-                    or any(arrays[k].dtype != np.uint8 or shapes[k][3:] != (3,) for k in VIEWS)):
-                raise ValueError(f"{demo.name}: steps, sizes or numbers are wrong: {shapes}")
+    if not demos:
+        raise ValueError(f"{args.convert}: no *_demo.hdf5 in it; give the folder of a suite")
+    for _, path, demo, task in sorted(demos, key=lambda d: d[:2]):
+        with reading(source := f"{path}{demo.name}"):
+            arrays = {name: demo[key][:] for name, (key, *_) in HDF5.items()}
+            for name, (key, *layout) in HDF5.items():
+                x = arrays[name]
+                if [x.dtype.kind, x.ndim, x.shape[-1]] != layout or len(x) != len(arrays["action"]):
+                    raise ValueError(f"{key} is {x.dtype} {x.shape}")
             arrays["state"] = np.concatenate([arrays["state"], arrays.pop("fingers")], 1)
             action, keep = arrays["action"], np.ones(len(arrays["action"]), bool)
             if args.drop_noops:  # the rule of OpenVLA: no motion, and the gripper as before
                 keep = np.linalg.norm(action[:, :6], axis=1) >= 1e-4
                 keep[1:] |= action[1:, 6] != action[:-1, 6]
-            yield number, {k: np.ascontiguousarray(x[keep][:, ::-1, ::-1]) if k in VIEWS else
-                           x[keep].astype(np.float32) for k, x in arrays.items()}, {
-                "task": task, "fps": "20", "source": f"{path.name}{demo.name}"}
-    except (OSError, KeyError, ValueError, TypeError) as e:
-        raise ValueError(f"{path}: {e}; not a LIBERO demonstration, download it again") from e
-    if not demos:
-        raise FileNotFoundError(f"{args.convert}: no *_demo.hdf5 in it; give the folder of a suite")
+            arrays = {k: np.ascontiguousarray(x[keep][:, ::-1, ::-1] if k in VIEWS else x[keep])
+                      for k, x in arrays.items()}
+        yield arrays, {"task": task, "fps": "20", "source": source}
 
 
 if __name__ == "__main__":
-    simulate.entry(simulate.record, "libero", convert)
+    simulate.record("libero", convert)

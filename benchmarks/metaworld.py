@@ -25,16 +25,10 @@ PROMPTS = {  # MT10; other tasks are asked for by the words of their names
 
 def arguments(add):
     add("--tasks", default=",".join(PROMPTS), help="which tasks; the default is MT10")
-    add("--size", type=int, default=128, help="image side, the same in training and evaluation")
-    add("--limit", type=int, default=300, help="steps a trial, at most 500")
 
 
 def tasks(args):
     return [f"metaworld/{name}" for name in args.tasks.split(",")]
-
-
-def options(args):
-    return {"size": args.size, "limit": args.limit}
 
 
 class Simulator:
@@ -45,7 +39,7 @@ class Simulator:
         name = task.split("/")[1]
         if name not in world.ALL_V3_ENVIRONMENTS:
             raise ValueError(f"Meta-World has no task {name!r}; --tasks of names like reach-v3")
-        self.limit, self.make = limit, policies.ENV_POLICY_MAP[name]
+        self.limit, self.make = limit or 300, policies.ENV_POLICY_MAP[name]
         self.prompt = PROMPTS.get(name, name.removesuffix("-v3").replace("-", " "))
         self.env = env = world.ALL_V3_ENVIRONMENTS[name](
             render_mode="rgb_array", camera_name="corner2", width=size, height=size)
@@ -71,4 +65,4 @@ class Simulator:
 
 
 if __name__ == "__main__":
-    simulate.entry(simulate.record, "metaworld")
+    simulate.record("metaworld")

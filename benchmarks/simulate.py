@@ -1,7 +1,7 @@
 """What real simulators share: demonstrations of their experts, and trials that ask one policy.
 
-A simulator is a module of benchmarks/ with tasks(args) -> ["group/task"], options(args) -> what JSON
-can hold, and Simulator(task, **options) with limit (steps), fps, cameras, prompt, env.close() and
+A simulator is a module of benchmarks/ with TRIALS (a task), arguments(add), tasks(args) ->
+["group/task"] and Simulator(task, size, limit) with limit (steps), fps, cameras, prompt, env and
     reset(number, split)    "eval": the benchmark's trial `number`; "train": other states
     observe(cameras) -> {"image": uint8 (H, W, 3), ..., "state": (S,)}
     advance(action (A,) in [-1, 1], look) -> success; look: observe follows, else nothing renders
@@ -11,16 +11,16 @@ and asks the evaluating process through benchmarks/serve.py.
 """
 
 import argparse
+import collections
 import concurrent.futures
-import contextlib
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import pathlib
 import subprocess
 import sys
-import zlib
 
 import numpy as np
 from tqdm import tqdm
@@ -32,72 +32,68 @@ for name, value in (("MUJOCO_GL", "egl"), ("PYOPENGL_PLATFORM", "egl"), ("LP_NUM
     os.environ.setdefault(name, value)
 
 
+def arguments(module, add):
+    """Flags of recording and evaluation alike."""
+    module.arguments(add)
+    add("--size", type=int, default=128, help="image side, the same in training and evaluation")
+    add("--limit", type=int, default=0, help="steps a trial; 0: the benchmark's own")
+
+
 def subcommands(commands, parent):
     """serve, metaworld and libero for evaluate.py."""
     for name in ("serve", "metaworld", "libero"):
-        module = importlib.import_module(f"benchmarks.{name}")
+        module = serve if name == "serve" else importlib.import_module(f"benchmarks.{name}")
         parser = commands.add_parser(name, parents=[parent], help=module.__doc__.split("\n")[0])
-        module.arguments(add := parser.add_argument)
-        if name != "serve":
-            add("--trials", type=int, default=module.TRIALS, help="trials a task")
-            add("--workers", type=int, default=2, help="simulator processes")
-            add("--python", default=sys.executable, help="a Python that has the simulator")
-
-
-def resume(path, head):
-    """{(task, number): success} of the trials that a stopped evaluation with this head left."""
-    lines = [head]
-    with contextlib.suppress(FileNotFoundError):
-        try:  # what follows the last line's end was cut off by the stop
-            lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]] or lines
-            if differ := [k for k in head if lines[0].get(k) != head[k]]:
-                raise ValueError(f"trials with another {', '.join(differ)}")
-            {row["task"]: row["trial"] for row in lines[1:]}
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise ValueError(f"{path}: {e}; delete it, or name another --arm or --out") from e
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return {(row["task"], row["trial"]): row["success"] for row in lines[1:]}
+        add = parser.add_argument
+        if name == "serve":
+            serve.arguments(add)
+            continue
+        arguments(module, add)
+        add("--trials", type=int, default=module.TRIALS, help="trials a task")
+        add("--workers", type=int, default=2, help="simulator processes")
+        add("--python", default=sys.executable, help="a Python that has the simulator")
 
 
 def trials(policy, args):
     """All trials of `evaluate.py metaworld | libero` -> [(group, task, success)] in fixed order.
 
-    Finished ones stand in OUT.SIMULATOR.ARM.jsonl, from which the same command goes on. ValueError
-    naming task and trial when a simulator crashes: that is no failure of the policy."""
+    Finished ones stand in OUT.SIMULATOR.ARM.HASH.jsonl (of weights and settings), from which the same
+    command goes on. ValueError naming task and trial when a simulator crashes: the policy did not
+    fail."""
     module, crashed = importlib.import_module(f"benchmarks.{args.command}"), []
-    jobs = [(task, n) for task in module.tasks(args) for n in range(args.trials)]
+    settings = [args.seed, args.execute, args.ensemble, args.size, args.limit]
     weights = b"".join(p.detach().cpu().numpy().tobytes() for p in policy.head.parameters())
-    head = {"weights": hashlib.sha256(weights).hexdigest()[:16], "seed": args.seed,
-            "execute": args.execute, "ensemble": args.ensemble, **module.options(args)}
-    path = pathlib.Path(args.out).with_suffix(f".{args.command}.{args.arm}.jsonl")
-    server = serve.Server(policy, args.execute, args.ensemble, batch=args.batch, every=1 << 62)
-    done = resume(path, head)
+    mark = hashlib.sha256(json.dumps(settings).encode() + weights).hexdigest()[:8]
+    path = pathlib.Path(args.out).with_suffix(f".{args.command}.{args.arm}.{mark}.jsonl")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    rows = [json.loads(line) for line in path.read_text().split("\n") if line.endswith("}")]
+    done = {(row["task"], row["trial"]): row["success"] for row in rows}
+    jobs = [(task, n) for task in module.tasks(args) for n in range(args.trials)]
     left = [job for job in jobs if job not in done]
-    queue = iter(left)  # shared by the threads below
-    command = [args.python, "-m", "benchmarks.simulate", args.command,
-               json.dumps(module.options(args))]
+    server = serve.Server(policy, args.execute, args.ensemble, batch=args.batch)
 
-    def feed(port):
-        with contextlib.suppress(BrokenPipeError), subprocess.Popen(
-                [*command, str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                cwd=pathlib.Path(__file__).parents[1]) as worker:
-            for job in queue:
-                if crashed:
-                    return
-                with contextlib.suppress(BrokenPipeError):
-                    print(json.dumps(job), file=worker.stdin, flush=True)
-                if not (line := worker.stdout.readline()):
-                    return crashed.append((*job, worker.wait()))
-                done[job] = json.loads(line)["success"]
-                file.write(line)
-                file.flush()
+    def work(port, mine):
+        """These trials in one worker process."""
+        todo = {task: [n for t, n in mine if t == task] for task, _ in mine}
+        command = [args.python, "-m", "benchmarks.simulate", args.command, str(args.size),
+                   str(args.limit), str(port), json.dumps(todo)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True,
+                              cwd=pathlib.Path(__file__).parents[1]) as worker:
+            for line in worker.stdout:
+                row = json.loads(line)
+                done[row["task"], row["trial"]] = row["success"]
+                file.write("\n" + line.strip())  # what a stop cuts off keeps a line of its own
                 bar.update()
+                if crashed:
+                    worker.kill()
+        crashed.extend((*job, worker.returncode) for job in mine if job not in done)
 
-    with (serve.background(server) as port, open(path, "a") as file,
+    with (server.listen() as port, open(path, "a", 1) as file,
           tqdm(total=len(jobs), initial=len(done), desc="trials", disable=None) as bar,
           concurrent.futures.ThreadPoolExecutor(args.workers) as pool):
-        list(pool.map(feed, [port] * min(args.workers, len(left))))
+        shares = [left[w :: args.workers] for w in range(args.workers)]
+        list(pool.map(work, itertools.repeat(port), filter(None, shares)))
     if crashed:
         task, n, code = crashed[0]
         raise ValueError(f"the simulator stopped in task {task}, trial {n} (exit code {code}, its "
@@ -107,35 +103,26 @@ def trials(policy, args):
     return [(*task.split("/"), done[task, n]) for task, n in jobs]
 
 
-def worker(name, options, port):
-    """Trials [task, number] from stdin, a row for each to stdout. Renders where a chunk begins."""
-    answers, env, last = os.fdopen(os.dup(1), "w"), None, None
+def worker(name, size, limit, port, todo):
+    """Trials {task: [numbers]}, a row for each to stdout. Renders where a chunk begins."""
+    answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what simulators print belongs to stderr
     module = importlib.import_module(f"benchmarks.{name}")
     with serve.client(port) as (infer, about):
-        for line in sys.stdin:
-            task, number = json.loads(line)
-            if task != last:
-                if env:
-                    env.env.close()
-                env, last = module.Simulator(task, **json.loads(options)), task
-            if unknown := set(about["cameras"]) - set(env.cameras):
-                raise ValueError(f"{name} has no camera {min(unknown)}, which the policy needs; it "
-                                 f"has {', '.join(env.cameras)}")
-            env.reset(number, "eval")
-            steps, success = 0, False
-            while steps < env.limit and not success:
-                seed = [zlib.crc32(task.encode()), number, steps]
-                obs = {**env.observe(about["cameras"]), "prompt": env.prompt, "seed": seed}
-                chunk = infer({**obs, "reset": not steps})["actions"][: env.limit - steps]
-                for i, action in enumerate(chunk, 1):
-                    steps += 1
-                    if success := env.advance(np.clip(action, -1, 1), look=i == len(chunk)):
+        for task, numbers in json.loads(todo).items():
+            env = module.Simulator(task, int(size), int(limit))
+            for number in numbers:
+                env.reset(number, "eval")
+                chunk = []
+                for step in range(env.limit):
+                    if not chunk:
+                        obs = {**env.observe(about["cameras"]), "prompt": env.prompt}
+                        chunk = list(infer({**obs, "reset": step == 0})["actions"])
+                    if success := env.advance(chunk.pop(0), look=not chunk):
                         break
-            print(json.dumps({"task": task, "trial": number, "success": success, "steps": steps}),
-                  file=answers, flush=True)
-    if env:
-        env.env.close()
+                row = {"task": task, "trial": number, "success": success, "steps": step + 1}
+                print(json.dumps(row), file=answers, flush=True)
+            env.env.close()
 
 
 def demonstrate(env, seed, noise):
@@ -152,61 +139,36 @@ def demonstrate(env, seed, noise):
 
 
 def demonstrations(module, args):
-    """-> (number, arrays, header) of each; failures are dropped and counted, a task is left out
-    after ten in a row. Numbers are such that the tasks take turns in the folder."""
-    tasks, failed = module.tasks(args), 0
-    for t, task in enumerate(tasks):
-        env = module.Simulator(task, **module.options(args))
-        for number in range(t, args.episodes * len(tasks), len(tasks)):
-            for seed in range(10 * number, 10 * number + 10):
-                if arrays := demonstrate(env, (args.seed << 24) + seed, args.noise):
-                    yield number, arrays, {"task": env.prompt, "fps": str(env.fps), "source": task}
-                    break
-                failed += 1
-            else:
-                print(f"{task}: the expert failed 10 times in a row; the task is left out here")
-                break
+    """-> (arrays, header) of each, tasks in turns; failures are dropped and counted."""
+    failed = collections.Counter()
+    for number, task in itertools.product(range(args.episodes), module.tasks(args)):
+        env = module.Simulator(task, args.size, args.limit)
+        if arrays := demonstrate(env, (args.seed << 24) + number, args.noise):
+            yield arrays, {"task": env.prompt, "fps": str(env.fps), "source": task}
+        failed[task] += arrays is None
         env.env.close()
-    print(f"{failed} failed demonstrations dropped")
+    print(f"{failed.total()} failed demonstrations dropped: {dict(+failed)}")
 
 
 def record(name, convert=None):
-    """`python -m benchmarks.NAME`: the expert's demonstrations, or convert(...), as episodes."""
-    from benchmarks.tabletop import write_episode
-    from fast_tokenizer import statistics
+    """`python -m benchmarks.NAME`: the expert's demonstrations, or convert(args), as episodes."""
+    from benchmarks.tabletop import write_episodes
 
-    module, kept = importlib.import_module(f"benchmarks.{name}"), []
+    module = importlib.import_module(f"benchmarks.{name}")
     parser = argparse.ArgumentParser(description="Demonstrations of a scripted expert.")
     add = parser.add_argument
     add("--out", required=True, help="folder to write")
-    add("--episodes", type=int, default=20, help="demonstrations a task")
+    add("--episodes", type=int, default=20, help="demonstrations a task that are tried")
     add("--seed", type=int, default=0, help="of states and noise, below 10")
     add("--noise", type=float, default=0.1, help="std of what is added to the expert's actions")
     if convert:
         add("--convert", default="", help="instead: folder of the published demonstrations")
         add("--drop-noops", action="store_true", help="with it: leave out steps that do nothing")
-    module.arguments(add)
+    arguments(module, add)
     args = parser.parse_args()
-    out = pathlib.Path(args.out) / "episodes"
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} already holds data; name another --out or delete it")
-    out.mkdir(parents=True, exist_ok=True)
-    source = convert if convert and args.convert else demonstrations
-    for number, arrays, header in tqdm(source(module, args), "episodes", disable=None):
-        write_episode(out / f"episode_{number:06d}.safetensors", arrays, header)
-        kept.append((arrays["action"], arrays["state"]))
-    if kept:
-        stats = {k: statistics(np.concatenate(x)) for k, x in zip(("action", "state"), zip(*kept))}
-        (out / "stats.json").write_text(json.dumps(stats, indent=1))
-    print(f"{out}: {len(kept)} episodes of {sum(len(a) for a, _ in kept)} steps")
-
-
-def entry(run, *argv):
-    try:
-        run(*argv)
-    except (ValueError, FileNotFoundError) as e:
-        raise SystemExit(f"error: {e}") from e
+    made = convert(args) if convert and args.convert else demonstrations(module, args)
+    write_episodes(pathlib.Path(args.out) / "episodes", made)
 
 
 if __name__ == "__main__":
-    entry(worker, *sys.argv[1:])
+    worker(*sys.argv[1:])

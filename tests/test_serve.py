@@ -87,11 +87,11 @@ def test_openpi_client_end_to_end():
                                  reason="pip install --no-deps openpi-client==0.1.2 dm-tree")
     broker = pytest.importorskip("openpi_client.action_chunk_broker", reason="dm-tree")
     server = serve.Server(policy := Fake(), execute=4)
-    with serve.background(server) as port:
+    with server.listen() as port:
         robot = client.WebsocketClientPolicy("127.0.0.1", port)
         about = robot.get_server_metadata()
         assert about["action_horizon"] == 4 and about["cameras"] == ["image", "image_wrist"]
-        assert about["action_high"].tolist() == [5, 5, 5]
+        assert [x.tolist() for x in about["action_range"]] == [[-5] * 3, [5] * 3]
         out = robot.infer(seen(state=np.array([3.0, 0])))
         assert out["actions"][:, 0].tolist() == [3, 4, 5, 5] and out["clipped"] == 3
         assert out["server_timing"]["infer_ms"] > 0
@@ -102,24 +102,38 @@ def test_openpi_client_end_to_end():
         stepwise = broker.ActionChunkBroker(robot, 4)
         assert [stepwise.infer(seen())["actions"][0] for _ in range(5)] == [.5, 1.5, 2.5, 3.5, .5]
         wrong = [
-            (seen(state=np.array([np.nan, 0])), "state 0 is nan"),
-            (seen(state=np.zeros(3)), r"state has shape \(3,\).*\(2,\)"),
+            (seen(state=np.array([np.nan, 0])), "state is .nan.*send 2 finite"),
+            (seen(state=np.zeros(3)), r"state is .0. 0. 0.*send 2 finite"),
             (seen(state="left"), "could not convert"), (seen(state=None), "state"),
             (seen(image=np.zeros((8, 8, 3), np.float32)), "image is float32.*uint8"),
             (seen(image_wrist=np.zeros((3, 8, 8), np.uint8)), r"image_wrist is uint8 \(3, 8, 8\)"),
             (seen(prompt=""), "prompt must be text"), (seen(prompt="x" * 2001), "prompt"),
-            ({"state": np.zeros(2), "prompt": "go"}, "no 'image' in the observation"),
-            ([1, 2], "list instead of"), (seen(seed=[-1]), "seed"), (seen(seed="x"), "seed"),
+            ({"state": np.zeros(2), "prompt": "go"}, "KeyError.'image'.*reads prompt, state"),
+            ([1, 2], "not a packed dict"),
             (seen(prompt="nan"), "not finite; stop the robot"),
-            (seen(prompt="explode"), "the policy failed on it: boom")]
+            (seen(prompt="explode"), "boom")]
         for obs, words in wrong:
             with pytest.raises(RuntimeError, match=words):
                 robot.infer(obs)
-        assert robot.infer({"reset": True}) == {"reset": True}
         assert robot.infer(seen())["actions"].shape == (4, 3), "the same connection goes on"
-        assert server.refused == len(wrong) and server.clipped == 3
-        robot.infer(seen(seed=[7, 1]))
-        assert policy.keys[-1] == (7, 1)
+        assert server.count["refused"] == len(wrong) and server.count["clipped"] == 3
+        robot.infer(seen())
+        assert policy.keys[-1] == policy.keys[-2], "the noise is drawn by the message"
+        robot.infer(seen(state=np.zeros(2)))
+        assert policy.keys[-1] != policy.keys[-2]
+
+
+@network
+def test_a_reset_forgets_the_chunks_of_the_ensemble():
+    """Chunk steps are state + 0 .. 3; at step 2 the ensemble of weights 1 and 1/3 says (2 + 10/3) /
+    (4/3) = 4 for states 0 and 10. After a reset the newest chunk stands alone."""
+    policy = Fake()
+    policy.spec["stats"]["action"] = {"q01": [-50] * 3, "q99": [50] * 3}
+    with serve.Server(policy, 2, np.log(3)).listen() as port, serve.client(port) as (infer, _):
+        for reset, expected in ((False, 4), (True, 10)):
+            infer(seen(state=np.zeros(2), reset=True))
+            out = infer(seen(state=np.array([10.0, 0]), reset=reset))
+            assert out["actions"][0, 0] == pytest.approx(expected)
 
 
 def raw(port, message):
@@ -144,14 +158,14 @@ def test_malformed_messages_leave_the_server_alive():
            msgpack.packb({**array, b"dtype": "<f4,<f4"}), msgpack.packb({**array, b"shape": "x"}),
            msgpack.packb({b"__ndarray__": True}), msgpack.packb({1: 2}),
            msgpack.packb(msgpack.ExtType(5, b"x")), msgpack.packb({"prompt": {"a": 1}})]
-    server = serve.Server(Fake(), limit=10_000)
-    with serve.background(server) as port:
+    server = serve.Server(Fake())
+    with server.listen() as port:
         for message in bad:
             reply = raw(port, message)
             assert isinstance(reply, str) and reply.startswith("error: "), message
             assert "\n" not in reply and len(reply) < 300
-        assert "str instead of" in raw(port, "hello")
-        assert raw(port, b"x" * 20_000) == 1009, "over the limit: closed as too big"
+        assert "not a packed dict" in raw(port, "hello")
+        assert raw(port, b"x" * (1 << 24) + b"x") == 1009, "over the limit: closed as too big"
         with serve.client(port) as (infer, _):
             assert infer(seen())["actions"].shape == (2, 3)
 
@@ -161,7 +175,7 @@ def test_eight_clients_share_a_forward():
     """While the first forward is held, eight more clients ask: one forward answers them all, each
     with its own state. One that the policy cannot take fails alone."""
     server = serve.Server(policy := Fake(), execute=1)
-    with (serve.background(server) as port, contextlib.ExitStack() as stack,
+    with (server.listen() as port, contextlib.ExitStack() as stack,
           concurrent.futures.ThreadPoolExecutor(9) as pool):
         ask = [stack.enter_context(serve.client(port))[0] for _ in range(9)]
 
@@ -171,7 +185,7 @@ def test_eight_clients_share_a_forward():
             while policy.waiting == 0:
                 time.sleep(0.001)
             jobs = [pool.submit(infer, obs) for infer, obs in zip(ask, observations)]
-            while server.queue.qsize() < 8:
+            while len(server.waiting) < 8:
                 time.sleep(0.001)
             policy.gate.set()
             first.result(20)
@@ -188,18 +202,16 @@ def test_eight_clients_share_a_forward():
 @network
 def test_other_names_and_refused_settings(monkeypatch):
     server = serve.Server(Fake(), keys={"state": "joints+gripper", "image": "cam/0"})
-    obs = {"joints": np.zeros(1), "gripper": 0.5, "cam/0": 1}
-    assert server.find(obs, "state").tolist() == [0, 0.5] and server.find(obs, "image") == 1
-    with pytest.raises(ValueError, match=r"no 'joints\+gripper' in the observation, which has x"):
-        server.find({"x": 1}, "state")
-    with pytest.raises(ValueError, match="--keys depth: no such input"):
-        serve.Server(Fake(), keys={"depth": "d"})
-    args = argparse.Namespace(keys="image", execute=0, ensemble=0, batch=1, max_mb=1, log_every=1)
-    with pytest.raises(ValueError, match="not NAME=KEY"):
-        serve.main(Fake(), args)
-    with serve.background(server) as port:
-        args = argparse.Namespace(**{**vars(args), "keys": "", "host": "127.0.0.1", "port": port})
-        with pytest.raises(ValueError, match=f"{port}: .*choose another --port"):
+    view = np.zeros((8, 8, 3), np.uint8)
+    obs = {"joints": np.zeros(1), "gripper": 0.5, "cam/0": view + 1, "prompt": "go",
+           "observation/wrist_image": view}
+    images, prompt, state = server.check(obs)
+    assert images[0].max() == 1 and images[1].max() == 0
+    assert prompt == "go" and state.tolist() == [0, 0.5]
+    with server.listen() as port:
+        args = argparse.Namespace(keys=["image=cam"], execute=0, ensemble=0, batch=1,
+                                  host="127.0.0.1", port=port)
+        with pytest.raises(OSError, match="in use"):
             serve.main(Fake(), args)
     monkeypatch.setitem(__import__("sys").modules, "msgpack", None)
     with pytest.raises(ValueError, match="package msgpack: pip install websockets"):

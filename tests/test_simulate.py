@@ -21,16 +21,15 @@ import numpy as np
 TRIALS = 2
 def arguments(add): pass
 def tasks(args): return ["toy/0", "toy/1"]
-def options(args): return {"crash": args.crash}
 class Simulator:
     limit, fps, cameras = 15, 10, ["image", "image_wrist"]
-    def __init__(self, task, crash=""):
+    def __init__(self, task, size, limit):
         print("simulators print")
-        self.task, self.crash, self.prompt, self.env = task, crash, "go right", self
+        self.task, self.prompt, self.env = task, "go right", self
         self.goal = 10 * (int(task[-1]) + 1)
     def reset(self, number, split):
         self.at, self.views, self.number = 8.0 if split == "train" else number, 0, number
-        if self.crash and os.path.exists(self.crash) and [self.task[-1], number] == ["1", 1]:
+        if os.path.exists(os.environ["CRASH"]) and [self.task[-1], number] == ["1", 1]:
             os._exit(139)
     def observe(self, cameras):
         self.views += 1
@@ -54,8 +53,7 @@ class Right(Fake):
         self.head, self.seen = torch.nn.Linear(1, 1), []
 
     def act_batch(self, images, instructions, states, keys=None):
-        self.seen += [(tuple(k[1:]), int(view[0][0, 0, 0]), float(s[0]))
-                      for k, view, s in zip(keys, images, states)]
+        self.seen += [(int(view[0][0, 0, 0]), float(s[0])) for view, s in zip(images, states)]
         return np.ones((len(images), 4, 3), np.float32)
 
 
@@ -68,52 +66,62 @@ def toy(tmp_path, monkeypatch):
     (tmp_path / "benchmarks" / "toy.py").write_text(TOY)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("CRASH", str(tmp_path / "crash"))
     return types.SimpleNamespace(
         command="toy", out=str(tmp_path / "r.json"), arm="a", trials=2, workers=2, execute=2, seed=0,
-        ensemble=0, batch=8, python=sys.executable, crash=str(tmp_path / "crash"))
+        ensemble=0, batch=8, python=sys.executable, size=8, limit=0)
+
+
+def rows(args):
+    """What the results files of all settings hold."""
+    lines = [line for path in pathlib.Path(args.out).parent.glob("r.toy.a.*.jsonl")
+             for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def test_trials_ask_at_chunk_boundaries_and_stop_at_the_limit(toy):
     policy = Right()
-    rows = simulate.trials(policy, toy)
-    assert rows == [("toy", "0", True)] * 2 + [("toy", "1", False)] * 2
-    for (number, step), view, at in policy.seen:
-        assert at == number + step and view == step // 2 + 1, "a frame a chunk of two, no more"
-    assert sorted(s[0] for s in policy.seen) == sorted(
-        (n, step) for last in (10, 15) for n in (0, 1) for step in range(0, last, 2))
-    text = pathlib.Path(toy.out).with_suffix(".toy.a.jsonl").read_text()
-    steps = {(r["task"], r["trial"]): r["steps"] for r in map(json.loads, text.splitlines()[1:])}
+    assert simulate.trials(policy, toy) == [("toy", "0", True)] * 2 + [("toy", "1", False)] * 2
+    for view, at in policy.seen:
+        assert at in (2 * (view - 1), 2 * (view - 1) + 1), "a frame a chunk of two, no more"
+    assert sorted(at for _, at in policy.seen) == sorted(
+        n + step for last in (10, 15) for n in (0, 1) for step in range(0, last, 2))
+    steps = {(r["task"], r["trial"]): r["steps"] for r in rows(toy)}
     assert steps == {("toy/0", 0): 10, ("toy/0", 1): 9, ("toy/1", 0): 15, ("toy/1", 1): 15}
 
 
-def test_a_crash_is_no_failed_trial_and_the_same_command_goes_on(toy, capfd):
-    path, policy = pathlib.Path(toy.out).with_suffix(".toy.a.jsonl"), Right()
-    pathlib.Path(toy.crash).touch()
+def test_a_crash_is_no_failed_trial_and_the_same_command_goes_on(toy, tmp_path, capfd):
+    policy = Right()
+    (tmp_path / "crash").touch()
     toy.workers = 1
     with pytest.raises(ValueError, match=r"task toy/1, trial 1 \(exit code 139.*after the 3 trials"):
         simulate.trials(policy, toy)
-    path.write_text(path.read_text() + '{"task": "toy/1", "tri')  # and a line cut off by the stop
-    pathlib.Path(toy.crash).unlink()
+    (path,) = tmp_path.glob("r.toy.a.*.jsonl")
+    path.write_text(path.read_text() + '\n{"task": "toy/1", "tri')  # a line cut off by the stop
+    (tmp_path / "crash").unlink()
     policy.seen.clear()
     assert [row[2] for row in simulate.trials(policy, toy)] == [True, True, False, False]
-    assert {key[0] for key, _, _ in policy.seen} == {1}, "only the last trial was run again"
+    assert {at % 2 for _, at in policy.seen} == {1}, "only the last trial was run again"
     policy.seen.clear()
     assert len(simulate.trials(policy, toy)) == 4 and not policy.seen
+    assert len(rows(toy)) == 4
     toy.execute = 1
-    with pytest.raises(ValueError, match="r.toy.a.jsonl: trials with another execute; delete it"):
-        simulate.trials(policy, toy)
-    with pytest.raises(ValueError, match="another weights, execute"):
-        simulate.trials(Right(), toy)
-    path.write_text("what?\n")
-    with pytest.raises(ValueError, match="r.toy.a.jsonl: .*delete it"):
-        simulate.trials(policy, toy)
+    assert len(simulate.trials(policy, toy)) == 4 and len(rows(toy)) == 8, "other settings, anew"
+    assert len(simulate.trials(Right(), toy)) == 4 and len(rows(toy)) == 12, "other weights, anew"
     assert "simulators print" in capfd.readouterr().err
 
 
+def test_a_crash_stops_the_other_workers(toy, tmp_path):
+    (tmp_path / "crash").touch()
+    toy.trials = 12
+    with pytest.raises(ValueError, match=r"task toy/1, trial 1 \(exit code 139"):
+        simulate.trials(Right(), toy)
+    assert len(rows(toy)) < 23
+
+
 def test_record_drops_failures_and_counts_them(toy, tmp_path, monkeypatch, capsys):
-    argv = ["x", "--out", str(tmp_path / "data"), "--episodes", "3"]
+    argv = ["x", "--out", str(tmp_path / "data"), "--episodes", "4"]
     monkeypatch.setattr(sys, "argv", argv)
-    monkeypatch.setattr("benchmarks.toy.options", lambda args: {}, raising=False)
     simulate.record("toy")
     files = episodes(tmp_path / "data")
     assert [f.source for f in files] == ["toy/0", "toy/1"] * 3, "tasks take turns"
@@ -122,8 +130,8 @@ def test_record_drops_failures_and_counts_them(toy, tmp_path, monkeypatch, capsy
     assert set(files[0].action[:, 0]) == {1.0}, "clipped, and without the noise"
     assert len(set(np.diff(files[1].state[:, 0]))) > 1, "carried out with noise"
     assert (tmp_path / "data/episodes/stats.json").exists()
-    assert "6 failed demonstrations dropped" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="already holds data"):
+    assert "2 failed demonstrations dropped: {'toy/0': 1, 'toy/1': 1}" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="already holds data"):
         simulate.record("toy")
 
 
