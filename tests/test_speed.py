@@ -41,12 +41,13 @@ def measure(capsys):
 def test_rollout(measure):
     pair = measure("rollout", *TOY)["rollout"]
     assert pair["work"]["tokens"] == {"ours": 16, "peer": 16}  # prompts x group x new: none stops
+    assert pair["greedy_agreement"] > 0.9  # 1 but for near ties
 
 
 def test_grpo(measure):
     pairs = measure("grpo", *TOY)
     work = pairs["update"]["work"]
-    assert work["tokens"] == {"ours": 16, "peer": 16}  # no group tied, as ties cost us nothing
+    assert work["forwarded"] == {"ours": 16, "peer": 16}  # no group tied, as ties cost us nothing
     assert work["grad_norm"]["ours"] == pytest.approx(work["grad_norm"]["peer"], rel=1e-4)
     assert work["grad_norm"]["ours"] > 0
     if importlib.util.find_spec("trl") is None:
@@ -67,11 +68,13 @@ def test_head(measure):
 
 def test_fast(measure):
     pairs = measure("fast", "--chunks", "64", "--repeats", "1")
+    assert pairs["encode"]["work"]["identical"] == pairs["decode"]["work"]["identical"] == {
+        "ours": 1, "peer": 1}
     assert pairs["encode"]["work"]["tokens"]["ours"] > 64
-    assert pairs["decode"]["work"]["chunks"] == {"ours": 64, "peer": 64}
+    assert pairs["decode"]["work"]["decoded"]["ours"] == 64
 
 
 def test_different_work_gives_no_figure():
     args = speed.argparse.Namespace(device="cpu", repeats=1)
     with pytest.raises(ValueError, match="turn 0: tokens is 8 in ours, 7 in the peer"):
-        speed.compare(args, lambda k: {"tokens": 8}, lambda k: {"tokens": 7})
+        speed.compare(lambda k: 8, lambda k: 7, lambda a, b: {"tokens": (a, b, 0)}, args)
