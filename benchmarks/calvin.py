@@ -3,11 +3,11 @@
     python -m benchmarks.calvin convert --data task_ABC_D/training --out data/calvin
     python evaluate.py calvin --policy runs/vla --data task_ABC_D --out results/calvin.json
 
-`convert` turns each annotated window of a split into an episode: image (static camera),
-image_gripper, state = robot_obs (15), action = rel_actions (7). `evaluate.py calvin` is the
-official protocol: reset once a chain, 360 steps a subtask, the first validation annotation as
-instruction, the gripper exactly -1 or +1; the first failure ends a chain. It needs calvin_env from
-the public calvin repository and a dataset's validation/.hydra.
+`convert` turns each annotated window (at most 64 frames) of a split into an episode: image (static
+camera), image_gripper, state = robot_obs (15), action = rel_actions (7). `evaluate.py calvin` is
+the official protocol: reset once a chain, 360 steps a subtask, the first validation annotation as
+instruction, the gripper exactly -1 or +1; the first failure ends a chain. It needs the public
+calvin repository with calvin_env installed from it, and a dataset's validation/.hydra.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def _tasks():
             words = str.maketrans(dict(zip("BCDSOL", (*blocks, *pair, light))))
             for line in lines.translate(words).splitlines():
                 (name, category), *rule = (part.split() for part in re.split("[:>]", line))
-                old, new = (dict(fact.split("=") for fact in part) for part in rule)
+                old, new = (dict(pair.split("=") for pair in part) for part in rule)
                 tasks.setdefault(name, (category, []))[1].append((old, new))
     return tasks
 
@@ -135,9 +135,10 @@ def world(data):
     package, envs, oracles = need(
         "-e calvin/calvin_env, after git clone --recursive https://github.com/mees/calvin",
         "calvin_env", "calvin_env.envs.play_table_env", "calvin_env.envs.tasks")
-    conf = Path(package.__file__).resolve().parents[2] / "calvin_models/conf"
-    rules, words = (yaml.safe_load((conf / f"{name}.yaml").read_text()) for name in (
-        "callbacks/rollout/tasks/new_playtable_tasks", "annotations/new_playtable_validation"))
+    conf = Path(package.__file__).resolve().parents[2] / "calvin_models" / "conf"
+    rules, words = (yaml.safe_load((conf / name).read_text()) for name in (
+        "callbacks/rollout/tasks/new_playtable_tasks.yaml",
+        "annotations/new_playtable_validation.yaml"))
     env = envs.get_env(Path(data) / "validation", show_gui=False)
     return env, oracles.Tasks(rules["tasks"]), words
 

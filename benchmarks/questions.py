@@ -16,6 +16,7 @@ Scores, in this order: choice, choice, exact (yes and no), point, point, exact. 
 open questions that a large model judges from 0 to 3: give such a judge the file of --answers.
 """
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -90,19 +91,20 @@ def marks(bb, args):
     for i in source.train[: args.rows or None]:
         row, (messages, images, kind, where) = source.row(i), source[i]
         want = sft.answer_of(messages[1]["content"])
-        given = {"want": want, "row": row, "folder": source.path.parent, "unit": args.unit}
+        grade = functools.partial(mark, args.score, want=want, row=row, folder=source.path.parent,
+                                  unit=args.unit)
         with reading(where):
-            if mark(args.score, want, **given) != 1 and args.score != "point":
+            if grade(text=want) != 1 and args.score != "point":
                 raise ValueError(f"its answer {want!r} is none for --score {args.score}")
         if args.prompt != "row":
             text = model.ask(row["messages"][0]["content"], args.prompt == "think")
             messages = [{"role": "user", "content": text}]
-        todo.append((given, (messages, images, (kind or "all").replace(" ", "_"), where)))
-    texts = sft.answers(bb, [item for _, item in todo], args.max_new, args.batch)
-    for (given, (messages, _, kind, where)), text in zip(todo, texts):
-        found.setdefault(kind, []).append(mark(args.score, text, **given))
+        todo.append((grade, want, (messages, images, (kind or "all").replace(" ", "_"), where)))
+    texts = sft.answers(bb, [item for *_, item in todo], args.max_new, args.batch)
+    for (grade, want, (messages, _, kind, where)), text in zip(todo, texts):
+        found.setdefault(kind, []).append(grade(text=text))
         written.append({"where": where, "kind": kind, "question": messages[0]["content"],
-                        "right": given["want"], "answer": text, "mark": found[kind][-1]})
+                        "right": want, "answer": text, "mark": found[kind][-1]})
     if args.answers:
         Path(args.answers).write_text("".join(json.dumps(x) + "\n" for x in written))
     return found
