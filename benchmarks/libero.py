@@ -4,12 +4,11 @@ Its pins clash with ours: it lives in a Python of its own, here PY, and asks ove
 
     PY -m benchmarks.libero --suites spatial --episodes 20 --out data/libero_spatial
     python -m benchmarks.libero --convert HDF5_FOLDER --out data/libero     # published demonstrations
-    python evaluate.py libero --python PY --policy runs/vla
+    python evaluate.py libero --python PY --policy runs/libero
 
-The protocol in use: trial n begins in the benchmark's initial state n % 50, never reset after it, 10
-steps to settle; both cameras are turned by 180 degrees, in training and evaluation alike. Action
-(7,): deltas of xyz and rotation, gripper -1 opens and 1 closes; state (8,): hand xyz (m), axis-angle
-(rad), two finger joints (m). The expert knows `spatial` but for task 4 (a bowl in a drawer).
+Trial n begins in the benchmark's initial state n % 50, never reset after it, 10 steps to settle; both
+cameras are turned by 180 degrees. Action (7,): deltas of xyz and rotation, gripper -1 opens, 1 closes;
+state (8,): hand xyz (m), axis-angle (rad), two finger joints (m). Limits: 220, 280, 300, 520 steps.
 """
 
 import functools
@@ -25,9 +24,9 @@ TRIALS = 50
 LIMITS = {"spatial": 220, "object": 280, "goal": 300, "long": 520}  # long: LIBERO's "libero_10"
 VIEWS = {"image": "agentview", "image_wrist": "robot0_eye_in_hand"}
 HDF5 = {  # our name: theirs, kind of numbers, dimensions, size of the last
-    "image": ("obs/agentview_rgb", "u", 4, 3), "image_wrist": ("obs/eye_in_hand_rgb", "u", 4, 3),
-    "action": ("actions", "f", 2, 7), "state": ("obs/ee_states", "f", 2, 6),
-    "fingers": ("obs/gripper_states", "f", 2, 2)}
+    "image": ["obs/agentview_rgb", "u", 4, 3], "image_wrist": ["obs/eye_in_hand_rgb", "u", 4, 3],
+    "action": ["actions", "f", 2, 7], "state": ["obs/ee_states", "f", 2, 6],
+    "fingers": ["obs/gripper_states", "f", 2, 2]}
 
 
 def arguments(add):
@@ -38,9 +37,8 @@ def arguments(add):
 def tasks(args):
     suites = args.suites.replace("libero_", "").split(",")
     numbers = args.tasks.split(",") if args.tasks else "0123456789"
-    if unknown := set(suites) - set(LIMITS) or set(numbers) - set("0123456789"):
-        raise ValueError(f"LIBERO has no {min(unknown)}; --suites of {', '.join(LIMITS)}, --tasks "
-                         "of 0 to 9")
+    if not LIMITS.keys() >= set(suites) or not set("0123456789") >= set(numbers):
+        raise ValueError(f"--suites of {', '.join(LIMITS)}, --tasks of 0 to 9")
     return [f"{suite}/{n}" for suite in suites for n in numbers]
 
 
@@ -99,8 +97,8 @@ class Simulator:
 
     def demonstration(self):
         """Suite spatial: take the bowl by its rim, lift it, put it on the plate."""
-        def go(thing, offset, grip, near, steps=60):
-            for _ in range(steps):
+        def go(thing, offset, grip, near):
+            for _ in range(60):
                 gap = self.seen[thing] + offset - self.seen["robot0_eef_pos"]
                 if np.abs(gap).max() < near:
                     return
@@ -120,8 +118,8 @@ class Simulator:
 
 
 def convert(args):
-    """-> (arrays, header) of the demonstrations in a folder of *_demo.hdf5, tasks in turns; cameras
-    are turned as in observe. ValueError naming file and demonstration."""
+    """The demonstrations in a folder of *_demo.hdf5 as (arrays, header), tasks in turns; images are
+    turned as in observe. ValueError naming file and demonstration."""
     from benchmarks.tabletop import reading
 
     (h5py,), demos = need("h5py==3.16.0", "h5py"), []
@@ -137,12 +135,11 @@ def convert(args):
     for _, path, demo, task in sorted(demos, key=lambda d: d[:2]):
         with reading(source := f"{path}{demo.name}"):
             arrays = {name: demo[key][:] for name, (key, *_) in HDF5.items()}
-            for name, (key, *layout) in HDF5.items():
-                x = arrays[name]
-                if [x.dtype.kind, x.ndim, x.shape[-1]] != layout or len(x) != len(arrays["action"]):
-                    raise ValueError(f"{key} is {x.dtype} {x.shape}")
+            keep = np.ones(len(action := arrays["action"]), bool)
+            for name, x in arrays.items():
+                if [x.dtype.kind, x.ndim, x.shape[-1]] != HDF5[name][1:] or len(x) != len(keep):
+                    raise ValueError(f"{name} is {x.dtype} {x.shape}")
             arrays["state"] = np.concatenate([arrays["state"], arrays.pop("fingers")], 1)
-            action, keep = arrays["action"], np.ones(len(arrays["action"]), bool)
             if args.drop_noops:  # the rule of OpenVLA: no motion, and the gripper as before
                 keep = np.linalg.norm(action[:, :6], axis=1) >= 1e-4
                 keep[1:] |= action[1:, 6] != action[:-1, 6]

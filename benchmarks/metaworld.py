@@ -1,12 +1,10 @@
 """Meta-World 3.1.1 (arXiv 1910.10897): tasks of an arm with real physics
 
-    pip install metaworld==3.1.1 websockets==17.4 msgpack==1.2.4
     python -m benchmarks.metaworld --episodes 20 --out data/metaworld        # the tasks of MT10
     python evaluate.py metaworld --policy runs/vla
 
-Demonstrations are of the package's own experts. Action (4,): hand xyz and gripper, in [-1, 1];
-state (4,): hand xyz (m), finger opening; only the image shows where objects and goals are. Trial n
-begins in the state that the package draws from seed n; demonstrations begin in others.
+The experts are the package's own. Action (4,): hand xyz and gripper, in [-1, 1]; state (4,): hand
+xyz (m), finger opening. Trial n begins in the state of seed n; demonstrations begin in others.
 """
 
 import numpy as np

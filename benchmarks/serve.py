@@ -75,10 +75,10 @@ class Chunks:
     def __call__(self, chunk, task):
         """Chunk (K, A) predicted now -> the actions to carry out (execute, A). Chunks that were
         predicted for another instruction are forgotten."""
-        past = self.past if self.ensemble and task == self.task else []
-        self.past, self.task = [*(c[self.execute :] for c in past), chunk], task
-        self.past = [c for c in self.past if len(c)]
-        said = [[c[i] for c in self.past if i < len(c)] for i in range(self.execute)]  # oldest first
+        past = self.past if self.ensemble and task == self.task else []  # oldest first
+        past = [c[self.execute :] for c in past if len(c) > self.execute]
+        self.past, self.task = [*past, chunk], task
+        said = [[c[i] for c in self.past if i < len(c)] for i in range(self.execute)]
         return np.stack([np.average(x, 0, np.exp(-self.ensemble * np.arange(len(x))))
                          for x in said]).astype(chunk.dtype)
 
@@ -115,15 +115,14 @@ class Server:
         return images, prompt, state
 
     def forward(self, rows):
-        """-> the chunk of each row of act_batch's arguments. Where a batch fails its rows go one by
-        one, so that only the guilty client hears of it: an error in place of its chunk."""
+        """act_batch's arguments in rows -> a chunk each; an error for a row that makes it fail."""
         try:
             return list(self.policy.act_batch(*zip(*rows)))
         except (ValueError, RuntimeError) as e:
             return [e] if len(rows) == 1 else [self.forward([row])[0] for row in rows]
 
     def chunk(self, row):
-        """One client's row -> its chunk, predicted in one forward with all that wait by then."""
+        """One client's row -> its chunk (or error), in one forward with all that wait by then."""
         self.waiting.append(job := [row, None])  # None becomes its chunk
         with self.busy:
             while job[1] is None:
@@ -133,10 +132,6 @@ class Server:
                 for one, chunk in zip(jobs, self.forward([row for row, _ in jobs])):
                     one[1] = chunk
                 self.count["forwards"] += 1
-        if isinstance(job[1], Exception):
-            raise job[1]
-        if not np.isfinite(job[1]).all():
-            raise ValueError("the policy wrote a number that is not finite; stop the robot")
         return job[1]
 
     def answer(self, message, plan):
@@ -147,7 +142,10 @@ class Server:
         images, prompt, state = self.check(obs)
         if obs.get("reset", False):
             plan.reset()
-        made = plan(self.chunk((images, prompt, state, [zlib.crc32(message)])), prompt)
+        chunk = self.chunk((images, prompt, state, [zlib.crc32(message)]))
+        if isinstance(chunk, Exception) or not np.isfinite(chunk).all():
+            raise ValueError(f"stop the robot: the policy answers {chunk}")
+        made = plan(chunk, prompt)
         actions = np.clip(made, *self.range)
         clipped, took = int((actions != made).sum()), 1000 * (time.perf_counter() - start)
         with self.counting:
@@ -171,14 +169,14 @@ class Server:
                     connection.send(pack(self.answer(message, plan)))
                 except (ValueError, TypeError, KeyError, OverflowError, RuntimeError) as e:
                     self.count["refused"] += 1
-                    inputs = ", ".join(["prompt", "state", *self.policy.cameras])
-                    connection.send(f"error: {e!r}; the policy reads {inputs}")
+                    cameras = ", ".join(self.policy.cameras)
+                    connection.send(f"error: {e!r}; the policy reads prompt, state, {cameras}")
 
     @contextlib.contextmanager
     def listen(self, host="127.0.0.1", port=0):
         """Inside the block the server runs in threads, at the port that it yields."""
-        with network()[1].serve(self.client, host, port, max_size=1 << 24,  # bytes a message
-                                compression=None) as server:
+        limit = 1 << 24  # bytes a message
+        with network()[1].serve(self.client, host, port, max_size=limit, compression=None) as server:
             threading.Thread(target=server.serve_forever).start()
             yield server.socket.getsockname()[1]
 
@@ -203,8 +201,8 @@ def arguments(add):
 
 def main(policy, args):
     """`evaluate.py serve`."""
-    keys = dict(pair.partition("=")[::2] for pair in args.keys)
-    server = Server(policy, args.execute or policy.horizon, args.ensemble, keys, args.batch)
+    server = Server(policy, args.execute or policy.horizon, args.ensemble,
+                    dict(pair.partition("=")[::2] for pair in args.keys), args.batch)
     with contextlib.suppress(KeyboardInterrupt), server.listen(args.host, args.port):
         print(f"ws://{args.host}:{args.port}: {server.metadata}", flush=True)
         threading.Event().wait()

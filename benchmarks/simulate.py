@@ -28,8 +28,7 @@ from tqdm import tqdm
 from benchmarks import serve
 
 # headless; mesa's software renderer is faster on few cores without threads of its own
-for name, value in (("MUJOCO_GL", "egl"), ("PYOPENGL_PLATFORM", "egl"), ("LP_NUM_THREADS", "0")):
-    os.environ.setdefault(name, value)
+os.environ.update({"MUJOCO_GL": "egl", "PYOPENGL_PLATFORM": "egl", "LP_NUM_THREADS": "0", **os.environ})
 
 
 def arguments(module, add):
@@ -41,14 +40,11 @@ def arguments(module, add):
 
 def subcommands(commands, parent):
     """serve, metaworld and libero for evaluate.py."""
-    for name in ("serve", "metaworld", "libero"):
-        module = serve if name == "serve" else importlib.import_module(f"benchmarks.{name}")
+    serve.arguments(commands.add_parser("serve", parents=[parent], help="for robots").add_argument)
+    for name in ("metaworld", "libero"):
+        module = importlib.import_module(f"benchmarks.{name}")
         parser = commands.add_parser(name, parents=[parent], help=module.__doc__.split("\n")[0])
-        add = parser.add_argument
-        if name == "serve":
-            serve.arguments(add)
-            continue
-        arguments(module, add)
+        arguments(module, add := parser.add_argument)
         add("--trials", type=int, default=module.TRIALS, help="trials a task")
         add("--workers", type=int, default=2, help="simulator processes")
         add("--python", default=sys.executable, help="a Python that has the simulator")
@@ -58,8 +54,7 @@ def trials(policy, args):
     """All trials of `evaluate.py metaworld | libero` -> [(group, task, success)] in fixed order.
 
     Finished ones stand in OUT.SIMULATOR.ARM.HASH.jsonl (of weights and settings), from which the same
-    command goes on. ValueError naming task and trial when a simulator crashes: the policy did not
-    fail."""
+    command goes on. ValueError naming task and trial when a simulator crashes."""
     module, crashed = importlib.import_module(f"benchmarks.{args.command}"), []
     settings = [args.seed, args.execute, args.ensemble, args.size, args.limit]
     weights = b"".join(p.detach().cpu().numpy().tobytes() for p in policy.head.parameters())
@@ -73,13 +68,13 @@ def trials(policy, args):
     left = [job for job in jobs if job not in done]
     server = serve.Server(policy, args.execute, args.ensemble, batch=args.batch)
 
-    def work(port, mine):
-        """These trials in one worker process."""
+    def work(start):
+        """Every so many of the trials that are left, in one worker process."""
+        mine = left[start :: args.workers]
         todo = {task: [n for t, n in mine if t == task] for task, _ in mine}
-        command = [args.python, "-m", "benchmarks.simulate", args.command, str(args.size),
-                   str(args.limit), str(port), json.dumps(todo)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True,
-                              cwd=pathlib.Path(__file__).parents[1]) as worker:
+        order = json.dumps([args.command, args.size, args.limit, port, todo])
+        with subprocess.Popen([args.python, "-m", "benchmarks.simulate", order], text=True,
+                              stdout=subprocess.PIPE, cwd=pathlib.Path(__file__).parents[1]) as worker:
             for line in worker.stdout:
                 row = json.loads(line)
                 done[row["task"], row["trial"]] = row["success"]
@@ -92,13 +87,11 @@ def trials(policy, args):
     with (server.listen() as port, open(path, "a", 1) as file,
           tqdm(total=len(jobs), initial=len(done), desc="trials", disable=None) as bar,
           concurrent.futures.ThreadPoolExecutor(args.workers) as pool):
-        shares = [left[w :: args.workers] for w in range(args.workers)]
-        list(pool.map(work, itertools.repeat(port), filter(None, shares)))
+        list(pool.map(work, range(min(args.workers, len(left)))))
     if crashed:
         task, n, code = crashed[0]
-        raise ValueError(f"the simulator stopped in task {task}, trial {n} (exit code {code}, its "
-                         f"words are above); the same command goes on after the {len(done)} trials "
-                         f"in {path}")
+        raise ValueError(f"the simulator stopped in task {task}, trial {n} (exit code {code}, see "
+                         f"above); the same command goes on after the {len(done)} trials in {path}")
     print(server)
     return [(*task.split("/"), done[task, n]) for task, n in jobs]
 
@@ -109,8 +102,8 @@ def worker(name, size, limit, port, todo):
     os.dup2(2, 1)  # what simulators print belongs to stderr
     module = importlib.import_module(f"benchmarks.{name}")
     with serve.client(port) as (infer, about):
-        for task, numbers in json.loads(todo).items():
-            env = module.Simulator(task, int(size), int(limit))
+        for task, numbers in todo.items():
+            env = module.Simulator(task, size, limit)
             for number in numbers:
                 env.reset(number, "eval")
                 chunk = []
@@ -171,4 +164,4 @@ def record(name, convert=None):
 
 
 if __name__ == "__main__":
-    worker(*sys.argv[1:])
+    worker(*json.loads(sys.argv[1]))

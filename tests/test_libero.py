@@ -31,7 +31,7 @@ def test_protocol_settings():
     assert libero.tasks(args) == ["spatial/3", "spatial/7"]
     assert args.size == 128 and args.limit == 280
     for flags in (["--suites", "libero_moon"], ["--tasks", "1234"]):
-        with pytest.raises(ValueError, match=f"no {flags[1][-4:]}; --suites of spatial.*0 to 9"):
+        with pytest.raises(ValueError, match="--suites of spatial.*0 to 9"):
             libero.tasks(parser.parse_args(flags))
 
 
@@ -95,8 +95,8 @@ def test_demonstrations_become_episodes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("changes", "words"), [
-    ({"cut": "actions"}, "demo_1: .*rgb is"), ({"drop": "obs/ee_states"}, "ee_states"),
-    ({"cut": "obs/agentview_rgb"}, "demo_1: .*agentview_rgb is"),
+    ({"cut": "actions"}, "demo_1: image is"), ({"drop": "obs/ee_states"}, "ee_states"),
+    ({"cut": "obs/agentview_rgb"}, "demo_1: image is"),
     ({"wrong": "actions"}, "demo_1: action of step 2 is not finite"),
     ({"convention": "opencv"}, "not in the opengl convention")])
 def test_damaged_demonstrations_are_named(tmp_path, monkeypatch, changes, words):
