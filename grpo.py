@@ -62,6 +62,7 @@ class Config:
     dual_clip: float = 3.0  # bound of the loss at negative advantages, in advantages; 0: off
     kl: float = 0.01  # weight of the KL to the initial model; 0: no reference model is kept
     skip_ties: bool = True  # do not forward groups whose rewards are all equal
+    dynamic: int = 0  # rounds in which fresh prompts take the place of groups that tie, as in DAPO
     lr: float = 3e-5  # AdamW, constant
     warmup: float = 0.0  # fraction of the steps
     weight_decay: float = 0.01  # not on norms and biases
@@ -412,6 +413,14 @@ def main(argv=None):
         rows, targets = prompt_rows(bb, files, order(cfg.seed, n, at))
         with model.unsharded(bb.net):
             groups, sums, shown = rollout(bb, cfg, rows, targets, at, cfg.seed, cfg.group)
+            for again in range(1, cfg.dynamic + 1):  # dynamic sampling: 2503.14476, section 3.2
+                tied = [k for k, g in enumerate(groups) if g.tie]
+                fresh = [at[k] + (again << 40) for k in tied]  # numbers that no step comes to
+                new, more, _ = rollout(bb, cfg, *prompt_rows(bb, files, order(cfg.seed, n, fresh)),
+                                       fresh, cfg.seed, cfg.group)
+                for k, group in zip(tied, new):
+                    groups[k] = group
+                sums = {k: [a + b for a, b in zip(sums[k], more[k])] for k in sums}
         rolled = time.perf_counter()
 
         for params in optim.param_groups:
@@ -429,7 +438,7 @@ def main(argv=None):
                   loss=total["loss"] / updates, grad_norm=total["grad_norm"] / updates,
                   updates=total["updates"], lr=optim.param_groups[0]["lr"],
                   rollout_s=rolled - began, update_s=ended - rolled,
-                  tokens_s=mean["length"] * cfg.prompts * cfg.group / (ended - began))
+                  tokens_s=all_sum(sums["length"][0]) / (ended - began))
         if cfg.show_every and done % cfg.show_every == 0:
             log.write(step=done, rollout=shown)
         model.checkpoint(cfg, done, run, write)

@@ -408,6 +408,26 @@ def test_resume_equals_uninterrupted(world, monkeypatch):
         grpo.main(flags(world, "parts", "--steps", "5", "--lr", "0.1", "--resume"))
 
 
+def test_dynamic_sampling_puts_fresh_prompts_in_the_place_of_ties(world, monkeypatch):
+    monkeypatch.setattr(grpo, "reward", spread_rewards)
+    seen, update = {}, grpo.update
+
+    def watched(bb, ref, optim, groups, *rest):
+        seen[name].extend((g.row["where"], g.tie, g.ids.tolist()) for g in groups)
+        return update(bb, ref, optim, groups, *rest)
+
+    monkeypatch.setattr(grpo, "update", watched)
+    for name, more in (("static", []), ("dynamic", ["--dynamic", "3"]), ("again", ["--dynamic", "3"])):
+        seen[name] = []
+        grpo.main(flags(world, name, "--steps", "1", "--batch", "4", *more))
+    assert seen["dynamic"] == seen["again"]
+    ties = {k: sum(tie for _, tie, _ in v) for k, v in seen.items()}
+    assert len(seen["static"]) == len(seen["dynamic"]) and ties["dynamic"] < ties["static"]
+    for a, b in zip(seen["static"], seen["dynamic"]):
+        assert a[1] or a == b  # whoever did not tie stays; who did makes way, also for another tie
+        assert not a[1] or a[2] != b[2]
+
+
 @pytest.mark.parametrize(("ranks", "more"), [
     (2, []), (4, ["--shards", "2", "--recompute", "--cpu-offload"])])
 def test_ranks_equal_one(world, monkeypatch, ranks, more):
