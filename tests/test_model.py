@@ -467,9 +467,9 @@ def test_clip_and_groups():
 def test_muon_by_hand():
     """One step on a matrix whose singular vectors are known; everything else is AdamW's."""
     torch.manual_seed(0)
-    u, _ = torch.linalg.qr(torch.randn(6, 4))
-    v, _ = torch.linalg.qr(torch.randn(9, 4))
-    near = model.orthogonal((u @ torch.diag(torch.tensor([9.0, 5.0, 3.0, 2.0])) @ v.T)[None])[0]
+    u, _ = torch.linalg.qr(torch.randn(6, 6))
+    v, _ = torch.linalg.qr(torch.randn(9, 6))
+    near = model.orthogonal((u * torch.tensor([9, 5, 4, 3, 2, 1.5]) @ v.T)[None])[0]
     core = u.T @ near @ v  # the same singular vectors, all values near 1
     assert (core - core.diag().diag()).abs().max() < 1e-5 and (core.diag() - 1).abs().max() < 0.35
     torch.testing.assert_close(near, u @ core @ v.T)
