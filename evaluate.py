@@ -280,7 +280,7 @@ def report(args):
             for key in COLUMNS.values():
                 old, new = a["paired"].get(key), b["paired"].get(key)
                 if old and new and len(old) == len(new):
-                    gain = bootstrap(np.array(new) - np.array(old))
+                    gain = bootstrap(np.array(new, float) - np.array(old, float))
                     gap = show(gain, key.startswith("success"))
                     lines.append(f"- {key}: {second} - {first} = {gap}, n {gain['n']}")
         key = "think sampled distinct actions"

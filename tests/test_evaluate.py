@@ -84,7 +84,8 @@ def test_report_table_and_paired_differences(tmp_path, capsys):
         values = [round(0.2 + shift + 0.001 * i, 4) for i in range(51)]
         metrics = {"think sampled r_a": evaluate.bootstrap(values),
                    "success": evaluate.wilson(30, 40)}
-        return {"metrics": metrics, "paired": {"think sampled r_a": values}}
+        wins = [True] * 30 + [shift > 0] * 10
+        return {"metrics": metrics, "paired": {"think sampled r_a": values, "success": wins}}
 
     path = results(tmp_path, {"SFT": arm(0), "SFT+RL": arm(0.05)})
     evaluate.main(["report", str(path), "--markdown", str(tmp_path / "r.md")])
@@ -92,6 +93,7 @@ def test_report_table_and_paired_differences(tmp_path, capsys):
     assert "| SFT+RL | - | - | 0.275 [" in out and "75.0 [" in out
     # every prompt gained 0.05, so the interval of the difference has no width
     assert "think sampled r_a: SFT+RL - SFT = 0.050 [0.050, 0.050], n 51" in out
+    assert "success: SFT+RL - SFT = 25.0 [" in out  # 10 of 40 trials more, and wins are booleans
     assert (tmp_path / "r.md").read_text() in out
     evaluate.main(["report", str(path), "--arms", "SFT+RL,SFT", "--minutes", "19.5"])
     out = capsys.readouterr().out
