@@ -761,7 +761,7 @@ class FlowHead(nn.Module):
             if width % cfg.heads or width % 2:
                 raise ValueError(f"{name} {width} must be even and a multiple of {cfg.heads} heads")
         self.cfg, dim = cfg, cfg.dim
-        self.vl_norm = nn.LayerNorm(cfg.vl_dim, elementwise_affine=cfg.vl_layers > 0)  # kv has both
+        self.vl_norm = nn.LayerNorm(cfg.vl_dim, elementwise_affine=cfg.vl_layers > 0)  # else kv does it
         self.vl_blocks = nn.ModuleList(FlowBlock(cfg.vl_dim, cfg.heads, cfg.dropout)
                                        for _ in range(cfg.vl_layers))
         self.kv = nn.Linear(cfg.vl_dim, (cfg.layers + 1) // 2 * 2 * dim)
@@ -1034,15 +1034,20 @@ def orthogonal_shared(stacks):
     return out
 
 
+def inner(net):
+    """What Muon updates: the weights of linear layers that train, but the last one's (lm_head)."""
+    return {m.weight for name, m in net.named_modules()
+            if isinstance(m, nn.Linear) and name != "lm_head" and m.weight.requires_grad}
+
+
 def optimizer(net, lr, weight_decay, betas, muon=False):
     """AdamW over the trainable parameters of a module (or a list of parameters); norms and biases
-    (1-D) are not decayed. muon: Muon for the weights of linear layers, but the last one's (lm_head)."""
+    (1-D) are not decayed. muon: Muon for the inner() matrices of a module."""
     params = list(net.parameters()) if isinstance(net, nn.Module) else list(net)
     params = [p for p in params if p.requires_grad]
-    inner = {m.weight for name, m in net.named_modules()
-             if isinstance(m, nn.Linear) and name != "lm_head"} if muon else set()
-    groups = [{"params": [p for p in params if p in inner], "weight_decay": weight_decay},
-              {"params": [p for p in params if p.ndim > 1 and p not in inner],
+    hidden = inner(net) if muon else set()
+    groups = [{"params": [p for p in params if p in hidden], "weight_decay": weight_decay},
+              {"params": [p for p in params if p.ndim > 1 and p not in hidden],
                "weight_decay": weight_decay},
               {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}]
     groups = [{**g, "hidden": i == 0} for i, g in enumerate(groups) if g["params"]]

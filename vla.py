@@ -347,9 +347,9 @@ class Policy:
             rows.append(prompt(self.bb, views, instruction, self.spec["think"], self.memo))
         state = torch.from_numpy(normalize(states, self.spec["stats"]["state"]))  # (B, S)
         shape = (len(rows), self.horizon, self.action_dim)
-        noise = model.rng(self.seed, "policy", self.calls).standard_normal(shape, np.float32)
-        for b, key in enumerate(keys or ()):
-            noise[b] = model.rng(self.seed, "row", *key).standard_normal(shape[1:], np.float32)
+        noise = (np.stack([model.rng(self.seed, "row", *key).standard_normal(shape[1:], np.float32)
+                           for key in keys]) if keys else
+                 model.rng(self.seed, "policy", self.calls).standard_normal(shape, np.float32))
         self.calls += 1
         feats, mask = condition(self.bb, rows, self.device)
         with autocast(self.device):

@@ -73,6 +73,13 @@ def units(net):
     return max(each, default=0), whole - sum(each)
 
 
+def moments(cfg, net):
+    """Bytes of the optimizer's state: two averages of each parameter, with Muon one of an inner()."""
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    return FP32 * (2 * trained - getattr(cfg, "muon", False) * sum(
+        p.numel() for p in model.inner(net)))
+
+
 def estimate(stage, cfg, net, ranks, row, patches, dtype=torch.bfloat16):
     """-> {what: bytes on a rank}, {phase: its peak}; net on META or real, vision frozen or not."""
     b, n, c = dtype.itemsize, cfg.shards or ranks, net.config.text_config
@@ -83,7 +90,7 @@ def estimate(stage, cfg, net, ranks, row, patches, dtype=torch.bfloat16):
     gathered += max(largest, root) * (b + FP32)  # the gradients of one, and as they are reduced
     gathered *= ranks > 1 or b < FP32
     fixed = {"weights": whole * FP32 / n, "gradients": trained * FP32 / n,
-             "optimizer": trained * 2 * FP32 / n, "gathered units": gathered}
+             "optimizer": moments(cfg, net) / n, "gathered units": gathered}
     B, G, T = (cfg.micro_batch, cfg.group, cfg.max_new) if stage == "grpo" else (
         cfg.micro_batch or cfg.batch // ranks, 1, 0)
     targets = B * (G * T or row)
@@ -122,7 +129,7 @@ def head_estimate(cfg, net, ranks, row, dtype=torch.bfloat16):
     backbone = ({"backbone": whole / n, "gathered units": (2 * largest + root) * dtype.itemsize}
                 if cfg.cache == "none" else {"backbone": whole})  # there while features are made
     made = {**backbone, "weights": size * FP32 * (1 + bool(cfg.ema)) / n + size * FP32,
-            "gradients": size * FP32 / n, "optimizer": size * 2 * FP32 / n, "activations": work}
+            "gradients": size * FP32 / n, "optimizer": moments(cfg, head) / n, "activations": work}
     return made, {"update": sum(made.values())}
 
 

@@ -43,14 +43,14 @@ def meta(bb):
     return net.net
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_sft(bb, recompute):
-    rows, cfg = rows_of(bb, 3, False), sft.Config(batch=3, recompute=recompute)
+@pytest.mark.parametrize(("recompute", "muon"), [(False, False), (False, True), (True, False)])
+def test_sft(bb, recompute, muon):
+    rows, cfg = rows_of(bb, 3, False), sft.Config(batch=3, recompute=recompute, muon=muon)
     T, P = len(rows[0]["ids"]), len(rows[0]["patches"])
     parts, peaks = memory.estimate("sft", cfg, meta(bb), 1, T, P, torch.float32)
     if recompute:
         model.recompute(bb.net.train())
-    optim = model.optimizer(bb.net, 1e-3, 0.0, (0.9, 0.95))
+    optim = model.optimizer(bb.net, 1e-3, 0.0, (0.9, 0.95), muon)
     keeps = memory.kept(bb.net, lambda: model.hidden(bb.net, model.pack(rows)))
     if not recompute:  # else a block is computed again when autograd has let go of much
         assert parts["activations"] == pytest.approx(keeps, rel=0.15)
@@ -60,6 +60,8 @@ def test_sft(bb, recompute):
     model.token_loss(bb.net, model.pack(rows))[0].backward()
     optim.step()
     params = list(bb.net.parameters())
+    if muon:  # it lets go of the gradients that it has used
+        model.token_loss(bb.net, model.pack(rows))[0].backward()
     assert parts["weights"] == sum(p.nbytes for p in params)
     assert parts["gradients"] == pytest.approx(sum(p.grad.nbytes for p in params), rel=0.001)
     state = sum(x.nbytes for s in optim.state.values() for x in s.values())
