@@ -17,6 +17,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import multiprocessing
 import os
 import pathlib
 import subprocess
@@ -131,15 +132,24 @@ def demonstrate(env, seed, noise):
     return {k: np.stack([row[k] for row in rows]) for k in rows[0]} if success else None
 
 
-def demonstrations(module, args):
+def attempt(name, args, number, task):
+    """-> (arrays, header) of demonstration `number` of a task; arrays None when the expert failed."""
+    env = importlib.import_module(f"benchmarks.{name}").Simulator(task, args.size, args.limit)
+    arrays = demonstrate(env, (args.seed << 24) + number, args.noise)
+    env.env.close()
+    return arrays, {"task": env.prompt, "fps": str(env.fps), "source": task}
+
+
+def demonstrations(name, args):
     """-> (arrays, header) of each, tasks in turns; failures are dropped and counted."""
-    failed = collections.Counter()
-    for number, task in itertools.product(range(args.episodes), module.tasks(args)):
-        env = module.Simulator(task, args.size, args.limit)
-        if arrays := demonstrate(env, (args.seed << 24) + number, args.noise):
-            yield arrays, {"task": env.prompt, "fps": str(env.fps), "source": task}
-        failed[task] += arrays is None
-        env.env.close()
+    tasks, failed = importlib.import_module(f"benchmarks.{name}").tasks(args), collections.Counter()
+    jobs = [(name, args, *job) for job in itertools.product(range(args.episodes), tasks)]
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(args.workers, spawn) as pool:
+        for arrays, header in pool.map(attempt, *zip(*jobs, strict=True)):
+            failed[header["source"]] += arrays is None
+            if arrays:
+                yield arrays, header
     print(f"{failed.total()} failed demonstrations dropped: {dict(+failed)}")
 
 
@@ -153,13 +163,14 @@ def record(name, convert=None):
     add("--out", required=True, help="folder to write")
     add("--episodes", type=int, default=20, help="demonstrations a task that are tried")
     add("--seed", type=int, default=0, help="of states and noise, below 10")
+    add("--workers", type=int, default=2, help="simulator processes")
     add("--noise", type=float, default=0.1, help="std of what is added to the expert's actions")
     if convert:
         add("--convert", default="", help="instead: folder of the published demonstrations")
         add("--drop-noops", action="store_true", help="with it: leave out steps that do nothing")
     arguments(module, add)
     args = parser.parse_args()
-    made = convert(args) if convert and args.convert else demonstrations(module, args)
+    made = convert(args) if convert and args.convert else demonstrations(name, args)
     write_episodes(pathlib.Path(args.out) / "episodes", made)
 
 
