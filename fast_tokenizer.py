@@ -17,8 +17,9 @@ Seconds on one CPU core. Legend: B batch, K chunk length, A action dims, S state
 
 import argparse
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
+from functools import cache
 from itertools import compress
 from operator import itemgetter
 from pathlib import Path
@@ -28,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from scipy.fft import dct, idct
 from tokenizers import Tokenizer, decoders, models, trainers
 
+MANY = 1024  # chunks a call from which on the automaton encodes
 STILL = 1e-6  # a dimension whose q99 - q01 is below this never moves: it maps to 0 and back to q01
 BROKEN = "\ufffd"  # what bytes that are no UTF-8 decode as
 LAST_CODE = 0xD7FF  # the largest character code below the surrogates, which no text can hold
@@ -110,6 +112,7 @@ class FastTokenizer:
         self.max_coef = codes[-1] + self.min_coef
         middle = (np.array(codes[1:]) + codes[:-1]) / 2
         self.nearest = np.array(codes)[np.searchsorted(middle, range(codes[-1] + 1))]  # by code
+        self.automaton = None
 
     @classmethod
     def fit(cls, chunks, vocab_size, scale, stats=None):
@@ -146,6 +149,10 @@ class FastTokenizer:
         codes = np.clip(coefs, self.min_coef, self.max_coef).astype(int) - self.min_coef
         codes = self.nearest[codes]
         self.clipped = int((codes + self.min_coef != coefs).sum())
+        if len(codes) >= MANY and self.kind == "utf-8":
+            self.automaton = self.automaton or Automaton(self.bpe)
+            if self.automaton.exact:
+                return self.automaton.encode(codes.reshape(len(codes), -1))
         return [row.ids for row in self.bpe.encode_batch(_texts(codes))]
 
     def decode(self, ids):
@@ -210,6 +217,76 @@ class FastTokenizer:
                                                   "max_coef")), stats)
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as e:
             raise ValueError(f"{path}: not a FAST tokenizer ({e!r}); fit or save it again") from e
+
+
+class Automaton:
+    """BPE of many texts at once: the ids of `tokenizers`, in a sixth of its time. Speed alone.
+
+    A list of tokens is what BPE makes of its text exactly if BPE makes of each two neighbours those
+    two. So each text has one last token, the one that fits the last token of the text before it;
+    to read on, it is enough to know which tokens may be open since where: a state. 1,024 tokens
+    have some 2,000; what follows a state is worked out when the state is first met."""
+
+    def __init__(self, bpe):
+        model = json.loads(bpe.to_str())["model"]
+        self.ids, V = model["vocab"], len(model["vocab"])
+        made = [self.ids[a + b] for a, b in model["merges"]]
+        self.exact = made == list(range(V - len(made), V))  # as fit leaves them: ids in order of rank
+        self.merge = np.full((V, V + 1), V)  # of two tokens, in order of rank; V: none
+        left, self.right = np.full((2, V + 1), V)
+        for new, (a, b) in zip(made, model["merges"]):
+            left[new], self.right[new] = self.ids[a], self.ids[b]
+            self.merge[left[new], self.right[new]] = new
+        self.starts, self.until = [np.arange(V)], [np.full(V, V)]  # tokens begin so, until a merge
+        while self.starts[-1].min() < V:
+            self.until.append(self.starts[-1])
+            self.starts.append(left[self.starts[-1]])
+        self.longer = Counter()  # text -> bits of the tokens that go on after it
+        for text, i in self.ids.items():
+            for k in range(len(text)):
+                self.longer[text[:k]] |= 1 << i
+        self.length = np.array([len(text) for text in sorted(self.ids, key=self.ids.get)])
+        self.fits, self.states = cache(self.fits), {(0, (("", self.longer[""]),)): 0}
+        self.next = np.full((1024, V - len(made)), -1)  # (states, codes)
+
+    def fits(self, a):
+        """Bit b: BPE leaves token b behind token a. No merge joins an end of a with a start of b
+        while both are there; of equal merges the left one comes first."""
+        joined, V = False, len(self.merge)
+        until = V
+        while a < V:
+            new = self.merge[a][np.array(self.starts)]  # (depth, V)
+            joined |= ((new < until) & (new <= self.until)).any(0)
+            a, until = self.right[a], a
+        return int.from_bytes(np.packbits(~joined, bitorder="little").tobytes(), "little")
+
+    def follow(self, s):
+        """Fill next[s]. A state: (last token, ((text since a token may be open, bits of which), ...))."""
+        for c, (_, opened) in enumerate([list(self.states)[s]] * self.next.shape[1]):
+            still = [(text + chr(c), may) for text, may in opened]
+            (last,) = (i for text, may in still if may >> (i := self.ids.get(text, len(self.ids))) & 1)
+            still = [(text, may & self.longer[text]) for text, may in still if may & self.longer[text]]
+            state = last, (*still, ("", self.fits(last)))
+            self.next[s, c] = self.states.setdefault(state, len(self.states))
+        if len(self.states) + self.next.shape[1] > len(self.next):
+            self.next = np.concatenate([self.next, np.full_like(self.next, -1)])
+
+    def encode(self, codes):
+        """codes (B, T) -> B lists of ids."""
+        codes = np.ascontiguousarray(codes.T)  # (T, B)
+        at, states = np.zeros(codes.shape[1], int), np.empty_like(codes)
+        for t, c in enumerate(codes):
+            for s in np.unique(at[self.next[at, c] < 0]):
+                self.follow(s)
+            at = states[t] = self.next[at, c]
+        last = np.array([token for token, _ in self.states])[states]  # (T, B) of each prefix
+        length, left = self.length[last], np.full_like(at, len(codes))
+        for t in reversed(range(len(codes))):  # the last token, the last of what stands before it, ...
+            length[t] *= left == t + 1
+            left -= length[t]
+        ends = length.T > 0  # (B, T)
+        ids, cuts = last.T[ends].tolist(), np.cumsum(ends.sum(1)).tolist()
+        return [ids[a:b] for a, b in zip([0, *cuts], cuts)]
 
 
 def _check_chunks(chunks, horizon=None, dim=None):

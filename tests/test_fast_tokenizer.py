@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 from scipy.fft import dct, idct
-from tokenizers import ByteLevelBPETokenizer
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
@@ -198,6 +198,28 @@ def test_every_coefficient_of_the_range_has_a_token():
     decoded, ok = tok.decode(tok.encode(every))
     assert ok.all() and tok.clipped == 0
     np.testing.assert_allclose(decoded, every, atol=1e-6)
+
+
+@pytest.mark.parametrize(("vocab", "scale"), [(12, 1), (64, 2), (300, 2), (1024, 10)])
+def test_the_automaton_gives_the_ids_of_the_bpe(vocab, scale):
+    """On chunks like the fitted ones, on noise, and on runs of one coefficient; and the way without it."""
+    fast = FastTokenizer.fit(smooth(500), vocab, scale)
+    noise = np.random.default_rng(0).uniform(-1, 1, (1000, 5, 3))
+    still = np.linspace(-1, 1, 50)[:, None, None] * np.ones((5, 3))
+    chunks = np.concatenate([smooth(1000, seed=1), noise, still, 0 * still])
+    want = fast.encode(chunks[:ft.MANY - 1]) + fast.encode(chunks[ft.MANY - 1:][:ft.MANY - 1])
+    want += fast.encode(chunks[2 * ft.MANY - 2:])
+    assert fast.automaton is None and len(want) == len(chunks)
+    assert fast.encode(chunks) == want and fast.automaton.states
+    assert fast.encode(chunks) == want, "in states that are known"
+    assert fast.automaton.exact
+    bpe = json.loads(fast.bpe.to_str())  # a file whose last two ids are not in order of rank
+    *_, (a, i), (b, j) = sorted(bpe["model"]["vocab"].items(), key=lambda item: item[1])
+    bpe["model"]["vocab"] |= {a: j, b: i}
+    other = FastTokenizer(Tokenizer.from_str(json.dumps(bpe)), scale, 5, 3, fast.min_coef, fast.max_coef)
+    turned = {i: j, j: i}
+    assert other.encode(chunks) == [[turned.get(k, k) for k in row] for row in want]
+    assert not other.automaton.exact
 
 
 def test_save_and_load_are_exact_and_deterministic(tmp_path):
