@@ -115,3 +115,37 @@ def test_files_that_are_no_demonstrations(tmp_path, monkeypatch):
         (tmp_path / "b_demo.hdf5").write_bytes(content)
         with pytest.raises(SystemExit, match="b_demo.hdf5: .*copy the dataset again"):
             convert(monkeypatch, tmp_path, tmp_path / f"out{i}")
+
+
+@pytest.mark.sim
+def test_a_file_written_from_the_real_simulator(tmp_path, monkeypatch):
+    """Frames and states as LIBERO's own recorder stores them (create_dataset.py: images as rendered, the
+    hand by robosuite's quat2axisangle) become the episode that our own recording would have been."""
+    pytest.importorskip("libero.libero.envs", reason="runs in LIBERO's Python, see README")
+    h5py = pytest.importorskip("h5py", reason="pip install -r requirements-extras.txt")
+    from robosuite.utils.transform_utils import quat2axisangle
+    env = libero.Simulator("spatial/2", 64, 0)
+    env.reset(1, "eval")
+    write(tmp_path / "real_demo.hdf5", demos=1)
+    rows, ours = [], []
+    for _ in range(4):
+        seen, action = env.seen, np.float64(env.expert())
+        hand = np.concatenate([seen["robot0_eef_pos"], quat2axisangle(seen["robot0_eef_quat"])])
+        rows.append({"obs/agentview_rgb": seen["agentview_image"], "obs/ee_states": hand,
+                     "obs/eye_in_hand_rgb": seen["robot0_eye_in_hand_image"], "actions": action,
+                     "obs/gripper_states": seen["robot0_gripper_qpos"]})
+        ours.append({**env.observe(env.cameras), "action": np.float32(action)})
+        env.advance(action)
+    env.env.close()
+    with h5py.File(tmp_path / "real_demo.hdf5", "a") as file:
+        for name in rows[0]:
+            del file["data/demo_0/" + name]
+            file["data/demo_0/" + name] = np.stack([row[name] for row in rows])
+        file["data"].attrs["problem_info"] = json.dumps({"language_instruction": env.prompt})
+    (episode,) = convert(monkeypatch, tmp_path, tmp_path / "out")
+    assert episode.task == env.prompt and len(episode) == 4
+    for t, row in enumerate(ours):
+        assert row["image"].std() > 10 and (row["image"] != ours[t - 1]["image"]).any()
+        assert all((episode.frame(t, name) == row[name]).all() for name in env.cameras)
+        assert episode.state[t] == pytest.approx(row["state"], abs=1e-6)
+        assert (episode.action[t] == row["action"]).all()
