@@ -116,7 +116,7 @@ def recordings(args):
             raise ValueError(f"no {', '.join(missing)} among {', '.join(info['features'])}")
         every = round(fps / args.fps) if args.fps else 1
         if len(set(names)) < len(names) or every < 1 or args.fps and fps != every * args.fps:
-            raise ValueError(f"--fps {args.fps:g} does not divide its {fps}, or two cameras end alike")
+            raise ValueError(f"--fps {args.fps:g} does not divide its {fps}, or cameras end alike")
     with reading(meta):
         end = "parquet" if v3 else "jsonl"
         tasks = {r.pop("task_index"): next(iter(r.values())) for r in rows(meta / f"tasks.{end}")}

@@ -54,8 +54,8 @@ def subcommands(commands, parent):
 def trials(policy, args):
     """All trials of `evaluate.py metaworld | libero` -> [(group, task, success)] in fixed order.
 
-    Finished ones stand in OUT.SIMULATOR.ARM.HASH.jsonl (of weights and settings), from which the same
-    command goes on. ValueError naming task and trial when a simulator crashes."""
+    Finished ones stand in OUT.SIMULATOR.ARM.HASH.jsonl (of weights and settings), from which the
+    same command goes on. ValueError naming task and trial when a simulator crashes."""
     module, crashed = importlib.import_module(f"benchmarks.{args.command}"), []
     settings = [args.seed, args.execute, args.ensemble, args.size, args.limit]
     weights = b"".join(p.detach().cpu().numpy().tobytes() for p in policy.head.parameters())
