@@ -22,7 +22,7 @@ gpus=$(python -c "import torch; print(torch.cuda.device_count())")
 ranks=$([ "$gpus" -gt 0 ] && echo "$gpus" || echo 2)
 many() { torchrun --standalone --nproc_per_node "$ranks" "$@"; }
 arms=(base SFT SFT+RL)
-declare -A init=([base]=assets/tiny-vlm [SFT]=$RUN/sft [SFT+RL]=$RUN/grpo)
+checkpoint() { case $1 in base) echo assets/tiny-vlm;; SFT) echo "$RUN/sft";; *) echo "$RUN/grpo";; esac; }
 each() {  # runs a line of shell for all arms side by side; one that fails stops the script
   local jobs=()
   for arm in "${arms[@]}"; do eval "$1" & jobs+=($!); done
@@ -51,12 +51,12 @@ say "stage 2: GRPO"
 many grpo.py speedrun --init "$RUN/sft" --data "$DATA/train/episodes" --out "$RUN/grpo" --seed $SEED
 
 say "held-out action tokens of base, SFT and SFT+RL"
-each 'python evaluate.py actions --policy "${init[$arm]}" --fast "$RUN/fast" --data "$DATA/test" --arm "$arm" \
+each 'python evaluate.py actions --policy "$(checkpoint $arm)" --fast "$RUN/fast" --data "$DATA/test" --arm "$arm" \
   --out "$RESULT" --preset speedrun --seed $SEED'
 
 say "stage 3: an action head on each of the three, frozen; logs in $RUN/vla"
 mkdir -p "$RUN/vla"
-head='vla.py speedrun --init "${init[$arm]}" --data "$DATA/train/episodes" --out "$RUN/vla/$arm" --seed $SEED'
+head='vla.py speedrun --init "$(checkpoint $arm)" --data "$DATA/train/episodes" --out "$RUN/vla/$arm" --seed $SEED'
 if [ "$gpus" -gt 0 ]; then for arm in "${arms[@]}"; do eval "many $head"; done
 else each "python $head"' > "$RUN/vla/$arm.txt" 2>&1' || { tail -n 2 "$RUN"/vla/*.txt; exit 1; }
 fi  # on CPU side by side: no waiting for another rank
