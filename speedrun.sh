@@ -3,7 +3,7 @@
 # A fresh machine with Python 3.11+ and two CPU cores is enough; with a GPU the same script uses it.
 set -euo pipefail
 cd "$(dirname "$0")"
-RUN=${RUN:-runs/speedrun} DATA=${DATA:-data/speedrun} SEED=${SEED:-0}
+RUN=${RUN:-runs/speedrun} DATA=${DATA:-data/speedrun} SEED=${SEED:-0} RESULT=results/speedrun.json
 
 if [ -z "${SKIP_INSTALL:-}" ]; then
   [ -d .venv ] || python3 -m venv .venv
@@ -11,9 +11,8 @@ if [ -z "${SKIP_INSTALL:-}" ]; then
   source .venv/bin/activate
 fi
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-start=$(date +%s)
-say() { echo; echo "== $(( $(date +%s) - start )) s: $*"; }
-RESULT=results/speedrun.json
+SECONDS=0
+say() { echo; echo "== $SECONDS s: $*"; }
 mkdir -p "$RUN" results
 if [ -e "$RUN/done" ] || [ -e "$DATA" ]; then
   echo "error: $RUN or $DATA is from an earlier run; delete them or set RUN and DATA"; exit 1
@@ -22,7 +21,13 @@ rm -f "$RESULT"
 gpus=$(python -c "import torch; print(torch.cuda.device_count())")
 ranks=$([ "$gpus" -gt 0 ] && echo "$gpus" || echo 2)
 many() { torchrun --standalone --nproc_per_node "$ranks" "$@"; }
-finish() { for pid in "$@"; do wait "$pid" || return 1; done; }  # a job that failed stops the script
+arms=(base SFT SFT+RL)
+checkpoint() { case $1 in base) echo assets/tiny-vlm;; SFT) echo "$RUN/sft";; *) echo "$RUN/grpo";; esac; }
+each() {  # runs a line of shell for all arms side by side; one that fails stops the script
+  local jobs=()
+  for arm in "${arms[@]}"; do eval "$1" & jobs+=($!); done
+  for job in "${jobs[@]}"; do wait "$job" || return 1; done
+}
 
 # torch multiplies with MKL, which runs AMD processors at about half of their speed unless its check
 # of the vendor is answered with yes. Without a C compiler the run is only slower.
@@ -45,34 +50,23 @@ many sft.py speedrun --data "$DATA/train/conversations.jsonl:0.5,$DATA/train/epi
 say "stage 2: GRPO"
 many grpo.py speedrun --init "$RUN/sft" --data "$DATA/train/episodes" --out "$RUN/grpo" --seed $SEED
 
-arms=(base SFT SFT+RL) jobs=()
-checkpoint() { case $1 in base) echo assets/tiny-vlm;; SFT) echo "$RUN/sft";; *) echo "$RUN/grpo";; esac; }
 say "held-out action tokens of base, SFT and SFT+RL"
-for arm in "${arms[@]}"; do
-  python evaluate.py actions --policy "$(checkpoint $arm)" --fast "$RUN/fast" --data "$DATA/test" --arm "$arm" \
-    --out "$RESULT" --preset speedrun --seed $SEED & jobs+=($!)
-done
-finish "${jobs[@]}"
+each 'python evaluate.py actions --policy "$(checkpoint $arm)" --fast "$RUN/fast" --data "$DATA/test" --arm "$arm" \
+  --out "$RESULT" --preset speedrun --seed $SEED'
 
 say "stage 3: an action head on each of the three, frozen; logs in $RUN/vla"
-mkdir -p "$RUN/vla"; jobs=()
-for arm in "${arms[@]}"; do
-  head=(vla.py speedrun --init "$(checkpoint $arm)" --data "$DATA/train/episodes" --out "$RUN/vla/$arm" --seed $SEED)
-  if [ "$gpus" -gt 0 ]; then many "${head[@]}"; continue; fi
-  python "${head[@]}" > "$RUN/vla/$arm.txt" 2>&1 & jobs+=($!)  # on CPU side by side: no waiting for another rank
-done
-finish "${jobs[@]}" || { tail -n 2 "$RUN"/vla/*.txt; exit 1; }
+mkdir -p "$RUN/vla"
+head='vla.py speedrun --init "$(checkpoint $arm)" --data "$DATA/train/episodes" --out "$RUN/vla/$arm" --seed $SEED'
+if [ "$gpus" -gt 0 ]; then for arm in "${arms[@]}"; do eval "many $head"; done
+else each "python $head"' > "$RUN/vla/$arm.txt" 2>&1' || { tail -n 2 "$RUN"/vla/*.txt; exit 1; }
+fi  # on CPU side by side: no waiting for another rank
 rm -rf "$RUN"/vla/*/features
 
 say "closed loop of the three heads"
-jobs=()
-for arm in "${arms[@]}"; do
-  python evaluate.py tabletop --policy "$RUN/vla/$arm" --arm "$arm" --out "$RESULT" \
-    --preset speedrun --seed $SEED --execute 2 --trials 5 --chains 50 --gif "$RUN/gif/$arm" & jobs+=($!)
-done
-finish "${jobs[@]}"
+each 'python evaluate.py tabletop --policy "$RUN/vla/$arm" --arm "$arm" --out "$RESULT" \
+  --preset speedrun --seed $SEED --execute 2 --trials 5 --chains 50 --gif "$RUN/gif/$arm"'
 
-minutes=$(python -c "print(round(($(date +%s) - $start) / 60, 1))")
+minutes=$(python -c "print(round($SECONDS / 60, 1))")
 say "results"
 python evaluate.py report "$RESULT" --arms base,SFT,SFT+RL --minutes "$minutes" --markdown results/speedrun.md
 say "done in $minutes minutes"

@@ -4,17 +4,16 @@
     python evaluate.py calvin --policy runs/vla --data task_ABC_D --out results/calvin.json
 
 `convert` turns each annotated window (at most 64 frames) of a split into an episode: image (static
-camera), image_gripper, state = robot_obs (15), action = rel_actions (7). `evaluate.py calvin` is
-the official protocol: reset once a chain, 360 steps a subtask, the first validation annotation as
-instruction, the gripper exactly -1 or +1; the first failure ends a chain. It needs the public
-calvin repository with calvin_env installed from it, and a dataset's validation/.hydra.
+camera), image_gripper, state = robot_obs (15), action = rel_actions (7). The protocol is the
+official one: reset once a chain, 360 steps a subtask, the first validation annotation as
+instruction, the gripper exactly -1 or +1; the first failure ends a chain.
 """
 
 import argparse
 import functools
-import itertools
 import pickle
 import re
+from itertools import accumulate, permutations, product, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +26,8 @@ from benchmarks.tabletop import reading, write_episodes
 STEPS = 360  # of a subtask
 KEPT = {"image": ("rgb_static", (200, 200, 3)), "image_gripper": ("rgb_gripper", (84, 84, 3)),
         "state": ("robot_obs", (15,)), "action": ("rel_actions", (7,))}  # our name: theirs, shape
-BLOCKS = ("red_block", "blue_block", "pink_block")
+SIDES, BLOCKS = ("right", "left"), ("red_block", "blue_block", "pink_block")
 KEYS = ("led", "lightbulb", "slider", "drawer", *BLOCKS)  # of a state
-
-# ---- the chains
-
 # task, category: what must hold > what holds then. B, C and D stand for the blocks in any order, S
 # and O for a side and the other one, L for a light. Indented tasks alternate with the one above.
 RULES = """\
@@ -55,15 +51,14 @@ push_into_drawer push: B=table C=slider_S D=slider_O drawer=open > B=drawer"""
 
 def _tasks():
     """name -> (category, [(what must hold, what holds then)]), in the official order."""
-    tasks, sides, lights = {}, ("right", "left"), ("lightbulb", "led")
+    tasks, lights = {}, ("lightbulb", "led")
     for lines in re.split(r"\n(?! )", RULES):
-        for blocks, pair, light in itertools.product(
-                itertools.permutations(BLOCKS), itertools.permutations(sides), lights):
-            words = str.maketrans(dict(zip("BCDSOL", (*blocks, *pair, light))))
+        for blocks, sides, light in product(permutations(BLOCKS), permutations(SIDES), lights):
+            words = str.maketrans(dict(zip("BCDSOL", (*blocks, *sides, light))))
             for line in lines.translate(words).splitlines():
                 (name, category), *rule = (part.split() for part in re.split("[:>]", line))
-                old, new = (dict(pair.split("=") for pair in part) for part in rule)
-                tasks.setdefault(name, (category, []))[1].append((old, new))
+                rule = [dict(pair.split("=") for pair in part) for part in rule]
+                tasks.setdefault(name, (category, []))[1].append(rule)
     return tasks
 
 
@@ -84,19 +79,16 @@ def after(state, name):
 def chains():
     """The 1,000 official chains [(initial state, five task names)] in order; 15 CPU seconds."""
     places, made = ("table", "slider_right", "slider_left"), []
-    states = [state for state in itertools.product(
-        "01", "01", ("right", "left"), ("closed", "open"), places, places, places)
-        if state.count("table") in (1, 2) and max(map(state.count, places[1:])) < 2]
+    states = [state for state in product("01", "01", SIDES, ("closed", "open"), *[places] * 3)
+              if state.count("table") in (1, 2) and max(map(state.count, places[1:])) < 2]
     for i, share in enumerate(np.array_split(range(1000), len(states))):
-        rng, end = np.random.RandomState(i), len(made) + len(share)
-        while len(made) < end:
-            picks = list(TASKS)
-            rng.shuffle(picks)  # the numbers that choice(34, 5, replace=False) draws
-            ends = itertools.accumulate(picks[:5], lambda at, name: at and after(at, name),
-                                        initial=states[i])
+        start = {k: int(v) if v in "01" else v for k, v in zip(KEYS, states[i])} | {"grasped": 0}
+        rng, names = np.random.RandomState(i), list(TASKS)
+        while len(made) <= share[-1]:
+            rng.shuffle(picks := names[:])  # the numbers that choice(34, 5, replace=False) draws
+            ends = accumulate(picks[:5], lambda at, name: at and after(at, name), initial=states[i])
             if all(ends) and len({TASKS[name][0] for name in picks[:5]}) == 5:
-                start = {k: int(v) if v in "01" else v for k, v in zip(KEYS, states[i])}
-                made.append(({**start, "grasped": 0}, tuple(picks[:5])))
+                made.append((dict(start), tuple(picks[:5])))
     np.random.RandomState(0).shuffle(made)
     return made
 
@@ -111,23 +103,19 @@ def layout(state):
     robot = np.array([
         0.02586889, -0.2313129, 0.5712808, 3.09045411, -0.02908596, 1.50013585, 0.07999963,
         -1.21779124, 1.03987629, 2.11978254, -2.34205014, -0.87015899, 1.64119093, 0.55344928, 1.0])
+    table = [(0.0500000896, -0.120000177, 0.459990009), (0.229995412, -0.11999514, 0.45999001)]
+    slider = {"slider_left": (-0.240851662, 0.0924044687, 0.460990009),
+              "slider_right": (0.070341633, 0.0924044687, 0.460990009)}
     rng = np.random.RandomState(fnv(str(state.values()).encode("utf-16-le")))
-    table = [(5.00000896e-02, -1.20000177e-01, 4.59990009e-01),
-             (2.29995412e-01, -1.19995140e-01, 4.59990010e-01)]
-    slider = {"slider_left": (-2.40851662e-01, 9.24044687e-02, 4.60990009e-01),
-              "slider_right": (7.03416330e-02, 9.24044687e-02, 4.60990009e-01)}
     rng.shuffle(table)
-    free = {"red_block": 0, "blue_block": int(state["red_block"] == "table"), "pink_block": 1}
+    free = (0, int(state["red_block"] == "table"), 1)  # place of each block that is on the table
     scene = np.zeros(24)
     scene[:6] = [0.28 * (state["slider"] == "left"), 0.22 * (state["drawer"] == "open"), 0,
                  0.088 * state["lightbulb"], state["lightbulb"], state["led"]]
-    for at, block in zip((6, 12, 18), BLOCKS):
-        scene[at : at + 3] = slider.get(state[block], table[free[block]])
+    for at, block, place in zip((6, 12, 18), BLOCKS, free):
+        scene[at : at + 3] = slider.get(state[block], table[place])
         scene[at + 5] = rng.uniform(np.pi * 3 / 8, np.pi * 5 / 8)
     return robot, scene
-
-
-# ---- the closed loop
 
 
 def world(data):
@@ -136,9 +124,8 @@ def world(data):
         "-e calvin/calvin_env, after git clone --recursive https://github.com/mees/calvin",
         "calvin_env", "calvin_env.envs.play_table_env", "calvin_env.envs.tasks")
     conf = Path(package.__file__).resolve().parents[2] / "calvin_models" / "conf"
-    rules, words = (yaml.safe_load((conf / name).read_text()) for name in (
-        "callbacks/rollout/tasks/new_playtable_tasks.yaml",
-        "annotations/new_playtable_validation.yaml"))
+    rules = yaml.safe_load((conf / "callbacks/rollout/tasks/new_playtable_tasks.yaml").read_text())
+    words = yaml.safe_load((conf / "annotations/new_playtable_validation.yaml").read_text())
     env = envs.get_env(Path(data) / "validation", show_gui=False)
     return env, oracles.Tasks(rules["tasks"]), words
 
@@ -150,7 +137,7 @@ def play(policy, data, count, execute=0, ensemble=0.0):
     env, oracle, words = world(data)
     cameras, lengths = env.cameras, []
 
-    def attempt(name):  # from where the environment stands -> whether it was done in time
+    def attempt(name):  # -> whether it was done in time
         text, start = words[name][0], env.get_info()
         for step in range(0, STEPS, plan.execute):
             env.cameras = cameras
@@ -169,11 +156,8 @@ def play(policy, data, count, execute=0, ensemble=0.0):
         robot, scene = layout(state)
         env.reset(robot_obs=robot, scene_obs=scene)
         plan = Chunks(policy.horizon, execute, ensemble)
-        lengths.append(sum(itertools.takewhile(bool, map(attempt, names))))
+        lengths.append(sum(takewhile(bool, map(attempt, names))))
     return lengths
-
-
-# ---- the data
 
 
 class Plain(pickle.Unpickler):
@@ -185,24 +169,12 @@ class Plain(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def annotations(path):
-    """-> [(instruction, (first frame, last frame))] of a split."""
-    with reading(path), open(path, "rb") as f:
-        np.lib.format.read_magic(f)
-        np.lib.format.read_array_header_1_0(f)
-        found = Plain(f).load().item()
-        rows = list(zip(found["language"]["ann"], found["info"]["indx"], strict=True))
-        for text, (start, end) in rows:
-            if end < start or not text.strip():
-                raise ValueError(f"window {start}-{end} with the annotation {text!r}")
-        return rows
-
-
 def frame(path):
     """One recorded step -> {our name: array}."""
+    step = {}
     with reading(path), np.load(path) as f:
-        step = {name: f[key] for name, (key, _) in KEPT.items()}
         for name, (key, shape) in KEPT.items():
+            step[name] = f[key]
             if step[name].shape != shape:
                 raise ValueError(f"{key} is {step[name].shape}, not {shape}")
         if (action := abs(step["action"])).max() > 1.001 or action[6] != 1:
@@ -212,7 +184,16 @@ def frame(path):
 
 def recorded(folder):
     """The annotated windows of a split as (arrays, header)."""
-    for text, (start, end) in annotations(folder / "lang_annotations" / "auto_lang_ann.npy"):
+    path = folder / "lang_annotations" / "auto_lang_ann.npy"
+    with reading(path), open(path, "rb") as f:
+        np.lib.format.read_magic(f)
+        np.lib.format.read_array_header_1_0(f)
+        found = Plain(f).load().item()
+        windows = list(zip(found["language"]["ann"], found["info"]["indx"], strict=True))
+        for text, (start, end) in windows:
+            if end < start or not text.strip():
+                raise ValueError(f"window {start}-{end} with the annotation {text!r}")
+    for text, (start, end) in windows:  # both ends inclusive
         steps = [frame(folder / f"episode_{t:07d}.npz") for t in range(start, end + 1)]
         yield ({name: np.stack([s[name] for s in steps]) for name in KEPT},
                {"task": text, "fps": "30", "source": f"calvin {folder.name} {start}-{end}"})

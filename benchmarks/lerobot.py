@@ -3,10 +3,9 @@
     python -m benchmarks.lerobot --data FOLDER --out data/x --camera observation.images.front \\
         --action action --state observation.state --fps 5 --deltas 6
 
-Several cameras or keys are separated by commas: the first camera is `image`, a further one
-`image_<last part of its name>`; keys are put side by side. --fps keeps the first image and state of
-each interval, and the last value of the action, but the sum of its first --deltas dimensions, which
-are movements. Where the task changes within a recording, a new episode begins.
+The first camera is `image`, a further one `image_<last part of its name>`; keys are put side by
+side. --fps keeps the first image and state of each interval, and the last value of the action, but
+the sum of its first --deltas dimensions. Where the task changes, a new episode begins.
 """
 
 import argparse
@@ -56,12 +55,13 @@ def film(path, times, fps):
         raise ValueError(f"no frame at {times[len(images)]:.3f} s: cut short, or not {fps:g} fps")
 
 
-def check(stats, key, x):
-    """ValueError unless x (N, D) has the least, largest and mean values that stats[key] records."""
-    for name in ("min", "max", "mean"):
-        want, have = np.ravel(stats[key][name]), getattr(x.astype(np.float64), name)(0)  # (D,)
-        if want.shape != have.shape or (abs(want - have) > 1e-3 * np.ptp(x, 0) + 1e-4).any():
-            raise ValueError(f"{name} of {key} is {have.round(4)}, meta/ says {want.round(4)}")
+def check(stats, values):
+    """ValueError unless values {key: (N, D)} have the least, largest and mean ones of stats."""
+    for key, x in values.items():
+        for name in ("min", "max", "mean"):
+            want, have = np.ravel(stats[key][name]), getattr(x.astype(np.float64), name)(0)  # (D,)
+            if want.shape != have.shape or (abs(want - have) > 1e-3 * np.ptp(x, 0) + 1e-4).any():
+                raise ValueError(f"{name} of {key} is {have.round(4)}, meta/ says {want.round(4)}")
 
 
 def thin(action, every, deltas):
@@ -75,8 +75,8 @@ def place(info, row, prefix):
     """Path of an episode's data ("data") or of a camera's video ("videos/KEY"), in its folder."""
     number, (kind, _, key) = row["episode_index"], prefix.partition("/")
     at = {k: row.get(f"{prefix}/{k}") for k in ("chunk_index", "file_index")}
-    at |= {"episode_chunk": number // info.get("chunks_size", 1000), "episode_index": number}
-    return info[f"{kind.rstrip('s')}_path"].format(video_key=key, **at)
+    return info[f"{kind.rstrip('s')}_path"].format(
+        video_key=key, episode_index=number, episode_chunk=number // info["chunks_size"], **at)
 
 
 def recording(folder, info, row, cameras, keys, every):
@@ -92,8 +92,7 @@ def recording(folder, info, row, cameras, keys, every):
             times = start + np.array(table["timestamp"], float)[::every]
             view = film(folder / place(info, row, f"videos/{key}"), times, info["fps"])
         else:
-            cells = table[key].to_pylist()[::every]  # {"bytes", "path"} each
-            files = [io.BytesIO(c["bytes"]) if c["bytes"] else folder / c["path"] for c in cells]
+            files = [io.BytesIO(cell["bytes"]) for cell in table[key].to_pylist()[::every]]
             view = [np.asarray(Image.open(file).convert("RGB")) for file in files]
         for t, image in enumerate(view):
             if sorted(image.shape) != sorted(info["features"][key]["shape"]):
@@ -106,18 +105,18 @@ def recording(folder, info, row, cameras, keys, every):
 def recordings(args):
     """A dataset's episodes as (arrays, header). Damaged, naming what is wrong with it."""
     need("-r requirements-extras.txt", "av", "pyarrow.parquet")
-    folder, meta = Path(args.data), Path(args.data) / "meta"
+    folder, meta, seen = Path(args.data), Path(args.data) / "meta", []
     cameras, actions, states = (x.split(",") for x in (args.camera, args.action, args.state))
+    keys = [*actions, *states]
     names = ["image", *("image_" + key.split(".")[-1] for key in cameras[1:])]
     with reading(meta / "info.json"):
         info = rows(meta / "info.json")[0]
         v3, fps = {"v2.1": False, "v3.0": True}[info["codebase_version"]], info["fps"]
-        if missing := {*cameras, *actions, *states} - set(info["features"]):
+        if missing := {*cameras, *keys} - set(info["features"]):
             raise ValueError(f"no {', '.join(missing)} among {', '.join(info['features'])}")
         every = round(fps / args.fps) if args.fps else 1
         if len(set(names)) < len(names) or every < 1 or args.fps and fps != every * args.fps:
-            raise ValueError(f"--fps {args.fps:g} does not divide its {fps}, or names of two cameras "
-                             "end alike")
+            raise ValueError(f"--fps {args.fps:g} does not divide its {fps}, or cameras end alike")
     with reading(meta):
         end = "parquet" if v3 else "jsonl"
         tasks = {r.pop("task_index"): next(iter(r.values())) for r in rows(meta / f"tasks.{end}")}
@@ -125,28 +124,26 @@ def recordings(args):
         todo = [row for file in files for row in rows(file)][: args.limit or None]
         stats = rows(meta / "stats.json")[0] if v3 else {
             r["episode_index"]: r["stats"] for r in rows(meta / "episodes_stats.jsonl")}
-    seen = {key: [] for key in (*actions, *states)}
     for row in todo:
         source, end = f"{folder}: episode {row['episode_index']}", 0
         with reading(source):
-            values, views, task = recording(folder, info, row, cameras, seen, every)
-            for key, x in values.items():
-                seen[key].append(x)
-                if not v3:
-                    check(stats[row["episode_index"]], key, x)
-            state, action = (np.hstack([values[k] for k in keys]) for keys in (states, actions))
+            values, views, numbers = recording(folder, info, row, cameras, keys, every)
+            seen.append(values)
+            if not v3:
+                check(stats[row["episode_index"]], values)
+            state, action = (np.hstack([values[k] for k in part]) for part in (states, actions))
             arrays = {"state": state[::every], "action": thin(action, every, args.deltas)}
             arrays |= zip(names, views)
-            texts = [tasks[number] for number in task]
+            texts = [tasks[number] for number in numbers]
             if not all(map(str.strip, texts)):
                 raise ValueError("an empty instruction in meta/tasks")
         for text, steps in itertools.groupby(texts):
             start, end = end, end + len(list(steps))
             yield ({k: v[start:end] for k, v in arrays.items()},
                    {"task": text, "fps": f"{fps / every:g}", "source": source})
-    with reading(folder):
-        for key in seen if v3 and todo and not args.limit else ():
-            check(stats, key, np.concatenate(seen[key]))
+    if v3 and seen and not args.limit:
+        with reading(folder):
+            check(stats, {key: np.concatenate([v[key] for v in seen]) for key in seen[0]})
 
 
 def main(argv=None):

@@ -39,9 +39,9 @@ def write(folder, rows):
     (folder / "images").mkdir(parents=True, exist_ok=True)
 
     def save(image, name):
-        path = folder / "images" / name
-        (image if isinstance(image, Image.Image) else Image.open(image)).convert("RGB").save(path)
-        return f"images/{name}"
+        image = image if isinstance(image, Image.Image) else Image.open(image)
+        image.convert("RGB").save(folder / (path := f"images/{name}"))
+        return path
 
     for i, (question, answer, kind, images, *more) in enumerate(rows):
         with reading(f"row {i}"):
@@ -70,8 +70,8 @@ def mark(score, text, want, row, folder, unit=1):
     if score == "number":
         a, b = (np.array(re.findall(NUMBER, t), float) for t in (text, want))
         return float(len(a) == len(b) > 0 and abs(a - b).max() <= row.get("tolerance", 0) + 1e-9)
-    xy = np.array(re.findall(PAIR, text), float).reshape(-1, 2)  # (N, 2)
-    xy = xy / (unit or Image.open(folder / row["images"][0]).size)
+    unit = unit or Image.open(folder / row["images"][0]).size
+    xy = np.array(re.findall(PAIR, text), float).reshape(-1, 2) / unit  # (N, 2)
     if "box" in row:
         low, high = np.reshape(row["box"], (2, 2))
         if low.min() < 0 or (low >= high).any() or high.max() > 1:
@@ -88,21 +88,20 @@ def marks(bb, args):
     """Greedy answers to the first question of each row of args.data -> {kind: [mark]}; and to the
     file args.answers. Damaged when a row's own answer would not be marked right."""
     source, found, written, todo = sft.Conversations(args.data, bb.fast, 0), {}, [], []
+    grade = functools.partial(mark, args.score, folder=source.path.parent, unit=args.unit)
     for i in source.train[: args.rows or None]:
         row, (messages, images, kind, where) = source.row(i), source[i]
         want = sft.answer_of(messages[1]["content"])
-        grade = functools.partial(mark, args.score, want=want, row=row, folder=source.path.parent,
-                                  unit=args.unit)
         with reading(where):
-            if grade(text=want) != 1 and args.score != "point":
+            if grade(want, want, row) != 1 and args.score != "point":
                 raise ValueError(f"its answer {want!r} is none for --score {args.score}")
         if args.prompt != "row":
             text = model.ask(row["messages"][0]["content"], args.prompt == "think")
             messages = [{"role": "user", "content": text}]
-        todo.append((grade, want, (messages, images, (kind or "all").replace(" ", "_"), where)))
+        todo.append((row, want, (messages, images, (kind or "all").replace(" ", "_"), where)))
     texts = sft.answers(bb, [item for *_, item in todo], args.max_new, args.batch)
-    for (grade, want, (messages, _, kind, where)), text in zip(todo, texts):
-        found.setdefault(kind, []).append(grade(text=text))
+    for (row, want, (messages, _, kind, where)), text in zip(todo, texts):
+        found.setdefault(kind, []).append(grade(text, want, row))
         written.append({"where": where, "kind": kind, "question": messages[0]["content"],
                         "right": want, "answer": text, "mark": found[kind][-1]})
     if args.answers:

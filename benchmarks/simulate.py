@@ -54,8 +54,8 @@ def subcommands(commands, parent):
 def trials(policy, args):
     """All trials of `evaluate.py metaworld | libero` -> [(group, task, success)] in fixed order.
 
-    Finished ones stand in OUT.SIMULATOR.ARM.HASH.jsonl (of weights and settings), from which the same
-    command goes on. ValueError naming task and trial when a simulator crashes."""
+    Finished ones stand in OUT.SIMULATOR.ARM.HASH.jsonl (of weights and settings), from which the
+    same command goes on. ValueError naming task and trial when a simulator crashes."""
     module, crashed = importlib.import_module(f"benchmarks.{args.command}"), []
     settings = [args.seed, args.execute, args.ensemble, args.size, args.limit]
     weights = b"".join(p.detach().cpu().numpy().tobytes() for p in policy.head.parameters())
@@ -72,8 +72,7 @@ def trials(policy, args):
     def work(start):
         """Every so many of the trials that are left, in one worker process."""
         mine = left[start :: args.workers]
-        todo = {task: [n for t, n in mine if t == task] for task, _ in mine}
-        order = json.dumps([args.command, args.size, args.limit, port, todo])
+        order = json.dumps([args.command, args.size, args.limit, port, mine])
         with subprocess.Popen([args.python, "-m", "benchmarks.simulate", order], text=True,
                               stdout=subprocess.PIPE, cwd=pathlib.Path(__file__).parents[1]) as worker:
             for line in worker.stdout:
@@ -97,15 +96,15 @@ def trials(policy, args):
     return [(*task.split("/"), done[task, n]) for task, n in jobs]
 
 
-def worker(name, size, limit, port, todo):
-    """Trials {task: [numbers]}, a row for each to stdout. Renders where a chunk begins."""
+def worker(name, size, limit, port, jobs):
+    """Trials [(task, number)] -> a row for each to stdout. Renders where a chunk begins."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what simulators print belongs to stderr
     module = importlib.import_module(f"benchmarks.{name}")
     with serve.client(port) as (infer, about):
-        for task, numbers in todo.items():
+        for task, trials in itertools.groupby(jobs, lambda job: job[0]):
             env = module.Simulator(task, size, limit)
-            for number in numbers:
+            for _, number in trials:
                 env.reset(number, "eval")
                 chunk = []
                 for step in range(env.limit):
@@ -119,24 +118,20 @@ def worker(name, size, limit, port, todo):
             env.env.close()
 
 
-def demonstrate(env, seed, noise):
-    """One demonstration as arrays, or None when the expert failed. Recorded is what the expert does
-    in each state; carried out is that plus noise, so that there are recoveries (DART, 1703.09327)."""
-    env.reset(seed, "train")
+def demonstrate(name, args, number, task):
+    """-> (arrays, header) of demonstration `number` of a task; arrays None when the expert failed.
+    Recorded is what the expert does in each state; carried out is that plus noise, so that there
+    are recoveries (DART, arXiv 1703.09327)."""
+    env = importlib.import_module(f"benchmarks.{name}").Simulator(task, args.size, args.limit)
+    env.reset(seed := (args.seed << 24) + number, "train")
     rng, rows, success = np.random.default_rng(seed), [], False
     while not success and len(rows) < env.limit:
         action = np.clip(env.expert(), -1, 1).astype(np.float32)
         rows.append({**env.observe(env.cameras), "action": action})
-        push = np.append(rng.normal(0, noise, len(action) - 1), 0)  # the gripper stays as it is
+        push = np.append(rng.normal(0, args.noise, len(action) - 1), 0)  # not on the gripper
         success = env.advance(np.clip(action + push, -1, 1).astype(np.float32))
-    return {k: np.stack([row[k] for row in rows]) for k in rows[0]} if success else None
-
-
-def attempt(name, args, number, task):
-    """-> (arrays, header) of demonstration `number` of a task; arrays None when the expert failed."""
-    env = importlib.import_module(f"benchmarks.{name}").Simulator(task, args.size, args.limit)
-    arrays = demonstrate(env, (args.seed << 24) + number, args.noise)
     env.env.close()
+    arrays = {k: np.stack([row[k] for row in rows]) for k in rows[0]} if success else None
     return arrays, {"task": env.prompt, "fps": str(env.fps), "source": task}
 
 
@@ -146,7 +141,7 @@ def demonstrations(name, args):
     jobs = [(name, args, *job) for job in itertools.product(range(args.episodes), tasks)]
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(args.workers, spawn) as pool:
-        for arrays, header in pool.map(attempt, *zip(*jobs, strict=True)):
+        for arrays, header in pool.map(demonstrate, *zip(*jobs, strict=True)):
             failed[header["source"]] += arrays is None
             if arrays:
                 yield arrays, header
