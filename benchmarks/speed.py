@@ -5,8 +5,8 @@ medians, quartiles and the ratio (peer / ours). Both sides start from the same w
 run once unmeasured, and what they did is compared at each turn (tokens, losses, ids): a difference
 is an error. On CPU: one thread, process CPU seconds, which a busy machine disturbs less than wall
 time; on cuda wall seconds between synchronisations. In doubt the peer is favoured: its batches are
-made before the clock starts (rollout), gradient checkpointing is off (TRL), glibc keeps freed memory
-for both (model.setup). In rollout and grpo the end of the turn is banned: all have --new tokens.
+made before the clock starts (rollout), gradient checkpointing is off (TRL), glibc keeps memory for
+both (model.setup). In rollout and grpo the end of the turn is banned: all have --new tokens.
 
 python -m benchmarks.speed rollout                       # transformers generate
 python -m benchmarks.speed grpo --image 224              # a step of TRL; full rows in the update
@@ -185,7 +185,7 @@ def rollout(args):
 
 
 def decode_bound(bb, rows, T, seconds, args):
-    """Each token's decoding reads all weights and the cache (prompts once): how near to that time."""
+    """Decoding reads all weights and the cache (prompts once) at each token: how near to that."""
     lm, c = bb.net.model.language_model, bb.net.config.text_config
     kv = lm.layers[0].self_attn.k_proj.out_features
     token = 2 * c.num_hidden_layers * kv * bb.net.dtype.itemsize
