@@ -144,12 +144,12 @@ def compare(ours, peer, work, args):
                 raise ValueError(f"turn {k}: {name} is {a} in ours, {b} in the peer; they do not "
                                  "do the same work, so a ratio would mean nothing")
     a, b = np.array(spent[1:]).T
-    pair = {"unit": "CPU s" if args.device == "cpu" else "s",
-            "work": {name: {"ours": a, "peer": b} for name, (a, b, _) in did.items()}}
+    pair = {}
     for name, x in (("ours", a), ("peer", b), ("ratio", b / a)):
         low, median, high = np.quantile(x, [0.25, 0.5, 0.75]).tolist()
         pair[name] = {"median": median, "q25": low, "q75": high, "n": len(x)}
-    return pair
+    return pair | {"unit": "CPU s" if args.device == "cpu" else "s",
+                   "work": {name: {"ours": a, "peer": b} for name, (a, b, _) in did.items()}}
 
 
 def timed(run, args):
