@@ -4,9 +4,9 @@ In: nothing; weights are random and data synthetic. Out: a line a pair, then one
 medians, quartiles and the ratio (peer / ours). Both sides start from the same weights and inputs,
 run once unmeasured, and what they did is compared at each turn (tokens, losses, ids): a difference
 is an error. On CPU: one thread, process CPU seconds, which a busy machine disturbs less than wall
-time; on cuda wall seconds between synchronisations. Where in doubt the peer is favoured: its batches
-are made before the clock starts (rollout), gradient checkpointing is off (TRL), glibc keeps freed
-memory for both (model.setup). In rollout and grpo the end of the turn is banned: all have --new tokens.
+time; on cuda wall seconds between synchronisations. In doubt the peer is favoured: its batches are
+made before the clock starts (rollout), gradient checkpointing is off (TRL), glibc keeps memory for
+both (model.setup). In rollout and grpo the end of the turn is banned: all have --new tokens.
 
 python -m benchmarks.speed rollout                       # transformers generate
 python -m benchmarks.speed grpo --image 224              # a step of TRL; full rows in the update
@@ -20,9 +20,11 @@ import argparse
 import contextlib
 import copy
 import functools
+import importlib.util
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 import tempfile
@@ -55,17 +57,19 @@ QUESTION = "put the {}red block to the left of the blue bowl"
 
 SIZES = {"3b": "qwen2.5-vl-3b", "7b": "qwen2.5-vl-7b", "tiny-vlm": "tiny-vlm", "tiny": "speed"}
 backbones.SIZES["speed"] = backbones.Size(
-    vocab=4096 - FAST - 2 - len(model.SPECIAL) - len(model.TAGS), hidden=256, layers=4, heads=8, kv=4,
-    mlp=768, theta=1e6, vision=128, vision_mlp=512, patch=14, pixels=(4 * 28**2, 4096 * 28**2))
+    vocab=4096 - FAST - 2 - len(model.SPECIAL) - len(model.TAGS), hidden=256, layers=4, heads=8,
+    kv=4, mlp=768, theta=1e6, vision=128, vision_mlp=512, patch=14,
+    pixels=(4 * 28**2, 4096 * 28**2))
 
 
-def backbone(size, device):
-    """Random weights, bf16 on GPU, with FAST tokens; "tiny-vlm" has the shape of the embedded one."""
+def backbone(args):
+    """Random weights, bf16 on GPU, with FAST tokens; "tiny-vlm" is shaped as the embedded one."""
+    size, device, dtype = args.size, args.device, vla.precision(args.device)
     if size == "tiny-vlm":
-        return model.load("random:tiny-vlm", device, vla.precision(device))
+        return model.load("random:tiny-vlm", device, dtype)
     texts = [*backbones.SENTENCES * 20, " ".join(words(6000, 0))]
     bb = backbones.random_backbone(SIZES[size], 0, texts, device)
-    bb.net.to(vla.precision(device))
+    bb.net.to(dtype)
     bb.fast = fitted()
     model.grow(bb, FAST)
     bb.vocab.banned = bb.tok.convert_tokens_to_ids(model.SPECIAL)  # the end too; no unused rows
@@ -78,8 +82,7 @@ def words(n, seed):
 
 
 def smooth(n, seed):
-    """n chunks (n, K, A) in [-1, 1] whose power falls with frequency, as that of recorded ones;
-    about 23 tokens each with fitted()."""
+    """n chunks (n, K, A) in [-1, 1]; their power falls with frequency, as that of recorded ones."""
     coefs = model.rng(0, "chunks", seed).normal(size=(n, HORIZON, DIM))
     fall = 2 / (1 + np.arange(HORIZON)[:, None]) ** 1.8
     return np.tanh(idct(coefs * fall, axis=1, norm="ortho")).astype(np.float32)
@@ -124,11 +127,6 @@ def clock(args):
     return time.perf_counter()
 
 
-def quartiles(values):
-    low, median, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
-    return {"median": median, "q25": low, "q75": high, "n": len(values)}
-
-
 def compare(ours, peer, work, args):
     """ours(k) and peer(k) by turns, turn 0 unmeasured. work(what ours returned, what peer returned)
     -> {name: (number, number, relative tolerance)}; ValueError when they differ by more.
@@ -146,43 +144,40 @@ def compare(ours, peer, work, args):
                 raise ValueError(f"turn {k}: {name} is {a} in ours, {b} in the peer; they do not "
                                  "do the same work, so a ratio would mean nothing")
     a, b = np.array(spent[1:]).T
-    return {"ours": quartiles(a), "peer": quartiles(b), "ratio": quartiles(b / a),
-            "unit": "CPU s" if args.device == "cpu" else "s",
-            "work": {name: {"ours": a, "peer": b} for name, (a, b, _) in did.items()}}
+    pair = {}
+    for name, x in (("ours", a), ("peer", b), ("ratio", b / a)):
+        low, median, high = np.quantile(x, [0.25, 0.5, 0.75]).tolist()
+        pair[name] = {"median": median, "q25": low, "q75": high, "n": len(x)}
+    return pair | {"unit": "CPU s" if args.device == "cpu" else "s",
+                   "work": {name: {"ours": a, "peer": b} for name, (a, b, _) in did.items()}}
 
 
 def timed(run, args):
-    """Median seconds of run()."""
-    at = [clock(args)]
-    for _ in range(args.repeats + 1):
-        run()
-        at.append(clock(args))
-    return float(np.median(np.diff(at)[1:]))
+    """Median seconds of run(), which has no peer."""
+    return compare(lambda k: run(), lambda k: None, lambda x, y: {}, args)["ours"]["median"]
 
 
-# Rollout
+# Ours against its peers
 
 
 def rollout(args):
     """model.generate against transformers' generate, which forwards a prompt once a completion."""
-    bb, G, new = backbone(args.size, args.device), args.group, args.new
+    bb, G, new = backbone(args), args.group, args.new
     rows = prompts(bb, questions(args.prompts, args.image))
-    batch, _ = plain(bb, rows, args.device, left=True)
-    more = {"suppress_tokens": bb.vocab.banned, "max_new_tokens": new, "min_new_tokens": new}
+    batch = plain(bb, rows, args.device, left=True)[0] | {
+        "suppress_tokens": bb.vocab.banned, "max_new_tokens": new, "min_new_tokens": new}
     T = batch["input_ids"].shape[1]
-
-    def ours(k):
-        return model.generate(bb, rows, G, new, seed=k)["mask"]
 
     def peer(k):
         torch.manual_seed(k)
-        return bb.net.generate(**batch, **more, do_sample=True, top_k=0, top_p=1.0,
+        return bb.net.generate(**batch, do_sample=True, top_k=0, top_p=1.0,
                                num_return_sequences=G)[:, T:] != bb.vocab.pad
 
     bb.net.eval()
-    pair = compare(ours, peer, lambda a, b: {"tokens": (int(a.sum()), int(b.sum()), 0)}, args)
+    pair = compare(lambda k: model.generate(bb, rows, G, new, seed=k)["mask"], peer,
+                   lambda x, y: {"tokens": (int(x.sum()), int(y.sum()), 0)}, args)
     same = (model.generate(bb, rows, 1, new, greedy=True)["ids"]
-            == bb.net.generate(**batch, **more, do_sample=False)[:, T:])
+            == bb.net.generate(**batch, do_sample=False)[:, T:])
     pair["greedy_agreement"] = same.float().mean().item()  # below 1 only by near ties, and in bf16
     if args.device != "cpu":
         pair |= decode_bound(bb, rows, T, pair["ours"]["median"], args)
@@ -190,10 +185,10 @@ def rollout(args):
 
 
 def decode_bound(bb, rows, T, seconds, args):
-    """Decoding reads all weights and the cache (prompts once) at each token: how near to that time."""
+    """Decoding reads all weights and the cache (prompts once) at each token: how near to that."""
     lm, c = bb.net.model.language_model, bb.net.config.text_config
-    width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    token = 2 * c.num_hidden_layers * c.num_key_value_heads * width * bb.net.dtype.itemsize
+    kv = lm.layers[0].self_attn.k_proj.out_features
+    token = 2 * c.num_hidden_layers * kv * bb.net.dtype.itemsize
     read = (sum(p.nbytes for p in lm.layers.parameters()) + bb.net.lm_head.weight.nbytes
             + len(rows) * (T + args.group * args.new / 2) * token)  # bytes a step, on average
     block = torch.empty(1 << 30, dtype=torch.uint8, device=args.device)
@@ -204,77 +199,67 @@ def decode_bound(bb, rows, T, seconds, args):
             "bound_step_s": read / speed, "share_of_bound": read / speed / step}
 
 
-# GRPO
-
-
 def full_logp(bb, rows, ids, mask, temperature=1.0):
-    """What grpo.shared_logp computes, by forwarding all B*G rows in full, padded right."""
-    full, on, T = [], mask.bool(), ids.shape[1]
-    for i, (new, counts) in enumerate(zip(ids.cpu().numpy(), on.cpu().numpy())):
+    """grpo.shared_logp by B*G full rows, padded right; here all completions have T tokens."""
+    full, T = [], ids.shape[1]
+    for i, new in enumerate(ids.cpu().numpy()):
         row = rows[i // (len(ids) // len(rows))]
-        pos = np.tile(row["pos"].max() + 1 + np.arange(T), (3, 1))
-        full.append({**row, "ids": np.concatenate([row["ids"], new]),
-                     "pos": np.concatenate([row["pos"], pos], 1),
-                     "target": np.concatenate([np.zeros(len(row["ids"]), bool), counts])})
+        more = {"ids": new, "pos": np.tile(row["pos"].max() + 1 + np.arange(T), (3, 1)),
+                "target": np.ones(T, bool)}
+        full.append(row | {k: np.concatenate([row[k], x], -1) for k, x in more.items()})
     batch = model.to(model.collate(full, bb.vocab.pad), ids.device)
-    h = model.hidden(bb.net, batch)[:, :-1][batch["target"][:, 1:]]  # (N, D), ordered as ids[on]
-    logp, entropy = model.logp(bb.net, h, ids[on], temperature, bb.vocab.banned)
-    zero = torch.zeros(ids.shape, device=ids.device)
-    return zero.masked_scatter(on, logp), zero.masked_scatter(on, entropy)
+    h = model.hidden(bb.net, batch)[:, :-1][batch["target"][:, 1:]]  # (N, D), ordered as the ids
+    both = model.logp(bb.net, h, ids.flatten(), temperature, bb.vocab.banned)
+    return [x.view_as(ids) for x in both]
 
 
-def score(reward, bb, ids, targets, *more):
+def score(bb, ids, targets, kind, reward=grpo.reward):
     """The reward plus a number in [0, 1) made of the ids: random weights earn nothing, and groups
     that tie would cost us nothing."""
-    r, info = reward(bb, ids, targets, *more)
+    r, info = reward(bb, ids, targets, kind)
     return r + [zlib.crc32(np.array(row)) / 2**32 for row in ids], info
 
 
 def parts(args):
-    """-> what a step of grpo.py is made of: all prompts in one update, with KL; its settings, the
-    questions and targets, and our sampling and update."""
-    bb, items = backbone(args.size, args.device), questions(args.prompts, args.image)
+    """What a step of grpo.py is made of, with all prompts in one update, and KL."""
+    bb, items = backbone(args), questions(args.prompts, args.image)
     cfg = grpo.Config(prompts=args.prompts, batch=args.prompts, micro_batch=args.prompts,
                       group=args.group, max_new=args.new)
-    dist, gold = model.Dist(0, 1, torch.device(args.device)), bb.fast.encode(smooth(len(items), "gold"))
+    dist = model.Dist(0, 1, torch.device(args.device))
+    gold = bb.fast.encode(smooth(len(items), "gold"))
     ref = replace(bb, net=copy.deepcopy(bb.net).requires_grad_(False).eval())
-    scored = functools.partial(score, grpo.reward)
 
+    @mock.patch.object(grpo, "reward", score)
     def sample(k):
-        with mock.patch.object(grpo, "reward", scored):
-            return grpo.rollout(bb, cfg, prompts(bb, items), gold, range(len(items)), k, args.group)[0]
+        return grpo.rollout(bb, cfg, prompts(bb, items), gold, range(len(items)), k, args.group)[0]
 
     def learner(logp=grpo.shared_logp):
-        one = replace(bb, net=copy.deepcopy(bb.net).train()) if logp is full_logp else bb
+        one = bb if logp is grpo.shared_logp else replace(bb, net=copy.deepcopy(bb.net))
         optim = model.optimizer(one.net, cfg.lr, cfg.weight_decay, (0.9, cfg.beta2))
 
+        @mock.patch.object(grpo, "shared_logp", logp)
         def update(groups, k):
             one.net.train()
-            with mock.patch.object(grpo, "shared_logp", logp):
-                return grpo.update(one, ref, optim, groups, cfg, dist, f"turn {k}")
+            return grpo.update(one, ref, optim, groups, cfg, dist, f"turn {k}")
         return update
-    return ref, cfg, items, gold, scored, sample, learner
+    return ref, cfg, items, gold, sample, learner
 
 
 def grpo_step(args):
     """A whole step (encode, sample, score, update) against TRL's, and the update alone against one
     on full rows."""
-    ref, cfg, items, gold, scored, sample, learner = parts(args)
-    groups, ours, peer = sample(0), learner(), learner(full_logp)
+    ref, cfg, items, gold, sample, learner = parts(args)
+    groups, ours, full = sample(0), learner(), learner(full_logp)
     loose = 1e-3 if args.device == "cpu" else 0.1  # bf16; and the differences of the steps add up
-    pairs = {"update": compare(
-        functools.partial(ours, groups), functools.partial(peer, groups), lambda x, y: {
-            k: (x[k], y[k], tol) for k, tol in (("forwarded", 0), ("grad_norm", loose))}, args)}
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            peer = trl_step(ref, cfg, items, gold, scored, args, folder)
-        except ImportError as e:
-            print(f"grpo: no step of TRL to compare with ({e}); pip install trl==1.16.0",
-                  file=sys.stderr)
-            pairs["step"] = {"skipped": "pip install trl==1.16.0"}
-        else:
+    pairs = {"update": compare(lambda k: ours(groups, k), lambda k: full(groups, k), lambda x, y: {
+        k: (x[k], y[k], tol) for k, tol in (("forwarded", 0), ("grad_norm", loose))}, args)}
+    if importlib.util.find_spec("trl"):
+        with tempfile.TemporaryDirectory() as folder:
+            peer = trl_step(ref, cfg, items, gold, folder)
             pairs["step"] = compare(lambda k: ours(sample(k), k)["forwarded"], peer,
                                     lambda x, y: {"tokens": (x, y, 0)}, args)
+    else:
+        pairs["step"] = {"skipped": "pip install trl==1.16.0"}
     return pairs, {"prompt_tokens": lengths(prompts(ref, items))}
 
 
@@ -282,24 +267,16 @@ def cost(args):
     """Our own seconds of a rollout and an update, as one setting at a time grows."""
     start, rows = {"group": args.group, "new": args.new, "image": args.image}, []
     for change in ({}, *({k: m * v} for k, v in start.items() for m in (2, 4))):
-        some = argparse.Namespace(**{**vars(args), **change})
-        ref, _, items, _, _, sample, learner = parts(some)
+        ref, _, items, _, sample, learner = parts(argparse.Namespace(**{**vars(args), **change}))
         groups, update = sample(0), learner()
-        spent = {"rollout": timed(functools.partial(sample, 1), args),
-                 "update": timed(functools.partial(update, groups, 0), args)}
-        rows.append({**start, **change, "prompt": max(lengths(prompts(ref, items))), **spent})
+        rows.append({**start, **change, "prompt": max(lengths(prompts(ref, items))),
+                     "rollout": timed(functools.partial(sample, 1), args),
+                     "update": timed(functools.partial(update, groups, 0), args)})
         print("  ".join(f"{k} {v:<7.4g}" for k, v in rows[-1].items()), file=sys.stderr)
     return {}, {"cost": rows}
 
 
-class Processor(transformers.Qwen3VLProcessor):
-    """For images alone: its part for videos wants torchvision."""
-
-    def check_argument_for_proper_class(self, name, argument):
-        return type(argument)
-
-
-def trl_step(bb, cfg, items, gold, scored, args, folder):
+def trl_step(bb, cfg, items, gold, folder):
     """-> step(k): one step of TRL's GRPOTrainer with the settings of cfg, without the logging and
     data loading of its loop; returns the number of completion tokens."""
     import datasets
@@ -312,7 +289,7 @@ def trl_step(bb, cfg, items, gold, scored, args, folder):
         {"prompt": [{"role": "user", "content": text.removeprefix("<image>")}],
          "image": Image.fromarray(image), "target": t} for (text, image), t in zip(items, gold)])
     config = trl.GRPOConfig(
-        folder, use_cpu=args.device == "cpu", bf16=False, gradient_checkpointing=False,
+        folder, use_cpu=bb.net.device.type == "cpu", bf16=False, gradient_checkpointing=False,
         per_device_train_batch_size=len(items) * cfg.group, num_generations=cfg.group,
         max_completion_length=cfg.max_new, temperature=cfg.temperature, beta=cfg.kl,
         epsilon=cfg.clip_low, epsilon_high=cfg.clip_high, loss_type="bnpo", learning_rate=cfg.lr,
@@ -322,13 +299,15 @@ def trl_step(bb, cfg, items, gold, scored, args, folder):
         generation_kwargs={"min_new_tokens": cfg.max_new, "suppress_tokens": bb.vocab.banned})
 
     def reward(completion_ids, target, **_):
-        return scored(bb, completion_ids, target, cfg.reward)[0].tolist()
+        return score(bb, completion_ids, target, cfg.reward)[0].tolist()
 
-    with contextlib.redirect_stdout(sys.stderr):
-        trainer = trl.GRPOTrainer(
-            transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=bb.net.dtype),
-            reward, config, data,
-            processing_class=Processor(images, bb.tok, None, chat_template=bb.tok.chat_template))
+    # A processor is to have a part for videos too, which wants torchvision; not here.
+    lenient = mock.patch.object(transformers.Qwen3VLProcessor, "check_argument_for_proper_class",
+                                lambda self, name, part: type(part))
+    with contextlib.redirect_stdout(sys.stderr), lenient:
+        reader = transformers.Qwen3VLProcessor(images, bb.tok, chat_template=bb.tok.chat_template)
+        net = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=bb.net.dtype)
+        trainer = trl.GRPOTrainer(net, reward, config, data, processing_class=reader)
         trainer.train()  # one step, in which it also makes its optimizer
         batch = next(iter(trainer.get_train_dataloader()))
 
@@ -342,15 +321,12 @@ def trl_step(bb, cfg, items, gold, scored, args, folder):
     return step
 
 
-# SFT
-
-
 def sft_step(args):
     """The step of sft.py (packed rows, logits where targets are) against right-padded rows and the
     loss that the net itself computes, from all logits. Answers differ much in length."""
-    bb, n = backbone(args.size, args.device), args.batch or 24
+    bb, items = backbone(args), questions(args.batch or 24, args.image)
     rng, rows, texts = model.rng(0, "answers"), [], words(60, 1)
-    for i, (question, image) in enumerate(questions(n, args.image)):
+    for i, (question, image) in enumerate(items):
         thought = f"<think>{' '.join(texts[:rng.integers(60)])}</think>" if i % 2 else ""
         answer = thought + model.action_answer(bb.fast.encode(smooth(1, i))[0])
         rows.append(model.encode(bb, [{"role": "user", "content": question},
@@ -390,14 +366,11 @@ def learn(loss, net, optim):
     return loss.detach()
 
 
-# Head
-
-
 def head_step(args):
     """The step of vla.py on cached features against the same with the frozen backbone in the loop;
     the head of the speedrun preset, at 3b and 7b that of the paper's."""
     preset = vla.PRESETS["paper" if args.size in ("3b", "7b") else "speedrun"]
-    given = {"batch": args.batch, "vl_layers": args.vl_layers}
+    given = {k: v for k, v in vars(args).items() if k in ("batch", "vl_layers") and v is not None}
     with tempfile.TemporaryDirectory() as folder:
         for e in range(4):
             rng, shape = model.rng(0, "episode", e), (24, args.image, args.image, 3)
@@ -405,9 +378,8 @@ def head_step(args):
                        "state": rng.normal(size=(24, 8)).astype(np.float32),
                        "action": smooth(24, e)[:, 0]},
                       Path(folder) / f"episode_{e}.safetensors", {"task": QUESTION.format("")})
-        cfg = vla.Config(**{**preset, "data": folder, "out": f"{folder}/out",
-                            **{k: v for k, v in given.items() if v is not None}})
-        bb, dist = backbone(args.size, args.device), model.Dist(0, 1, torch.device(args.device))
+        cfg = vla.Config(**{**preset, **given, "data": folder, "out": f"{folder}/out"})
+        bb, dist = backbone(args), model.Dist(0, 1, torch.device(args.device))
         frames, _ = vla.Frames(cfg), vla.freeze(bb, cfg.layer)
         sources = vla.build_cache(bb, frames, cfg, dist), vla.InLoop(bb, frames, cfg, args.device)
         torch.manual_seed(0)
@@ -420,17 +392,14 @@ def head_step(args):
 
         def step(i, k):
             ids = vla.picks(cfg, len(frames.train), k)
-            read = sources[i].read(ids)
-            loss, _ = vla.flow_loss(heads[i], sources[i], frames, cfg, k, (ids, read), dist)
+            fetched = ids, sources[i].read(ids)
+            loss, _ = vla.flow_loss(heads[i], sources[i], frames, cfg, k, fetched, dist)
             return learn(loss, heads[i], optims[i])
 
         pair = compare(functools.partial(step, 0), functools.partial(step, 1), lambda x, y: {
             "loss": (x.item(), y.item(), 0.02)}, args)  # the cache holds 16 bits a number
         tokens = len(sources[1].read([0])[0]["ids"])
     return {"step": pair}, {"prompt_tokens": tokens, "head": repr(head.cfg), "frames": cfg.batch}
-
-
-# FAST
 
 
 class Published:
@@ -445,20 +414,14 @@ class Published:
         self.scale, self.min_token = fast.scale, fast.min_coef
 
     def encode(self, chunks):
-        out = []
-        for chunk in chunks:
-            coefs = np.around(dct(chunk[None], axis=1, norm="ortho") * self.scale)[0]  # (K, A)
-            codes = np.maximum(coefs.flatten() - self.min_token, 0).astype(int)
-            out.append(self.bpe("".join(map(chr, codes)))["input_ids"])
-        return out
+        coefs = (np.around(dct(chunk[None], axis=1, norm="ortho") * self.scale) for chunk in chunks)
+        codes = (np.maximum(c.flatten() - self.min_token, 0).astype(int) for c in coefs)
+        return [self.bpe("".join(map(chr, c)))["input_ids"] for c in codes]
 
     def decode(self, tokens):
-        out = []
-        for ids in tokens:
-            codes = np.array(list(map(ord, self.bpe.decode(ids))))
-            coefs = (codes + self.min_token).reshape(-1, DIM)  # (K, A)
-            out.append(idct(coefs / self.scale, axis=0, norm="ortho"))
-        return np.stack(out)
+        codes = (np.array(list(map(ord, self.bpe.decode(ids)))) for ids in tokens)
+        coefs = ((c + self.min_token).reshape(-1, DIM) for c in codes)  # (K, A) each
+        return np.stack([idct(c / self.scale, axis=0, norm="ortho") for c in coefs])
 
 
 def fast_codes(args):
@@ -488,8 +451,8 @@ def hardware(device):
     if device != "cpu":
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
-    names = [x for x in info.read_text().splitlines() if "model name" in x] if info.exists() else []
-    return f"{names[0].split(':')[1].strip() if names else platform.machine()}, 1 thread"
+    name = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    return f"{name[1] if name else platform.machine()}, 1 thread"
 
 
 def main(argv=None):
@@ -530,16 +493,13 @@ def main(argv=None):
               "hardware": hardware(args.device), "versions": {**model.versions(), **trl},
               "commit": model.commit()}
     for name, pair in pairs.items() if not args.json else ():
-        if "skipped" not in pair:
-            cells = (f"{k} {pair[k]['median']:.4g} ({pair[k]['q25']:.4g} .. {pair[k]['q75']:.4g})"
-                     for k in ("ours", "peer", "ratio"))
-            print(f"{args.command} {name}, {pair['unit']}: {', '.join(cells)}")
+        cells = (f"{k} {pair[k]['median']:.4g} ({pair[k]['q25']:.4g} .. {pair[k]['q75']:.4g})"
+                 for k in ("ours", "peer", "ratio") if k in pair)
+        print(f"{args.command} {name}, {pair.get('unit', 'skipped')}: "
+              f"{pair.get('skipped') or ', '.join(cells)}")
     print(json.dumps(record), flush=True)
     return record
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as e:
-        raise SystemExit(f"error: {e}") from e
+    model.entry(main, "--prompts, --group or --batch")
