@@ -1,11 +1,10 @@
 """Tabletop, the embedded world: a small LIBERO-shaped benchmark in numpy, its expert and its data.
 
-World (metres): a table x (right), y (towards the front) in [-0.2, 0.2], z up. Coloured cubes and
-balls of 4 cm, a plate, a button, a drawer at the back edge, and a gripper that grasps, carries,
-releases, stacks, pushes, presses and pulls. Kinematic: no forces, but contacts move things, nothing
-overlaps at reset, and each task can be failed. The default camera looks straight down: one
-8x8-pixel patch of a 64x64 image is one of the cells a1 (back left) ... h8 (front right) in which
-questions and thoughts name places. A cast shadow shows height.
+World (metres): a table x (right), y (towards the front) in [-0.2, 0.2], z up; cubes and balls of
+4 cm, a plate, a button, a drawer at the back edge, a gripper. Kinematic: no forces, but contacts
+move things, nothing overlaps at reset, and each task can be failed. The default camera looks
+straight down: an 8x8-pixel patch of a 64x64 image is one of the cells a1 (back left) ... h8 (front
+right) in which questions and thoughts name places. A cast shadow shows height.
 
 Four suites of ten tasks in LIBERO's sense (arXiv 2306.03310): `spatial` (which of two equal cubes:
 the relation decides), `object` (which object), `goal` (one scene, the instruction decides the
@@ -37,22 +36,21 @@ from PIL import Image, ImageDraw
 from safetensors.numpy import save
 from tqdm import tqdm
 
+from benchmarks.serve import Chunks
+
 EDGE = 0.2  # half the table's side, m
 STEP = 0.025  # translation of a full action, m a step
 TURN = 0.1  # rotation of a full action, rad a step
 SIZE = 0.04  # cubes and balls, m
 HOVER = 0.11  # height at which the expert travels, m
 PLATE, BUTTON = 0.045, 0.028  # radii, m
-OPEN, CLOSED = 0.07, 0.01  # drawer: counts as open beyond, as closed below, m
-TRAVEL = 0.085  # drawer: longest pull, m
+OPEN, CLOSED, TRAVEL = 0.07, 0.01, 0.085  # drawer: open beyond, closed below, longest pull, m
 
 COLORS = {"red": (225, 40, 40), "green": (30, 160, 60), "blue": (40, 80, 230),
           "yellow": (245, 215, 40), "purple": (160, 60, 200)}
 OBJECTS = [f"{color} {shape}" for shape in ("cube", "ball") for color in COLORS]
 SIDES = {"left of": (-1, 0), "right of": (1, 0), "behind": (0, -1), "in front of": (0, 1)}
 SUITES = ["spatial", "object", "goal", "long"]
-LIMITS = {"spatial": 70, "object": 70, "goal": 70, "long": 130, "chain": 70}  # steps
-
 ACTION_QUESTION = "What should the robot do next?"  # as model.action_question asks it
 
 # A goal is (verb, object, destination); a task asks for one or two, in order.
@@ -83,21 +81,17 @@ LONG = [
 
 
 def suite_tasks(suite):
-    """The ten tasks of a suite: [(instruction, [goal, ...], relation or None)]. ValueError for an
-    unknown suite."""
+    """The ten tasks of one of SUITES: [(instruction, [goal, ...], relation or None)]."""
     if suite == "spatial":
         relations = [(side, ref) for ref in ("plate", "button") for side in SIDES]
         relations += [("nearest to", "plate"), ("farthest from", "plate")]
-        goal = ("on", "red cube", "plate")
-        return [(f"pick up the red cube {side} the {ref} and put it on the plate", [goal],
-                 (side, ref)) for side, ref in relations]
+        return [(f"pick up the red cube {side} the {ref} and put it on the plate",
+                 [("on", "red cube", "plate")], (side, ref)) for side, ref in relations]
     if suite == "object":
         return [(f"pick up the {name} and put it on the plate", [("on", name, "plate")], None)
                 for name in OBJECTS]
-    if suite in ("goal", "long"):
-        return [(text, [GOALS[part] for part in text.split(", then ")], None)
-                for text in (GOALS if suite == "goal" else LONG)]
-    raise ValueError(f"suite {suite!r} is unknown; choose one of {', '.join(SUITES)}")
+    texts = {"goal": GOALS, "long": LONG}[suite]
+    return [(text, [GOALS[part] for part in text.split(", then ")], None) for text in texts]
 
 
 def paint(image, shapes):
@@ -148,10 +142,8 @@ class Tabletop:
 
     def __init__(self, suite="goal", size=64, tilt=0.0):
         self.suite, self.size, self.tilt = suite, size, tilt
-        self.task_list = suite_tasks(suite)
-        self.still = (None, None)  # the painted background and what it shows
-
-    # ---- reset
+        self.task_list, self.limit = suite_tasks(suite), 130 if suite == "long" else 70  # steps
+        self.still = (None, None)  # what the painted background shows, and the background
 
     def reset(self, task, seed, split="eval"):
         """Start trial `seed` of a task -> obs. The splits "eval" and "train" share no randomness."""
@@ -160,38 +152,33 @@ class Tabletop:
 
     def place(self, task, seed, split):
         """`reset` without rendering."""
-        stream = [0 if split == "train" else 1, SUITES.index(self.suite), task, seed]
-        self.rng = np.random.default_rng(stream)
+        rng = np.random.default_rng([split != "train", SUITES.index(self.suite), task, seed])
         text, goals, relation = self.task_list[task]
-        while not self._lay_out(relation, goals):
+        while not self._lay_out(rng, goals, relation):
             pass
-        self.pos = self.rng.uniform([-0.17, -0.1, 0.07], [0.17, 0.17, 0.13])
-        self.rpy = np.zeros(3)
-        self.aperture, self.held, self.grip = 1.0, None, None
-        self.instruct(text, goals, LIMITS[self.suite])
+        self.pos = rng.uniform([-0.17, -0.1, 0.07], [0.17, 0.17, 0.13])
+        self.rpy, self.aperture, self.held, self.grip = np.zeros(3), 1.0, None, None
+        self.instruct(text, goals)
 
-    def instruct(self, text, goals, limit):
+    def instruct(self, text, goals=None):
         """Give a new instruction in the present state (chains do this without reset)."""
-        self.instruction, self.goals, self.limit, self.steps = text, goals, limit, 0
+        self.instruction, self.goals, self.steps = text, goals or [GOALS[text]], 0
         self.begin = {thing.name: thing.x for thing in self.things}
 
-    def _lay_out(self, relation, goals):
+    def _lay_out(self, rng, goals, relation):
         """One try at a random scene -> whether the task makes sense in it."""
-        rng, self.lit = self.rng, False
+        self.lit, self.drawer_x, self.drawer, back = False, None, 0.0, -0.16
         if self.suite == "spatial":
             names = ["red cube", "red cube"]
         elif self.suite == "object":
             others = [name for name in OBJECTS if name != goals[0][1]]
             names = [goals[0][1], *rng.choice(others, 3, replace=False)]
         else:
-            names = ["red cube", "blue cube", "green ball"]
-        self.drawer_x, self.drawer = None, 0.0
-        if self.suite in ("goal", "long"):
+            names, back = ["red cube", "blue cube", "green ball"], -0.05
             self.drawer_x, self.drawer = rng.uniform(-0.12, 0.12), rng.uniform(0.03, 0.05)
-        back = -0.05 if self.drawer_x is not None else -0.16
         spots = []
         for _ in range(100):
-            spot = tuple(rng.uniform([-0.165, back], [0.165, 0.165]).tolist())
+            spot = tuple(rng.uniform([-0.165, back], 0.165).tolist())
             if all(math.dist(spot, other) > 0.085 for other in spots):
                 spots.append(spot)
             if len(spots) == len(names) + 2:
@@ -201,33 +188,30 @@ class Tabletop:
         self.plate, button, *rest = spots
         self.button = None if self.suite == "object" else button
         self.things = [Thing(str(name), *spot) for name, spot in zip(names, rest)]
-        if any(verb == "push" for verb, _, _ in goals):
-            thing = self.find("blue cube")
-            if not -0.05 < thing.x < 0.11:
-                return False
-            path = [(thing.x - d, thing.y) for d in (-0.05, 0.05, 0.1)]
-            places = [self.plate, self.button, *(t.at for t in self.things if t is not thing)]
-            if any(math.dist(a, b) < 0.06 for a in path for b in places):
-                return False
+        if goals[0][0] == "push":  # the way of the gripper and of the blue cube must be free
+            red, blue, green = self.things
+            path = [(blue.x - d, blue.y) for d in (-0.05, 0.05, 0.1)]
+            places = [self.plate, self.button, red.at, green.at]
+            clear = all(math.dist(a, b) >= 0.06 for a in path for b in places)
+            return clear and -0.05 < blue.x < 0.11
         return relation is None or self._single_out(*relation)
 
     def _single_out(self, side, ref):
         """Order the red cubes -> whether things[0] alone stands in the relation, by a margin."""
         x, y = self.plate if ref == "plate" else self.button
-        axis = SIDES.get(side)
+        (dx, dy), sign = SIDES.get(side, (0, 0)), {"nearest to": -1, "farthest from": 1}.get(side, 0)
 
         def score(t):
-            if axis:
-                return (t.x - x) * axis[0] + (t.y - y) * axis[1]
-            return math.dist(t.at, (x, y)) * (-1 if side == "nearest to" else 1)
+            return (t.x - x) * dx + (t.y - y) * dy + sign * math.dist(t.at, (x, y))
 
         self.things.sort(key=score, reverse=True)
         a, b = map(score, self.things)
-        return (a > 0.04 and b < -0.04) if axis else a - b > 0.06
+        return a - b > 0.06 if sign else a > 0.04 and b < -0.04
 
     def find(self, name):
-        """The thing of that name; of two equal ones, the first: the relation singles it out."""
-        return next(thing for thing in self.things if thing.name == name)
+        """The thing of that name, of equal ones the first, which the relation singles out. The
+        button and the drawer are no Things: their name."""
+        return next((thing for thing in self.things if thing.name == name), name)
 
     def handle(self):
         """Place (x, y) of the drawer's handle, None without a drawer."""
@@ -247,17 +231,16 @@ class Tabletop:
         if action.shape != (7,) or not np.isfinite(action).all():
             raise ValueError(f"action must be 7 finite numbers, got shape {action.shape}: {action}")
         action = np.clip(action, -1, 1)
-        old = self.pos
+        old, thing = self.pos, self.held
         new = np.clip(old + STEP * action[:3], [-EDGE, -EDGE, 0.005], [EDGE, EDGE, 0.2])
-        if self.held == "drawer":  # the rail lets the hand move along y only
+        if thing == "drawer":  # the rail lets the hand move along y only
             self.drawer = float(np.clip(self.drawer + new[1] - old[1], 0, TRAVEL))
             new = np.array([old[0], self.handle()[1], old[2]])
-        self.pos = new
-        self.rpy = np.clip(self.rpy + TURN * action[3:6], -0.5, 0.5)
-        if isinstance(thing := self.held, Thing):
-            thing.x, thing.y, thing.z = map(float, new + self.grip)
+        elif thing:
+            thing.x, thing.y, thing.z = (new + self.grip).tolist()
             if thing.z < 0:  # the table is in the way
-                self.pos, thing.z = new - [0, 0, thing.z], 0.0
+                new, thing.z = new - [0, 0, thing.z], 0.0
+        self.pos, self.rpy = new, np.clip(self.rpy + TURN * action[3:6], -0.5, 0.5)
         self._fingers(float(action[6]))
         self._push()
         if self.button and self.pos[2] < 0.02 and math.dist(self.pos[:2], self.button) < BUTTON:
@@ -291,7 +274,7 @@ class Tabletop:
 
     def _above_it(self, thing):
         """The things that stand on this one."""
-        return [t for t in self.things if t is not thing and t.on == thing.name and t.z > thing.z
+        return [t for t in self.things if t.on == thing.name and t.z > thing.z
                 and math.dist(t.at, thing.at) < 0.03]
 
     def _fall(self, thing):
@@ -407,8 +390,7 @@ class Tabletop:
         height is blended with the distance left. So its chunks can be predicted from the scene."""
         todo = (goal for goal in self.goals if not self.satisfied(goal))
         verb, name, dest = next(todo, self.goals[-1])
-        x, y, z = self.pos
-        thing = name if name in ("button", "drawer") else self.find(name)
+        (x, y, z), thing = self.pos, self.find(name)
         wanted = None if verb in ("press", "push") else thing
         if self.held not in (None, wanted):  # something else is in the hand: put it down here
             way, near = self._approach((x, y), z if self.held == "drawer" else 0.02)
@@ -463,10 +445,9 @@ class Tabletop:
 
     def follow(self, text):
         """Let the expert carry out an instruction of the goal suite from here -> success."""
-        self.instruct(text, [GOALS[text]], LIMITS["chain"])
-        if self.satisfied(GOALS[text]):
-            return False  # nothing left to do: not a task
-        return any(self.advance(self.expert()[0]) for _ in range(self.limit))
+        self.instruct(text)
+        return not self.satisfied(GOALS[text]) and any(  # else nothing is left to do: not a task
+            self.advance(self.expert()[0]) for _ in range(self.limit))
 
     def clone(self):
         """An independent copy of the present state."""
@@ -498,32 +479,25 @@ class Trial:
     """One episode of a suite, or chain number `seed`, in its own environment."""
 
     def __init__(self, suite, task, seed):
-        self.suite, self.task, self.seed, self.todo = suite, task, seed, []
+        self.suite, self.task, self.seed = suite, task, seed
         self.done, self.solved, self.frames, self.film = False, 0, [], False
         self.env = Tabletop("goal" if suite == "chain" else suite)
-        if suite == "chain":
-            seed, self.todo = chain(seed)
+        seed, self.todo = chain(seed) if suite == "chain" else (seed, [])
         self.env.place(task, seed, "eval")
         if self.todo:
-            self.next()
-
-    def next(self):
-        """The chain's next instruction, in the state that the last one left; done when none is."""
-        self.done = not self.todo
-        if self.todo:
-            text = self.todo.pop(0)
-            self.env.instruct(text, [GOALS[text]], LIMITS["chain"])
+            self.env.instruct(self.todo.pop(0))
 
     def act(self, actions):
-        """Carry out a chunk's actions (K, 7), or as many as the instruction lasts."""
+        """Carry out a chunk's actions (K, 7), or as many as the instruction lasts. A chain's next
+        one is given in the state that this one leaves."""
         for action in actions:
             success = self.env.advance(action)
             self.shoot()
-            if success:
-                self.solved += 1
-                return self.next()
-            if self.env.steps >= self.env.limit:
-                self.done = True
+            self.solved += success
+            if success and self.todo:
+                return self.env.instruct(self.todo.pop(0))
+            self.done = success or self.env.steps >= self.env.limit
+            if self.done:
                 return None
 
     def shoot(self):
@@ -552,8 +526,6 @@ def make_trials(suites, trials, chains):
 
 def drive(policy, trials, batch, execute=0, ensemble=0.0):
     """Run all trials to their ends: a round is one batched forward and `execute` steps of each."""
-    from benchmarks.serve import Chunks
-
     active, bar = list(trials), tqdm(total=len(trials), desc="trials", disable=None)
     plans = {trial: Chunks(policy.horizon, execute, ensemble) for trial in trials}
     while active:
@@ -579,25 +551,27 @@ def cell(x, y):
     return f"{'abcdefgh'[column]}{row + 1}"
 
 
-def fixtures(env):
-    """[(name, x, y)] of what stays on the table."""
-    spots = {"plate": env.plate, "button": env.button, "drawer handle": env.handle()}
-    return [(name, *spot) for name, spot in spots.items() if spot]
+def everything(env, key=None):
+    """[(name, x, y)] of the things, in the order of `key` if given, and of what is fixed."""
+    things = sorted(env.things, key=key) if key else env.things
+    fixed = {"plate": env.plate, "button": env.button, "drawer handle": env.handle()}
+    places = [*((t.name, t.at) for t in things), *fixed.items()]
+    return [(name, *spot) for name, spot in places if spot]
 
 
 def named_places(env):
     """[(name, x, y)] of everything on the table that has a name of its own."""
-    names = [t.name for t in env.things]
-    return [(t.name, *t.at) for t in env.things if names.count(t.name) == 1] + fixtures(env)
+    places = everything(env)
+    names = [name for name, _, _ in places]
+    return [place for place in places if names.count(place[0]) == 1]
 
 
 def hand(env):
     """The gripper in words: cell, height, what it does."""
     height = "low" if env.pos[2] < 0.04 else "mid" if env.pos[2] < 0.08 else "high"
-    if env.held is not None:
+    grip = "open" if env.aperture > 0.5 else "closed"
+    if env.held:
         grip = "holding the " + ("handle" if env.held == "drawer" else env.held.name)
-    else:
-        grip = "open" if env.aperture > 0.5 else "closed"
     return cell(*env.pos[:2]), height, grip
 
 
@@ -613,9 +587,8 @@ def heading(plan):
 
 def thought(env, plan):
     """The reasoning before a move: target, its place, the gripper's, the phase, the direction."""
-    at, height, grip = hand(env)
     target = {"drawer": "handle", "gripper": "drop spot"}.get(plan["target"], plan["target"])
-    return (f"The {target} is at {cell(*plan['at'])}. The gripper is at {at}, {height}, {grip}. "
+    return (f"The {target} is at {cell(*plan['at'])}. The gripper is at {', '.join(hand(env))}. "
             f"Now {plan['phase']}: {heading(plan)}.")
 
 
@@ -626,12 +599,10 @@ def point(x, y):
 
 def caption(env, place=cell):
     """Everything on the table in words, each with its place, in the order of cells."""
-    things = sorted(env.things, key=lambda t: (cell(*t.at), t.name, t.x, t.y))
-    places = [(t.name, *t.at) for t in things] + fixtures(env)
-    _, height, grip = hand(env)
-    text = ", ".join(f"{name} {place(x, y)}" for name, x, y in places)
-    text += f", gripper {place(*env.pos[:2])} {height} {grip}"
-    return text + (", light on" if env.lit else "")
+    places = everything(env, lambda t: (cell(*t.at), t.name, t.x, t.y))
+    words = [f"{name} {place(x, y)}" for name, x, y in places]
+    words.append(" ".join(("gripper", place(*env.pos[:2]), *hand(env)[1:])))
+    return ", ".join(words + ["light on"] * env.lit)
 
 
 def _pick(rng, options):
@@ -654,45 +625,41 @@ TASK = {"target": 2, "direction": 8, "phase": 1, "fingers": 1, "movement": 1, "t
 
 def scene_question(kind, env, rng):
     """A question about what the image shows -> (question, thought, answer)."""
-    places, (at, height, grip) = named_places(env), hand(env)
-    if kind in ("where", "choice"):
+    places, gripper = named_places(env), ", ".join(hand(env))
+    if kind == "where":
         name, x, y = _pick(rng, places)
-        where = cell(x, y)
-        if kind == "where":
-            return f"Where is the {name}?", f"The {name} is at {where}.", where
-        others = [p[0] for p in places] + list(rng.permutation(OBJECTS))
-        there = [n for n, *spot in places if cell(*spot) == where]
-        wrong = [str(o) for o in rng.permutation(others) if o not in there]
-        text, letter = _choices(rng, name, wrong)
-        return f"Which one is at {where}? {text}", f"At {where} there is {name}.", letter
-    if kind == "what":
-        _, x, y = _pick(rng, [(t.name, *t.at) for t in env.things] + places[-3:])
-        if rng.random() < 0.15:
-            x, y = rng.uniform(-EDGE, EDGE, 2)
-        where = cell(x, y)
-        stack = [t.name for t in sorted(env.things, key=lambda t: -t.z) if cell(*t.at) == where]
-        under = [name for name, *spot in fixtures(env) if cell(*spot) == where]
-        answer = (stack + under + ["nothing"])[0]
-        return f"What is at {where}?", f"At {where} there is {answer}.", answer
+        return f"Where is the {name}?", f"The {name} is at {cell(x, y)}.", cell(x, y)
     if kind == "point":
         name, x, y = _pick(rng, [*places, ("gripper", *env.pos[:2])])
         return f"Point to the {name}.", f"The {name} is at {cell(x, y)}.", point(x, y)
+    if kind == "choice":
+        name, *spot = _pick(rng, places)
+        others = [p[0] for p in places] + list(rng.permutation(OBJECTS))
+        there = [n for n, *at in places if cell(*at) == cell(*spot)]
+        wrong = [str(o) for o in rng.permutation(others) if o not in there]
+        text, letter = _choices(rng, name, wrong)
+        where = cell(*spot)
+        return f"Which one is at {where}? {text}", f"At {where} there is {name}.", letter
+    if kind == "what":
+        _, *spot = _pick(rng, everything(env)[: len(env.things)] + places[-3:])
+        where = cell(*(rng.uniform(-EDGE, EDGE, 2) if rng.random() < 0.15 else spot))
+        there = [n for n, *at in everything(env, lambda t: -t.z) if cell(*at) == where]
+        answer = there[0] if there else "nothing"
+        return f"What is at {where}?", f"At {where} there is {answer}.", answer
     if kind == "relation":
         (a, ax, ay), (b, bx, by) = (places[i] for i in rng.permutation(len(places))[:2])
         if abs(ax - bx) > abs(ay - by):
-            answer = "left" if ax < bx else "right"
-            question = f"Is the {a} left or right of the {b}?"
+            sides, answer = "left or right", "left" if ax < bx else "right"
         else:
-            question = f"Is the {a} behind or in front of the {b}?"
-            answer = "behind" if ay < by else "in front"
-        return question, f"The {a} is at {cell(ax, ay)}. The {b} is at {cell(bx, by)}.", answer
-    seen = f"The gripper is at {at}, {height}, {grip}."
-    return {
-        "holding": ("What is the gripper holding?", seen,
-                    "nothing" if env.held is None else grip.removeprefix("holding the ")),
-        "gripper": ("Where is the gripper?", seen, f"{at}, {height}, {grip}"),
-        "caption": ("Describe the scene.", seen, caption(env)),
-        "points": ("Point to everything.", seen, caption(env, point))}[kind]
+            sides, answer = "behind or in front", "behind" if ay < by else "in front"
+        return (f"Is the {a} {sides} of the {b}?",
+                f"The {a} is at {cell(ax, ay)}. The {b} is at {cell(bx, by)}.", answer)
+    held = gripper.partition("holding the ")[2]
+    question, answer = {"holding": ("What is the gripper holding?", held or "nothing"),
+                        "gripper": ("Where is the gripper?", gripper),
+                        "caption": ("Describe the scene.", caption(env)),
+                        "points": ("Point to everything.", caption(env, point))}[kind]
+    return question, f"The gripper is at {gripper}.", answer
 
 
 def task_question(kind, env, rng):
@@ -706,19 +673,17 @@ def task_question(kind, env, rng):
         text, answer = _choices(rng, heading(plan), wrong)
         question = f"Which movement is next? {text}"
     elif kind == "trajectory":
-        ahead, cells = env.clone(), [cell(*env.pos[:2])]
-        for _ in range(4):
-            for _ in range(3):
-                ahead.advance(ahead.expert()[0])
-            cells.append(cell(*ahead.pos[:2]))
-        question, answer = "Trace the path of the gripper.", " ".join(cells)
+        question, ahead, path = "Trace the path of the gripper.", env.clone(), [env.pos]
+        for _ in range(12):
+            ahead.advance(ahead.expert()[0])
+            path.append(ahead.pos)
+        answer = " ".join(cell(x, y) for x, y, _ in path[::3])
     else:
-        question, answer = {
-            "target": ("Where is the target?", cell(*plan["at"])),
-            "direction": ("Which way should the gripper move?", heading(plan)),
-            "phase": ("Which phase is it?", plan["phase"]),
-            "fingers": ("Should the fingers open or close?",
-                        "close" if plan["grip"] > 0 else "open")}[kind]
+        fingers = heading(plan).split(", ")[-1]
+        question, answer = {"target": ("Where is the target?", cell(*plan["at"])),
+                            "direction": ("Which way should the gripper move?", heading(plan)),
+                            "phase": ("Which phase is it?", plan["phase"]),
+                            "fingers": ("Should the fingers open or close?", fingers)}[kind]
     return f"Instruction: {env.instruction}\n{question}", thought(env, plan), answer
 
 
@@ -784,8 +749,7 @@ def write_episode(path, arrays, header):
     """safetensors with the header's keys sorted: the library leaves them in random order."""
     data = save(arrays, header)
     n = 8 + int.from_bytes(data[:8], "little")
-    head = json.loads(data[8:n])
-    head["__metadata__"] = dict(sorted(header.items()))
+    head = json.loads(data[8:n]) | {"__metadata__": dict(sorted(header.items()))}
     text = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode().ljust(n - 8)
     path.write_bytes(data[:8] + text + data[n:])
 
@@ -858,36 +822,38 @@ def _save_frame(args, kind, number, image):
     return name
 
 
-def _turn(question, reason, answer):
-    think = f"<think>{reason}</think>" if reason else ""
-    return [{"role": "user", "content": question},
-            {"role": "assistant", "content": f"{think}<answer>{answer}</answer>"}]
+def _row(name, turns, **more):
+    """A line of JSON: frame `name`, [(question, thought or None, answer), ...] about it, and more."""
+    messages = []
+    for question, reason, answer in turns:
+        question = question if messages else "<image>" + question
+        think = f"<think>{reason}</think>" if reason else ""
+        messages += [{"role": "user", "content": question},
+                     {"role": "assistant", "content": f"{think}<answer>{answer}</answer>"}]
+    return json.dumps({"images": [name], "messages": messages, **more})
 
 
 def _conversation_job(args, number):
     image, turns = conversation(args.seed, number, args.size, args.tilt)
-    name, rows, messages = _save_frame(args, "frames", number, image), [], []
-    for kind, question, reason, answer in turns:
-        messages += _turn(("" if messages else "<image>") + question, reason, answer)
-        if args.single or len(turns) == 1:
-            kind += "+think" if reason else ""
-            rows.append({"images": [name], "messages": messages, "kind": kind})
-            messages = []
-    return "\n".join(map(json.dumps, rows or [{"images": [name], "messages": messages}]))
+    name = _save_frame(args, "frames", number, image)
+    if len(turns) > 1 and not args.single:
+        return _row(name, [turn for _, *turn in turns])
+    return "\n".join(_row(name, [turn], kind=kind + "+think" * bool(turn[1]))
+                     for kind, *turn in turns)
 
 
 def _thought_action_job(args, number):
     """A thought followed by the expert's next actions: not in the paper's data, see sft.py."""
     env = random_state(np.random.default_rng([5, args.seed, number]), args.size, args.tilt)
     name = _save_frame(args, "thought_frames", number, env.render())
-    question = f"<image>Instruction: {env.instruction}\n{ACTION_QUESTION}"
-    messages = _turn(question, thought(env, env.expert()[1]), "<ACTION>")
+    turn = (f"Instruction: {env.instruction}\n{ACTION_QUESTION}", thought(env, env.expert()[1]),
+            "<ACTION>")
     chunk = []
     while len(chunk) < args.horizon:
         chunk.append(env.expert()[0].round(4).tolist())
         if env.advance(chunk[-1]):  # past the end an episode's last action repeats
             chunk += [chunk[-1]] * (args.horizon - len(chunk))
-    return json.dumps({"images": [name], "messages": messages, "chunk": chunk})
+    return _row(name, [turn], chunk=chunk)
 
 
 def main(argv=None):
@@ -911,17 +877,17 @@ def main(argv=None):
         raise SystemExit(f"error: {out} already holds data; name another --out or delete it")
     out.mkdir(parents=True, exist_ok=True)
     with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
-        def made(job, count, size):
-            return pool.imap(functools.partial(job, args), range(count), size)
+        def made(job, count):
+            return pool.imap(functools.partial(job, args), range(count), 8)
 
         if args.episodes:
             write_episodes(out / "episodes", (dropped.append(count) or episode for count, *episode
-                                              in made(_episode_job, args.episodes, 8)))
+                                              in made(_episode_job, args.episodes)))
         for name, job, count in (("conversations", _conversation_job, args.conversations),
                                  ("thought_actions", _thought_action_job, args.thought_actions)):
             if count:
                 with open(out / f"{name}.jsonl", "w") as f:
-                    rows = tqdm(made(job, count, 64), name, count, disable=None)
+                    rows = tqdm(made(job, count), name, count, disable=None)
                     f.writelines(row + "\n" for row in rows)
     print(f"{out}: {sum(dropped)} failed demonstrations dropped, {args.conversations} rows")
 
