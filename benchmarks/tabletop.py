@@ -66,22 +66,12 @@ GOALS = {
     "push the blue cube to the left": ("push", "blue cube", None),
     "lift the red cube": ("lift", "red cube", None),
 }
-LONG = [
-    "put the red cube on the plate, then press the button",
-    "put the blue cube on the plate, then press the button",
-    "put the green ball on the plate, then open the drawer",
-    "open the drawer, then press the button",
-    "close the drawer, then put the red cube on the plate",
-    "press the button, then stack the red cube on the blue cube",
-    "stack the red cube on the blue cube, then open the drawer",
-    "open the drawer, then lift the red cube",
-    "close the drawer, then stack the green ball on the blue cube",
-    "close the drawer, then press the button",
-]
+LONG = [", then ".join(list(GOALS)[i] for i in pair) for pair in (
+    (0, 5), (1, 5), (2, 6), (6, 5), (7, 0), (5, 3), (3, 6), (6, 9), (7, 4), (7, 5))]
 
 
 def suite_tasks(suite):
-    """The ten tasks of one of SUITES: [(instruction, [goal, ...], relation or None)]."""
+    """The ten tasks of a suite: [(instruction, [goal, ...], relation or None)]."""
     if suite == "spatial":
         relations = [(side, ref) for ref in ("plate", "button") for side in SIDES]
         relations += [("nearest to", "plate"), ("farthest from", "plate")]
@@ -209,24 +199,20 @@ class Tabletop:
         return a - b > 0.06 if sign else a > 0.04 and b < -0.04
 
     def find(self, name):
-        """The thing of that name, of equal ones the first, which the relation singles out. The
-        button and the drawer are no Things: their name."""
+        """The thing of that name, the first of two; or the name, as the button is no Thing."""
         return next((thing for thing in self.things if thing.name == name), name)
 
     def handle(self):
         """Place (x, y) of the drawer's handle, None without a drawer."""
         return None if self.drawer_x is None else (self.drawer_x, -EDGE + 0.03 + self.drawer)
 
-    # ---- step
-
     def step(self, action):
-        """Apply one action (7,) -> (obs, success, done); done also at the step limit. ValueError
-        when the action is not 7 finite numbers."""
+        """Apply one action (7,) -> (obs, success, done); done also at the step limit."""
         success = self.advance(action)
         return self.observe(), success, success or self.steps >= self.limit
 
     def advance(self, action):
-        """`step` without rendering; returns success."""
+        """`step` without rendering -> success. ValueError unless 7 finite numbers are given."""
         action = np.asarray(action, np.float64)
         if action.shape != (7,) or not np.isfinite(action).all():
             raise ValueError(f"action must be 7 finite numbers, got shape {action.shape}: {action}")
@@ -251,26 +237,23 @@ class Tabletop:
     def _fingers(self, command):
         """Move the fingers by the command, grasp what they close on, release what they let go."""
         self.aperture = min(max(self.aperture - 0.35 * command, 0.0), 1.0)
-        if self.held is not None:
+        if self.held:
             self.aperture = max(self.aperture, 0.4)  # an object fills the rest
             if self.aperture > 0.6:
                 thing, self.held = self.held, None
                 if thing != "drawer":
                     self._fall(thing)
-            return
-        if self.aperture > 0.5 or command <= 0 or np.abs(self.rpy).max() > 0.4:
-            return
-        (x, y, z), handle = self.pos, self.handle()
-        if handle and z < 0.04 and math.dist((x, y), handle) < 0.018:
-            self.held = "drawer"
-        for thing in self.things:
-            around = math.dist(thing.at, (x, y)) < 0.016 and -0.005 < z - thing.z < 0.036
-            if around and not self._above_it(thing):
-                self.held, thing.on = thing, "gripper"
-                self.grip = np.array([thing.x - x, thing.y - y, thing.z - z])
-                break
-        if self.held is not None:
-            self.aperture = 0.4
+        elif self.aperture <= 0.5 and command > 0 and np.abs(self.rpy).max() <= 0.4:
+            (x, y, z), handle = self.pos, self.handle()
+            if handle and z < 0.04 and math.dist((x, y), handle) < 0.018:
+                self.held = "drawer"
+            for thing in self.things:
+                around = math.dist(thing.at, (x, y)) < 0.016 and -0.005 < z - thing.z < 0.036
+                if around and not self._above_it(thing):
+                    self.held, thing.on = thing, "gripper"
+                    self.grip = np.array([thing.x - x, thing.y - y, thing.z - z])
+                    break
+            self.aperture = 0.4 if self.held else self.aperture
 
     def _above_it(self, thing):
         """The things that stand on this one."""
@@ -329,8 +312,6 @@ class Tabletop:
         return {"on": thing.on == dest, "lift": self.held is thing and thing.z > 0.06,
                 "push": self.begin[name] - thing.x > 0.06}[verb]  # to the left
 
-    # ---- render
-
     def observe(self):
         fingers = 0.04 * self.aperture
         state = np.array([*self.pos, *self.rpy, fingers, -fingers], np.float32)
@@ -381,8 +362,6 @@ class Tabletop:
             add(0, x + shade, y + shade - 0.018 * zoom, height, wide, 0.004 * zoom, color, alpha)
         return shapes[:fixed], shapes[fixed:]
 
-    # ---- expert
-
     def expert(self):
         """The scripted expert -> (action (7,) in [-1, 1], plan): {"phase", "target" (name), "at"
         (x, y of the target), "move" (3,) m to the waypoint, "grip"}. A smooth function of the
@@ -400,7 +379,7 @@ class Tabletop:
         at, low = (self.handle(), 0.02) if thing == "drawer" else (thing.at, thing.z + 0.02)
         if verb == "push":
             if 0.02 < x - thing.x < 0.07 and abs(y - thing.y) < 0.012 and z < 0.035:
-                return self._act("push", name, at, np.array([thing.x - 0.02, thing.y, 0.02]), 1.0)
+                return self._act("push", name, at, (thing.x - 0.02, thing.y, 0.02), 1.0)
             way, _ = self._approach((thing.x + 0.05, thing.y), 0.02)
             return self._act("reach", name, at, way, 1.0)
         if self.held is None:
@@ -408,13 +387,11 @@ class Tabletop:
             return self._act("grasp" if near > 0 else "reach", name, at, way, near)
         if thing == "drawer":
             phase, pull = ("pull", 0.12) if verb == "open" else ("shut", -0.12)
-            return self._act(phase, name, at, np.array([x, y + pull, z]), 1.0)
+            return self._act(phase, name, at, (x, y + pull, z), 1.0)
         if verb == "lift":
-            return self._act("lift", name, (x, y), np.array([x, y, 0.14]), 1.0)
-        at, low = self.plate, 0.0
-        if dest != "plate":
-            base = self.find(dest)
-            at, low = base.at, base.z + SIZE
+            return self._act("lift", name, (x, y), (x, y, 0.14), 1.0)
+        base = self.find(dest)
+        at, low = (self.plate, 0.0) if dest == "plate" else (base.at, base.z + SIZE)
         dx, dy, dz = self.grip
         way, near = self._approach((at[0] - dx, at[1] - dy), low + 0.004 - dz)
         return self._act("place" if near > 0 else "carry", dest, at, way, -near)
@@ -426,12 +403,12 @@ class Tabletop:
         far = min(max((gap - 0.015) / 0.05, 0.0), 1.0)
         height = low + (max(HOVER, low + 0.05) - low) * far * far * (3 - 2 * far)
         near = math.tanh(3 * (1 - math.hypot(gap, self.pos[2] - low) / 0.011))
-        return np.array([*at, height]), near
+        return (*at, height), near
 
     def _act(self, phase, target, at, way, grip):
-        move = way - self.pos
+        """Action and plan for a waypoint `way` (3,), as `expert` returns them."""
+        (x, y, z), move = self.pos, way - self.pos
         u = 0.6 * move / STEP
-        x, y, z = self.pos
         # the fingers still enclose something that is not wanted: rise before moving sideways
         for thing in self.things:
             inside = math.dist(thing.at, (x, y)) < 0.045 and z < thing.z + SIZE
@@ -453,8 +430,7 @@ class Tabletop:
         """An independent copy of the present state."""
         twin = copy.copy(self)
         twin.things = [copy.copy(thing) for thing in self.things]
-        if isinstance(self.held, Thing):
-            twin.held = twin.things[self.things.index(self.held)]
+        twin.held = dict(zip(self.things, twin.things)).get(self.held, self.held)
         return twin
 
 
@@ -466,7 +442,7 @@ def chain(number):
     are feasible: the expert finishes all five from the initial state chosen."""
     rng = np.random.default_rng([2, number])
     while True:
-        picks = [list(GOALS)[i] for i in rng.choice(len(GOALS), 5, replace=False)]
+        picks = rng.choice(list(GOALS), 5, replace=False).tolist()
         trial = int(rng.integers(1 << 40))
         plates, stacks = (sum(word in p for p in picks) for word in ("plate", "stack"))
         env = Tabletop("goal")
@@ -526,9 +502,9 @@ def make_trials(suites, trials, chains):
 
 def drive(policy, trials, batch, execute=0, ensemble=0.0):
     """Run all trials to their ends: a round is one batched forward and `execute` steps of each."""
-    active, bar = list(trials), tqdm(total=len(trials), desc="trials", disable=None)
+    bar = tqdm(total=len(trials), desc="trials", disable=None)
     plans = {trial: Chunks(policy.horizon, execute, ensemble) for trial in trials}
-    while active:
+    while active := [trial for trial in trials if not trial.done]:
         for start in range(0, len(active), batch):
             part = active[start : start + batch]
             seen = [trial.env.observe() for trial in part]
@@ -536,9 +512,7 @@ def drive(policy, trials, batch, execute=0, ensemble=0.0):
             chunks = policy.act_batch(images, texts, np.stack(states))  # (B, K, A)
             for trial, text, chunk in zip(part, texts, chunks):
                 trial.act(plans[trial](chunk, text))
-        left = [trial for trial in active if not trial.done]
-        bar.update(len(active) - len(left))
-        active = left
+        bar.update(sum(trial.done for trial in active))
     bar.close()
 
 
@@ -577,12 +551,11 @@ def hand(env):
 
 def heading(plan):
     """The expert's next move in words: "right 11, front 4, down 8, open", in centimetres."""
-    words, sides = [], (("left", "right"), ("back", "front"), ("down", "up"))
-    for delta, (minus, plus) in zip(plan["move"], sides):
-        if count := int(100 * abs(delta) + 0.5):
-            words.append(f"{plus if delta > 0 else minus} {count}")
-    words.append("close" if plan["grip"] > 0 else "open")
-    return ", ".join(words)
+    sides = ("left", "right"), ("back", "front"), ("down", "up")
+    words = [f"{plus if delta > 0 else minus} {count}"
+             for delta, (minus, plus) in zip(plan["move"], sides)
+             if (count := int(100 * abs(delta) + 0.5))]
+    return ", ".join([*words, "close" if plan["grip"] > 0 else "open"])
 
 
 def thought(env, plan):
@@ -695,8 +668,7 @@ def random_state(rng, size=64, tilt=0.0):
         env.pos = rng.uniform([-0.19, -0.19, 0.015], [0.19, 0.19, 0.15])
         env.aperture = float(rng.random() < 0.6)
         env._push()
-    if rng.random() < 0.3 and env.button:
-        env.lit = True
+    env.lit = bool(rng.random() < 0.3 and env.button)
     for _ in range(int(rng.integers(0, 30))):
         twin = env.clone()
         if env.advance(env.expert()[0]):
@@ -728,21 +700,21 @@ def record(suite, task, seed, noise, size=64, tilt=0.0):
     recorded actions are always the expert's for the state seen, but disturbed steps execute a
     random push, so that demonstrations contain recoveries (as in DART, arXiv 1703.09327)."""
     env = Tabletop(suite, size, tilt)
-    obs = env.reset(task, seed, split="train")
+    env.place(task, seed, "train")
     rng = np.random.default_rng([4, SUITES.index(suite), task, seed])
     disturbed, left = rng.random() < 0.5, 0
-    steps, done, success = [], False, False
-    while not done:
-        action, _ = env.expert()
-        steps.append((obs["image"], obs["state"], action.astype(np.float32)))
+    rows, success = [], False
+    while not success and env.steps < env.limit:
+        obs, (action, _) = env.observe(), env.expert()
+        rows.append((obs["image"], obs["state"], action.astype(np.float32)))
         if disturbed and left == 0 and rng.random() < noise:
             left, push = int(rng.integers(2, 5)), rng.uniform(-1, 1, 3)
         if left:
             action = np.concatenate([push, action[3:]])
             left -= 1
-        obs, success, done = env.step(action)
-    arrays = dict(zip(("image", "state", "action"), map(np.stack, zip(*steps))))
-    return arrays if success else None
+        success = env.advance(action)
+    arrays = zip(("image", "state", "action"), map(np.stack, zip(*rows)))
+    return dict(arrays) if success else None
 
 
 def write_episode(path, arrays, header):
@@ -814,46 +786,42 @@ def _episode_job(args, number):
             return dropped, arrays, header
 
 
-def _save_frame(args, kind, number, image):
-    name = f"{kind}/{number // 1000:04d}/{number:07d}.png"
+def _rows(args, folder, number, image, groups):
+    """Save a frame -> lines of JSON about it. groups: ([(question, thought or None, answer), ...],
+    what more the line holds) of each."""
+    name, lines = f"{folder}/{number // 1000:04d}/{number:07d}.png", []
     path = pathlib.Path(args.out) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image).save(path, compress_level=1)
-    return name
-
-
-def _row(name, turns, **more):
-    """A line of JSON: frame `name`, [(question, thought or None, answer), ...] about it, and more."""
-    messages = []
-    for question, reason, answer in turns:
-        question = question if messages else "<image>" + question
-        think = f"<think>{reason}</think>" if reason else ""
-        messages += [{"role": "user", "content": question},
-                     {"role": "assistant", "content": f"{think}<answer>{answer}</answer>"}]
-    return json.dumps({"images": [name], "messages": messages, **more})
+    for turns, more in groups:
+        messages = []
+        for question, reason, answer in turns:
+            question = question if messages else "<image>" + question
+            think = f"<think>{reason}</think>" if reason else ""
+            messages += [{"role": "user", "content": question},
+                         {"role": "assistant", "content": f"{think}<answer>{answer}</answer>"}]
+        lines.append(json.dumps({"images": [name], "messages": messages, **more}) + "\n")
+    return "".join(lines)
 
 
 def _conversation_job(args, number):
     image, turns = conversation(args.seed, number, args.size, args.tilt)
-    name = _save_frame(args, "frames", number, image)
+    groups = [([turn], {"kind": kind + "+think" * bool(turn[1])}) for kind, *turn in turns]
     if len(turns) > 1 and not args.single:
-        return _row(name, [turn for _, *turn in turns])
-    return "\n".join(_row(name, [turn], kind=kind + "+think" * bool(turn[1]))
-                     for kind, *turn in turns)
+        groups = [([turn for _, *turn in turns], {})]
+    return _rows(args, "frames", number, image, groups)
 
 
 def _thought_action_job(args, number):
     """A thought followed by the expert's next actions: not in the paper's data, see sft.py."""
     env = random_state(np.random.default_rng([5, args.seed, number]), args.size, args.tilt)
-    name = _save_frame(args, "thought_frames", number, env.render())
-    turn = (f"Instruction: {env.instruction}\n{ACTION_QUESTION}", thought(env, env.expert()[1]),
-            "<ACTION>")
-    chunk = []
+    image, question = env.render(), f"Instruction: {env.instruction}\n{ACTION_QUESTION}"
+    turn, chunk = (question, thought(env, env.expert()[1]), "<ACTION>"), []
     while len(chunk) < args.horizon:
         chunk.append(env.expert()[0].round(4).tolist())
         if env.advance(chunk[-1]):  # past the end an episode's last action repeats
             chunk += [chunk[-1]] * (args.horizon - len(chunk))
-    return _row(name, [turn], chunk=chunk)
+    return _rows(args, "thought_frames", number, image, [([turn], {"chunk": chunk})])
 
 
 def main(argv=None):
@@ -887,8 +855,7 @@ def main(argv=None):
                                  ("thought_actions", _thought_action_job, args.thought_actions)):
             if count:
                 with open(out / f"{name}.jsonl", "w") as f:
-                    rows = tqdm(made(job, count), name, count, disable=None)
-                    f.writelines(row + "\n" for row in rows)
+                    f.writelines(tqdm(made(job, count), name, count, disable=None))
     print(f"{out}: {sum(dropped)} failed demonstrations dropped, {args.conversations} rows")
 
 
