@@ -53,7 +53,7 @@ SIDES = {"left of": (-1, 0), "right of": (1, 0), "behind": (0, -1), "in front of
 SUITES = ["spatial", "object", "goal", "long"]
 ACTION_QUESTION = "What should the robot do next?"  # as model.action_question asks it
 
-# A goal is (verb, object, destination); a task asks for one or two, in order.
+# A goal is (verb, object, destination). A task of LONG is two goals in order, numbered from 0.
 GOALS = {
     "put the red cube on the plate": ("on", "red cube", "plate"),
     "put the blue cube on the plate": ("on", "blue cube", "plate"),
@@ -71,7 +71,7 @@ LONG = [", then ".join(list(GOALS)[i] for i in pair) for pair in (
 
 
 def suite_tasks(suite):
-    """The ten tasks of a suite: [(instruction, [goal, ...], relation or None)]."""
+    """The ten tasks of one of SUITES: [(instruction, [goal, ...], relation or None)]."""
     if suite == "spatial":
         relations = [(side, ref) for ref in ("plate", "button") for side in SIDES]
         relations += [("nearest to", "plate"), ("farthest from", "plate")]
@@ -80,7 +80,9 @@ def suite_tasks(suite):
     if suite == "object":
         return [(f"pick up the {name} and put it on the plate", [("on", name, "plate")], None)
                 for name in OBJECTS]
-    texts = {"goal": GOALS, "long": LONG}[suite]
+    if suite not in SUITES:
+        raise ValueError(f"suite {suite!r} is unknown; choose one of {', '.join(SUITES)}")
+    texts = GOALS if suite == "goal" else LONG
     return [(text, [GOALS[part] for part in text.split(", then ")], None) for text in texts]
 
 
@@ -132,7 +134,8 @@ class Tabletop:
 
     def __init__(self, suite="goal", size=64, tilt=0.0):
         self.suite, self.size, self.tilt = suite, size, tilt
-        self.task_list, self.limit = suite_tasks(suite), 130 if suite == "long" else 70  # steps
+        self.task_list = suite_tasks(suite)
+        self.limit = 130 if suite == "long" else 70  # steps
         self.still = (None, None)  # what the painted background shows, and the background
 
     def reset(self, task, seed, split="eval"):
@@ -190,13 +193,12 @@ class Tabletop:
         """Order the red cubes -> whether things[0] alone stands in the relation, by a margin."""
         x, y = self.plate if ref == "plate" else self.button
         (dx, dy), sign = SIDES.get(side, (0, 0)), {"nearest to": -1, "farthest from": 1}.get(side, 0)
-
-        def score(t):
-            return (t.x - x) * dx + (t.y - y) * dy + sign * math.dist(t.at, (x, y))
-
-        self.things.sort(key=score, reverse=True)
-        a, b = map(score, self.things)
-        return a - b > 0.06 if sign else a > 0.04 and b < -0.04
+        scores = [(t.x - x) * dx + (t.y - y) * dy + sign * math.dist(t.at, (x, y))
+                  for t in self.things]
+        if scores[0] < scores[1]:
+            self.things.reverse()
+        low, high = sorted(scores)
+        return high - low > 0.06 if sign else high > 0.04 and low < -0.04
 
     def find(self, name):
         """The thing of that name, the first of two; or the name, as the button is no Thing."""
@@ -253,7 +255,8 @@ class Tabletop:
                     self.held, thing.on = thing, "gripper"
                     self.grip = np.array([thing.x - x, thing.y - y, thing.z - z])
                     break
-            self.aperture = 0.4 if self.held else self.aperture
+            if self.held:
+                self.aperture = 0.4
 
     def _above_it(self, thing):
         """The things that stand on this one."""
@@ -355,18 +358,17 @@ class Tabletop:
                 add(1, thing.x - 0.004, thing.y - 0.004, thing.z, 0.008, 0.008, (255, 255, 255))
         x, y, z = self.pos.tolist()
         zoom, spread = 1 + 2 * z, 0.012 + 0.016 * self.aperture  # nearer to the camera looks larger
-        layers = (0.4 * z, 0, (0, 0, 0), 0.35), (0.0, z, (15, 15, 15), 1.0)  # shadow, fingers
-        for shade, height, color, alpha in layers:
-            wide, slit = (spread + 0.006) * zoom, (spread - 0.006) * zoom
-            add(0, x + shade, y + shade, height, wide, 0.018 * zoom, color, alpha, slit)
-            add(0, x + shade, y + shade - 0.018 * zoom, height, wide, 0.004 * zoom, color, alpha)
+        wide, slit, deep = (spread + 0.006) * zoom, (spread - 0.006) * zoom, 0.018 * zoom
+        shadow, fingers = (0.4 * z, 0, (0, 0, 0), 0.35), (0.0, z, (15, 15, 15), 1.0)
+        for shade, height, *ink in (shadow, fingers):
+            add(0, x + shade, y + shade, height, wide, deep, *ink, slit)
+            add(0, x + shade, y + shade - deep, height, wide, 0.004 * zoom, *ink)
         return shapes[:fixed], shapes[fixed:]
 
     def expert(self):
         """The scripted expert -> (action (7,) in [-1, 1], plan): {"phase", "target" (name), "at"
         (x, y of the target), "move" (3,) m to the waypoint, "grip"}. A smooth function of the
-        present state (so perturbed states show recoveries): speed falls off near the waypoint,
-        height is blended with the distance left. So its chunks can be predicted from the scene."""
+        present state: perturbed ones show recoveries, and chunks can be predicted from the scene."""
         todo = (goal for goal in self.goals if not self.satisfied(goal))
         verb, name, dest = next(todo, self.goals[-1])
         (x, y, z), thing = self.pos, self.find(name)
@@ -423,8 +425,8 @@ class Tabletop:
     def follow(self, text):
         """Let the expert carry out an instruction of the goal suite from here -> success."""
         self.instruct(text)
-        return not self.satisfied(GOALS[text]) and any(  # else nothing is left to do: not a task
-            self.advance(self.expert()[0]) for _ in range(self.limit))
+        todo = not self.satisfied(GOALS[text])  # else it is no task
+        return todo and any(self.advance(self.expert()[0]) for _ in range(self.limit))
 
     def clone(self):
         """An independent copy of the present state."""
@@ -525,19 +527,17 @@ def cell(x, y):
     return f"{'abcdefgh'[column]}{row + 1}"
 
 
-def everything(env, key=None):
-    """[(name, x, y)] of the things, in the order of `key` if given, and of what is fixed."""
-    things = sorted(env.things, key=key) if key else env.things
+def everything(env, key=lambda t: 0):
+    """[(name, x, y)] of the things, in the order of `key`, and of what is fixed."""
     fixed = {"plate": env.plate, "button": env.button, "drawer handle": env.handle()}
-    places = [*((t.name, t.at) for t in things), *fixed.items()]
+    places = [*((t.name, t.at) for t in sorted(env.things, key=key)), *fixed.items()]
     return [(name, *spot) for name, spot in places if spot]
 
 
 def named_places(env):
     """[(name, x, y)] of everything on the table that has a name of its own."""
-    places = everything(env)
-    names = [name for name, _, _ in places]
-    return [place for place in places if names.count(place[0]) == 1]
+    names = [thing.name for thing in env.things]
+    return [place for place in everything(env) if names.count(place[0]) < 2]
 
 
 def hand(env):
@@ -621,12 +621,11 @@ def scene_question(kind, env, rng):
         return f"What is at {where}?", f"At {where} there is {answer}.", answer
     if kind == "relation":
         (a, ax, ay), (b, bx, by) = (places[i] for i in rng.permutation(len(places))[:2])
-        if abs(ax - bx) > abs(ay - by):
-            sides, answer = "left or right", "left" if ax < bx else "right"
-        else:
-            sides, answer = "behind or in front", "behind" if ay < by else "in front"
-        return (f"Is the {a} {sides} of the {b}?",
-                f"The {a} is at {cell(ax, ay)}. The {b} is at {cell(bx, by)}.", answer)
+        wide = abs(ax - bx) > abs(ay - by)
+        low, high = ("left", "right") if wide else ("behind", "in front")
+        return (f"Is the {a} {low} or {high} of the {b}?",
+                f"The {a} is at {cell(ax, ay)}. The {b} is at {cell(bx, by)}.",
+                low if (ax < bx if wide else ay < by) else high)
     held = gripper.partition("holding the ")[2]
     question, answer = {"holding": ("What is the gripper holding?", held or "nothing"),
                         "gripper": ("Where is the gripper?", gripper),
@@ -831,8 +830,7 @@ def main(argv=None):
     add("--episodes", type=int, default=600, help="demonstrations, spread over the 40 tasks")
     add("--conversations", type=int, default=20000, help="rows of conversations.jsonl")
     add("--single", action="store_true", help="each question of a conversation in its own row")
-    add("--thought-actions", type=int, default=0,
-        help="rows of thought_actions.jsonl: thought + action, a deviation of sft.py")
+    add("--thought-actions", type=int, default=0, help="rows of thought_actions.jsonl, see README")
     add("--horizon", type=int, default=5, help="actions in each of them, as of the FAST tokenizer")
     add("--seed", type=int, default=0, help="training seed; evaluation states have their own")
     add("--noise", type=float, default=0.06, help="chance a step that a disturbance begins")
