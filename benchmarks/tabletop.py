@@ -1,11 +1,10 @@
 """Tabletop, the embedded world: a small LIBERO-shaped benchmark in numpy, its expert and its data.
 
-World (metres): a table x (right), y (towards the front) in [-0.2, 0.2], z up. Coloured cubes and
-balls of 4 cm, a plate, a button, a drawer at the back edge, and a gripper that grasps, carries,
-releases, stacks, pushes, presses and pulls. Kinematic: no forces, but contacts move things, nothing
-overlaps at reset, and each task can be failed. The default camera looks straight down: one
-8x8-pixel patch of a 64x64 image is one of the cells a1 (back left) ... h8 (front right) in which
-questions and thoughts name places. A cast shadow shows height.
+World (metres): a table x (right), y (towards the front) in [-0.2, 0.2], z up; cubes and balls of
+4 cm, a plate, a button, a drawer at the back edge, a gripper. Kinematic: no forces, but contacts
+move things, nothing overlaps at reset, and each task can be failed. The default camera looks
+straight down: an 8x8-pixel patch of a 64x64 image is one of the cells a1 (back left) ... h8 (front
+right) in which questions and thoughts name places. A cast shadow shows height.
 
 Four suites of ten tasks in LIBERO's sense (arXiv 2306.03310): `spatial` (which of two equal cubes:
 the relation decides), `object` (which object), `goal` (one scene, the instruction decides the
@@ -37,25 +36,24 @@ from PIL import Image, ImageDraw
 from safetensors.numpy import save
 from tqdm import tqdm
 
+from benchmarks.serve import Chunks
+
 EDGE = 0.2  # half the table's side, m
 STEP = 0.025  # translation of a full action, m a step
 TURN = 0.1  # rotation of a full action, rad a step
 SIZE = 0.04  # cubes and balls, m
 HOVER = 0.11  # height at which the expert travels, m
 PLATE, BUTTON = 0.045, 0.028  # radii, m
-OPEN, CLOSED = 0.07, 0.01  # drawer: counts as open beyond, as closed below, m
-TRAVEL = 0.085  # drawer: longest pull, m
+OPEN, CLOSED, TRAVEL = 0.07, 0.01, 0.085  # drawer: open beyond, closed below, longest pull, m
 
 COLORS = {"red": (225, 40, 40), "green": (30, 160, 60), "blue": (40, 80, 230),
           "yellow": (245, 215, 40), "purple": (160, 60, 200)}
 OBJECTS = [f"{color} {shape}" for shape in ("cube", "ball") for color in COLORS]
 SIDES = {"left of": (-1, 0), "right of": (1, 0), "behind": (0, -1), "in front of": (0, 1)}
 SUITES = ["spatial", "object", "goal", "long"]
-LIMITS = {"spatial": 70, "object": 70, "goal": 70, "long": 130, "chain": 70}  # steps
-
 ACTION_QUESTION = "What should the robot do next?"  # as model.action_question asks it
 
-# A goal is (verb, object, destination); a task asks for one or two, in order.
+# A goal is (verb, object, destination). A task of LONG is two goals in order, numbered from 0.
 GOALS = {
     "put the red cube on the plate": ("on", "red cube", "plate"),
     "put the blue cube on the plate": ("on", "blue cube", "plate"),
@@ -68,36 +66,24 @@ GOALS = {
     "push the blue cube to the left": ("push", "blue cube", None),
     "lift the red cube": ("lift", "red cube", None),
 }
-LONG = [
-    "put the red cube on the plate, then press the button",
-    "put the blue cube on the plate, then press the button",
-    "put the green ball on the plate, then open the drawer",
-    "open the drawer, then press the button",
-    "close the drawer, then put the red cube on the plate",
-    "press the button, then stack the red cube on the blue cube",
-    "stack the red cube on the blue cube, then open the drawer",
-    "open the drawer, then lift the red cube",
-    "close the drawer, then stack the green ball on the blue cube",
-    "close the drawer, then press the button",
-]
+LONG = [", then ".join(list(GOALS)[i] for i in pair) for pair in (
+    (0, 5), (1, 5), (2, 6), (6, 5), (7, 0), (5, 3), (3, 6), (6, 9), (7, 4), (7, 5))]
 
 
 def suite_tasks(suite):
-    """The ten tasks of a suite: [(instruction, [goal, ...], relation or None)]. ValueError for an
-    unknown suite."""
+    """The ten tasks of one of SUITES: [(instruction, [goal, ...], relation or None)]."""
     if suite == "spatial":
         relations = [(side, ref) for ref in ("plate", "button") for side in SIDES]
         relations += [("nearest to", "plate"), ("farthest from", "plate")]
-        goal = ("on", "red cube", "plate")
-        return [(f"pick up the red cube {side} the {ref} and put it on the plate", [goal],
-                 (side, ref)) for side, ref in relations]
+        return [(f"pick up the red cube {side} the {ref} and put it on the plate",
+                 [("on", "red cube", "plate")], (side, ref)) for side, ref in relations]
     if suite == "object":
         return [(f"pick up the {name} and put it on the plate", [("on", name, "plate")], None)
                 for name in OBJECTS]
-    if suite in ("goal", "long"):
-        return [(text, [GOALS[part] for part in text.split(", then ")], None)
-                for text in (GOALS if suite == "goal" else LONG)]
-    raise ValueError(f"suite {suite!r} is unknown; choose one of {', '.join(SUITES)}")
+    if suite not in SUITES:
+        raise ValueError(f"suite {suite!r} is unknown; choose one of {', '.join(SUITES)}")
+    texts = GOALS if suite == "goal" else LONG
+    return [(text, [GOALS[part] for part in text.split(", then ")], None) for text in texts]
 
 
 def paint(image, shapes):
@@ -149,9 +135,8 @@ class Tabletop:
     def __init__(self, suite="goal", size=64, tilt=0.0):
         self.suite, self.size, self.tilt = suite, size, tilt
         self.task_list = suite_tasks(suite)
-        self.still = (None, None)  # the painted background and what it shows
-
-    # ---- reset
+        self.limit = 130 if suite == "long" else 70  # steps
+        self.still = (None, None)  # what the painted background shows, and the background
 
     def reset(self, task, seed, split="eval"):
         """Start trial `seed` of a task -> obs. The splits "eval" and "train" share no randomness."""
@@ -160,38 +145,33 @@ class Tabletop:
 
     def place(self, task, seed, split):
         """`reset` without rendering."""
-        stream = [0 if split == "train" else 1, SUITES.index(self.suite), task, seed]
-        self.rng = np.random.default_rng(stream)
+        rng = np.random.default_rng([split != "train", SUITES.index(self.suite), task, seed])
         text, goals, relation = self.task_list[task]
-        while not self._lay_out(relation, goals):
+        while not self._lay_out(rng, goals, relation):
             pass
-        self.pos = self.rng.uniform([-0.17, -0.1, 0.07], [0.17, 0.17, 0.13])
-        self.rpy = np.zeros(3)
-        self.aperture, self.held, self.grip = 1.0, None, None
-        self.instruct(text, goals, LIMITS[self.suite])
+        self.pos = rng.uniform([-0.17, -0.1, 0.07], [0.17, 0.17, 0.13])
+        self.rpy, self.aperture, self.held, self.grip = np.zeros(3), 1.0, None, None
+        self.instruct(text, goals)
 
-    def instruct(self, text, goals, limit):
+    def instruct(self, text, goals=None):
         """Give a new instruction in the present state (chains do this without reset)."""
-        self.instruction, self.goals, self.limit, self.steps = text, goals, limit, 0
+        self.instruction, self.goals, self.steps = text, goals or [GOALS[text]], 0
         self.begin = {thing.name: thing.x for thing in self.things}
 
-    def _lay_out(self, relation, goals):
+    def _lay_out(self, rng, goals, relation):
         """One try at a random scene -> whether the task makes sense in it."""
-        rng, self.lit = self.rng, False
+        self.lit, self.drawer_x, self.drawer, back = False, None, 0.0, -0.16
         if self.suite == "spatial":
             names = ["red cube", "red cube"]
         elif self.suite == "object":
             others = [name for name in OBJECTS if name != goals[0][1]]
             names = [goals[0][1], *rng.choice(others, 3, replace=False)]
         else:
-            names = ["red cube", "blue cube", "green ball"]
-        self.drawer_x, self.drawer = None, 0.0
-        if self.suite in ("goal", "long"):
+            names, back = ["red cube", "blue cube", "green ball"], -0.05
             self.drawer_x, self.drawer = rng.uniform(-0.12, 0.12), rng.uniform(0.03, 0.05)
-        back = -0.05 if self.drawer_x is not None else -0.16
         spots = []
         for _ in range(100):
-            spot = tuple(rng.uniform([-0.165, back], [0.165, 0.165]).tolist())
+            spot = tuple(rng.uniform([-0.165, back], 0.165).tolist())
             if all(math.dist(spot, other) > 0.085 for other in spots):
                 spots.append(spot)
             if len(spots) == len(names) + 2:
@@ -201,63 +181,54 @@ class Tabletop:
         self.plate, button, *rest = spots
         self.button = None if self.suite == "object" else button
         self.things = [Thing(str(name), *spot) for name, spot in zip(names, rest)]
-        if any(verb == "push" for verb, _, _ in goals):
-            thing = self.find("blue cube")
-            if not -0.05 < thing.x < 0.11:
-                return False
-            path = [(thing.x - d, thing.y) for d in (-0.05, 0.05, 0.1)]
-            places = [self.plate, self.button, *(t.at for t in self.things if t is not thing)]
-            if any(math.dist(a, b) < 0.06 for a in path for b in places):
-                return False
+        if goals[0][0] == "push":  # the way of the gripper and of the blue cube must be free
+            red, blue, green = self.things
+            path = [(blue.x - d, blue.y) for d in (-0.05, 0.05, 0.1)]
+            places = [self.plate, self.button, red.at, green.at]
+            clear = all(math.dist(a, b) >= 0.06 for a in path for b in places)
+            return clear and -0.05 < blue.x < 0.11
         return relation is None or self._single_out(*relation)
 
     def _single_out(self, side, ref):
         """Order the red cubes -> whether things[0] alone stands in the relation, by a margin."""
         x, y = self.plate if ref == "plate" else self.button
-        axis = SIDES.get(side)
-
-        def score(t):
-            if axis:
-                return (t.x - x) * axis[0] + (t.y - y) * axis[1]
-            return math.dist(t.at, (x, y)) * (-1 if side == "nearest to" else 1)
-
-        self.things.sort(key=score, reverse=True)
-        a, b = map(score, self.things)
-        return (a > 0.04 and b < -0.04) if axis else a - b > 0.06
+        (dx, dy), sign = SIDES.get(side, (0, 0)), {"nearest to": -1, "farthest from": 1}.get(side, 0)
+        scores = [(t.x - x) * dx + (t.y - y) * dy + sign * math.dist(t.at, (x, y))
+                  for t in self.things]
+        if scores[0] < scores[1]:
+            self.things.reverse()
+        low, high = sorted(scores)
+        return high - low > 0.06 if sign else high > 0.04 and low < -0.04
 
     def find(self, name):
-        """The thing of that name; of two equal ones, the first: the relation singles it out."""
-        return next(thing for thing in self.things if thing.name == name)
+        """The thing of that name, the first of two; or the name, as the button is no Thing."""
+        return next((thing for thing in self.things if thing.name == name), name)
 
     def handle(self):
         """Place (x, y) of the drawer's handle, None without a drawer."""
         return None if self.drawer_x is None else (self.drawer_x, -EDGE + 0.03 + self.drawer)
 
-    # ---- step
-
     def step(self, action):
-        """Apply one action (7,) -> (obs, success, done); done also at the step limit. ValueError
-        when the action is not 7 finite numbers."""
+        """Apply one action (7,) -> (obs, success, done); done also at the step limit."""
         success = self.advance(action)
         return self.observe(), success, success or self.steps >= self.limit
 
     def advance(self, action):
-        """`step` without rendering; returns success."""
+        """`step` without rendering -> success. ValueError unless 7 finite numbers are given."""
         action = np.asarray(action, np.float64)
         if action.shape != (7,) or not np.isfinite(action).all():
             raise ValueError(f"action must be 7 finite numbers, got shape {action.shape}: {action}")
         action = np.clip(action, -1, 1)
-        old = self.pos
+        old, thing = self.pos, self.held
         new = np.clip(old + STEP * action[:3], [-EDGE, -EDGE, 0.005], [EDGE, EDGE, 0.2])
-        if self.held == "drawer":  # the rail lets the hand move along y only
+        if thing == "drawer":  # the rail lets the hand move along y only
             self.drawer = float(np.clip(self.drawer + new[1] - old[1], 0, TRAVEL))
             new = np.array([old[0], self.handle()[1], old[2]])
-        self.pos = new
-        self.rpy = np.clip(self.rpy + TURN * action[3:6], -0.5, 0.5)
-        if isinstance(thing := self.held, Thing):
-            thing.x, thing.y, thing.z = map(float, new + self.grip)
+        elif thing:
+            thing.x, thing.y, thing.z = (new + self.grip).tolist()
             if thing.z < 0:  # the table is in the way
-                self.pos, thing.z = new - [0, 0, thing.z], 0.0
+                new, thing.z = new - [0, 0, thing.z], 0.0
+        self.pos, self.rpy = new, np.clip(self.rpy + TURN * action[3:6], -0.5, 0.5)
         self._fingers(float(action[6]))
         self._push()
         if self.button and self.pos[2] < 0.02 and math.dist(self.pos[:2], self.button) < BUTTON:
@@ -268,30 +239,28 @@ class Tabletop:
     def _fingers(self, command):
         """Move the fingers by the command, grasp what they close on, release what they let go."""
         self.aperture = min(max(self.aperture - 0.35 * command, 0.0), 1.0)
-        if self.held is not None:
+        if self.held:
             self.aperture = max(self.aperture, 0.4)  # an object fills the rest
             if self.aperture > 0.6:
                 thing, self.held = self.held, None
                 if thing != "drawer":
                     self._fall(thing)
-            return
-        if self.aperture > 0.5 or command <= 0 or np.abs(self.rpy).max() > 0.4:
-            return
-        (x, y, z), handle = self.pos, self.handle()
-        if handle and z < 0.04 and math.dist((x, y), handle) < 0.018:
-            self.held = "drawer"
-        for thing in self.things:
-            around = math.dist(thing.at, (x, y)) < 0.016 and -0.005 < z - thing.z < 0.036
-            if around and not self._above_it(thing):
-                self.held, thing.on = thing, "gripper"
-                self.grip = np.array([thing.x - x, thing.y - y, thing.z - z])
-                break
-        if self.held is not None:
-            self.aperture = 0.4
+        elif self.aperture <= 0.5 and command > 0 and np.abs(self.rpy).max() <= 0.4:
+            (x, y, z), handle = self.pos, self.handle()
+            if handle and z < 0.04 and math.dist((x, y), handle) < 0.018:
+                self.held = "drawer"
+            for thing in self.things:
+                around = math.dist(thing.at, (x, y)) < 0.016 and -0.005 < z - thing.z < 0.036
+                if around and not self._above_it(thing):
+                    self.held, thing.on = thing, "gripper"
+                    self.grip = np.array([thing.x - x, thing.y - y, thing.z - z])
+                    break
+            if self.held:
+                self.aperture = 0.4
 
     def _above_it(self, thing):
         """The things that stand on this one."""
-        return [t for t in self.things if t is not thing and t.on == thing.name and t.z > thing.z
+        return [t for t in self.things if t.on == thing.name and t.z > thing.z
                 and math.dist(t.at, thing.at) < 0.03]
 
     def _fall(self, thing):
@@ -346,8 +315,6 @@ class Tabletop:
         return {"on": thing.on == dest, "lift": self.held is thing and thing.z > 0.06,
                 "push": self.begin[name] - thing.x > 0.06}[verb]  # to the left
 
-    # ---- render
-
     def observe(self):
         fingers = 0.04 * self.aperture
         state = np.array([*self.pos, *self.rpy, fingers, -fingers], np.float32)
@@ -391,24 +358,20 @@ class Tabletop:
                 add(1, thing.x - 0.004, thing.y - 0.004, thing.z, 0.008, 0.008, (255, 255, 255))
         x, y, z = self.pos.tolist()
         zoom, spread = 1 + 2 * z, 0.012 + 0.016 * self.aperture  # nearer to the camera looks larger
-        layers = (0.4 * z, 0, (0, 0, 0), 0.35), (0.0, z, (15, 15, 15), 1.0)  # shadow, fingers
-        for shade, height, color, alpha in layers:
-            wide, slit = (spread + 0.006) * zoom, (spread - 0.006) * zoom
-            add(0, x + shade, y + shade, height, wide, 0.018 * zoom, color, alpha, slit)
-            add(0, x + shade, y + shade - 0.018 * zoom, height, wide, 0.004 * zoom, color, alpha)
+        wide, slit, deep = (spread + 0.006) * zoom, (spread - 0.006) * zoom, 0.018 * zoom
+        shadow, fingers = (0.4 * z, 0, (0, 0, 0), 0.35), (0.0, z, (15, 15, 15), 1.0)
+        for shade, height, *ink in (shadow, fingers):
+            add(0, x + shade, y + shade, height, wide, deep, *ink, slit)
+            add(0, x + shade, y + shade - deep, height, wide, 0.004 * zoom, *ink)
         return shapes[:fixed], shapes[fixed:]
-
-    # ---- expert
 
     def expert(self):
         """The scripted expert -> (action (7,) in [-1, 1], plan): {"phase", "target" (name), "at"
         (x, y of the target), "move" (3,) m to the waypoint, "grip"}. A smooth function of the
-        present state (so perturbed states show recoveries): speed falls off near the waypoint,
-        height is blended with the distance left. So its chunks can be predicted from the scene."""
+        present state: perturbed ones show recoveries, and chunks can be predicted from the scene."""
         todo = (goal for goal in self.goals if not self.satisfied(goal))
         verb, name, dest = next(todo, self.goals[-1])
-        x, y, z = self.pos
-        thing = name if name in ("button", "drawer") else self.find(name)
+        (x, y, z), thing = self.pos, self.find(name)
         wanted = None if verb in ("press", "push") else thing
         if self.held not in (None, wanted):  # something else is in the hand: put it down here
             way, near = self._approach((x, y), z if self.held == "drawer" else 0.02)
@@ -418,7 +381,7 @@ class Tabletop:
         at, low = (self.handle(), 0.02) if thing == "drawer" else (thing.at, thing.z + 0.02)
         if verb == "push":
             if 0.02 < x - thing.x < 0.07 and abs(y - thing.y) < 0.012 and z < 0.035:
-                return self._act("push", name, at, np.array([thing.x - 0.02, thing.y, 0.02]), 1.0)
+                return self._act("push", name, at, (thing.x - 0.02, thing.y, 0.02), 1.0)
             way, _ = self._approach((thing.x + 0.05, thing.y), 0.02)
             return self._act("reach", name, at, way, 1.0)
         if self.held is None:
@@ -426,13 +389,11 @@ class Tabletop:
             return self._act("grasp" if near > 0 else "reach", name, at, way, near)
         if thing == "drawer":
             phase, pull = ("pull", 0.12) if verb == "open" else ("shut", -0.12)
-            return self._act(phase, name, at, np.array([x, y + pull, z]), 1.0)
+            return self._act(phase, name, at, (x, y + pull, z), 1.0)
         if verb == "lift":
-            return self._act("lift", name, (x, y), np.array([x, y, 0.14]), 1.0)
-        at, low = self.plate, 0.0
-        if dest != "plate":
-            base = self.find(dest)
-            at, low = base.at, base.z + SIZE
+            return self._act("lift", name, (x, y), (x, y, 0.14), 1.0)
+        base = self.find(dest)
+        at, low = (self.plate, 0.0) if dest == "plate" else (base.at, base.z + SIZE)
         dx, dy, dz = self.grip
         way, near = self._approach((at[0] - dx, at[1] - dy), low + 0.004 - dz)
         return self._act("place" if near > 0 else "carry", dest, at, way, -near)
@@ -444,12 +405,12 @@ class Tabletop:
         far = min(max((gap - 0.015) / 0.05, 0.0), 1.0)
         height = low + (max(HOVER, low + 0.05) - low) * far * far * (3 - 2 * far)
         near = math.tanh(3 * (1 - math.hypot(gap, self.pos[2] - low) / 0.011))
-        return np.array([*at, height]), near
+        return (*at, height), near
 
     def _act(self, phase, target, at, way, grip):
-        move = way - self.pos
+        """Action and plan for a waypoint `way` (3,), as `expert` returns them."""
+        (x, y, z), move = self.pos, way - self.pos
         u = 0.6 * move / STEP
-        x, y, z = self.pos
         # the fingers still enclose something that is not wanted: rise before moving sideways
         for thing in self.things:
             inside = math.dist(thing.at, (x, y)) < 0.045 and z < thing.z + SIZE
@@ -463,17 +424,15 @@ class Tabletop:
 
     def follow(self, text):
         """Let the expert carry out an instruction of the goal suite from here -> success."""
-        self.instruct(text, [GOALS[text]], LIMITS["chain"])
-        if self.satisfied(GOALS[text]):
-            return False  # nothing left to do: not a task
-        return any(self.advance(self.expert()[0]) for _ in range(self.limit))
+        self.instruct(text)
+        todo = not self.satisfied(GOALS[text])  # else it is no task
+        return todo and any(self.advance(self.expert()[0]) for _ in range(self.limit))
 
     def clone(self):
         """An independent copy of the present state."""
         twin = copy.copy(self)
         twin.things = [copy.copy(thing) for thing in self.things]
-        if isinstance(self.held, Thing):
-            twin.held = twin.things[self.things.index(self.held)]
+        twin.held = dict(zip(self.things, twin.things)).get(self.held, self.held)
         return twin
 
 
@@ -485,7 +444,7 @@ def chain(number):
     are feasible: the expert finishes all five from the initial state chosen."""
     rng = np.random.default_rng([2, number])
     while True:
-        picks = [list(GOALS)[i] for i in rng.choice(len(GOALS), 5, replace=False)]
+        picks = rng.choice(list(GOALS), 5, replace=False).tolist()
         trial = int(rng.integers(1 << 40))
         plates, stacks = (sum(word in p for p in picks) for word in ("plate", "stack"))
         env = Tabletop("goal")
@@ -498,32 +457,25 @@ class Trial:
     """One episode of a suite, or chain number `seed`, in its own environment."""
 
     def __init__(self, suite, task, seed):
-        self.suite, self.task, self.seed, self.todo = suite, task, seed, []
+        self.suite, self.task, self.seed = suite, task, seed
         self.done, self.solved, self.frames, self.film = False, 0, [], False
         self.env = Tabletop("goal" if suite == "chain" else suite)
-        if suite == "chain":
-            seed, self.todo = chain(seed)
+        seed, self.todo = chain(seed) if suite == "chain" else (seed, [])
         self.env.place(task, seed, "eval")
         if self.todo:
-            self.next()
-
-    def next(self):
-        """The chain's next instruction, in the state that the last one left; done when none is."""
-        self.done = not self.todo
-        if self.todo:
-            text = self.todo.pop(0)
-            self.env.instruct(text, [GOALS[text]], LIMITS["chain"])
+            self.env.instruct(self.todo.pop(0))
 
     def act(self, actions):
-        """Carry out a chunk's actions (K, 7), or as many as the instruction lasts."""
+        """Carry out a chunk's actions (K, 7), or as many as the instruction lasts. A chain's next
+        one is given in the state that this one leaves."""
         for action in actions:
             success = self.env.advance(action)
             self.shoot()
-            if success:
-                self.solved += 1
-                return self.next()
-            if self.env.steps >= self.env.limit:
-                self.done = True
+            self.solved += success
+            if success and self.todo:
+                return self.env.instruct(self.todo.pop(0))
+            self.done = success or self.env.steps >= self.env.limit
+            if self.done:
                 return None
 
     def shoot(self):
@@ -552,11 +504,9 @@ def make_trials(suites, trials, chains):
 
 def drive(policy, trials, batch, execute=0, ensemble=0.0):
     """Run all trials to their ends: a round is one batched forward and `execute` steps of each."""
-    from benchmarks.serve import Chunks
-
-    active, bar = list(trials), tqdm(total=len(trials), desc="trials", disable=None)
+    bar = tqdm(total=len(trials), desc="trials", disable=None)
     plans = {trial: Chunks(policy.horizon, execute, ensemble) for trial in trials}
-    while active:
+    while active := [trial for trial in trials if not trial.done]:
         for start in range(0, len(active), batch):
             part = active[start : start + batch]
             seen = [trial.env.observe() for trial in part]
@@ -564,9 +514,7 @@ def drive(policy, trials, batch, execute=0, ensemble=0.0):
             chunks = policy.act_batch(images, texts, np.stack(states))  # (B, K, A)
             for trial, text, chunk in zip(part, texts, chunks):
                 trial.act(plans[trial](chunk, text))
-        left = [trial for trial in active if not trial.done]
-        bar.update(len(active) - len(left))
-        active = left
+        bar.update(sum(trial.done for trial in active))
     bar.close()
 
 
@@ -579,43 +527,41 @@ def cell(x, y):
     return f"{'abcdefgh'[column]}{row + 1}"
 
 
-def fixtures(env):
-    """[(name, x, y)] of what stays on the table."""
-    spots = {"plate": env.plate, "button": env.button, "drawer handle": env.handle()}
-    return [(name, *spot) for name, spot in spots.items() if spot]
+def everything(env, key=lambda t: 0):
+    """[(name, x, y)] of the things, in the order of `key`, and of what is fixed."""
+    fixed = {"plate": env.plate, "button": env.button, "drawer handle": env.handle()}
+    places = [*((t.name, t.at) for t in sorted(env.things, key=key)), *fixed.items()]
+    return [(name, *spot) for name, spot in places if spot]
 
 
 def named_places(env):
     """[(name, x, y)] of everything on the table that has a name of its own."""
-    names = [t.name for t in env.things]
-    return [(t.name, *t.at) for t in env.things if names.count(t.name) == 1] + fixtures(env)
+    names = [thing.name for thing in env.things]
+    return [place for place in everything(env) if names.count(place[0]) < 2]
 
 
 def hand(env):
     """The gripper in words: cell, height, what it does."""
     height = "low" if env.pos[2] < 0.04 else "mid" if env.pos[2] < 0.08 else "high"
-    if env.held is not None:
+    grip = "open" if env.aperture > 0.5 else "closed"
+    if env.held:
         grip = "holding the " + ("handle" if env.held == "drawer" else env.held.name)
-    else:
-        grip = "open" if env.aperture > 0.5 else "closed"
     return cell(*env.pos[:2]), height, grip
 
 
 def heading(plan):
     """The expert's next move in words: "right 11, front 4, down 8, open", in centimetres."""
-    words, sides = [], (("left", "right"), ("back", "front"), ("down", "up"))
-    for delta, (minus, plus) in zip(plan["move"], sides):
-        if count := int(100 * abs(delta) + 0.5):
-            words.append(f"{plus if delta > 0 else minus} {count}")
-    words.append("close" if plan["grip"] > 0 else "open")
-    return ", ".join(words)
+    sides = ("left", "right"), ("back", "front"), ("down", "up")
+    words = [f"{plus if delta > 0 else minus} {count}"
+             for delta, (minus, plus) in zip(plan["move"], sides)
+             if (count := int(100 * abs(delta) + 0.5))]
+    return ", ".join([*words, "close" if plan["grip"] > 0 else "open"])
 
 
 def thought(env, plan):
     """The reasoning before a move: target, its place, the gripper's, the phase, the direction."""
-    at, height, grip = hand(env)
     target = {"drawer": "handle", "gripper": "drop spot"}.get(plan["target"], plan["target"])
-    return (f"The {target} is at {cell(*plan['at'])}. The gripper is at {at}, {height}, {grip}. "
+    return (f"The {target} is at {cell(*plan['at'])}. The gripper is at {', '.join(hand(env))}. "
             f"Now {plan['phase']}: {heading(plan)}.")
 
 
@@ -626,12 +572,10 @@ def point(x, y):
 
 def caption(env, place=cell):
     """Everything on the table in words, each with its place, in the order of cells."""
-    things = sorted(env.things, key=lambda t: (cell(*t.at), t.name, t.x, t.y))
-    places = [(t.name, *t.at) for t in things] + fixtures(env)
-    _, height, grip = hand(env)
-    text = ", ".join(f"{name} {place(x, y)}" for name, x, y in places)
-    text += f", gripper {place(*env.pos[:2])} {height} {grip}"
-    return text + (", light on" if env.lit else "")
+    places = everything(env, lambda t: (cell(*t.at), t.name, t.x, t.y))
+    words = [f"{name} {place(x, y)}" for name, x, y in places]
+    words.append(" ".join(("gripper", place(*env.pos[:2]), *hand(env)[1:])))
+    return ", ".join(words + ["light on"] * env.lit)
 
 
 def _pick(rng, options):
@@ -654,45 +598,40 @@ TASK = {"target": 2, "direction": 8, "phase": 1, "fingers": 1, "movement": 1, "t
 
 def scene_question(kind, env, rng):
     """A question about what the image shows -> (question, thought, answer)."""
-    places, (at, height, grip) = named_places(env), hand(env)
-    if kind in ("where", "choice"):
+    places, gripper = named_places(env), ", ".join(hand(env))
+    if kind == "where":
         name, x, y = _pick(rng, places)
-        where = cell(x, y)
-        if kind == "where":
-            return f"Where is the {name}?", f"The {name} is at {where}.", where
-        others = [p[0] for p in places] + list(rng.permutation(OBJECTS))
-        there = [n for n, *spot in places if cell(*spot) == where]
-        wrong = [str(o) for o in rng.permutation(others) if o not in there]
-        text, letter = _choices(rng, name, wrong)
-        return f"Which one is at {where}? {text}", f"At {where} there is {name}.", letter
-    if kind == "what":
-        _, x, y = _pick(rng, [(t.name, *t.at) for t in env.things] + places[-3:])
-        if rng.random() < 0.15:
-            x, y = rng.uniform(-EDGE, EDGE, 2)
-        where = cell(x, y)
-        stack = [t.name for t in sorted(env.things, key=lambda t: -t.z) if cell(*t.at) == where]
-        under = [name for name, *spot in fixtures(env) if cell(*spot) == where]
-        answer = (stack + under + ["nothing"])[0]
-        return f"What is at {where}?", f"At {where} there is {answer}.", answer
+        return f"Where is the {name}?", f"The {name} is at {cell(x, y)}.", cell(x, y)
     if kind == "point":
         name, x, y = _pick(rng, [*places, ("gripper", *env.pos[:2])])
         return f"Point to the {name}.", f"The {name} is at {cell(x, y)}.", point(x, y)
+    if kind == "choice":
+        name, *spot = _pick(rng, places)
+        others = [p[0] for p in places] + list(rng.permutation(OBJECTS))
+        there = [n for n, *at in places if cell(*at) == cell(*spot)]
+        wrong = [str(o) for o in rng.permutation(others) if o not in there]
+        text, letter = _choices(rng, name, wrong)
+        where = cell(*spot)
+        return f"Which one is at {where}? {text}", f"At {where} there is {name}.", letter
+    if kind == "what":
+        _, *spot = _pick(rng, everything(env)[: len(env.things)] + places[-3:])
+        where = cell(*(rng.uniform(-EDGE, EDGE, 2) if rng.random() < 0.15 else spot))
+        there = [n for n, *at in everything(env, lambda t: -t.z) if cell(*at) == where]
+        answer = there[0] if there else "nothing"
+        return f"What is at {where}?", f"At {where} there is {answer}.", answer
     if kind == "relation":
         (a, ax, ay), (b, bx, by) = (places[i] for i in rng.permutation(len(places))[:2])
-        if abs(ax - bx) > abs(ay - by):
-            answer = "left" if ax < bx else "right"
-            question = f"Is the {a} left or right of the {b}?"
-        else:
-            question = f"Is the {a} behind or in front of the {b}?"
-            answer = "behind" if ay < by else "in front"
-        return question, f"The {a} is at {cell(ax, ay)}. The {b} is at {cell(bx, by)}.", answer
-    seen = f"The gripper is at {at}, {height}, {grip}."
-    return {
-        "holding": ("What is the gripper holding?", seen,
-                    "nothing" if env.held is None else grip.removeprefix("holding the ")),
-        "gripper": ("Where is the gripper?", seen, f"{at}, {height}, {grip}"),
-        "caption": ("Describe the scene.", seen, caption(env)),
-        "points": ("Point to everything.", seen, caption(env, point))}[kind]
+        wide = abs(ax - bx) > abs(ay - by)
+        low, high = ("left", "right") if wide else ("behind", "in front")
+        return (f"Is the {a} {low} or {high} of the {b}?",
+                f"The {a} is at {cell(ax, ay)}. The {b} is at {cell(bx, by)}.",
+                low if (ax < bx if wide else ay < by) else high)
+    held = gripper.partition("holding the ")[2]
+    question, answer = {"holding": ("What is the gripper holding?", held or "nothing"),
+                        "gripper": ("Where is the gripper?", gripper),
+                        "caption": ("Describe the scene.", caption(env)),
+                        "points": ("Point to everything.", caption(env, point))}[kind]
+    return question, f"The gripper is at {gripper}.", answer
 
 
 def task_question(kind, env, rng):
@@ -706,19 +645,17 @@ def task_question(kind, env, rng):
         text, answer = _choices(rng, heading(plan), wrong)
         question = f"Which movement is next? {text}"
     elif kind == "trajectory":
-        ahead, cells = env.clone(), [cell(*env.pos[:2])]
-        for _ in range(4):
-            for _ in range(3):
-                ahead.advance(ahead.expert()[0])
-            cells.append(cell(*ahead.pos[:2]))
-        question, answer = "Trace the path of the gripper.", " ".join(cells)
+        question, ahead, path = "Trace the path of the gripper.", env.clone(), [env.pos]
+        for _ in range(12):
+            ahead.advance(ahead.expert()[0])
+            path.append(ahead.pos)
+        answer = " ".join(cell(x, y) for x, y, _ in path[::3])
     else:
-        question, answer = {
-            "target": ("Where is the target?", cell(*plan["at"])),
-            "direction": ("Which way should the gripper move?", heading(plan)),
-            "phase": ("Which phase is it?", plan["phase"]),
-            "fingers": ("Should the fingers open or close?",
-                        "close" if plan["grip"] > 0 else "open")}[kind]
+        fingers = heading(plan).split(", ")[-1]
+        question, answer = {"target": ("Where is the target?", cell(*plan["at"])),
+                            "direction": ("Which way should the gripper move?", heading(plan)),
+                            "phase": ("Which phase is it?", plan["phase"]),
+                            "fingers": ("Should the fingers open or close?", fingers)}[kind]
     return f"Instruction: {env.instruction}\n{question}", thought(env, plan), answer
 
 
@@ -730,8 +667,7 @@ def random_state(rng, size=64, tilt=0.0):
         env.pos = rng.uniform([-0.19, -0.19, 0.015], [0.19, 0.19, 0.15])
         env.aperture = float(rng.random() < 0.6)
         env._push()
-    if rng.random() < 0.3 and env.button:
-        env.lit = True
+    env.lit = bool(rng.random() < 0.3 and env.button)
     for _ in range(int(rng.integers(0, 30))):
         twin = env.clone()
         if env.advance(env.expert()[0]):
@@ -763,29 +699,28 @@ def record(suite, task, seed, noise, size=64, tilt=0.0):
     recorded actions are always the expert's for the state seen, but disturbed steps execute a
     random push, so that demonstrations contain recoveries (as in DART, arXiv 1703.09327)."""
     env = Tabletop(suite, size, tilt)
-    obs = env.reset(task, seed, split="train")
+    env.place(task, seed, "train")
     rng = np.random.default_rng([4, SUITES.index(suite), task, seed])
     disturbed, left = rng.random() < 0.5, 0
-    steps, done, success = [], False, False
-    while not done:
-        action, _ = env.expert()
-        steps.append((obs["image"], obs["state"], action.astype(np.float32)))
+    rows, success = [], False
+    while not success and env.steps < env.limit:
+        obs, (action, _) = env.observe(), env.expert()
+        rows.append((obs["image"], obs["state"], action.astype(np.float32)))
         if disturbed and left == 0 and rng.random() < noise:
             left, push = int(rng.integers(2, 5)), rng.uniform(-1, 1, 3)
         if left:
             action = np.concatenate([push, action[3:]])
             left -= 1
-        obs, success, done = env.step(action)
-    arrays = dict(zip(("image", "state", "action"), map(np.stack, zip(*steps))))
-    return arrays if success else None
+        success = env.advance(action)
+    arrays = zip(("image", "state", "action"), map(np.stack, zip(*rows)))
+    return dict(arrays) if success else None
 
 
 def write_episode(path, arrays, header):
     """safetensors with the header's keys sorted: the library leaves them in random order."""
     data = save(arrays, header)
     n = 8 + int.from_bytes(data[:8], "little")
-    head = json.loads(data[8:n])
-    head["__metadata__"] = dict(sorted(header.items()))
+    head = json.loads(data[8:n]) | {"__metadata__": dict(sorted(header.items()))}
     text = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode().ljust(n - 8)
     path.write_bytes(data[:8] + text + data[n:])
 
@@ -850,44 +785,42 @@ def _episode_job(args, number):
             return dropped, arrays, header
 
 
-def _save_frame(args, kind, number, image):
-    name = f"{kind}/{number // 1000:04d}/{number:07d}.png"
+def _rows(args, folder, number, image, groups):
+    """Save a frame -> lines of JSON about it. groups: ([(question, thought or None, answer), ...],
+    what more the line holds) of each."""
+    name, lines = f"{folder}/{number // 1000:04d}/{number:07d}.png", []
     path = pathlib.Path(args.out) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image).save(path, compress_level=1)
-    return name
-
-
-def _turn(question, reason, answer):
-    think = f"<think>{reason}</think>" if reason else ""
-    return [{"role": "user", "content": question},
-            {"role": "assistant", "content": f"{think}<answer>{answer}</answer>"}]
+    for turns, more in groups:
+        messages = []
+        for question, reason, answer in turns:
+            question = question if messages else "<image>" + question
+            think = f"<think>{reason}</think>" if reason else ""
+            messages += [{"role": "user", "content": question},
+                         {"role": "assistant", "content": f"{think}<answer>{answer}</answer>"}]
+        lines.append(json.dumps({"images": [name], "messages": messages, **more}) + "\n")
+    return "".join(lines)
 
 
 def _conversation_job(args, number):
     image, turns = conversation(args.seed, number, args.size, args.tilt)
-    name, rows, messages = _save_frame(args, "frames", number, image), [], []
-    for kind, question, reason, answer in turns:
-        messages += _turn(("" if messages else "<image>") + question, reason, answer)
-        if args.single or len(turns) == 1:
-            kind += "+think" if reason else ""
-            rows.append({"images": [name], "messages": messages, "kind": kind})
-            messages = []
-    return "\n".join(map(json.dumps, rows or [{"images": [name], "messages": messages}]))
+    groups = [([turn], {"kind": kind + "+think" * bool(turn[1])}) for kind, *turn in turns]
+    if len(turns) > 1 and not args.single:
+        groups = [([turn for _, *turn in turns], {})]
+    return _rows(args, "frames", number, image, groups)
 
 
 def _thought_action_job(args, number):
     """A thought followed by the expert's next actions: not in the paper's data, see sft.py."""
     env = random_state(np.random.default_rng([5, args.seed, number]), args.size, args.tilt)
-    name = _save_frame(args, "thought_frames", number, env.render())
-    question = f"<image>Instruction: {env.instruction}\n{ACTION_QUESTION}"
-    messages = _turn(question, thought(env, env.expert()[1]), "<ACTION>")
-    chunk = []
+    image, question = env.render(), f"Instruction: {env.instruction}\n{ACTION_QUESTION}"
+    turn, chunk = (question, thought(env, env.expert()[1]), "<ACTION>"), []
     while len(chunk) < args.horizon:
         chunk.append(env.expert()[0].round(4).tolist())
         if env.advance(chunk[-1]):  # past the end an episode's last action repeats
             chunk += [chunk[-1]] * (args.horizon - len(chunk))
-    return json.dumps({"images": [name], "messages": messages, "chunk": chunk})
+    return _rows(args, "thought_frames", number, image, [([turn], {"chunk": chunk})])
 
 
 def main(argv=None):
@@ -897,8 +830,7 @@ def main(argv=None):
     add("--episodes", type=int, default=600, help="demonstrations, spread over the 40 tasks")
     add("--conversations", type=int, default=20000, help="rows of conversations.jsonl")
     add("--single", action="store_true", help="each question of a conversation in its own row")
-    add("--thought-actions", type=int, default=0,
-        help="rows of thought_actions.jsonl: thought + action, a deviation of sft.py")
+    add("--thought-actions", type=int, default=0, help="rows of thought_actions.jsonl, see README")
     add("--horizon", type=int, default=5, help="actions in each of them, as of the FAST tokenizer")
     add("--seed", type=int, default=0, help="training seed; evaluation states have their own")
     add("--noise", type=float, default=0.06, help="chance a step that a disturbance begins")
@@ -911,18 +843,17 @@ def main(argv=None):
         raise SystemExit(f"error: {out} already holds data; name another --out or delete it")
     out.mkdir(parents=True, exist_ok=True)
     with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
-        def made(job, count, size):
-            return pool.imap(functools.partial(job, args), range(count), size)
+        def made(job, count):
+            return pool.imap(functools.partial(job, args), range(count), 8)
 
         if args.episodes:
             write_episodes(out / "episodes", (dropped.append(count) or episode for count, *episode
-                                              in made(_episode_job, args.episodes, 8)))
+                                              in made(_episode_job, args.episodes)))
         for name, job, count in (("conversations", _conversation_job, args.conversations),
                                  ("thought_actions", _thought_action_job, args.thought_actions)):
             if count:
                 with open(out / f"{name}.jsonl", "w") as f:
-                    rows = tqdm(made(job, count, 64), name, count, disable=None)
-                    f.writelines(row + "\n" for row in rows)
+                    f.writelines(tqdm(made(job, count), name, count, disable=None))
     print(f"{out}: {sum(dropped)} failed demonstrations dropped, {args.conversations} rows")
 
 
