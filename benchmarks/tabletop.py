@@ -750,10 +750,13 @@ def write_episodes(out, made):
 
     out, seen = pathlib.Path(out), {"action": [], "state": []}
     part = out.with_name(out.name + ".part")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SystemExit(f"error: {out} already holds data; name another --out or delete it")
     try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ValueError(f"{out} already holds data; name another --out or delete it")
         part.mkdir(parents=True)
+    except OSError as e:
+        raise SystemExit(f"error: {e}; another command writes there, or delete it") from e
+    try:
         for number, (arrays, header) in enumerate(tqdm(made, "episodes", disable=None)):
             for name, rows in seen.items():
                 rows.append(arrays[name].astype(np.float32))
@@ -767,7 +770,7 @@ def write_episodes(out, made):
         stats = {name: statistics(np.concatenate(rows)) for name, rows in seen.items()}
         (part / "stats.json").write_text(json.dumps(stats, indent=1))
         part.replace(out)
-    except (ValueError, FileExistsError) as e:
+    except ValueError as e:
         raise SystemExit(f"error: {e}") from e
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -336,3 +336,18 @@ def test_demonstrations_are_the_experts():
         for action, move in zip(demo["action"], moved):
             assert np.allclose(env.expert()[0], action, atol=1e-3)
             env.advance([*move, *action[3:]])
+
+
+def test_a_second_writer_leaves_the_first_ones_work_alone(tmp_path):
+    """It used to fail and to delete the other's episodes on its way out."""
+    episode = {"image": np.zeros((2, 4, 4, 3), np.uint8), "state": np.zeros((2, 3), np.float32),
+               "action": np.zeros((2, 2), np.float32)}
+
+    def slow():
+        yield dict(episode), {"task": "t", "source": "s"}
+        with pytest.raises(SystemExit, match="out.part.*another command writes there, or delete it"):
+            tt.write_episodes(tmp_path / "out", iter([]))
+        yield dict(episode), {"task": "t", "source": "s"}
+
+    tt.write_episodes(tmp_path / "out", slow())
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 2
