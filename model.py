@@ -16,6 +16,7 @@ import ctypes
 import dataclasses
 import functools
 import inspect
+import itertools
 import json
 import os
 import platform
@@ -61,10 +62,7 @@ META = torch.device("meta")
 ACTION_START, ACTION_END = "<ACTION_START>", "<ACTION_END>"
 THINK = "Think in <think></think>, then answer in <answer></answer>."
 DIRECT = "Answer in <answer></answer>."
-
-
-def fast_name(i):
-    return f"<FAST_{i}>"
+fast_name = "<FAST_{}>".format  # of the i-th FAST token
 
 
 def ask(question, think):
@@ -90,17 +88,15 @@ def parse_actions(bb, ids):
     also when the rest is malformed. Tags are matched as text: Qwen2.5 has no token for them."""
     v, ids = bb.vocab, [int(i) for i in ids]
     ids = ids[: ids.index(v.eos) + 1] if v.eos in ids else ids
-    index = {t: i for i, t in enumerate(v.fast)}
-    if v.start is None or v.start not in ids:
+    if v.start not in ids:
         return False, False, []
-    a = ids.index(v.start)
-    b = next((j for j in range(a + 1, len(ids)) if ids[j] not in index), len(ids))
-    fast = [index[t] for t in ids[a + 1 : b]]
-    head = bb.tok.decode(ids[:a], skip_special_tokens=False)
-    tail = bb.tok.decode(ids[b + 1 :], skip_special_tokens=False)
+    index, a = {t: i for i, t in enumerate(v.fast)}, ids.index(v.start)
+    fast = [index[t] for t in itertools.takewhile(index.__contains__, ids[a + 1 :])]
+    b = a + 1 + len(fast)  # where END should be
+    head, tail = bb.tok.decode(ids[:a]), bb.tok.decode(ids[b + 1 :])
     tag = r"(?:(?!</?think>|</?answer>|<FAST_).)*"  # text without another tag in it
     match = re.fullmatch(rf"\s*(?:<think>({tag})</think>)?\s*<answer>\s*", head, re.DOTALL)
-    closed = b < len(ids) and ids[b] == v.end and re.fullmatch(r"\s*</answer>\s*<\|im_end\|>", tail)
+    closed = ids[b : b + 1] == [v.end] and re.fullmatch(r"\s*</answer>\s*<\|im_end\|>", tail)
     good = bool(match and closed and fast)
     return good, good and bool((match[1] or "").strip()), fast
 
@@ -219,8 +215,8 @@ def load(path, device="cpu", dtype=torch.float32, stages=None, seed=0, texts=(),
         bb.images = bb.images.bounded(max_pixels)
         return bb
     folder = find(path)
-    local = isinstance(folder, Path)
-    run = read_json(folder / "run.json") if local and (folder / "run.json").exists() else {}
+    ours = [Path(folder, name) for name in ("run.json", "fast")]  # a hub model has neither
+    run = read_json(ours[0]) if ours[0].exists() else {}
     if stages and run and run["stage"] not in stages:
         raise ValueError(f"{folder}: a checkpoint of stage {run['stage']!r}, expected "
                          f"{' or '.join(stages)}; give the folder that such a stage wrote")
@@ -231,7 +227,7 @@ def load(path, device="cpu", dtype=torch.float32, stages=None, seed=0, texts=(),
     else:
         net = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(device)
     tok = AutoTokenizer.from_pretrained(folder)
-    fast = FastTokenizer.load(folder / "fast") if local and (folder / "fast").exists() else None
+    fast = FastTokenizer.load(ours[1]) if ours[1].exists() else None
     images = ImageSpec.load(folder).bounded(max_pixels)
     bb = Backbone(net, tok, images, vocab(net, tok), fast, run)
     if fast is not None and fast.vocab_size > len(bb.vocab.fast):
@@ -247,20 +243,17 @@ def grow(bb, n_fast):
     Embeddings grow only where the (padded) table has no row left; they never shrink and stay tied.
     New rows: mean of the old ones plus a tenth of their spread, so that no two tokens are alike.
     Padding that is left in a table which did not grow stays as it is."""
-    names = [ACTION_START, ACTION_END, *map(fast_name, range(n_fast))]
-    old, known = len(bb.tok), bb.tok.get_vocab()
-    bb.tok.add_tokens([AddedToken(t, special=False, normalized=False)
-                       for t in names if t not in known])
-    if len(bb.tok) == old:
+    names, old, known = map(fast_name, range(n_fast)), len(bb.tok), bb.tok.get_vocab()
+    if not bb.tok.add_tokens([AddedToken(t, special=False, normalized=False)
+                              for t in (ACTION_START, ACTION_END, *names) if t not in known]):
         return
     end = len(bb.tok)
     if end > len(bb.net.get_input_embeddings().weight):
         bb.net.resize_token_embeddings(end, pad_to_multiple_of=64, mean_resizing=False)
         end = len(bb.net.get_input_embeddings().weight)
-    tables = {id(w.weight): w.weight
-              for w in (bb.net.get_input_embeddings(), bb.net.get_output_embeddings())}
+    tables = bb.net.get_input_embeddings().weight, bb.net.get_output_embeddings().weight
     noise = torch.Generator().manual_seed(0)
-    for w in tables.values():  # one table when tied
+    for w in dict.fromkeys(tables):  # one when tied
         mean, std = w[:old].mean(0), w[:old].std(0)  # (D,)
         new = torch.randn(end - old, w.shape[1], generator=noise).to(w)
         w[old:end] = mean + 0.1 * std * new
@@ -280,8 +273,8 @@ def patchify(image, spec):
     H, W = smart_resize(*image.shape[:2], p * m, spec.min_pixels, spec.max_pixels)
     if (H, W) != image.shape[:2]:
         image = np.asarray(Image.fromarray(image).resize((W, H), Image.BICUBIC))
-    scale = 1 / (255 * np.asarray(spec.std, np.float32))
-    x = image * scale - np.asarray(spec.mean, np.float32) / np.asarray(spec.std, np.float32)
+    mean, std = np.float32(spec.mean), np.float32(spec.std)
+    x = image * (1 / (255 * std)) - mean / std
     h, w = H // p, W // p
     x = x.reshape(h // m, m, p, w // m, m, p, 3)
     x = x.transpose(0, 3, 1, 4, 6, 2, 5)[:, :, :, :, :, None]  # (h/m, w/m, m, m, 3, 1, p, p)
@@ -324,24 +317,17 @@ def encode(bb, messages, images=(), prompt_only=False):
         raise ValueError(f'{tags} "<image>" but {len(images)} images; write one tag for each image')
     if bb.net.config.model_type == "qwen2_5_vl" and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": SYSTEM}, *messages]
-    ids, target, size = [], [], len(bb.tok)
-
-    def add(text, counts):
-        new = _token_ids(bb.tok, size, text)
-        ids.extend(new)
-        target.extend([counts] * len(new))
-
+    texts, opening = [], ("<|im_start|>assistant\n", False)  # and whether they are targets
     for m in messages:
         text = m["content"].replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>")
         if m["role"] == "assistant":  # split where generation starts, so that both see the same ids
-            add("<|im_start|>assistant\n", False)
-            add(f"{text}<|im_end|>", True)
-            add("\n", False)
+            texts += [opening, (f"{text}<|im_end|>", True), ("\n", False)]
         else:
-            add(f"<|im_start|>{m['role']}\n{text}<|im_end|>\n", False)
-    if prompt_only:
-        add("<|im_start|>assistant\n", False)
-    ids, target = np.array(ids, np.int64), np.array(target)
+            texts.append((f"<|im_start|>{m['role']}\n{text}<|im_end|>\n", False))
+    texts += [opening] * prompt_only
+    parts = [(_token_ids(bb.tok, len(bb.tok), text), counts) for text, counts in texts]
+    ids = np.array([i for part, _ in parts for i in part], np.int64)
+    target = np.array([counts for part, counts in parts for _ in part])
     cut = [patchify(image, bb.images) for image in images]
     grid = np.array([g for _, g in cut], np.int64).reshape(-1, 3)  # (N, 3)
     at = ids == bb.vocab.image
@@ -359,22 +345,14 @@ def pack(rows):
     """Rows -> a batch as of collate with B = 1, one row after the other and no padding; its lengths
     keep hidden() from looking across rows. What training uses: rows differ much in length."""
     whole = {k: np.concatenate([r[k] for r in rows], -1) for k in ("ids", "target", "pos")}
-    batch = collate([{**whole, "patches": None}], 0)
-    return {**batch, **_images(rows), "lengths": [len(r["ids"]) for r in rows],
+    return {**collate([whole], 0, images=rows), "lengths": [len(r["ids"]) for r in rows],
             "where": [r.get("where", "") for r in rows]}
 
 
-def _images(rows):
-    seen = [r for r in rows if r["patches"] is not None]
-    if not seen:
-        return {"patches": None, "grid": None}
-    return {k: torch.from_numpy(np.concatenate([r[k] for r in seen])) for k in ("patches", "grid")}
-
-
-def collate(rows, pad_id, left=False):
+def collate(rows, pad_id, left=False, images=None):
     """Rows -> batch of tensors: ids (B, T), mask (B, T) long, target (B, T) bool, pos (3, B, T),
-    patches (P, .) and grid (N, 3) of all images in order, or None. Padded right, or left to sample.
-    """
+    patches (P, .) and grid (N, 3) of all images (of the rows `images`, if those are not the rows)
+    in order, or None. Padded right, or left to sample."""
     B, T = len(rows), max(len(r["ids"]) for r in rows)
     ids, mask = np.full((B, T), pad_id), np.zeros((B, T), np.int64)
     target, pos = np.zeros((B, T), bool), np.zeros((3, B, T), np.int64)
@@ -382,8 +360,10 @@ def collate(rows, pad_id, left=False):
         at = slice(T - len(r["ids"]), T) if left else slice(len(r["ids"]))
         ids[b, at], mask[b, at] = r["ids"], 1
         target[b, at], pos[:, b, at] = r["target"], r["pos"]
+    seen = [r for r in images or rows if r["patches"] is not None]
     batch = {"ids": ids, "mask": mask, "target": target, "pos": pos}
-    return {**{k: torch.from_numpy(v) for k, v in batch.items()}, **_images(rows)}
+    batch |= {k: np.concatenate([r[k] for r in seen]) for k in ("patches", "grid") if seen}
+    return {"patches": None, "grid": None, **{k: torch.from_numpy(v) for k, v in batch.items()}}
 
 
 def to(batch, device):
@@ -392,6 +372,8 @@ def to(batch, device):
 
 
 # Forward and losses
+
+LOGITS_AT_ONCE = 1 << 27  # with their gradients 16 bytes each: 2 GB; those of more tokens by slices
 
 
 def _attention(module, q, k, v, attention_mask, lengths=None, sampled=None, **kw):
@@ -414,38 +396,32 @@ def hidden(net, batch, cache=None):
 
 
 def _hidden(net, batch, cache=None):
-    ids, mask, embeds, more = batch["ids"], batch["mask"], None, {}
+    ids, mask, more = batch["ids"], batch["mask"], {"input_ids": batch["ids"]}
     if batch.get("patches") is not None:
-        more = {"pixel_values": batch["patches"], "image_grid_thw": batch["grid"]}
+        more |= {"pixel_values": batch["patches"], "image_grid_thw": batch["grid"]}
     elif isinstance(net, fsdp.FSDPModule) and cache is None:
         # Every rank must gather and reduce the same parameters in the same order, so a batch
         # without images looks at a blank one, with weight 0.
-        embeds = net.get_input_embeddings()(ids) + 0 * _blank(net, ids.device)
+        more = {"inputs_embeds": net.get_input_embeddings()(ids) + 0 * _blank(net, ids.device)}
     if batch.get("lengths"):
         mask, more["lengths"] = None, batch["lengths"]
     elif cache is None and bool((mask[:, 1:] <= mask[:, :-1]).all()):
         mask = None  # padded right: the causal mask alone does it, with the faster kernel
-    return net.model(
-        input_ids=ids if embeds is None else None, inputs_embeds=embeds, attention_mask=mask,
-        position_ids=batch["pos"], past_key_values=cache, use_cache=False, **more,
-    ).last_hidden_state  # (B, T, D)
+    return net.model(attention_mask=mask, position_ids=batch["pos"], past_key_values=cache,
+                     use_cache=False, **more).last_hidden_state  # (B, T, D)
 
 
 def _blank(net, device):
-    c = net.config.vision_config
-    patches = torch.zeros(c.spatial_merge_size**2, c.in_channels * c.temporal_patch_size
-                          * c.patch_size**2, device=device)
-    grid = torch.tensor([[1, c.spatial_merge_size, c.spatial_merge_size]], device=device)
-    seen = net.model.visual(patches, grid_thw=grid)
+    c, m = net.config.vision_config, net.config.vision_config.spatial_merge_size
+    width = c.in_channels * c.temporal_patch_size * c.patch_size**2
+    grid = torch.tensor([[1, m, m]], device=device)
+    seen = net.model.visual(torch.zeros(m * m, width, device=device), grid_thw=grid)
     parts = [seen.pooler_output, *(getattr(seen, "deepstack_features", None) or [])]
     return sum(p.sum() for p in parts)
 
 
 def logits_of(net, rows):
     return net.lm_head(rows).float()  # (N, V)
-
-
-LOGITS_AT_ONCE = 1 << 27  # with their gradients 16 bytes each: 2 GB; those of more tokens by slices
 
 
 def by_slices(net, score, rows, ids):
@@ -481,12 +457,12 @@ def token_loss(net, batch):
     return losses.sum(), counts.sum(), right.sum()
 
 
-def logp(net, rows, ids, temperature=1.0, banned=None):
+def logp(net, rows, ids, temperature=1.0, banned=()):
     """rows (N, D) hidden states, ids (N,) -> logp (N,), entropy (N,), fp32 nats, no gradient in the
     entropy. banned: ids of probability 0, as in `generate`."""
     def score(logits, ids):  # logits (n, V): each pass over them that can be spared is
         logits = logits if temperature == 1 else logits / temperature
-        if banned is not None and len(banned):
+        if len(banned):
             logits.index_fill_(-1, torch.as_tensor(banned, device=logits.device), -1e9)
         all_logp = logits.log_softmax(-1)
         with torch.no_grad():
@@ -685,6 +661,8 @@ def unsharded(net):
 
 # Flow-matching action head
 
+TIME_SCALE = 0.999  # s of t = (s - u) / s, u ~ Beta(1.5, 1)
+
 
 @dataclass(frozen=True)
 class HeadConfig:
@@ -701,9 +679,6 @@ class HeadConfig:
     buckets: int = 1000  # time is rounded down to 1/buckets
     steps: int = 4  # Euler steps when sampling
     dropout: float = 0.0  # after each attention and MLP of the DiT and VL blocks (0.2)
-
-
-TIME_SCALE = 0.999  # s of t = (s - u) / s, u ~ Beta(1.5, 1)
 
 
 def sinusoid(time, dim):
@@ -794,10 +769,11 @@ class FlowHead(nn.Module):
         kv, mask = context
         bucket = (time * self.cfg.buckets).long()  # (B*R,)
         h = self.action_in(noised)  # (B*R, K, D)
-        pace = sinusoid(bucket, self.cfg.dim)[:, None].expand(len(h), h.shape[1], -1).to(h.dtype)
-        h = self.action_mix(torch.cat([h, pace], dim=-1)) + self.position
+        pace = sinusoid(bucket, self.cfg.dim).to(h.dtype)  # (B*R, D)
+        paces = pace[:, None].expand(len(h), h.shape[1], -1)
+        h = self.action_mix(torch.cat([h, paces], dim=-1)) + self.position
         x = torch.cat([state, self.future.expand(len(h), -1, -1), h], dim=1)  # (B*R, 1+F+K, D)
-        t = self.time_in(sinusoid(bucket, self.cfg.dim).to(h.dtype))  # (B*R, D)
+        t = self.time_in(pace)  # (B*R, D)
         for i, block in enumerate(self.blocks):
             x = block(x, t) if i % 2 else block(x, t, kv[i // 2], mask)
         scale, shift = self.ada_out(t)[:, None].chunk(2, dim=-1)
@@ -848,6 +824,8 @@ class FlowHead(nn.Module):
 
 # Distributed training
 
+SMALL = 50_000_000  # parameters below which gathering all at once costs less than it saves memory
+
 
 @dataclass(frozen=True)
 class Dist:
@@ -872,12 +850,9 @@ def setup(seed, shards=0, batch=0):
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else "cpu"
     if cuda:
         torch.cuda.set_device(device)
-    if not distributed.is_initialized():
-        if torchrun:
-            distributed.init_process_group("nccl" if cuda else "gloo")
-        elif cuda:  # FSDP on one GPU brings mixed precision with the same code
-            distributed.init_process_group(
-                "nccl", store=distributed.HashStore(), rank=0, world_size=1)
+    if (torchrun or cuda) and not distributed.is_initialized():  # one GPU: FSDP brings bf16
+        kw = {} if torchrun else {"store": distributed.HashStore(), "rank": 0, "world_size": 1}
+        distributed.init_process_group("nccl" if cuda else "gloo", **kw)
     torch.manual_seed(seed)
     world = distributed.get_world_size() if distributed.is_initialized() else 1
     if batch % world:
@@ -894,9 +869,6 @@ def all_sum(x):
         values = values.cuda() if distributed.get_backend() == "nccl" else values
         distributed.all_reduce(values)
     return values.tolist()
-
-
-SMALL = 50_000_000  # parameters below which gathering all at once costs less than it saves memory
 
 
 def units(net):
@@ -969,29 +941,26 @@ def sync(net, last):
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, except that in groups marked "hidden" the momentum of a matrix is replaced by (nearly)
+    """AdamW, except that in the group marked "hidden" the momentum of a matrix is replaced by (nearly)
     the closest orthogonal one before it is subtracted (kellerjordan.github.io/posts/muon), scaled
     so that learning rate and decay mean what they mean in AdamW (arXiv 2502.16982, section 2.2)."""
 
     @torch.no_grad()
     def step(self):
-        jobs = []
-        for group in self.param_groups:
-            shapes = {}
-            for p in group["params"] if group["hidden"] else []:
-                if p.grad is not None:
-                    shapes.setdefault(p.shape, []).append(p)
-            for params in shapes.values():
-                for p in params:
-                    if not self.state[p]:
-                        self.state[p]["exp_avg"] = torch.zeros_like(p)
-                means, grads = local([self.state[p]["exp_avg"] for p in params],
-                                     [p.grad for p in params])
-                torch._foreach_lerp_(means, grads, 1 - group["betas"][0])
-                torch._foreach_lerp_(grads, means, group["betas"][0])  # Nesterov
-                jobs.append((group, params, torch.stack([p.grad for p in params])))  # (N, out, in)
-        whole = [m.full_tensor() if isinstance(m, DTensor) else m for _, _, m in jobs]
-        for (group, params, m), u in zip(jobs, orthogonal_shared(whole)):
+        group, shapes, jobs = next(g for g in self.param_groups if g["hidden"]), {}, []
+        for p in group["params"]:
+            if p.grad is not None:
+                shapes.setdefault(p.shape, []).append(p)
+                if not self.state[p]:
+                    self.state[p]["exp_avg"] = torch.zeros_like(p)
+        for params in shapes.values():
+            means, grads = local([self.state[p]["exp_avg"] for p in params],
+                                 [p.grad for p in params])
+            torch._foreach_lerp_(means, grads, 1 - group["betas"][0])
+            torch._foreach_lerp_(grads, means, group["betas"][0])  # Nesterov
+            jobs.append((params, torch.stack([p.grad for p in params])))  # (N, out, in)
+        whole = [m.full_tensor() if isinstance(m, DTensor) else m for _, m in jobs]
+        for (params, m), u in zip(jobs, orthogonal_shared(whole)):
             if isinstance(m, DTensor):
                 u = distribute_tensor(u, m.device_mesh, m.placements, src_data_rank=None).to_local()
             torch._foreach_mul_(*local(params), 1 - group["lr"] * group["weight_decay"])
@@ -1045,14 +1014,12 @@ def optimizer(net, lr, weight_decay, betas, muon=False):
     (1-D) are not decayed. muon: Muon for the inner() matrices of a module."""
     params = list(net.parameters()) if isinstance(net, nn.Module) else list(net)
     params = [p for p in params if p.requires_grad]
-    hidden = inner(net) if muon else set()
-    groups = [{"params": [p for p in params if p in hidden], "weight_decay": weight_decay},
-              {"params": [p for p in params if p.ndim > 1 and p not in hidden],
-               "weight_decay": weight_decay},
-              {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}]
-    groups = [{**g, "hidden": i == 0} for i, g in enumerate(groups) if g["params"]]
-    make = Muon if muon else torch.optim.AdamW
-    return make(groups, lr=lr, betas=betas, fused=True)
+    hidden, kinds = inner(net) if muon else (), {}
+    for p in params:
+        kinds.setdefault((p in hidden, p.ndim > 1), []).append(p)
+    groups = [{"params": some, "hidden": in_hidden, "weight_decay": weight_decay * matrix}
+              for (in_hidden, matrix), some in sorted(kinds.items(), reverse=True)]
+    return (Muon if muon else torch.optim.AdamW)(groups, lr=lr, betas=betas, fused=True)
 
 
 def lr_at(step, steps, lr, warmup_ratio, schedule="cosine"):
@@ -1096,6 +1063,12 @@ def rng(seed, *keys):
 
 # Checkpoints
 
+STOP = threading.Event()  # SIGTERM has come
+FREE = [  # flags that --resume may change
+    "preset", "out", "steps", "epochs", "resume", "keep", "probe", "micro_batch", "chunk",
+    "recompute", "shards", "cpu_offload", "cache", "cache_dir", "eval_rows", "eval_prompts",
+    "eval_every", "save_every", "log_every", "show_every"]
+
 
 def write_json(path, value):
     Path(path).write_text(json.dumps(value, indent=1) + "\n")
@@ -1113,10 +1086,10 @@ def _weights(module):
     """Name -> whole tensor on the CPU of rank 0 (elsewhere None); all ranks call it. Tied ones are
     gathered once and stay one tensor."""
     state, whole = module.state_dict(keep_vars=True), {}
-    for t in {id(t): t for t in state.values()}.values():
+    for t in dict.fromkeys(state.values()):
         full = t.detach().full_tensor() if isinstance(t, DTensor) else t.detach()
-        whole[id(t)] = full.cpu().contiguous() if _rank() == 0 else None
-    return {name: whole[id(t)] for name, t in state.items()}
+        whole[t] = full.cpu().contiguous() if _rank() == 0 else None
+    return {name: whole[t] for name, t in state.items()}
 
 
 def _moments(module, optim):
@@ -1133,7 +1106,7 @@ def _as_module(what):
     return what.net if isinstance(what, Backbone) else what
 
 
-def save(folder, what, run, fast=None, optim=None):
+def save(folder, what, run, optim=None):
     """Writes a complete checkpoint, atomically; all ranks call it. ValueError if it cannot.
 
     what: a Backbone, or {name: Backbone or module}: the backbone goes into the folder in Hugging
@@ -1159,11 +1132,10 @@ def save(folder, what, run, fast=None, optim=None):
                     v.net.save_pretrained(part, state_dict=states[name])
                     v.tok.save_pretrained(part)
                     v.images.save(part)
-                    fast = fast or v.fast
+                    if v.fast is not None:
+                        v.fast.save(part / "fast")
                 else:
                     save_file(states[name], part / f"{name}.safetensors")
-            if fast is not None:
-                fast.save(part / "fast")
             write_json(part / "run.json", {**run, "versions": versions(), "commit": commit()})
             _swap(part, folder)
     except dcp.api.CheckpointException as e:  # DCP tells all ranks what failed on one
@@ -1192,9 +1164,6 @@ def _swap(part, folder):
         folder.rename(old)
     part.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
-
-
-STOP = threading.Event()  # SIGTERM has come
 
 
 def checkpoint(cfg, step, run, write, unlogged=()):
@@ -1237,11 +1206,6 @@ def load_train_state(folder, what, optim):
     return run["step"], np.array(run.get("unlogged", 0)) * (_rank() == 0)
 
 
-FREE = ["preset", "out", "steps", "epochs", "resume", "keep", "probe", "micro_batch", "chunk",
-        "recompute", "shards", "cpu_offload", "cache", "cache_dir", "eval_rows", "eval_prompts",
-        "eval_every", "save_every", "log_every", "show_every"]
-
-
 def resumed(cfg):
     """The newest checkpoint if the run is to --resume it, or None. ValueError when it goes on with
     another value of a flag that is not FREE to change."""
@@ -1270,7 +1234,7 @@ def latest(out):
 
 def parse(Config, PRESETS, argv=None):
     """`[PRESET] [--flag value]` from one flat dataclass: its trailing comments are the help. The
-    first preset is the default. A field `preset` receives its name."""
+    first preset is the default; the field `preset` receives its name."""
     doc = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(Config), re.MULTILINE))
     parser = argparse.ArgumentParser(
         description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,
@@ -1286,9 +1250,8 @@ def parse(Config, PRESETS, argv=None):
     parser.add_argument("--dry-run", action="store_true",
                         help="tell what a rank needs of memory, without allocating it, and stop")
     args = vars(parser.parse_args(argv))
-    preset, dry = args.pop("preset"), args.pop("dry_run")
-    name = {"preset": preset} if any(f.name == "preset" for f in dataclasses.fields(Config)) else {}
-    cfg = Config(**{**PRESETS[preset], **args, **name})
+    dry = args.pop("dry_run")
+    cfg = Config(**{**PRESETS[args["preset"]], **args})
     if dry:
         from benchmarks import memory  # it imports the stages
 
