@@ -13,9 +13,9 @@ position is (time, row, column); text advances all three together.
 import argparse
 import contextlib
 import ctypes
-import dataclasses
 import functools
 import inspect
+import itertools
 import json
 import os
 import platform
@@ -23,13 +23,12 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 import types
 import warnings
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,13 +38,11 @@ import transformers
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from tokenizers import AddedToken
 from torch import distributed, nn
 from torch.distributed import checkpoint as dcp
-from torch.distributed import fsdp
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed import fsdp, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers import AddedToken, AutoModelForImageTextToText, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
@@ -61,10 +58,7 @@ META = torch.device("meta")
 ACTION_START, ACTION_END = "<ACTION_START>", "<ACTION_END>"
 THINK = "Think in <think></think>, then answer in <answer></answer>."
 DIRECT = "Answer in <answer></answer>."
-
-
-def fast_name(i):
-    return f"<FAST_{i}>"
+fast_name = "<FAST_{}>".format  # of the i-th FAST token
 
 
 def ask(question, think):
@@ -82,25 +76,23 @@ def action_answer(ids):
 
 
 def parse_actions(bb, ids):
-    """Reads one sampled sequence of token ids. -> (well_formed, has_think, FAST indices).
+    """One sampled sequence of token ids -> (well_formed, has_think, FAST indices).
 
-    Well formed: [<think>...</think>] <answer> START FAST+ END </answer> <|im_end|> and nothing else
-    but white space between the parts; has_think: it opens with a thought that is not blank. So the
-    r_f of paper section 3 is both. The indices are the run of FAST tokens after the first START,
-    also when the rest is malformed. Tags are matched as text: Qwen2.5 has no token for them."""
+    Well formed: [<think>...</think>] <answer> START FAST+ END </answer> <|im_end|>, but for white
+    space between the parts; has_think: and a thought that is not blank (r_f of paper section 3).
+    The indices are the run of FAST tokens after the first START, also when the rest is malformed.
+    Tags are matched as text: Qwen2.5 has no token for them."""
     v, ids = bb.vocab, [int(i) for i in ids]
     ids = ids[: ids.index(v.eos) + 1] if v.eos in ids else ids
-    index = {t: i for i, t in enumerate(v.fast)}
-    if v.start is None or v.start not in ids:
+    if v.start not in ids:
         return False, False, []
-    a = ids.index(v.start)
-    b = next((j for j in range(a + 1, len(ids)) if ids[j] not in index), len(ids))
-    fast = [index[t] for t in ids[a + 1 : b]]
-    head = bb.tok.decode(ids[:a], skip_special_tokens=False)
-    tail = bb.tok.decode(ids[b + 1 :], skip_special_tokens=False)
+    index, a = {t: i for i, t in enumerate(v.fast)}, ids.index(v.start)
+    fast = [index[t] for t in itertools.takewhile(index.__contains__, ids[a + 1 :])]
+    b = a + 1 + len(fast)  # where END should be
+    head, tail = bb.tok.decode(ids[:a]), bb.tok.decode(ids[b + 1 :])
     tag = r"(?:(?!</?think>|</?answer>|<FAST_).)*"  # text without another tag in it
     match = re.fullmatch(rf"\s*(?:<think>({tag})</think>)?\s*<answer>\s*", head, re.DOTALL)
-    closed = b < len(ids) and ids[b] == v.end and re.fullmatch(r"\s*</answer>\s*<\|im_end\|>", tail)
+    closed = ids[b : b + 1] == [v.end] and re.fullmatch(r"\s*</answer>\s*<\|im_end\|>", tail)
     good = bool(match and closed and fast)
     return good, good and bool((match[1] or "").strip()), fast
 
@@ -123,7 +115,6 @@ SYSTEM = "You are a helpful assistant."  # Qwen2.5-VL opens with it, Qwen3-VL wi
 @dataclass(frozen=True)
 class ImageSpec:
     """How the image processor of a backbone cuts an image; sizes in pixels."""
-
     patch: int
     merge: int  # merge x merge patches are one token
     temporal: int  # a still image is repeated this often
@@ -140,7 +131,7 @@ class ImageSpec:
 
     def bounded(self, pixels):
         least = min(self.min_pixels, pixels or self.min_pixels)
-        return dataclasses.replace(self, min_pixels=least, max_pixels=pixels or self.max_pixels)
+        return replace(self, min_pixels=least, max_pixels=pixels or self.max_pixels)
 
     def save(self, folder):
         spec = {"image_processor_type": "Qwen2VLImageProcessor", "do_resize": True, "resample": 3,
@@ -153,40 +144,26 @@ class ImageSpec:
 
 
 @dataclass
-class Vocab:
-    """Token ids by role."""
-
-    eos: int  # <|im_end|>
-    pad: int  # <|endoftext|>
-    image: int  # <|image_pad|>
-    start: int | None  # ACTION_START, None before grow()
-    end: int | None
-    fast: list  # id of each FAST token
-    banned: list  # never sampled: image and chat marks, padding rows of the embedding
-
-
-@dataclass
 class Backbone:
     net: nn.Module
     tok: transformers.PreTrainedTokenizerBase
     images: ImageSpec
-    vocab: Vocab
+    vocab: types.SimpleNamespace  # of vocab()
     fast: FastTokenizer | None = None
     run: dict = field(default_factory=dict)  # run.json of the checkpoint it came from
 
 
 def vocab(net, tok):
-    known = tok.get_vocab()
-    missing = [t for t in SPECIAL if t not in known]
-    if missing:
+    """Token ids by role; start and end are None and fast is empty before grow()."""
+    known, fast = tok.get_vocab(), map(fast_name, itertools.count())
+    if missing := [t for t in SPECIAL if t not in known]:
         raise ValueError(f"tokenizer lacks {missing}; use a Qwen2.5-VL or Qwen3-VL checkpoint")
-    fast = []
-    while (i := known.get(fast_name(len(fast)))) is not None:
-        fast.append(i)
-    banned = [known[t] for t in SPECIAL if t != "<|im_end|>"]
-    banned += range(len(tok), net.get_input_embeddings().weight.shape[0])
-    return Vocab(known["<|im_end|>"], known["<|endoftext|>"], known["<|image_pad|>"],
-                 known.get(ACTION_START), known.get(ACTION_END), fast, banned)
+    unused = range(len(tok), len(net.get_input_embeddings().weight))
+    return types.SimpleNamespace(
+        eos=known["<|im_end|>"], pad=known["<|endoftext|>"], image=known["<|image_pad|>"],
+        start=known.get(ACTION_START), end=known.get(ACTION_END),
+        fast=[known[t] for t in itertools.takewhile(known.__contains__, fast)],
+        banned=[*(known[t] for t in SPECIAL if t != "<|im_end|>"), *unused])  # never sampled
 
 
 def find(path):
@@ -204,13 +181,11 @@ def find(path):
 
 
 def load(path, device="cpu", dtype=torch.float32, stages=None, seed=0, texts=(), max_pixels=0):
-    """-> Backbone. path: checkpoint folder or run folder, hub name, or "random:SIZE" (see
-    benchmarks/backbones.py).
+    """-> Backbone. path: checkpoint or run folder, hub name, or "random:SIZE" (see benchmarks/).
 
-    stages: the run.json stages that are allowed, ValueError for another one; hub models and random
-    ones have no stage and always pass. texts: what a random backbone's tokenizer is trained on.
-    device META: shapes alone, which shard() fills. max_pixels: of an image, 0: the backbone's own.
-    """
+    stages: those that may have written it, ValueError for another one; hub models and random ones
+    always pass. texts: what a random backbone's tokenizer is trained on. device META: shapes alone,
+    which shard() fills. max_pixels: of an image, 0: the backbone's own."""
     if str(path).startswith("random:"):
         from benchmarks.backbones import random_backbone
 
@@ -219,8 +194,8 @@ def load(path, device="cpu", dtype=torch.float32, stages=None, seed=0, texts=(),
         bb.images = bb.images.bounded(max_pixels)
         return bb
     folder = find(path)
-    local = isinstance(folder, Path)
-    run = read_json(folder / "run.json") if local and (folder / "run.json").exists() else {}
+    place = Path(folder)  # of a hub model: there is none
+    run = read_json(place / "run.json") if (place / "run.json").exists() else {}
     if stages and run and run["stage"] not in stages:
         raise ValueError(f"{folder}: a checkpoint of stage {run['stage']!r}, expected "
                          f"{' or '.join(stages)}; give the folder that such a stage wrote")
@@ -231,9 +206,8 @@ def load(path, device="cpu", dtype=torch.float32, stages=None, seed=0, texts=(),
     else:
         net = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(device)
     tok = AutoTokenizer.from_pretrained(folder)
-    fast = FastTokenizer.load(folder / "fast") if local and (folder / "fast").exists() else None
-    images = ImageSpec.load(folder).bounded(max_pixels)
-    bb = Backbone(net, tok, images, vocab(net, tok), fast, run)
+    fast = FastTokenizer.load(place / "fast") if (place / "fast").exists() else None
+    bb = Backbone(net, tok, ImageSpec.load(folder).bounded(max_pixels), vocab(net, tok), fast, run)
     if fast is not None and fast.vocab_size > len(bb.vocab.fast):
         raise ValueError(f"{folder}: fast/ has {fast.vocab_size} tokens but the text tokenizer "
                          f"knows {len(bb.vocab.fast)} <FAST_i>; copy the whole folder again")
@@ -243,24 +217,19 @@ def load(path, device="cpu", dtype=torch.float32, stages=None, seed=0, texts=(),
 @torch.no_grad()
 def grow(bb, n_fast):
     """Adds the two action marks and n_fast FAST tokens in place, each once; call it before shard().
-
     Embeddings grow only where the (padded) table has no row left; they never shrink and stay tied.
-    New rows: mean of the old ones plus a tenth of their spread, so that no two tokens are alike.
-    Padding that is left in a table which did not grow stays as it is."""
-    names = [ACTION_START, ACTION_END, *map(fast_name, range(n_fast))]
-    old, known = len(bb.tok), bb.tok.get_vocab()
-    bb.tok.add_tokens([AddedToken(t, special=False, normalized=False)
-                       for t in names if t not in known])
-    if len(bb.tok) == old:
+    New rows: mean of the old ones plus a tenth of their spread, so that no two tokens are alike."""
+    names, old, known = map(fast_name, range(n_fast)), len(bb.tok), bb.tok.get_vocab()
+    if not bb.tok.add_tokens([AddedToken(t, special=False, normalized=False)
+                              for t in (ACTION_START, ACTION_END, *names) if t not in known]):
         return
     end = len(bb.tok)
     if end > len(bb.net.get_input_embeddings().weight):
         bb.net.resize_token_embeddings(end, pad_to_multiple_of=64, mean_resizing=False)
         end = len(bb.net.get_input_embeddings().weight)
-    tables = {id(w.weight): w.weight
-              for w in (bb.net.get_input_embeddings(), bb.net.get_output_embeddings())}
+    tables = bb.net.get_input_embeddings().weight, bb.net.get_output_embeddings().weight
     noise = torch.Generator().manual_seed(0)
-    for w in tables.values():  # one table when tied
+    for w in dict.fromkeys(tables):  # one when tied
         mean, std = w[:old].mean(0), w[:old].std(0)  # (D,)
         new = torch.randn(end - old, w.shape[1], generator=noise).to(w)
         w[old:end] = mean + 0.1 * std * new
@@ -272,7 +241,6 @@ def grow(bb, n_fast):
 
 def patchify(image, spec):
     """image uint8 (H, W, 3) -> patches (P, 3 * temporal * patch * patch) float32, grid (1, h, w).
-
     Equals the Pillow image processor of transformers' Qwen2-VL, without its overhead."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"image is {image.dtype} {image.shape}; give uint8 (H, W, 3)")
@@ -280,8 +248,8 @@ def patchify(image, spec):
     H, W = smart_resize(*image.shape[:2], p * m, spec.min_pixels, spec.max_pixels)
     if (H, W) != image.shape[:2]:
         image = np.asarray(Image.fromarray(image).resize((W, H), Image.BICUBIC))
-    scale = 1 / (255 * np.asarray(spec.std, np.float32))
-    x = image * scale - np.asarray(spec.mean, np.float32) / np.asarray(spec.std, np.float32)
+    mean, std = np.float32(spec.mean), np.float32(spec.std)
+    x = image * (1 / (255 * std)) - mean / std
     h, w = H // p, W // p
     x = x.reshape(h // m, m, p, w // m, m, p, 3)
     x = x.transpose(0, 3, 1, 4, 6, 2, 5)[:, :, :, :, :, None]  # (h/m, w/m, m, m, 3, 1, p, p)
@@ -314,7 +282,6 @@ def _token_ids(tok, size, text):
 
 def encode(bb, messages, images=(), prompt_only=False):
     """Conversation -> row: dict of numpy arrays for `collate`.
-
     messages: [{"role", "content"}], "<image>" in a content stands for the next of `images` (uint8
     (H, W, 3)). prompt_only: opens the assistant's turn instead of ending.
     -> ids (T,) int64, target (T,) bool (the assistant's turns, <|im_end|> among them), pos (3, T),
@@ -324,34 +291,26 @@ def encode(bb, messages, images=(), prompt_only=False):
         raise ValueError(f'{tags} "<image>" but {len(images)} images; write one tag for each image')
     if bb.net.config.model_type == "qwen2_5_vl" and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": SYSTEM}, *messages]
-    ids, target, size = [], [], len(bb.tok)
-
-    def add(text, counts):
-        new = _token_ids(bb.tok, size, text)
-        ids.extend(new)
-        target.extend([counts] * len(new))
-
+    texts, opening, size = [], ("<|im_start|>assistant\n", False), len(bb.tok)  # (text, target?)
     for m in messages:
         text = m["content"].replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>")
         if m["role"] == "assistant":  # split where generation starts, so that both see the same ids
-            add("<|im_start|>assistant\n", False)
-            add(f"{text}<|im_end|>", True)
-            add("\n", False)
+            texts += [opening, (f"{text}<|im_end|>", True), ("\n", False)]
         else:
-            add(f"<|im_start|>{m['role']}\n{text}<|im_end|>\n", False)
-    if prompt_only:
-        add("<|im_start|>assistant\n", False)
-    ids, target = np.array(ids, np.int64), np.array(target)
+            texts.append((f"<|im_start|>{m['role']}\n{text}<|im_end|>\n", False))
+    texts += [opening] * prompt_only
+    parts = [(_token_ids(bb.tok, size, text), counts) for text, counts in texts]
+    ids = np.array([i for part, _ in parts for i in part], np.int64)
+    target = np.array([counts for part, counts in parts for _ in part])
     cut = [patchify(image, bb.images) for image in images]
     grid = np.array([g for _, g in cut], np.int64).reshape(-1, 3)  # (N, 3)
-    at = ids == bb.vocab.image
+    at, times = ids == bb.vocab.image, np.ones(len(ids), np.int64)
     if at.sum() != len(images):
         raise ValueError('"<|image_pad|>" in the text; write "<image>" for each image')
-    counts = np.ones(len(ids), np.int64)
-    counts[at] = grid.prod(1) // bb.images.merge**2
-    ids, target = ids.repeat(counts), target.repeat(counts)
-    patches = np.concatenate([p for p, _ in cut]) if cut else None
-    return {"ids": ids, "target": target, "patches": patches, "grid": grid,
+    times[at] = grid.prod(1) // bb.images.merge**2
+    ids, target = ids.repeat(times), target.repeat(times)
+    return {"ids": ids, "target": target,
+            "patches": np.concatenate([p for p, _ in cut]) if cut else None, "grid": grid,
             "pos": positions(ids, grid, bb.vocab.image, bb.images.merge)}
 
 
@@ -359,22 +318,14 @@ def pack(rows):
     """Rows -> a batch as of collate with B = 1, one row after the other and no padding; its lengths
     keep hidden() from looking across rows. What training uses: rows differ much in length."""
     whole = {k: np.concatenate([r[k] for r in rows], -1) for k in ("ids", "target", "pos")}
-    batch = collate([{**whole, "patches": None}], 0)
-    return {**batch, **_images(rows), "lengths": [len(r["ids"]) for r in rows],
+    return {**collate([whole], 0, images=rows), "lengths": [len(r["ids"]) for r in rows],
             "where": [r.get("where", "") for r in rows]}
 
 
-def _images(rows):
-    seen = [r for r in rows if r["patches"] is not None]
-    if not seen:
-        return {"patches": None, "grid": None}
-    return {k: torch.from_numpy(np.concatenate([r[k] for r in seen])) for k in ("patches", "grid")}
-
-
-def collate(rows, pad_id, left=False):
+def collate(rows, pad_id, left=False, images=None):
     """Rows -> batch of tensors: ids (B, T), mask (B, T) long, target (B, T) bool, pos (3, B, T),
-    patches (P, .) and grid (N, 3) of all images in order, or None. Padded right, or left to sample.
-    """
+    patches (P, .) and grid (N, 3) of all images (of the rows `images`, if those are not the rows)
+    in order, or None. Padded right, or left to sample."""
     B, T = len(rows), max(len(r["ids"]) for r in rows)
     ids, mask = np.full((B, T), pad_id), np.zeros((B, T), np.int64)
     target, pos = np.zeros((B, T), bool), np.zeros((3, B, T), np.int64)
@@ -382,8 +333,10 @@ def collate(rows, pad_id, left=False):
         at = slice(T - len(r["ids"]), T) if left else slice(len(r["ids"]))
         ids[b, at], mask[b, at] = r["ids"], 1
         target[b, at], pos[:, b, at] = r["target"], r["pos"]
+    seen = [r for r in images or rows if r["patches"] is not None]
     batch = {"ids": ids, "mask": mask, "target": target, "pos": pos}
-    return {**{k: torch.from_numpy(v) for k, v in batch.items()}, **_images(rows)}
+    batch |= {k: np.concatenate([r[k] for r in seen]) for k in ("patches", "grid") if seen}
+    return {"patches": None, "grid": None, **{k: torch.from_numpy(v) for k, v in batch.items()}}
 
 
 def to(batch, device):
@@ -393,10 +346,12 @@ def to(batch, device):
 
 # Forward and losses
 
+LOGITS_AT_ONCE = 1 << 27  # with their gradients 16 bytes each: 2 GB; those of more tokens by slices
+
 
 def _attention(module, q, k, v, attention_mask, lengths=None, sampled=None, **kw):
-    """q, k, v (B, H, T, d) -> (B, T, H, d). With lengths, each row of a pack attends to itself; with
-    sampled, rows in generate() to their prompts too."""
+    """q, k, v (B, H, T, d) -> (B, T, H, d). With lengths, each row of a pack attends to itself;
+    with sampled, rows in generate() to their prompts too."""
     if sampled is not None:
         return _attend_prompt(q, k, v, *sampled[module.layer_idx].prompt, **sampled[-1]), None
     if lengths is None or not module.is_causal:  # the vision tower cuts at its images by itself
@@ -410,42 +365,36 @@ transformers.AttentionInterface.register("sdpa", _attention)  # as before withou
 
 def hidden(net, batch, cache=None):
     """Last hidden states (B, T, D), after the final norm."""
-    return net.hidden(batch, cache) if hasattr(net, "hidden") else _hidden(net, batch, cache)
+    return getattr(net, "hidden", functools.partial(_hidden, net))(batch, cache)
 
 
 def _hidden(net, batch, cache=None):
-    ids, mask, embeds, more = batch["ids"], batch["mask"], None, {}
+    ids, mask, more = batch["ids"], batch["mask"], {"input_ids": batch["ids"]}
     if batch.get("patches") is not None:
-        more = {"pixel_values": batch["patches"], "image_grid_thw": batch["grid"]}
+        more |= {"pixel_values": batch["patches"], "image_grid_thw": batch["grid"]}
     elif isinstance(net, fsdp.FSDPModule) and cache is None:
         # Every rank must gather and reduce the same parameters in the same order, so a batch
         # without images looks at a blank one, with weight 0.
-        embeds = net.get_input_embeddings()(ids) + 0 * _blank(net, ids.device)
+        more = {"inputs_embeds": net.get_input_embeddings()(ids) + 0 * _blank(net, ids.device)}
     if batch.get("lengths"):
         mask, more["lengths"] = None, batch["lengths"]
     elif cache is None and bool((mask[:, 1:] <= mask[:, :-1]).all()):
         mask = None  # padded right: the causal mask alone does it, with the faster kernel
-    return net.model(
-        input_ids=ids if embeds is None else None, inputs_embeds=embeds, attention_mask=mask,
-        position_ids=batch["pos"], past_key_values=cache, use_cache=False, **more,
-    ).last_hidden_state  # (B, T, D)
+    return net.model(attention_mask=mask, position_ids=batch["pos"], past_key_values=cache,
+                     use_cache=False, **more).last_hidden_state  # (B, T, D)
 
 
 def _blank(net, device):
-    c = net.config.vision_config
-    patches = torch.zeros(c.spatial_merge_size**2, c.in_channels * c.temporal_patch_size
-                          * c.patch_size**2, device=device)
-    grid = torch.tensor([[1, c.spatial_merge_size, c.spatial_merge_size]], device=device)
-    seen = net.model.visual(patches, grid_thw=grid)
+    c, m = net.config.vision_config, net.config.vision_config.spatial_merge_size
+    width = c.in_channels * c.temporal_patch_size * c.patch_size**2
+    grid = torch.tensor([[1, m, m]], device=device)
+    seen = net.model.visual(torch.zeros(m * m, width, device=device), grid_thw=grid)
     parts = [seen.pooler_output, *(getattr(seen, "deepstack_features", None) or [])]
     return sum(p.sum() for p in parts)
 
 
 def logits_of(net, rows):
     return net.lm_head(rows).float()  # (N, V)
-
-
-LOGITS_AT_ONCE = 1 << 27  # with their gradients 16 bytes each: 2 GB; those of more tokens by slices
 
 
 def by_slices(net, score, rows, ids):
@@ -468,9 +417,8 @@ def _by_slices(head, score, rows, ids):
 
 
 def token_loss(net, batch):
-    """-> (summed cross-entropy, number of counted tokens, number right by argmax).
-
-    Logits are computed only where a target follows; divide by the global count (see all_sum)."""
+    """-> (summed cross-entropy, number of counted tokens, number right by argmax). Logits are
+    computed only where a target follows; divide by the global count (see all_sum)."""
     def score(logits, ids):
         right = logits.detach().argmax(-1) == ids
         return F.cross_entropy(logits, ids, reduction="none"), right  # (n,) each
@@ -481,12 +429,12 @@ def token_loss(net, batch):
     return losses.sum(), counts.sum(), right.sum()
 
 
-def logp(net, rows, ids, temperature=1.0, banned=None):
+def logp(net, rows, ids, temperature=1.0, banned=()):
     """rows (N, D) hidden states, ids (N,) -> logp (N,), entropy (N,), fp32 nats, no gradient in the
     entropy. banned: ids of probability 0, as in `generate`."""
     def score(logits, ids):  # logits (n, V): each pass over them that can be spared is
         logits = logits if temperature == 1 else logits / temperature
-        if banned is not None and len(banned):
+        if len(banned):
             logits.index_fill_(-1, torch.as_tensor(banned, device=logits.device), -1e9)
         all_logp = logits.log_softmax(-1)
         with torch.no_grad():
@@ -532,9 +480,9 @@ class SharedKV(DynamicLayer):
 
 
 class SampleKV(DynamicLayer):
-    """Keys and values of one layer: those of the prompts, (B, kv heads, T, head width), from the first
-    update, and those of n samples of each, (rows, kv heads, room, head width), allocated once and
-    written in place, where a DynamicLayer would copy all of K and V at every token."""
+    """Keys and values of one layer: those of the prompts, (B, kv heads, T, head width), from the
+    first update, and those of n samples of each, (rows, kv heads, room, head width), allocated once
+    and written in place, where a DynamicLayer would copy all of K and V at every token."""
 
     def __init__(self, n, room):
         super().__init__()
@@ -562,7 +510,7 @@ class SampleKV(DynamicLayer):
 
 
 def _attend_prompt(q, k, v, prompt_k, prompt_v, sample, N, bias):
-    """One new token of R samples, q (R, H, 1, d), attends to their own tokens, k and v (R, h, t, d),
+    """One new token of R samples, q (R, H, 1, d), attends to their own tokens, k, v (R, h, t, d),
     and to the B prompts, (B, h, T, d), which the n samples of each read together: a decoder is as
     fast as the keys it reads. sample (R,): b * n + g of each row; bias (B, 1, 1, T)."""
     (R, H, _, d), (B, h, T, _) = q.shape, prompt_k.shape
@@ -583,11 +531,10 @@ def _attend_prompt(q, k, v, prompt_k, prompt_v, sample, N, bias):
 
 
 def draw(logp, u, top_p=1.0):
-    """Inverse-CDF sampling: the first index whose cumulative probability reaches u.
-
-    logp (N, V), u (N,) in (0, 1], fp32 -> (N,). Some 10x faster than torch.multinomial on a CPU at
-    152K tokens, and the draw of a row depends on no other row. top_p < 1 leaves only the nucleus:
-    the fewest most probable tokens that reach top_p together, and all ties of the last."""
+    """Inverse-CDF sampling: the first index whose cumulative probability reaches u. logp (N, V),
+    u (N,) in (0, 1], fp32 -> (N,). Some 10x faster than torch.multinomial on a CPU at 152K tokens,
+    and no row's draw depends on another. top_p < 1 leaves only the nucleus: the fewest most
+    probable tokens that reach top_p together, and all ties of the last."""
     p = logp.exp()
     if top_p < 1:
         ranked = p.sort(-1, descending=True).values
@@ -607,10 +554,10 @@ def generate(bb, rows, n=1, max_new=128, temperature=1.0, top_p=1.0, greedy=Fals
     rows: B prompt-only rows of `encode`. keys: one int a prompt (default 0..B-1); the sample of
     (seed, key, g) is the same in any batch and on any number of ranks, up to float noise. stop: ids
     that end a sample (default the end of the turn). bb.vocab.banned ids have probability 0.
-    -> ids (B*n, T) padded with pad, mask (B*n, T) 1 on sampled tokens, the stop token among them,
-    logp (B*n, T) fp32 of each sampled token at this temperature, before top_p, 0 where mask is 0;
-    sample g of prompt b is row b*n + g, T <= max_new. ValueError for an impossible temperature or
-    top_p. Gather sharded parameters first: `with unsharded(net)`."""
+    -> ids (B*n, T), sample g of prompt b in row b*n + g, padded; mask (B*n, T) 1 on sampled tokens,
+    the stop token among them; logp (B*n, T) fp32 nats at this temperature, before top_p, 0 where
+    mask is 0. T <= max_new. ValueError for an impossible temperature or top_p.
+    Gather sharded parameters first: `with unsharded(net)`."""
     if temperature <= 0 or not 0 < top_p <= 1:
         raise ValueError(f"temperature {temperature} must be > 0 and top_p {top_p} in (0, 1]; "
                          "for the most probable token pass greedy=True")
@@ -661,10 +608,9 @@ def generate(bb, rows, n=1, max_new=128, temperature=1.0, top_p=1.0, greedy=Fals
 
 @contextlib.contextmanager
 def unsharded(net):
-    """Gathers all parameters once, for rollouts: no gather a token, and ranks need not keep step.
-
-    Inside, forwards without gradient communicate nothing, so ranks may run different numbers of
-    them. No-op when net is not sharded. All ranks enter and leave it together."""
+    """Gathers all parameters once, for rollouts: inside, forwards without gradient communicate
+    nothing, so ranks may run different numbers of them. No-op when net is not sharded. All ranks
+    enter and leave it together."""
     parts = [m for m in net.modules() if isinstance(m, fsdp.FSDPModule)]
     if not parts:
         yield
@@ -685,10 +631,12 @@ def unsharded(net):
 
 # Flow-matching action head
 
+TIME_SCALE = 0.999  # s of t = (s - u) / s, u ~ Beta(1.5, 1)
+
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """Sizes of a FlowHead; the widths in the comments are GR00T N1.5's own (paper.md section 7)."""
+    """Sizes of a FlowHead; the numbers in the comments are GR00T N1.5's own."""
     vl_dim: int  # width of the vision-language features
     dim: int  # width of the DiT (N1.5: 1536)
     layers: int  # DiT blocks; even ones cross-attend the features, odd ones self-attend (16)
@@ -701,9 +649,6 @@ class HeadConfig:
     buckets: int = 1000  # time is rounded down to 1/buckets
     steps: int = 4  # Euler steps when sampling
     dropout: float = 0.0  # after each attention and MLP of the DiT and VL blocks (0.2)
-
-
-TIME_SCALE = 0.999  # s of t = (s - u) / s, u ~ Beta(1.5, 1)
 
 
 def sinusoid(time, dim):
@@ -746,13 +691,12 @@ class FlowBlock(nn.Module):
 
 
 class FlowHead(nn.Module):
-    """Flow-matching action head after GR00T N1.5 (arXiv 2503.14734 and its released source).
+    """Flow-matching action head after GR00T N1.5 (arXiv 2503.14734 and its released source): tokens
+    [state | future tokens | noised actions] pass a DiT that reads the features of the backbone.
 
-    Tokens [state | future tokens | noised actions] pass a DiT that reads the features of the frozen
-    backbone. Differences from N1.5: padding of the features is masked (its release leaves the mask
-    unused); one embodiment; keys and values of all cross-attention blocks come from one matrix,
-    once for all Euler steps and noise draws; the DiT's output projection, a linear map before the
-    decoder's first linear map, is left out.
+    Differences from N1.5: padding of the features is masked (its release leaves the mask unused);
+    one embodiment; keys and values of all cross-attention blocks come from one matrix, once for all
+    Euler steps and noise draws; no output projection of the DiT, which another linear map follows.
     """
 
     def __init__(self, cfg):
@@ -761,7 +705,7 @@ class FlowHead(nn.Module):
             if width % cfg.heads or width % 2:
                 raise ValueError(f"{name} {width} must be even and a multiple of {cfg.heads} heads")
         self.cfg, dim = cfg, cfg.dim
-        self.vl_norm = nn.LayerNorm(cfg.vl_dim, elementwise_affine=cfg.vl_layers > 0)  # else kv does it
+        self.vl_norm = nn.LayerNorm(cfg.vl_dim, elementwise_affine=cfg.vl_layers > 0)  # else: kv
         self.vl_blocks = nn.ModuleList(FlowBlock(cfg.vl_dim, cfg.heads, cfg.dropout)
                                        for _ in range(cfg.vl_layers))
         self.kv = nn.Linear(cfg.vl_dim, (cfg.layers + 1) // 2 * 2 * dim)
@@ -775,8 +719,7 @@ class FlowHead(nn.Module):
                                     for i in range(cfg.layers))
         self.norm_out = nn.LayerNorm(dim, elementwise_affine=False)
         self.ada_out = nn.Linear(dim, 2 * dim)
-        self.decoder = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(),
-                                     nn.Linear(dim, cfg.action_dim))
+        self.decoder = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, cfg.action_dim))
 
     def context(self, feats, mask):
         """Features (B, T, D) and mask (B, T), or None when all count -> what each block and Euler
@@ -794,10 +737,11 @@ class FlowHead(nn.Module):
         kv, mask = context
         bucket = (time * self.cfg.buckets).long()  # (B*R,)
         h = self.action_in(noised)  # (B*R, K, D)
-        pace = sinusoid(bucket, self.cfg.dim)[:, None].expand(len(h), h.shape[1], -1).to(h.dtype)
-        h = self.action_mix(torch.cat([h, pace], dim=-1)) + self.position
+        pace = sinusoid(bucket, self.cfg.dim).to(h.dtype)  # (B*R, D)
+        paces = pace[:, None].expand(len(h), h.shape[1], -1)
+        h = self.action_mix(torch.cat([h, paces], dim=-1)) + self.position
         x = torch.cat([state, self.future.expand(len(h), -1, -1), h], dim=1)  # (B*R, 1+F+K, D)
-        t = self.time_in(sinusoid(bucket, self.cfg.dim).to(h.dtype))  # (B*R, D)
+        t = self.time_in(pace)  # (B*R, D)
         for i, block in enumerate(self.blocks):
             x = block(x, t) if i % 2 else block(x, t, kv[i // 2], mask)
         scale, shift = self.ada_out(t)[:, None].chunk(2, dim=-1)
@@ -813,15 +757,12 @@ class FlowHead(nn.Module):
         return noise, torch.from_numpy((TIME_SCALE - u) / TIME_SCALE).float()
 
     def loss(self, feats, mask, state, action, action_mask, drawn, count=None):
-        """Masked flow-matching loss of one batch with R (noise, time) pairs a sample.
+        """Masked flow-matching loss of one batch with R (noise, time) pairs a sample, which share
+        the VL path: at small sizes it costs more than the DiT. -> (loss fp32, {"sum", "count"}).
 
         feats (B, T, D), mask (B, T) or None; state (B, S) and action (B, K, A) normalised;
-        action_mask (B, K, A) 0 past an episode's end and in padded dimensions.
-        drawn: noise (B, R, K, A), time (B, R), as draw() gives them.
-        count: the divisor, None = the number of counted elements here (at least 1).
-        Returns (loss fp32, {"sum", "count"}). Several draws share the VL path, which at small sizes
-        costs more than the DiT.
-        """
+        action_mask (B, K, A) 0 past an episode's end and in padded dimensions. drawn: as draw()
+        gives it. count: the divisor, None = the number of counted elements here (at least 1)."""
         noise, time = (x.to(action.device) for x in drawn)
         t, draws = time[:, :, None, None], time.shape[1]  # (B, R, 1, 1)
         noised = (1 - t) * noise + t * action[:, None]  # (B, R, K, A)
@@ -848,6 +789,8 @@ class FlowHead(nn.Module):
 
 # Distributed training
 
+SMALL = 50_000_000  # parameters below which gathering all at once costs less than it saves memory
+
 
 @dataclass(frozen=True)
 class Dist:
@@ -872,12 +815,9 @@ def setup(seed, shards=0, batch=0):
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else "cpu"
     if cuda:
         torch.cuda.set_device(device)
-    if not distributed.is_initialized():
-        if torchrun:
-            distributed.init_process_group("nccl" if cuda else "gloo")
-        elif cuda:  # FSDP on one GPU brings mixed precision with the same code
-            distributed.init_process_group(
-                "nccl", store=distributed.HashStore(), rank=0, world_size=1)
+    if (torchrun or cuda) and not distributed.is_initialized():  # one GPU: FSDP brings bf16
+        kw = {} if torchrun else {"store": distributed.HashStore(), "rank": 0, "world_size": 1}
+        distributed.init_process_group("nccl" if cuda else "gloo", **kw)
     torch.manual_seed(seed)
     world = distributed.get_world_size() if distributed.is_initialized() else 1
     if batch % world:
@@ -896,9 +836,6 @@ def all_sum(x):
     return values.tolist()
 
 
-SMALL = 50_000_000  # parameters below which gathering all at once costs less than it saves memory
-
-
 def units(net):
     """What is gathered at a time: each block, then each end of the vocabulary (unless both are one
     table), then the root with the rest; all of a SMALL model."""
@@ -912,7 +849,6 @@ def units(net):
 
 def shard(net, dist, mp_dtype=None, offload=False):
     """FSDP2 in place: fp32 masters, compute in mp_dtype (bf16 on GPU by default), mean gradients.
-
     dist.shards: groups of so many ranks mirror each other (HSDP). Weights on META come from rank 0,
     one of the units() after the other. offload: the shards stay in the CPU's memory, for a model
     without gradients. No-op for one CPU process."""
@@ -969,29 +905,26 @@ def sync(net, last):
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, except that in groups marked "hidden" the momentum of a matrix is replaced by (nearly)
-    the closest orthogonal one before it is subtracted (kellerjordan.github.io/posts/muon), scaled
-    so that learning rate and decay mean what they mean in AdamW (arXiv 2502.16982, section 2.2)."""
+    """AdamW, except that in the group marked "hidden" the momentum of a matrix is replaced by
+    (nearly) the closest orthogonal one before it is subtracted (kellerjordan.github.io/posts/muon),
+    scaled so that learning rate and decay mean what AdamW's do (arXiv 2502.16982, section 2.2)."""
 
     @torch.no_grad()
     def step(self):
-        jobs = []
-        for group in self.param_groups:
-            shapes = {}
-            for p in group["params"] if group["hidden"] else []:
-                if p.grad is not None:
-                    shapes.setdefault(p.shape, []).append(p)
-            for params in shapes.values():
-                for p in params:
-                    if not self.state[p]:
-                        self.state[p]["exp_avg"] = torch.zeros_like(p)
-                means, grads = local([self.state[p]["exp_avg"] for p in params],
-                                     [p.grad for p in params])
-                torch._foreach_lerp_(means, grads, 1 - group["betas"][0])
-                torch._foreach_lerp_(grads, means, group["betas"][0])  # Nesterov
-                jobs.append((group, params, torch.stack([p.grad for p in params])))  # (N, out, in)
-        whole = [m.full_tensor() if isinstance(m, DTensor) else m for _, _, m in jobs]
-        for (group, params, m), u in zip(jobs, orthogonal_shared(whole)):
+        group, shapes, jobs = next(g for g in self.param_groups if g["hidden"]), {}, []
+        for p in group["params"]:
+            if p.grad is not None:
+                shapes.setdefault(p.shape, []).append(p)
+                if not self.state[p]:
+                    self.state[p]["exp_avg"] = torch.zeros_like(p)
+        for params in shapes.values():
+            means, grads = local([self.state[p]["exp_avg"] for p in params],
+                                 [p.grad for p in params])
+            torch._foreach_lerp_(means, grads, 1 - group["betas"][0])
+            torch._foreach_lerp_(grads, means, group["betas"][0])  # Nesterov
+            jobs.append((params, torch.stack([p.grad for p in params])))  # (N, out, in)
+        whole = [m.full_tensor() if isinstance(m, DTensor) else m for _, m in jobs]
+        for (params, m), u in zip(jobs, orthogonal_shared(whole)):
             if isinstance(m, DTensor):
                 u = distribute_tensor(u, m.device_mesh, m.placements, src_data_rank=None).to_local()
             torch._foreach_mul_(*local(params), 1 - group["lr"] * group["weight_decay"])
@@ -1010,14 +943,15 @@ def local(*lists):
 def orthogonal(x, steps=5):
     """Matrices (N, out, in) -> U V^T of their singular value decompositions, roughly: the singular
     values come to lie around 1 (0.7 to 1.2) by `steps` of a quintic Newton-Schulz iteration."""
-    wide = x if x.shape[1] <= x.shape[2] else x.mT
-    wide = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    gram, product = wide @ wide.mT, None  # of the steps' factors: small, where wide may be long
+    if x.shape[1] > x.shape[2]:
+        return orthogonal(x.mT, steps).mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    gram, product = x @ x.mT, None  # of the steps' factors: small, where x may be long
     for _ in range(steps):
         factor = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
         factor.diagonal(dim1=1, dim2=2).add_(3.4445)
         gram, product = factor @ gram @ factor, factor if product is None else factor @ product
-    return product @ wide if x.shape[1] <= x.shape[2] else (product @ wide).mT
+    return product @ x
 
 
 def orthogonal_shared(stacks):
@@ -1041,18 +975,15 @@ def inner(net):
 
 
 def optimizer(net, lr, weight_decay, betas, muon=False):
-    """AdamW over the trainable parameters of a module (or a list of parameters); norms and biases
-    (1-D) are not decayed. muon: Muon for the inner() matrices of a module."""
-    params = list(net.parameters()) if isinstance(net, nn.Module) else list(net)
-    params = [p for p in params if p.requires_grad]
-    hidden = inner(net) if muon else set()
-    groups = [{"params": [p for p in params if p in hidden], "weight_decay": weight_decay},
-              {"params": [p for p in params if p.ndim > 1 and p not in hidden],
-               "weight_decay": weight_decay},
-              {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}]
-    groups = [{**g, "hidden": i == 0} for i, g in enumerate(groups) if g["params"]]
-    make = Muon if muon else torch.optim.AdamW
-    return make(groups, lr=lr, betas=betas, fused=True)
+    """AdamW over the trainable parameters of a module; norms and biases (1-D) are not decayed.
+    muon: Muon for the inner() matrices."""
+    hidden, kinds = inner(net) if muon else (), {}
+    for p in net.parameters():
+        if p.requires_grad:
+            kinds.setdefault((p in hidden, p.ndim > 1), []).append(p)
+    groups = [{"params": some, "weight_decay": weight_decay * matrix, "hidden": in_hidden}
+              for (in_hidden, matrix), some in sorted(kinds.items(), reverse=True)]
+    return (Muon if muon else torch.optim.AdamW)(groups, lr=lr, betas=betas, fused=True)
 
 
 def lr_at(step, steps, lr, warmup_ratio, schedule="cosine"):
@@ -1096,6 +1027,12 @@ def rng(seed, *keys):
 
 # Checkpoints
 
+STOP = threading.Event()  # SIGTERM has come
+FREE = [  # flags that --resume may change
+    "preset", "out", "steps", "epochs", "resume", "keep", "probe", "micro_batch", "chunk",
+    "recompute", "shards", "cpu_offload", "cache", "cache_dir", "eval_rows", "eval_prompts",
+    "eval_every", "save_every", "log_every", "show_every"]
+
 
 def write_json(path, value):
     Path(path).write_text(json.dumps(value, indent=1) + "\n")
@@ -1113,10 +1050,10 @@ def _weights(module):
     """Name -> whole tensor on the CPU of rank 0 (elsewhere None); all ranks call it. Tied ones are
     gathered once and stay one tensor."""
     state, whole = module.state_dict(keep_vars=True), {}
-    for t in {id(t): t for t in state.values()}.values():
+    for t in dict.fromkeys(state.values()):
         full = t.detach().full_tensor() if isinstance(t, DTensor) else t.detach()
-        whole[id(t)] = full.cpu().contiguous() if _rank() == 0 else None
-    return {name: whole[id(t)] for name, t in state.items()}
+        whole[t] = full.cpu().contiguous() if _rank() == 0 else None
+    return {name: whole[t] for name, t in state.items()}
 
 
 def _moments(module, optim):
@@ -1133,14 +1070,12 @@ def _as_module(what):
     return what.net if isinstance(what, Backbone) else what
 
 
-def save(folder, what, run, fast=None, optim=None):
+def save(folder, what, run, optim=None):
     """Writes a complete checkpoint, atomically; all ranks call it. ValueError if it cannot.
-
     what: a Backbone, or {name: Backbone or module}: the backbone goes into the folder in Hugging
     Face layout with fast/, each module into name.safetensors. run: {"stage", "step", "config",
     "parent"}, to which versions and commit are added. optim: with it, train_state/ for exact resume
     holds the optimizer, each rank its shard. safetensors and JSON only."""
-    folder = Path(folder)
     part = folder.with_name(folder.name + ".tmp")
     parts = what if isinstance(what, dict) else {"backbone": what}
     states, error = {k: _weights(_as_module(v)) for k, v in parts.items()}, None
@@ -1159,11 +1094,10 @@ def save(folder, what, run, fast=None, optim=None):
                     v.net.save_pretrained(part, state_dict=states[name])
                     v.tok.save_pretrained(part)
                     v.images.save(part)
-                    fast = fast or v.fast
+                    if v.fast is not None:
+                        v.fast.save(part / "fast")
                 else:
                     save_file(states[name], part / f"{name}.safetensors")
-            if fast is not None:
-                fast.save(part / "fast")
             write_json(part / "run.json", {**run, "versions": versions(), "commit": commit()})
             _swap(part, folder)
     except dcp.api.CheckpointException as e:  # DCP tells all ranks what failed on one
@@ -1192,9 +1126,6 @@ def _swap(part, folder):
         folder.rename(old)
     part.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
-
-
-STOP = threading.Event()  # SIGTERM has come
 
 
 def checkpoint(cfg, step, run, write, unlogged=()):
@@ -1237,15 +1168,10 @@ def load_train_state(folder, what, optim):
     return run["step"], np.array(run.get("unlogged", 0)) * (_rank() == 0)
 
 
-FREE = ["preset", "out", "steps", "epochs", "resume", "keep", "probe", "micro_batch", "chunk",
-        "recompute", "shards", "cpu_offload", "cache", "cache_dir", "eval_rows", "eval_prompts",
-        "eval_every", "save_every", "log_every", "show_every"]
-
-
 def resumed(cfg):
     """The newest checkpoint if the run is to --resume it, or None. ValueError when it goes on with
     another value of a flag that is not FREE to change."""
-    newest, new = latest(cfg.out) if cfg.resume else None, dataclasses.asdict(cfg)
+    newest, new = latest(cfg.out) if cfg.resume else None, asdict(cfg)
     old = read_json(newest / "run.json")["config"] if newest else new
     for k in [k for k in new if k not in FREE and old.get(k) != new[k]]:
         flag = "--" + k.replace("_", "-")
@@ -1270,13 +1196,13 @@ def latest(out):
 
 def parse(Config, PRESETS, argv=None):
     """`[PRESET] [--flag value]` from one flat dataclass: its trailing comments are the help. The
-    first preset is the default. A field `preset` receives its name."""
+    first preset is the default; the field `preset` receives its name."""
     doc = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(Config), re.MULTILINE))
     parser = argparse.ArgumentParser(
-        description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,
+        description=inspect.getmodule(Config).__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("preset", nargs="?", choices=list(PRESETS), default=next(iter(PRESETS)))
-    for f in dataclasses.fields(Config):
+    for f in fields(Config):
         if f.name != "preset":
             kind = ({"action": argparse.BooleanOptionalAction} if f.type is bool else
                     {"type": f.type, "metavar": f.type.__name__.upper()})
@@ -1286,9 +1212,8 @@ def parse(Config, PRESETS, argv=None):
     parser.add_argument("--dry-run", action="store_true",
                         help="tell what a rank needs of memory, without allocating it, and stop")
     args = vars(parser.parse_args(argv))
-    preset, dry = args.pop("preset"), args.pop("dry_run")
-    name = {"preset": preset} if any(f.name == "preset" for f in dataclasses.fields(Config)) else {}
-    cfg = Config(**{**PRESETS[preset], **args, **name})
+    dry = args.pop("dry_run")
+    cfg = Config(**{**PRESETS[args["preset"]], **args})
     if dry:
         from benchmarks import memory  # it imports the stages
 
@@ -1330,7 +1255,7 @@ class Log:
             Path(out).mkdir(parents=True, exist_ok=True)
             self.file = Path(out) / "log.jsonl"  # a resumed run appends
             device = torch.cuda.get_device_name() if dist.device.type == "cuda" else "cpu"
-            self._record({"config": dataclasses.asdict(cfg), "commit": commit(), **versions(),
+            self._record({"config": asdict(cfg), "commit": commit(), **versions(),
                           "device": device, "world": dist.world})
 
     def _record(self, record):

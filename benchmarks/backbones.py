@@ -1,18 +1,15 @@
-"""Backbones with random weights (`--init random:SIZE`): tiny ones to learn on and to test with, and the
-published configurations of Qwen2.5-VL and Qwen3-VL, to try a machine before any weights are there.
+"""Backbones with random weights (`--init random:SIZE`): tiny ones to learn on and to test with, and
+the published configurations of Qwen2.5-VL and Qwen3-VL, to try a machine before weights are there.
 """
 
 import json
 import re
 from dataclasses import dataclass
 
-import tokenizers
 import torch
 import transformers
-from tokenizers import AddedToken
-from torch import nn
-from transformers import AutoModelForImageTextToText
-from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+from transformers import Qwen2Tokenizer
 
 import model
 
@@ -23,7 +20,8 @@ CHAT = (
     "{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 SENTENCES = [  # enough English for tests; sft.py trains the tokenizer on its own data instead
-    model.THINK, model.DIRECT, model.action_question("put the red block to the left of the blue bowl"),
+    model.THINK, model.DIRECT,
+    model.action_question("put the red block to the left of the blue bowl"),
     "Where is the green block? It is on the table, at d5, behind the gripper.",
     "The robot moves down, closes the gripper around the yellow cube and lifts it up.",
     "What is here? A small purple cube is near the front edge, and nothing else is on the right."]
@@ -88,15 +86,14 @@ SIZES = {
 
 def train_tokenizer(texts, vocab_size):
     """Byte-level BPE with the Qwen2 pre-tokenizer and ChatML tokens, a function of the texts."""
-    blank = Qwen2Tokenizer().backend_tokenizer
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    blank, bpe = Qwen2Tokenizer().backend_tokenizer, Tokenizer(models.BPE())
     bpe.normalizer, bpe.pre_tokenizer = blank.normalizer, blank.pre_tokenizer
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     marks = [*model.TAGS, *model.SPECIAL, "<image>", "<ACTION>"]  # never inside a merge
     cut = re.compile("|".join(map(re.escape, marks)))
-    pieces = (piece for text in texts for piece in cut.split(text))
-    bpe.train_from_iterator(pieces, tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator((piece for text in texts for piece in cut.split(text)),
+                            trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet,
+                                                show_progress=False))
     made = json.loads(bpe.to_str())["model"]
     tok = Qwen2Tokenizer(made["vocab"], [tuple(m) for m in made["merges"]],
                          eos_token="<|im_end|>", pad_token="<|endoftext|>")
@@ -107,9 +104,9 @@ def train_tokenizer(texts, vocab_size):
 
 
 def random_backbone(size, seed, texts=(), device="cpu"):
-    """A backbone of SIZES with random weights; on "meta" it has shapes alone; texts: what its
-    tokenizer learns besides SENTENCES. ValueError for a size that is not in SIZES. Std 1/sqrt(width):
-    about the usual 0.02 at real widths, with which a narrow network does not begin to learn."""
+    """A backbone of SIZES (ValueError for another) with random weights; on "meta" shapes alone.
+    texts: what its tokenizer learns besides SENTENCES. Std 1/sqrt(width): about the usual 0.02 at
+    real widths, with which a narrow network does not begin to learn."""
     if size not in SIZES:
         raise ValueError(f"random:{size}: unknown size; choose one of {', '.join(SIZES)}")
     s, tok = SIZES[size], train_tokenizer([*SENTENCES, *texts], SIZES[size].vocab)
@@ -127,23 +124,23 @@ def random_backbone(size, seed, texts=(), device="cpu"):
     ids = tok.convert_tokens_to_ids
     marks = {f"{k.removesuffix('_pad')}_token_id": ids(f"<|{k}|>")
              for k in ("image_pad", "video_pad", "vision_start", "vision_end")}
-    marks |= {"tie_word_embeddings": s.tied, "dtype": "float32"}
     if s.family == "qwen3_vl":
-        text["head_dim"] = s.head
+        family, text["head_dim"] = transformers.Qwen3VLConfig, s.head
         vision |= {"num_position_embeddings": s.places, "deepstack_visual_indexes": list(s.taps)}
-        config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **marks)
     else:
-        text |= {"bos_token_id": None, "eos_token_id": ids("<|im_end|>")}
-        tok.chat_template = ("{% if messages[0].role != 'system' %}<|im_start|>system\n" + model.SYSTEM
-                             + "<|im_end|>\n{% endif %}" + CHAT)
+        family = transformers.Qwen2_5_VLConfig
+        text |= {"bos_token_id": None, "eos_token_id": tok.eos_token_id}
         vision |= {"window_size": s.window, "fullatt_block_indexes": list(s.taps),
                    "tokens_per_second": 2}
-        config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **marks)
+        tok.chat_template = ("{% if messages[0].role != 'system' %}<|im_start|>system\n"
+                             + model.SYSTEM + "<|im_end|>\n{% endif %}" + CHAT)
+    config = family(text_config=text, vision_config=vision, tie_word_embeddings=s.tied,
+                    dtype="float32", **marks)
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(seed)
-        net = AutoModelForImageTextToText.from_config(config)
+        net = transformers.AutoModelForImageTextToText.from_config(config)
         if s.family == "qwen3_vl":  # places must weigh as much as colours from the start
-            nn.init.normal_(net.model.visual.pos_embed.weight, std=0.5)
+            torch.nn.init.normal_(net.model.visual.pos_embed.weight, std=0.5)
     net.generation_config.update(eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
     token = (s.patch * s.merge) ** 2  # pixels of one
     spec = model.ImageSpec(s.patch, s.merge, s.temporal, s.mean, s.std,

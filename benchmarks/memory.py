@@ -27,15 +27,11 @@ LOGITS = 16  # bytes a logit at the peak: bf16, fp32, its softmax and their grad
 
 def kept(module, call, *args, **kwargs):
     """Bytes that autograd keeps of call(...), besides the module's own parameters."""
-    own, seen = {p.untyped_storage()._cdata for p in module.parameters()}, {}
-
-    def pack(t):
-        seen[t.untyped_storage()._cdata] = t  # keeps the storage, and so its address, alive
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    own, seen = {p.untyped_storage()._cdata for p in module.parameters()}, []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
         call(*args, **kwargs)
-    return sum(t.untyped_storage().nbytes() for at, t in seen.items() if at not in own)
+    sizes = {x._cdata: x.nbytes() for x in (t.untyped_storage() for t in seen)}
+    return sum(size for at, size in sizes.items() if at not in own)
 
 
 def flash(q, k, v, *args, **kwargs):
@@ -51,11 +47,11 @@ fused = mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", f
 def activations(net, cfg, tokens, patches, dtype, T=64):
     """Bytes of a forward with gradient over so many tokens and patches, logits aside, told by what
     one block of each kind keeps of T."""
-    lm, visual, c, total = net.model.language_model, net.model.visual, net.config.vision_config, 0
-    width = lm.layers[0].self_attn.head_dim
+    lm, c, total = net.model.language_model, net.config.vision_config, 0
+    width, narrow = lm.layers[0].self_attn.head_dim, c.hidden_size // c.num_heads
     kinds = [(tokens, lm.layers, lm.config.hidden_size, width, (1, T), {})]
     if not getattr(cfg, "freeze_vision", False):
-        kinds.append((patches, visual.blocks, c.hidden_size, c.hidden_size // c.num_heads, (T,),
+        kinds.append((patches, net.model.visual.blocks, c.hidden_size, narrow, (T,),
                       {"cu_seqlens": torch.tensor([0, T])}))
     for n, blocks, D, head, lead, more in kinds:
         x = torch.empty(*lead, D, device=META, dtype=dtype, requires_grad=True)
@@ -67,30 +63,32 @@ def activations(net, cfg, tokens, patches, dtype, T=64):
     return total
 
 
+def count(params, trained=False):
+    return sum(p.numel() for p in params if p.requires_grad or not trained)
+
+
 def units(net):
     """Parameters of what shard() gathers at a time: (largest unit, root)."""
-    *each, whole = (sum(p.numel() for p in part.parameters()) for part in model.units(net))
+    *each, whole = (count(part.parameters()) for part in model.units(net))
     return max(each, default=0), whole - sum(each)
 
 
-def moments(cfg, net):
-    """Bytes of the optimizer's state: two averages of each parameter, with Muon one of an inner()."""
-    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    return FP32 * (2 * trained - getattr(cfg, "muon", False) * sum(
-        p.numel() for p in model.inner(net)))
+def state(cfg, net, n):
+    """Bytes of gradients and optimizer on one of n ranks: two averages of each parameter, with Muon
+    one of an inner()."""
+    trained, inner = count(net.parameters(), True), count(model.inner(net))
+    averages = 2 * trained - inner * getattr(cfg, "muon", False)
+    return {"gradients": trained * FP32 / n, "optimizer": averages * FP32 / n}
 
 
 def estimate(stage, cfg, net, ranks, row, patches, dtype=torch.bfloat16):
     """-> {what: bytes on a rank}, {phase: its peak}; net on META or real, vision frozen or not."""
     b, n, c = dtype.itemsize, cfg.shards or ranks, net.config.text_config
-    whole = sum(p.numel() for p in net.parameters())
-    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    largest, root = units(net)
+    whole, (largest, root) = count(net.parameters()), units(net)
     gathered = (2 * largest + root) * b  # one unit computes, one arrives
     gathered += max(largest, root) * (b + FP32)  # the gradients of one, and as they are reduced
     gathered *= ranks > 1 or b < FP32
-    fixed = {"weights": whole * FP32 / n, "gradients": trained * FP32 / n,
-             "optimizer": moments(cfg, net) / n, "gathered units": gathered}
+    fixed = {"weights": whole * FP32 / n, **state(cfg, net, n), "gathered units": gathered}
     B, G, T = (cfg.micro_batch, cfg.group, cfg.max_new) if stage == "grpo" else (
         cfg.micro_batch or cfg.batch // ranks, 1, 0)
     targets = B * (G * T or row)
@@ -99,9 +97,8 @@ def estimate(stage, cfg, net, ranks, row, patches, dtype=torch.bfloat16):
     if stage == "sft":
         return {**fixed, **work}, {"update": sum(fixed.values()) + sum(work.values())}
     L, k_proj = c.num_hidden_layers, net.model.language_model.layers[0].self_attn.k_proj
-    kv = 2 * k_proj.out_features * b  # bytes a token and layer
-    again = G * (1 if cfg.recompute else L)  # the prompt's keys and values, for each completion
-    work["activations"] += B * row * kv * (L + again)
+    kv = 2 * k_proj.out_features * b  # bytes a token and layer; in the update for each completion
+    work["activations"] += B * row * kv * (L + G * (1 if cfg.recompute else L))
     fixed["reference"] = whole * FP32 / n * (cfg.kl > 0 and not cfg.cpu_offload)
     rows = (cfg.chunk or cfg.prompts // ranks) * G
     cache = {"whole model": whole * b * (ranks > 1 or b < FP32),
@@ -124,12 +121,12 @@ def head_estimate(cfg, net, ranks, row, dtype=torch.bfloat16):
         chunk, drawn = torch.empty(B, K, 7), (torch.empty(B, R, K, 7), torch.empty(B, R))
         work = kept(head, head.loss, torch.empty(B, row, lm.config.hidden_size), None,
                     torch.empty(B, 14), chunk, chunk, drawn, 1)
-    size, (largest, root) = sum(p.numel() for p in head.parameters()), units(net)
-    whole = sum(p.numel() for p in net.parameters()) * dtype.itemsize
-    backbone = ({"backbone": whole / n, "gathered units": (2 * largest + root) * dtype.itemsize}
-                if cfg.cache == "none" else {"backbone": whole})  # there while features are made
-    made = {**backbone, "weights": size * FP32 * (1 + bool(cfg.ema)) / n + size * FP32,
-            "gradients": size * FP32 / n, "optimizer": moments(cfg, head) / n, "activations": work}
+    size, (largest, root), b = count(head.parameters()) * FP32, units(net), dtype.itemsize
+    whole = count(net.parameters()) * b  # for --cache features there while they are made
+    backbone = ({"backbone": whole / n, "gathered units": (2 * largest + root) * b}
+                if cfg.cache == "none" else {"backbone": whole})
+    made = {**backbone, "weights": size * (1 + bool(cfg.ema)) / n + size, **state(cfg, head, n),
+            "activations": work}
     return made, {"update": sum(made.values())}
 
 
@@ -150,14 +147,13 @@ def tell(stage, cfg, ranks, gb, dtype=torch.bfloat16, row=0, image=256):
     spec = bb.images
     h, w = (x // spec.patch for x in model.smart_resize(
         image, image, spec.patch * spec.merge, spec.min_pixels, spec.max_pixels))
-    row = row or (cfg.max_length if stage == "sft" else 256)
-    params = [(p.numel(), p.requires_grad) for p in bb.net.parameters()]
+    row, params = row or (cfg.max_length if stage == "sft" else 256), list(bb.net.parameters())
     if stage == "vla":
         parts, peaks = head_estimate(cfg, bb.net, ranks, row, dtype)
     else:
         parts, peaks = estimate(stage, cfg, bb.net.to(dtype), ranks, row, h * w, dtype)
-    print(f"{stage} {cfg.preset}, {cfg.init}: {sum(n for n, _ in params) / 1e9:.2f} B parameters"
-          + (f", {sum(n for n, t in params if t) / 1e9:.2f} B of them trained" * (stage != "vla")))
+    print(f"{stage} {cfg.preset}, {cfg.init}: {count(params) / 1e9:.2f} B parameters"
+          + f", {count(params, True) / 1e9:.2f} B of them trained" * (stage != "vla"))
     print(f"GB on each of {ranks} ranks, rows of {row} tokens with {h * w} patches, "
           f"{str(dtype)[6:]} compute")
     for name, value in parts.items():
