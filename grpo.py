@@ -34,6 +34,7 @@ from transformers.cache_utils import Cache
 import model
 from fast_tokenizer import chunks_of, episodes, locate, normalize, split
 from model import all_sum
+from sft import action_question
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,8 @@ def prompt_rows(bb, files, steps):
     rows, chunks = [], []
     for i in steps:
         file, t = locate(files, ends, i)
-        question = "<image>" + model.ask(model.action_question(file.task), think=True)
-        rows.append(model.encode(bb, [{"role": "user", "content": question}], [file.frame(t)],
-                                 prompt_only=True) | {"where": f"{file.path}:{t}"})
+        messages, images, where = action_question(file, t, think=True)
+        rows.append(model.encode(bb, messages, images, prompt_only=True) | {"where": where})
         chunks.append(chunks_of(file, bb.fast.horizon)[t])  # (K, A)
     return rows, bb.fast.encode(np.stack(chunks)) if chunks else []
 
@@ -163,14 +163,11 @@ def reward(bb, ids, targets, kind="prefix", think=True):
         near = [model.prefix_reward(a, b) for a, b in zip(made, targets)]
     elif kind == "lcs":
         near = [common_subsequence(a, b) / max(len(a), len(b), 1) for a, b in zip(made, targets)]
-    elif kind == "l1":
-        near = closeness(bb.fast, made, targets)
     else:
-        raise ValueError(f"--reward {kind!r} is unknown; choose prefix, l1 or lcs")
-    info = {"r_f": r_f, "r_a": np.where(r_f, near, 0.0), "tags": tags, "markers": markers,
-            "decodes": decodes}
-    info = {k: np.asarray(x, np.float64) for k, x in info.items()}  # (N,) each
-    return (info["r_f"] + info["r_a"]) / 2, info
+        near = closeness(bb.fast, made, targets)
+    r_a = np.where(r_f, near, 0.0)
+    info = {"r_f": r_f, "r_a": r_a, "tags": tags, "markers": markers, "decodes": decodes}
+    return (r_f + r_a) / 2, {k: np.asarray(x, np.float64) for k, x in info.items()}
 
 
 def advantage(r, kind="grpo"):
