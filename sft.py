@@ -203,7 +203,7 @@ def read_image(image, where):
         return image
     try:
         return np.asarray(Image.open(image).convert("RGB"))
-    except OSError as e:
+    except (OSError, ValueError) as e:
         raise ValueError(f"{where}: image {image} does not open ({e}); add the file or delete "
                          "the row") from e
 
