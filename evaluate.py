@@ -10,8 +10,7 @@
 `metaworld`, `libero` and `calvin` are real simulators, `serve` is for robots. All but `serve` add
 one arm to a results file; `report` makes one Markdown table of such files, with the paired
 differences between consecutive arms. Every success rate carries its n and a 95% Wilson interval;
-means carry a 95% bootstrap interval over prompts or chains (2,000 resamples, seed 0).
-"""
+means carry a 95% bootstrap interval over prompts or chains (2,000 resamples, seed 0)."""
 
 import argparse
 import fcntl
@@ -29,6 +28,7 @@ import torch
 
 import fast_tokenizer
 import model
+import sft
 
 
 def wilson(successes, n):
@@ -65,8 +65,8 @@ def record(path, arm, metrics, args, started, paired=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        fresh = {"preset": args.preset, "arms": {}, "commands": []}
-        results = read_results(path) if path.exists() else fresh
+        results = (read_results(path) if path.exists() else
+                   {"preset": args.preset, "arms": {}, "commands": []})
         place = results["arms"].setdefault(arm, {"metrics": {}, "paired": {}, "checkpoints": {}})
         place["metrics"].update(metrics)
         place["paired"].update(paired or {})
@@ -161,9 +161,8 @@ def held_out(bb, data, count, seed, think):
     for _ in range(count):
         episode = files[int(rng.integers(len(files)))]
         t = int(rng.integers(len(episode)))
-        question = model.ask(model.action_question(episode.task), think)
-        messages = [{"role": "user", "content": "<image>" + question}]
-        rows.append(model.encode(bb, messages, [episode.frame(t)], prompt_only=True))
+        messages, images, _ = sft.action_question(episode, t, think)
+        rows.append(model.encode(bb, messages, images, prompt_only=True))
         chunks.append(fast_tokenizer.chunks_of(episode, fast.horizon)[t])
     return rows, fast.encode(np.stack(chunks)), np.stack(chunks)
 
@@ -181,8 +180,8 @@ def score(bb, ids, n, targets, chunks, think):
     if bb.fast.stats is not None:
         decoded, true = (fast_tokenizer.normalize(x, bb.fast.stats) for x in (decoded, true))
     gap = np.abs(decoded - true).mean((1, 2)).reshape(-1, n)  # (B, n)
-    means = {"reward": value, "r_f": info["r_f"], "r_a": info["r_a"]}
-    means = {k: v.reshape(-1, n).mean(1) for k, v in means.items()}
+    means = {k: v.reshape(-1, n).mean(1) for k, v in (
+        ("reward", value), ("r_f", info["r_f"]), ("r_a", info["r_a"]))}
     some = np.isfinite(gap).any(1)
     means["l1"] = np.nanmean(gap[some], 1) if some.any() else np.zeros(0)
     thoughts = {bb.tok.decode(row).split("</think>")[0] for row in ids}
@@ -193,7 +192,6 @@ def actions(args):
     """`evaluate.py actions`: format rate, r_a, L1; thinking and direct; sampled and greedy."""
     started = time.time()
     bb = model.load(args.policy, device=args.device, stages=("base", "sft", "grpo"))
-    bb.net.eval()
     if bb.fast is None:
         if not args.fast:
             raise ValueError(f"{args.policy}: no action tokenizer; name one for the targets with "
@@ -231,7 +229,6 @@ def vqa(args):
 
     started = time.time()
     bb = model.load(args.policy, device=args.device, stages=("base", "sft", "grpo"))
-    bb.net.eval()
     metrics = {f"{args.score} {kind}": bootstrap(v) if args.score == "point" else
                wilson(sum(v), len(v)) for kind, v in sorted(marks(bb, args).items())}
     record(args.out, args.arm, metrics, args, started)
@@ -244,11 +241,11 @@ COLUMNS = {
     "average": "success", "chain length": "chain length"}
 
 
-def show(value, percent):
+def show(key, value):
     """One cell: mean [low, high]; a dash where nothing was measured."""
     if value is None or value["mean"] is None:
         return "-"
-    k, form = (100, "{:.1f}") if percent else (1, "{:.3f}")
+    k, form = (100, "{:.1f}") if key.startswith("success") else (1, "{:.3f}")
     mean, low, high = (form.format(k * value[x]) for x in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"
 
@@ -272,8 +269,7 @@ def report(args):
         lines = [about, "", "| arm | " + " | ".join(COLUMNS) + " |",
                  "|---" * (len(COLUMNS) + 1) + "|"]
         for arm, place in arms:
-            cells = [show(place["metrics"].get(key), key.startswith("success"))
-                     for key in COLUMNS.values()]
+            cells = [show(key, place["metrics"].get(key)) for key in COLUMNS.values()]
             lines.append(f"| {arm} | " + " | ".join(cells) + " |")
         lines += ["", "Paired differences (same prompts, trials and chains):", ""]
         for (first, a), (second, b) in itertools.pairwise(arms):
@@ -281,8 +277,7 @@ def report(args):
                 old, new = a["paired"].get(key), b["paired"].get(key)
                 if old and new and len(old) == len(new):
                     gain = bootstrap(np.array(new, float) - np.array(old, float))
-                    gap = show(gain, key.startswith("success"))
-                    lines.append(f"- {key}: {second} - {first} = {gap}, n {gain['n']}")
+                    lines.append(f"- {key}: {second} - {first} = {show(key, gain)}, n {gain['n']}")
         key = "think sampled distinct actions"
         counts = [f"{arm} {place['metrics'][key]['mean']}" for arm, place in arms
                   if key in place["metrics"]]
@@ -299,6 +294,10 @@ def main(argv=None):
 
     parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name, text, *parents):
+        return commands.add_parser(name, help=text, parents=parents).add_argument
+
     common = argparse.ArgumentParser(add_help=False)
     add = common.add_argument
     add("--policy", required=True, help="checkpoint: vla in a closed loop; base, sft, grpo else")
@@ -313,26 +312,22 @@ def main(argv=None):
     add("--ensemble", type=float, default=0, help="decay of temporal ensembling; 0: none")
     add("--batch", type=int, default=256, help="environments or clients a forward")
     simulate.subcommands(commands, loop)
-    one = commands.add_parser("tabletop", parents=[loop], help="closed-loop success on Tabletop")
-    add = one.add_argument
+    add = command("tabletop", "closed-loop success on Tabletop", loop)
     add("--suites", default=SUITES, help="chain is CALVIN's protocol")
     add("--trials", type=int, default=10, help="trials a task (10 tasks a suite)")
     add("--chains", type=int, default=100, help="chains of five instructions")
     add("--gif", default="", help="folder for rollouts as animated GIFs (two tasks a suite)")
-    five = commands.add_parser("calvin", parents=[loop], help="CALVIN's chains")
-    add = five.add_argument
+    add = command("calvin", "CALVIN's chains", loop)
     add("--data", required=True, help="a CALVIN dataset; its validation/ describes the environment")
     add("--chains", type=int, default=1000, help="the first chains of the 1,000")
-    two = commands.add_parser("actions", parents=[common], help="action tokens on held-out prompts")
-    add = two.add_argument
+    add = command("actions", "action tokens on held-out prompts", common)
     add("--data", required=True, help="folder of held-out episodes")
     add("--fast", default="", help="action tokenizer for checkpoints that have none (base)")
     add("--prompts", type=int, default=512, help="held-out prompts")
     add("--samples", type=int, default=4, help="samples a prompt at temperature 1")
     add("--max-new", type=int, default=96, help="tokens a completion at most")
     add("--batch", type=int, default=64, help="prompts a forward")
-    four = commands.add_parser("vqa", parents=[common], help="marked answers to questions")
-    add = four.add_argument
+    add = command("vqa", "marked answers to questions", common)
     add("--data", required=True, help="conversations, .jsonl")
     add("--score", default="exact", choices=["exact", "choice", "number", "point"])
     add("--prompt", default="row", choices=["row", "think", "direct"],
@@ -342,11 +337,11 @@ def main(argv=None):
     add("--rows", type=int, default=0, help="first rows of the file; 0: all")
     add("--max-new", type=int, default=128, help="tokens an answer at most")
     add("--batch", type=int, default=64, help="rows a forward")
-    three = commands.add_parser("report", help="results files -> Markdown")
-    three.add_argument("files", nargs="+", help="results files")
-    three.add_argument("--markdown", default="", help="also write the table here")
-    three.add_argument("--arms", default="", help="rows of the table, in this order; empty: all")
-    three.add_argument("--minutes", type=float, default=0, help="of the whole run, to be noted")
+    add = command("report", "results files -> Markdown")
+    add("files", nargs="+", help="results files")
+    add("--markdown", default="", help="also write the table here")
+    add("--arms", default="", help="rows of the table, in this order; empty: all")
+    add("--minutes", type=float, default=0, help="of the whole run, to be noted")
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else list(argv)
     run = {f.__name__: f for f in (tabletop, actions, vqa, report)}

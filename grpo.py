@@ -2,19 +2,17 @@
 
 In: a checkpoint of sft.py (with its FAST tokenizer) and recorded episodes.
 Out: the same model with all weights trained, whose thoughts lead to better action tokens.
-1. Draw prompts (image, instruction) at recorded steps; the target is the FAST ids of the next K actions.
-2. Sample G completions of each: <think>words</think><answer>action tokens</answer>.
-3. Reward (r_f + r_a) / 2: r_f well-formed and decodable, r_a common prefix with the target / max(m, n).
-4. Advantage of a completion: (r - mean) / (std + 1e-6) in its group of G (GRPO, 2402.03300).
-5. A few updates a rollout, each on its own prompts: clipped ratio, dual clip, token mean over the batch.
-6. + 0.01 x KL (k3) to the model that RL started from, in the loss. Repeat.
-Our deviations: r_a is over max(m, n) where the paper divides by the target's m, so surplus tokens cost.
-r_f wants a thought that is not blank, the action marks, and tokens that decode. A group whose rewards
-tie has no gradient but its KL: it is not forwarded (--no-skip-ties does), though its tokens stay in the
-denominator. A prompt is forwarded once a group, its keys and values shared by the G completions, in
-sampling and in the update: the same gradients, less work.
+1. draw prompts (image, instruction) at recorded steps; target: the FAST ids of the next K actions
+2. sample G completions of each: <think>words</think><answer>action tokens</answer>
+3. reward (r_f + r_a) / 2: r_f well-formed and decodable, r_a common prefix with target / max(m, n)
+4. advantage of a completion: (r - mean) / (std + 1e-6) in its group of G (GRPO, 2402.03300)
+5. a few updates a rollout, each on its own prompts: clipped ratio, dual clip, mean over tokens
+6. + 0.01 x KL (k3) to the model that RL started from, in the loss; repeat
+Our deviations: r_a is over max(m, n), the paper's over the target's m, so surplus tokens cost.
+Groups whose rewards tie are not forwarded (--no-skip-ties does), but their tokens are in the mean.
+The G completions of a prompt share its keys and values, in sampling and update: same gradients.
 
-Reads --init and --data; writes OUT/log.jsonl, OUT/step_000050/... and OUT/final (Hugging Face layout).
+Reads --init, --data. Writes runs/grpo/{log.jsonl, step_*/, final/}.
 python grpo.py                                   # tabletop, one CPU process
 torchrun --nproc_per_node 2 grpo.py              # 2 CPU processes, 2 s a step; or 2 GPUs
 torchrun --nproc_per_node 8 grpo.py paper        # 8 GPUs; took the authors about 1 h"""
@@ -34,6 +32,7 @@ from transformers.cache_utils import Cache
 import model
 from fast_tokenizer import chunks_of, episodes, locate, normalize, split
 from model import all_sum
+from sft import action_question
 
 
 @dataclass(frozen=True)
@@ -96,9 +95,8 @@ def prompt_rows(bb, files, steps):
     rows, chunks = [], []
     for i in steps:
         file, t = locate(files, ends, i)
-        question = "<image>" + model.ask(model.action_question(file.task), think=True)
-        rows.append(model.encode(bb, [{"role": "user", "content": question}], [file.frame(t)],
-                                 prompt_only=True) | {"where": f"{file.path}:{t}"})
+        messages, images, where = action_question(file, t, think=True)
+        rows.append(model.encode(bb, messages, images, prompt_only=True) | {"where": where})
         chunks.append(chunks_of(file, bb.fast.horizon)[t])  # (K, A)
     return rows, bb.fast.encode(np.stack(chunks)) if chunks else []
 
@@ -163,14 +161,11 @@ def reward(bb, ids, targets, kind="prefix", think=True):
         near = [model.prefix_reward(a, b) for a, b in zip(made, targets)]
     elif kind == "lcs":
         near = [common_subsequence(a, b) / max(len(a), len(b), 1) for a, b in zip(made, targets)]
-    elif kind == "l1":
-        near = closeness(bb.fast, made, targets)
     else:
-        raise ValueError(f"--reward {kind!r} is unknown; choose prefix, l1 or lcs")
-    info = {"r_f": r_f, "r_a": np.where(r_f, near, 0.0), "tags": tags, "markers": markers,
-            "decodes": decodes}
-    info = {k: np.asarray(x, np.float64) for k, x in info.items()}  # (N,) each
-    return (info["r_f"] + info["r_a"]) / 2, info
+        near = closeness(bb.fast, made, targets)
+    r_a = np.where(r_f, np.asarray(near, np.float64), 0.0)
+    info = {"r_f": r_f, "r_a": r_a, "tags": tags, "markers": markers, "decodes": decodes}
+    return (r_f + r_a) / 2, {k: np.asarray(x, np.float64) for k, x in info.items()}
 
 
 def advantage(r, kind="grpo"):
@@ -320,7 +315,7 @@ def update(bb, ref, optim, groups, cfg, dist, where):
                                *(rounds * (r == dist.rank) for r in range(dist.world))])
     # Token mean, or (Dr. GRPO) a constant, so that long completions are not weighed down.
     count = tokens if cfg.adv == "grpo" else cfg.batch * cfg.group * cfg.max_new
-    first, sums = groups[0], {}
+    first, sums = groups[0], Counter()
     idle = replace(first, ids=first.ids[:, :1], logp=first.logp[:, :1],
                    mask=torch.zeros_like(first.mask[:, :1]))
     guard = partial(model.guard, cfg.out, where, dist, (
@@ -331,8 +326,7 @@ def update(bb, ref, optim, groups, cfg, dist, where):
         loss, info = group_loss(bb, ref, some, cfg)
         guard("loss", loss.item())
         (loss * dist.world / count).backward()  # FSDP averages over ranks
-        for k, x in {"loss": loss, **info}.items():
-            sums[k] = sums.get(k, 0.0) + float(x.detach())
+        sums.update({k: float(x.detach()) for k, x in {"loss": loss, **info}.items()})
     if not sums:  # every group of every rank tied: nothing to learn from, and no weight decay either
         return {}
     norm = model.clip_grad(bb.net.parameters(), cfg.grad_norm)
@@ -426,7 +420,7 @@ def main(argv=None):
         for params in optim.param_groups:
             params["lr"] = model.lr_at(step, cfg.steps, cfg.lr, cfg.warmup, "constant")
         bb.net.train()
-        total, share = Counter(loss=0, grad_norm=0, updates=0), cfg.batch // dist.world
+        total, share = Counter(), cfg.batch // dist.world
         for u in range(0, len(groups), share):
             total.update(update(bb, ref, optim, groups[u : u + share], cfg, dist,
                                 f"step {step}, update {u // share}"))

@@ -111,7 +111,7 @@ class Conversations:
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f'{where}: not a row {{"images": [...], "messages": [{{"role", '
                              f'"content"}}, ...]}} ({e!r}); repair or delete the line') from e
-        if "assistant" not in roles or not set(roles) <= {"system", "user", "assistant"}:
+        if not {"assistant"} <= set(roles) <= {"system", "user", "assistant"}:
             raise ValueError(f"{where}: roles {roles}; an assistant must answer, and only system, "
                              "user and assistant may speak")
         if "<ACTION>" in text and self.fast is None:
@@ -138,16 +138,14 @@ class Conversations:
         images = [self.path.parent / name for name in row.get("images", [])]
         messages = modes(row["messages"])
         if "chunk" in row:
-            answer = self._action(row["chunk"], where)
-            messages = [{**m, "content": m["content"].replace("<answer><ACTION></answer>", answer)}
-                        for m in messages]
+            try:
+                target = self.fast.encode(np.asarray(row["chunk"], np.float32)[None])[0]
+            except ValueError as e:
+                raise ValueError(f'{where}: "chunk": {e}') from e
+            for m in messages:
+                m["content"] = m["content"].replace("<answer><ACTION></answer>",
+                                                    model.action_answer(target))
         return messages, images, row.get("kind"), where
-
-    def _action(self, chunk, where):
-        try:
-            return model.action_answer(self.fast.encode(np.asarray(chunk, np.float32)[None])[0])
-        except ValueError as e:
-            raise ValueError(f'{where}: "chunk": {e}') from e
 
 
 class Demonstrations:
@@ -167,33 +165,35 @@ class Demonstrations:
         cut, end = sum(map(len, split(self.files)[0])), int(self.ends[-1])
         self.train, self.held = range(cut), range(cut, end)
 
+    def size(self, i):
+        return 300  # characters, about; all are alike
+
     def target(self, i):
         episode, t = locate(self.files, self.ends, i)
         return self.fast.encode(chunks_of(episode, self.fast.horizon)[t : t + 1])[0]
 
-    def size(self, i):
-        return 300  # characters, about; all are alike
-
-    def question(self, i, think):
-        """-> (messages with the question alone, images, where)."""
-        episode, t = locate(self.files, self.ends, i)
-        text = "<image>" + ask(model.action_question(episode.task), think)
-        return [{"role": "user", "content": text}], [episode.frame(t)], f"{episode.path}:{t}"
+    def question(self, i, think=False):
+        return action_question(*locate(self.files, self.ends, i), think)
 
     def __getitem__(self, i):
-        messages, images, where = self.question(i, think=False)
+        messages, images, where = self.question(i)
         answer = {"role": "assistant", "content": model.action_answer(self.target(i))}
         return [*messages, answer], images, "action", where
 
 
+def action_question(episode, t, think):
+    """What to do at step t of an episode? -> (messages with this question alone, images, where)."""
+    text = "<image>" + ask(model.action_question(episode.task), think)
+    return [{"role": "user", "content": text}], [episode.frame(t)], f"{episode.path}:{t}"
+
+
 def modes(messages):
     """Adds the mode line to each question, by how the assistant's next turn begins."""
-    mode = {"<think>": True, "<answer>": False}
     out = []
     for m, reply in itertools.zip_longest(messages, messages[1:]):
         think = None
-        if m["role"] == "user" and reply:
-            think = next((v for k, v in mode.items() if reply["content"].startswith(k)), None)
+        if m["role"] == "user" and reply and reply["content"].startswith(("<think>", "<answer>")):
+            think = reply["content"].startswith("<think>")
         out.append({"role": m["role"], "content": ask(m["content"], think)})
     return out
 
@@ -203,17 +203,18 @@ def read_image(image, where):
         return image
     try:
         return np.asarray(Image.open(image).convert("RGB"))
-    except OSError as e:
+    except (OSError, ValueError) as e:
         raise ValueError(f"{where}: image {image} does not open ({e}); add the file or delete "
                          "the row") from e
 
 
 def row_of(bb, source, i, max_length):
     messages, images, _, where = source[i]
+    images = [read_image(image, where) for image in images]
     try:
-        row = model.encode(bb, messages, [read_image(image, where) for image in images])
+        row = model.encode(bb, messages, images)
     except ValueError as e:
-        raise ValueError(str(e) if str(e).startswith(where) else f"{where}: {e}") from e
+        raise ValueError(f"{where}: {e}") from e
     if len(row["ids"]) > max_length:
         raise ValueError(f"{where}: {len(row['ids'])} tokens; raise --max-length {max_length} or "
                          "shorten the row")
@@ -224,12 +225,11 @@ def mixture(spec):
     """"path:weight,path" -> [(path, weight or None)]."""
     out = []
     for item in spec.split(","):
-        path, _, weight = item.strip().rpartition(":")
-        path, weight = (path, weight) if path else (weight, None)
+        path, *weight = item.strip().rsplit(":", 1)
         try:
-            out.append((path, None if weight is None else float(weight)))
+            out.append((path, float(weight[0]) if weight else None))
         except ValueError as e:
-            raise ValueError(f"--data {item}: {weight!r} is no weight; write path:weight") from e
+            raise ValueError(f"--data {item}: {weight[0]!r} is no weight; write path:weight") from e
         if not Path(path).exists():
             raise FileNotFoundError(f"--data {path}: no such file or folder; generate or convert "
                                     "it first (python -m benchmarks.tabletop)")
@@ -268,16 +268,15 @@ def spread(some, n):
 def evaluate(bb, sources, cfg, dist):
     """Held-out token loss and accuracy of each source, greedy accuracy of each kind of question.
     -> {name: value}."""
-    metrics, device = {}, dist.device
+    metrics, size = {}, cfg.micro_batch or 16
     bb.net.eval()
-    size = cfg.micro_batch or 16
     for source in sources:
         held = spread(source.held, cfg.eval_rows)
         mine, total = held[dist.rank :: dist.world], np.zeros(3)
         for k in range(0, -(-len(held) // dist.world), size):  # as many forwards on each rank
             some = mine[k : k + size]
             rows = [row_of(bb, source, i, cfg.max_length) for i in some or held[:1]]
-            batch = model.to(model.pack(rows), device)
+            batch = model.to(model.pack(rows), dist.device)
             batch["target"] &= bool(some)
             total += [x.item() for x in model.token_loss(bb.net, batch)]
         loss, count, right = all_sum(total.tolist())
@@ -307,14 +306,12 @@ def greedy(bb, sources, cfg, dist):
     """Exact-match accuracy of greedy answers to held-out single-turn rows, by their "kind"."""
     items = [source[i] for source in sources for i in spread(source.held, cfg.eval_rows)]
     items = [x for x in items if x[2] and [m["role"] for m in x[0]] == ["user", "assistant"]]
-    kinds = sorted({kind for _, _, kind, _ in items})
-    mine = items[dist.rank :: dist.world]
+    mine, kinds = items[dist.rank :: dist.world], sorted({kind for _, _, kind, _ in items})
+    found = np.zeros((len(kinds), 2))  # right answers, answers
     with model.unsharded(bb.net):
-        found = [(kind, text == answer_of(messages[1]["content"]))
-                 for (messages, _, kind, _), text in zip(mine, answers(bb, mine))]
-    seen = all_sum([sum(k == kind for k, _ in found) for kind in kinds])
-    right = all_sum([sum(ok for k, ok in found if k == kind) for kind in kinds])
-    return {f"greedy_{k}": r / n for k, r, n in zip(kinds, right, seen)}
+        for (messages, _, kind, _), text in zip(mine, answers(bb, mine)):
+            found[kinds.index(kind)] += text == answer_of(messages[1]["content"]), 1
+    return {f"greedy_{k}": r / n for k, (r, n) in zip(kinds, all_sum(found.tolist()))}
 
 
 def thinking_rollouts(bb, sources, cfg, dist, n=4):
@@ -323,29 +320,26 @@ def thinking_rollouts(bb, sources, cfg, dist, n=4):
     thoughts are all alike RL has no signal (Table 1 of the paper)."""
     prompts = [(s, i) for s in sources if isinstance(s, Demonstrations)
                for i in spread(s.held, cfg.probe)][: cfg.probe]
-    mine, total, shown = prompts[dist.rank :: dist.world], np.zeros(5), ""
+    if not prompts:
+        return {}
+    keys, total = range(dist.rank, len(prompts), dist.world), np.zeros(4)
+    mine = [prompts[k] for k in keys]
     with model.unsharded(bb.net):
-        rows, targets = [], []
-        for source, i in mine:
-            messages, images, _ = source.question(i, think=True)
-            rows.append(model.encode(bb, messages, images, prompt_only=True))
-            targets.append(source.target(i))
-        keys = range(dist.rank, len(prompts), dist.world)
+        rows = [model.encode(bb, *source.question(i, think=True)[:2], prompt_only=True)
+                for source, i in mine]
         ids = model.generate(bb, rows, n=n, max_new=128, seed=cfg.seed, keys=keys)["ids"]
-    for b, target in enumerate(targets):
-        group = ids[b * n : (b + 1) * n]
+    for b, (source, i) in enumerate(mine):
+        group, target = ids[b * n : (b + 1) * n], source.target(i)
         texts = [bb.tok.decode(one, skip_special_tokens=True) for one in group]
         read = [model.parse_actions(bb, one) for one in group]
-        total += [n, sum(good and thinks for good, thinks, _ in read),
+        total += [sum(good and thinks for good, thinks, _ in read),
                   sum(model.prefix_reward(fast, target) for *_, fast in read),
                   len({t.split("</think>")[0] for t in texts}), len({tuple(a) for *_, a in read})]
-        shown = shown or texts[0]
-    count, good, reward, thoughts, actions = all_sum(total.tolist())
-    if dist.rank == 0 and shown:
-        print(f"a thinking rollout: {shown}", flush=True)
-    groups = max(count / n, 1)
-    return {"format": good / max(count, 1), "r_a": reward / max(count, 1),
-            f"thoughts_of_{n}": thoughts / groups, f"actions_of_{n}": actions / groups}
+        if dist.rank == b == 0:
+            print(f"a thinking rollout: {texts[0]}", flush=True)
+    good, reward, thoughts, actions = all_sum(total.tolist())
+    return {"format": good / (len(prompts) * n), "r_a": reward / (len(prompts) * n),
+            f"thoughts_of_{n}": thoughts / len(prompts), f"actions_of_{n}": actions / len(prompts)}
 
 
 def prepare(cfg, dist):
@@ -431,9 +425,7 @@ def main(argv=None):
                 log.write(step=done, **evaluate(bb, sources, cfg, dist))
                 seconds = time.perf_counter()
             model.checkpoint(cfg, done, run, write, total.tolist())
-    metrics = evaluate(bb, sources, cfg, dist)
-    if cfg.probe and any(isinstance(s, Demonstrations) for s in sources):
-        metrics |= thinking_rollouts(bb, sources, cfg, dist)
+    metrics = evaluate(bb, sources, cfg, dist) | thinking_rollouts(bb, sources, cfg, dist)
     log.write(step=steps, **metrics)
     model.save(Path(cfg.out) / "final", bb, {**run, "step": steps, "metrics": metrics})
 

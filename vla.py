@@ -15,14 +15,13 @@ several (time, noise) draws share a frame's features (--draws); averaged weights
 Reads --init, --data. Writes runs/vla/{log.jsonl, features/, step_*/, final/}.
 python vla.py speedrun                              # one CPU core, 0.1 s a step
 torchrun --nproc_per_node 1 vla.py --batch 256     # one GPU
-torchrun --nproc_per_node 8 vla.py paper --init runs/grpo-paper --data data/libero     # 8 GPUs
-"""
+torchrun --nproc_per_node 8 vla.py paper --init runs/grpo-paper --data data/libero     # 8 GPUs"""
 
 import copy
 import functools
 import hashlib
-import os
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -102,47 +101,40 @@ class Frames:
 
     state (N, S) and action (N, K, A) are normalised by q01/q99 -> [-1, 1], not clipped; mask (N, K)
     is 0 past the end of the episode. train and held are ranges of frame numbers 0..N-1.
-    ValueError naming what does not fit; FileNotFoundError without episodes.
-    """
+    ValueError naming what does not fit; FileNotFoundError without episodes."""
 
     def __init__(self, cfg):
         self.files, self.cameras = episodes(cfg.data, cfg.limit), cfg.cameras.split(",")
         self.stats = episode_stats(cfg.data, self.files)
         for f in self.files:
-            missing = [c for c in self.cameras if c not in f.cameras]
-            if missing:
+            if missing := [c for c in self.cameras if c not in f.cameras]:
                 raise ValueError(f"{f.path}: no camera {missing[0]!r}; choose --cameras among "
                                  f"{', '.join(f.cameras)}")
         longest = max(map(len, self.files))
         if not 0 < cfg.horizon <= longest:
             raise ValueError(f"--horizon {cfg.horizon} is not in 1..{longest}, the length of the "
                              f"longest episode of {cfg.data}")
-        ahead, self.steps = np.arange(cfg.horizon), [range(0, len(f), cfg.stride) for f in self.files]
-        self.ends = np.cumsum([len(s) for s in self.steps])  # frame number after each episode
+        left = [np.arange(len(f), 0, -cfg.stride) for f in self.files]  # steps to the episode's end
+        self.stride, self.ends = cfg.stride, np.cumsum([len(x) for x in left])
+        self.numbers = [range(end - len(x), end) for x, end in zip(left, self.ends.tolist())]
         state = np.concatenate([f.state[:: cfg.stride] for f in self.files])
         action = np.concatenate([chunks_of(f, cfg.horizon)[:: cfg.stride] for f in self.files])
         self.state = normalize(state, self.stats["state"]).astype(np.float32)  # (N, S)
         self.action = normalize(action, self.stats["action"]).astype(np.float32)  # (N, K, A)
-        self.mask = np.concatenate([np.array(s)[:, None] + ahead < len(f)
-                                    for f, s in zip(self.files, self.steps)])  # (N, K)
+        self.mask = np.arange(cfg.horizon) < np.concatenate(left)[:, None]  # (N, K)
         kept = split(self.files, cfg.holdout)[0] if cfg.holdout > 0 else self.files
-        cut, n = int(self.ends[len(kept) - 1]), int(self.ends[-1])
-        self.train, self.held = range(cut), range(cut, n)
+        cut = int(self.ends[len(kept) - 1])
+        self.train, self.held = range(cut), range(cut, len(self.mask))
 
     def at(self, i):
         """Frame number -> (episode number, step)."""
         e = int(np.searchsorted(self.ends, i, side="right"))
-        return e, self.steps[e][int(i) - int(self.ends[e])]  # counted from the episode's end
+        return e, (int(i) - self.numbers[e][0]) * self.stride
 
     def batch(self, ids):
         """Frames as model.guard saves them; what was seen in them follows from their numbers."""
         where = [f"{self.files[e].path}:{t}" for e, t in map(self.at, ids)]
         yield {"where": where, "frame": ids, "state": self.state[ids], "action": self.action[ids]}
-
-    def rows(self, bb, places, think, memo):
-        """Prompts of [(episode number, step)]."""
-        return [prompt(bb, [self.files[e].frame(t, camera) for camera in self.cameras],
-                       self.files[e].task, think, memo) for e, t in places]
 
 
 @functools.lru_cache(2)
@@ -184,8 +176,7 @@ def freeze(bb, layer):
     lm = bb.net.model.language_model
     norm = lm.norm
     model.truncate(bb.net, layer or round(0.64 * len(lm.layers)))
-    bb.net.requires_grad_(False)
-    bb.net.eval()
+    bb.net.requires_grad_(False).eval()
     return norm
 
 
@@ -204,7 +195,10 @@ class InLoop:
         self.bb, self.frames, self.think, self.device, self.memo = bb, frames, cfg.think, device, {}
 
     def read(self, ids):
-        return self.frames.rows(self.bb, map(self.frames.at, ids), self.think, self.memo)
+        """Frame numbers -> prompts."""
+        seen = [(self.frames.files[e], t) for e, t in map(self.frames.at, ids)]
+        return [prompt(self.bb, [file.frame(t, camera) for camera in self.frames.cameras],
+                       file.task, self.think, self.memo) for file, t in seen]
 
     def features(self, rows):
         return condition(self.bb, rows, self.device)
@@ -224,7 +218,7 @@ class Cached:
                 raise ValueError(f"{path}: {e}; delete {folder} to compute it again") from e
 
     def read(self, ids):
-        places = ((e, t // self.frames.steps[e].step) for e, t in map(self.frames.at, ids))
+        places = ((e, t // self.frames.stride) for e, t in map(self.frames.at, ids))
         return [self.files[e][t : t + 1][0] for e, t in places]  # (T, D) each
 
     def features(self, feats):
@@ -256,40 +250,36 @@ def fingerprint(bb, frames, rows, cfg):
 def build_cache(bb, frames, cfg, dist, size=64):
     """Runs the backbone over all frames, split over the ranks by episodes, unless the folder holds
     the very same features already. -> Cached. ValueError when it holds other ones."""
-    folder, memo, files = Path(cfg.cache_dir or Path(cfg.out) / "features"), {}, frames.files
+    folder, numbers = Path(cfg.cache_dir or Path(cfg.out) / "features"), frames.numbers
     folder.mkdir(parents=True, exist_ok=True)
-    rows = frames.rows(bb, [(e, 0) for e in range(len(files))], cfg.think, memo)
+    loop = InLoop(bb, frames, cfg, dist.device)
+    rows = loop.read([n[0] for n in numbers])  # the others of an episode are as long
     made_from, path = fingerprint(bb, frames, rows, cfg), folder / "fingerprint.json"
     if path.exists():
         stored = model.read_json(path)
-        stale = [k for k in made_from if stored.get(k) != made_from[k]]
-        if stale:
+        if stale := [k for k in made_from if stored.get(k) != made_from[k]]:
             raise ValueError(f"{folder}: features of other {', '.join(stale)} than this run's; "
                              "delete the folder or name another --cache-dir")
         return Cached(folder, frames, dist.device)
-    need = sum(len(s) * len(r["ids"]) for s, r in zip(frames.steps, rows)) * 2 / 1e9
+    need = sum(len(n) * len(r["ids"]) for n, r in zip(numbers, rows)) * 2 / 1e9
     need, free = need * bb.net.config.text_config.hidden_size, shutil.disk_usage(folder).free / 1e9
     if need > free:
         raise ValueError(f"{folder}: the features take {need:.1f} GB, {free:.1f} are free; name "
                          "another --cache-dir or use --cache none")
     kind = torch.float16 if bb.net.dtype == torch.float32 else bb.net.dtype
-    for e in tqdm(range(dist.rank, len(files), dist.world), "features", unit="episode",
-                  disable=None if dist.rank == 0 else True):
-        feats = []  # one instruction an episode: equal lengths, no padding
-        for t in range(0, len(frames.steps[e]), size):
-            some = [(e, i) for i in frames.steps[e][t : t + size]]
-            rows = frames.rows(bb, some, cfg.think, memo)
-            feats.append(condition(bb, rows, dist.device)[0].to(kind).cpu())  # (B, T, D)
-        feats = torch.cat(feats)
+    mine = list(zip(frames.files, numbers))[dist.rank :: dist.world]
+    for file, n in tqdm(mine, "features", unit="episode", disable=None if dist.rank == 0 else True):
+        parts = (n[k : k + size] for k in range(0, len(n), size))
+        feats = torch.cat([loop.features(loop.read(part))[0].to(kind).cpu() for part in parts])
         if not feats.isfinite().all():
-            raise ValueError(f"{files[e].path}: its features are not finite as {kind}; check the "
+            raise ValueError(f"{file.path}: its features are not finite as {kind}; check the "
                              "checkpoint, or use --cache none")
-        save_file({"features": feats}, folder / files[e].path.name)
+        save_file({"features": feats}, folder / file.path.name)
     if distributed.is_initialized():
         distributed.barrier()
     if dist.rank == 0:  # last and atomically: a folder without it is incomplete, and computed again
-        model.write_json(path.with_suffix(".tmp"), made_from)
-        os.replace(path.with_suffix(".tmp"), path)
+        model.write_json(part := path.with_suffix(".tmp"), made_from)
+        part.replace(path)
     return Cached(folder, frames, dist.device)
 
 
@@ -300,8 +290,7 @@ class Policy:
     """A trained checkpoint as a function (images, instruction, state) -> the next K actions.
 
     Attributes: horizon K, action_dim A, cameras (names, in the order in which images are given).
-    Call n draws its noise from (seed, n); row b of a batch gets the same whatever the batch size.
-    """
+    Call n draws its noise from (seed, n): row b of a batch gets the same at any batch size."""
 
     def __init__(self, bb, head, spec, device, seed=0):
         self.bb, self.head, self.spec, self.device = bb, head.eval(), spec, torch.device(device)
@@ -375,14 +364,13 @@ def flow_loss(head, source, frames, cfg, step, fetched, dist):
     """This rank's part of a step's loss, such that the average over ranks is the mean over the
     global batch. fetched: (global ids (batch,), source.read of this rank's) -> (loss, info)."""
     ids, rows = fetched
-    size = cfg.batch // dist.world
-    part = slice(dist.rank * size, (dist.rank + 1) * size)
-    noise, time = head.draw(model.rng(cfg.seed, "flow", step), cfg.batch, cfg.draws)
+    part = slice(dist.rank * cfg.batch // dist.world, (dist.rank + 1) * cfg.batch // dist.world)
+    drawn = head.draw(model.rng(cfg.seed, "flow", step), cfg.batch, cfg.draws)
     state, action, mask = targets(frames, ids[part], dist.device)
     count = int(frames.mask[ids].sum()) * action.shape[2] * cfg.draws  # known without asking ranks
     with autocast(dist.device):
         return head.loss(*source.features(rows), state, action, mask,
-                         drawn=(noise[part], time[part]), count=count / dist.world)
+                         drawn=[x[part] for x in drawn], count=count / dist.world)
 
 
 @torch.no_grad()
@@ -487,10 +475,8 @@ def main(argv=None):
         "think": cfg.think, "cameras": frames.cameras, "stats": frames.stats}}
     write = functools.partial(save, bb=bb, norm=norm, heads=heads, optim=optim)
     log = model.Log(cfg.out, cfg, dist)
-    seconds, since, total = model.time.perf_counter(), start, np.zeros(2) + unlogged
-
-    size = cfg.batch // dist.world
-    part = slice(dist.rank * size, (dist.rank + 1) * size)
+    part = slice(dist.rank * cfg.batch // dist.world, (dist.rank + 1) * cfg.batch // dist.world)
+    seconds, since, total = time.perf_counter(), start, np.zeros(2) + unlogged
 
     def fetch(step):
         ids = picks(cfg, len(frames.train), step)
@@ -521,13 +507,13 @@ def main(argv=None):
             if done % cfg.log_every == 0 or done == cfg.steps:
                 # The loss keeps a floor, the variance of the velocity: watch held_l1 instead.
                 summed, count = model.all_sum(total.tolist())
-                now = model.time.perf_counter()
+                now = time.perf_counter()
                 log.write(step=done, loss=summed / count, norm=norm_g, lr=lr,
                           steps_s=(done - since) / (now - seconds))
                 seconds, since, total = now, done, np.zeros(2)
             if cfg.eval_every and done % cfg.eval_every == 0 and done < cfg.steps:
                 log.write(step=done, **evaluate(heads["head"], source, frames, cfg, dist))
-                seconds, since = model.time.perf_counter(), done
+                seconds, since = time.perf_counter(), done
             model.checkpoint(cfg, done, run, write, total.tolist())
     metrics = evaluate(heads["head"], source, frames, cfg, dist)
     log.write(step=cfg.steps, **metrics)
@@ -536,5 +522,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     model.entry(main, "--batch")
