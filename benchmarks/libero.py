@@ -96,53 +96,49 @@ class Simulator:
         return next(self.script)
 
     def demonstration(self):
-        """The script of the task's suite; asked of another one it raises, at its first action."""
+        """Take the bowl by its rim (spatial) or the thing across its middle (object), lift it, put it
+        on the plate or into the basket. Other suites raise when the first action is asked for."""
+        def go(thing, offset, grip, near, steps=60):
+            for _ in range(steps):
+                gap = self.seen[thing] + offset - self.seen["robot0_eef_pos"]
+                if np.abs(gap).max() < near:
+                    return
+                gain, turn = 10, np.zeros(3)
+                if yaw is not None:  # keep the hand straight down, turned by yaw
+                    x, y, z, w = self.seen["robot0_eef_quat"]
+                    gain, turn = 20, 2 * np.array([w, z, -y]) / x + [0, 0, yaw]
+                yield [*np.clip(gap * gain, -1, 1), *np.clip(turn, -1, 1), grip]
+
+        def room(yaw):
+            """From the hand, a bar of 20 cm, to the middle of what is taller beside the thing (m)."""
+            bar, here = np.array([-np.sin(yaw), np.cos(yaw)]), self.seen[thing]
+            beside = [p - here for k, p in self.seen.items() if k.endswith("_1_pos") and k != thing]
+            gaps = [p[:2] - np.clip(p[:2] @ bar, -0.1, 0.1) * bar for p in beside if p[2] > 0.01]
+            return np.linalg.norm([[0.08, 0], *gaps], axis=1).min()
+
         if self.suite == "spatial":
-            yield from self.bowl()
+            thing, place, yaw = "akita_black_bowl_1_pos", "plate_1_pos", None
+            high, low, lift, over, down = [0, 0.05, 0.12], [0, 0.05, 0.02], 0.15, 0.2, 0.03
         elif self.suite == "object":
-            yield from self.basket()
+            thing, place = (f"{name}_pos" for name in self.env.env.obj_of_interest)
+            half = self.seen[thing][2]  # of its height, above the floor at 0
+            # fingertips reach 1 cm below the point that is steered, the palm is 3 cm above it
+            grasp = max(0.3 * half, half - 0.025, 0.011 - half)
+            high, low, lift = [0, 0, half + 0.08], [0, 0, grasp], 0.19
+            over, down = grasp + half + 0.17, max(half + 0.1, 0.155)
+            yaw = max((0, 0.4, -0.4), key=room)
         else:
             raise ValueError(f"the expert can do the suites spatial and object, not {self.suite}")
+        yield from go(thing, high, -1, 0.015)
+        yield from go(thing, low, -1, 0.01 if yaw is None else 0.006)
+        yield from go(thing, low, 1, 0, 12) if yaw is not None else [[0, 0, 0, 0, 0, 0, 1]] * 12
+        held = self.seen["robot0_eef_pos"] - self.seen[thing]
+        up = self.seen["robot0_eef_pos"] - self.seen[place] + [0, 0, lift]
+        for offset, near in ((up, 0.03), (held * [1, 1, 0] + [0, 0, over], 0.015),
+                             (held + [0, 0, down], 0.015)):
+            yield from go(place, offset, 1, near)
         while True:
             yield [0, 0, 0, 0, 0, 0, -1]
-
-    def go(self, thing, offset, grip, near, firm=False, steps=60):
-        """Move the hand to an offset from a thing. firm: twice as hard, turned back to straight down."""
-        for _ in range(steps):
-            gap = self.seen[thing] + offset - self.seen["robot0_eef_pos"]
-            if np.abs(gap).max() < near:
-                return
-            x, y, z, w = self.seen["robot0_eef_quat"]
-            turn = firm * np.sign(x) * np.array([w, z, -y])
-            yield [*np.clip(gap * (20 if firm else 10), -1, 1), *np.clip(turn * 2, -1, 1), grip]
-
-    def bowl(self):
-        """Suite spatial: take the bowl by its rim, lift it, put it on the plate."""
-        bowl, plate = "akita_black_bowl_1_pos", "plate_1_pos"
-        yield from self.go(bowl, [0, 0.05, 0.12], -1, 0.015)
-        yield from self.go(bowl, [0, 0.05, 0.02], -1, 0.01)
-        yield from [[0, 0, 0, 0, 0, 0, 1]] * 12
-        held = self.seen["robot0_eef_pos"] - self.seen[bowl]
-        up = self.seen["robot0_eef_pos"] - self.seen[plate] + [0, 0, 0.15]
-        for offset, near in ((up, 0.03), (held * [1, 1, 0] + [0, 0, 0.2], 0.015),
-                             (held + [0, 0, 0.03], 0.015)):
-            yield from self.go(plate, offset, 1, near)
-
-    def basket(self):
-        """Suite object: take the thing across its middle, lift it over the basket's rim, let it in."""
-        thing, basket = (f"{name}_pos" for name in self.env.env.obj_of_interest)
-        half = self.seen[thing][2]  # of its height: it stands on the floor, z = 0
-        yield from self.go(thing, [0, 0, half + 0.08], -1, 0.01, True)
-        # fingertips reach 1 cm below the point that is steered, the palm is 3 cm above it
-        low = [0, 0, max(0.3 * half, half - 0.025, 0.011 - half)]
-        yield from self.go(thing, low, -1, 0.007, True)
-        yield from self.go(thing, low, 1, 0, True, steps=12)
-        held = self.seen["robot0_eef_pos"] - self.seen[thing]
-        up = self.seen["robot0_eef_pos"] - self.seen[basket]
-        up[2] = held[2] + half + 0.19
-        for offset, near in ((up, 0.03), (held + [0, 0, half + 0.17], 0.015),
-                             (held + [0, 0, max(half + 0.1, 0.155)], 0.015)):
-            yield from self.go(basket, offset, 1, near, True)
 
 
 def convert(args):
