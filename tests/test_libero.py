@@ -33,6 +33,10 @@ def test_protocol_settings():
     for flags in (["--suites", "libero_moon"], ["--tasks", "1234"]):
         with pytest.raises(ValueError, match="--suites of spatial.*0 to 9"):
             libero.tasks(parser.parse_args(flags))
+    parser.add_argument("--episodes", default=20)  # a recording
+    assert len(libero.tasks(parser.parse_args(["--suites", "spatial,object"]))) == 20
+    with pytest.raises(ValueError, match="the expert can do"):
+        libero.tasks(parser.parse_args(["--suites", "spatial,goal"]))
 
 
 def write(path, demos=2, steps=6, **changes):
