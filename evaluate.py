@@ -28,7 +28,6 @@ import torch
 
 import fast_tokenizer
 import model
-import sft
 
 
 def wilson(successes, n):
@@ -161,8 +160,8 @@ def held_out(bb, data, count, seed, think):
     for _ in range(count):
         episode = files[int(rng.integers(len(files)))]
         t = int(rng.integers(len(episode)))
-        messages, images, _ = sft.action_question(episode, t, think)
-        rows.append(model.encode(bb, messages, images, prompt_only=True))
+        prompt = model.action_prompt(episode.task, think)
+        rows.append(model.encode(bb, prompt, [episode.frame(t)], prompt_only=True))
         chunks.append(fast_tokenizer.chunks_of(episode, fast.horizon)[t])
     return rows, fast.encode(np.stack(chunks)), np.stack(chunks)
 

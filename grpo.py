@@ -32,7 +32,6 @@ from transformers.cache_utils import Cache
 import model
 from fast_tokenizer import chunks_of, episodes, locate, normalize, split
 from model import all_sum
-from sft import action_question
 
 
 @dataclass(frozen=True)
@@ -95,8 +94,9 @@ def prompt_rows(bb, files, steps):
     rows, chunks = [], []
     for i in steps:
         file, t = locate(files, ends, i)
-        messages, images, where = action_question(file, t, think=True)
-        rows.append(model.encode(bb, messages, images, prompt_only=True) | {"where": where})
+        prompt = model.action_prompt(file.task, think=True)
+        row = model.encode(bb, prompt, [file.frame(t)], prompt_only=True)
+        rows.append(row | {"where": f"{file.path}:{t}"})
         chunks.append(chunks_of(file, bb.fast.horizon)[t])  # (K, A)
     return rows, bb.fast.encode(np.stack(chunks)) if chunks else []
 
@@ -161,8 +161,10 @@ def reward(bb, ids, targets, kind="prefix", think=True):
         near = [model.prefix_reward(a, b) for a, b in zip(made, targets)]
     elif kind == "lcs":
         near = [common_subsequence(a, b) / max(len(a), len(b), 1) for a, b in zip(made, targets)]
-    else:
+    elif kind == "l1":
         near = closeness(bb.fast, made, targets)
+    else:
+        raise ValueError(f"reward {kind!r} is unknown; choose prefix, l1 or lcs")
     r_a = np.where(r_f, np.asarray(near, np.float64), 0.0)
     info = {"r_f": r_f, "r_a": r_a, "tags": tags, "markers": markers, "decodes": decodes}
     return (r_f + r_a) / 2, {k: np.asarray(x, np.float64) for k, x in info.items()}

@@ -70,6 +70,12 @@ def action_question(instruction):
     return f"Instruction: {instruction}\nWhat should the robot do next?"
 
 
+def action_prompt(instruction, think, images=1):
+    """The conversation that asks for an action, after so many images."""
+    question = "<image>" * images + ask(action_question(instruction), think)
+    return [{"role": "user", "content": question}]
+
+
 def action_answer(ids):
     """FAST ids (indices 0..n-1, not token ids) -> the answer text."""
     return f"<answer>{ACTION_START}{''.join(map(fast_name, ids))}{ACTION_END}</answer>"

@@ -173,18 +173,15 @@ class Demonstrations:
         return self.fast.encode(chunks_of(episode, self.fast.horizon)[t : t + 1])[0]
 
     def question(self, i, think=False):
-        return action_question(*locate(self.files, self.ends, i), think)
+        """-> (messages with the question alone, images, where)."""
+        episode, t = locate(self.files, self.ends, i)
+        where = f"{episode.path}:{t}"
+        return model.action_prompt(episode.task, think), [episode.frame(t)], where
 
     def __getitem__(self, i):
         messages, images, where = self.question(i)
         answer = {"role": "assistant", "content": model.action_answer(self.target(i))}
         return [*messages, answer], images, "action", where
-
-
-def action_question(episode, t, think):
-    """What to do at step t of an episode? -> (messages with this question alone, images, where)."""
-    text = "<image>" + ask(model.action_question(episode.task), think)
-    return [{"role": "user", "content": text}], [episode.frame(t)], f"{episode.path}:{t}"
 
 
 def modes(messages):

@@ -13,7 +13,7 @@ Our deviations: the features of all frames are computed once and memory-mapped (
 several (time, noise) draws share a frame's features (--draws); averaged weights act (--ema).
 
 Reads --init, --data. Writes runs/vla/{log.jsonl, features/, step_*/, final/}.
-python vla.py speedrun                              # one CPU core, 0.1 s a step
+OMP_NUM_THREADS=1 python vla.py speedrun            # one CPU core, 0.1 s a step
 torchrun --nproc_per_node 1 vla.py --batch 256     # one GPU
 torchrun --nproc_per_node 8 vla.py paper --init runs/grpo-paper --data data/libero     # 8 GPUs"""
 
@@ -159,8 +159,8 @@ def prompt(bb, images, instruction, think, memo):
     if key in memo:
         patches = np.concatenate([model.patchify(image, bb.images)[0] for image in images])
         return {**memo[key], "patches": patches}
-    question = "<image>" * len(images) + model.ask(model.action_question(instruction), think)
-    row = model.encode(bb, [{"role": "user", "content": question}], images, prompt_only=True)
+    messages = model.action_prompt(instruction, think, len(images))
+    row = model.encode(bb, messages, images, prompt_only=True)
     memo[key] = {**row, "patches": None}
     return row
 
