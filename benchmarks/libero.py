@@ -40,7 +40,7 @@ def tasks(args):
     if not LIMITS.keys() >= set(suites) or not set("0123456789") >= set(numbers):
         raise ValueError(f"--suites of {', '.join(LIMITS)}, --tasks of 0 to 9")
     if "episodes" in args and not {"spatial", "object"} >= set(suites):  # to be recorded
-        raise ValueError("the expert can do the suites spatial and object alone; name them as --suites")
+        raise ValueError("the expert can do --suites spatial and object alone, name them")
     return [f"{suite}/{n}" for suite in suites for n in numbers]
 
 
@@ -98,8 +98,8 @@ class Simulator:
         return next(self.script)
 
     def demonstration(self):
-        """Take the bowl by its rim (spatial) or the thing across its middle (object), lift it, put it
-        on the plate or into the basket."""
+        """Spatial: take the bowl by its rim, lift it, put it on the plate. Object: take the thing
+        across its middle, let it into the basket."""
         def go(thing, offset, grip, near, steps=60):
             for _ in range(steps):
                 gap = self.seen[thing] + offset - self.seen["robot0_eef_pos"]
@@ -112,7 +112,7 @@ class Simulator:
                 yield [*np.clip(gap * gain, -1, 1), *np.clip(turn, -1, 1), grip]
 
         def room(yaw):
-            """From the hand, a bar of 20 cm, to the middle of what is taller beside the thing (m)."""
+            """From the hand, a bar of 20 cm, to the middle of taller things beside it (m)."""
             bar, here = np.array([-np.sin(yaw), np.cos(yaw)]), self.seen[thing]
             beside = [p - here for k, p in self.seen.items() if k.endswith("_1_pos") and k != thing]
             gaps = [p[:2] - np.clip(p[:2] @ bar, -0.1, 0.1) * bar for p in beside if p[2] > 0.01]
