@@ -14,6 +14,7 @@ python -m benchmarks.speed sft --device cuda --size 3b   # plain transformers, p
 python -m benchmarks.speed head                          # the frozen backbone in the loop
 python -m benchmarks.speed fast                          # the published code, chunk by chunk
 python -m benchmarks.speed cost --repeats 3              # ours alone: group, completion, image grow
+torchrun --nproc_per_node 2 -m benchmarks.speed cost --repeats 3   # and with ranks: wall seconds
 """
 
 import argparse
@@ -121,10 +122,9 @@ def plain(bb, rows, device, left=False):
 
 
 def clock(args):
-    if args.device == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() if args.ranks or args.device == "cuda" else time.process_time()
 
 
 def compare(ours, peer, work, args):
@@ -148,7 +148,7 @@ def compare(ours, peer, work, args):
     for name, x in (("ours", a), ("peer", b), ("ratio", b / a)):
         low, median, high = np.quantile(x, [0.25, 0.5, 0.75]).tolist()
         pair[name] = {"median": median, "q25": low, "q75": high, "n": len(x)}
-    return pair | {"unit": "CPU s" if args.device == "cpu" else "s",
+    return pair | {"unit": "CPU s" if args.device == "cpu" and not args.ranks else "s",
                    "work": {name: {"ours": a, "peer": b} for name, (a, b, _) in did.items()}}
 
 
@@ -225,13 +225,18 @@ def parts(args):
     bb, items = backbone(args), questions(args.prompts, args.image)
     cfg = grpo.Config(prompts=args.prompts, batch=args.prompts, micro_batch=args.prompts,
                       group=args.group, max_new=args.new)
-    dist = model.Dist(0, 1, torch.device(args.device))
+    dist = model.setup(0) if args.ranks else model.Dist(0, 1, torch.device(args.device))
+    items = items[dist.rank :: dist.world]
     gold = bb.fast.encode(smooth(len(items), "gold"))
     ref = replace(bb, net=copy.deepcopy(bb.net).requires_grad_(False).eval())
+    for net in (bb.net, ref.net) if args.ranks else ():
+        model.shard(net, dist)
 
     @mock.patch.object(grpo, "reward", score)
     def sample(k):
-        return grpo.rollout(bb, cfg, prompts(bb, items), gold, range(len(items)), k, args.group)[0]
+        rows = prompts(bb, items)
+        with model.unsharded(bb.net):
+            return grpo.rollout(bb, cfg, rows, gold, range(len(items)), k, args.group)[0]
 
     def learner(logp=grpo.shared_logp):
         one = bb if logp is grpo.shared_logp else replace(bb, net=copy.deepcopy(bb.net))
@@ -264,7 +269,8 @@ def grpo_step(args):
 
 
 def cost(args):
-    """Our own seconds of a rollout and an update, as one setting at a time grows."""
+    """Our own seconds of a rollout and an update, as one setting at a time grows; under torchrun on
+    that many ranks, which share the prompts."""
     start, rows = {"group": args.group, "new": args.new, "image": args.image}, []
     for change in ({}, *({k: m * v} for k, v in start.items() for m in (2, 4))):
         ref, _, items, _, sample, learner = parts(argparse.Namespace(**{**vars(args), **change}))
@@ -272,7 +278,8 @@ def cost(args):
         rows.append({**start, **change, "prompt": max(lengths(prompts(ref, items))),
                      "rollout": timed(functools.partial(sample, 1), args),
                      "update": timed(functools.partial(update, groups, 0), args)})
-        print("  ".join(f"{k} {v:<7.4g}" for k, v in rows[-1].items()), file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print("  ".join(f"{k} {v:<7.4g}" for k, v in rows[-1].items()), file=sys.stderr)
     return {}, {"cost": rows}
 
 
@@ -475,6 +482,9 @@ def main(argv=None):
     add("--chunks", type=int, default=4096, help="fast: chunks a batch")
     add("--peak-tflops", type=float, default=989.0, help="sft on cuda: peak of the GPU in bf16")
     args = parser.parse_args(argv)
+    args.ranks = int(os.environ.get("WORLD_SIZE", "0"))  # 0: not under torchrun
+    if args.ranks and (args.command != "cost" or args.prompts % args.ranks):
+        parser.error("under torchrun: cost, with --prompts a multiple of the ranks")
     args.size = args.size or ("tiny-vlm" if args.command == "head" else "tiny")
     args.image = args.image or (64 if args.size == "tiny-vlm" else 112)
     if args.size == "tiny-vlm" and args.command not in ("head", "fast"):
@@ -484,7 +494,7 @@ def main(argv=None):
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if args.device == "cpu":
         torch.set_num_threads(1)
-    if not torch.cuda.is_available():  # else it starts nccl for FSDP, which is not used here
+    if args.ranks or not torch.cuda.is_available():  # else it starts nccl for FSDP in one process
         model.setup(0)
     pairs, more = COMMANDS[args.command](args)
     trl = {"trl": sys.modules["trl"].__version__} if "trl" in sys.modules else {}
@@ -497,7 +507,8 @@ def main(argv=None):
                  for k in ("ours", "peer", "ratio") if k in pair)
         print(f"{args.command} {name}, {pair.get('unit', 'skipped')}: "
               f"{pair.get('skipped') or ', '.join(cells)}")
-    print(json.dumps(record), flush=True)
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(record), flush=True)
     return record
 
 

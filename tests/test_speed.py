@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from ranks import on_ranks
 
 from benchmarks import speed
 
@@ -74,7 +75,17 @@ def test_fast(measure):
     assert pairs["decode"]["work"]["decoded"]["ours"] == 64
 
 
+def test_cost_on_two_ranks_is_one_record(capfd):
+    on_ranks(speed.main, ["cost", *TOY, "--image", "28"], 2)
+    (line,) = capfd.readouterr().out.splitlines()
+    settings = json.loads(line)["settings"]
+    assert settings["ranks"] == 2 and len(settings["cost"]) == 7
+    assert all(row["rollout"] > 0 and row["update"] > 0 for row in settings["cost"])
+    on_ranks(speed.main, ["cost", "--prompts", "3"], 2, code=2)
+    assert "--prompts a multiple of the ranks" in capfd.readouterr().err
+
+
 def test_different_work_gives_no_figure():
-    args = speed.argparse.Namespace(device="cpu", repeats=1)
+    args = speed.argparse.Namespace(device="cpu", repeats=1, ranks=0)
     with pytest.raises(ValueError, match="turn 0: tokens is 8 in ours, 7 in the peer"):
         speed.compare(lambda k: 8, lambda k: 7, lambda a, b: {"tokens": (a, b, 0)}, args)
