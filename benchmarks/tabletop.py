@@ -53,7 +53,7 @@ SIDES = {"left of": (-1, 0), "right of": (1, 0), "behind": (0, -1), "in front of
 SUITES = ["spatial", "object", "goal", "long"]
 ACTION_QUESTION = "What should the robot do next?"  # as model.action_question asks it
 
-# A goal is (verb, object, destination). A task of LONG is two goals in order, numbered from 0.
+# A goal is (verb, object, destination). A task of LONG is two goals in order.
 GOALS = {
     "put the red cube on the plate": ("on", "red cube", "plate"),
     "put the blue cube on the plate": ("on", "blue cube", "plate"),
@@ -66,8 +66,18 @@ GOALS = {
     "push the blue cube to the left": ("push", "blue cube", None),
     "lift the red cube": ("lift", "red cube", None),
 }
-LONG = [", then ".join(list(GOALS)[i] for i in pair) for pair in (
-    (0, 5), (1, 5), (2, 6), (6, 5), (7, 0), (5, 3), (3, 6), (6, 9), (7, 4), (7, 5))]
+LONG = [
+    "put the red cube on the plate, then press the button",
+    "put the blue cube on the plate, then press the button",
+    "put the green ball on the plate, then open the drawer",
+    "open the drawer, then press the button",
+    "close the drawer, then put the red cube on the plate",
+    "press the button, then stack the red cube on the blue cube",
+    "stack the red cube on the blue cube, then open the drawer",
+    "open the drawer, then lift the red cube",
+    "close the drawer, then stack the green ball on the blue cube",
+    "close the drawer, then press the button",
+]
 
 
 def suite_tasks(suite):
