@@ -1176,7 +1176,10 @@ def load_train_state(folder, what, optim):
 
 def resumed(cfg):
     """The newest checkpoint if the run is to --resume it, or None. ValueError when it goes on with
-    another value of a flag that is not FREE to change."""
+    another value of a flag that is not FREE to change, or would mix with an older run's files."""
+    if not cfg.resume and (latest(cfg.out) or (Path(cfg.out) / "final").exists()):
+        raise ValueError(f"{cfg.out}: already holds a run; go on with --resume, name another --out, "
+                         "or delete it")
     newest, new = latest(cfg.out) if cfg.resume else None, asdict(cfg)
     old = read_json(newest / "run.json")["config"] if newest else new
     for k in [k for k in new if k not in FREE and old.get(k) != new[k]]:

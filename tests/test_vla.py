@@ -332,6 +332,8 @@ def test_resume_equals_uninterrupted(data, tmp_path, some):
         assert all(a[k] == b[k] for k in a.keys() - {"seconds", "steps_s"}), (a, b)
     with pytest.raises(ValueError, match="another --lr; resume with --lr 0.001"):
         vla.main(argv(data, tmp_path, **flags, resume=True, lr=1e-2))
+    with pytest.raises(ValueError, match="already holds a run; go on with --resume"):
+        vla.main(argv(data, tmp_path, **flags))
 
 
 def test_four_ranks_equal_one(data, tmp_path):
@@ -350,8 +352,8 @@ def test_four_ranks_equal_one(data, tmp_path):
     for k in a:  # the gradient of a key's bias is 0 but for rounding, which Adam blows up
         if not k.endswith("kv.bias"):
             torch.testing.assert_close(a[k], b[k], atol=1e-5, rtol=1e-4)
-    vla.main(argv(data, tmp_path / "one", **flags, **{"cache-dir": tmp_path / "two" / "features"}))
-    again = records(tmp_path / "one")[7:]  # another world size reads the parts of four ranks
+    vla.main(argv(data, tmp_path / "3", **flags, **{"cache-dir": tmp_path / "two" / "features"}))
+    again = records(tmp_path / "3")[1:]  # another world size reads the parts of four ranks
     assert [r["loss"] for r in again[:4]] == pytest.approx([r["loss"] for r in one[:4]], rel=1e-4)
 
 
