@@ -17,7 +17,7 @@ Seconds on one CPU core. Legend: B batch, K chunk length, A action dims, S state
 
 import argparse
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from itertools import compress
@@ -100,9 +100,9 @@ class FastTokenizer:
         byte = {c: b for b, c in enumerate(spell)}
         self.pieces = {i: bytes(byte[c] for c in piece) if byte.keys() >= set(piece)
                        else piece.encode() for piece, i in vocab.items()}  # id -> UTF-8 bytes
-        self.kind = "latin-1" if spell else "utf-8"  # an id that is not there makes a text BROKEN
-        texts = {i: piece.decode(self.kind) for i, piece in self.pieces.items()}
-        self.texts = defaultdict(lambda: BROKEN, texts)
+        self.kind, self.texts = "latin-1" if spell else "utf-8", [BROKEN] * 2 * self.vocab_size
+        for i, piece in self.pieces.items():  # ids that are not there, -1 too, make a text BROKEN
+            self.texts[i] = piece.decode(self.kind)
         # It may also lack bytes, and then drops characters silently: encode goes to the nearest
         # coefficient that can be written instead. Our own vocabulary can write the whole range.
         codes = [c for c in range(int(max_coef - min_coef) + 1) if all(
@@ -161,7 +161,10 @@ class FastTokenizer:
         ok is False for a sequence that is empty, holds an id out of range or gives no K x A
         coefficients (byte level: or no valid text); its chunk is NaN."""
         rows, n = [x.tolist() if hasattr(x, "tolist") else x for x in ids], self.horizon * self.dim
-        texts = ["".join(itemgetter(*row)(self.texts)) if row else "" for row in rows]
+        try:
+            texts = ["".join(itemgetter(*row)(self.texts)) if row else "" for row in rows]
+        except IndexError:  # far out of range
+            return self.decode([np.clip(row, -1, self.vocab_size).astype(int) for row in rows])
         if self.kind == "latin-1":  # what it spells are bytes
             texts = [text if BROKEN in text else text.encode("latin-1").decode(errors="replace")
                      for text in texts]
@@ -170,7 +173,7 @@ class FastTokenizer:
         if ok.any():
             codes = np.frombuffer("".join(compress(texts, ok)).encode("utf-16-le"), "<u2")
             coefs = (codes + float(self.min_coef)).reshape(-1, *chunks.shape[1:])  # (ok.sum(), K, A)
-            actions = idct(coefs / self.scale, axis=1, norm="ortho")
+            actions = idct(coefs / self.scale, axis=1, norm="ortho", overwrite_x=True)
             chunks[ok] = actions if self.stats is None else unnormalize(actions, self.stats)
         return chunks, ok
 

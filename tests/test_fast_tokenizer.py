@@ -170,6 +170,8 @@ def test_malformed_ids_are_reported_not_zeroed(tok):
     decoded, ok = tok.decode(rows)
     assert ok.tolist() == [True, False, False, False, True] + [False] * 5
     assert np.isfinite(decoded[ok]).all() and np.isnan(decoded[~ok]).all()
+    far = [[*good[:-1], i * tok.vocab_size] for i in (-1, -2, -9, 2, 9)]
+    assert tok.decode([*far, good, []])[1].tolist() == [False] * 5 + [True, False]
     assert tok.decode([torch.tensor(good), np.array(good)])[1].all()
     decoded, ok = tok.decode([])
     assert decoded.shape == (0, 5, 3) and ok.shape == (0,)
