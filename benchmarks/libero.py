@@ -2,7 +2,7 @@
 
 Its pins clash with ours: it lives in a Python of its own, here PY, and asks over a socket.
 
-    PY -m benchmarks.libero --suites spatial --episodes 20 --out data/libero_spatial
+    PY -m benchmarks.libero record --suites spatial --episodes 20 --out data/libero_spatial
     python -m benchmarks.libero --convert HDF5_FOLDER --out data/libero     # published demonstrations
     python evaluate.py libero --python PY --policy runs/libero
 

@@ -1,6 +1,6 @@
 """Meta-World 3.1.1 (arXiv 1910.10897): tasks of an arm with real physics
 
-    python -m benchmarks.metaworld --episodes 20 --out data/metaworld        # the tasks of MT10
+    python -m benchmarks.metaworld record --episodes 20 --out data/metaworld # the tasks of MT10
     python evaluate.py metaworld --policy runs/vla
 
 The experts are the package's own. Action (4,): hand xyz and gripper, in [-1, 1]; state (4,): hand

@@ -499,7 +499,8 @@ def main(argv=None):
     pairs, more = COMMANDS[args.command](args)
     trl = {"trl": sys.modules["trl"].__version__} if "trl" in sys.modules else {}
     record = {"benchmark": args.command, "pairs": pairs, "settings": {**vars(args), **more},
-              "command": shlex.join(["python", "-m", "benchmarks.speed", *argv]),
+              "command": shlex.join([*(["torchrun", "--nproc_per_node", str(args.ranks)]
+                                       if args.ranks else ["python"]), "-m", "benchmarks.speed", *argv]),
               "hardware": hardware(args.device), "versions": {**model.versions(), **trl},
               "commit": model.commit()}
     for name, pair in pairs.items() if not args.json else ():

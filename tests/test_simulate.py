@@ -120,7 +120,7 @@ def test_a_crash_stops_the_other_workers(toy, tmp_path):
 
 
 def test_record_drops_failures_and_counts_them(toy, tmp_path, monkeypatch, capsys):
-    argv = ["x", "--out", str(tmp_path / "data"), "--episodes", "4"]
+    argv = ["x", "record", "--out", str(tmp_path / "data"), "--episodes", "4"]
     monkeypatch.setattr(sys, "argv", argv)
     simulate.record("toy")
     files = episodes(tmp_path / "data")

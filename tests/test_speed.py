@@ -78,7 +78,9 @@ def test_fast(measure):
 def test_cost_on_two_ranks_is_one_record(capfd):
     on_ranks(speed.main, ["cost", *TOY, "--image", "28"], 2)
     (line,) = capfd.readouterr().out.splitlines()
-    settings = json.loads(line)["settings"]
+    record = json.loads(line)
+    settings = record["settings"]
+    assert record["command"].startswith("torchrun --nproc_per_node 2 -m benchmarks.speed cost")
     assert settings["ranks"] == 2 and len(settings["cost"]) == 7
     assert all(row["rollout"] > 0 and row["update"] > 0 for row in settings["cost"])
     on_ranks(speed.main, ["cost", "--prompts", "3"], 2, code=2)
