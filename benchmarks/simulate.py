@@ -155,7 +155,7 @@ def record(name, convert=None):
     module = importlib.import_module(f"benchmarks.{name}")
     parser = argparse.ArgumentParser(description="Demonstrations of a scripted expert.")
     add = parser.add_argument
-    add("command", nargs="?", choices=["record"], help="what it does")
+    add("command", nargs="?", choices=["record"], help="of the scripted expert")
     add("--out", required=True, help="folder to write")
     add("--episodes", type=int, default=20, help="demonstrations a task that are tried")
     add("--seed", type=int, default=0, help="of states and noise, below 10")
