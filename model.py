@@ -917,7 +917,8 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self):
-        group, shapes, jobs = next(g for g in self.param_groups if g["hidden"]), {}, []
+        group = next((g for g in self.param_groups if g["hidden"]), {"params": []})
+        shapes, jobs = {}, []
         for p in group["params"]:
             if p.grad is not None:
                 shapes.setdefault(p.shape, []).append(p)

@@ -464,6 +464,16 @@ def test_clip_and_groups():
         (0.1, [2]), (0.0, [1])]
 
 
+def test_muon_without_inner_matrices_is_adamw():
+    """It used to end in a StopIteration when nothing was left for Muon."""
+    nets = [torch.nn.LayerNorm(4), torch.nn.LayerNorm(4)]
+    for net, muon in zip(nets, (True, False)):
+        optim = model.optimizer(net, 0.01, 0.1, (0.9, 0.95), muon)
+        net(torch.arange(8.0).view(2, 4) ** 2).sum().backward()
+        optim.step()
+    assert torch.equal(nets[0].weight, nets[1].weight) and (nets[0].weight != 1).any()
+
+
 def test_muon_by_hand():
     """One step on a matrix whose singular vectors are known; everything else is AdamW's."""
     torch.manual_seed(0)
