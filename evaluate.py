@@ -78,16 +78,11 @@ def record(path, arm, metrics, args, started, paired=None):
         results["versions"] = model.versions()
         command = shlex.join(["python", "evaluate.py", *args.argv])
         results["commands"] = [c for c in results["commands"] if c != command] + [command]
-        write_results(path, results)
+        model.write_json(path, results)
     for name, value in metrics.items():
         if len(name.split()) < 3:
             print(f"{name:24s}", "{mean:6.3f}  [{low:.3f}, {high:.3f}]  n {n}".format(**value))
     print(f"{path}: arm {arm}, {len(metrics)} metrics")
-
-
-def write_results(path, results):
-    model.write_json(part := pathlib.Path(path).with_suffix(".tmp"), results)
-    part.replace(path)
 
 
 def read_results(path):
@@ -200,12 +195,9 @@ def actions(args):
     for mode, think in (("think", True), ("direct", False)):
         rows, targets, chunks = held_out(bb, args.data, args.prompts, args.seed, think)
         for style, n in (("sampled", args.samples), ("greedy", 1)):
-            ids = []  # B * n lists
-            for start in range(0, len(rows), args.batch):
-                some = rows[start : start + args.batch]
-                out = model.generate(bb, some, n=n, max_new=args.max_new, greedy=style == "greedy",
-                                     seed=args.seed, keys=range(start, start + len(some)))
-                ids += [row[keep].tolist() for row, keep in zip(out["ids"], out["mask"].bool())]
+            out = model.generate(bb, rows, n, args.max_new, greedy=style == "greedy",
+                                 seed=args.seed, chunk=args.batch)
+            ids = [row[keep].tolist() for row, keep in zip(out["ids"], out["mask"].bool())]
             means, thoughts, distinct = score(bb, ids, n, targets, chunks, think)
             for name, values in means.items():
                 metrics[f"{mode} {style} {name}"] = bootstrap(values)
@@ -255,7 +247,7 @@ def report(args):
         results = read_results(path)
         if args.minutes:
             results["minutes_whole_run"] = args.minutes
-            write_results(path, results)
+            model.write_json(path, results)
         whole = results.get("minutes_whole_run")
         about = (f"Preset {results['preset']}, seeds {results['seeds']}, {results['hardware']}; "
                  + (f"the whole run {whole} min, " if whole else "")

@@ -46,7 +46,8 @@ class Config:
     batch: int = 16  # prompts an optimiser update, all ranks together; prompts / batch updates a step
     group: int = 8  # completions a prompt (G)
     micro_batch: int = 8  # prompts a rank forwards and backwards at once; lower it when memory runs out
-    chunk: int = 0  # prompts a rank samples at once; 0: all of its prompts
+    chunk: int = 0  # prompts a rank samples at once, those of like length together; 0: all it has
+    graphs: bool = True  # on a GPU, replay decoding steps as CUDA graphs
     recompute: bool = False  # activation checkpointing: less memory, a third more time an update
     cpu_offload: bool = False  # keep the reference model in the CPU's memory
     shards: int = 0  # ranks that share one copy of the weights, more nodes mirror it; 0: all ranks
@@ -255,32 +256,29 @@ def rollout(bb, cfg, rows, targets, keys, seed, G, greedy=False):
 
     -> groups, {metric: [sum, count]} over completions or groups, a text to show. Distinct thoughts
     and actions: different ones / G, 1 when all differ: falling, they show a collapse."""
-    groups, sums, shown = [], {k: [0.0, 0] for k in METRICS}, ""
-    known, chunk = set(bb.vocab.fast), cfg.chunk or max(len(rows), 1)
-    for at in range(0, len(rows), chunk):
-        part = slice(at, at + chunk)
-        out = model.generate(bb, rows[part], G, cfg.max_new, cfg.temperature, greedy=greedy,
-                             seed=seed, keys=keys[part])
-        ids = [i[m].tolist() for i, m in zip(out["ids"].cpu(), out["mask"].bool().cpu())]
-        gold = [t for t in targets[part] for _ in range(G)]
-        r, info = reward(bb, ids, gold, cfg.reward)
-        adv, ties = advantage(torch.tensor(r, dtype=torch.float32).view(-1, G), cfg.adv)
-        for b, row in enumerate(rows[part]):
-            mine = slice(b * G, b * G + G)
-            T = int(out["mask"][mine].sum(1).max())
-            groups.append(Group(row, *(out[k][mine, :T] for k in ("ids", "mask", "logp")),
-                                adv[b].to(out["ids"].device), bool(ties[b])))
-        texts = [bb.tok.decode(i) for i in ids]
-        kinds = {"distinct_thoughts": [t.split("<answer>")[0] for t in texts],
-                 "distinct_actions": [tuple(t for t in i if t in known) for i in ids]}
-        values = {"reward": r, **info, "ties": ties.tolist(), "length": [len(i) for i in ids],
-                  "cut": [i[-1] != bb.vocab.eos for i in ids],
-                  **{k: [len(set(x[i : i + G])) / G for i in range(0, len(x), G)]
-                     for k, x in kinds.items()}}
-        for k in METRICS:
-            sums[k] = [sums[k][0] + float(np.sum(values[k])), sums[k][1] + len(values[k])]
-        shown = shown or f"{texts[0]!r} r {r[0]:.3f}, target {model.action_answer(gold[0])}"
-    return groups, sums, shown
+    if not rows:
+        return [], {k: [0.0, 0] for k in METRICS}, ""
+    out = model.generate(bb, rows, G, cfg.max_new, cfg.temperature, greedy=greedy, seed=seed,
+                         keys=keys, chunk=cfg.chunk, graphs=cfg.graphs and None)
+    ids = [i[m].tolist() for i, m in zip(out["ids"].cpu(), out["mask"].bool().cpu())]
+    gold = [t for t in targets for _ in range(G)]
+    r, info = reward(bb, ids, gold, cfg.reward)
+    adv, ties = advantage(torch.tensor(r, dtype=torch.float32).view(-1, G), cfg.adv)
+    groups = []
+    for b, row in enumerate(rows):
+        mine = slice(b * G, b * G + G)
+        T = int(out["mask"][mine].sum(1).max())
+        groups.append(Group(row, *(out[k][mine, :T] for k in ("ids", "mask", "logp")),
+                            adv[b].to(out["ids"].device), bool(ties[b])))
+    texts, known = [bb.tok.decode(i) for i in ids], set(bb.vocab.fast)
+    kinds = {"distinct_thoughts": [t.split("<answer>")[0] for t in texts],
+             "distinct_actions": [tuple(t for t in i if t in known) for i in ids]}
+    values = {"reward": r, **info, "ties": ties.tolist(), "length": [len(i) for i in ids],
+              "cut": [i[-1] != bb.vocab.eos for i in ids],
+              **{k: [len(set(x[i : i + G])) / G for i in range(0, len(x), G)]
+                 for k, x in kinds.items()}}
+    sums = {k: [float(np.sum(values[k])), len(values[k])] for k in METRICS}
+    return groups, sums, f"{texts[0]!r} r {r[0]:.3f}, target {model.action_answer(gold[0])}"
 
 
 def means(sums):

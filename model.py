@@ -487,38 +487,38 @@ class SharedKV(DynamicLayer):
 
 class SampleKV(DynamicLayer):
     """Keys and values of one layer: those of the prompts, (B, kv heads, T, head width), from the
-    first update, and those of n samples of each, (rows, kv heads, room, head width), allocated once
-    and written in place, where a DynamicLayer would copy all of K and V at every token."""
+    first update, and those of n samples of each, (rows, kv heads, room, head width), written in
+    place at `at` (1,) and read up to `seen`: a DynamicLayer would copy all of K and V each time."""
 
-    def __init__(self, n, room):
+    def __init__(self, n, room, at):
         super().__init__()
-        self.n, self.room, self.used, self.prompt = n, room, 0, None
+        self.n, self.room, self.at, self.seen, self.prompt = n, room, at, 0, None
 
     def update(self, k, v, *args, **kwargs):
         if self.prompt is None:
             self.prompt = k, v
-            self.keys = k.new_empty(len(k) * self.n, k.shape[1], self.room, k.shape[3])
-            self.values = torch.empty_like(self.keys)
+            self.keys = k.new_zeros(len(k) * self.n, k.shape[1], self.room, k.shape[3])
+            self.values = torch.zeros_like(self.keys)
             return k, v
-        start, self.used = self.used, self.used + k.shape[2]
-        self.keys[:, :, start : self.used] = k
-        self.values[:, :, start : self.used] = v
-        return self.keys[:, :, : self.used], self.values[:, :, : self.used]
+        self.keys[:, :, self.at] = k
+        self.values[:, :, self.at] = v
+        return self.keys[:, :, : self.seen], self.values[:, :, : self.seen]
 
     def get_seq_length(self):
-        return 0 if self.prompt is None else self.prompt[0].shape[2] + self.used
+        return 0 if self.prompt is None else self.prompt[0].shape[2] + self.seen
 
     def drop(self, hole, tail, left):
         """Rows `tail` take the places `hole` of finished ones, then the first `left` rows stay."""
         for kv in self.keys, self.values:
-            kv[hole, :, : self.used] = kv[tail, :, : self.used]
+            kv[hole, :, : self.seen] = kv[tail, :, : self.seen]
         self.keys, self.values = self.keys[:left], self.values[:left]
 
 
-def _attend_prompt(q, k, v, prompt_k, prompt_v, sample, N, bias):
+def _attend_prompt(q, k, v, prompt_k, prompt_v, sample, N, bias, filled):
     """One new token of R samples, q (R, H, 1, d), attends to their own tokens, k, v (R, h, t, d),
     and to the B prompts, (B, h, T, d), which the n samples of each read together: a decoder is as
-    fast as the keys it reads. sample (R,): b * n + g of each row; bias (B, 1, 1, T)."""
+    fast as the keys it reads. sample (R,): b * n + g of each row; bias (B, 1, 1, T); filled (t,):
+    which of their own tokens there are yet, None: all."""
     (R, H, _, d), (B, h, T, _) = q.shape, prompt_k.shape
     q = q.view(R, h, H // h, d) * d**-0.5
 
@@ -531,16 +531,17 @@ def _attend_prompt(q, k, v, prompt_k, prompt_v, sample, N, bias):
         return x if R == N else x[sample]
 
     score = by_sample(by_prompt(q) @ prompt_k.mT + bias)  # (R, h, H/h, T)
-    p = torch.cat([score, q @ k.mT], -1).float().softmax(-1).to(v.dtype)
+    own = q @ k.mT if filled is None else (q @ k.mT).masked_fill(~filled, -1e9)  # (R, h, H/h, t)
+    p = torch.cat([score, own], -1).float().softmax(-1).to(v.dtype)
     x = by_sample(by_prompt(p[..., :T]) @ prompt_v) + p[..., T:] @ v  # (R, h, H/h, d)
     return x.reshape(R, 1, H, d)
 
 
-def draw(logp, u, top_p=1.0):
+def draw(logp, u, top_p=1.0, wait=True):
     """Inverse-CDF sampling: the first index whose cumulative probability reaches u. logp (N, V),
     u (N,) in (0, 1], fp32 -> (N,). Some 10x faster than torch.multinomial on a CPU at 152K tokens,
     and no row's draw depends on another. top_p < 1 leaves only the nucleus: the fewest most
-    probable tokens that reach top_p together, and all ties of the last."""
+    probable tokens that reach top_p together, and all ties of the last. wait: not in a CUDA graph."""
     p = logp.exp()
     if top_p < 1:
         ranked = p.sort(-1, descending=True).values
@@ -549,17 +550,87 @@ def draw(logp, u, top_p=1.0):
     cdf = p.cumsum(-1)
     ids = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:])  # (N, 1); u > 0: not where p is 0 ...
     lost = p.gather(-1, ids) == 0  # ... but the parallel sum of a GPU can rise there by a rounding
-    return (torch.where(lost, p.argmax(-1, True), ids) if lost.any() else ids)[:, 0]
+    return (torch.where(lost, p.argmax(-1, True), ids) if not wait or lost.any() else ids)[:, 0]
+
+
+def record(step):
+    """What step() launches on the GPU, as a CUDA graph: -> a function that does it again, on the
+    same tensors, in one launch; at one token a row, launching would take longer than computing."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def _decoding(net, loop):  # a forward of the whole net to FSDP, whose blocks wait for no stream then
+    return loop()
+
+
+def _decode(bb, rows, n, at, out, choose, stop, graphs):
+    """Samples n continuations of each row into the rows `at` (B*n,) of out: ids, mask, logp (N, T).
+    choose(h (R, D), at (R,), t (1,)) -> token t of these samples and its logp, (R,) each."""
+    net, lm, embed = bb.net, bb.net.model.language_model, bb.net.get_input_embeddings()
+    batch, N, (ids, mask, logps) = to(collate(rows, bb.vocab.pad, left=True), at.device), len(at), out
+    t = torch.zeros(1, dtype=torch.long, device=at.device)  # the token that is sampled next
+    cache = Cache(layers=[SampleKV(n, ids.shape[1], t) for _ in lm.layers])
+    h = hidden(net, batch, cache)[:, -1].repeat_interleave(n, 0)  # (B*n, D)
+    first = (batch["pos"].amax((0, 2)) + 1).repeat_interleave(n)  # (B*n,) M-RoPE of sampled token 0
+    bias = ((batch["mask"] - 1)[:, None, None] * 1e9).to(h.dtype)  # (B, 1, 1, T) to attention
+    row = torch.arange(N, device=at.device)  # which sample each row of the shrinking batch is
+    new, alive = torch.zeros_like(row), torch.ones_like(row, dtype=torch.bool)
+
+    def sample(h):  # (R, D); finished rows, which a graph keeps for a while, write padding
+        place, (token, logp) = at[row], choose(h, at[row], t)
+        ids[place, t] = new.copy_(token).masked_fill(~alive, bb.vocab.pad)
+        mask[place, t], logps[place, t] = alive.long(), logp.masked_fill(~alive, 0)
+        alive.logical_and_((new[:, None] != stop).all(1))
+
+    def step():
+        filled = torch.arange(cache.layers[0].seen, device=t.device) <= t if graphs else None
+        x = lm(inputs_embeds=embed(new[:, None]), past_key_values=cache, use_cache=True,
+               position_ids=(first[row] + t)[None, :, None].expand(3, -1, -1),
+               sampled=[*cache.layers, {"sample": row, "N": N, "bias": bias, "filled": filled}])
+        t.add_(1)
+        sample(x.last_hidden_state[:, 0])
+
+    def loop():
+        nonlocal row, new, alive
+        sample(h)
+        T, shape, replay = 1, None, None
+        # A graph is bound to its shapes: it reads the cache up to the end of a block, and finished
+        # rows leave it when they are a quarter; looked for every `span` steps.
+        span, block, most = (16, 128, 0.75) if graphs else (1, 1, 1)
+        while T < ids.shape[1] and (left := int(alive.sum())):
+            if left < len(row) and left <= most * len(row):
+                hole, tail = (~alive[:left]).nonzero()[:, 0], alive[left:].nonzero()[:, 0] + left
+                for layer in cache.layers:
+                    layer.drop(hole, tail, left)
+                order = torch.arange(left, device=at.device).index_copy_(0, hole, tail)
+                row, new, alive = row[order], new[order], torch.ones_like(alive[:left])
+            ahead = min(span, ids.shape[1] - T)
+            for layer in cache.layers:
+                layer.seen = min(-(-(T + ahead - 1) // block) * block, ids.shape[1])
+            T += ahead
+            if shape != (len(row), layer.seen):
+                shape, ahead, replay = (len(row), layer.seen), ahead - 1, None  # None frees memory
+                step()  # also what a library does at its first call, which no graph may hold
+                replay = record(step) if graphs and ahead else step
+            for _ in range(ahead):
+                replay()
+
+    getattr(net, "decoding", functools.partial(_decoding, net))(loop)
 
 
 @torch.no_grad()  # inference_mode would give tensors that the update cannot use
 def generate(bb, rows, n=1, max_new=128, temperature=1.0, top_p=1.0, greedy=False, seed=0,
-             keys=None, stop=None):
+             keys=None, stop=None, chunk=0, graphs=None):
     """Samples n continuations of each prompt; a prompt and its images are forwarded once.
 
     rows: B prompt-only rows of `encode`. keys: one int a prompt (default 0..B-1); the sample of
     (seed, key, g) is the same in any batch and on any number of ranks, up to float noise. stop: ids
     that end a sample (default the end of the turn). bb.vocab.banned ids have probability 0.
+    chunk: prompts at once, those of like length together; 0: all. graphs: replay decoding steps as
+    CUDA graphs (default: on a GPU).
     -> ids (B*n, T), sample g of prompt b in row b*n + g, padded; mask (B*n, T) 1 on sampled tokens,
     the stop token among them; logp (B*n, T) fp32 nats at this temperature, before top_p, 0 where
     mask is 0. T <= max_new. ValueError for an impossible temperature or top_p.
@@ -570,46 +641,28 @@ def generate(bb, rows, n=1, max_new=128, temperature=1.0, top_p=1.0, greedy=Fals
     net, device, N = bb.net, bb.net.device, len(rows) * n
     ids = torch.full((N, max_new), bb.vocab.pad, device=device)
     mask, logps = torch.zeros_like(ids), torch.zeros(N, max_new, device=device)
-    if N == 0:  # a rank may have no prompt
-        return {"ids": ids[:, :0], "mask": mask[:, :0], "logp": logps[:, :0]}
-    keys = range(len(rows)) if keys is None else keys
-    u = np.stack([1 - rng(seed, k, g).random(max_new) for k in keys for g in range(n)])
-    u = torch.as_tensor(u, dtype=torch.float32, device=device)  # (B*n, T) in (0, 1]
+    u = [1 - rng(seed, k, g).random(max_new) for k in keys or range(len(rows)) for g in range(n)]
+    u = torch.tensor(np.array(u, np.float32), device=device)  # (B*n, T) in (0, 1]
     stop = torch.tensor([bb.vocab.eos] if stop is None else list(stop), device=device)
     banned = torch.tensor(bb.vocab.banned, dtype=torch.long, device=device)
+    graphs = device.type == "cuda" if graphs is None else graphs
 
-    was_training = net.training
-    net.eval()
-    lm, embed = net.model.language_model, net.get_input_embeddings()
-    batch = to(collate(rows, bb.vocab.pad, left=True), device)
-    cache = Cache(layers=[SampleKV(n, max_new) for _ in lm.layers])
-    h = hidden(net, batch, cache)[:, -1].repeat_interleave(n, 0)  # (B*n, D)
-    first = (batch["pos"].amax((0, 2)) + 1).repeat_interleave(n)  # (B*n,) M-RoPE of sampled token 0
-    bias = ((batch["mask"] - 1)[:, None, None] * 1e9).to(h.dtype)  # (B, 1, 1, T) to attention
-
-    row = torch.arange(N, device=device)  # which sample each row of the shrinking batch is
-    for t in range(max_new):
+    def choose(h, at, t):
         logits = (logits_of(net, h) / temperature).index_fill_(-1, banned, -torch.inf)  # (R, V)
         logp = logits.log_softmax(-1)
-        new = logp.argmax(-1) if greedy else draw(logp, u[row, t], top_p)  # (R,)
-        ids[row, t], mask[row, t] = new, 1
-        logps[row, t] = logp.gather(-1, new[:, None])[:, 0]
-        alive = ~torch.isin(new, stop)
-        left = int(alive.sum())
-        if left == 0 or t + 1 == max_new:
-            break
-        if left < len(row):  # finished rows leave at once: cheap, as only their places are written
-            hole, tail = (~alive[:left]).nonzero()[:, 0], alive[left:].nonzero()[:, 0] + left
-            for layer in cache.layers:
-                layer.drop(hole, tail, left)
-            order = torch.arange(left, device=device).index_copy_(0, hole, tail)
-            row, new = row[order], new[order]
-        h = lm(inputs_embeds=embed(new[:, None]), past_key_values=cache, use_cache=True,
-               position_ids=(first[row] + t)[None, :, None].expand(3, -1, -1),
-               sampled=[*cache.layers, {"sample": row, "N": N, "bias": bias}],
-               ).last_hidden_state[:, 0]  # (R, D)
+        new = logp.argmax(-1) if greedy else draw(logp, u[at, t], top_p, not graphs)  # (R,)
+        return new, logp.gather(-1, new[:, None])[:, 0]
+
+    chunk, was_training = chunk or max(len(rows), 1), net.training  # a rank may have no prompt
+    order = sorted(range(len(rows)), key=lambda b: chunk < len(rows) and len(rows[b]["ids"]))
+    net.eval()
+    for k in range(0, len(rows), chunk):
+        some = order[k : k + chunk]
+        at = torch.tensor([b * n + g for b in some for g in range(n)], device=device)
+        _decode(bb, [rows[b] for b in some], n, at, (ids, mask, logps), choose, stop, graphs)
     net.train(was_training)
-    return {"ids": ids[:, : t + 1], "mask": mask[:, : t + 1], "logp": logps[:, : t + 1]}
+    T = int(mask.sum(1).amax()) if N else 0
+    return {"ids": ids[:, :T], "mask": mask[:, :T], "logp": logps[:, :T]}
 
 
 @contextlib.contextmanager
@@ -872,7 +925,7 @@ def shard(net, dist, mp_dtype=None, offload=False):
         _receive(unit, dist)
         fsdp.fully_shard(unit, reshard_after_forward=unit is not net, **kw)
     if isinstance(net, transformers.PreTrainedModel):  # which methods are called like forward()
-        for part, method in (net, _hidden), (net.lm_head, _by_slices):
+        for part, method in (net, _hidden), (net, _decoding), (net.lm_head, _by_slices):
             setattr(part, name := method.__name__[1:], types.MethodType(method, part))
             fsdp.register_fsdp_forward_method(part, name)
     return net
@@ -1042,7 +1095,9 @@ FREE = [  # flags that --resume may change
 
 
 def write_json(path, value):
-    Path(path).write_text(json.dumps(value, indent=1) + "\n")
+    part = Path(path).with_suffix(".tmp")  # whoever reads meanwhile sees the old one
+    part.write_text(json.dumps(value, indent=1) + "\n")
+    part.replace(path)
 
 
 def read_json(path):

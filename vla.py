@@ -278,8 +278,7 @@ def build_cache(bb, frames, cfg, dist, size=64):
     if distributed.is_initialized():
         distributed.barrier()
     if dist.rank == 0:  # last and atomically: a folder without it is incomplete, and computed again
-        model.write_json(part := path.with_suffix(".tmp"), made_from)
-        part.replace(path)
+        model.write_json(path, made_from)
     return Cached(folder, frames, dist.device)
 
 

@@ -161,7 +161,8 @@ def timed(run, args):
 
 
 def rollout(args):
-    """model.generate against transformers' generate, which forwards a prompt once a completion."""
+    """model.generate against transformers' generate, which forwards a prompt once a completion; on
+    a GPU also with its steps replayed as CUDA graphs against without."""
     bb, G, new = backbone(args), args.group, args.new
     rows = prompts(bb, questions(args.prompts, args.image))
     batch = plain(bb, rows, args.device, left=True)[0] | {
@@ -179,9 +180,13 @@ def rollout(args):
     same = (model.generate(bb, rows, 1, new, greedy=True)["ids"]
             == bb.net.generate(**batch, do_sample=False)[:, T:])
     pair["greedy_agreement"] = same.float().mean().item()  # below 1 only by near ties, and in bf16
+    pairs = {"rollout": pair}
     if args.device != "cpu":
         pair |= decode_bound(bb, rows, T, pair["ours"]["median"], args)
-    return {"rollout": pair}, {"prompt_tokens": lengths(rows)}
+        graphs = [lambda k, on=on: model.generate(bb, rows, G, new, seed=k, graphs=on)["mask"].sum()
+                  for on in (True, False)]
+        pairs["graphs"] = compare(*graphs, lambda x, y: {"tokens": (int(x), int(y), 0)}, args)
+    return pairs, {"prompt_tokens": lengths(rows)}
 
 
 def decode_bound(bb, rows, T, seconds, args):

@@ -4,18 +4,27 @@ import multiprocessing
 import os
 import socket
 
+import torch
+
+
+def _alone(main, argv):
+    """A forked OpenMP with several threads waits forever for those that stayed with the parent, if
+    a test before has used them there."""
+    torch.set_num_threads(1)
+    main(argv)
+
 
 def _rank(main, argv, rank, world, port):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    main(argv)
+    _alone(main, argv)
 
 
 def start(main, argv, world):
     """Forked: that spares importing torch again, and what a test has patched stays patched."""
     fork = multiprocessing.get_context("fork")
     if world == 1:
-        ranks = [fork.Process(target=main, args=(argv,))]
+        ranks = [fork.Process(target=_alone, args=(main, argv))]
     else:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
