@@ -5,8 +5,9 @@ medians, quartiles and the ratio (peer / ours). Both sides start from the same w
 run once unmeasured, and what they did is compared at each turn (tokens, losses, ids): a difference
 is an error. On CPU: one thread, process CPU seconds, which a busy machine disturbs less than wall
 time; on cuda wall seconds between synchronisations. In doubt the peer is favoured: its batches are
-made before the clock starts (rollout), gradient checkpointing is off (TRL), glibc keeps memory for
-both (model.setup). In rollout and grpo the end of the turn is banned: all have --new tokens.
+made before the clock starts (rollout), gradient checkpointing is off (TRL). Both sides run in a
+process as it comes, without our scripts' setting of glibc (model.setup); --keep-memory gives it to
+both. In rollout and grpo the end of the turn is banned: all have --new tokens.
 
 python -m benchmarks.speed rollout                       # transformers generate
 python -m benchmarks.speed grpo --image 224              # a step of TRL; full rows in the update
@@ -478,6 +479,7 @@ def main(argv=None):
     add("--size", choices=SIZES, help="backbone (head: tiny-vlm, else tiny)")
     add("--repeats", type=int, default=9, help="measured turns")
     add("--json", action="store_true", help="print the JSON line alone")
+    add("--keep-memory", action="store_true", help="glibc keeps freed memory, for both sides")
     add("--prompts", type=int, default=4, help="rollout, grpo: prompts")
     add("--group", type=int, default=8, help="rollout, grpo: completions a prompt")
     add("--new", type=int, default=64, help="rollout, grpo: tokens a completion")
@@ -488,6 +490,8 @@ def main(argv=None):
     add("--peak-tflops", type=float, default=989.0, help="sft on cuda: peak of the GPU in bf16")
     args = parser.parse_args(argv)
     args.ranks = int(os.environ.get("WORLD_SIZE", "0"))  # 0: not under torchrun
+    if args.keep_memory and args.device == "cuda":
+        parser.error("--keep-memory is about the CPU's memory")
     if args.ranks and (args.command != "cost" or args.prompts % args.ranks):
         parser.error("under torchrun: cost, with --prompts a multiple of the ranks")
     args.size = args.size or ("tiny-vlm" if args.command == "head" else "tiny")
@@ -499,7 +503,8 @@ def main(argv=None):
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if args.device == "cpu":
         torch.set_num_threads(1)
-    if args.ranks or not torch.cuda.is_available():  # else it starts nccl for FSDP in one process
+    torch.manual_seed(0)
+    if args.keep_memory:
         model.setup(0)
     pairs, more = COMMANDS[args.command](args)
     trl = {"trl": sys.modules["trl"].__version__} if "trl" in sys.modules else {}
