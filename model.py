@@ -557,7 +557,7 @@ def record(step):
     """What step() launches on the GPU, as a CUDA graph: -> a function that does it again, on the
     same tensors, in one launch; at one token a row, launching would take longer than computing."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others are not its concern
         step()
     return graph.replay
 

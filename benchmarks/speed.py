@@ -191,18 +191,22 @@ def rollout(args):
 
 
 def decode_bound(bb, rows, T, seconds, args):
-    """Decoding reads all weights and the cache (prompts once) at each token: how near to that."""
+    """Decoding reads all weights and the cache (prompts once) at each token: how near to that. With
+    many rows arithmetic, 2 FLOP a weight and row, takes longer than reading."""
     lm, c = bb.net.model.language_model, bb.net.config.text_config
+    weights = [*lm.layers.parameters(), bb.net.lm_head.weight]
+    flop = 2 * len(rows) * args.group * sum(p.numel() for p in weights)
     kv = lm.layers[0].self_attn.k_proj.out_features
     token = 2 * c.num_hidden_layers * kv * bb.net.dtype.itemsize
-    read = (sum(p.nbytes for p in lm.layers.parameters()) + bb.net.lm_head.weight.nbytes
-            + len(rows) * (T + args.group * args.new / 2) * token)  # bytes a step, on average
+    seen = len(rows) * (T + args.group * args.new / 2)  # tokens in the cache, on average
+    read = sum(p.nbytes for p in weights) + seen * token  # bytes a step
     block = torch.empty(1 << 30, dtype=torch.uint8, device=args.device)
     target = torch.empty_like(block)
     speed = 2 * block.nbytes / timed(lambda: target.copy_(block), args)  # it reads and writes
     step = (seconds - timed(lambda: model.generate(bb, rows, args.group, 1), args)) / (args.new - 1)
     return {"copy_gb_s": speed / 1e9, "read_gb_step": read / 1e9, "step_s": step,
-            "bound_step_s": read / speed, "share_of_bound": read / speed / step}
+            "bound_step_s": read / speed, "share_of_bound": read / speed / step,
+            "arithmetic_step_s": flop / (args.peak_tflops * 1e12)}
 
 
 def full_logp(bb, rows, ids, mask, temperature=1.0):
@@ -487,7 +491,7 @@ def main(argv=None):
     add("--batch", type=int, help="sft: rows (24); head: frames (that of the preset)")
     add("--vl-layers", type=int, help="head: self-attention over the features (the preset's)")
     add("--chunks", type=int, default=4096, help="fast: chunks a batch")
-    add("--peak-tflops", type=float, default=989.0, help="sft on cuda: peak of the GPU in bf16")
+    add("--peak-tflops", type=float, default=989.0, help="cuda: peak of the GPU in bf16")
     args = parser.parse_args(argv)
     args.ranks = int(os.environ.get("WORLD_SIZE", "0"))  # 0: not under torchrun
     if args.keep_memory and args.device == "cuda":

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
-from torch import distributed
+from torch import distributed, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import fully_shard
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -155,6 +156,26 @@ def test_a_step_that_looks_at_values_cannot_be_recorded(small, monkeypatch):
     monkeypatch.setattr(model, "draw", lambda logp, u, p, wait: draw(logp, u, p, True))
     with pytest.raises(RuntimeError, match="data-dependent"):
         model.generate(small, prompts(small), graphs=True)
+
+
+def test_tensors_stay_on_their_device(small, monkeypatch):
+    """Shapes and types alone, in bf16 on a pretended device, whose tensors must not meet a CPU's."""
+    rows, n = prompts(small)[1:2] * 4, 8  # no image: transformers' tower asks for values there
+    monkeypatch.setattr(model, "record", lambda step: step)
+    monkeypatch.setattr(model, "int", lambda x: 32 if torch.is_tensor(x) else int(x), raising=False)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        for module in small.net.modules():
+            for name, p in module._parameters.items():
+                module._parameters[name] = nn.Parameter(
+                    fake.from_tensor(p.detach()).to("lazy:0", torch.bfloat16)) if p is not None else p
+            for name, b in module._buffers.items():
+                module._buffers[name] = fake.from_tensor(b).to("lazy:0")
+        for kw in {"greedy": True}, {"top_p": 0.5}:
+            out = model.generate(small, rows, n, 32, graphs=True, **kw)
+            assert {k: (*x.shape, x.dtype) for k, x in out.items()} == {
+                "ids": (32, 32, torch.long), "mask": (32, 32, torch.long),
+                "logp": (32, 32, torch.float32)}
+            assert {str(x.device) for x in out.values()} == {"lazy:0"}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -45,6 +45,22 @@ def test_rollout(measure):
     assert pair["greedy_agreement"] > 0.9  # 1 but for near ties
 
 
+def test_decode_bound_by_hand():
+    """What rollout adds on a GPU; here with the bandwidth of a CPU, for its counts."""
+    args = speed.argparse.Namespace(device="cpu", ranks=0, repeats=1, size="tiny", group=3, new=5,
+                                    peak_tflops=1.0)
+    bb = speed.backbone(args)
+    rows = speed.prompts(bb, speed.questions(2, 28))
+    got = speed.decode_bound(bb, rows, 10, 1e3, args)
+    block = 256 * 256 * 2 + 2 * 256 * 128 + 2 * 32 + 3 * 256 * 768 + 2 * 256  # q, o; k, v; norms; mlp
+    weights = 4 * block + 4096 * 256
+    cache = 2 * (10 + 3 * 5 / 2) * 4 * 2 * 128  # prompts x (T + samples) x layers x (k, v) x width
+    assert got["read_gb_step"] == pytest.approx(4e-9 * (weights + cache))
+    assert got["arithmetic_step_s"] == pytest.approx(2 * 6 * weights / 1e12)
+    assert got["share_of_bound"] == pytest.approx(got["bound_step_s"] / got["step_s"])
+    assert got["step_s"] == pytest.approx(1e3 / 4, rel=0.01)
+
+
 def test_grpo(measure):
     pairs = measure("grpo", *TOY)
     work = pairs["update"]["work"]
