@@ -335,8 +335,7 @@ def main(argv=None):
     add("--minutes", type=float, default=0, help="of the whole run, to be noted")
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else list(argv)
-    run = {f.__name__: f for f in (tabletop, actions, vqa, report)}
-    run.get(args.command, simulator)(args)
+    {f.__name__: f for f in (tabletop, actions, vqa, report)}.get(args.command, simulator)(args)
 
 
 if __name__ == "__main__":

@@ -259,18 +259,17 @@ def rollout(bb, cfg, rows, targets, keys, seed, G, greedy=False):
     if not rows:
         return [], {k: [0.0, 0] for k in METRICS}, ""
     out = model.generate(bb, rows, G, cfg.max_new, cfg.temperature, greedy=greedy, seed=seed,
-                         keys=keys, chunk=cfg.chunk, graphs=cfg.graphs and None)
+                         keys=keys, chunk=cfg.chunk, graphs=None if cfg.graphs else False)
     ids = [i[m].tolist() for i, m in zip(out["ids"].cpu(), out["mask"].bool().cpu())]
     gold = [t for t in targets for _ in range(G)]
     r, info = reward(bb, ids, gold, cfg.reward)
     adv, ties = advantage(torch.tensor(r, dtype=torch.float32).view(-1, G), cfg.adv)
-    groups = []
+    texts, known, groups = [bb.tok.decode(i) for i in ids], set(bb.vocab.fast), []
     for b, row in enumerate(rows):
         mine = slice(b * G, b * G + G)
         T = int(out["mask"][mine].sum(1).max())
         groups.append(Group(row, *(out[k][mine, :T] for k in ("ids", "mask", "logp")),
                             adv[b].to(out["ids"].device), bool(ties[b])))
-    texts, known = [bb.tok.decode(i) for i in ids], set(bb.vocab.fast)
     kinds = {"distinct_thoughts": [t.split("<answer>")[0] for t in texts],
              "distinct_actions": [tuple(t for t in i if t in known) for i in ids]}
     values = {"reward": r, **info, "ties": ties.tolist(), "length": [len(i) for i in ids],

@@ -488,11 +488,11 @@ class SharedKV(DynamicLayer):
 class SampleKV(DynamicLayer):
     """Keys and values of one layer: those of the prompts, (B, kv heads, T, head width), from the
     first update, and those of n samples of each, (rows, kv heads, room, head width), written in
-    place at `at` (1,) and read up to `seen`: a DynamicLayer would copy all of K and V each time."""
+    place at `at`, read up to `seen`: a DynamicLayer would copy all of K and V each time."""
 
-    def __init__(self, n, room, at):
+    def __init__(self, n, room):
         super().__init__()
-        self.n, self.room, self.at, self.seen, self.prompt = n, room, at, 0, None
+        self.n, self.room, self.at, self.seen, self.prompt = n, room, None, 0, None
 
     def update(self, k, v, *args, **kwargs):
         if self.prompt is None:
@@ -541,7 +541,7 @@ def draw(logp, u, top_p=1.0, wait=True):
     """Inverse-CDF sampling: the first index whose cumulative probability reaches u. logp (N, V),
     u (N,) in (0, 1], fp32 -> (N,). Some 10x faster than torch.multinomial on a CPU at 152K tokens,
     and no row's draw depends on another. top_p < 1 leaves only the nucleus: the fewest most
-    probable tokens that reach top_p together, and all ties of the last. wait: not in a CUDA graph."""
+    probable tokens that reach top_p together, and all ties of the last. wait: not in a graph."""
     p = logp.exp()
     if top_p < 1:
         ranked = p.sort(-1, descending=True).values
@@ -550,19 +550,19 @@ def draw(logp, u, top_p=1.0, wait=True):
     cdf = p.cumsum(-1)
     ids = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:])  # (N, 1); u > 0: not where p is 0 ...
     lost = p.gather(-1, ids) == 0  # ... but the parallel sum of a GPU can rise there by a rounding
-    return (torch.where(lost, p.argmax(-1, True), ids) if not wait or lost.any() else ids)[:, 0]
+    return (p.argmax(-1, True).where(lost, ids) if not wait or lost.any() else ids)[:, 0]
 
 
-def record(step):
+def record(step, device):
     """What step() launches on the GPU, as a CUDA graph: -> a function that does it again, on the
     same tensors, in one launch; at one token a row, launching would take longer than computing."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others are not its concern
+    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         step()
     return graph.replay
 
 
-def _decoding(net, loop):  # a forward of the whole net to FSDP, whose blocks wait for no stream then
+def _decoding(net, loop):  # to FSDP a forward of the root: no block then waits for streams
     return loop()
 
 
@@ -570,13 +570,13 @@ def _decode(bb, rows, n, at, out, choose, stop, graphs):
     """Samples n continuations of each row into the rows `at` (B*n,) of out: ids, mask, logp (N, T).
     choose(h (R, D), at (R,), t (1,)) -> token t of these samples and its logp, (R,) each."""
     net, lm, embed = bb.net, bb.net.model.language_model, bb.net.get_input_embeddings()
-    batch, N, (ids, mask, logps) = to(collate(rows, bb.vocab.pad, left=True), at.device), len(at), out
+    batch, (ids, mask, logps) = to(collate(rows, bb.vocab.pad, left=True), at.device), out
     t = torch.zeros(1, dtype=torch.long, device=at.device)  # the token that is sampled next
-    cache = Cache(layers=[SampleKV(n, ids.shape[1], t) for _ in lm.layers])
+    cache = Cache(layers=[SampleKV(n, ids.shape[1]) for _ in lm.layers])
     h = hidden(net, batch, cache)[:, -1].repeat_interleave(n, 0)  # (B*n, D)
     first = (batch["pos"].amax((0, 2)) + 1).repeat_interleave(n)  # (B*n,) M-RoPE of sampled token 0
     bias = ((batch["mask"] - 1)[:, None, None] * 1e9).to(h.dtype)  # (B, 1, 1, T) to attention
-    row = torch.arange(N, device=at.device)  # which sample each row of the shrinking batch is
+    N, row = len(at), torch.arange(len(at), device=at.device)  # row: the samples that go on
     new, alive = torch.zeros_like(row), torch.ones_like(row, dtype=torch.bool)
 
     def sample(h):  # (R, D); finished rows, which a graph keeps for a while, write padding
@@ -596,10 +596,10 @@ def _decode(bb, rows, n, at, out, choose, stop, graphs):
     def loop():
         nonlocal row, new, alive
         sample(h)
-        T, shape, replay = 1, None, None
-        # A graph is bound to its shapes: it reads the cache up to the end of a block, and finished
-        # rows leave it when they are a quarter; looked for every `span` steps.
-        span, block, most = (16, 128, 0.75) if graphs else (1, 1, 1)
+        # A graph is bound to its shapes: it reads the cache up to the end of a block, and loses
+        # finished rows, looked for every `span` steps, when they are a quarter. It goes before the
+        # next is recorded: with it go workspaces that another would share.
+        (span, block, most), T, shape = (16, 128, 0.75) if graphs else (1, 1, 1), 1, None
         while T < ids.shape[1] and (left := int(alive.sum())):
             if left < len(row) and left <= most * len(row):
                 hole, tail = (~alive[:left]).nonzero()[:, 0], alive[left:].nonzero()[:, 0] + left
@@ -609,12 +609,13 @@ def _decode(bb, rows, n, at, out, choose, stop, graphs):
                 row, new, alive = row[order], new[order], torch.ones_like(alive[:left])
             ahead = min(span, ids.shape[1] - T)
             for layer in cache.layers:
+                layer.at = t if graphs else slice(T - 1, T)  # on a CPU the faster of the two
                 layer.seen = min(-(-(T + ahead - 1) // block) * block, ids.shape[1])
             T += ahead
             if shape != (len(row), layer.seen):
-                shape, ahead, replay = (len(row), layer.seen), ahead - 1, None  # None frees memory
+                shape, ahead, replay = (len(row), layer.seen), ahead - 1, None
                 step()  # also what a library does at its first call, which no graph may hold
-                replay = record(step) if graphs and ahead else step
+                replay = record(step, at.device) if graphs and ahead else step
             for _ in range(ahead):
                 replay()
 
@@ -641,7 +642,8 @@ def generate(bb, rows, n=1, max_new=128, temperature=1.0, top_p=1.0, greedy=Fals
     net, device, N = bb.net, bb.net.device, len(rows) * n
     ids = torch.full((N, max_new), bb.vocab.pad, device=device)
     mask, logps = torch.zeros_like(ids), torch.zeros(N, max_new, device=device)
-    u = [1 - rng(seed, k, g).random(max_new) for k in keys or range(len(rows)) for g in range(n)]
+    u = [1 - rng(seed, k, g).random(max_new)
+         for k in (range(len(rows)) if keys is None else keys) for g in range(n)]
     u = torch.tensor(np.array(u, np.float32), device=device)  # (B*n, T) in (0, 1]
     stop = torch.tensor([bb.vocab.eos] if stop is None else list(stop), device=device)
     banned = torch.tensor(bb.vocab.banned, dtype=torch.long, device=device)
@@ -661,7 +663,7 @@ def generate(bb, rows, n=1, max_new=128, temperature=1.0, top_p=1.0, greedy=Fals
         at = torch.tensor([b * n + g for b in some for g in range(n)], device=device)
         _decode(bb, [rows[b] for b in some], n, at, (ids, mask, logps), choose, stop, graphs)
     net.train(was_training)
-    T = int(mask.sum(1).amax()) if N else 0
+    T = int(mask.any(0).sum())
     return {"ids": ids[:, :T], "mask": mask[:, :T], "logp": logps[:, :T]}
 
 
@@ -1089,7 +1091,7 @@ def rng(seed, *keys):
 
 STOP = threading.Event()  # SIGTERM has come
 FREE = [  # flags that --resume may change
-    "preset", "out", "steps", "epochs", "resume", "keep", "probe", "micro_batch", "chunk",
+    "preset", "out", "steps", "epochs", "resume", "keep", "probe", "micro_batch", "chunk", "graphs",
     "recompute", "shards", "cpu_offload", "cache", "cache_dir", "eval_rows", "eval_prompts",
     "eval_every", "save_every", "log_every", "show_every"]
 

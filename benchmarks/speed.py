@@ -232,10 +232,10 @@ def score(bb, ids, targets, kind, reward=grpo.reward):
 
 def parts(args):
     """What a step of grpo.py is made of, with all prompts in one update, and KL."""
+    dist = model.setup(0) if args.ranks else model.Dist(0, 1, torch.device(args.device))
     bb, items = backbone(args), questions(args.prompts, args.image)
     cfg = grpo.Config(prompts=args.prompts, batch=args.prompts, micro_batch=args.prompts,
                       group=args.group, max_new=args.new)
-    dist = model.setup(0) if args.ranks else model.Dist(0, 1, torch.device(args.device))
     items = items[dist.rank :: dist.world]
     gold = bb.fast.encode(smooth(len(items), "gold"))
     ref = replace(bb, net=copy.deepcopy(bb.net).requires_grad_(False).eval())
@@ -494,8 +494,8 @@ def main(argv=None):
     add("--peak-tflops", type=float, default=989.0, help="cuda: peak of the GPU in bf16")
     args = parser.parse_args(argv)
     args.ranks = int(os.environ.get("WORLD_SIZE", "0"))  # 0: not under torchrun
-    if args.keep_memory and args.device == "cuda":
-        parser.error("--keep-memory is about the CPU's memory")
+    if args.keep_memory and torch.cuda.is_available():
+        parser.error("--keep-memory is for the CPU; hide the GPU: CUDA_VISIBLE_DEVICES=")
     if args.ranks and (args.command != "cost" or args.prompts % args.ranks):
         parser.error("under torchrun: cost, with --prompts a multiple of the ranks")
     args.size = args.size or ("tiny-vlm" if args.command == "head" else "tiny")

@@ -116,7 +116,8 @@ def traced(graphs):
     """model.record on a CPU: the operations of a step, as those of a CUDA graph, run again on the
     tensors that they were traced on, without the Python that chose them. Tracing stops at what a
     graph cannot hold: a decision about the values in a tensor."""
-    def record(step):
+    def record(step, device):
+        assert device == torch.device("cpu")  # of the net, which need not be the current one
         tensors = [x.cell_contents for x in step.__closure__]
         before = [(x, x.clone()) for x in tensors if isinstance(x, torch.Tensor)]
         graph = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)()
@@ -161,7 +162,7 @@ def test_a_step_that_looks_at_values_cannot_be_recorded(small, monkeypatch):
 def test_tensors_stay_on_their_device(small, monkeypatch):
     """Shapes and types alone, in bf16 on a pretended device, whose tensors must not meet a CPU's."""
     rows, n = prompts(small)[1:2] * 4, 8  # no image: transformers' tower asks for values there
-    monkeypatch.setattr(model, "record", lambda step: step)
+    monkeypatch.setattr(model, "record", lambda step, device: step)
     monkeypatch.setattr(model, "int", lambda x: 32 if torch.is_tensor(x) else int(x), raising=False)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         for module in small.net.modules():
@@ -183,8 +184,8 @@ def test_cuda_graphs(small):
     small.net.cuda()
     rows, kw = prompts(small), {"n": 3, "max_new": 150, "stop": range(0, 300, 40)}
     want, got = (model.generate(small, rows, **kw, graphs=graphs) for graphs in (False, True))
-    same = (got["ids"] == want["ids"]).float().mean()
-    assert same > 0.95  # a near tie may fall otherwise, and what follows it
+    same = sum(a == b for a, b in zip(samples(got), samples(want)))
+    assert same >= 11  # of 12: a near tie may fall otherwise, and what follows it
     assert samples(model.generate(small, rows, **kw, graphs=True)) == samples(got)
 
 
