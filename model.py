@@ -580,7 +580,7 @@ def _decode(bb, rows, n, at, out, choose, stop, graphs):
     new, alive = torch.zeros_like(row), torch.ones_like(row, dtype=torch.bool)
 
     def sample(h):  # (R, D); finished rows, which a graph keeps for a while, write padding
-        place, (token, logp) = at[row], choose(h, at[row], t)
+        token, logp = choose(h, place := at[row], t)
         ids[place, t] = new.copy_(token).masked_fill(~alive, bb.vocab.pad)
         mask[place, t], logps[place, t] = alive.long(), logp.masked_fill(~alive, 0)
         alive.logical_and_((new[:, None] != stop).all(1))
