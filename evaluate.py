@@ -64,16 +64,22 @@ def record(path, arm, metrics, args, started, paired=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        results = (read_results(path) if path.exists() else
-                   {"preset": args.preset, "arms": {}, "commands": []})
+        results = (
+            read_results(path)
+            if path.exists()
+            else {"preset": args.preset, "arms": {}, "commands": []}
+        )
         place = results["arms"].setdefault(arm, {"metrics": {}, "paired": {}, "checkpoints": {}})
         place["metrics"].update(metrics)
         place["paired"].update(paired or {})
         place["checkpoints"][args.command] = str(args.policy)
         results["seeds"] = sorted({*results.get("seeds", []), args.seed})
         gpus, cpu = torch.cuda.device_count(), f"{os.cpu_count()} CPU cores ({platform.machine()})"
-        results["hardware"] = (f"{gpus} x {torch.cuda.get_device_name()}" if gpus else
-                               f"{cpu}, {torch.get_num_threads()} threads")
+        results["hardware"] = (
+            f"{gpus} x {torch.cuda.get_device_name()}"
+            if gpus
+            else f"{cpu}, {torch.get_num_threads()} threads"
+        )
         results["minutes"] = round(results.get("minutes", 0) + (time.time() - started) / 60, 2)
         results["versions"] = model.versions()
         command = shlex.join(["python", "evaluate.py", *args.argv])
@@ -174,8 +180,10 @@ def score(bb, ids, n, targets, chunks, think):
     if bb.fast.stats is not None:
         decoded, true = (fast_tokenizer.normalize(x, bb.fast.stats) for x in (decoded, true))
     gap = np.abs(decoded - true).mean((1, 2)).reshape(-1, n)  # (B, n)
-    means = {k: v.reshape(-1, n).mean(1) for k, v in (
-        ("reward", value), ("r_f", info["r_f"]), ("r_a", info["r_a"]))}
+    means = {
+        k: v.reshape(-1, n).mean(1)
+        for k, v in (("reward", value), ("r_f", info["r_f"]), ("r_a", info["r_a"]))
+    }
     some = np.isfinite(gap).any(1)
     means["l1"] = np.nanmean(gap[some], 1) if some.any() else np.zeros(0)
     thoughts = {bb.tok.decode(row).split("</think>")[0] for row in ids}
@@ -188,15 +196,23 @@ def actions(args):
     bb = model.load(args.policy, device=args.device, stages=("base", "sft", "grpo"))
     if bb.fast is None:
         if not args.fast:
-            raise ValueError(f"{args.policy}: no action tokenizer; name one for the targets with "
-                             "--fast")
+            raise ValueError(
+                f"{args.policy}: no action tokenizer; name one for the targets with --fast"
+            )
         bb.fast = fast_tokenizer.FastTokenizer.load(args.fast)
     metrics, paired = {}, {}
     for mode, think in (("think", True), ("direct", False)):
         rows, targets, chunks = held_out(bb, args.data, args.prompts, args.seed, think)
         for style, n in (("sampled", args.samples), ("greedy", 1)):
-            out = model.generate(bb, rows, n, args.max_new, greedy=style == "greedy",
-                                 seed=args.seed, chunk=args.batch)
+            out = model.generate(
+                bb,
+                rows,
+                n,
+                args.max_new,
+                greedy=style == "greedy",
+                seed=args.seed,
+                chunk=args.batch,
+            )
             ids = [row[keep].tolist() for row, keep in zip(out["ids"], out["mask"].bool())]
             means, thoughts, distinct = score(bb, ids, n, targets, chunks, think)
             for name, values in means.items():
@@ -206,11 +222,18 @@ def actions(args):
             total = len(rows) * n
             for name, count in (("distinct thoughts", thoughts), ("distinct actions", distinct)):
                 metrics[f"{mode} {style} {name}"] = {
-                    "mean": count, "low": None, "high": None, "n": total}
-            line = "  ".join(f"{k} " + (f"{v.mean():.3f}" if len(v) else "-")
-                             for k, v in means.items())
-            print(f"{mode:6s} {style:7s}  {line}  distinct thoughts {thoughts}, actions {distinct} "
-                  f"of {total} (targets {len({tuple(t) for t in targets})} of {len(targets)})")
+                    "mean": count,
+                    "low": None,
+                    "high": None,
+                    "n": total,
+                }
+            line = "  ".join(
+                f"{k} " + (f"{v.mean():.3f}" if len(v) else "-") for k, v in means.items()
+            )
+            print(
+                f"{mode:6s} {style:7s}  {line}  distinct thoughts {thoughts}, actions {distinct} "
+                f"of {total} (targets {len({tuple(t) for t in targets})} of {len(targets)})"
+            )
     record(args.out, args.arm, metrics, args, started, paired)
 
 
@@ -220,16 +243,25 @@ def vqa(args):
 
     started = time.time()
     bb = model.load(args.policy, device=args.device, stages=("base", "sft", "grpo"))
-    metrics = {f"{args.score} {kind}": bootstrap(v) if args.score == "point" else
-               wilson(sum(v), len(v)) for kind, v in sorted(marks(bb, args).items())}
+    metrics = {
+        f"{args.score} {kind}": bootstrap(v) if args.score == "point" else wilson(sum(v), len(v))
+        for kind, v in sorted(marks(bb, args).items())
+    }
     record(args.out, args.arm, metrics, args, started)
 
 
 COLUMNS = {
-    "format (think)": "think sampled r_f", "reward": "think sampled reward",
-    "r_a": "think sampled r_a", "L1": "think sampled l1", "spatial": "success spatial",
-    "object": "success object", "goal": "success goal", "long": "success long",
-    "average": "success", "chain length": "chain length"}
+    "format (think)": "think sampled r_f",
+    "reward": "think sampled reward",
+    "r_a": "think sampled r_a",
+    "L1": "think sampled l1",
+    "spatial": "success spatial",
+    "object": "success object",
+    "goal": "success goal",
+    "long": "success long",
+    "average": "success",
+    "chain length": "chain length",
+}
 
 
 def show(key, value):
@@ -249,16 +281,23 @@ def report(args):
             results["minutes_whole_run"] = args.minutes
             model.write_json(path, results)
         whole = results.get("minutes_whole_run")
-        about = (f"Preset {results['preset']}, seeds {results['seeds']}, {results['hardware']}; "
-                 + (f"the whole run {whole} min, " if whole else "")
-                 + f"evaluation {results['minutes']} min. Mean [95% interval]; success in percent.")
+        about = (
+            f"Preset {results['preset']}, seeds {results['seeds']}, {results['hardware']}; "
+            + (f"the whole run {whole} min, " if whole else "")
+            + f"evaluation {results['minutes']} min. Mean [95% interval]; success in percent."
+        )
         names = args.arms.split(",") if args.arms else list(results["arms"])
         if missing := set(names) - set(results["arms"]):
-            raise ValueError(f"{path}: no arm {', '.join(sorted(missing))}; it has "
-                             f"{', '.join(results['arms'])}")
+            raise ValueError(
+                f"{path}: no arm {', '.join(sorted(missing))}; it has {', '.join(results['arms'])}"
+            )
         arms = [(name, results["arms"][name]) for name in names]
-        lines = [about, "", "| arm | " + " | ".join(COLUMNS) + " |",
-                 "|---" * (len(COLUMNS) + 1) + "|"]
+        lines = [
+            about,
+            "",
+            "| arm | " + " | ".join(COLUMNS) + " |",
+            "|---" * (len(COLUMNS) + 1) + "|",
+        ]
         for arm, place in arms:
             cells = [show(key, place["metrics"].get(key)) for key in COLUMNS.values()]
             lines.append(f"| {arm} | " + " | ".join(cells) + " |")
@@ -270,8 +309,11 @@ def report(args):
                     gain = bootstrap(np.array(new, float) - np.array(old, float))
                     lines.append(f"- {key}: {second} - {first} = {show(key, gain)}, n {gain['n']}")
         key = "think sampled distinct actions"
-        counts = [f"{arm} {place['metrics'][key]['mean']}" for arm, place in arms
-                  if key in place["metrics"]]
+        counts = [
+            f"{arm} {place['metrics'][key]['mean']}"
+            for arm, place in arms
+            if key in place["metrics"]
+        ]
         if counts:
             lines.append("- distinct actions in sampled thinking rollouts: " + ", ".join(counts))
         text = "\n".join(lines) + "\n"
@@ -321,8 +363,12 @@ def main(argv=None):
     add = command("vqa", "marked answers to questions", common)
     add("--data", required=True, help="conversations, .jsonl")
     add("--score", default="exact", choices=["exact", "choice", "number", "point"])
-    add("--prompt", default="row", choices=["row", "think", "direct"],
-        help="mode of the prompt; row: as the row's own answer begins")
+    add(
+        "--prompt",
+        default="row",
+        choices=["row", "think", "direct"],
+        help="mode of the prompt; row: as the row's own answer begins",
+    )
     add("--unit", type=float, default=1, help="what points are divided by; 0: the image's pixels")
     add("--answers", default="", help="also write each answer here, .jsonl")
     add("--rows", type=int, default=0, help="first rows of the file; 0: all")

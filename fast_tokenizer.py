@@ -98,15 +98,20 @@ class FastTokenizer:
         # The published vocabulary is spelled in bytes; one token may hold a part of a character.
         spell = _byte_characters() if isinstance(bpe.decoder, decoders.ByteLevel) else []
         byte = {c: b for b, c in enumerate(spell)}
-        self.pieces = {i: bytes(byte[c] for c in piece) if byte.keys() >= set(piece)
-                       else piece.encode() for piece, i in vocab.items()}  # id -> UTF-8 bytes
+        self.pieces = {
+            i: bytes(byte[c] for c in piece) if byte.keys() >= set(piece) else piece.encode()
+            for piece, i in vocab.items()
+        }  # id -> UTF-8 bytes
         self.kind, self.texts = "latin-1" if spell else "utf-8", [BROKEN] * 2 * self.vocab_size
         for i, piece in self.pieces.items():  # ids that are not there, -1 too, make a text BROKEN
             self.texts[i] = piece.decode(self.kind)
         # It may also lack bytes, and then drops characters silently: encode goes to the nearest
         # coefficient that can be written instead. Our own vocabulary can write the whole range.
-        codes = [c for c in range(int(max_coef - min_coef) + 1) if all(
-            p in vocab for p in ([spell[b] for b in chr(c).encode()] if spell else chr(c)))]
+        codes = [
+            c
+            for c in range(int(max_coef - min_coef) + 1)
+            if all(p in vocab for p in ([spell[b] for b in chr(c).encode()] if spell else chr(c)))
+        ]
         if not codes:
             raise ValueError("the BPE vocabulary can write no coefficient; fit the tokenizer again")
         self.max_coef = codes[-1] + self.min_coef
@@ -131,11 +136,16 @@ class FastTokenizer:
         if not high - low + 1 <= min(vocab_size, LAST_CODE + 1):
             raise ValueError(
                 f"vocab_size {vocab_size} is smaller than the alphabet of {high - low + 1:.0f} "
-                f"coefficients ({low:.0f} .. {high:.0f}); raise --vocab or lower --scale")
+                f"coefficients ({low:.0f} .. {high:.0f}); raise --vocab or lower --scale"
+            )
         bpe = Tokenizer(models.BPE())  # no pre-tokenizer: tokens may span steps and dimensions
         trainer = trainers.BpeTrainer(
-            vocab_size=int(vocab_size), min_frequency=2, show_progress=False, special_tokens=[],
-            initial_alphabet=[chr(i) for i in range(int(high - low) + 1)])
+            vocab_size=int(vocab_size),
+            min_frequency=2,
+            show_progress=False,
+            special_tokens=[],
+            initial_alphabet=[chr(i) for i in range(int(high - low) + 1)],
+        )
         bpe.train_from_iterator(_texts(coefs - low), trainer)
         return cls(bpe, scale, *chunks.shape[1:], low, high, stats)
 
@@ -166,13 +176,17 @@ class FastTokenizer:
         except IndexError:  # far out of range
             return self.decode([np.clip(row, -1, self.vocab_size).astype(int) for row in rows])
         if self.kind == "latin-1":  # what it spells are bytes
-            texts = [text if BROKEN in text else text.encode("latin-1").decode(errors="replace")
-                     for text in texts]
+            texts = [
+                text if BROKEN in text else text.encode("latin-1").decode(errors="replace")
+                for text in texts
+            ]
         ok = np.array([len(text) == n and BROKEN not in text for text in texts], bool)
         chunks = np.full((len(ids), self.horizon, self.dim), np.nan, np.float32)
         if ok.any():
             codes = np.frombuffer("".join(compress(texts, ok)).encode("utf-16-le"), "<u2")
-            coefs = (codes + float(self.min_coef)).reshape(-1, *chunks.shape[1:])  # (ok.sum(), K, A)
+            coefs = (codes + float(self.min_coef)).reshape(
+                -1, *chunks.shape[1:]
+            )  # (ok.sum(), K, A)
             actions = idct(coefs / self.scale, axis=1, norm="ortho", overwrite_x=True)
             chunks[ok] = actions if self.stats is None else unnormalize(actions, self.stats)
         return chunks, ok
@@ -198,26 +212,38 @@ class FastTokenizer:
             path, text = folder / "processor_config.json", folder / "tokenizer.json"
             text = text if text.exists() else folder / "bpe_tokenizer" / "tokenizer.json"
             if not path.exists() or not text.exists():
-                raise FileNotFoundError(f"{folder}: neither fast.json nor processor_config.json "
-                                        "with tokenizer.json; run fast_tokenizer.py fit")
+                raise FileNotFoundError(
+                    f"{folder}: neither fast.json nor processor_config.json "
+                    "with tokenizer.json; run fast_tokenizer.py fit"
+                )
         try:
             record = json.loads(path.read_text())
             if text:
                 low = record["min_token"]
-                record = {"horizon": record.get("time_horizon") or horizon, "min_coef": low,
-                          "dim": record.get("action_dim") or dim, "max_coef": low + LAST_CODE,
-                          "scale": record["scale"], "bpe": json.loads(text.read_text())}
+                record = {
+                    "horizon": record.get("time_horizon") or horizon,
+                    "min_coef": low,
+                    "dim": record.get("action_dim") or dim,
+                    "max_coef": low + LAST_CODE,
+                    "scale": record["scale"],
+                    "bpe": json.loads(text.read_text()),
+                }
                 if record["bpe"]["decoder"]["type"] != "ByteLevel":
                     raise ValueError(f"{text}: not a byte-level BPE; fit the tokenizer again")
             for name, given in (("horizon", horizon), ("dim", dim)):
                 if record[name] is None or given not in (None, record[name]):
-                    raise ValueError(f"{path}: {name} is {record[name]}, load was given {given}; "
-                                     f"pass the {name} that the tokenizer was fitted for")
+                    raise ValueError(
+                        f"{path}: {name} is {record[name]}, load was given {given}; "
+                        f"pass the {name} that the tokenizer was fitted for"
+                    )
             if stats := record.get("stats"):
                 stats = check_stats(stats, record["dim"], path)
             bpe = Tokenizer.from_str(json.dumps(record["bpe"]))
-            return cls(bpe, *(record[k] for k in ("scale", "horizon", "dim", "min_coef",
-                                                  "max_coef")), stats)
+            return cls(
+                bpe,
+                *(record[k] for k in ("scale", "horizon", "dim", "min_coef", "max_coef")),
+                stats,
+            )
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as e:
             raise ValueError(f"{path}: not a FAST tokenizer ({e!r}); fit or save it again") from e
 
@@ -234,7 +260,9 @@ class Automaton:
         model = json.loads(bpe.to_str())["model"]
         self.ids, V = model["vocab"], len(model["vocab"])
         made = [self.ids[a + b] for a, b in model["merges"]]
-        self.exact = made == list(range(V - len(made), V))  # as fit leaves them: ids in order of rank
+        self.exact = made == list(
+            range(V - len(made), V)
+        )  # as fit leaves them: ids in order of rank
         self.merge = np.full((V, V + 1), V)  # of two tokens, in order of rank; V: none
         left, self.right = np.full((2, V + 1), V)
         for new, (a, b) in zip(made, model["merges"]):
@@ -267,8 +295,12 @@ class Automaton:
         """Fill next[s]. A state: (last token, ((text since a token may be open, bits of which), ...))."""
         for c, (_, opened) in enumerate([list(self.states)[s]] * self.next.shape[1]):
             still = [(text + chr(c), may) for text, may in opened]
-            (last,) = (i for text, may in still if may >> (i := self.ids.get(text, len(self.ids))) & 1)
-            still = [(text, may & self.longer[text]) for text, may in still if may & self.longer[text]]
+            (last,) = (
+                i for text, may in still if may >> (i := self.ids.get(text, len(self.ids))) & 1
+            )
+            still = [
+                (text, may & self.longer[text]) for text, may in still if may & self.longer[text]
+            ]
             state = last, (*still, ("", self.fits(last)))
             self.next[s, c] = self.states.setdefault(state, len(self.states))
         if len(self.states) + self.next.shape[1] > len(self.next):
@@ -284,7 +316,9 @@ class Automaton:
             at = states[t] = self.next[at, c]
         last = np.array([token for token, _ in self.states])[states]  # (T, B) of each prefix
         length, left = self.length[last], np.full_like(at, len(codes))
-        for t in reversed(range(len(codes))):  # the last token, the last of what stands before it, ...
+        for t in reversed(
+            range(len(codes))
+        ):  # the last token, the last of what stands before it, ...
             length[t] *= left == t + 1
             left -= length[t]
         ends = length.T > 0  # (B, T)
@@ -300,21 +334,26 @@ def _check_chunks(chunks, horizon=None, dim=None):
         raise ValueError(f"chunks have shape {chunks.shape}, not (B, K, A); give one as x[None]")
     _, k, a = chunks.shape
     if horizon not in (None, k):
-        raise ValueError(f"chunk horizon {k}, tokenizer was fitted for {horizon}; refit with "
-                         f"--horizon {k} or cut chunks of {horizon} steps")
+        raise ValueError(
+            f"chunk horizon {k}, tokenizer was fitted for {horizon}; refit with "
+            f"--horizon {k} or cut chunks of {horizon} steps"
+        )
     if dim not in (None, a):
         raise ValueError(f"chunk has {a} action dimensions, tokenizer was fitted for {dim}; refit")
     bad = np.argwhere(~np.isfinite(chunks))
     if len(bad):
-        raise ValueError("chunk {}, step {}, dimension {} is not finite; repair or drop that "
-                         "action".format(*bad[0]))
+        raise ValueError(
+            "chunk {}, step {}, dimension {} is not finite; repair or drop that action".format(
+                *bad[0]
+            )
+        )
     return chunks
 
 
 def _texts(codes):
     """Codes (B, K, A), whole numbers from 0 to LAST_CODE -> B strings of K * A characters."""
     text, n = codes.astype("<u4").tobytes().decode("utf-32-le"), codes[0].size if len(codes) else 1
-    return [text[i:i + n] for i in range(0, len(text), n)]
+    return [text[i : i + n] for i in range(0, len(text), n)]
 
 
 def _byte_characters():
@@ -327,6 +366,7 @@ def _byte_characters():
 @dataclass(eq=False)
 class EpisodeFile:
     """One recorded episode; frames stay on disk (memory-mapped) until they are asked for."""
+
     path: Path
     task: str  # the instruction
     fps: float  # 0: not recorded
@@ -342,11 +382,13 @@ class EpisodeFile:
     def frame(self, t, name="image"):
         """Frame of a camera at step t (0 .. T-1): (H, W, 3) uint8. ValueError if there is none."""
         if name not in self.cameras or not 0 <= t < len(self):
-            raise ValueError(f"{self.path}: no frame {t} of {name!r}; it has {len(self)} steps of "
-                             f"{', '.join(self.cameras)}")
+            raise ValueError(
+                f"{self.path}: no frame {t} of {name!r}; it has {len(self)} steps of "
+                f"{', '.join(self.cameras)}"
+            )
         if self.handle is None:
             self.handle = safe_open(self.path, "numpy")
-        return self.handle.get_slice(name)[t:t + 1][0]
+        return self.handle.get_slice(name)[t : t + 1][0]
 
 
 def read_episode(path):
@@ -363,14 +405,16 @@ def read_episode(path):
                 if (view.get_dtype(), len(shape)) != (("U8", 4) if image else ("F32", 2)):
                     raise ValueError(
                         f"{path}: {name} is {view.get_dtype()} {shape}, not "
-                        f"{'U8 (T, H, W, 3)' if image else 'F32 (T, D)'}; convert it again")
+                        f"{'U8 (T, H, W, 3)' if image else 'F32 (T, D)'}; convert it again"
+                    )
                 if not image:
                     arrays[name] = file.get_tensor(name)
     except FileNotFoundError as e:
         raise FileNotFoundError(f"{path}: no such episode; give the path of a recording") from e
     except (SafetensorError, OSError) as e:
-        raise ValueError(f"{path}: not a complete safetensors file ({e}); "
-                         "record it again or delete it") from e
+        raise ValueError(
+            f"{path}: not a complete safetensors file ({e}); record it again or delete it"
+        ) from e
     for name in ("image", "state", "action", "task"):
         if name not in shapes and not (name == "task" and name in header):
             raise ValueError(f"{path}: {name} is missing; convert or record the episode again")
@@ -379,13 +423,21 @@ def read_episode(path):
     for name, value in sorted(arrays.items()):
         bad = np.flatnonzero(~np.isfinite(value).all(1))
         if len(bad):
-            raise ValueError(f"{path}: {name} row {bad[0]} is not finite; repair that row or "
-                             "delete the episode")
+            raise ValueError(
+                f"{path}: {name} row {bad[0]} is not finite; repair that row or delete the episode"
+            )
     fps = header.get("fps", "0")
     if not fps.replace(".", "", 1).isdigit():
         raise ValueError(f"{path}: fps {fps!r} is not a number; convert the episode again")
-    return EpisodeFile(path, header["task"], float(fps), header.get("source", ""), arrays["action"],
-                       arrays["state"], tuple(sorted(set(shapes) - set(arrays))))
+    return EpisodeFile(
+        path,
+        header["task"],
+        float(fps),
+        header.get("source", ""),
+        arrays["action"],
+        arrays["state"],
+        tuple(sorted(set(shapes) - set(arrays))),
+    )
 
 
 def _root(folder):
@@ -397,7 +449,7 @@ def episodes(folder, limit=0, fast=None):
 
     FileNotFoundError when there are none; ValueError when A or S differs between files, or A from
     that of `fast`."""
-    paths = sorted(_root(folder).glob("*.safetensors"))[:limit or None]
+    paths = sorted(_root(folder).glob("*.safetensors"))[: limit or None]
     if not paths:
         raise FileNotFoundError(f"{folder}: no episode_*.safetensors here; record or convert some")
     files = [read_episode(p) for p in paths]
@@ -405,11 +457,15 @@ def episodes(folder, limit=0, fast=None):
         for name in ("action", "state"):
             size, first = (getattr(f, name).shape[1] for f in (file, files[0]))
             if size != first:
-                raise ValueError(f"{file.path}: {size} {name} dimensions, {paths[0].name} has "
-                                 f"{first}; keep different robots in different folders")
+                raise ValueError(
+                    f"{file.path}: {size} {name} dimensions, {paths[0].name} has "
+                    f"{first}; keep different robots in different folders"
+                )
     if fast is not None and files[0].action.shape[1] != fast.dim:
-        raise ValueError(f"{folder}: actions have {files[0].action.shape[1]} dimensions, the action "
-                         f"tokenizer {fast.dim}; give the episodes of its robot")
+        raise ValueError(
+            f"{folder}: actions have {files[0].action.shape[1]} dimensions, the action "
+            f"tokenizer {fast.dim}; give the episodes of its robot"
+        )
     return files
 
 
@@ -424,8 +480,9 @@ def split(files, share=0.05):
     ValueError when none would be left to train on."""
     last = max(1, int(share * len(files) + 1e-9))
     if last >= len(files):
-        raise ValueError(f"{files[0].path.parent}: {len(files)} episodes, all of them held out; "
-                         "record more")
+        raise ValueError(
+            f"{files[0].path.parent}: {len(files)} episodes, all of them held out; record more"
+        )
     return files[:-last], files[-last:]
 
 
@@ -433,12 +490,16 @@ def episode_stats(folder, files):
     """{"action", "state"} -> statistics: stats.json beside the episodes, else made from files."""
     path = _root(folder) / "stats.json"
     if not path.exists():
-        return {k: statistics(np.concatenate([getattr(f, k) for f in files]))
-                for k in ("action", "state")}
+        return {
+            k: statistics(np.concatenate([getattr(f, k) for f in files]))
+            for k in ("action", "state")
+        }
     try:
         stats = json.loads(path.read_text())
-        return {k: check_stats(stats[k], getattr(files[0], k).shape[1], f"{path}: {k}")
-                for k in ("action", "state")}
+        return {
+            k: check_stats(stats[k], getattr(files[0], k).shape[1], f"{path}: {k}")
+            for k in ("action", "state")
+        }
     except (json.JSONDecodeError, KeyError, TypeError) as e:
         raise ValueError(f"{path}: no statistics ({e!r}); delete it to have them computed") from e
 
@@ -464,13 +525,20 @@ def report(fast, chunks):
     p = np.unique(first, return_counts=True)[1] / len(first)
     # coefficients a token covers: its characters, that is its bytes that begin one
     cover = [sum(b & 0xC0 != 0x80 for b in fast.pieces[i]) for i in first]
-    return {"chunks": len(ids), "malformed": int((~ok).sum()),
-            "clipped": fast.clipped / chunks.size, "mse": (error ** 2).mean((0, 1)).tolist(),
-            "max_error": np.abs(error).max((0, 1)).tolist(),
-            "naive_mse": (naive ** 2).mean((0, 1)).tolist(), "naive_tokens": chunks[0].size,
-            "tokens_mean": float(length.mean()), "tokens_p95": float(np.percentile(length, 95)),
-            "first_entropy": float(p @ np.log(1 / p)), "first_cover": float(np.mean(cover)),
-            "cover": chunks.size / float(length.sum())}
+    return {
+        "chunks": len(ids),
+        "malformed": int((~ok).sum()),
+        "clipped": fast.clipped / chunks.size,
+        "mse": (error**2).mean((0, 1)).tolist(),
+        "max_error": np.abs(error).max((0, 1)).tolist(),
+        "naive_mse": (naive**2).mean((0, 1)).tolist(),
+        "naive_tokens": chunks[0].size,
+        "tokens_mean": float(length.mean()),
+        "tokens_p95": float(np.percentile(length, 95)),
+        "first_entropy": float(p @ np.log(1 / p)),
+        "first_cover": float(np.mean(cover)),
+        "cover": chunks.size / float(length.sum()),
+    }
 
 
 def main(argv=None):
@@ -482,8 +550,11 @@ def main(argv=None):
         sub.add_argument("--stride", type=int, default=1, help="a chunk every this many steps")
         sub.add_argument("--limit", type=int, default=0, help="first N episodes only; 0: all")
     fit.add_argument("--out", required=True, help="folder for fast.json and report.json")
-    rep.add_argument("--out", help="save it here too, with the statistics of --data: what sft.py "
-                     "needs of a published processor")
+    rep.add_argument(
+        "--out",
+        help="save it here too, with the statistics of --data: what sft.py "
+        "needs of a published processor",
+    )
     fit.add_argument("--horizon", type=int, default=5, help="actions a chunk (K)")
     fit.add_argument("--scale", type=float, default=2, help="quantisation steps a unit coefficient")
     fit.add_argument("--vocab", type=int, default=64, help="number of FAST tokens, at most")
@@ -497,7 +568,8 @@ def main(argv=None):
     held = files[9::10]  # every 10th episode is held out of the fit, when there are 10
 
     def cut(some, horizon):
-        return np.concatenate([chunks_of(f, horizon)[::args.stride] for f in some])  # (B, K, A)
+        return np.concatenate([chunks_of(f, horizon)[:: args.stride] for f in some])  # (B, K, A)
+
     if args.command == "fit":
         kept = [f for i, f in enumerate(files) if i % 10 != 9]
         fast = FastTokenizer.fit(cut(kept, args.horizon), args.vocab, args.scale, stats)
@@ -505,9 +577,11 @@ def main(argv=None):
         fast = FastTokenizer.load(args.fast, args.horizon, files[0].action.shape[1])
         fast.stats = fast.stats or stats  # published processors expect normalised chunks
     result = {**report(fast, cut(held or files, fast.horizon)), "held_out": bool(held)}
-    print(f"horizon {fast.horizon}, {fast.dim} dimensions, scale {fast.scale:g}, vocabulary "
-          f"{fast.vocab_size}, coefficients {fast.min_coef} .. {fast.max_coef}\nround trip of "
-          f"{result['chunks']} {'held-out' if held else 'fitted'} chunks, in dataset units")
+    print(
+        f"horizon {fast.horizon}, {fast.dim} dimensions, scale {fast.scale:g}, vocabulary "
+        f"{fast.vocab_size}, coefficients {fast.min_coef} .. {fast.max_coef}\nround trip of "
+        f"{result['chunks']} {'held-out' if held else 'fitted'} chunks, in dataset units"
+    )
     for name, x in result.items():  # what they are: see report()
         print(f"  {name:14s}" + "".join(f" {v:10.4g}" for v in (x if isinstance(x, list) else [x])))
     if args.out:

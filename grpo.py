@@ -38,14 +38,20 @@ from model import all_sum
 class Config:
     preset: str = ""
     init: str = "runs/sft/final"  # checkpoint of stage sft, or grpo to go on from it as a new run
-    data: str = "data/tabletop/episodes"  # folder of episodes; the last 5% are held out, as in sft.py
+    data: str = (
+        "data/tabletop/episodes"  # folder of episodes; the last 5% are held out, as in sft.py
+    )
     out: str = "runs/grpo"  # folder of checkpoints and log
     seed: int = 0  # prompts and samples are a function of (seed, step, index)
     steps: int = 100  # rollout steps
     prompts: int = 32  # prompts a rollout step, all ranks together
-    batch: int = 16  # prompts an optimiser update, all ranks together; prompts / batch updates a step
+    batch: int = (
+        16  # prompts an optimiser update, all ranks together; prompts / batch updates a step
+    )
     group: int = 8  # completions a prompt (G)
-    micro_batch: int = 8  # prompts a rank forwards and backwards at once; lower it when memory runs out
+    micro_batch: int = (
+        8  # prompts a rank forwards and backwards at once; lower it when memory runs out
+    )
     chunk: int = 0  # prompts a rank samples at once, those of like length together; 0: all it has
     graphs: bool = True  # on a GPU, replay decoding steps as CUDA graphs
     recompute: bool = False  # activation checkpointing: less memory, a third more time an update
@@ -79,10 +85,25 @@ PRESETS = {
     "tabletop": {},
     "speedrun": {"steps": 80, "lr": 2e-5, "save_every": 0},
     # Paper section "RL": 12.8K samples, 1 epoch = 25 rollout steps of 4 updates of 640 completions.
-    "paper": {"init": "runs/sft-paper/final", "data": "data/bridge", "out": "runs/grpo-paper",
-              "steps": 25, "prompts": 512, "batch": 128, "group": 5, "micro_batch": 1, "chunk": 16,
-              "recompute": True, "max_new": 2048, "lr": 1e-6, "eval_every": 5,
-              "eval_prompts": 512, "show_every": 1, "save_every": 5, "keep": 2},
+    "paper": {
+        "init": "runs/sft-paper/final",
+        "data": "data/bridge",
+        "out": "runs/grpo-paper",
+        "steps": 25,
+        "prompts": 512,
+        "batch": 128,
+        "group": 5,
+        "micro_batch": 1,
+        "chunk": 16,
+        "recompute": True,
+        "max_new": 2048,
+        "lr": 1e-6,
+        "eval_every": 5,
+        "eval_prompts": 512,
+        "show_every": 1,
+        "save_every": 5,
+        "keep": 2,
+    },
 }
 
 
@@ -142,16 +163,24 @@ def reward(bb, ids, targets, kind="prefix", think=True):
     place, one run of FAST tokens stands between the marks, and it decodes to K x A coefficients;
     r_f is all of them (and that nothing stands around them). r_a is 0 where r_f is 0."""
     tags, markers, form, made = [], [], [], []
-    shape = re.compile(r"\s*<think>.*\S.*</think>\s*<answer>.*</answer>\s*<\|im_end\|>" if think
-                       else r".*<answer>.*</answer>\s*<\|im_end\|>", re.DOTALL)
+    shape = re.compile(
+        r"\s*<think>.*\S.*</think>\s*<answer>.*</answer>\s*<\|im_end\|>"
+        if think
+        else r".*<answer>.*</answer>\s*<\|im_end\|>",
+        re.DOTALL,
+    )
     v = bb.vocab
     known = {*v.fast, v.start, v.end}
     for row in ids:
         good, thought, fast_ids = model.parse_actions(bb, row)
         at = [j for j, t in enumerate(row) if t in known]
         tags.append(bool(shape.fullmatch(bb.tok.decode(row, skip_special_tokens=False))))
-        markers.append(len(at) == len(fast_ids) + 2 > 2 and at[-1] - at[0] == len(at) - 1
-                       and row[at[0]] == v.start and row[at[-1]] == v.end)
+        markers.append(
+            len(at) == len(fast_ids) + 2 > 2
+            and at[-1] - at[0] == len(at) - 1
+            and row[at[0]] == v.start
+            and row[at[-1]] == v.end
+        )
         form.append(good and (thought or not think))
         made.append(fast_ids)
     _, decodes = bb.fast.decode(made)
@@ -186,8 +215,9 @@ def advantage(r, kind="grpo"):
 # Loss
 
 
-def policy_loss(logp, old_logp, adv, mask, ref_logp=None, clip_low=0.2, clip_high=0.3,
-                dual_clip=3.0, kl=0.01):
+def policy_loss(
+    logp, old_logp, adv, mask, ref_logp=None, clip_low=0.2, clip_high=0.3, dual_clip=3.0, kl=0.01
+):
     """Clipped policy gradient with KL, summed over tokens; fp32.
 
     logp, old_logp (at sampling), ref_logp (None: no KL), mask (1 on sampled tokens) (N, T); adv (N, 1)
@@ -199,7 +229,9 @@ def policy_loss(logp, old_logp, adv, mask, ref_logp=None, clip_low=0.2, clip_hig
     free, bound = ratio * adv, ratio.clamp(1 - clip_low, 1 + clip_high) * adv
     loss = -torch.minimum(free, bound)
     clipped = bound < free
-    if dual_clip > 0:  # a token grown likely though bad: its loss, and gradient, is bounded (1912.09729)
+    if (
+        dual_clip > 0
+    ):  # a token grown likely though bad: its loss, and gradient, is bounded (1912.09729)
         worst = torch.where(adv < 0, -dual_clip * adv, torch.inf)
         clipped = clipped | (loss > worst)
         loss = torch.minimum(loss, worst)
@@ -222,8 +254,11 @@ def shared_logp(bb, rows, ids, mask, temperature=1.0):
     last = model.hidden(bb.net, batch, Cache(layers=kv))[:, -1]  # (B, D), predicts the first token
     first = (batch["pos"].amax((0, 2)) + 1).repeat_interleave(G)  # (B*G,) M-RoPE of token 0
     S = max(T - 1, 1)  # the last token predicts nothing, but all ranks forward something
-    after = {"ids": ids[:, :S], "pos": (first[:, None] + torch.arange(S, device=device)).expand(3, N, S),
-             "mask": torch.cat([batch["mask"].repeat_interleave(G, 0), mask[:, :S]], 1)}
+    after = {
+        "ids": ids[:, :S],
+        "pos": (first[:, None] + torch.arange(S, device=device)).expand(3, N, S),
+        "mask": torch.cat([batch["mask"].repeat_interleave(G, 0), mask[:, :S]], 1),
+    }
     seen = Cache(layers=[model.SharedKV(prompt, G) for prompt in kv])
     h = model.hidden(bb.net, after, seen)  # (B*G, S, D)
     h = torch.cat([last.repeat_interleave(G, 0)[:, None], h[:, : T - 1]], 1)  # (B*G, T, D)
@@ -235,8 +270,19 @@ def shared_logp(bb, rows, ids, mask, temperature=1.0):
 
 # Rollout and update
 
-METRICS = ("reward", "r_f", "r_a", "tags", "markers", "decodes", "ties", "length", "cut",
-           "distinct_thoughts", "distinct_actions")
+METRICS = (
+    "reward",
+    "r_f",
+    "r_a",
+    "tags",
+    "markers",
+    "decodes",
+    "ties",
+    "length",
+    "cut",
+    "distinct_thoughts",
+    "distinct_actions",
+)
 
 
 @dataclass
@@ -258,8 +304,18 @@ def rollout(bb, cfg, rows, targets, keys, seed, G, greedy=False):
     and actions: different ones / G, 1 when all differ: falling, they show a collapse."""
     if not rows:
         return [], {k: [0.0, 0] for k in METRICS}, ""
-    out = model.generate(bb, rows, G, cfg.max_new, cfg.temperature, greedy=greedy, seed=seed,
-                         keys=keys, chunk=cfg.chunk, graphs=None if cfg.graphs else False)
+    out = model.generate(
+        bb,
+        rows,
+        G,
+        cfg.max_new,
+        cfg.temperature,
+        greedy=greedy,
+        seed=seed,
+        keys=keys,
+        chunk=cfg.chunk,
+        graphs=None if cfg.graphs else False,
+    )
     ids = [i[m].tolist() for i, m in zip(out["ids"].cpu(), out["mask"].bool().cpu())]
     gold = [t for t in targets for _ in range(G)]
     r, info = reward(bb, ids, gold, cfg.reward)
@@ -268,14 +324,26 @@ def rollout(bb, cfg, rows, targets, keys, seed, G, greedy=False):
     for b, row in enumerate(rows):
         mine = slice(b * G, b * G + G)
         T = int(out["mask"][mine].sum(1).max())
-        groups.append(Group(row, *(out[k][mine, :T] for k in ("ids", "mask", "logp")),
-                            adv[b].to(out["ids"].device), bool(ties[b])))
-    kinds = {"distinct_thoughts": [t.split("<answer>")[0] for t in texts],
-             "distinct_actions": [tuple(t for t in i if t in known) for i in ids]}
-    values = {"reward": r, **info, "ties": ties.tolist(), "length": [len(i) for i in ids],
-              "cut": [i[-1] != bb.vocab.eos for i in ids],
-              **{k: [len(set(x[i : i + G])) / G for i in range(0, len(x), G)]
-                 for k, x in kinds.items()}}
+        groups.append(
+            Group(
+                row,
+                *(out[k][mine, :T] for k in ("ids", "mask", "logp")),
+                adv[b].to(out["ids"].device),
+                bool(ties[b]),
+            )
+        )
+    kinds = {
+        "distinct_thoughts": [t.split("<answer>")[0] for t in texts],
+        "distinct_actions": [tuple(t for t in i if t in known) for i in ids],
+    }
+    values = {
+        "reward": r,
+        **info,
+        "ties": ties.tolist(),
+        "length": [len(i) for i in ids],
+        "cut": [i[-1] != bb.vocab.eos for i in ids],
+        **{k: [len(set(x[i : i + G])) / G for i in range(0, len(x), G)] for k, x in kinds.items()},
+    }
     sums = {k: [float(np.sum(values[k])), len(values[k])] for k in METRICS}
     return groups, sums, f"{texts[0]!r} r {r[0]:.3f}, target {model.action_answer(gold[0])}"
 
@@ -289,8 +357,10 @@ def means(sums):
 def group_loss(bb, ref, groups, cfg):
     """Loss of some groups summed over their tokens, and the sums that are logged."""
     T = max(g.ids.shape[1] for g in groups)
-    ids, mask, old = (torch.cat([pad(getattr(g, k), (0, T - g.ids.shape[1])) for g in groups])
-                      for k in ("ids", "mask", "logp"))  # (B*G, T)
+    ids, mask, old = (
+        torch.cat([pad(getattr(g, k), (0, T - g.ids.shape[1])) for g in groups])
+        for k in ("ids", "mask", "logp")
+    )  # (B*G, T)
     adv = torch.cat([g.adv for g in groups])[:, None]  # (B*G, 1)
     rows, ref_logp = [g.row for g in groups], None
     if ref is not None:
@@ -298,8 +368,9 @@ def group_loss(bb, ref, groups, cfg):
             ref_logp, _ = shared_logp(ref, rows, ids, mask, cfg.temperature)
     logp, entropy = shared_logp(bb, rows, ids, mask, cfg.temperature)
     # fork point: the objective. `old` is what the sampler said, so the first update is on-policy.
-    loss, sums = policy_loss(logp, old, adv, mask, ref_logp, cfg.clip_low, cfg.clip_high,
-                             cfg.dual_clip, cfg.kl)
+    loss, sums = policy_loss(
+        logp, old, adv, mask, ref_logp, cfg.clip_low, cfg.clip_high, cfg.dual_clip, cfg.kl
+    )
     return loss, {**sums, "entropy": entropy.sum(), "forwarded": mask.sum()}
 
 
@@ -310,23 +381,42 @@ def update(bb, ref, optim, groups, cfg, dist, where):
     forwards one token that does not count, since under FSDP each pass is collective."""
     live = [g for g in groups if not (g.tie and cfg.skip_ties)]
     rounds = -(-len(live) // cfg.micro_batch)
-    tokens, *rounds = all_sum([sum(int(g.mask.sum()) for g in groups),
-                               *(rounds * (r == dist.rank) for r in range(dist.world))])
+    tokens, *rounds = all_sum(
+        [
+            sum(int(g.mask.sum()) for g in groups),
+            *(rounds * (r == dist.rank) for r in range(dist.world)),
+        ]
+    )
     # Token mean, or (Dr. GRPO) a constant, so that long completions are not weighed down.
     count = tokens if cfg.adv == "grpo" else cfg.batch * cfg.group * cfg.max_new
     first, sums = groups[0], Counter()
-    idle = replace(first, ids=first.ids[:, :1], logp=first.logp[:, :1],
-                   mask=torch.zeros_like(first.mask[:, :1]))
-    guard = partial(model.guard, cfg.out, where, dist, (
-        vars(g) | {f"prompt_{k}": x for k, x in g.row.items()} | {"where": [g.row.get("where", "")]}
-        for g in groups))
+    idle = replace(
+        first,
+        ids=first.ids[:, :1],
+        logp=first.logp[:, :1],
+        mask=torch.zeros_like(first.mask[:, :1]),
+    )
+    guard = partial(
+        model.guard,
+        cfg.out,
+        where,
+        dist,
+        (
+            vars(g)
+            | {f"prompt_{k}": x for k, x in g.row.items()}
+            | {"where": [g.row.get("where", "")]}
+            for g in groups
+        ),
+    )
     for i in range(int(max(rounds))):
         some = live[i * cfg.micro_batch : (i + 1) * cfg.micro_batch] or [idle]
         loss, info = group_loss(bb, ref, some, cfg)
         guard("loss", loss.item())
         (loss * dist.world / count).backward()  # FSDP averages over ranks
         sums.update({k: float(x.detach()) for k, x in {"loss": loss, **info}.items()})
-    if not sums:  # every group of every rank tied: nothing to learn from, and no weight decay either
+    if (
+        not sums
+    ):  # every group of every rank tied: nothing to learn from, and no weight decay either
         return {}
     norm = model.clip_grad(bb.net.parameters(), cfg.grad_norm)
     guard("gradient norm", norm)
@@ -354,22 +444,28 @@ def check(cfg):
     if cfg.batch < 1 or cfg.prompts % cfg.batch:
         raise ValueError(f"--prompts {cfg.prompts} must be a multiple of --batch {cfg.batch}")
     if cfg.group < 2 or cfg.micro_batch < 1:
-        raise ValueError(f"--group {cfg.group}; an advantage needs at least 2 completions, and "
-                         f"--micro-batch {cfg.micro_batch} at least 1 prompt")
+        raise ValueError(
+            f"--group {cfg.group}; an advantage needs at least 2 completions, and "
+            f"--micro-batch {cfg.micro_batch} at least 1 prompt"
+        )
     if cfg.adv not in ("grpo", "drgrpo") or cfg.reward not in ("prefix", "l1", "lcs"):
-        raise ValueError(f"--adv {cfg.adv} --reward {cfg.reward}; choose grpo or drgrpo, and prefix, "
-                         "l1 or lcs")
+        raise ValueError(
+            f"--adv {cfg.adv} --reward {cfg.reward}; choose grpo or drgrpo, and prefix, l1 or lcs"
+        )
 
 
 def prepare(cfg, dist):
     """-> Backbone and reference (sharded), optimizer, episode files (trained on, held out), first
     step. ValueError when checkpoint and data do not fit."""
     newest = model.resumed(cfg)
-    bb = model.load(newest or cfg.init, dist.build, stages=("sft", "grpo"),
-                    max_pixels=cfg.max_pixels)
+    bb = model.load(
+        newest or cfg.init, dist.build, stages=("sft", "grpo"), max_pixels=cfg.max_pixels
+    )
     if bb.fast is None:
-        raise ValueError(f"{newest or cfg.init}: no fast/ in this checkpoint, so it knows no action "
-                         "tokens; run sft.py on episodes with --fast")
+        raise ValueError(
+            f"{newest or cfg.init}: no fast/ in this checkpoint, so it knows no action "
+            "tokens; run sft.py on episodes with --fast"
+        )
     files, unseen = split(episodes(cfg.data, fast=bb.fast))  # unseen by sft.py too
     if cfg.recompute:
         model.recompute(bb.net)
@@ -409,8 +505,14 @@ def main(argv=None):
             for again in range(1, cfg.dynamic + 1):  # dynamic sampling: 2503.14476, section 3.2
                 tied = [k for k, g in enumerate(groups) if g.tie]
                 fresh = [at[k] + (again << 40) for k in tied]  # numbers that no step comes to
-                new, more, _ = rollout(bb, cfg, *prompt_rows(bb, files, order(cfg.seed, n, fresh)),
-                                       fresh, cfg.seed, cfg.group)
+                new, more, _ = rollout(
+                    bb,
+                    cfg,
+                    *prompt_rows(bb, files, order(cfg.seed, n, fresh)),
+                    fresh,
+                    cfg.seed,
+                    cfg.group,
+                )
                 for k, group in zip(tied, new):
                     groups[k] = group
                 sums = {k: [a + b for a, b in zip(sums[k], more[k])] for k in sums}
@@ -421,17 +523,33 @@ def main(argv=None):
         bb.net.train()
         total, share = Counter(), cfg.batch // dist.world
         for u in range(0, len(groups), share):
-            total.update(update(bb, ref, optim, groups[u : u + share], cfg, dist,
-                                f"step {step}, update {u // share}"))
+            total.update(
+                update(
+                    bb,
+                    ref,
+                    optim,
+                    groups[u : u + share],
+                    cfg,
+                    dist,
+                    f"step {step}, update {u // share}",
+                )
+            )
         ended, done, mean = time.perf_counter(), step + 1, means(sums)
         # The loss is no sign of progress: at the first update of a rollout it is near 0 whatever the
         # policy does. Watch held-out r_a; and ties, entropy and distinct actions for a collapse.
         updates, seen = max(total["updates"], 1), max(total["forwarded"], 1)
-        log.write(step=done, **mean, **{k: total[k] / seen for k in ("clip", "kl", "entropy")},
-                  loss=total["loss"] / updates, grad_norm=total["grad_norm"] / updates,
-                  updates=total["updates"], lr=optim.param_groups[0]["lr"],
-                  rollout_s=rolled - began, update_s=ended - rolled,
-                  tokens_s=all_sum(sums["length"][0]) / (ended - began))
+        log.write(
+            step=done,
+            **mean,
+            **{k: total[k] / seen for k in ("clip", "kl", "entropy")},
+            loss=total["loss"] / updates,
+            grad_norm=total["grad_norm"] / updates,
+            updates=total["updates"],
+            lr=optim.param_groups[0]["lr"],
+            rollout_s=rolled - began,
+            update_s=ended - rolled,
+            tokens_s=all_sum(sums["length"][0]) / (ended - began),
+        )
         if cfg.show_every and done % cfg.show_every == 0:
             log.write(step=done, rollout=shown)
         model.checkpoint(cfg, done, run, write)

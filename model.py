@@ -112,8 +112,16 @@ def prefix_reward(gen, tgt):
 
 # Backbone and vocabulary
 
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
-           "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 SYSTEM = "You are a helpful assistant."  # Qwen2.5-VL opens with it, Qwen3-VL with nothing
 
@@ -121,6 +129,7 @@ SYSTEM = "You are a helpful assistant."  # Qwen2.5-VL opens with it, Qwen3-VL wi
 @dataclass(frozen=True)
 class ImageSpec:
     """How the image processor of a backbone cuts an image; sizes in pixels."""
+
     patch: int
     merge: int  # merge x merge patches are one token
     temporal: int  # a still image is repeated this often
@@ -132,20 +141,36 @@ class ImageSpec:
     @classmethod
     def load(cls, path):
         p = transformers.AutoImageProcessor.from_pretrained(path)
-        return cls(p.patch_size, p.merge_size, p.temporal_patch_size, tuple(p.image_mean),
-                   tuple(p.image_std), p.size["shortest_edge"], p.size["longest_edge"])
+        return cls(
+            p.patch_size,
+            p.merge_size,
+            p.temporal_patch_size,
+            tuple(p.image_mean),
+            tuple(p.image_std),
+            p.size["shortest_edge"],
+            p.size["longest_edge"],
+        )
 
     def bounded(self, pixels):
         least = min(self.min_pixels, pixels or self.min_pixels)
         return replace(self, min_pixels=least, max_pixels=pixels or self.max_pixels)
 
     def save(self, folder):
-        spec = {"image_processor_type": "Qwen2VLImageProcessor", "do_resize": True, "resample": 3,
-                "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-                "do_convert_rgb": True, "patch_size": self.patch, "merge_size": self.merge,
-                "temporal_patch_size": self.temporal, "image_mean": self.mean,
-                "image_std": self.std,
-                "size": {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}}
+        spec = {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "do_resize": True,
+            "resample": 3,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "do_convert_rgb": True,
+            "patch_size": self.patch,
+            "merge_size": self.merge,
+            "temporal_patch_size": self.temporal,
+            "image_mean": self.mean,
+            "image_std": self.std,
+            "size": {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels},
+        }
         write_json(Path(folder) / "preprocessor_config.json", spec)
 
 
@@ -166,10 +191,14 @@ def vocab(net, tok):
         raise ValueError(f"tokenizer lacks {missing}; use a Qwen2.5-VL or Qwen3-VL checkpoint")
     unused = range(len(tok), len(net.get_input_embeddings().weight))
     return types.SimpleNamespace(
-        eos=known["<|im_end|>"], pad=known["<|endoftext|>"], image=known["<|image_pad|>"],
-        start=known.get(ACTION_START), end=known.get(ACTION_END),
+        eos=known["<|im_end|>"],
+        pad=known["<|endoftext|>"],
+        image=known["<|image_pad|>"],
+        start=known.get(ACTION_START),
+        end=known.get(ACTION_END),
         fast=[known[t] for t in itertools.takewhile(known.__contains__, fast)],
-        banned=[*(known[t] for t in SPECIAL if t != "<|im_end|>"), *unused])  # never sampled
+        banned=[*(known[t] for t in SPECIAL if t != "<|im_end|>"), *unused],
+    )  # never sampled
 
 
 def find(path):
@@ -181,8 +210,10 @@ def find(path):
     if folder.is_dir():
         raise FileNotFoundError(f"{path}: no checkpoint in this folder; run the stage before first")
     if str(path).count("/") != 1 or str(path).startswith(("runs/", "assets/", ".", "/")):
-        raise FileNotFoundError(f"{path}: no such folder; run the stage that writes it, or name "
-                                "a hub model or random:SIZE")
+        raise FileNotFoundError(
+            f"{path}: no such folder; run the stage that writes it, or name "
+            "a hub model or random:SIZE"
+        )
     return path  # a hub name
 
 
@@ -203,8 +234,10 @@ def load(path, device="cpu", dtype=torch.float32, stages=None, seed=0, texts=(),
     place = Path(folder)  # of a hub model: there is none
     run = read_json(place / "run.json") if (place / "run.json").exists() else {}
     if stages and run and run["stage"] not in stages:
-        raise ValueError(f"{folder}: a checkpoint of stage {run['stage']!r}, expected "
-                         f"{' or '.join(stages)}; give the folder that such a stage wrote")
+        raise ValueError(
+            f"{folder}: a checkpoint of stage {run['stage']!r}, expected "
+            f"{' or '.join(stages)}; give the folder that such a stage wrote"
+        )
     if device == META:
         with META:
             config = transformers.AutoConfig.from_pretrained(folder)
@@ -215,8 +248,10 @@ def load(path, device="cpu", dtype=torch.float32, stages=None, seed=0, texts=(),
     fast = FastTokenizer.load(place / "fast") if (place / "fast").exists() else None
     bb = Backbone(net, tok, ImageSpec.load(folder).bounded(max_pixels), vocab(net, tok), fast, run)
     if fast is not None and fast.vocab_size > len(bb.vocab.fast):
-        raise ValueError(f"{folder}: fast/ has {fast.vocab_size} tokens but the text tokenizer "
-                         f"knows {len(bb.vocab.fast)} <FAST_i>; copy the whole folder again")
+        raise ValueError(
+            f"{folder}: fast/ has {fast.vocab_size} tokens but the text tokenizer "
+            f"knows {len(bb.vocab.fast)} <FAST_i>; copy the whole folder again"
+        )
     return bb
 
 
@@ -226,8 +261,13 @@ def grow(bb, n_fast):
     Embeddings grow only where the (padded) table has no row left; they never shrink and stay tied.
     New rows: mean of the old ones plus a tenth of their spread, so that no two tokens are alike."""
     names, old, known = map(fast_name, range(n_fast)), len(bb.tok), bb.tok.get_vocab()
-    if not bb.tok.add_tokens([AddedToken(t, special=False, normalized=False)
-                              for t in (ACTION_START, ACTION_END, *names) if t not in known]):
+    if not bb.tok.add_tokens(
+        [
+            AddedToken(t, special=False, normalized=False)
+            for t in (ACTION_START, ACTION_END, *names)
+            if t not in known
+        ]
+    ):
         return
     end = len(bb.tok)
     if end > len(bb.net.get_input_embeddings().weight):
@@ -315,17 +355,24 @@ def encode(bb, messages, images=(), prompt_only=False):
         raise ValueError('"<|image_pad|>" in the text; write "<image>" for each image')
     times[at] = grid.prod(1) // bb.images.merge**2
     ids, target = ids.repeat(times), target.repeat(times)
-    return {"ids": ids, "target": target,
-            "patches": np.concatenate([p for p, _ in cut]) if cut else None, "grid": grid,
-            "pos": positions(ids, grid, bb.vocab.image, bb.images.merge)}
+    return {
+        "ids": ids,
+        "target": target,
+        "patches": np.concatenate([p for p, _ in cut]) if cut else None,
+        "grid": grid,
+        "pos": positions(ids, grid, bb.vocab.image, bb.images.merge),
+    }
 
 
 def pack(rows):
     """Rows -> a batch as of collate with B = 1, one row after the other and no padding; its lengths
     keep hidden() from looking across rows. What training uses: rows differ much in length."""
     whole = {k: np.concatenate([r[k] for r in rows], -1) for k in ("ids", "target", "pos")}
-    return {**collate([whole], 0, images=rows), "lengths": [len(r["ids"]) for r in rows],
-            "where": [r.get("where", "") for r in rows]}
+    return {
+        **collate([whole], 0, images=rows),
+        "lengths": [len(r["ids"]) for r in rows],
+        "where": [r.get("where", "") for r in rows],
+    }
 
 
 def collate(rows, pad_id, left=False, images=None):
@@ -346,8 +393,9 @@ def collate(rows, pad_id, left=False, images=None):
 
 
 def to(batch, device):
-    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v
-            for k, v in batch.items()}
+    return {
+        k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()
+    }
 
 
 # Forward and losses
@@ -386,8 +434,13 @@ def _hidden(net, batch, cache=None):
         mask, more["lengths"] = None, batch["lengths"]
     elif cache is None and bool((mask[:, 1:] <= mask[:, :-1]).all()):
         mask = None  # padded right: the causal mask alone does it, with the faster kernel
-    return net.model(attention_mask=mask, position_ids=batch["pos"], past_key_values=cache,
-                     use_cache=False, **more).last_hidden_state  # (B, T, D)
+    return net.model(
+        attention_mask=mask,
+        position_ids=batch["pos"],
+        past_key_values=cache,
+        use_cache=False,
+        **more,
+    ).last_hidden_state  # (B, T, D)
 
 
 def _blank(net, device):
@@ -417,14 +470,17 @@ def _by_slices(head, score, rows, ids):
     n = max(1, LOGITS_AT_ONCE // len(head.weight))
     if len(rows) <= n:
         return one(rows, ids)
-    parts = [torch.utils.checkpoint.checkpoint(one, *part, use_reentrant=False)
-             for part in zip(rows.split(n), ids.split(n))]
+    parts = [
+        torch.utils.checkpoint.checkpoint(one, *part, use_reentrant=False)
+        for part in zip(rows.split(n), ids.split(n))
+    ]
     return [torch.cat(x) for x in zip(*parts)]  # (N,) each
 
 
 def token_loss(net, batch):
     """-> (summed cross-entropy, number of counted tokens, number right by argmax). Logits are
     computed only where a target follows; divide by the global count (see all_sum)."""
+
     def score(logits, ids):
         right = logits.detach().argmax(-1) == ids
         return F.cross_entropy(logits, ids, reduction="none"), right  # (n,) each
@@ -438,6 +494,7 @@ def token_loss(net, batch):
 def logp(net, rows, ids, temperature=1.0, banned=()):
     """rows (N, D) hidden states, ids (N,) -> logp (N,), entropy (N,), fp32 nats, no gradient in the
     entropy. banned: ids of probability 0, as in `generate`."""
+
     def score(logits, ids):  # logits (n, V): each pass over them that can be spared is
         logits = logits if temperature == 1 else logits / temperature
         if len(banned):
@@ -587,9 +644,13 @@ def _decode(bb, rows, n, at, out, choose, stop, graphs):
 
     def step():
         filled = torch.arange(cache.layers[0].seen, device=t.device) <= t if graphs else None
-        x = lm(inputs_embeds=embed(new[:, None]), past_key_values=cache, use_cache=True,
-               position_ids=(first[row] + t)[None, :, None].expand(3, -1, -1),
-               sampled=[*cache.layers, {"sample": row, "N": N, "bias": bias, "filled": filled}])
+        x = lm(
+            inputs_embeds=embed(new[:, None]),
+            past_key_values=cache,
+            use_cache=True,
+            position_ids=(first[row] + t)[None, :, None].expand(3, -1, -1),
+            sampled=[*cache.layers, {"sample": row, "N": N, "bias": bias, "filled": filled}],
+        )
         t.add_(1)
         sample(x.last_hidden_state[:, 0])
 
@@ -623,8 +684,20 @@ def _decode(bb, rows, n, at, out, choose, stop, graphs):
 
 
 @torch.no_grad()  # inference_mode would give tensors that the update cannot use
-def generate(bb, rows, n=1, max_new=128, temperature=1.0, top_p=1.0, greedy=False, seed=0,
-             keys=None, stop=None, chunk=0, graphs=None):
+def generate(
+    bb,
+    rows,
+    n=1,
+    max_new=128,
+    temperature=1.0,
+    top_p=1.0,
+    greedy=False,
+    seed=0,
+    keys=None,
+    stop=None,
+    chunk=0,
+    graphs=None,
+):
     """Samples n continuations of each prompt; a prompt and its images are forwarded once.
 
     rows: B prompt-only rows of `encode`. keys: one int a prompt (default 0..B-1); the sample of
@@ -637,13 +710,18 @@ def generate(bb, rows, n=1, max_new=128, temperature=1.0, top_p=1.0, greedy=Fals
     mask is 0. T <= max_new. ValueError for an impossible temperature or top_p.
     Gather sharded parameters first: `with unsharded(net)`."""
     if temperature <= 0 or not 0 < top_p <= 1:
-        raise ValueError(f"temperature {temperature} must be > 0 and top_p {top_p} in (0, 1]; "
-                         "for the most probable token pass greedy=True")
+        raise ValueError(
+            f"temperature {temperature} must be > 0 and top_p {top_p} in (0, 1]; "
+            "for the most probable token pass greedy=True"
+        )
     net, device, N = bb.net, bb.net.device, len(rows) * n
     ids = torch.full((N, max_new), bb.vocab.pad, device=device)
     mask, logps = torch.zeros_like(ids), torch.zeros(N, max_new, device=device)
-    u = [1 - rng(seed, k, g).random(max_new)
-         for k in (range(len(rows)) if keys is None else keys) for g in range(n)]
+    u = [
+        1 - rng(seed, k, g).random(max_new)
+        for k in (range(len(rows)) if keys is None else keys)
+        for g in range(n)
+    ]
     u = torch.tensor(np.array(u, np.float32), device=device)  # (B*n, T) in (0, 1]
     stop = torch.tensor([bb.vocab.eos] if stop is None else list(stop), device=device)
     banned = torch.tensor(bb.vocab.banned, dtype=torch.long, device=device)
@@ -698,6 +776,7 @@ TIME_SCALE = 0.999  # s of t = (s - u) / s, u ~ Beta(1.5, 1)
 @dataclass(frozen=True)
 class HeadConfig:
     """Sizes of a FlowHead; the numbers in the comments are GR00T N1.5's own."""
+
     vl_dim: int  # width of the vision-language features
     dim: int  # width of the DiT (N1.5: 1536)
     layers: int  # DiT blocks; even ones cross-attend the features, odd ones self-attend (16)
@@ -731,8 +810,9 @@ class FlowBlock(nn.Module):
         self.qkv = nn.Linear(dim, dim if cross else 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=not ada)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU("tanh"), nn.Dropout(dropout),
-                                 nn.Linear(4 * dim, dim))
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, 4 * dim), nn.GELU("tanh"), nn.Dropout(dropout), nn.Linear(4 * dim, dim)
+        )
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x, time=None, kv=None, mask=None):
@@ -767,8 +847,9 @@ class FlowHead(nn.Module):
                 raise ValueError(f"{name} {width} must be even and a multiple of {cfg.heads} heads")
         self.cfg, dim = cfg, cfg.dim
         self.vl_norm = nn.LayerNorm(cfg.vl_dim, elementwise_affine=cfg.vl_layers > 0)  # else: kv
-        self.vl_blocks = nn.ModuleList(FlowBlock(cfg.vl_dim, cfg.heads, cfg.dropout)
-                                       for _ in range(cfg.vl_layers))
+        self.vl_blocks = nn.ModuleList(
+            FlowBlock(cfg.vl_dim, cfg.heads, cfg.dropout) for _ in range(cfg.vl_layers)
+        )
         self.kv = nn.Linear(cfg.vl_dim, (cfg.layers + 1) // 2 * 2 * dim)
         self.state_in = nn.Sequential(nn.Linear(cfg.state_dim, dim), nn.ReLU(), nn.Linear(dim, dim))
         self.action_in = nn.Linear(cfg.action_dim, dim)
@@ -776,8 +857,9 @@ class FlowHead(nn.Module):
         self.position = nn.Parameter(torch.randn(cfg.horizon, dim) * 0.02)
         self.future = nn.Parameter(torch.randn(cfg.future_tokens, dim) * 0.02)
         self.time_in = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
-        self.blocks = nn.ModuleList(FlowBlock(dim, cfg.heads, cfg.dropout, True, i % 2 == 0)
-                                    for i in range(cfg.layers))
+        self.blocks = nn.ModuleList(
+            FlowBlock(dim, cfg.heads, cfg.dropout, True, i % 2 == 0) for i in range(cfg.layers)
+        )
         self.norm_out = nn.LayerNorm(dim, elementwise_affine=False)
         self.ada_out = nn.Linear(dim, 2 * dim)
         self.decoder = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, cfg.action_dim))
@@ -900,8 +982,10 @@ def all_sum(x):
 def units(net):
     """What is gathered at a time: each block, then each end of the vocabulary (unless both are one
     table), then the root with the rest; all of a SMALL model."""
-    if (not isinstance(net, transformers.PreTrainedModel)
-            or sum(p.numel() for p in net.parameters()) <= SMALL):
+    if (
+        not isinstance(net, transformers.PreTrainedModel)
+        or sum(p.numel() for p in net.parameters()) <= SMALL
+    ):
         return [net]
     ends = [net.get_input_embeddings(), net.get_output_embeddings()]
     ends = ends if ends[0].weight is not ends[1].weight else []
@@ -920,8 +1004,10 @@ def shard(net, dist, mp_dtype=None, offload=False):
     n = dist.shards or dist.world
     shape = (n,) if n == dist.world else (dist.world // n, n)
     names = ("replicate", "shard")[-len(shape) :]
-    kw = {"mesh": init_device_mesh(dist.device.type, shape, mesh_dim_names=names),
-          "mp_policy": fsdp.MixedPrecisionPolicy(param_dtype=mp_dtype, reduce_dtype=torch.float32)}
+    kw = {
+        "mesh": init_device_mesh(dist.device.type, shape, mesh_dim_names=names),
+        "mp_policy": fsdp.MixedPrecisionPolicy(param_dtype=mp_dtype, reduce_dtype=torch.float32),
+    }
     kw |= {"offload_policy": fsdp.CPUOffloadPolicy(pin_memory=cuda)} if offload else {}
     for unit in units(net):
         _receive(unit, dist)
@@ -945,8 +1031,11 @@ def _receive(unit, dist):
                     x = torch.empty_like(t, device=dist.device) if t.is_meta else t.to(dist.device)
                     if dist.world > 1:
                         distributed.broadcast(x.detach(), 0)
-                    new[t] = (nn.Parameter(x.detach(), t.requires_grad)
-                              if isinstance(t, nn.Parameter) else x)
+                    new[t] = (
+                        nn.Parameter(x.detach(), t.requires_grad)
+                        if isinstance(t, nn.Parameter)
+                        else x
+                    )
                 table[name] = new[t]
 
 
@@ -980,8 +1069,9 @@ class Muon(torch.optim.AdamW):
                 if not self.state[p]:
                     self.state[p]["exp_avg"] = torch.zeros_like(p)
         for params in shapes.values():
-            means, grads = local([self.state[p]["exp_avg"] for p in params],
-                                 [p.grad for p in params])
+            means, grads = local(
+                [self.state[p]["exp_avg"] for p in params], [p.grad for p in params]
+            )
             torch._foreach_lerp_(means, grads, 1 - group["betas"][0])
             torch._foreach_lerp_(grads, means, group["betas"][0])  # Nesterov
             jobs.append((params, torch.stack([p.grad for p in params])))  # (N, out, in)
@@ -990,8 +1080,9 @@ class Muon(torch.optim.AdamW):
             if isinstance(m, DTensor):
                 u = distribute_tensor(u, m.device_mesh, m.placements, src_data_rank=None).to_local()
             torch._foreach_mul_(*local(params), 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(*local(params), u.unbind(),
-                                alpha=-group["lr"] * 0.2 * max(m.shape[1:]) ** 0.5)
+            torch._foreach_add_(
+                *local(params), u.unbind(), alpha=-group["lr"] * 0.2 * max(m.shape[1:]) ** 0.5
+            )
             for p in params:
                 p.grad = None  # AdamW passes over what has none
         super().step()
@@ -1032,8 +1123,11 @@ def orthogonal_shared(stacks):
 
 def inner(net):
     """What Muon updates: the weights of linear layers that train, but the last one's (lm_head)."""
-    return {m.weight for name, m in net.named_modules()
-            if isinstance(m, nn.Linear) and name != "lm_head" and m.weight.requires_grad}
+    return {
+        m.weight
+        for name, m in net.named_modules()
+        if isinstance(m, nn.Linear) and name != "lm_head" and m.weight.requires_grad
+    }
 
 
 def optimizer(net, lr, weight_decay, betas, muon=False):
@@ -1043,8 +1137,10 @@ def optimizer(net, lr, weight_decay, betas, muon=False):
     for p in net.parameters():
         if p.requires_grad:
             kinds.setdefault((p in hidden, p.ndim > 1), []).append(p)
-    groups = [{"params": some, "weight_decay": weight_decay * matrix, "hidden": in_hidden}
-              for (in_hidden, matrix), some in sorted(kinds.items(), reverse=True)]
+    groups = [
+        {"params": some, "weight_decay": weight_decay * matrix, "hidden": in_hidden}
+        for (in_hidden, matrix), some in sorted(kinds.items(), reverse=True)
+    ]
     return (Muon if muon else torch.optim.AdamW)(groups, lr=lr, betas=betas, fused=True)
 
 
@@ -1072,13 +1168,18 @@ def guard(out, where, dist, batches, name, value):
     path = Path(out) / f"failed_{re.sub(r'[^0-9a-z]+', '_', where)}_rank_{dist.rank}.safetensors"
     batches = list(batches)  # from a generator: made only when there is something to save
     samples = [x for batch in batches for x in batch.get("where", [])]
-    arrays = {f"{i}.{k}": torch.as_tensor(x).detach().cpu().clone().contiguous()
-              for i, batch in enumerate(batches) for k, x in batch.items()
-              if k != "where" and isinstance(x, (list, np.ndarray, torch.Tensor))}
+    arrays = {
+        f"{i}.{k}": torch.as_tensor(x).detach().cpu().clone().contiguous()
+        for i, batch in enumerate(batches)
+        for k, x in batch.items()
+        if k != "where" and isinstance(x, (list, np.ndarray, torch.Tensor))
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(arrays, path, {"samples": json.dumps(samples), "where": where})
-    raise ValueError(f"{where}, rank {dist.rank}: the {name} is {value}; look at its samples "
-                     f"{', '.join(samples)}, which {path} holds, or lower --lr")
+    raise ValueError(
+        f"{where}, rank {dist.rank}: the {name} is {value}; look at its samples "
+        f"{', '.join(samples)}, which {path} holds, or lower --lr"
+    )
 
 
 def rng(seed, *keys):
@@ -1091,9 +1192,28 @@ def rng(seed, *keys):
 
 STOP = threading.Event()  # SIGTERM has come
 FREE = [  # flags that --resume may change
-    "preset", "out", "steps", "epochs", "resume", "keep", "probe", "micro_batch", "chunk", "graphs",
-    "recompute", "shards", "cpu_offload", "cache", "cache_dir", "eval_rows", "eval_prompts",
-    "eval_every", "save_every", "log_every", "show_every"]
+    "preset",
+    "out",
+    "steps",
+    "epochs",
+    "resume",
+    "keep",
+    "probe",
+    "micro_batch",
+    "chunk",
+    "graphs",
+    "recompute",
+    "shards",
+    "cpu_offload",
+    "cache",
+    "cache_dir",
+    "eval_rows",
+    "eval_prompts",
+    "eval_every",
+    "save_every",
+    "log_every",
+    "show_every",
+]
 
 
 def write_json(path, value):
@@ -1123,8 +1243,13 @@ def _weights(module):
 def _moments(module, optim):
     """ "parameter/exp_avg" and so on -> tensor of the optimizer, maybe sharded."""
     names = {p: name for name, p in module.named_parameters()}
-    return dict(sorted((f"{names[p]}/{k}", t if t.ndim else t[None])
-                       for p, state in optim.state.items() for k, t in state.items()))
+    return dict(
+        sorted(
+            (f"{names[p]}/{k}", t if t.ndim else t[None])
+            for p, state in optim.state.items()
+            for k, t in state.items()
+        )
+    )
 
 
 def _as_module(what):
@@ -1148,9 +1273,14 @@ def save(folder, what, run, optim=None):
     try:
         if optim:  # as safetensors, where DCP's own format has a pickle; 64 tensors a file, as each
             moments = _moments(_as_module(what), optim)  # file is put together in memory
-            dcp.save(moments, storage_writer=dcp.HuggingFaceStorageWriter(
-                part / "train_state", {k: i // 64 + 1 for i, k in enumerate(moments)},
-                save_distributed=True))
+            dcp.save(
+                moments,
+                storage_writer=dcp.HuggingFaceStorageWriter(
+                    part / "train_state",
+                    {k: i // 64 + 1 for i, k in enumerate(moments)},
+                    save_distributed=True,
+                ),
+            )
         if _rank() == 0:
             part.mkdir(parents=True, exist_ok=True)
             for name, v in parts.items():
@@ -1172,8 +1302,10 @@ def save(folder, what, run, optim=None):
         if _rank() > 0:
             raise SystemExit(1)  # rank 0 knows, and says it
         shutil.rmtree(part, ignore_errors=True)  # it may fill the disk
-        raise ValueError(f"{part}: could not be written ({error}); what was saved before is whole: "
-                         "make room, then --resume")
+        raise ValueError(
+            f"{part}: could not be written ({error}); what was saved before is whole: "
+            "make room, then --resume"
+        )
 
 
 def _swap(part, folder):
@@ -1225,8 +1357,11 @@ def load_train_state(folder, what, optim):
     for key in reader.read_metadata().state_dict_metadata:
         name, k = key.split("/")  # "model.layer.weight/exp_avg"
         p = names[name]
-        optim.state[p][k] = (torch.zeros((), device=p.device) if k == "step"
-                             else torch.zeros_like(p, requires_grad=False))
+        optim.state[p][k] = (
+            torch.zeros((), device=p.device)
+            if k == "step"
+            else torch.zeros_like(p, requires_grad=False)
+        )
     dcp.load(_moments(module, optim), storage_reader=reader)
     run = read_json(folder / "run.json")
     return run["step"], np.array(run.get("unlogged", 0)) * (_rank() == 0)
@@ -1236,14 +1371,17 @@ def resumed(cfg):
     """The newest checkpoint if the run is to --resume it, or None. ValueError when it goes on with
     another value of a flag that is not FREE to change, or would mix with an older run's files."""
     if not cfg.resume and (latest(cfg.out) or (Path(cfg.out) / "final").exists()):
-        raise ValueError(f"{cfg.out}: already holds a run; go on with --resume, name another --out, "
-                         "or delete it")
+        raise ValueError(
+            f"{cfg.out}: already holds a run; go on with --resume, name another --out, or delete it"
+        )
     newest, new = latest(cfg.out) if cfg.resume else None, asdict(cfg)
     old = read_json(newest / "run.json")["config"] if newest else new
     for k in [k for k in new if k not in FREE and old.get(k) != new[k]]:
         flag = "--" + k.replace("_", "-")
-        raise ValueError(f"{newest}: was run with another {flag}; resume with {flag} {old.get(k)}, "
-                         "or start anew in another --out")
+        raise ValueError(
+            f"{newest}: was run with another {flag}; resume with {flag} {old.get(k)}, "
+            "or start anew in another --out"
+        )
     return newest
 
 
@@ -1266,18 +1404,27 @@ def parse(Config, PRESETS, argv=None):
     first preset is the default; the field `preset` receives its name."""
     doc = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(Config), re.MULTILINE))
     parser = argparse.ArgumentParser(
-        description=inspect.getmodule(Config).__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=inspect.getmodule(Config).__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("preset", nargs="?", choices=list(PRESETS), default=next(iter(PRESETS)))
     for f in fields(Config):
         if f.name != "preset":
-            kind = ({"action": argparse.BooleanOptionalAction} if f.type is bool else
-                    {"type": f.type, "metavar": f.type.__name__.upper()})
+            kind = (
+                {"action": argparse.BooleanOptionalAction}
+                if f.type is bool
+                else {"type": f.type, "metavar": f.type.__name__.upper()}
+            )
             text = f"{doc.get(f.name, '')} ({f.default})".replace("%", "%%")
-            parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
-                                help=text, **kind)
-    parser.add_argument("--dry-run", action="store_true",
-                        help="tell what a rank needs of memory, without allocating it, and stop")
+            parser.add_argument(
+                "--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **kind
+            )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="tell what a rank needs of memory, without allocating it, and stop",
+    )
     args = vars(parser.parse_args(argv))
     dry = args.pop("dry_run")
     cfg = Config(**{**PRESETS[args["preset"]], **args})
@@ -1291,13 +1438,22 @@ def parse(Config, PRESETS, argv=None):
 
 
 def versions():
-    return {"python": platform.python_version(), "torch": torch.__version__,
-            "transformers": transformers.__version__, "numpy": np.__version__}
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": np.__version__,
+    }
 
 
 def commit():
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                          cwd=Path(__file__).parent, check=False)
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
+    )
     return done.stdout.strip() or "unknown"
 
 
@@ -1322,8 +1478,15 @@ class Log:
             Path(out).mkdir(parents=True, exist_ok=True)
             self.file = Path(out) / "log.jsonl"  # a resumed run appends
             device = torch.cuda.get_device_name() if dist.device.type == "cuda" else "cpu"
-            self._record({"config": asdict(cfg), "commit": commit(), **versions(),
-                          "device": device, "world": dist.world})
+            self._record(
+                {
+                    "config": asdict(cfg),
+                    "commit": commit(),
+                    **versions(),
+                    "device": device,
+                    "world": dist.world,
+                }
+            )
 
     def _record(self, record):
         with open(self.file, "a") as f:
@@ -1334,6 +1497,8 @@ class Log:
             return
         metrics = {k: float(v) if hasattr(v, "item") else v for k, v in metrics.items()}
         self._record({**metrics, "seconds": round(time.time() - self.start, 1)})
-        cells = (f"{k} {v:<9.4g}" if isinstance(v, float) else f"{k} {v!s:<6}"
-                 for k, v in metrics.items())
+        cells = (
+            f"{k} {v:<9.4g}" if isinstance(v, float) else f"{k} {v!s:<6}"
+            for k, v in metrics.items()
+        )
         print("  ".join(cells).rstrip(), flush=True)

@@ -74,13 +74,33 @@ class Config:
 
 PRESETS = {
     "tabletop": {"fast": "runs/fast", "steps": 4000},
-    "speedrun": {"fast": "runs/fast", "steps": 1200, "lr": 2e-3, "muon": True, "eval_every": 0,
-                 "save_every": 0},
-    "base": {"init": "random:tiny-vlm", "data": "data/base/conversations.jsonl", "out": "runs/base",
-             "steps": 24000, "holdout": 4000, "probe": 0},
-    "paper": {"init": "Qwen/Qwen2.5-VL-7B-Instruct", "lr": 2e-5, "beta2": 0.999, "batch": 128,
-              "micro_batch": 2, "max_length": 4096, "freeze_vision": True, "recompute": True,
-              "keep": 2},
+    "speedrun": {
+        "fast": "runs/fast",
+        "steps": 1200,
+        "lr": 2e-3,
+        "muon": True,
+        "eval_every": 0,
+        "save_every": 0,
+    },
+    "base": {
+        "init": "random:tiny-vlm",
+        "data": "data/base/conversations.jsonl",
+        "out": "runs/base",
+        "steps": 24000,
+        "holdout": 4000,
+        "probe": 0,
+    },
+    "paper": {
+        "init": "Qwen/Qwen2.5-VL-7B-Instruct",
+        "lr": 2e-5,
+        "beta2": 0.999,
+        "batch": 128,
+        "micro_batch": 2,
+        "max_length": 4096,
+        "freeze_vision": True,
+        "recompute": True,
+        "keep": 2,
+    },
 }
 
 
@@ -109,11 +129,15 @@ class Conversations:
             roles = [m["role"] for m in row["messages"]]
             text = "".join(m["content"] for m in row["messages"])
         except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f'{where}: not a row {{"images": [...], "messages": [{{"role", '
-                             f'"content"}}, ...]}} ({e!r}); repair or delete the line') from e
+            raise ValueError(
+                f'{where}: not a row {{"images": [...], "messages": [{{"role", '
+                f'"content"}}, ...]}} ({e!r}); repair or delete the line'
+            ) from e
         if not {"assistant"} <= set(roles) <= {"system", "user", "assistant"}:
-            raise ValueError(f"{where}: roles {roles}; an assistant must answer, and only system, "
-                             "user and assistant may speak")
+            raise ValueError(
+                f"{where}: roles {roles}; an assistant must answer, and only system, "
+                "user and assistant may speak"
+            )
         if "<ACTION>" in text and self.fast is None:
             raise ValueError(f"{where}: an <ACTION> but no FAST tokenizer; give --fast")
         if "<ACTION>" in text and "chunk" not in row:
@@ -121,8 +145,10 @@ class Conversations:
 
     def text(self):
         """What the tokenizer of a random backbone is trained on."""
-        return ("\n".join(m["content"] for m in modes(self.row(i)["messages"]))
-                for i in self.train[:20000])
+        return (
+            "\n".join(m["content"] for m in modes(self.row(i)["messages"]))
+            for i in self.train[:20000]
+        )
 
     def size(self, i):
         """About how long a row is: characters in the file."""
@@ -143,8 +169,9 @@ class Conversations:
             except ValueError as e:
                 raise ValueError(f'{where}: "chunk": {e}') from e
             for m in messages:
-                m["content"] = m["content"].replace("<answer><ACTION></answer>",
-                                                    model.action_answer(target))
+                m["content"] = m["content"].replace(
+                    "<answer><ACTION></answer>", model.action_answer(target)
+                )
         return messages, images, row.get("kind"), where
 
 
@@ -155,11 +182,15 @@ class Demonstrations:
 
     def __init__(self, folder, fast):
         if fast is None:
-            raise ValueError(f"{folder}: episodes but no FAST tokenizer; fit one (python "
-                             "fast_tokenizer.py fit) and give its folder as --fast")
+            raise ValueError(
+                f"{folder}: episodes but no FAST tokenizer; fit one (python "
+                "fast_tokenizer.py fit) and give its folder as --fast"
+            )
         if fast.stats is None:
-            raise ValueError("--fast: a tokenizer without statistics; save it with those of the "
-                             f"episodes: fast_tokenizer.py report --data {folder} --out fast/")
+            raise ValueError(
+                "--fast: a tokenizer without statistics; save it with those of the "
+                f"episodes: fast_tokenizer.py report --data {folder} --out fast/"
+            )
         self.files, self.fast = episodes(folder, fast=fast), fast
         self.ends = np.cumsum([len(e) for e in self.files])
         cut, end = sum(map(len, split(self.files)[0])), int(self.ends[-1])
@@ -201,8 +232,9 @@ def read_image(image, where):
     try:
         return np.asarray(Image.open(image).convert("RGB"))
     except (OSError, ValueError) as e:
-        raise ValueError(f"{where}: image {image} does not open ({e}); add the file or delete "
-                         "the row") from e
+        raise ValueError(
+            f"{where}: image {image} does not open ({e}); add the file or delete the row"
+        ) from e
 
 
 def row_of(bb, source, i, max_length):
@@ -213,13 +245,14 @@ def row_of(bb, source, i, max_length):
     except ValueError as e:
         raise ValueError(f"{where}: {e}") from e
     if len(row["ids"]) > max_length:
-        raise ValueError(f"{where}: {len(row['ids'])} tokens; raise --max-length {max_length} or "
-                         "shorten the row")
+        raise ValueError(
+            f"{where}: {len(row['ids'])} tokens; raise --max-length {max_length} or shorten the row"
+        )
     return {**row, "where": where}
 
 
 def mixture(spec):
-    """"path:weight,path" -> [(path, weight or None)]."""
+    """ "path:weight,path" -> [(path, weight or None)]."""
     out = []
     for item in spec.split(","):
         path, *weight = item.strip().rsplit(":", 1)
@@ -228,8 +261,10 @@ def mixture(spec):
         except ValueError as e:
             raise ValueError(f"--data {item}: {weight[0]!r} is no weight; write path:weight") from e
         if not Path(path).exists():
-            raise FileNotFoundError(f"--data {path}: no such file or folder; generate or convert "
-                                    "it first (python -m benchmarks.tabletop)")
+            raise FileNotFoundError(
+                f"--data {path}: no such file or folder; generate or convert "
+                "it first (python -m benchmarks.tabletop)"
+            )
     return out
 
 
@@ -292,8 +327,10 @@ def answers(bb, items, max_new=128, size=64):
     """Greedy answers, as text, to the first question of each item (as source[i] gives it)."""
     texts = []
     for k in range(0, len(items), size):
-        rows = [model.encode(bb, messages[:1], [read_image(x, where) for x in images],
-                             prompt_only=True) for messages, images, _, where in items[k : k + size]]
+        rows = [
+            model.encode(bb, messages[:1], [read_image(x, where) for x in images], prompt_only=True)
+            for messages, images, _, where in items[k : k + size]
+        ]
         ids = model.generate(bb, rows, max_new=max_new, greedy=True)["ids"]
         texts += [answer_of(bb.tok.decode(one, skip_special_tokens=True)) for one in ids]
     return texts
@@ -315,28 +352,38 @@ def thinking_rollouts(bb, sources, cfg, dist, n=4):
     """What RL will start from: thinking rollouts on held-out prompts, which SFT never showed. ->
     format rate, mean r_a (paper section 3), and how many of the n thoughts and actions differ: if
     thoughts are all alike RL has no signal (Table 1 of the paper)."""
-    prompts = [(s, i) for s in sources if isinstance(s, Demonstrations)
-               for i in spread(s.held, cfg.probe)][: cfg.probe]
+    prompts = [
+        (s, i) for s in sources if isinstance(s, Demonstrations) for i in spread(s.held, cfg.probe)
+    ][: cfg.probe]
     if not prompts:
         return {}
     keys, total = range(dist.rank, len(prompts), dist.world), np.zeros(4)
     mine = [prompts[k] for k in keys]
     with model.unsharded(bb.net):
-        rows = [model.encode(bb, *source.question(i, think=True)[:2], prompt_only=True)
-                for source, i in mine]
+        rows = [
+            model.encode(bb, *source.question(i, think=True)[:2], prompt_only=True)
+            for source, i in mine
+        ]
         ids = model.generate(bb, rows, n=n, max_new=128, seed=cfg.seed, keys=keys)["ids"]
     for b, (source, i) in enumerate(mine):
         group, target = ids[b * n : (b + 1) * n], source.target(i)
         texts = [bb.tok.decode(one, skip_special_tokens=True) for one in group]
         read = [model.parse_actions(bb, one) for one in group]
-        total += [sum(good and thinks for good, thinks, _ in read),
-                  sum(model.prefix_reward(fast, target) for *_, fast in read),
-                  len({t.split("</think>")[0] for t in texts}), len({tuple(a) for *_, a in read})]
+        total += [
+            sum(good and thinks for good, thinks, _ in read),
+            sum(model.prefix_reward(fast, target) for *_, fast in read),
+            len({t.split("</think>")[0] for t in texts}),
+            len({tuple(a) for *_, a in read}),
+        ]
         if dist.rank == b == 0:
             print(f"a thinking rollout: {texts[0]}", flush=True)
     good, reward, thoughts, actions = all_sum(total.tolist())
-    return {"format": good / (len(prompts) * n), "r_a": reward / (len(prompts) * n),
-            f"thoughts_of_{n}": thoughts / len(prompts), f"actions_of_{n}": actions / len(prompts)}
+    return {
+        "format": good / (len(prompts) * n),
+        "r_a": reward / (len(prompts) * n),
+        f"thoughts_of_{n}": thoughts / len(prompts),
+        f"actions_of_{n}": actions / len(prompts),
+    }
 
 
 def prepare(cfg, dist):
@@ -346,15 +393,23 @@ def prepare(cfg, dist):
     fast = FastTokenizer.load(cfg.fast) if cfg.fast and not newest else None
 
     def read(fast):
-        return [Conversations(p, fast, cfg.holdout) if p.endswith(".jsonl")
-                else Demonstrations(p, fast) for p, _ in paths]
+        return [
+            Conversations(p, fast, cfg.holdout) if p.endswith(".jsonl") else Demonstrations(p, fast)
+            for p, _ in paths
+        ]
 
     sources, texts = None, ()
     if cfg.init.startswith("random:") and not newest:  # its tokenizer is trained on the data
         sources = read(fast)
         texts = itertools.chain(*(s.text() for s in sources if isinstance(s, Conversations)))
-    bb = model.load(newest or cfg.init, dist.build, stages=("base", "sft"), seed=cfg.seed,
-                    texts=texts, max_pixels=cfg.max_pixels)
+    bb = model.load(
+        newest or cfg.init,
+        dist.build,
+        stages=("base", "sft"),
+        seed=cfg.seed,
+        texts=texts,
+        max_pixels=cfg.max_pixels,
+    )
     bb.fast = fast or bb.fast
     if bb.fast is not None:
         model.grow(bb, bb.fast.vocab_size)
@@ -415,8 +470,14 @@ def main(argv=None):
             if done % cfg.log_every == 0 or done == steps:
                 loss, n, right = all_sum(total.tolist())
                 now = time.perf_counter()
-                log.write(step=done, loss=loss / n, acc=right / n, norm=norm, lr=lr,
-                          samples_s=cfg.batch * (done - logged) / (now - seconds))
+                log.write(
+                    step=done,
+                    loss=loss / n,
+                    acc=right / n,
+                    norm=norm,
+                    lr=lr,
+                    samples_s=cfg.batch * (done - logged) / (now - seconds),
+                )
                 seconds, logged, total = now, done, np.zeros(3)
             if cfg.eval_every and done % cfg.eval_every == 0 and done < steps:
                 log.write(step=done, **evaluate(bb, sources, cfg, dist))

@@ -84,12 +84,36 @@ class Config:
 
 PRESETS = {
     "tabletop": {},
-    "speedrun": {"stride": 2, "horizon": 5, "vl_layers": 0, "future": 0, "steps": 2200, "lr": 4e-3,
-                 "muon": True, "save_every": 0},
-    "paper": {"init": "runs/grpo-paper", "data": "data/libero", "out": "runs/vla-paper",
-              "horizon": 16, "dim": 1536, "layers": 16, "heads": 32, "vl_layers": 4, "future": 32,
-              "dropout": 0.2, "cache": "none", "steps": 60000, "batch": 32, "draws": 1, "lr": 1e-4,
-              "ema": 0.0, "eval_every": 2000, "save_every": 10000},
+    "speedrun": {
+        "stride": 2,
+        "horizon": 5,
+        "vl_layers": 0,
+        "future": 0,
+        "steps": 2200,
+        "lr": 4e-3,
+        "muon": True,
+        "save_every": 0,
+    },
+    "paper": {
+        "init": "runs/grpo-paper",
+        "data": "data/libero",
+        "out": "runs/vla-paper",
+        "horizon": 16,
+        "dim": 1536,
+        "layers": 16,
+        "heads": 32,
+        "vl_layers": 4,
+        "future": 32,
+        "dropout": 0.2,
+        "cache": "none",
+        "steps": 60000,
+        "batch": 32,
+        "draws": 1,
+        "lr": 1e-4,
+        "ema": 0.0,
+        "eval_every": 2000,
+        "save_every": 10000,
+    },
 }
 
 
@@ -108,12 +132,16 @@ class Frames:
         self.stats = episode_stats(cfg.data, self.files)
         for f in self.files:
             if missing := [c for c in self.cameras if c not in f.cameras]:
-                raise ValueError(f"{f.path}: no camera {missing[0]!r}; choose --cameras among "
-                                 f"{', '.join(f.cameras)}")
+                raise ValueError(
+                    f"{f.path}: no camera {missing[0]!r}; choose --cameras among "
+                    f"{', '.join(f.cameras)}"
+                )
         longest = max(map(len, self.files))
         if not 0 < cfg.horizon <= longest:
-            raise ValueError(f"--horizon {cfg.horizon} is not in 1..{longest}, the length of the "
-                             f"longest episode of {cfg.data}")
+            raise ValueError(
+                f"--horizon {cfg.horizon} is not in 1..{longest}, the length of the "
+                f"longest episode of {cfg.data}"
+            )
         left = [np.arange(len(f), 0, -cfg.stride) for f in self.files]  # steps to the episode's end
         self.stride, self.ends = cfg.stride, np.cumsum([len(x) for x in left])
         self.numbers = [range(end - len(x), end) for x, end in zip(left, self.ends.tolist())]
@@ -197,8 +225,16 @@ class InLoop:
     def read(self, ids):
         """Frame numbers -> prompts."""
         seen = [(self.frames.files[e], t) for e, t in map(self.frames.at, ids)]
-        return [prompt(self.bb, [file.frame(t, camera) for camera in self.frames.cameras],
-                       file.task, self.think, self.memo) for file, t in seen]
+        return [
+            prompt(
+                self.bb,
+                [file.frame(t, camera) for camera in self.frames.cameras],
+                file.task,
+                self.think,
+                self.memo,
+            )
+            for file, t in seen
+        ]
 
     def features(self, rows):
         return condition(self.bb, rows, self.device)
@@ -239,12 +275,18 @@ def fingerprint(bb, frames, rows, cfg):
     """What the features depend on: weights, prompts (words, mode, images), layer, files."""
     stat = [(f.path.name, f.path.stat().st_size, f.path.stat().st_mtime_ns) for f in frames.files]
     weights = sorted(bb.net.model.state_dict().items())
-    return {"backbone": digest(w.contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
-                               for _, w in weights),
-            "layer": len(bb.net.model.language_model.layers), "type": str(bb.net.dtype),
-            "prompts": digest(row["ids"].tobytes() for row in rows),
-            "images": repr(bb.images), "cameras": cfg.cameras, "stride": cfg.stride,
-            "episodes": digest([repr(stat).encode()])}
+    return {
+        "backbone": digest(
+            w.contiguous().reshape(-1).view(torch.uint8).cpu().numpy() for _, w in weights
+        ),
+        "layer": len(bb.net.model.language_model.layers),
+        "type": str(bb.net.dtype),
+        "prompts": digest(row["ids"].tobytes() for row in rows),
+        "images": repr(bb.images),
+        "cameras": cfg.cameras,
+        "stride": cfg.stride,
+        "episodes": digest([repr(stat).encode()]),
+    }
 
 
 def build_cache(bb, frames, cfg, dist, size=64):
@@ -258,22 +300,28 @@ def build_cache(bb, frames, cfg, dist, size=64):
     if path.exists():
         stored = model.read_json(path)
         if stale := [k for k in made_from if stored.get(k) != made_from[k]]:
-            raise ValueError(f"{folder}: features of other {', '.join(stale)} than this run's; "
-                             "delete the folder or name another --cache-dir")
+            raise ValueError(
+                f"{folder}: features of other {', '.join(stale)} than this run's; "
+                "delete the folder or name another --cache-dir"
+            )
         return Cached(folder, frames, dist.device)
     need = sum(len(n) * len(r["ids"]) for n, r in zip(numbers, rows)) * 2 / 1e9
     need, free = need * bb.net.config.text_config.hidden_size, shutil.disk_usage(folder).free / 1e9
     if need > free:
-        raise ValueError(f"{folder}: the features take {need:.1f} GB, {free:.1f} are free; name "
-                         "another --cache-dir or use --cache none")
+        raise ValueError(
+            f"{folder}: the features take {need:.1f} GB, {free:.1f} are free; name "
+            "another --cache-dir or use --cache none"
+        )
     kind = torch.float16 if bb.net.dtype == torch.float32 else bb.net.dtype
     mine = list(zip(frames.files, numbers))[dist.rank :: dist.world]
     for file, n in tqdm(mine, "features", unit="episode", disable=None if dist.rank == 0 else True):
         parts = (n[k : k + size] for k in range(0, len(n), size))
         feats = torch.cat([loop.features(loop.read(part))[0].to(kind).cpu() for part in parts])
         if not feats.isfinite().all():
-            raise ValueError(f"{file.path}: its features are not finite as {kind}; check the "
-                             "checkpoint, or use --cache none")
+            raise ValueError(
+                f"{file.path}: its features are not finite as {kind}; check the "
+                "checkpoint, or use --cache none"
+            )
         save_file({"features": feats}, folder / file.path.name)
     if distributed.is_initialized():
         distributed.barrier()
@@ -321,8 +369,10 @@ class Policy:
         drawn, whatever the batch. ValueError when sizes or values do not fit."""
         states, size = np.asarray(states, np.float32), (len(images), self.head.cfg.state_dim)
         if states.shape != size or len(instructions) != len(images):
-            raise ValueError(f"{len(images)} images, {len(instructions)} instructions and states "
-                             f"{states.shape}; give as many of each, states {size}")
+            raise ValueError(
+                f"{len(images)} images, {len(instructions)} instructions and states "
+                f"{states.shape}; give as many of each, states {size}"
+            )
         if not np.isfinite(states).all():
             row = np.flatnonzero(~np.isfinite(states).all(1))[0]
             raise ValueError(f"state {row} is not finite; repair the observation")
@@ -330,19 +380,29 @@ class Policy:
         for views, instruction in zip(images, instructions):
             views = [views] if getattr(views, "ndim", 0) == 3 else list(views)
             if len(views) != len(self.cameras):
-                raise ValueError(f"{len(views)} images; the policy was trained with the cameras "
-                                 f"{', '.join(self.cameras)}")
+                raise ValueError(
+                    f"{len(views)} images; the policy was trained with the cameras "
+                    f"{', '.join(self.cameras)}"
+                )
             rows.append(prompt(self.bb, views, instruction, self.spec["think"], self.memo))
         state = torch.from_numpy(normalize(states, self.spec["stats"]["state"]))  # (B, S)
         shape = (len(rows), self.horizon, self.action_dim)
-        noise = (np.stack([model.rng(self.seed, "row", *key).standard_normal(shape[1:], np.float32)
-                           for key in keys]) if keys else
-                 model.rng(self.seed, "policy", self.calls).standard_normal(shape, np.float32))
+        noise = (
+            np.stack(
+                [
+                    model.rng(self.seed, "row", *key).standard_normal(shape[1:], np.float32)
+                    for key in keys
+                ]
+            )
+            if keys
+            else model.rng(self.seed, "policy", self.calls).standard_normal(shape, np.float32)
+        )
         self.calls += 1
         feats, mask = condition(self.bb, rows, self.device)
         with autocast(self.device):
-            x = self.head.sample(feats, mask, state.to(self.device),
-                                 torch.from_numpy(noise).to(self.device))  # (B, K, A)
+            x = self.head.sample(
+                feats, mask, state.to(self.device), torch.from_numpy(noise).to(self.device)
+            )  # (B, K, A)
         return unnormalize(x.cpu().numpy(), self.spec["stats"]["action"])
 
 
@@ -368,8 +428,14 @@ def flow_loss(head, source, frames, cfg, step, fetched, dist):
     state, action, mask = targets(frames, ids[part], dist.device)
     count = int(frames.mask[ids].sum()) * action.shape[2] * cfg.draws  # known without asking ranks
     with autocast(dist.device):
-        return head.loss(*source.features(rows), state, action, mask,
-                         drawn=[x[part] for x in drawn], count=count / dist.world)
+        return head.loss(
+            *source.features(rows),
+            state,
+            action,
+            mask,
+            drawn=[x[part] for x in drawn],
+            count=count / dist.world,
+        )
 
 
 @torch.no_grad()
@@ -394,8 +460,9 @@ def evaluate(head, source, frames, cfg, dist):
             info = head.loss(*seen, state, action, mask, drawn=[x[at] for x in drawn])[1]
             x = head.sample(*seen, state, first[at].to(dist.device))
         error = (x - action) * mask
-        total += [float(v) for v in (info["sum"], info["count"], error.abs().sum(),
-                                     error.square().sum())]
+        total += [
+            float(v) for v in (info["sum"], info["count"], error.abs().sum(), error.square().sum())
+        ]
     head.train()
     if isinstance(head, FSDPModule):
         head.reshard()  # else the gathered weights of before the next update would stay
@@ -422,8 +489,10 @@ def make_heads(sizes, newest, cfg, dist):
 @torch.no_grad()
 def average(heads, decay, step):
     """head <- decay * head + (1 - decay) * raw; faster at first, when raw still changes much."""
-    ours, new = ([p.to_local() if hasattr(p, "to_local") else p for p in heads[k].parameters()]
-                 for k in ("head", "raw"))
+    ours, new = (
+        [p.to_local() if hasattr(p, "to_local") else p for p in heads[k].parameters()]
+        for k in ("head", "raw")
+    )
     torch._foreach_lerp_(ours, new, 1 - min(decay, (1 + step) / (10 + step)))
 
 
@@ -441,12 +510,19 @@ def prepare(cfg, dist):
     if cfg.cache not in ("features", "none"):
         raise ValueError(f"--cache {cfg.cache}: choose features or none")
     if min(cfg.draws, cfg.layers, cfg.stride) < 1 or not 0 <= cfg.ema < 1:
-        raise ValueError(f"--draws {cfg.draws}, --layers {cfg.layers}, --stride {cfg.stride}, "
-                         f"--ema {cfg.ema}; the first three start at 1, ema lies in [0, 1)")
+        raise ValueError(
+            f"--draws {cfg.draws}, --layers {cfg.layers}, --stride {cfg.stride}, "
+            f"--ema {cfg.ema}; the first three start at 1, ema lies in [0, 1)"
+        )
     frames, newest = Frames(cfg), model.resumed(cfg)
-    bb = model.load(newest or cfg.init, dist.build if cfg.cache == "none" else dist.device,
-                    precision(dist.device), ("vla",) if newest else ("base", "sft", "grpo"),
-                    cfg.seed, max_pixels=cfg.max_pixels)
+    bb = model.load(
+        newest or cfg.init,
+        dist.build if cfg.cache == "none" else dist.device,
+        precision(dist.device),
+        ("vla",) if newest else ("base", "sft", "grpo"),
+        cfg.seed,
+        max_pixels=cfg.max_pixels,
+    )
     norm = freeze(bb, bb.run["policy"]["layer"] if newest else cfg.layer)
     if cfg.cache == "none":
         model.shard(bb.net, dist, precision(dist.device))
@@ -462,16 +538,34 @@ def main(argv=None):
     dist = model.setup(cfg.seed, cfg.shards, cfg.batch)
     frames, bb, norm, source, newest = prepare(cfg, dist)
     sizes = model.HeadConfig(
-        bb.net.config.text_config.hidden_size, cfg.dim, cfg.layers, cfg.heads, cfg.vl_layers,
-        frames.state.shape[1], frames.action.shape[2], cfg.horizon, cfg.future, dropout=cfg.dropout)
+        bb.net.config.text_config.hidden_size,
+        cfg.dim,
+        cfg.layers,
+        cfg.heads,
+        cfg.vl_layers,
+        frames.state.shape[1],
+        frames.action.shape[2],
+        cfg.horizon,
+        cfg.future,
+        dropout=cfg.dropout,
+    )
     heads = make_heads(sizes, newest, cfg, dist)
     trained = "raw" if cfg.ema else "head"
     head = heads[trained].train()
     optim = model.optimizer(head, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2), cfg.muon)
     start, unlogged = model.load_train_state(newest, {trained: head}, optim)
-    run = {"stage": "vla", "config": asdict(cfg), "parent": cfg.init, "policy": {
-        "head": asdict(sizes), "layer": len(bb.net.model.language_model.layers),
-        "think": cfg.think, "cameras": frames.cameras, "stats": frames.stats}}
+    run = {
+        "stage": "vla",
+        "config": asdict(cfg),
+        "parent": cfg.init,
+        "policy": {
+            "head": asdict(sizes),
+            "layer": len(bb.net.model.language_model.layers),
+            "think": cfg.think,
+            "cameras": frames.cameras,
+            "stats": frames.stats,
+        },
+    }
     write = functools.partial(save, bb=bb, norm=norm, heads=heads, optim=optim)
     log = model.Log(cfg.out, cfg, dist)
     part = slice(dist.rank * cfg.batch // dist.world, (dist.rank + 1) * cfg.batch // dist.world)
@@ -491,8 +585,9 @@ def main(argv=None):
             if cfg.dropout:
                 torch.manual_seed(int(model.rng(cfg.seed, step, dist.rank).integers(2**31)))
             loss, info = flow_loss(head, source, frames, cfg, step, fetched, dist)
-            guard = functools.partial(model.guard, cfg.out, f"step {step + 1}", dist,
-                                      frames.batch(fetched[0][part]))
+            guard = functools.partial(
+                model.guard, cfg.out, f"step {step + 1}", dist, frames.batch(fetched[0][part])
+            )
             guard("loss", loss.item())
             loss.backward()
             norm_g = model.clip_grad(head.parameters(), cfg.clip)
@@ -507,8 +602,13 @@ def main(argv=None):
                 # The loss keeps a floor, the variance of the velocity: watch held_l1 instead.
                 summed, count = model.all_sum(total.tolist())
                 now = time.perf_counter()
-                log.write(step=done, loss=summed / count, norm=norm_g, lr=lr,
-                          steps_s=(done - since) / (now - seconds))
+                log.write(
+                    step=done,
+                    loss=summed / count,
+                    norm=norm_g,
+                    lr=lr,
+                    steps_s=(done - since) / (now - seconds),
+                )
                 seconds, since, total = now, done, np.zeros(2)
             if cfg.eval_every and done % cfg.eval_every == 0 and done < cfg.steps:
                 log.write(step=done, **evaluate(heads["head"], source, frames, cfg, dist))
@@ -516,8 +616,13 @@ def main(argv=None):
             model.checkpoint(cfg, done, run, write, total.tolist())
     metrics = evaluate(heads["head"], source, frames, cfg, dist)
     log.write(step=cfg.steps, **metrics)
-    save(Path(cfg.out) / "final", bb, norm, {"head": heads["head"]},
-         {**run, "step": cfg.steps, "metrics": metrics})
+    save(
+        Path(cfg.out) / "final",
+        bb,
+        norm,
+        {"head": heads["head"]},
+        {**run, "step": cfg.steps, "metrics": metrics},
+    )
 
 
 if __name__ == "__main__":

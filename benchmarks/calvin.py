@@ -24,8 +24,12 @@ from benchmarks.serve import Chunks, need
 from benchmarks.tabletop import reading, write_episodes
 
 STEPS = 360  # of a subtask
-KEPT = {"image": ("rgb_static", (200, 200, 3)), "image_gripper": ("rgb_gripper", (84, 84, 3)),
-        "state": ("robot_obs", (15,)), "action": ("rel_actions", (7,))}  # our name: theirs, shape
+KEPT = {
+    "image": ("rgb_static", (200, 200, 3)),
+    "image_gripper": ("rgb_gripper", (84, 84, 3)),
+    "state": ("robot_obs", (15,)),
+    "action": ("rel_actions", (7,)),
+}  # our name: theirs, shape
 SIDES, BLOCKS = ("right", "left"), ("red_block", "blue_block", "pink_block")
 KEYS = ("led", "lightbulb", "slider", "drawer", *BLOCKS)  # of a state
 # task, category: what must hold > what holds then. B, C and D stand for the blocks in any order, S
@@ -70,8 +74,11 @@ def after(state, name):
     """The state (values of KEYS) that a task leads to; None unless CALVIN's rules give just one.
     The hand must be empty before, unless a block must be grasped."""
     at = dict(zip(KEYS, state))
-    found = {tuple({**at, **new}.values()) for old, new in TASKS[name][1]
-             if old.items() <= at.items() and ("grasped" in state) == ("grasped" in old.values())}
+    found = {
+        tuple({**at, **new}.values())
+        for old, new in TASKS[name][1]
+        if old.items() <= at.items() and ("grasped" in state) == ("grasped" in old.values())
+    }
     return found.pop() if len(found) == 1 else None
 
 
@@ -79,8 +86,11 @@ def after(state, name):
 def chains():
     """The 1,000 official chains [(initial state, five task names)] in order; 15 CPU seconds."""
     places, made = ("table", "slider_right", "slider_left"), []
-    states = [state for state in product("01", "01", SIDES, ("closed", "open"), *[places] * 3)
-              if state.count("table") in (1, 2) and max(map(state.count, places[1:])) < 2]
+    states = [
+        state
+        for state in product("01", "01", SIDES, ("closed", "open"), *[places] * 3)
+        if state.count("table") in (1, 2) and max(map(state.count, places[1:])) < 2
+    ]
     for i, share in enumerate(np.array_split(range(1000), len(states))):
         start = {k: int(v) if v in "01" else v for k, v in zip(KEYS, states[i])} | {"grasped": 0}
         rng, names = np.random.RandomState(i), list(TASKS)
@@ -100,18 +110,42 @@ def fnv(data):
 
 def layout(state):
     """Initial state -> robot_obs (15,), scene_obs (24,) for env.reset: where its blocks lie."""
-    robot = np.array([
-        0.02586889, -0.2313129, 0.5712808, 3.09045411, -0.02908596, 1.50013585, 0.07999963,
-        -1.21779124, 1.03987629, 2.11978254, -2.34205014, -0.87015899, 1.64119093, 0.55344928, 1.0])
+    robot = np.array(
+        [
+            0.02586889,
+            -0.2313129,
+            0.5712808,
+            3.09045411,
+            -0.02908596,
+            1.50013585,
+            0.07999963,
+            -1.21779124,
+            1.03987629,
+            2.11978254,
+            -2.34205014,
+            -0.87015899,
+            1.64119093,
+            0.55344928,
+            1.0,
+        ]
+    )
     table = [(0.0500000896, -0.120000177, 0.459990009), (0.229995412, -0.11999514, 0.45999001)]
-    slider = {"slider_left": (-0.240851662, 0.0924044687, 0.460990009),
-              "slider_right": (0.070341633, 0.0924044687, 0.460990009)}
+    slider = {
+        "slider_left": (-0.240851662, 0.0924044687, 0.460990009),
+        "slider_right": (0.070341633, 0.0924044687, 0.460990009),
+    }
     rng = np.random.RandomState(fnv(str(state.values()).encode("utf-16-le")))
     rng.shuffle(table)
     free = (0, int(state["red_block"] == "table"), 1)  # place of each block that is on the table
     scene = np.zeros(24)
-    scene[:6] = [0.28 * (state["slider"] == "left"), 0.22 * (state["drawer"] == "open"), 0,
-                 0.088 * state["lightbulb"], state["lightbulb"], state["led"]]
+    scene[:6] = [
+        0.28 * (state["slider"] == "left"),
+        0.22 * (state["drawer"] == "open"),
+        0,
+        0.088 * state["lightbulb"],
+        state["lightbulb"],
+        state["led"],
+    ]
     for at, block, place in zip((6, 12, 18), BLOCKS, free):
         scene[at : at + 3] = slider.get(state[block], table[place])
         scene[at + 5] = rng.uniform(np.pi * 3 / 8, np.pi * 5 / 8)
@@ -122,7 +156,10 @@ def world(data):
     """-> environment, oracle, {task: its validation annotations}."""
     package, envs, oracles = need(
         "-e calvin/calvin_env, after git clone --recursive https://github.com/mees/calvin",
-        "calvin_env", "calvin_env.envs.play_table_env", "calvin_env.envs.tasks")
+        "calvin_env",
+        "calvin_env.envs.play_table_env",
+        "calvin_env.envs.tasks",
+    )
     conf = Path(package.__file__).resolve().parents[2] / "calvin_models" / "conf"
     rules = yaml.safe_load((conf / "callbacks/rollout/tasks/new_playtable_tasks.yaml").read_text())
     words = yaml.safe_load((conf / "annotations/new_playtable_validation.yaml").read_text())
@@ -195,8 +232,10 @@ def recorded(folder):
                 raise ValueError(f"window {start}-{end} with the annotation {text!r}")
     for text, (start, end) in windows:  # both ends inclusive
         steps = [frame(folder / f"episode_{t:07d}.npz") for t in range(start, end + 1)]
-        yield ({name: np.stack([s[name] for s in steps]) for name in KEPT},
-               {"task": text, "fps": "30", "source": f"calvin {folder.name} {start}-{end}"})
+        yield (
+            {name: np.stack([s[name] for s in steps]) for name in KEPT},
+            {"task": text, "fps": "30", "source": f"calvin {folder.name} {start}-{end}"},
+        )
 
 
 def main(argv=None):

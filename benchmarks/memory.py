@@ -51,8 +51,16 @@ def activations(net, cfg, tokens, patches, dtype, T=64):
     width, narrow = lm.layers[0].self_attn.head_dim, c.hidden_size // c.num_heads
     kinds = [(tokens, lm.layers, lm.config.hidden_size, width, (1, T), {})]
     if not getattr(cfg, "freeze_vision", False):
-        kinds.append((patches, net.model.visual.blocks, c.hidden_size, narrow, (T,),
-                      {"cu_seqlens": torch.tensor([0, T])}))
+        kinds.append(
+            (
+                patches,
+                net.model.visual.blocks,
+                c.hidden_size,
+                narrow,
+                (T,),
+                {"cu_seqlens": torch.tensor([0, T])},
+            )
+        )
     for n, blocks, D, head, lead, more in kinds:
         x = torch.empty(*lead, D, device=META, dtype=dtype, requires_grad=True)
         angles = [torch.empty(*lead, head, device=META, dtype=dtype) for _ in range(2)]
@@ -89,11 +97,16 @@ def estimate(stage, cfg, net, ranks, row, patches, dtype=torch.bfloat16):
     gathered += max(largest, root) * (b + FP32)  # the gradients of one, and as they are reduced
     gathered *= ranks > 1 or b < FP32
     fixed = {"weights": whole * FP32 / n, **state(cfg, net, n), "gathered units": gathered}
-    B, G, T = (cfg.micro_batch, cfg.group, cfg.max_new) if stage == "grpo" else (
-        cfg.micro_batch or cfg.batch // ranks, 1, 0)
+    B, G, T = (
+        (cfg.micro_batch, cfg.group, cfg.max_new)
+        if stage == "grpo"
+        else (cfg.micro_batch or cfg.batch // ranks, 1, 0)
+    )
     targets = B * (G * T or row)
-    work = {"activations": activations(net, cfg, B * (row + G * T), B * patches, dtype),
-            "logits": min(targets * c.vocab_size, model.LOGITS_AT_ONCE) * LOGITS}
+    work = {
+        "activations": activations(net, cfg, B * (row + G * T), B * patches, dtype),
+        "logits": min(targets * c.vocab_size, model.LOGITS_AT_ONCE) * LOGITS,
+    }
     if stage == "sft":
         return {**fixed, **work}, {"update": sum(fixed.values()) + sum(work.values())}
     L, k_proj = c.num_hidden_layers, net.model.language_model.layers[0].self_attn.k_proj
@@ -101,12 +114,16 @@ def estimate(stage, cfg, net, ranks, row, patches, dtype=torch.bfloat16):
     work["activations"] += B * row * kv * (L + G * (1 if cfg.recompute else L))
     fixed["reference"] = whole * FP32 / n * (cfg.kl > 0 and not cfg.cpu_offload)
     rows = (cfg.chunk or cfg.prompts // ranks) * G
-    cache = {"whole model": whole * b * (ranks > 1 or b < FP32),
-             "KV cache": (rows // G * row + rows * T) * kv * L,
-             "sampling": rows * c.vocab_size * 3 * FP32}
+    cache = {
+        "whole model": whole * b * (ranks > 1 or b < FP32),
+        "KV cache": (rows // G * row + rows * T) * kv * L,
+        "sampling": rows * c.vocab_size * 3 * FP32,
+    }
     idle = fixed["gradients"] + gathered  # not there while sampling
-    return {**fixed, **work, **cache}, {"update": sum(fixed.values()) + sum(work.values()),
-                                        "rollout": sum(fixed.values()) - idle + sum(cache.values())}
+    return {**fixed, **work, **cache}, {
+        "update": sum(fixed.values()) + sum(work.values()),
+        "rollout": sum(fixed.values()) - idle + sum(cache.values()),
+    }
 
 
 def head_estimate(cfg, net, ranks, row, dtype=torch.bfloat16):
@@ -115,18 +132,45 @@ def head_estimate(cfg, net, ranks, row, dtype=torch.bfloat16):
     model.truncate(net, cfg.layer or round(0.64 * len(lm.layers)))
     B, R, K = cfg.batch // ranks, cfg.draws, cfg.horizon
     with META, fused:
-        head = model.FlowHead(model.HeadConfig(
-            lm.config.hidden_size, cfg.dim, cfg.layers, cfg.heads, cfg.vl_layers, 14, 7, K,
-            cfg.future, dropout=cfg.dropout))
+        head = model.FlowHead(
+            model.HeadConfig(
+                lm.config.hidden_size,
+                cfg.dim,
+                cfg.layers,
+                cfg.heads,
+                cfg.vl_layers,
+                14,
+                7,
+                K,
+                cfg.future,
+                dropout=cfg.dropout,
+            )
+        )
         chunk, drawn = torch.empty(B, K, 7), (torch.empty(B, R, K, 7), torch.empty(B, R))
-        work = kept(head, head.loss, torch.empty(B, row, lm.config.hidden_size), None,
-                    torch.empty(B, 14), chunk, chunk, drawn, 1)
+        work = kept(
+            head,
+            head.loss,
+            torch.empty(B, row, lm.config.hidden_size),
+            None,
+            torch.empty(B, 14),
+            chunk,
+            chunk,
+            drawn,
+            1,
+        )
     size, (largest, root), b = count(head.parameters()) * FP32, units(net), dtype.itemsize
     whole = count(net.parameters()) * b  # for --cache features there while they are made
-    backbone = ({"backbone": whole / n, "gathered units": (2 * largest + root) * b}
-                if cfg.cache == "none" else {"backbone": whole})
-    made = {**backbone, "weights": size * (1 + bool(cfg.ema)) / n + size, **state(cfg, head, n),
-            "activations": work}
+    backbone = (
+        {"backbone": whole / n, "gathered units": (2 * largest + root) * b}
+        if cfg.cache == "none"
+        else {"backbone": whole}
+    )
+    made = {
+        **backbone,
+        "weights": size * (1 + bool(cfg.ema)) / n + size,
+        **state(cfg, head, n),
+        "activations": work,
+    }
     return made, {"update": sum(made.values())}
 
 
@@ -145,17 +189,25 @@ def tell(stage, cfg, ranks, gb, dtype=torch.bfloat16, row=0, image=256):
     if getattr(cfg, "freeze_vision", False):
         bb.net.model.visual.requires_grad_(False)
     spec = bb.images
-    h, w = (x // spec.patch for x in model.smart_resize(
-        image, image, spec.patch * spec.merge, spec.min_pixels, spec.max_pixels))
+    h, w = (
+        x // spec.patch
+        for x in model.smart_resize(
+            image, image, spec.patch * spec.merge, spec.min_pixels, spec.max_pixels
+        )
+    )
     row, params = row or (cfg.max_length if stage == "sft" else 256), list(bb.net.parameters())
     if stage == "vla":
         parts, peaks = head_estimate(cfg, bb.net, ranks, row, dtype)
     else:
         parts, peaks = estimate(stage, cfg, bb.net.to(dtype), ranks, row, h * w, dtype)
-    print(f"{stage} {cfg.preset}, {cfg.init}: {count(params) / 1e9:.2f} B parameters"
-          + f", {count(params, True) / 1e9:.2f} B of them trained" * (stage != "vla"))
-    print(f"GB on each of {ranks} ranks, rows of {row} tokens with {h * w} patches, "
-          f"{str(dtype)[6:]} compute")
+    print(
+        f"{stage} {cfg.preset}, {cfg.init}: {count(params) / 1e9:.2f} B parameters"
+        + f", {count(params, True) / 1e9:.2f} B of them trained" * (stage != "vla")
+    )
+    print(
+        f"GB on each of {ranks} ranks, rows of {row} tokens with {h * w} patches, "
+        f"{str(dtype)[6:]} compute"
+    )
     for name, value in parts.items():
         print(f"  {name:16s} {value / 1e9:7.1f}")
     for name, value in peaks.items():

@@ -14,11 +14,17 @@ from benchmarks.serve import need
 
 TRIALS = 20
 PROMPTS = {  # MT10; other tasks are asked for by the words of their names
-    "reach-v3": "reach the red ball", "push-v3": "push the puck to the goal",
-    "pick-place-v3": "bring the puck to the goal", "door-open-v3": "open the door",
-    "drawer-open-v3": "open the drawer", "drawer-close-v3": "close the drawer",
-    "button-press-topdown-v3": "press the button", "peg-insert-side-v3": "insert the peg sideways",
-    "window-open-v3": "open the window", "window-close-v3": "close the window"}
+    "reach-v3": "reach the red ball",
+    "push-v3": "push the puck to the goal",
+    "pick-place-v3": "bring the puck to the goal",
+    "door-open-v3": "open the door",
+    "drawer-open-v3": "open the drawer",
+    "drawer-close-v3": "close the drawer",
+    "button-press-topdown-v3": "press the button",
+    "peg-insert-side-v3": "insert the peg sideways",
+    "window-open-v3": "open the window",
+    "window-close-v3": "close the window",
+}
 
 
 def arguments(add):
@@ -40,7 +46,8 @@ class Simulator:
         self.limit, self.make = limit or 300, policies.ENV_POLICY_MAP[name]
         self.prompt = PROMPTS.get(name, name.removesuffix("-v3").replace("-", " "))
         self.env = env = world.ALL_V3_ENVIRONMENTS[name](
-            render_mode="rgb_array", camera_name="corner2", width=size, height=size)
+            render_mode="rgb_array", camera_name="corner2", width=size, height=size
+        )
         env._partially_observable = env._freeze_rand_vec = False  # as in its MT benchmarks
         env._set_task_called = env.seeded_rand_vec = True
         del env.sawyer_observation_space  # made while partially observable: it would hide the goal

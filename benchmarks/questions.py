@@ -46,9 +46,15 @@ def write(folder, rows):
     for i, (question, answer, kind, images, *more) in enumerate(rows):
         with reading(f"row {i}"):
             names = [save(x, f"{i}_{k}.png") for k, x in enumerate(images) if x is not None]
-            row = {"images": names, "kind": kind, **dict(*more), "messages": [
-                {"role": "user", "content": "<image>" * len(names) + question},
-                {"role": "assistant", "content": answer}]}
+            row = {
+                "images": names,
+                "kind": kind,
+                **dict(*more),
+                "messages": [
+                    {"role": "user", "content": "<image>" * len(names) + question},
+                    {"role": "assistant", "content": answer},
+                ],
+            }
             if "mask" in row:
                 row["mask"] = save(row["mask"], f"{i}_mask.png")
             lines.append(json.dumps(row) + "\n")
@@ -64,8 +70,10 @@ def mark(score, text, want, row, folder, unit=1):
         text, want = (t.lower().strip(" .") for t in (text, want))
         return float((re.match(r"\w*", text)[0] if want in ("yes", "no") else text) == want)
     if score == "choice":  # who names two letters has chosen none
-        a, b = ({"".join(x) for x in re.findall(LETTER, t.upper() if len(t) < 4 else t)}
-                for t in (text.strip(), want.strip()))
+        a, b = (
+            {"".join(x) for x in re.findall(LETTER, t.upper() if len(t) < 4 else t)}
+            for t in (text.strip(), want.strip())
+        )
         return float(a == b and len(a) == 1)
     if score == "number":
         a, b = (np.array(re.findall(NUMBER, t), float) for t in (text, want))
@@ -102,8 +110,16 @@ def marks(bb, args):
     texts = sft.answers(bb, [item for *_, item in todo], args.max_new, args.batch)
     for (row, want, (messages, _, kind, where)), text in zip(todo, texts):
         found.setdefault(kind, []).append(grade(text, want, row))
-        written.append({"where": where, "kind": kind, "question": messages[0]["content"],
-                        "right": want, "answer": text, "mark": found[kind][-1]})
+        written.append(
+            {
+                "where": where,
+                "kind": kind,
+                "question": messages[0]["content"],
+                "right": want,
+                "answer": text,
+                "mark": found[kind][-1],
+            }
+        )
     if args.answers:
         Path(args.answers).write_text("".join(json.dumps(x) + "\n" for x in written))
     return found

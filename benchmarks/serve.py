@@ -32,24 +32,38 @@ def need(install, *modules):
 
 def network():
     """msgpack, websockets' server and client, its error."""
-    return need("websockets==17.4 msgpack==1.2.4", "msgpack", "websockets.sync.server",
-                "websockets.sync.client", "websockets.exceptions")
+    return need(
+        "websockets==17.4 msgpack==1.2.4",
+        "msgpack",
+        "websockets.sync.server",
+        "websockets.sync.client",
+        "websockets.exceptions",
+    )
 
 
 def pack(value):
     """A message of dicts, lists, numbers, text and numpy arrays -> bytes."""
-    return network()[0].packb(value, default=lambda x: {
-        b"__ndarray__": True, b"data": x.tobytes(), b"dtype": x.dtype.str, b"shape": x.shape})
+    return network()[0].packb(
+        value,
+        default=lambda x: {
+            b"__ndarray__": True,
+            b"data": x.tobytes(),
+            b"dtype": x.dtype.str,
+            b"shape": x.shape,
+        },
+    )
 
 
 def unpack(message):
     """The inverse of pack. Bytes from anyone: ValueError, TypeError, KeyError or OverflowError."""
+
     def arrays(x):
         if b"__ndarray__" not in x:
             return x.get(b"data", x)  # openpi-client's form of a numpy number
         if not re.fullmatch(r"[<>=|][biuf]\d", str(x[b"dtype"])):
             raise ValueError(f"an array of type {x[b'dtype']!r}, not of numbers")
         return np.ndarray(x[b"shape"], x[b"dtype"], x[b"data"])
+
     return network()[0].unpackb(message, object_hook=arrays)
 
 
@@ -65,8 +79,10 @@ class Chunks:
         self.execute, self.ensemble = execute or max(1, horizon // 2), ensemble
         most = horizon - 1 if ensemble else horizon  # chunks must overlap for an ensemble
         if not 0 < self.execute <= most or ensemble < 0:
-            raise ValueError(f"--execute {execute} --ensemble {ensemble}: execute 1 to {most} of the "
-                             f"{horizon} actions in a chunk; an ensemble is 0 or more")
+            raise ValueError(
+                f"--execute {execute} --ensemble {ensemble}: execute 1 to {most} of the "
+                f"{horizon} actions in a chunk; an ensemble is 0 or more"
+            )
         self.reset()
 
     def reset(self):
@@ -79,8 +95,9 @@ class Chunks:
         past = [c[self.execute :] for c in past if len(c) > self.execute]
         self.past, self.task = [*past, chunk], task
         said = [[c[i] for c in self.past if i < len(c)] for i in range(self.execute)]
-        return np.stack([np.average(x, 0, np.exp(-self.ensemble * np.arange(len(x))))
-                         for x in said]).astype(chunk.dtype)
+        return np.stack(
+            [np.average(x, 0, np.exp(-self.ensemble * np.arange(len(x)))) for x in said]
+        ).astype(chunk.dtype)
 
 
 class Server:
@@ -95,13 +112,19 @@ class Server:
         self.count, self.took = collections.Counter(), collections.deque(maxlen=1000)  # took: ms
         stats = policy.spec["stats"]  # q01 .. q99: what the policy knows as -1 .. 1
         self.range = [np.float32(stats["action"][k]) for k in ("q01", "q99")]
-        self.metadata = {"cameras": list(policy.cameras), "state_dim": len(stats["state"]["q01"]),
-                         "action_horizon": Chunks(*self.plan).execute, "action_range": self.range}
+        self.metadata = {
+            "cameras": list(policy.cameras),
+            "state_dim": len(stats["state"]["q01"]),
+            "action_horizon": Chunks(*self.plan).execute,
+            "action_range": self.range,
+        }
 
     def check(self, obs):
         """An observation -> (images, prompt, state (S,)). ValueError naming what does not fit."""
-        obs |= {re.sub("^observation/", "", k).replace("wrist_image", "image_wrist"): v
-                for k, v in obs.items()}  # openpi's names
+        obs |= {
+            re.sub("^observation/", "", k).replace("wrist_image", "image_wrist"): v
+            for k, v in obs.items()
+        }  # openpi's names
         prompt, *images = (obs[self.keys.get(n, n)] for n in ("prompt", *self.policy.cameras))
         state = np.hstack([obs[key] for key in self.keys.get("state", "state").split("+")])
         if not isinstance(prompt, str) or not 0 < len(prompt) <= 2000:
@@ -157,8 +180,10 @@ class Server:
 
     def __str__(self):
         n, (p50, p95) = self.count, np.percentile(self.took or [0], [50, 95])
-        return (f"{n['requests']} requests, {n['forwards']} forwards  p50 {p50:.1f} p95 {p95:.1f} ms"
-                f"  {n['refused']} refused  {n['clipped']} of {n['numbers']} numbers clipped")
+        return (
+            f"{n['requests']} requests, {n['forwards']} forwards  p50 {p50:.1f} p95 {p95:.1f} ms"
+            f"  {n['refused']} refused  {n['clipped']} of {n['numbers']} numbers clipped"
+        )
 
     def client(self, connection):
         plan = Chunks(*self.plan)
@@ -176,7 +201,9 @@ class Server:
     def listen(self, host="127.0.0.1", port=0):
         """Inside the block the server runs in threads, at the port that it yields."""
         limit = 1 << 24  # bytes a message
-        with network()[1].serve(self.client, host, port, max_size=limit, compression=None) as server:
+        with network()[1].serve(
+            self.client, host, port, max_size=limit, compression=None
+        ) as server:
             threading.Thread(target=server.serve_forever).start()
             yield server.socket.getsockname()[1]
 
@@ -185,24 +212,36 @@ class Server:
 def client(port):
     """-> (infer(observation) -> answer, metadata), on this machine. RuntimeError when refused."""
     with network()[2].connect(f"ws://127.0.0.1:{port}", compression=None, max_size=None) as ws:
+
         def infer(obs):
             ws.send(pack(obs))
             if (answer := ws.recv())[:5] == "error":
                 raise RuntimeError(answer)
             return unpack(answer)
+
         yield infer, unpack(ws.recv())
 
 
 def arguments(add):
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all, for anyone")
     add("--port", type=int, default=8000, help="port to listen on")
-    add("--keys", nargs="*", default=[], help="what clients call inputs: state=joints+grip image=cam")
+    add(
+        "--keys",
+        nargs="*",
+        default=[],
+        help="what clients call inputs: state=joints+grip image=cam",
+    )
 
 
 def main(policy, args):
     """`evaluate.py serve`."""
-    server = Server(policy, args.execute or policy.horizon, args.ensemble,
-                    dict(pair.partition("=")[::2] for pair in args.keys), args.batch)
+    server = Server(
+        policy,
+        args.execute or policy.horizon,
+        args.ensemble,
+        dict(pair.partition("=")[::2] for pair in args.keys),
+        args.batch,
+    )
     with contextlib.suppress(KeyboardInterrupt), server.listen(args.host, args.port):
         print(f"ws://{args.host}:{args.port}: {server.metadata}", flush=True)
         threading.Event().wait()

@@ -29,7 +29,9 @@ from tqdm import tqdm
 from benchmarks import serve
 
 # headless; mesa's software renderer is faster on few cores without threads of its own
-os.environ.update({"MUJOCO_GL": "egl", "PYOPENGL_PLATFORM": "egl", "LP_NUM_THREADS": "0", **os.environ})
+os.environ.update(
+    {"MUJOCO_GL": "egl", "PYOPENGL_PLATFORM": "egl", "LP_NUM_THREADS": "0", **os.environ}
+)
 
 
 def arguments(module, add):
@@ -73,8 +75,12 @@ def trials(policy, args):
         """Every so many of the trials that are left, in one worker process."""
         mine = left[start :: args.workers]
         order = json.dumps([args.command, args.size, args.limit, port, mine])
-        with subprocess.Popen([args.python, "-m", "benchmarks.simulate", order], text=True,
-                              stdout=subprocess.PIPE, cwd=pathlib.Path(__file__).parents[1]) as worker:
+        with subprocess.Popen(
+            [args.python, "-m", "benchmarks.simulate", order],
+            text=True,
+            stdout=subprocess.PIPE,
+            cwd=pathlib.Path(__file__).parents[1],
+        ) as worker:
             for line in worker.stdout:
                 row = json.loads(line)
                 done[row["task"], row["trial"]] = row["success"]
@@ -84,14 +90,19 @@ def trials(policy, args):
                     worker.kill()
         crashed.extend((*job, worker.returncode) for job in mine if job not in done)
 
-    with (server.listen() as port, open(path, "a", 1) as file,
-          tqdm(total=len(jobs), initial=len(done), desc="trials", disable=None) as bar,
-          concurrent.futures.ThreadPoolExecutor(args.workers) as pool):
+    with (
+        server.listen() as port,
+        open(path, "a", 1) as file,
+        tqdm(total=len(jobs), initial=len(done), desc="trials", disable=None) as bar,
+        concurrent.futures.ThreadPoolExecutor(args.workers) as pool,
+    ):
         list(pool.map(work, range(min(args.workers, len(left)))))
     if crashed:
         task, n, code = crashed[0]
-        raise ValueError(f"the simulator stopped in task {task}, trial {n} (exit code {code}, see "
-                         f"above); the same command goes on after the {len(done)} trials in {path}")
+        raise ValueError(
+            f"the simulator stopped in task {task}, trial {n} (exit code {code}, see "
+            f"above); the same command goes on after the {len(done)} trials in {path}"
+        )
     print(server)
     return [(*task.split("/"), done[task, n]) for task, n in jobs]
 

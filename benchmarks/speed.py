@@ -59,9 +59,18 @@ QUESTION = "put the {}red block to the left of the blue bowl"
 
 SIZES = {"3b": "qwen2.5-vl-3b", "7b": "qwen2.5-vl-7b", "tiny-vlm": "tiny-vlm", "tiny": "speed"}
 backbones.SIZES["speed"] = backbones.Size(
-    vocab=4096 - FAST - 2 - len(model.SPECIAL) - len(model.TAGS), hidden=256, layers=4, heads=8,
-    kv=4, mlp=768, theta=1e6, vision=128, vision_mlp=512, patch=14,
-    pixels=(4 * 28**2, 4096 * 28**2))
+    vocab=4096 - FAST - 2 - len(model.SPECIAL) - len(model.TAGS),
+    hidden=256,
+    layers=4,
+    heads=8,
+    kv=4,
+    mlp=768,
+    theta=1e6,
+    vision=128,
+    vision_mlp=512,
+    patch=14,
+    pixels=(4 * 28**2, 4096 * 28**2),
+)
 
 
 def backbone(args):
@@ -103,8 +112,10 @@ def questions(n, side):
 
 
 def prompts(bb, items):
-    return [model.encode(bb, [{"role": "user", "content": text}], [image], prompt_only=True)
-            for text, image in items]
+    return [
+        model.encode(bb, [{"role": "user", "content": text}], [image], prompt_only=True)
+        for text, image in items
+    ]
 
 
 def lengths(rows):
@@ -114,9 +125,13 @@ def lengths(rows):
 def plain(bb, rows, device, left=False):
     """Rows -> arguments of transformers' own forward, and where targets are."""
     batch = model.to(model.collate(rows, bb.vocab.pad, left), device)
-    return {"input_ids": batch["ids"], "attention_mask": batch["mask"],
-            "mm_token_type_ids": (batch["ids"] == bb.vocab.image).int(),
-            "pixel_values": batch["patches"], "image_grid_thw": batch["grid"]}, batch["target"]
+    return {
+        "input_ids": batch["ids"],
+        "attention_mask": batch["mask"],
+        "mm_token_type_ids": (batch["ids"] == bb.vocab.image).int(),
+        "pixel_values": batch["patches"],
+        "image_grid_thw": batch["grid"],
+    }, batch["target"]
 
 
 # Measuring
@@ -142,15 +157,19 @@ def compare(ours, peer, work, args):
         did = work(*done)
         for name, (a, b, tolerance) in did.items():
             if not abs(a - b) <= tolerance * max(abs(a), abs(b)):
-                raise ValueError(f"turn {k}: {name} is {a} in ours, {b} in the peer; they do not "
-                                 "do the same work, so a ratio would mean nothing")
+                raise ValueError(
+                    f"turn {k}: {name} is {a} in ours, {b} in the peer; they do not "
+                    "do the same work, so a ratio would mean nothing"
+                )
     a, b = np.array(spent[1:]).T
     pair = {}
     for name, x in (("ours", a), ("peer", b), ("ratio", b / a)):
         low, median, high = np.quantile(x, [0.25, 0.5, 0.75]).tolist()
         pair[name] = {"median": median, "q25": low, "q75": high, "n": len(x)}
-    return pair | {"unit": "CPU s" if args.device == "cpu" and not args.ranks else "s",
-                   "work": {name: {"ours": a, "peer": b} for name, (a, b, _) in did.items()}}
+    return pair | {
+        "unit": "CPU s" if args.device == "cpu" and not args.ranks else "s",
+        "work": {name: {"ours": a, "peer": b} for name, (a, b, _) in did.items()},
+    }
 
 
 def timed(run, args):
@@ -167,25 +186,40 @@ def rollout(args):
     bb, G, new = backbone(args), args.group, args.new
     rows = prompts(bb, questions(args.prompts, args.image))
     batch = plain(bb, rows, args.device, left=True)[0] | {
-        "suppress_tokens": bb.vocab.banned, "max_new_tokens": new, "min_new_tokens": new}
+        "suppress_tokens": bb.vocab.banned,
+        "max_new_tokens": new,
+        "min_new_tokens": new,
+    }
     T = batch["input_ids"].shape[1]
 
     def peer(k):
         torch.manual_seed(k)
-        return bb.net.generate(**batch, do_sample=True, top_k=0, top_p=1.0,
-                               num_return_sequences=G)[:, T:] != bb.vocab.pad
+        return (
+            bb.net.generate(**batch, do_sample=True, top_k=0, top_p=1.0, num_return_sequences=G)[
+                :, T:
+            ]
+            != bb.vocab.pad
+        )
 
     bb.net.eval()
-    pair = compare(lambda k: model.generate(bb, rows, G, new, seed=k)["mask"], peer,
-                   lambda x, y: {"tokens": (int(x.sum()), int(y.sum()), 0)}, args)
-    same = (model.generate(bb, rows, 1, new, greedy=True)["ids"]
-            == bb.net.generate(**batch, do_sample=False)[:, T:])
+    pair = compare(
+        lambda k: model.generate(bb, rows, G, new, seed=k)["mask"],
+        peer,
+        lambda x, y: {"tokens": (int(x.sum()), int(y.sum()), 0)},
+        args,
+    )
+    same = (
+        model.generate(bb, rows, 1, new, greedy=True)["ids"]
+        == bb.net.generate(**batch, do_sample=False)[:, T:]
+    )
     pair["greedy_agreement"] = same.float().mean().item()  # below 1 only by near ties, and in bf16
     pairs = {"rollout": pair}
     if args.device != "cpu":
         pair |= decode_bound(bb, rows, T, pair["ours"]["median"], args)
-        graphs = [lambda k, on=on: model.generate(bb, rows, G, new, seed=k, graphs=on)["mask"].sum()
-                  for on in (True, False)]
+        graphs = [
+            lambda k, on=on: model.generate(bb, rows, G, new, seed=k, graphs=on)["mask"].sum()
+            for on in (True, False)
+        ]
         pairs["graphs"] = compare(*graphs, lambda x, y: {"tokens": (int(x), int(y), 0)}, args)
     return pairs, {"prompt_tokens": lengths(rows)}
 
@@ -204,9 +238,14 @@ def decode_bound(bb, rows, T, seconds, args):
     target = torch.empty_like(block)
     speed = 2 * block.nbytes / timed(lambda: target.copy_(block), args)  # it reads and writes
     step = (seconds - timed(lambda: model.generate(bb, rows, args.group, 1), args)) / (args.new - 1)
-    return {"copy_gb_s": speed / 1e9, "read_gb_step": read / 1e9, "step_s": step,
-            "bound_step_s": read / speed, "share_of_bound": read / speed / step,
-            "arithmetic_step_s": flop / (args.peak_tflops * 1e12)}
+    return {
+        "copy_gb_s": speed / 1e9,
+        "read_gb_step": read / 1e9,
+        "step_s": step,
+        "bound_step_s": read / speed,
+        "share_of_bound": read / speed / step,
+        "arithmetic_step_s": flop / (args.peak_tflops * 1e12),
+    }
 
 
 def full_logp(bb, rows, ids, mask, temperature=1.0):
@@ -214,8 +253,11 @@ def full_logp(bb, rows, ids, mask, temperature=1.0):
     full, T = [], ids.shape[1]
     for i, new in enumerate(ids.cpu().numpy()):
         row = rows[i // (len(ids) // len(rows))]
-        more = {"ids": new, "pos": np.tile(row["pos"].max() + 1 + np.arange(T), (3, 1)),
-                "target": np.ones(T, bool)}
+        more = {
+            "ids": new,
+            "pos": np.tile(row["pos"].max() + 1 + np.arange(T), (3, 1)),
+            "target": np.ones(T, bool),
+        }
         full.append(row | {k: np.concatenate([row[k], x], -1) for k, x in more.items()})
     batch = model.to(model.collate(full, bb.vocab.pad), ids.device)
     h = model.hidden(bb.net, batch)[:, :-1][batch["target"][:, 1:]]  # (N, D), ordered as the ids
@@ -234,8 +276,13 @@ def parts(args):
     """What a step of grpo.py is made of, with all prompts in one update, and KL."""
     dist = model.setup(0) if args.ranks else model.Dist(0, 1, torch.device(args.device))
     bb, items = backbone(args), questions(args.prompts, args.image)
-    cfg = grpo.Config(prompts=args.prompts, batch=args.prompts, micro_batch=args.prompts,
-                      group=args.group, max_new=args.new)
+    cfg = grpo.Config(
+        prompts=args.prompts,
+        batch=args.prompts,
+        micro_batch=args.prompts,
+        group=args.group,
+        max_new=args.new,
+    )
     items = items[dist.rank :: dist.world]
     gold = bb.fast.encode(smooth(len(items), "gold"))
     ref = replace(bb, net=copy.deepcopy(bb.net).requires_grad_(False).eval())
@@ -256,7 +303,9 @@ def parts(args):
         def update(groups, k):
             one.net.train()
             return grpo.update(one, ref, optim, groups, cfg, dist, f"turn {k}")
+
         return update
+
     return ref, cfg, items, gold, sample, learner
 
 
@@ -266,13 +315,25 @@ def grpo_step(args):
     ref, cfg, items, gold, sample, learner = parts(args)
     groups, ours, full = sample(0), learner(), learner(full_logp)
     loose = 1e-3 if args.device == "cpu" else 0.1  # bf16; and the differences of the steps add up
-    pairs = {"update": compare(lambda k: ours(groups, k), lambda k: full(groups, k), lambda x, y: {
-        k: (x[k], y[k], tol) for k, tol in (("forwarded", 0), ("grad_norm", loose))}, args)}
+    pairs = {
+        "update": compare(
+            lambda k: ours(groups, k),
+            lambda k: full(groups, k),
+            lambda x, y: {
+                k: (x[k], y[k], tol) for k, tol in (("forwarded", 0), ("grad_norm", loose))
+            },
+            args,
+        )
+    }
     if importlib.util.find_spec("trl"):
         with tempfile.TemporaryDirectory() as folder:
             peer = trl_step(ref, cfg, items, gold, folder)
-            pairs["step"] = compare(lambda k: ours(sample(k), k)["forwarded"], peer,
-                                    lambda x, y: {"tokens": (x, y, 0)}, args)
+            pairs["step"] = compare(
+                lambda k: ours(sample(k), k)["forwarded"],
+                peer,
+                lambda x, y: {"tokens": (x, y, 0)},
+                args,
+            )
     else:
         pairs["step"] = {"skipped": "pip install trl==1.16.0"}
     return pairs, {"prompt_tokens": lengths(prompts(ref, items))}
@@ -285,9 +346,15 @@ def cost(args):
     for change in ({}, *({k: m * v} for k, v in start.items() for m in (2, 4))):
         ref, _, items, _, sample, learner = parts(argparse.Namespace(**{**vars(args), **change}))
         groups, update = sample(0), learner()
-        rows.append({**start, **change, "prompt": max(lengths(prompts(ref, items))),
-                     "rollout": timed(functools.partial(sample, 1), args),
-                     "update": timed(functools.partial(update, groups, 0), args)})
+        rows.append(
+            {
+                **start,
+                **change,
+                "prompt": max(lengths(prompts(ref, items))),
+                "rollout": timed(functools.partial(sample, 1), args),
+                "update": timed(functools.partial(update, groups, 0), args),
+            }
+        )
         if os.environ.get("RANK", "0") == "0":
             print("  ".join(f"{k} {v:<7.4g}" for k, v in rows[-1].items()), file=sys.stderr)
     return {}, {"cost": rows}
@@ -302,25 +369,52 @@ def trl_step(bb, cfg, items, gold, folder):
     bb.net.save_pretrained(folder)  # TRL loads its reference model from where the policy came from
     bb.images.save(folder)
     images = Qwen2VLImageProcessorPil.from_pretrained(folder)
-    data = datasets.Dataset.from_list([
-        {"prompt": [{"role": "user", "content": text.removeprefix("<image>")}],
-         "image": Image.fromarray(image), "target": t} for (text, image), t in zip(items, gold)])
+    data = datasets.Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": text.removeprefix("<image>")}],
+                "image": Image.fromarray(image),
+                "target": t,
+            }
+            for (text, image), t in zip(items, gold)
+        ]
+    )
     config = trl.GRPOConfig(
-        folder, use_cpu=bb.net.device.type == "cpu", bf16=False, gradient_checkpointing=False,
-        per_device_train_batch_size=len(items) * cfg.group, num_generations=cfg.group,
-        max_completion_length=cfg.max_new, temperature=cfg.temperature, beta=cfg.kl,
-        epsilon=cfg.clip_low, epsilon_high=cfg.clip_high, loss_type="bnpo", learning_rate=cfg.lr,
-        lr_scheduler_type="constant", weight_decay=cfg.weight_decay, adam_beta2=cfg.beta2,
-        max_grad_norm=cfg.grad_norm, max_steps=1, shuffle_dataset=False, save_strategy="no",
-        report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
-        generation_kwargs={"min_new_tokens": cfg.max_new, "suppress_tokens": bb.vocab.banned})
+        folder,
+        use_cpu=bb.net.device.type == "cpu",
+        bf16=False,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=len(items) * cfg.group,
+        num_generations=cfg.group,
+        max_completion_length=cfg.max_new,
+        temperature=cfg.temperature,
+        beta=cfg.kl,
+        epsilon=cfg.clip_low,
+        epsilon_high=cfg.clip_high,
+        loss_type="bnpo",
+        learning_rate=cfg.lr,
+        lr_scheduler_type="constant",
+        weight_decay=cfg.weight_decay,
+        adam_beta2=cfg.beta2,
+        max_grad_norm=cfg.grad_norm,
+        max_steps=1,
+        shuffle_dataset=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        generation_kwargs={"min_new_tokens": cfg.max_new, "suppress_tokens": bb.vocab.banned},
+    )
 
     def reward(completion_ids, target, **_):
         return score(bb, completion_ids, target, cfg.reward)[0].tolist()
 
     # A processor is to have a part for videos too, which wants torchvision; not here.
-    lenient = mock.patch.object(transformers.Qwen3VLProcessor, "check_argument_for_proper_class",
-                                lambda self, name, part: type(part))
+    lenient = mock.patch.object(
+        transformers.Qwen3VLProcessor,
+        "check_argument_for_proper_class",
+        lambda self, name, part: type(part),
+    )
     with contextlib.redirect_stdout(sys.stderr), lenient:
         reader = transformers.Qwen3VLProcessor(images, bb.tok, chat_template=bb.tok.chat_template)
         net = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=bb.net.dtype)
@@ -344,10 +438,15 @@ def sft_step(args):
     bb, items = backbone(args), questions(args.batch or 24, args.image)
     rng, rows, texts = model.rng(0, "answers"), [], words(60, 1)
     for i, (question, image) in enumerate(items):
-        thought = f"<think>{' '.join(texts[:rng.integers(60)])}</think>" if i % 2 else ""
+        thought = f"<think>{' '.join(texts[: rng.integers(60)])}</think>" if i % 2 else ""
         answer = thought + model.action_answer(bb.fast.encode(smooth(1, i))[0])
-        rows.append(model.encode(bb, [{"role": "user", "content": question},
-                                      {"role": "assistant", "content": answer}], [image]))
+        rows.append(
+            model.encode(
+                bb,
+                [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
+                [image],
+            )
+        )
     nets = bb.net.train(), copy.deepcopy(bb.net)
     optims = [model.optimizer(net, 2e-5, 0.01, (0.9, 0.999)) for net in nets]
 
@@ -366,9 +465,11 @@ def sft_step(args):
         # 6 x parameters x tokens, each part for what it must see: the head targets, the tower
         # patches. What attention multiplies is not counted.
         net = bb.net
-        parts = [(net.model.language_model.layers, sum(lengths(rows))),
-                 (net.lm_head, sum(int(r["target"].sum()) for r in rows)),
-                 (net.model.visual, sum(len(r["patches"]) for r in rows))]
+        parts = [
+            (net.model.language_model.layers, sum(lengths(rows))),
+            (net.lm_head, sum(int(r["target"].sum()) for r in rows)),
+            (net.model.visual, sum(len(r["patches"]) for r in rows)),
+        ]
         flop = 6 * sum(p.numel() * seen for part, seen in parts for p in part.parameters())
         for side in ("ours", "peer"):
             pair[f"{side}_mfu"] = flop / pair[side]["median"] / (args.peak_tflops * 1e12)
@@ -391,21 +492,38 @@ def head_step(args):
     with tempfile.TemporaryDirectory() as folder:
         for e in range(4):
             rng, shape = model.rng(0, "episode", e), (24, args.image, args.image, 3)
-            save_file({"image": rng.integers(0, 256, shape, np.uint8),
-                       "state": rng.normal(size=(24, 8)).astype(np.float32),
-                       "action": smooth(24, e)[:, 0]},
-                      Path(folder) / f"episode_{e}.safetensors", {"task": QUESTION.format("")})
+            save_file(
+                {
+                    "image": rng.integers(0, 256, shape, np.uint8),
+                    "state": rng.normal(size=(24, 8)).astype(np.float32),
+                    "action": smooth(24, e)[:, 0],
+                },
+                Path(folder) / f"episode_{e}.safetensors",
+                {"task": QUESTION.format("")},
+            )
         cfg = vla.Config(**{**preset, **given, "data": folder, "out": f"{folder}/out"})
         bb, dist = backbone(args), model.Dist(0, 1, torch.device(args.device))
         frames, _ = vla.Frames(cfg), vla.freeze(bb, cfg.layer)
         sources = vla.build_cache(bb, frames, cfg, dist), vla.InLoop(bb, frames, cfg, args.device)
         torch.manual_seed(0)
-        head = model.FlowHead(model.HeadConfig(
-            bb.net.config.text_config.hidden_size, cfg.dim, cfg.layers, cfg.heads, cfg.vl_layers, 8,
-            DIM, cfg.horizon, cfg.future)).to(args.device)
+        head = model.FlowHead(
+            model.HeadConfig(
+                bb.net.config.text_config.hidden_size,
+                cfg.dim,
+                cfg.layers,
+                cfg.heads,
+                cfg.vl_layers,
+                8,
+                DIM,
+                cfg.horizon,
+                cfg.future,
+            )
+        ).to(args.device)
         heads = head, copy.deepcopy(head)
-        optims = [model.optimizer(h, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2), cfg.muon)
-                  for h in heads]
+        optims = [
+            model.optimizer(h, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2), cfg.muon)
+            for h in heads
+        ]
 
         def step(i, k):
             ids = vla.picks(cfg, len(frames.train), k)
@@ -413,8 +531,12 @@ def head_step(args):
             loss, _ = vla.flow_loss(heads[i], sources[i], frames, cfg, k, fetched, dist)
             return learn(loss, heads[i], optims[i])
 
-        pair = compare(functools.partial(step, 0), functools.partial(step, 1), lambda x, y: {
-            "loss": (x.item(), y.item(), 0.02)}, args)  # the cache holds 16 bits a number
+        pair = compare(
+            functools.partial(step, 0),
+            functools.partial(step, 1),
+            lambda x, y: {"loss": (x.item(), y.item(), 0.02)},
+            args,
+        )  # the cache holds 16 bits a number
         tokens = len(sources[1].read([0])[0]["ids"])
     return {"step": pair}, {"prompt_tokens": tokens, "head": repr(head.cfg), "frames": cfg.batch}
 
@@ -427,7 +549,8 @@ class Published:
         bpe = Tokenizer.from_str(fast.bpe.to_str())
         bpe.decoder = decoders.Fuse()
         self.bpe = transformers.PreTrainedTokenizerFast(
-            tokenizer_object=bpe, clean_up_tokenization_spaces=False)
+            tokenizer_object=bpe, clean_up_tokenization_spaces=False
+        )
         self.scale, self.min_token = fast.scale, fast.min_coef
 
     def encode(self, chunks):
@@ -449,19 +572,38 @@ def fast_codes(args):
     chunks = [smooth(args.chunks, k) for k in range(args.repeats + 1)]
     ids = list(map(fitted().encode, chunks))
     pairs = {
-        "encode": compare(lambda k: ours.encode(chunks[k]), lambda k: peer.encode(chunks[k]),
-                          lambda x, y: {"tokens": (sum(map(len, x)), sum(map(len, y)), 0),
-                                        "identical": (int(x == y), 1, 0)}, args),
-        "decode": compare(lambda k: ours.decode(ids[k]), lambda k: peer.decode(ids[k]),
-                          lambda x, y: {"decoded": (int(x[1].sum()), len(y), 0), "identical": (
-                              int(np.array_equal(x[0], y.astype(np.float32))), 1, 0)}, args)}
+        "encode": compare(
+            lambda k: ours.encode(chunks[k]),
+            lambda k: peer.encode(chunks[k]),
+            lambda x, y: {
+                "tokens": (sum(map(len, x)), sum(map(len, y)), 0),
+                "identical": (int(x == y), 1, 0),
+            },
+            args,
+        ),
+        "decode": compare(
+            lambda k: ours.decode(ids[k]),
+            lambda k: peer.decode(ids[k]),
+            lambda x, y: {
+                "decoded": (int(x[1].sum()), len(y), 0),
+                "identical": (int(np.array_equal(x[0], y.astype(np.float32))), 1, 0),
+            },
+            args,
+        ),
+    }
     return pairs, {"tokens_a_chunk": sum(map(len, ids[0])) / args.chunks}
 
 
 # Main
 
-COMMANDS = {"rollout": rollout, "grpo": grpo_step, "sft": sft_step, "head": head_step,
-            "fast": fast_codes, "cost": cost}
+COMMANDS = {
+    "rollout": rollout,
+    "grpo": grpo_step,
+    "sft": sft_step,
+    "head": head_step,
+    "fast": fast_codes,
+    "cost": cost,
+}
 
 
 def hardware(device):
@@ -475,8 +617,11 @@ def hardware(device):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.speed", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog="python -m benchmarks.speed",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("command", choices=COMMANDS)
     add("--device", default="cpu", choices=["cpu", "cuda"])
@@ -512,16 +657,32 @@ def main(argv=None):
         model.setup(0)
     pairs, more = COMMANDS[args.command](args)
     trl = {"trl": sys.modules["trl"].__version__} if "trl" in sys.modules else {}
-    record = {"benchmark": args.command, "pairs": pairs, "settings": {**vars(args), **more},
-              "command": shlex.join([*(["torchrun", "--nproc_per_node", str(args.ranks)]
-                                       if args.ranks else ["python"]), "-m", "benchmarks.speed", *argv]),
-              "hardware": hardware(args.device), "versions": {**model.versions(), **trl},
-              "commit": model.commit()}
+    record = {
+        "benchmark": args.command,
+        "pairs": pairs,
+        "settings": {**vars(args), **more},
+        "command": shlex.join(
+            [
+                *(["torchrun", "--nproc_per_node", str(args.ranks)] if args.ranks else ["python"]),
+                "-m",
+                "benchmarks.speed",
+                *argv,
+            ]
+        ),
+        "hardware": hardware(args.device),
+        "versions": {**model.versions(), **trl},
+        "commit": model.commit(),
+    }
     for name, pair in pairs.items() if not args.json else ():
-        cells = (f"{k} {pair[k]['median']:.4g} ({pair[k]['q25']:.4g} .. {pair[k]['q75']:.4g})"
-                 for k in ("ours", "peer", "ratio") if k in pair)
-        print(f"{args.command} {name}, {pair.get('unit', 'skipped')}: "
-              f"{pair.get('skipped') or ', '.join(cells)}")
+        cells = (
+            f"{k} {pair[k]['median']:.4g} ({pair[k]['q25']:.4g} .. {pair[k]['q75']:.4g})"
+            for k in ("ours", "peer", "ratio")
+            if k in pair
+        )
+        print(
+            f"{args.command} {name}, {pair.get('unit', 'skipped')}: "
+            f"{pair.get('skipped') or ', '.join(cells)}"
+        )
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(record), flush=True)
     return record

@@ -46,8 +46,13 @@ HOVER = 0.11  # height at which the expert travels, m
 PLATE, BUTTON = 0.045, 0.028  # radii, m
 OPEN, CLOSED, TRAVEL = 0.07, 0.01, 0.085  # drawer: open beyond, closed below, longest pull, m
 
-COLORS = {"red": (225, 40, 40), "green": (30, 160, 60), "blue": (40, 80, 230),
-          "yellow": (245, 215, 40), "purple": (160, 60, 200)}
+COLORS = {
+    "red": (225, 40, 40),
+    "green": (30, 160, 60),
+    "blue": (40, 80, 230),
+    "yellow": (245, 215, 40),
+    "purple": (160, 60, 200),
+}
 OBJECTS = [f"{color} {shape}" for shape in ("cube", "ball") for color in COLORS]
 SIDES = {"left of": (-1, 0), "right of": (1, 0), "behind": (0, -1), "in front of": (0, 1)}
 SUITES = ["spatial", "object", "goal", "long"]
@@ -85,11 +90,19 @@ def suite_tasks(suite):
     if suite == "spatial":
         relations = [(side, ref) for ref in ("plate", "button") for side in SIDES]
         relations += [("nearest to", "plate"), ("farthest from", "plate")]
-        return [(f"pick up the red cube {side} the {ref} and put it on the plate",
-                 [("on", "red cube", "plate")], (side, ref)) for side, ref in relations]
+        return [
+            (
+                f"pick up the red cube {side} the {ref} and put it on the plate",
+                [("on", "red cube", "plate")],
+                (side, ref),
+            )
+            for side, ref in relations
+        ]
     if suite == "object":
-        return [(f"pick up the {name} and put it on the plate", [("on", name, "plate")], None)
-                for name in OBJECTS]
+        return [
+            (f"pick up the {name} and put it on the plate", [("on", name, "plate")], None)
+            for name in OBJECTS
+        ]
     if suite not in SUITES:
         raise ValueError(f"suite {suite!r} is unknown; choose one of {', '.join(SUITES)}")
     texts = GOALS if suite == "goal" else LONG
@@ -202,9 +215,13 @@ class Tabletop:
     def _single_out(self, side, ref):
         """Order the red cubes -> whether things[0] alone stands in the relation, by a margin."""
         x, y = self.plate if ref == "plate" else self.button
-        (dx, dy), sign = SIDES.get(side, (0, 0)), {"nearest to": -1, "farthest from": 1}.get(side, 0)
-        scores = [(t.x - x) * dx + (t.y - y) * dy + sign * math.dist(t.at, (x, y))
-                  for t in self.things]
+        (dx, dy), sign = (
+            SIDES.get(side, (0, 0)),
+            {"nearest to": -1, "farthest from": 1}.get(side, 0),
+        )
+        scores = [
+            (t.x - x) * dx + (t.y - y) * dy + sign * math.dist(t.at, (x, y)) for t in self.things
+        ]
         if scores[0] < scores[1]:
             self.things.reverse()
         low, high = sorted(scores)
@@ -270,8 +287,11 @@ class Tabletop:
 
     def _above_it(self, thing):
         """The things that stand on this one."""
-        return [t for t in self.things if t.on == thing.name and t.z > thing.z
-                and math.dist(t.at, thing.at) < 0.03]
+        return [
+            t
+            for t in self.things
+            if t.on == thing.name and t.z > thing.z and math.dist(t.at, thing.at) < 0.03
+        ]
 
     def _fall(self, thing):
         """Drop a released thing onto what is below: another thing, the plate, or the table."""
@@ -319,11 +339,15 @@ class Tabletop:
         """Is this goal (verb, object, destination) reached in the present state?"""
         verb, name, dest = goal
         if name in ("button", "drawer"):
-            return {"press": self.lit, "open": self.drawer > OPEN,
-                    "close": self.drawer < CLOSED}[verb]
+            return {"press": self.lit, "open": self.drawer > OPEN, "close": self.drawer < CLOSED}[
+                verb
+            ]
         thing = self.find(name)
-        return {"on": thing.on == dest, "lift": self.held is thing and thing.z > 0.06,
-                "push": self.begin[name] - thing.x > 0.06}[verb]  # to the left
+        return {
+            "on": thing.on == dest,
+            "lift": self.held is thing and thing.z > 0.06,
+            "push": self.begin[name] - thing.x > 0.06,
+        }[verb]  # to the left
 
     def observe(self):
         fingers = 0.04 * self.aperture
@@ -507,8 +531,13 @@ class Trial:
 
 def make_trials(suites, trials, chains):
     """The fixed evaluation trials of each suite (10 tasks x trials), and the chains."""
-    made = [Trial(suite, task, seed) for suite in suites if suite != "chain"
-            for task in range(10) for seed in range(trials)]
+    made = [
+        Trial(suite, task, seed)
+        for suite in suites
+        if suite != "chain"
+        for task in range(10)
+        for seed in range(trials)
+    ]
     return made + [Trial("chain", 0, n) for n in range(chains if "chain" in suites else 0)]
 
 
@@ -562,17 +591,21 @@ def hand(env):
 def heading(plan):
     """The expert's next move in words: "right 11, front 4, down 8, open", in centimetres."""
     sides = ("left", "right"), ("back", "front"), ("down", "up")
-    words = [f"{plus if delta > 0 else minus} {count}"
-             for delta, (minus, plus) in zip(plan["move"], sides)
-             if (count := int(100 * abs(delta) + 0.5))]
+    words = [
+        f"{plus if delta > 0 else minus} {count}"
+        for delta, (minus, plus) in zip(plan["move"], sides)
+        if (count := int(100 * abs(delta) + 0.5))
+    ]
     return ", ".join([*words, "close" if plan["grip"] > 0 else "open"])
 
 
 def thought(env, plan):
     """The reasoning before a move: target, its place, the gripper's, the phase, the direction."""
     target = {"drawer": "handle", "gripper": "drop spot"}.get(plan["target"], plan["target"])
-    return (f"The {target} is at {cell(*plan['at'])}. The gripper is at {', '.join(hand(env))}. "
-            f"Now {plan['phase']}: {heading(plan)}.")
+    return (
+        f"The {target} is at {cell(*plan['at'])}. The gripper is at {', '.join(hand(env))}. "
+        f"Now {plan['phase']}: {heading(plan)}."
+    )
 
 
 def point(x, y):
@@ -601,8 +634,17 @@ def _choices(rng, right, wrong):
 
 
 # kind of question -> weight. Each is asked both ways, directly and with a thought.
-SCENE = {"where": 4, "what": 4, "relation": 2, "holding": 1, "gripper": 2, "choice": 1,
-         "caption": 4, "point": 4, "points": 5}
+SCENE = {
+    "where": 4,
+    "what": 4,
+    "relation": 2,
+    "holding": 1,
+    "gripper": 2,
+    "choice": 1,
+    "caption": 4,
+    "point": 4,
+    "points": 5,
+}
 TASK = {"target": 2, "direction": 8, "phase": 1, "fingers": 1, "movement": 1, "trajectory": 2}
 
 
@@ -633,14 +675,18 @@ def scene_question(kind, env, rng):
         (a, ax, ay), (b, bx, by) = (places[i] for i in rng.permutation(len(places))[:2])
         wide = abs(ax - bx) > abs(ay - by)
         low, high = ("left", "right") if wide else ("behind", "in front")
-        return (f"Is the {a} {low} or {high} of the {b}?",
-                f"The {a} is at {cell(ax, ay)}. The {b} is at {cell(bx, by)}.",
-                low if (ax < bx if wide else ay < by) else high)
+        return (
+            f"Is the {a} {low} or {high} of the {b}?",
+            f"The {a} is at {cell(ax, ay)}. The {b} is at {cell(bx, by)}.",
+            low if (ax < bx if wide else ay < by) else high,
+        )
     held = gripper.partition("holding the ")[2]
-    question, answer = {"holding": ("What is the gripper holding?", held or "nothing"),
-                        "gripper": ("Where is the gripper?", gripper),
-                        "caption": ("Describe the scene.", caption(env)),
-                        "points": ("Point to everything.", caption(env, point))}[kind]
+    question, answer = {
+        "holding": ("What is the gripper holding?", held or "nothing"),
+        "gripper": ("Where is the gripper?", gripper),
+        "caption": ("Describe the scene.", caption(env)),
+        "points": ("Point to everything.", caption(env, point)),
+    }[kind]
     return question, f"The gripper is at {gripper}.", answer
 
 
@@ -662,10 +708,12 @@ def task_question(kind, env, rng):
         answer = " ".join(cell(x, y) for x, y, _ in path[::3])
     else:
         fingers = heading(plan).split(", ")[-1]
-        question, answer = {"target": ("Where is the target?", cell(*plan["at"])),
-                            "direction": ("Which way should the gripper move?", heading(plan)),
-                            "phase": ("Which phase is it?", plan["phase"]),
-                            "fingers": ("Should the fingers open or close?", fingers)}[kind]
+        question, answer = {
+            "target": ("Where is the target?", cell(*plan["at"])),
+            "direction": ("Which way should the gripper move?", heading(plan)),
+            "phase": ("Which phase is it?", plan["phase"]),
+            "fingers": ("Should the fingers open or close?", fingers),
+        }[kind]
     return f"Instruction: {env.instruction}\n{question}", thought(env, plan), answer
 
 
@@ -746,8 +794,19 @@ def reading(where, *more):
         yield
     except Damaged:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError, EOFError,
-            pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, *more) as e:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        OSError,
+        EOFError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+        zlib.error,
+        *more,
+    ) as e:
         kind = "" if type(e) is ValueError else f"{type(e).__name__}: "
         why = str(e).replace("\n", " ")
         raise Damaged(f"{where}: {kind}{why}; repair it or copy the dataset again") from e
@@ -771,8 +830,10 @@ def write_episodes(out, made):
             for name, rows in seen.items():
                 rows.append(arrays[name].astype(np.float32))
                 if len(bad := np.flatnonzero(~np.isfinite(rows[-1]).all(1))):
-                    raise ValueError(f"{header['source']}: {name} of step {bad[0]} is not finite; "
-                                     "repair it or copy the dataset again")
+                    raise ValueError(
+                        f"{header['source']}: {name} of step {bad[0]} is not finite; "
+                        "repair it or copy the dataset again"
+                    )
                 arrays[name] = rows[-1]
             write_episode(part / f"episode_{number:06d}.safetensors", arrays, header)
         if not seen["action"]:
@@ -790,8 +851,11 @@ def write_episodes(out, made):
 def _episode_job(args, number):
     """Demonstration `number` -> how many failed ones were dropped before it, arrays, header."""
     suite, task = SUITES[number % 4], number // 4 % 10
-    header = {"task": suite_tasks(suite)[task][0], "fps": "5",
-              "source": f"tabletop {suite} task {task}"}
+    header = {
+        "task": suite_tasks(suite)[task][0],
+        "fps": "5",
+        "source": f"tabletop {suite} task {task}",
+    }
     for dropped in itertools.count():
         seed = (args.seed << 24) + (number << 4) + dropped
         if arrays := record(suite, task, seed, args.noise, args.size, args.tilt):
@@ -810,8 +874,10 @@ def _rows(args, folder, number, image, groups):
         for question, reason, answer in turns:
             question = question if messages else "<image>" + question
             think = f"<think>{reason}</think>" if reason else ""
-            messages += [{"role": "user", "content": question},
-                         {"role": "assistant", "content": f"{think}<answer>{answer}</answer>"}]
+            messages += [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": f"{think}<answer>{answer}</answer>"},
+            ]
         lines.append(json.dumps({"images": [name], "messages": messages, **more}) + "\n")
     return "".join(lines)
 
@@ -856,14 +922,22 @@ def main(argv=None):
         raise SystemExit(f"error: {out} already holds data; name another --out or delete it")
     out.mkdir(parents=True, exist_ok=True)
     with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
+
         def made(job, count):
             return pool.imap(functools.partial(job, args), range(count), 8)
 
         if args.episodes:
-            write_episodes(out / "episodes", (dropped.append(count) or episode for count, *episode
-                                              in made(_episode_job, args.episodes)))
-        for name, job, count in (("conversations", _conversation_job, args.conversations),
-                                 ("thought_actions", _thought_action_job, args.thought_actions)):
+            write_episodes(
+                out / "episodes",
+                (
+                    dropped.append(count) or episode
+                    for count, *episode in made(_episode_job, args.episodes)
+                ),
+            )
+        for name, job, count in (
+            ("conversations", _conversation_job, args.conversations),
+            ("thought_actions", _thought_action_job, args.thought_actions),
+        ):
             if count:
                 with open(out / f"{name}.jsonl", "w") as f:
                     f.writelines(tqdm(made(job, count), name, count, disable=None))

@@ -15,8 +15,13 @@ def _alone(main, argv):
 
 
 def _rank(main, argv, rank, world, port):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     _alone(main, argv)
 
 
@@ -29,7 +34,9 @@ def start(main, argv, world):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        ranks = [fork.Process(target=_rank, args=(main, argv, r, world, port)) for r in range(world)]
+        ranks = [
+            fork.Process(target=_rank, args=(main, argv, r, world, port)) for r in range(world)
+        ]
     for p in ranks:
         p.start()
     return ranks

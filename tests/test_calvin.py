@@ -19,16 +19,28 @@ from benchmarks import calvin
 def test_the_thousand_chains_are_the_published_ones():
     text = repr([(dict(state), names) for state, names in calvin.chains()])
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "bc4ebc402fd59f57"
-    assert calvin.chains()[0][1] == ("rotate_blue_block_right", "move_slider_right",
-                                     "lift_red_block_slider", "place_in_slider",
-                                     "turn_off_lightbulb")
+    assert calvin.chains()[0][1] == (
+        "rotate_blue_block_right",
+        "move_slider_right",
+        "lift_red_block_slider",
+        "place_in_slider",
+        "turn_off_lightbulb",
+    )
 
 
 def test_initial_states_are_laid_out_by_their_hash():
     # the FNV authors' own: hashed from basis 0, this text gives the basis of all later versions
     assert calvin.fnv(rb"chongo <Landon Curt Noll> /\../" + b"\\") == 0x811C9DC5
-    state = {"led": 1, "lightbulb": 0, "slider": "left", "drawer": "open", "red_block": "table",
-             "blue_block": "slider_left", "pink_block": "table", "grasped": 0}
+    state = {
+        "led": 1,
+        "lightbulb": 0,
+        "slider": "left",
+        "drawer": "open",
+        "red_block": "table",
+        "blue_block": "slider_left",
+        "pink_block": "table",
+        "grasped": 0,
+    }
     robot, scene = calvin.layout(state)
     assert robot.shape == (15,) and robot[14] == 1
     assert scene[:6].tolist() == [0.28, 0.22, 0, 0, 0, 1]
@@ -38,14 +50,18 @@ def test_initial_states_are_laid_out_by_their_hash():
     turns = scene[[11, 17, 23]]
     assert len(set(turns)) == 3 and (abs(turns - np.pi / 2) <= np.pi / 8).all()
     assert (calvin.layout(dict(state))[1] == scene).all()
-    places = {calvin.layout({**state, "led": i, "lightbulb": j, "drawer": d})[1][6]
-              for i in (0, 1) for j in (0, 1) for d in ("open", "closed")}
+    places = {
+        calvin.layout({**state, "led": i, "lightbulb": j, "drawer": d})[1][6]
+        for i in (0, 1)
+        for j in (0, 1)
+        for d in ("open", "closed")
+    }
     assert len(places) == 2  # the hash shuffles the two places on the table
 
 
 # ---- the package: what calvin_env offers, with a hand that only moves along x
 
-ENV = '''
+ENV = """
 import numpy as np
 
 class Env:
@@ -81,8 +97,8 @@ def get_env(dataset_path, obs_space=None, show_gui=True):
     assert not show_gui
     made.append(Env(dataset_path))
     return made[-1]
-'''
-TASKS = '''
+"""
+TASKS = """
 class Tasks:
     def __init__(self, tasks):
         self.tasks = tasks
@@ -90,7 +106,7 @@ class Tasks:
     def get_task_info_for_set(self, start_info, end_info, task_filter):
         moved = end_info["x"] - start_info["x"]
         return {name for name in self.tasks if name in task_filter and moved > 0.2 - 1e-9}
-'''
+"""
 
 
 @pytest.fixture
@@ -98,13 +114,19 @@ def package(tmp_path, monkeypatch):
     """A calvin checkout with calvin_env in it, and a dataset's folder."""
     envs = tmp_path / "calvin" / "calvin_env" / "calvin_env" / "envs"
     conf = tmp_path / "calvin" / "calvin_models" / "conf"
-    files = {envs.parent / "__init__.py": "", envs / "__init__.py": "",
-             envs / "play_table_env.py": ENV, envs / "tasks.py": TASKS,
-             conf / "callbacks/rollout/tasks/new_playtable_tasks.yaml": yaml.safe_dump(
-                 {"_target_": "calvin_env.envs.tasks.Tasks", "tasks": dict.fromkeys(calvin.TASKS)}),
-             conf / "annotations/new_playtable_validation.yaml": yaml.safe_dump(
-                 {name: [f"please {name}", "another wording"] for name in calvin.TASKS}),
-             tmp_path / "task_D_D/validation/.hydra/merged_config.yaml": "env: {}\n"}
+    files = {
+        envs.parent / "__init__.py": "",
+        envs / "__init__.py": "",
+        envs / "play_table_env.py": ENV,
+        envs / "tasks.py": TASKS,
+        conf / "callbacks/rollout/tasks/new_playtable_tasks.yaml": yaml.safe_dump(
+            {"_target_": "calvin_env.envs.tasks.Tasks", "tasks": dict.fromkeys(calvin.TASKS)}
+        ),
+        conf / "annotations/new_playtable_validation.yaml": yaml.safe_dump(
+            {name: [f"please {name}", "another wording"] for name in calvin.TASKS}
+        ),
+        tmp_path / "task_D_D/validation/.hydra/merged_config.yaml": "env: {}\n",
+    }
     for path, text in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -138,8 +160,21 @@ def test_the_protocol_and_its_statistics(package, tmp_path, monkeypatch):
     policy = Scripted(can)
     monkeypatch.setattr(vla.Policy, "load", lambda path, device, seed: policy)
     out = tmp_path / "r.json"
-    evaluate.main(["calvin", "--policy", "x", "--data", str(package), "--chains", "40",
-                   "--out", str(out), "--device", "cpu"])
+    evaluate.main(
+        [
+            "calvin",
+            "--policy",
+            "x",
+            "--data",
+            str(package),
+            "--chains",
+            "40",
+            "--out",
+            str(out),
+            "--device",
+            "cpu",
+        ]
+    )
     names = [n for _, n in calvin.chains()[:40]]
     lengths = [len(list(itertools.takewhile(can.__contains__, n))) for n in names]
     assert {0, 5} <= set(lengths)
@@ -184,17 +219,25 @@ def write(folder, texts=None):
     for t in range(10):
         action = rng.uniform(-1, 1, 7)
         action[6] = 1 if t < 5 else -1
-        np.savez(folder / f"episode_{t:07d}.npz", rgb_static=np.full((200, 200, 3), t, np.uint8),
-                 rgb_gripper=np.full((84, 84, 3), 100 + t, np.uint8), rel_actions=action,
-                 actions=10 * action, robot_obs=np.arange(15) + t / 10, scene_obs=np.zeros(24))
+        np.savez(
+            folder / f"episode_{t:07d}.npz",
+            rgb_static=np.full((200, 200, 3), t, np.uint8),
+            rgb_gripper=np.full((84, 84, 3), 100 + t, np.uint8),
+            rel_actions=action,
+            actions=10 * action,
+            robot_obs=np.arange(15) + t / 10,
+            scene_obs=np.zeros(24),
+        )
     np.save(folder / "ep_start_end_ids.npy", np.array([[0, 9]]))
     annotate(folder, texts or [w[0] for w in WINDOWS], [w[1] for w in WINDOWS])
     return folder
 
 
 def annotate(folder, texts, windows):
-    found = {"language": {"ann": texts, "task": texts, "emb": np.zeros((2, 1, 384), np.float32)},
-             "info": {"indx": [tuple(map(np.int64, w)) for w in windows], "episodes": []}}
+    found = {
+        "language": {"ann": texts, "task": texts, "emb": np.zeros((2, 1, 384), np.float32)},
+        "info": {"indx": [tuple(map(np.int64, w)) for w in windows], "episodes": []},
+    }
     np.save(folder / "lang_annotations" / "auto_lang_ann.npy", found, allow_pickle=True)
 
 
@@ -207,7 +250,9 @@ def test_each_annotated_window_becomes_an_episode(tmp_path):
     write(tmp_path / "training")
     files = convert(tmp_path)
     assert [(f.task, len(f), f.fps) for f in files] == [
-        ("open the drawer", 4, 30), ("turn on the light", 5, 30)]
+        ("open the drawer", 4, 30),
+        ("turn on the light", 5, 30),
+    ]
     assert files[1].source == "calvin training 5-9"
     for file, (_, (start, end)) in zip(files, WINDOWS):
         for k, t in enumerate(range(start, end + 1)):
@@ -245,18 +290,26 @@ BAD = {
     "frame cut": (lambda f: cut(f / FRAME), f"{FRAME}: BadZipFile"),
     "frame no npz": (lambda f: (f / FRAME).write_text("hello"), f"{FRAME}: .*pickle"),
     "no actions": (lambda f: change(f / FRAME, rel_actions=None), f"{FRAME}: KeyError: .*rel_act"),
-    "cameras swapped": (lambda f: change(f / FRAME, rgb_static=np.zeros((84, 84, 3), np.uint8)),
-                        rf"{FRAME}: rgb_static is \(84, 84, 3\), not \(200, 200, 3\)"),
-    "absolute actions": (lambda f: change(f / FRAME, rel_actions=np.full(7, 3.0)),
-                         rf"{FRAME}: rel_actions above 1, .*3"),
+    "cameras swapped": (
+        lambda f: change(f / FRAME, rgb_static=np.zeros((84, 84, 3), np.uint8)),
+        rf"{FRAME}: rgb_static is \(84, 84, 3\), not \(200, 200, 3\)",
+    ),
+    "absolute actions": (
+        lambda f: change(f / FRAME, rel_actions=np.full(7, 3.0)),
+        rf"{FRAME}: rel_actions above 1, .*3",
+    ),
     "gripper": (lambda f: change(f / FRAME, rel_actions=np.zeros(7)), "gripper not -1 or 1.*0"),
-    "NaN": (lambda f: change(f / FRAME, robot_obs=np.full(15, np.nan)),
-            "calvin training 3-6: state of step 3 is not finite"),
+    "NaN": (
+        lambda f: change(f / FRAME, robot_obs=np.full(15, np.nan)),
+        "calvin training 3-6: state of step 3 is not finite",
+    ),
     "no annotations": (lambda f: (f / "lang_annotations" / ANN).unlink(), f"{ANN}: FileNotFound"),
     "annotations cut": (lambda f: cut(f / "lang_annotations" / ANN), f"{ANN}: "),
     "code in annotations": (trap, rf"{ANN}: UnpicklingError: it would run \w+.mkdir"),
-    "a text too few": (lambda f: annotate(f, ["open"], [(3, 6), (5, 9)]),
-                       rf"{ANN}: zip\(\) argument 2"),
+    "a text too few": (
+        lambda f: annotate(f, ["open"], [(3, 6), (5, 9)]),
+        rf"{ANN}: zip\(\) argument 2",
+    ),
     "window backwards": (lambda f: annotate(f, ["a", "b"], [(6, 3), (5, 9)]), "window 6-3"),
     "empty text": (lambda f: annotate(f, ["a", " "], [(3, 6), (5, 9)]), "window 5-9 .* ' '"),
 }

@@ -48,8 +48,9 @@ def at_step(monkeypatch, step, do):
 
 def sums(out):
     """The records of a run without what a clock says; an interrupted step's may stand twice."""
-    return {(r["step"], "loss" in r): {k: v for k, v in r.items() if k not in TIMES}
-            for r in log(out)}
+    return {
+        (r["step"], "loss" in r): {k: v for k, v in r.items() if k not in TIMES} for r in log(out)
+    }
 
 
 def whole(folder):
@@ -65,13 +66,17 @@ def whole(folder):
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_sigterm_saves_and_the_next_records_are_those_of_the_whole_run(
-        tmp_path, data, monkeypatch, capfd, world):
+    tmp_path, data, monkeypatch, capfd, world
+):
     """The signal comes between two lines of the log, so that a part of the next one is before it. On two
     ranks only one gets it: they must agree on the step, and not wait for each other forever."""
     on_ranks(sft.main, args(tmp_path / "a", data, "--log-every", 4), world)
     with monkeypatch.context() as patch:
-        at_step(patch, 3, lambda: os.environ.get("RANK", "1") == "1"
-                and os.kill(os.getpid(), signal.SIGTERM))
+        at_step(
+            patch,
+            3,
+            lambda: os.environ.get("RANK", "1") == "1" and os.kill(os.getpid(), signal.SIGTERM),
+        )
         on_ranks(sft.main, args(tmp_path / "b", data, "--log-every", 4), world, 143)
     out = capfd.readouterr().out.splitlines()
     line = f"SIGTERM: stopped after step 3, saved {tmp_path}/b/step_000003; go on with --resume"
@@ -171,8 +176,12 @@ def test_a_full_disk_stops_with_the_old_checkpoint_intact(tmp_path, data, monkey
 
     with monkeypatch.context() as patch:
         at_step(patch, 2, fill)
-        on_ranks(lambda argv: model.entry(lambda: sft.main(argv), ""),
-                 args(out, data, *more, "--resume"), world, 1)
+        on_ranks(
+            lambda argv: model.entry(lambda: sft.main(argv), ""),
+            args(out, data, *more, "--resume"),
+            world,
+            1,
+        )
     error = capfd.readouterr().err.strip()
     assert error.startswith(f"error: {out}/step_000004.tmp: could not be written (")
     assert "File too large" in error and error.endswith("--resume") and "\n" not in error
@@ -192,7 +201,11 @@ def test_keep_deletes_what_is_older_and_unfinished(tmp_path):
     for step in range(1, 8):
         model.checkpoint(cfg, step, {}, lambda folder, run: folder.mkdir())
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "features", "step_000004", "step_000006", "step_000100"]
+        "features",
+        "step_000004",
+        "step_000006",
+        "step_000100",
+    ]
 
 
 def test_a_checkpoint_is_written_over_without_a_moment_without_one(tmp_path, monkeypatch):
@@ -214,10 +227,13 @@ def test_a_disk_that_is_really_full(tmp_path, data):
     disk, here = tmp_path / "disk", Path(__file__).parents[1]
     disk.mkdir()
     command = [sys.executable, here / "sft.py", *args(disk / "o", data, "--save-every", 1, steps=9)]
-    script = f"mount -t tmpfs -o size=8m none {disk} && {shlex.join(map(str, command))}; ls {disk}/o"
+    script = (
+        f"mount -t tmpfs -o size=8m none {disk} && {shlex.join(map(str, command))}; ls {disk}/o"
+    )
     try:
-        done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True,
-                              check=True)
+        done = subprocess.run(
+            ["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError) as e:
         pytest.skip(f"mounting is not allowed here: {e}")
     error = done.stderr.strip().splitlines()[-1]

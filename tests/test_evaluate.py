@@ -40,8 +40,13 @@ class Scripted:
     def act_batch(self, images, instructions, states):
         chunks = []
         for instruction, state in zip(instructions, states):
-            env = next(t.env for t in self.trials if not t.done and t.env.instruction == instruction
-                       and np.allclose(t.env.pos, state[:3], atol=1e-6))
+            env = next(
+                t.env
+                for t in self.trials
+                if not t.done
+                and t.env.instruction == instruction
+                and np.allclose(t.env.pos, state[:3], atol=1e-6)
+            )
             twin, chunk = env.clone(), []
             for _ in range(8):
                 chunk.append(np.zeros(7) if self.still else twin.expert()[0])
@@ -74,16 +79,29 @@ def test_trials_are_the_fixed_evaluation_states():
 
 def results(tmp_path, arms):
     path = tmp_path / "r.json"
-    path.write_text(json.dumps({"preset": "p", "arms": arms, "seeds": [0], "hardware": "h",
-                                "minutes": 1, "versions": {}, "commands": []}))
+    path.write_text(
+        json.dumps(
+            {
+                "preset": "p",
+                "arms": arms,
+                "seeds": [0],
+                "hardware": "h",
+                "minutes": 1,
+                "versions": {},
+                "commands": [],
+            }
+        )
+    )
     return path
 
 
 def test_report_table_and_paired_differences(tmp_path, capsys):
     def arm(shift):
         values = [round(0.2 + shift + 0.001 * i, 4) for i in range(51)]
-        metrics = {"think sampled r_a": evaluate.bootstrap(values),
-                   "success": evaluate.wilson(30, 40)}
+        metrics = {
+            "think sampled r_a": evaluate.bootstrap(values),
+            "success": evaluate.wilson(30, 40),
+        }
         wins = [True] * 30 + [shift > 0] * 10
         return {"metrics": metrics, "paired": {"think sampled r_a": values, "success": wins}}
 

@@ -40,8 +40,13 @@ class Published:
         low, high = int(coefs.min()), int(coefs.max())
         bpe = ByteLevelBPETokenizer()
         trainer = BpeTrainer(
-            vocab_size=vocab_size, min_frequency=2, show_progress=False, special_tokens=[],
-            initial_alphabet=[chr(i) for i in range(high - low + 1)], max_token_length=10000)
+            vocab_size=vocab_size,
+            min_frequency=2,
+            show_progress=False,
+            special_tokens=[],
+            initial_alphabet=[chr(i) for i in range(high - low + 1)],
+            max_token_length=10000,
+        )
         texts = ("".join(map(chr, (c.flatten() - low).astype(int))) for c in coefs)
         bpe._tokenizer.train_from_iterator(texts, trainer=trainer)
         bpe = PreTrainedTokenizerFast(tokenizer_object=bpe, clean_up_tokenization_spaces=False)
@@ -61,8 +66,12 @@ class Published:
 
     def save(self, folder, new_layout=False, named=True):
         self.bpe.save_pretrained(folder / "bpe_tokenizer" if new_layout else folder)
-        config = {"processor_class": "UniversalActionProcessor", "scale": self.scale,
-                  "vocab_size": 1024, "min_token": self.min_token}
+        config = {
+            "processor_class": "UniversalActionProcessor",
+            "scale": self.scale,
+            "vocab_size": 1024,
+            "min_token": self.min_token,
+        }
         if named:
             config |= {"action_dim": self.dim, "time_horizon": self.horizon}
         (folder / "processor_config.json").write_text(json.dumps(config))
@@ -127,7 +136,7 @@ def test_by_hand():
     assert (tok.min_coef, tok.max_coef, tok.vocab_size) == (-7, 7, 15)
     assert tok.encode(chunks) == [[14, 14], [7, 7], [0, 0]]
     decoded, ok = tok.decode([[14, 14]])
-    np.testing.assert_allclose(decoded[0, :, 0], [1.4 / 2 ** 0.5, 0], atol=1e-6)
+    np.testing.assert_allclose(decoded[0, :, 0], [1.4 / 2**0.5, 0], atol=1e-6)
     assert ok.all() and decoded.dtype == np.float32
     # one merge of a pair seen twice: two coefficients, one token
     twice = FastTokenizer.fit(chunks[[0, 0, 1, 2]], 16, 10)
@@ -150,8 +159,9 @@ def test_transform_is_the_orthonormal_dct2(tok):
     ids = tok.encode(chunks)
     codes = [[ord(c) for i in row for c in tok.pieces[i].decode()] for row in ids]
     assert (np.array(codes).reshape(want.shape) + tok.min_coef == want).all()
-    np.testing.assert_allclose(tok.decode(ids)[0],
-                               np.einsum("fk,bfa->bka", basis, want / tok.scale), atol=1e-6)
+    np.testing.assert_allclose(
+        tok.decode(ids)[0], np.einsum("fk,bfa->bka", basis, want / tok.scale), atol=1e-6
+    )
 
 
 def test_round_trip_error_is_half_a_quantisation_step(tok):
@@ -165,8 +175,18 @@ def test_round_trip_error_is_half_a_quantisation_step(tok):
 def test_malformed_ids_are_reported_not_zeroed(tok):
     good = tok.encode(smooth(1))[0]
     one = [next(i for i, piece in tok.pieces.items() if len(piece) == 1)] * 3  # a whole action
-    rows = [good, good[:-1], good + good[:1], good + good, one * 5, one * 4, one * 6, [],
-            [*good[:-1], tok.vocab_size], [-1, *good[1:]]]
+    rows = [
+        good,
+        good[:-1],
+        good + good[:1],
+        good + good,
+        one * 5,
+        one * 4,
+        one * 6,
+        [],
+        [*good[:-1], tok.vocab_size],
+        [-1, *good[1:]],
+    ]
     decoded, ok = tok.decode(rows)
     assert ok.tolist() == [True, False, False, False, True] + [False] * 5
     assert np.isfinite(decoded[ok]).all() and np.isnan(decoded[~ok]).all()
@@ -185,8 +205,8 @@ def test_both_ends_are_clipped_and_counted(tok):
     assert tok.clipped == 2
     decoded, ok = tok.decode(ids)
     assert ok.all()
-    np.testing.assert_allclose(decoded[0, :, 0], tok.max_coef / tok.scale / 5 ** 0.5, rtol=1e-6)
-    np.testing.assert_allclose(decoded[1, :, 2], tok.min_coef / tok.scale / 5 ** 0.5, rtol=1e-6)
+    np.testing.assert_allclose(decoded[0, :, 0], tok.max_coef / tok.scale / 5**0.5, rtol=1e-6)
+    np.testing.assert_allclose(decoded[1, :, 2], tok.min_coef / tok.scale / 5**0.5, rtol=1e-6)
     tok.encode(chunks * 0)
     assert tok.clipped == 0
 
@@ -209,8 +229,8 @@ def test_the_automaton_gives_the_ids_of_the_bpe(vocab, scale):
     noise = np.random.default_rng(0).uniform(-1, 1, (1000, 5, 3))
     still = np.linspace(-1, 1, 50)[:, None, None] * np.ones((5, 3))
     chunks = np.concatenate([smooth(1000, seed=1), noise, still, 0 * still])
-    want = fast.encode(chunks[:ft.MANY - 1]) + fast.encode(chunks[ft.MANY - 1:][:ft.MANY - 1])
-    want += fast.encode(chunks[2 * ft.MANY - 2:])
+    want = fast.encode(chunks[: ft.MANY - 1]) + fast.encode(chunks[ft.MANY - 1 :][: ft.MANY - 1])
+    want += fast.encode(chunks[2 * ft.MANY - 2 :])
     assert fast.automaton is None and len(want) == len(chunks)
     assert fast.encode(chunks) == want and fast.automaton.states
     assert fast.encode(chunks) == want, "in states that are known"
@@ -218,7 +238,9 @@ def test_the_automaton_gives_the_ids_of_the_bpe(vocab, scale):
     bpe = json.loads(fast.bpe.to_str())  # a file whose last two ids are not in order of rank
     *_, (a, i), (b, j) = sorted(bpe["model"]["vocab"].items(), key=lambda item: item[1])
     bpe["model"]["vocab"] |= {a: j, b: i}
-    other = FastTokenizer(Tokenizer.from_str(json.dumps(bpe)), scale, 5, 3, fast.min_coef, fast.max_coef)
+    other = FastTokenizer(
+        Tokenizer.from_str(json.dumps(bpe)), scale, 5, 3, fast.min_coef, fast.max_coef
+    )
     turned = {i: j, j: i}
     assert other.encode(chunks) == [[turned.get(k, k) for k in row] for row in want]
     assert not other.automaton.exact
@@ -253,12 +275,19 @@ def test_damaged_or_missing_files(tmp_path, tok):
             FastTokenizer.load(tmp_path)
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda x: np.where(np.arange(3) == 1, np.nan, x), "chunk 0, step 0, dimension 1 is not fin"),
-    (lambda x: x + np.inf, "is not finite"),
-    (lambda x: x[0], r"shape \(5, 3\), not \(B, K, A\)"),
-    (lambda x: smooth(4, k=8), "chunk horizon 8, tokenizer was fitted for 5; refit with --hor"),
-    (lambda x: x[..., :2], "chunk has 2 action dimensions, tokenizer was fitted for 3")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda x: np.where(np.arange(3) == 1, np.nan, x),
+            "chunk 0, step 0, dimension 1 is not fin",
+        ),
+        (lambda x: x + np.inf, "is not finite"),
+        (lambda x: x[0], r"shape \(5, 3\), not \(B, K, A\)"),
+        (lambda x: smooth(4, k=8), "chunk horizon 8, tokenizer was fitted for 5; refit with --hor"),
+        (lambda x: x[..., :2], "chunk has 2 action dimensions, tokenizer was fitted for 3"),
+    ],
+)
 def test_wrong_chunks_are_refused(tok, change, message):
     with pytest.raises(ValueError, match=message):
         tok.encode(change(smooth(4)))
@@ -268,7 +297,7 @@ def test_wrong_fits_are_refused():
     with pytest.raises(ValueError, match="smaller than the alphabet of .* raise --vocab"):
         FastTokenizer.fit(smooth(50), 8, 10)
     with pytest.raises(ValueError, match="smaller than the alphabet"):
-        FastTokenizer.fit(smooth(50), 10 ** 7, 1e5)  # no text holds that many characters
+        FastTokenizer.fit(smooth(50), 10**7, 1e5)  # no text holds that many characters
     with pytest.raises(ValueError, match="must be positive"):
         FastTokenizer.fit(smooth(50), 64, 0)
     with pytest.raises(ValueError, match="0 chunks"):
@@ -282,8 +311,11 @@ def test_statistics_and_still_dimensions():
     stats = ft.statistics(x)
     assert stats["q01"] == [1, 5] and stats["q99"] == [99, 5] and stats["count"] == 101
     assert stats["mean"] == [50, 5] and stats["std"][1] == 0
-    np.testing.assert_allclose(ft.normalize(x, stats)[[0, 1, 50, 99]],
-                               [[-1 - 1 / 49, 0], [-1, 0], [0, 0], [1, 0]], atol=1e-12)
+    np.testing.assert_allclose(
+        ft.normalize(x, stats)[[0, 1, 50, 99]],
+        [[-1 - 1 / 49, 0], [-1, 0], [0, 0], [1, 0]],
+        atol=1e-12,
+    )
     np.testing.assert_allclose(ft.unnormalize(ft.normalize(x, stats), stats), x, atol=1e-12)
     assert ft.unnormalize(np.ones((1, 2)), stats).tolist() == [[99, 5]]
     y = ft.normalize(torch.tensor(x, dtype=torch.float32), stats)
@@ -298,13 +330,19 @@ def write(folder, i, steps=20, **change):
     rng = np.random.default_rng(i)
     action = rng.normal(0, 0.02, (steps, 3)).cumsum(0).astype(np.float32)
     action[:, 2] = 0.25  # a dimension that never moves
-    arrays = {"image": rng.integers(0, 256, (steps, 8, 8, 3), np.uint8),
-              "image_wrist": rng.integers(0, 256, (steps, 4, 4, 3), np.uint8),
-              "state": np.zeros((steps, 2), np.float32), "action": action} | change
+    arrays = {
+        "image": rng.integers(0, 256, (steps, 8, 8, 3), np.uint8),
+        "image_wrist": rng.integers(0, 256, (steps, 4, 4, 3), np.uint8),
+        "state": np.zeros((steps, 2), np.float32),
+        "action": action,
+    } | change
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"episode_{i:06d}.safetensors"
-    save_file({k: v for k, v in arrays.items() if v is not None}, path,
-              {"task": "push it", "fps": "10", "source": "test"})
+    save_file(
+        {k: v for k, v in arrays.items() if v is not None},
+        path,
+        {"task": "push it", "fps": "10", "source": "test"},
+    )
     return path, arrays
 
 
@@ -328,12 +366,14 @@ def test_wrong_episodes_are_refused(tmp_path):
     action = np.zeros((20, 3), np.float32)
     action[17, 1] = np.nan
     for change, message in (
-            ({"action": action}, "action row 17 is not finite; repair"),
-            ({"state": np.full((20, 2), np.inf, np.float32)}, "state row 0 is not finite"),
-            ({"state": np.zeros((19, 2), np.float32)}, "steps differ"),
-            ({"action": None}, "action is missing"), ({"image": None}, "image is missing"),
-            ({"action": np.zeros((20, 3))}, r"action is F64 \[20, 3\], not F32"),
-            ({"image": np.zeros((20, 8, 8), np.uint8)}, "image is U8")):
+        ({"action": action}, "action row 17 is not finite; repair"),
+        ({"state": np.full((20, 2), np.inf, np.float32)}, "state row 0 is not finite"),
+        ({"state": np.zeros((19, 2), np.float32)}, "steps differ"),
+        ({"action": None}, "action is missing"),
+        ({"image": None}, "image is missing"),
+        ({"action": np.zeros((20, 3))}, r"action is F64 \[20, 3\], not F32"),
+        ({"image": np.zeros((20, 8, 8), np.uint8)}, "image is U8"),
+    ):
         path, _ = write(tmp_path, 0, **change)
         with pytest.raises(ValueError, match=f"episode_000000.safetensors: {message}"):
             ft.read_episode(path)
@@ -352,8 +392,13 @@ def test_wrong_episodes_are_refused(tmp_path):
 
 
 def command(*words):
-    return subprocess.run([sys.executable, ROOT / "fast_tokenizer.py", *map(str, words)],
-                          capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        [sys.executable, ROOT / "fast_tokenizer.py", *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 def test_command(tmp_path):
@@ -381,8 +426,10 @@ def test_command(tmp_path):
     done = command("report", "--fast", tmp_path / "bare", "--data", data, "--out", tmp_path / "own")
     assert done.returncode == 0 and FastTokenizer.load(tmp_path / "own").stats == tok.stats
     # stats.json beside the episodes is used when it is there
-    stats = {k: ft.statistics(np.random.default_rng(0).normal(size=(99, n)))
-             for k, n in (("action", 3), ("state", 2))}
+    stats = {
+        k: ft.statistics(np.random.default_rng(0).normal(size=(99, n)))
+        for k, n in (("action", 3), ("state", 2))
+    }
     (data / "episodes/stats.json").write_text(json.dumps(stats))
     assert command("fit", "--data", data, "--out", tmp_path / "b").returncode == 0
     assert FastTokenizer.load(tmp_path / "b").stats == stats["action"]
@@ -397,9 +444,15 @@ def test_command_names_what_is_wrong(tmp_path):
     lines = [command(*fit)]
     path.write_bytes(path.read_bytes()[:300])
     lines += [command(*fit), command(*fit, "--limit", 1, "--vocab", 3)]
-    for done, message in zip(lines, ("episode_000001.safetensors: action row 17 is not finite",
-                                     "episode_000001.safetensors: not a complete safetensors file",
-                                     "vocab_size 3 is smaller than the alphabet"), strict=True):
+    for done, message in zip(
+        lines,
+        (
+            "episode_000001.safetensors: action row 17 is not finite",
+            "episode_000001.safetensors: not a complete safetensors file",
+            "vocab_size 3 is smaller than the alphabet",
+        ),
+        strict=True,
+    ):
         assert done.returncode == 1 and done.stderr.startswith("error: ") and message in done.stderr
         assert done.stderr.count("\n") == 1 and not (tmp_path / "fast").exists()
 

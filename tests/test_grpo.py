@@ -19,8 +19,26 @@ from fast_tokenizer import FastTokenizer, episodes
 
 K, A = 4, 3
 CLOCK = {"seconds", "rollout_s", "update_s", "tokens_s"}
-SMALL = ["--prompts", "4", "--batch", "2", "--group", "4", "--max-new", "10", "--eval-prompts", "3",
-         "--eval-every", "2", "--save-every", "0", "--show-every", "0", "--lr", "0.003"]
+SMALL = [
+    "--prompts",
+    "4",
+    "--batch",
+    "2",
+    "--group",
+    "4",
+    "--max-new",
+    "10",
+    "--eval-prompts",
+    "3",
+    "--eval-every",
+    "2",
+    "--save-every",
+    "0",
+    "--show-every",
+    "0",
+    "--lr",
+    "0.003",
+]
 
 
 def chunks(n, seed=0):
@@ -51,20 +69,30 @@ def world(tmp_path_factory):
     (root / "data").mkdir()
     for e in range(3):
         rng, T = np.random.default_rng(e), 6 + e
-        save_file({"image": rng.integers(0, 255, (T, 32, 32, 3), np.uint8),
-                   "state": np.zeros((T, 2), np.float32),
-                   "action": rng.normal(0, 0.5, (T, A)).astype(np.float32)},
-                  root / "data" / f"episode_{e:06d}.safetensors",
-                  {"task": f"put the red block {'far ' * e}to the left", "fps": "5"})
+        save_file(
+            {
+                "image": rng.integers(0, 255, (T, 32, 32, 3), np.uint8),
+                "state": np.zeros((T, 2), np.float32),
+                "action": rng.normal(0, 0.5, (T, A)).astype(np.float32),
+            },
+            root / "data" / f"episode_{e:06d}.safetensors",
+            {"task": f"put the red block {'far ' * e}to the left", "fps": "5"},
+        )
     return root
 
 
 def prompt_rows(bb, lengths):
     """Prompts of unequal length, each with its own image."""
     rng = np.random.default_rng(0)
-    return [model.encode(bb, [{"role": "user", "content": "<image>" + "go left " * n}],
-                         [rng.integers(0, 255, (32, 32 + 16 * (n % 2), 3), np.uint8)],
-                         prompt_only=True) for n in lengths]
+    return [
+        model.encode(
+            bb,
+            [{"role": "user", "content": "<image>" + "go left " * n}],
+            [rng.integers(0, 255, (32, 32 + 16 * (n % 2), 3), np.uint8)],
+            prompt_only=True,
+        )
+        for n in lengths
+    ]
 
 
 def test_advantage_by_hand():
@@ -76,15 +104,18 @@ def test_advantage_by_hand():
     assert torch.isfinite(grpo.advantage(torch.ones(3, 1))[0]).all()  # greedy evaluation: G = 1
 
 
-@pytest.mark.parametrize(("ratio", "adv", "loss", "slope"), [
-    (1.0, 2.0, -2.0, -2.0),  # on-policy: the plain policy gradient
-    (1.5, 1.0, -1.3, 0.0),  # good and already likelier: clipped at 1 + .3
-    (0.5, 1.0, -0.5, -0.5),  # good but less likely: not clipped
-    (0.5, -1.0, 0.8, 0.0),  # bad and already less likely: clipped at 1 - .2
-    (1.5, -1.0, 1.5, 1.5),  # bad but likelier: not clipped
-    (5.0, -1.0, 3.0, 0.0),  # dual clip
-    (5.0, -0.5, 1.5, 0.0),  # dual clip is in units of the advantage
-])
+@pytest.mark.parametrize(
+    ("ratio", "adv", "loss", "slope"),
+    [
+        (1.0, 2.0, -2.0, -2.0),  # on-policy: the plain policy gradient
+        (1.5, 1.0, -1.3, 0.0),  # good and already likelier: clipped at 1 + .3
+        (0.5, 1.0, -0.5, -0.5),  # good but less likely: not clipped
+        (0.5, -1.0, 0.8, 0.0),  # bad and already less likely: clipped at 1 - .2
+        (1.5, -1.0, 1.5, 1.5),  # bad but likelier: not clipped
+        (5.0, -1.0, 3.0, 0.0),  # dual clip
+        (5.0, -0.5, 1.5, 0.0),  # dual clip is in units of the advantage
+    ],
+)
 def test_clip_by_hand(ratio, adv, loss, slope):
     logp = torch.tensor([[math.log(ratio) - 1]], requires_grad=True)
     old, one = torch.full((1, 1), -1.0), torch.ones(1, 1)
@@ -110,8 +141,10 @@ def test_kl_sign_and_estimate():
     assert logp.grad.item() == pytest.approx(1 - math.exp(-1))  # descent makes it less likely again
     p, q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.3, 0.3, 0.4])
     _, info = grpo.policy_loss(p.log(), p.log(), 0 * p, torch.ones(3), q.log())
-    each = [grpo.policy_loss(a[None], a[None], a[None] * 0, one[0], b[None])[1]["kl"].item()
-            for a, b in zip(p.log(), q.log())]
+    each = [
+        grpo.policy_loss(a[None], a[None], a[None] * 0, one[0], b[None])[1]["kl"].item()
+        for a, b in zip(p.log(), q.log())
+    ]
     assert min(each) >= 0
     assert np.dot(p.numpy(), each) == pytest.approx((p * (p / q).log()).sum().item(), abs=1e-6)
 
@@ -240,13 +273,23 @@ def test_shared_prompt_equals_full_rows(size, recompute):
     for i, row in enumerate(rows[i // G] for i in range(9)):
         n, new = len(row["ids"]), ids[i, : lengths[i]].numpy()
         pos = row["pos"].max() + 1 + np.arange(len(new))
-        full_rows.append({**row, "ids": np.concatenate([row["ids"], new]),
-                          "target": np.arange(n + len(new)) >= n,
-                          "pos": np.concatenate([row["pos"], np.tile(pos, (3, 1))], 1)})
+        full_rows.append(
+            {
+                **row,
+                "ids": np.concatenate([row["ids"], new]),
+                "target": np.arange(n + len(new)) >= n,
+                "pos": np.concatenate([row["pos"], np.tile(pos, (3, 1))], 1),
+            }
+        )
     batch = model.collate(full_rows, bb.vocab.pad)
     on = batch["target"][:, 1:]
-    flat, flat_entropy = model.logp(bb.net, model.hidden(bb.net, batch)[:, :-1][on],
-                                    batch["ids"][:, 1:][on], 0.7, bb.vocab.banned)
+    flat, flat_entropy = model.logp(
+        bb.net,
+        model.hidden(bb.net, batch)[:, :-1][on],
+        batch["ids"][:, 1:][on],
+        0.7,
+        bb.vocab.banned,
+    )
     plain = torch.zeros(9, T).masked_scatter(mask.bool(), flat)
     assert torch.allclose(logp, plain, atol=1e-5)
     assert torch.allclose(entropy[mask.bool()], flat_entropy, atol=1e-5)
@@ -301,8 +344,13 @@ def test_skipping_ties_changes_nothing_without_kl(bb):
     for g in groups:
         g.tie = True
     nothing, same = step_once(groups, kl=0.0)
-    assert nothing == {} and (same - torch.cat(
-        [p.detach().flatten() for p in backbone().net.parameters()])).abs().max() == 0
+    assert (
+        nothing == {}
+        and (same - torch.cat([p.detach().flatten() for p in backbone().net.parameters()]))
+        .abs()
+        .max()
+        == 0
+    )
 
 
 def test_constant_denominator(bb):
@@ -369,8 +417,17 @@ def test_grpo_raises_the_reward(monkeypatch):
 
 
 def flags(world, out, *more):
-    return ["tabletop", "--init", str(world / "sft"), "--data", str(world / "data"), "--out",
-            str(world / out), *SMALL, *more]
+    return [
+        "tabletop",
+        "--init",
+        str(world / "sft"),
+        "--data",
+        str(world / "data"),
+        "--out",
+        str(world / out),
+        *SMALL,
+        *more,
+    ]
 
 
 def spread_rewards(bb, ids, targets, kind="prefix"):
@@ -417,7 +474,11 @@ def test_dynamic_sampling_puts_fresh_prompts_in_the_place_of_ties(world, monkeyp
         return update(bb, ref, optim, groups, *rest)
 
     monkeypatch.setattr(grpo, "update", watched)
-    for name, more in (("static", []), ("dynamic", ["--dynamic", "3"]), ("again", ["--dynamic", "3"])):
+    for name, more in (
+        ("static", []),
+        ("dynamic", ["--dynamic", "3"]),
+        ("again", ["--dynamic", "3"]),
+    ):
         seen[name] = []
         grpo.main(flags(world, name, "--steps", "1", "--batch", "4", *more))
     assert seen["dynamic"] == seen["again"]
@@ -428,8 +489,9 @@ def test_dynamic_sampling_puts_fresh_prompts_in_the_place_of_ties(world, monkeyp
         assert not a[1] or a[2] != b[2]
 
 
-@pytest.mark.parametrize(("ranks", "more"), [
-    (2, []), (4, ["--shards", "2", "--recompute", "--cpu-offload"])])
+@pytest.mark.parametrize(
+    ("ranks", "more"), [(2, []), (4, ["--shards", "2", "--recompute", "--cpu-offload"])]
+)
 def test_ranks_equal_one(world, monkeypatch, ranks, more):
     """Blocks are sharded one by one, as large models are. Samples are a function of (seed, prompt),
     so that rollouts are the same; gradients pass through the shared prompt, recomputed or not."""
@@ -450,9 +512,13 @@ def test_ranks_equal_one(world, monkeypatch, ranks, more):
         assert a.get("rollout") == b.get("rollout")
     # in one update only some ranks have a group left, and the others forward along
     assert one[2]["grad_norm"] > 0 and 0 < one[2]["ties"] + one[4]["ties"] < 2
-    gap = [(p - q).abs().max().item() for p, q in
-           zip(weights(world / "one" / "final").values(),
-               weights(world / f"on{ranks}" / "final").values())]
+    gap = [
+        (p - q).abs().max().item()
+        for p, q in zip(
+            weights(world / "one" / "final").values(),
+            weights(world / f"on{ranks}" / "final").values(),
+        )
+    ]
     assert max(gap) < 3e-4  # Adam makes much of the last bits of tiny gradients; 2 steps move 6e-3
 
 
@@ -471,8 +537,11 @@ def test_bad_input_is_one_line(world, tmp_path):
     error("--prompts", "3", match="--prompts 3 must be a multiple of --batch 2")
     error("--group", "1", match="at least 2 completions")
     error("--reward", "exact", match="--reward exact.*prefix, l1 or lcs")
-    two = {"image": np.zeros((4, 32, 32, 3), np.uint8), "state": np.zeros((4, 2), np.float32),
-           "action": np.zeros((4, 2), np.float32)}
+    two = {
+        "image": np.zeros((4, 32, 32, 3), np.uint8),
+        "state": np.zeros((4, 2), np.float32),
+        "action": np.zeros((4, 2), np.float32),
+    }
     for i in range(2):
         save_file(two, tmp_path / f"episode_{i}.safetensors", {"task": "go"})
     error("--data", str(tmp_path), match="actions have 2 dimensions, the action tokenizer 3")

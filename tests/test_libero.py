@@ -18,7 +18,9 @@ def test_axis_angle_against_scipy():
         assert got == pytest.approx(Rotation.from_quat(q).as_matrix(), abs=1e-6)
     assert libero.axis_angle(np.array([0, 0, 0, 1.0])).tolist() == [0, 0, 0]
     # just beyond half a turn the long way round is kept, as robosuite's quat2axisangle has it
-    assert libero.axis_angle(np.array([1.0, 0, 0, -1e-3]))[0] == pytest.approx(np.pi + 2e-3, abs=1e-5)
+    assert libero.axis_angle(np.array([1.0, 0, 0, -1e-3]))[0] == pytest.approx(
+        np.pi + 2e-3, abs=1e-5
+    )
 
 
 def test_protocol_settings():
@@ -46,14 +48,19 @@ def write(path, demos=2, steps=6, **changes):
     with h5py.File(path, "w") as file:
         data = file.create_group("data")
         data.attrs["env_name"] = "Libero_Tabletop_Manipulation"
-        data.attrs["problem_info"] = json.dumps({"language_instruction": ['"', *path.name[:5], '"']})
+        data.attrs["problem_info"] = json.dumps(
+            {"language_instruction": ['"', *path.name[:5], '"']}
+        )
         data.attrs["macros_image_convention"] = changes.get("convention", "opengl")
         for i in range(demos):
             demo, n = data.create_group(f"demo_{i}"), steps + i
             obs = demo.create_group("obs")
             obs["agentview_rgb"] = rng.integers(0, 255, (n, 8, 8, 3), np.uint8)
             obs["eye_in_hand_rgb"] = rng.integers(0, 255, (n, 8, 8, 3), np.uint8)
-            obs["ee_states"], obs["gripper_states"] = rng.normal(size=(n, 6)), rng.normal(size=(n, 2))
+            obs["ee_states"], obs["gripper_states"] = (
+                rng.normal(size=(n, 6)),
+                rng.normal(size=(n, 2)),
+            )
             obs["joint_states"] = rng.normal(size=(n, 7))
             actions = rng.uniform(-1, 1, (n, 7))
             actions[:, 6] = -1
@@ -89,7 +96,9 @@ def test_demonstrations_become_episodes(tmp_path, monkeypatch):
         demo = file["data/demo_1"]
         turned = demo["obs/agentview_rgb"][3][::-1, ::-1]
         assert (files[2].frame(3) == turned).all()
-        assert (files[2].frame(0, "image_wrist") == demo["obs/eye_in_hand_rgb"][0][::-1, ::-1]).all()
+        assert (
+            files[2].frame(0, "image_wrist") == demo["obs/eye_in_hand_rgb"][0][::-1, ::-1]
+        ).all()
         state = np.concatenate([demo["obs/ee_states"], demo["obs/gripper_states"]], 1)
         assert files[2].state == pytest.approx(state, abs=1e-6)
         assert files[2].action == pytest.approx(demo["actions"][:], abs=1e-6)
@@ -98,11 +107,16 @@ def test_demonstrations_become_episodes(tmp_path, monkeypatch):
     assert (fewer[0].frame(2) == files[0].frame(3)).all()
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"cut": "actions"}, "demo_1: image is"), ({"drop": "obs/ee_states"}, "ee_states"),
-    ({"cut": "obs/agentview_rgb"}, "demo_1: image is"),
-    ({"wrong": "actions"}, "demo_1: action of step 2 is not finite"),
-    ({"convention": "opencv"}, "not in the opengl convention")])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"cut": "actions"}, "demo_1: image is"),
+        ({"drop": "obs/ee_states"}, "ee_states"),
+        ({"cut": "obs/agentview_rgb"}, "demo_1: image is"),
+        ({"wrong": "actions"}, "demo_1: action of step 2 is not finite"),
+        ({"convention": "opencv"}, "not in the opengl convention"),
+    ],
+)
 def test_damaged_demonstrations_are_named(tmp_path, monkeypatch, changes, words):
     write(tmp_path / "a_demo.hdf5", **changes)
     with pytest.raises(SystemExit, match=f"a_demo.hdf5.*{words}.*copy the dataset again"):
@@ -128,6 +142,7 @@ def test_a_file_written_from_the_real_simulator(tmp_path, monkeypatch):
     pytest.importorskip("libero.libero.envs", reason="runs in LIBERO's Python, see README")
     h5py = pytest.importorskip("h5py", reason="pip install -r requirements-extras.txt")
     from robosuite.utils.transform_utils import quat2axisangle
+
     env = libero.Simulator("spatial/2", 64, 0)
     env.reset(1, "eval")
     write(tmp_path / "real_demo.hdf5", demos=1)
@@ -135,9 +150,15 @@ def test_a_file_written_from_the_real_simulator(tmp_path, monkeypatch):
     for _ in range(4):
         seen, action = env.seen, np.float64(env.expert())
         hand = np.concatenate([seen["robot0_eef_pos"], quat2axisangle(seen["robot0_eef_quat"])])
-        rows.append({"obs/agentview_rgb": seen["agentview_image"], "obs/ee_states": hand,
-                     "obs/eye_in_hand_rgb": seen["robot0_eye_in_hand_image"], "actions": action,
-                     "obs/gripper_states": seen["robot0_gripper_qpos"]})
+        rows.append(
+            {
+                "obs/agentview_rgb": seen["agentview_image"],
+                "obs/ee_states": hand,
+                "obs/eye_in_hand_rgb": seen["robot0_eye_in_hand_image"],
+                "actions": action,
+                "obs/gripper_states": seen["robot0_gripper_qpos"],
+            }
+        )
         ours.append({**env.observe(env.cameras), "action": np.float32(action)})
         env.advance(action)
     env.env.close()

@@ -19,8 +19,9 @@ SIZES = ["tiny-qwen3-vl", "tiny-qwen2.5-vl"]
 @pytest.fixture(params=SIZES)
 def bb(request, monkeypatch):
     """Deeper and wider than the sizes of other tests: what is not a block must not weigh most."""
-    size = dataclasses.replace(backbones.SIZES[request.param], layers=6, depth=6, hidden=128,
-                               vision=128, heads=4, kv=2)
+    size = dataclasses.replace(
+        backbones.SIZES[request.param], layers=6, depth=6, hidden=128, vision=128, heads=4, kv=2
+    )
     monkeypatch.setitem(backbones.SIZES, "deep", size)
     bb = model.load("random:deep")
     bb.fast = FastTokenizer.fit(np.random.default_rng(0).normal(size=(99, 4, 3)), 48, 2)
@@ -55,8 +56,11 @@ def test_sft(bb, recompute, muon):
     if not recompute:  # else a block is computed again when autograd has let go of much
         assert parts["activations"] == pytest.approx(keeps, rel=0.15)
     else:
-        assert keeps < parts["activations"] < 0.6 * memory.activations(
-            meta(bb), sft.Config(), 3 * T, 3 * P, torch.float32)
+        assert (
+            keeps
+            < parts["activations"]
+            < 0.6 * memory.activations(meta(bb), sft.Config(), 3 * T, 3 * P, torch.float32)
+        )
     model.token_loss(bb.net, model.pack(rows))[0].backward()
     optim.step()
     params = list(bb.net.parameters())
@@ -102,10 +106,14 @@ def test_grpo(bb, monkeypatch):
     assert memory.estimate("grpo", away, meta(bb), 1, T, P, torch.float32)[0]["reference"] == 0
 
 
-@pytest.mark.parametrize(("argv", "size"), [
-    (["sft", "paper", "--init", "random:qwen2.5-vl-7b", "--ranks", "8"], 8.29),
-    (["grpo", "paper", "--init", "random:qwen3-vl-8b", "--ranks", "16", "--shards", "8"], 8.77),
-    (["vla", "paper", "--init", "random:qwen2.5-vl-3b"], 3.75)])
+@pytest.mark.parametrize(
+    ("argv", "size"),
+    [
+        (["sft", "paper", "--init", "random:qwen2.5-vl-7b", "--ranks", "8"], 8.29),
+        (["grpo", "paper", "--init", "random:qwen3-vl-8b", "--ranks", "16", "--shards", "8"], 8.77),
+        (["vla", "paper", "--init", "random:qwen2.5-vl-3b"], 3.75),
+    ],
+)
 def test_real_sizes_are_told_without_memory(argv, size, capsys):
     assert memory.main([*argv, "--gb", "1000"]) == 0 and memory.main([*argv, "--gb", "5"]) == 1
     out = capsys.readouterr().out
@@ -115,9 +123,12 @@ def test_real_sizes_are_told_without_memory(argv, size, capsys):
         assert weights == pytest.approx(size * 4 / 8, abs=0.06)  # fp32, over the shards
 
 
-@pytest.mark.parametrize(("stage", "argv"), [
-    (sft, ["paper"]), (grpo, ["paper"]), (vla, ["paper", "--data", "nowhere"])])
-def test_dry_run_tells_the_same_of_this_machine_and_stops(stage, argv, capsys, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("stage", "argv"), [(sft, ["paper"]), (grpo, ["paper"]), (vla, ["paper", "--data", "nowhere"])]
+)
+def test_dry_run_tells_the_same_of_this_machine_and_stops(
+    stage, argv, capsys, monkeypatch, tmp_path
+):
     argv, told = [*argv, "--init", "random:tiny-qwen3-vl", "--out", str(tmp_path / "o")], ""
     monkeypatch.setenv("WORLD_SIZE", "8")
     for rank in "0", "1":

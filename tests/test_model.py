@@ -35,7 +35,8 @@ def talk(seed=0, words=5):
         {"role": "user", "content": "<image>Where is it?" + " block" * words},
         {"role": "assistant", "content": "<think>It is near.</think><answer>d5</answer>"},
         {"role": "user", "content": "And<image> this <image>?"},
-        {"role": "assistant", "content": "to the left" + " of" * seed}]
+        {"role": "assistant", "content": "to the left" + " of" * seed},
+    ]
 
 
 def rows_of(bb, n=3):
@@ -45,17 +46,24 @@ def rows_of(bb, n=3):
 
 def extra(bb, batch):
     """The arguments of transformers' own forward."""
-    return {"input_ids": batch["ids"], "attention_mask": batch["mask"],
-            "pixel_values": batch["patches"], "image_grid_thw": batch["grid"],
-            "mm_token_type_ids": (batch["ids"] == bb.vocab.image).int()}
+    return {
+        "input_ids": batch["ids"],
+        "attention_mask": batch["mask"],
+        "pixel_values": batch["patches"],
+        "image_grid_thw": batch["grid"],
+        "mm_token_type_ids": (batch["ids"] == bb.vocab.image).int(),
+    }
 
 
 @pytest.mark.parametrize("left", [False, True])
 def test_positions_equal_get_rope_index(bb, left):
     batch = model.collate(rows_of(bb), bb.vocab.pad, left)
     theirs, _ = bb.net.model.get_rope_index(
-        batch["ids"], (batch["ids"] == bb.vocab.image).int(), batch["grid"],
-        attention_mask=batch["mask"])
+        batch["ids"],
+        (batch["ids"] == bb.vocab.image).int(),
+        batch["grid"],
+        attention_mask=batch["mask"],
+    )
     assert torch.equal(batch["pos"], theirs)
 
 
@@ -77,16 +85,19 @@ def test_patchify_rejects_other_arrays(bb, shape):
 
 
 # The templates that the families publish, but for their branches about tools and videos.
-IMAGE = ("{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
-         "{% if add_vision_id %}Picture 1: {% endif %}<|vision_start|><|image_pad|><|vision_end|>"
-         "{% elif 'text' in content %}{{ content['text'] }}{% endif %}")
+IMAGE = (
+    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
+    "{% if add_vision_id %}Picture 1: {% endif %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
+)
 PUBLISHED = {
     "qwen2_5_vl": (
         "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>"
         "system\nYou are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}"
         "\n{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
         "{% for content in message['content'] %}" + IMAGE + "{% endfor %}<|im_end|>\n{% endif %}"
-        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"),
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
     "qwen3_vl": (
         "{%- if messages[0].role == 'system' %}{{- '<|im_start|>system\n' }}"
         "{%- if messages[0].content is string %}{{- messages[0].content }}{%- else %}"
@@ -94,9 +105,12 @@ PUBLISHED = {
         "{%- endif %}{%- endfor %}{%- endif %}{{- '<|im_end|>\n' }}{%- endif %}"
         "{%- for message in messages %}{%- if message.role == 'user' or message.role == 'assistant' %}"
         "{{- '<|im_start|>' + message.role + '\n' }}{%- if message.content is string %}"
-        "{{- message.content }}{%- else %}{%- for content in message.content %}" + IMAGE +
-        "{%- endfor %}{%- endif %}{{- '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
-        "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}")}
+        "{{- message.content }}{%- else %}{%- for content in message.content %}"
+        + IMAGE
+        + "{%- endfor %}{%- endif %}{{- '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+    ),
+}
 
 
 @pytest.mark.parametrize("prompt_only", [False, True])
@@ -126,7 +140,8 @@ def test_encode_equals_the_chat_template(bb, prompt_only, system, published, mon
 def test_targets_are_the_assistants_turns_with_their_end(bb):
     row = model.encode(bb, talk(1), [image(64, 64)] * 3)
     assert bb.tok.decode(row["ids"][row["target"]]) == (
-        "<think>It is near.</think><answer>d5</answer><|im_end|>to the left of<|im_end|>")
+        "<think>It is near.</think><answer>d5</answer><|im_end|>to the left of<|im_end|>"
+    )
 
 
 def test_encode_names_the_disagreement(bb):
@@ -211,8 +226,9 @@ def test_logp_and_entropy_by_hand(bb):
     p = logits.softmax(-1)
     got, entropy = model.logp(bb.net, rows, torch.tensor([1, 2, 3, 4]), 0.7, bb.vocab.banned)
     torch.testing.assert_close(got, p[range(4), [1, 2, 3, 4]].log(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(entropy, -(p * p.clamp(min=1e-30).log()).sum(-1),
-                               rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        entropy, -(p * p.clamp(min=1e-30).log()).sum(-1), rtol=1e-4, atol=1e-5
+    )
     assert not entropy.requires_grad
 
 
@@ -264,14 +280,19 @@ def test_untied_models_grow_both_tables():
     assert len(bb.net.lm_head.weight) == len(bb.net.get_input_embeddings().weight) >= len(bb.tok)
 
 
-@pytest.mark.parametrize(("size", "total", "rows", "tied", "text", "vision"), [
-    ("qwen2.5-vl-3b", 3_754_622_976, 151_936, True, (36, 16, 2), (32, 1280, (7, 15, 23, 31))),
-    ("qwen2.5-vl-7b", 8_292_166_656, 152_064, False, (28, 28, 4), (32, 1280, (7, 15, 23, 31))),
-    ("qwen3-vl-2b", 2_127_532_032, 151_936, True, (28, 16, 8), (24, 1024, (5, 11, 17))),
-    ("qwen3-vl-4b", 4_437_815_808, 151_936, True, (36, 32, 8), (24, 1024, (5, 11, 17))),
-    ("qwen3-vl-8b", 8_767_123_696, 151_936, False, (36, 32, 8), (27, 1152, (8, 16, 24)))])
+@pytest.mark.parametrize(
+    ("size", "total", "rows", "tied", "text", "vision"),
+    [
+        ("qwen2.5-vl-3b", 3_754_622_976, 151_936, True, (36, 16, 2), (32, 1280, (7, 15, 23, 31))),
+        ("qwen2.5-vl-7b", 8_292_166_656, 152_064, False, (28, 28, 4), (32, 1280, (7, 15, 23, 31))),
+        ("qwen3-vl-2b", 2_127_532_032, 151_936, True, (28, 16, 8), (24, 1024, (5, 11, 17))),
+        ("qwen3-vl-4b", 4_437_815_808, 151_936, True, (36, 32, 8), (24, 1024, (5, 11, 17))),
+        ("qwen3-vl-8b", 8_767_123_696, 151_936, False, (36, 32, 8), (27, 1152, (8, 16, 24))),
+    ],
+)
 def test_real_sizes_have_the_published_parameters_and_need_no_memory(
-        size, total, rows, tied, text, vision):
+    size, total, rows, tied, text, vision
+):
     """Totals as the published safetensors indices give them. On the meta device, as all ranks but
     the first build a model; the vocabulary grows inside the padding and the table stays."""
     bb = model.load(f"random:{size}", device=model.META)
@@ -290,8 +311,10 @@ def test_real_sizes_have_the_published_parameters_and_need_no_memory(
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_padded_table_neither_shrinks_nor_loses_its_padding(tmp_path, monkeypatch, tied):
-    sizes = {**backbones.SIZES, "padded": dataclasses.replace(
-        backbones.SIZES[SIZES[0]], rows=640, tied=tied)}
+    sizes = {
+        **backbones.SIZES,
+        "padded": dataclasses.replace(backbones.SIZES[SIZES[0]], rows=640, tied=tied),
+    }
     monkeypatch.setattr(backbones, "SIZES", sizes)
     bb = model.load("random:padded")
     tables = [bb.net.get_input_embeddings().weight, bb.net.get_output_embeddings().weight]
@@ -307,7 +330,8 @@ def test_a_padded_table_neither_shrinks_nor_loses_its_padding(tmp_path, monkeypa
     model.grow(again, 20)  # knows them all
     model.save(tmp_path / "b", again, {"stage": "sft", "step": 0})
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (
-        tmp_path / "b" / "model.safetensors").read_bytes()
+        tmp_path / "b" / "model.safetensors"
+    ).read_bytes()
     assert (again.net.lm_head.weight is again.net.get_input_embeddings().weight) == tied
     shapes = model.load(tmp_path / "a", device=model.META)  # and without weights it is the same net
     same = {k: p.shape for k, p in shapes.net.named_parameters()}
@@ -353,12 +377,21 @@ def test_save_load_save_is_bit_identical_and_loads_in_plain_transformers(bb, tmp
     for name in "model.safetensors", "config.json", "tokenizer.json", "fast/fast.json", "run.json":
         a = tmp_path / "a" / "step_000001" / name
         assert a.read_bytes() == (tmp_path / "b" / name).read_bytes(), name
-    old, new = ({k: x for file in sorted((tmp_path / at / "train_state").iterdir())
-                 for k, x in load_file(file).items()} for at in ("a/step_000001", "b"))
+    old, new = (
+        {
+            k: x
+            for file in sorted((tmp_path / at / "train_state").iterdir())
+            for k, x in load_file(file).items()
+        }
+        for at in ("a/step_000001", "b")
+    )
     assert old.keys() == new.keys() and all(torch.equal(old[k], new[k]) for k in old)
     assert sum(k.endswith("/exp_avg") for k in old) == len(list(one.net.parameters()))
     assert {p.suffix for p in tmp_path.rglob("*.*") if p.is_file()} <= {
-        ".safetensors", ".json", ".jinja"}, "no pickle, nothing unfinished"
+        ".safetensors",
+        ".json",
+        ".jinja",
+    }, "no pickle, nothing unfinished"
     # plain transformers: the same weights, ids and patches
     net = AutoModelForImageTextToText.from_pretrained(tmp_path / "b")
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), one.net.parameters()))
@@ -374,8 +407,9 @@ def test_modules_are_saved_beside_the_backbone_and_overwritten_atomically(bb, tm
     head(torch.ones(3)).sum().backward()
     optim.step()
     for _ in range(2):  # the second time over the first
-        model.save(tmp_path / "v", {"backbone": bb, "head": head}, {"stage": "vla", "step": 1},
-                   optim=optim)
+        model.save(
+            tmp_path / "v", {"backbone": bb, "head": head}, {"stage": "vla", "step": 1}, optim=optim
+        )
     state = load_file(tmp_path / "v" / "head.safetensors")
     assert torch.equal(state["weight"], head.weight)
     new = model.optimizer(head, 1e-3, 0.1, (0.9, 0.95))
@@ -414,23 +448,29 @@ def test_the_tokenizer_is_a_function_of_its_texts():
 GOOD = "<think>left, then down</think>" + model.action_answer([4, 0, 7]) + "<|im_end|>"
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    (GOOD, (True, True, [4, 0, 7])),
-    ("\n<think>a\nb</think>\n<answer> <ACTION_START><FAST_1><ACTION_END>\n</answer>\n<|im_end|>",
-     (True, True, [1])),
-    (GOOD + "<|endoftext|>" * 3, (True, True, [4, 0, 7])),
-    (model.action_answer([2]) + "<|im_end|>", (True, False, [2])),  # no thought
-    ("<think> </think>" + model.action_answer([2]) + "<|im_end|>", (True, False, [2])),
-    (GOOD.replace("<|im_end|>", ""), (False, False, [4, 0, 7])),  # cut off
-    (GOOD.replace("<ACTION_END>", ""), (False, False, [4, 0, 7])),
-    (GOOD.replace("</think>", ""), (False, False, [4, 0, 7])),
-    (GOOD.replace("</answer>", "</answer> and more"), (False, False, [4, 0, 7])),
-    (GOOD.replace("<FAST_0>", "up"), (False, False, [4])),
-    (GOOD.replace("left", "<FAST_3>"), (False, False, [4, 0, 7])),
-    (GOOD.replace("left", "<think>"), (False, False, [4, 0, 7])),
-    (model.action_answer([]) + "<|im_end|>", (False, False, [])),
-    ("<think>left</think><answer>d5</answer><|im_end|>", (False, False, [])),
-    ("", (False, False, []))])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (GOOD, (True, True, [4, 0, 7])),
+        (
+            "\n<think>a\nb</think>\n<answer> <ACTION_START><FAST_1><ACTION_END>\n</answer>\n<|im_end|>",
+            (True, True, [1]),
+        ),
+        (GOOD + "<|endoftext|>" * 3, (True, True, [4, 0, 7])),
+        (model.action_answer([2]) + "<|im_end|>", (True, False, [2])),  # no thought
+        ("<think> </think>" + model.action_answer([2]) + "<|im_end|>", (True, False, [2])),
+        (GOOD.replace("<|im_end|>", ""), (False, False, [4, 0, 7])),  # cut off
+        (GOOD.replace("<ACTION_END>", ""), (False, False, [4, 0, 7])),
+        (GOOD.replace("</think>", ""), (False, False, [4, 0, 7])),
+        (GOOD.replace("</answer>", "</answer> and more"), (False, False, [4, 0, 7])),
+        (GOOD.replace("<FAST_0>", "up"), (False, False, [4])),
+        (GOOD.replace("left", "<FAST_3>"), (False, False, [4, 0, 7])),
+        (GOOD.replace("left", "<think>"), (False, False, [4, 0, 7])),
+        (model.action_answer([]) + "<|im_end|>", (False, False, [])),
+        ("<think>left</think><answer>d5</answer><|im_end|>", (False, False, [])),
+        ("", (False, False, [])),
+    ],
+)
 def test_parse_actions(text, expected):
     bb = model.load(f"random:{SIZES[0]}")
     assert model.parse_actions(bb, []) == (False, False, [])  # before growth there is no START
@@ -438,9 +478,18 @@ def test_parse_actions(text, expected):
     assert model.parse_actions(bb, bb.tok(text)["input_ids"]) == expected
 
 
-@pytest.mark.parametrize(("gen", "tgt", "expected"), [
-    ([1, 2, 3], [1, 2, 3], 1), ([1, 2], [1, 2, 3, 4], 0.5), ([1, 2, 3, 4], [1, 2], 0.5),
-    ([9, 2, 3], [1, 2, 3], 0), ([1, 9, 3], [1, 2, 3], 1 / 3), ([], [1], 0), ([], [], 0)])
+@pytest.mark.parametrize(
+    ("gen", "tgt", "expected"),
+    [
+        ([1, 2, 3], [1, 2, 3], 1),
+        ([1, 2], [1, 2, 3, 4], 0.5),
+        ([1, 2, 3, 4], [1, 2], 0.5),
+        ([9, 2, 3], [1, 2, 3], 0),
+        ([1, 9, 3], [1, 2, 3], 1 / 3),
+        ([], [1], 0),
+        ([], [], 0),
+    ],
+)
 def test_prefix_reward(gen, tgt, expected):
     assert model.prefix_reward(gen, tgt) == pytest.approx(expected)
 
@@ -461,7 +510,9 @@ def test_clip_and_groups():
     assert net.bias.grad.item() == pytest.approx(0.8, rel=1e-4)
     groups = model.optimizer(net, 1e-3, 0.1, (0.9, 0.95)).param_groups
     assert [(g["weight_decay"], [p.ndim for p in g["params"]]) for g in groups] == [
-        (0.1, [2]), (0.0, [1])]
+        (0.1, [2]),
+        (0.0, [1]),
+    ]
 
 
 def test_muon_without_inner_matrices_is_adamw():
@@ -483,8 +534,12 @@ def test_muon_by_hand():
     core = u.T @ near @ v  # the same singular vectors, all values near 1
     assert (core - core.diag().diag()).abs().max() < 1e-5 and (core.diag() - 1).abs().max() < 0.35
     torch.testing.assert_close(near, u @ core @ v.T)
-    nets = [nn.ModuleDict({"inner": nn.Linear(9, 6), "words": nn.Embedding(3, 9),
-                           "lm_head": nn.Linear(6, 3)}) for _ in range(2)]
+    nets = [
+        nn.ModuleDict(
+            {"inner": nn.Linear(9, 6), "words": nn.Embedding(3, 9), "lm_head": nn.Linear(6, 3)}
+        )
+        for _ in range(2)
+    ]
     nets[1].load_state_dict(nets[0].state_dict())
     before = nets[0]["inner"].weight.detach().clone()
     for net, muon in zip(nets, (True, False)):
@@ -527,10 +582,16 @@ def test_parse(capsys):
     assert "learning rate, 100% of it (0.001)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("error", "line"), [
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-     r"error: out of GPU memory; lower --batch \(CUDA out of memory"),
-    (ValueError("--batch 3 must be even"), "error: --batch 3 must be even")])
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+            r"error: out of GPU memory; lower --batch \(CUDA out of memory",
+        ),
+        (ValueError("--batch 3 must be even"), "error: --batch 3 must be even"),
+    ],
+)
 def test_what_the_user_can_cure_is_one_line(error, line):
     def fail():
         raise error

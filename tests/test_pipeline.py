@@ -14,8 +14,14 @@ ROOT = pathlib.Path(__file__).parents[1]
 def run(*argv, ok=True):
     """One command in the repository; returns what it printed. With ok=False it must fail, by one line."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, capture_output=True,
-                          text=True, env=env, check=False)
+    done = subprocess.run(
+        [sys.executable, *map(str, argv)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=env,
+        check=False,
+    )
     if ok:
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
@@ -27,20 +33,99 @@ def run(*argv, ok=True):
 def made(tmp_path_factory):
     """Data, tokenizer and one toy checkpoint of each stage, made by the README's commands."""
     at = tmp_path_factory.mktemp("pipeline")
-    run("-m", "benchmarks.tabletop", "--out", at / "data", "--episodes", 24, "--conversations", 60,
-        "--thought-actions", 20, "--seed", 1)
-    run("fast_tokenizer.py", "fit", "--data", at / "data", "--out", at / "fast", "--horizon", 5,
-        "--scale", 1.5, "--vocab", 64)
+    run(
+        "-m",
+        "benchmarks.tabletop",
+        "--out",
+        at / "data",
+        "--episodes",
+        24,
+        "--conversations",
+        60,
+        "--thought-actions",
+        20,
+        "--seed",
+        1,
+    )
+    run(
+        "fast_tokenizer.py",
+        "fit",
+        "--data",
+        at / "data",
+        "--out",
+        at / "fast",
+        "--horizon",
+        5,
+        "--scale",
+        1.5,
+        "--vocab",
+        64,
+    )
     mix = f"{at}/data/conversations.jsonl:1,{at}/data/episodes:3,{at}/data/thought_actions.jsonl:1"
-    run("sft.py", "tabletop", "--init", "random:tiny-vlm", "--data", mix, "--fast", at / "fast",
-        "--out", at / "sft", "--steps", 3, "--batch", 4, "--holdout", 8, "--eval-rows", 8,
-        "--probe", 2)
-    run("grpo.py", "tabletop", "--init", at / "sft", "--data", at / "data/episodes", "--out",
-        at / "grpo", "--steps", 1, "--prompts", 2, "--batch", 2, "--group", 2, "--max-new", 12,
-        "--eval-prompts", 2)
-    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "vla.py", "tabletop",
-        "--init", at / "grpo", "--data", at / "data/episodes", "--out", at / "vla", "--steps", 3,
-        "--batch", 8, "--eval-rows", 8)
+    run(
+        "sft.py",
+        "tabletop",
+        "--init",
+        "random:tiny-vlm",
+        "--data",
+        mix,
+        "--fast",
+        at / "fast",
+        "--out",
+        at / "sft",
+        "--steps",
+        3,
+        "--batch",
+        4,
+        "--holdout",
+        8,
+        "--eval-rows",
+        8,
+        "--probe",
+        2,
+    )
+    run(
+        "grpo.py",
+        "tabletop",
+        "--init",
+        at / "sft",
+        "--data",
+        at / "data/episodes",
+        "--out",
+        at / "grpo",
+        "--steps",
+        1,
+        "--prompts",
+        2,
+        "--batch",
+        2,
+        "--group",
+        2,
+        "--max-new",
+        12,
+        "--eval-prompts",
+        2,
+    )
+    run(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "vla.py",
+        "tabletop",
+        "--init",
+        at / "grpo",
+        "--data",
+        at / "data/episodes",
+        "--out",
+        at / "vla",
+        "--steps",
+        3,
+        "--batch",
+        8,
+        "--eval-rows",
+        8,
+    )
     return at
 
 
@@ -55,10 +140,42 @@ def test_stages_leave_checkpoints_that_name_their_stage(made):
 
 def test_evaluate_writes_one_file_and_its_table(made):
     results = made / "results.json"
-    run("evaluate.py", "actions", "--policy", made / "grpo", "--data", made / "data/episodes", "--arm",
-        "toy", "--out", results, "--prompts", 4, "--samples", 2, "--max-new", 16)
-    out = run("evaluate.py", "tabletop", "--policy", made / "vla", "--arm", "toy", "--out", results,
-              "--suites", "goal,chain", "--trials", 1, "--chains", 1, "--gif", made / "gif")
+    run(
+        "evaluate.py",
+        "actions",
+        "--policy",
+        made / "grpo",
+        "--data",
+        made / "data/episodes",
+        "--arm",
+        "toy",
+        "--out",
+        results,
+        "--prompts",
+        4,
+        "--samples",
+        2,
+        "--max-new",
+        16,
+    )
+    out = run(
+        "evaluate.py",
+        "tabletop",
+        "--policy",
+        made / "vla",
+        "--arm",
+        "toy",
+        "--out",
+        results,
+        "--suites",
+        "goal,chain",
+        "--trials",
+        1,
+        "--chains",
+        1,
+        "--gif",
+        made / "gif",
+    )
     assert "success goal" in out
     arm = json.loads(results.read_text())["arms"]["toy"]["metrics"]
     assert arm["success goal"]["n"] == 10 and arm["think sampled r_a"]["n"] == 4
@@ -69,22 +186,46 @@ def test_evaluate_writes_one_file_and_its_table(made):
 
 def test_questions_are_scored_by_kind(made):
     rows = [json.loads(line) for line in (made / "data/conversations.jsonl").open()]
-    run("evaluate.py", "vqa", "--policy", made / "sft", "--data", made / "data/conversations.jsonl",
-        "--rows", 12, "--max-new", 8, "--out", made / "vqa.json")
+    run(
+        "evaluate.py",
+        "vqa",
+        "--policy",
+        made / "sft",
+        "--data",
+        made / "data/conversations.jsonl",
+        "--rows",
+        12,
+        "--max-new",
+        8,
+        "--out",
+        made / "vqa.json",
+    )
     metrics = json.loads((made / "vqa.json").read_text())["arms"]["policy"]["metrics"]
     assert sum(m["n"] for m in metrics.values()) == 12
     assert f"exact {rows[0]['kind']}" in metrics
 
 
 def test_wrong_stage_is_refused_in_one_line(made):
-    line = run("sft.py", "--init", made / "vla", "--data", made / "data/conversations.jsonl", "--fast",
-               "", "--out", made / "x", ok=False)
+    line = run(
+        "sft.py",
+        "--init",
+        made / "vla",
+        "--data",
+        made / "data/conversations.jsonl",
+        "--fast",
+        "",
+        "--out",
+        made / "x",
+        ok=False,
+    )
     assert "stage 'vla'" in line and "expected" in line
     line = run("grpo.py", "--init", made / "vla", "--data", made / "data/episodes", ok=False)
     assert "stage 'vla'" in line
     line = run("vla.py", "--init", made / "vla", "--data", made / "data/episodes", ok=False)
     assert "stage 'vla'" in line
-    line = run("evaluate.py", "actions", "--policy", made / "vla", "--data", made / "data", ok=False)
+    line = run(
+        "evaluate.py", "actions", "--policy", made / "vla", "--data", made / "data", ok=False
+    )
     assert "stage 'vla'" in line
     line = run("evaluate.py", "tabletop", "--policy", made / "sft", ok=False)
     assert "stage 'sft'" in line

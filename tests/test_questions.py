@@ -14,28 +14,50 @@ import sft
 from benchmarks import questions
 
 CASES = {  # score: [(answer, the row's own, more of the row, mark)]
-    "exact": [("Red cube.", "red cube", {}, 1), ("red", "red cube", {}, 0),
-              ("Yes, it would fit.", "yes", {}, 1), ("yesterday", "yes", {}, 0),
-              ("No", "yes", {}, 0)],
-    "choice": [("B", "(B)", {}, 1), ("(B)", "B", {}, 1), ("b", "B", {}, 1),
-               ("B. the ball", "B", {}, 1), ("B: the ball", "B", {}, 1),
-               ("The answer is B", "B", {}, 1), ("Option B", "B", {}, 1),
-               ("A red cube, so (B)", "B", {}, 1), ("A red cube", "A", {}, 0),
-               ("(A) or (B)", "B", {}, 0), ("C", "B", {}, 0), ("", "B", {}, 0),
-               ("The answer is a ball", "A", {}, 0)],
-    "number": [("3", "3", {}, 1), ("about 3.0 cubes", "3", {}, 1), ("4", "3", {}, 0),
-               ("-0.52", "-0.5", {"tolerance": 0.02}, 1), ("-0.53", "-0.5", {"tolerance": 0.02}, 0),
-               ("[0.1, .2, -1]", "0.1 0.2 -1", {}, 1), ("0.1 0.2", "0.1 0.2 -1", {}, 0),
-               ("three", "3", {}, 0)],
-    "point": [("[(0.3, 0.4)]", "", {"box": [0.2, 0.3, 0.4, 0.5]}, 1),
-              ("(0.3, 0.4), (0.9, 0.4), [.3,.6], (0.2, 0.3)", "", {"box": [0.2, 0.3, 0.4, 0.5]},
-               0.5),
-              ("(3, 4)", "", {"box": [0.2, 0.3, 0.4, 0.5]}, 0),
-              ("on the left", "", {"box": [0.2, 0.3, 0.4, 0.5]}, 0),
-              # the mask is white in rows 10..19 of 40 and columns 40..59 of 80
-              ("(0.5, 0.25)", "", {"mask": "m.png"}, 1), ("(0.5, 0.49)", "", {"mask": "m.png"}, 1),
-              ("(0.5, 0.5)", "", {"mask": "m.png"}, 0), ("(0.49, 0.3)", "", {"mask": "m.png"}, 0),
-              ("(-0.5, 0.3), (1.0, 1.0), (0.7, 0.4)", "", {"mask": "m.png"}, 1 / 3)],
+    "exact": [
+        ("Red cube.", "red cube", {}, 1),
+        ("red", "red cube", {}, 0),
+        ("Yes, it would fit.", "yes", {}, 1),
+        ("yesterday", "yes", {}, 0),
+        ("No", "yes", {}, 0),
+    ],
+    "choice": [
+        ("B", "(B)", {}, 1),
+        ("(B)", "B", {}, 1),
+        ("b", "B", {}, 1),
+        ("B. the ball", "B", {}, 1),
+        ("B: the ball", "B", {}, 1),
+        ("The answer is B", "B", {}, 1),
+        ("Option B", "B", {}, 1),
+        ("A red cube, so (B)", "B", {}, 1),
+        ("A red cube", "A", {}, 0),
+        ("(A) or (B)", "B", {}, 0),
+        ("C", "B", {}, 0),
+        ("", "B", {}, 0),
+        ("The answer is a ball", "A", {}, 0),
+    ],
+    "number": [
+        ("3", "3", {}, 1),
+        ("about 3.0 cubes", "3", {}, 1),
+        ("4", "3", {}, 0),
+        ("-0.52", "-0.5", {"tolerance": 0.02}, 1),
+        ("-0.53", "-0.5", {"tolerance": 0.02}, 0),
+        ("[0.1, .2, -1]", "0.1 0.2 -1", {}, 1),
+        ("0.1 0.2", "0.1 0.2 -1", {}, 0),
+        ("three", "3", {}, 0),
+    ],
+    "point": [
+        ("[(0.3, 0.4)]", "", {"box": [0.2, 0.3, 0.4, 0.5]}, 1),
+        ("(0.3, 0.4), (0.9, 0.4), [.3,.6], (0.2, 0.3)", "", {"box": [0.2, 0.3, 0.4, 0.5]}, 0.5),
+        ("(3, 4)", "", {"box": [0.2, 0.3, 0.4, 0.5]}, 0),
+        ("on the left", "", {"box": [0.2, 0.3, 0.4, 0.5]}, 0),
+        # the mask is white in rows 10..19 of 40 and columns 40..59 of 80
+        ("(0.5, 0.25)", "", {"mask": "m.png"}, 1),
+        ("(0.5, 0.49)", "", {"mask": "m.png"}, 1),
+        ("(0.5, 0.5)", "", {"mask": "m.png"}, 0),
+        ("(0.49, 0.3)", "", {"mask": "m.png"}, 0),
+        ("(-0.5, 0.3), (1.0, 1.0), (0.7, 0.4)", "", {"mask": "m.png"}, 1 / 3),
+    ],
 }
 
 
@@ -71,32 +93,85 @@ def published(folder):
     picture().save(folder / "images" / "07.jpg")
     picture(level=255).convert("L").save(folder / "masks" / "07.jpg")
     return {
-        "BLINK": ("choice", {
-            "idx": "val_Relative_Depth_1", "sub_task": "Relative_Depth", "answer": "(B)",
-            "question": "Which point is closer?", "choices": ["A is closer", "B is closer"],
-            "prompt": "Which point is closer?\n(A) A is closer\n(B) B is closer",
-            "explanation": "", "image_1": picture(), "image_2": picture(), "image_3": None,
-            "image_4": None}),
-        "MMStar": ("choice", {
-            "index": 0, "question": "What is it?\nOptions: A: a cup, B: a hat, C: a car, D: a cat",
-            "image": picture(), "answer": "C", "category": "coarse perception",
-            "l2_category": "image topic", "meta_info": {"source": "MMBench"}}),
-        "RoboSpatial": ("exact", {
-            "category": "configuration", "question": "Is the cup left of the can? Yes or no.",
-            "answer": "no", "img": picture(), "depth_image": picture(), "mask": None}),
-        "its context": ("point", {
-            "category": "context", "question": "Pinpoint several points in the free space.",
-            "answer": "[(0.1, 0.1), (0.9, 0.1), (0.9, 0.9)]", "img": picture(),
-            "depth_image": picture(), "mask": picture(level=255).convert("L")}),
-        "Where2Place": ("point", {"question_id": 7, "image": "07.jpg", "category": "free space",
-                                  "text": "Locate points between the cups."}),
-        "Robot-R1": ("exact", {"question": "What is next?", "answer": "Lift the lid.",
-                               "category": "planning", "image": picture()}),
+        "BLINK": (
+            "choice",
+            {
+                "idx": "val_Relative_Depth_1",
+                "sub_task": "Relative_Depth",
+                "answer": "(B)",
+                "question": "Which point is closer?",
+                "choices": ["A is closer", "B is closer"],
+                "prompt": "Which point is closer?\n(A) A is closer\n(B) B is closer",
+                "explanation": "",
+                "image_1": picture(),
+                "image_2": picture(),
+                "image_3": None,
+                "image_4": None,
+            },
+        ),
+        "MMStar": (
+            "choice",
+            {
+                "index": 0,
+                "question": "What is it?\nOptions: A: a cup, B: a hat, C: a car, D: a cat",
+                "image": picture(),
+                "answer": "C",
+                "category": "coarse perception",
+                "l2_category": "image topic",
+                "meta_info": {"source": "MMBench"},
+            },
+        ),
+        "RoboSpatial": (
+            "exact",
+            {
+                "category": "configuration",
+                "question": "Is the cup left of the can? Yes or no.",
+                "answer": "no",
+                "img": picture(),
+                "depth_image": picture(),
+                "mask": None,
+            },
+        ),
+        "its context": (
+            "point",
+            {
+                "category": "context",
+                "question": "Pinpoint several points in the free space.",
+                "answer": "[(0.1, 0.1), (0.9, 0.1), (0.9, 0.9)]",
+                "img": picture(),
+                "depth_image": picture(),
+                "mask": picture(level=255).convert("L"),
+            },
+        ),
+        "Where2Place": (
+            "point",
+            {
+                "question_id": 7,
+                "image": "07.jpg",
+                "category": "free space",
+                "text": "Locate points between the cups.",
+            },
+        ),
+        "Robot-R1": (
+            "exact",
+            {
+                "question": "What is next?",
+                "answer": "Lift the lid.",
+                "category": "planning",
+                "image": picture(),
+            },
+        ),
     }
 
 
-RIGHT = {"BLINK": "(B)", "MMStar": "C: a car", "RoboSpatial": "No.", "its context": "[(0.5, 0.5)]",
-         "Where2Place": "[(0.2, 0.8), (0.4, 0.6)]", "Robot-R1": "lift the lid"}
+RIGHT = {
+    "BLINK": "(B)",
+    "MMStar": "C: a car",
+    "RoboSpatial": "No.",
+    "its context": "[(0.5, 0.5)]",
+    "Where2Place": "[(0.2, 0.8), (0.4, 0.6)]",
+    "Robot-R1": "lift the lid",
+}
 
 
 def documented():
@@ -121,14 +196,27 @@ def scripted(monkeypatch, answer):
             seen.append(messages[0]["content"])
             assert messages[0]["content"].count("<image>") == len(images)
             assert all(sft.read_image(x, where).ndim == 3 for x in images)
-        return [answer(text) for text in seen[-len(items):]]
+        return [answer(text) for text in seen[-len(items) :]]
+
     monkeypatch.setattr(sft, "answers", answers)
     return seen
 
 
 def vqa(data, out, *flags):
-    evaluate.main(["vqa", "--policy", "tiny", "--device", "cpu", "--data", str(data),
-                   "--out", str(out), *flags])
+    evaluate.main(
+        [
+            "vqa",
+            "--policy",
+            "tiny",
+            "--device",
+            "cpu",
+            "--data",
+            str(data),
+            "--out",
+            str(out),
+            *flags,
+        ]
+    )
     return json.loads(out.read_text())["arms"]["policy"]["metrics"]
 
 
@@ -140,54 +228,96 @@ def test_each_published_shape_converts_in_its_documented_line(tmp_path, monkeypa
     replies = [RIGHT[name], "maybe (Z)"]
     seen = scripted(monkeypatch, lambda text: replies.pop(0))
     metrics = vqa(tmp_path / "q/questions.jsonl", tmp_path / "r.json", "--score", score)
-    (key, value), = metrics.items()
+    ((key, value),) = metrics.items()
     assert key.startswith(score) and value["mean"] == 1 and value["n"] == 1
     assert seen[0].count("<image>") == (2 if name == "BLINK" else 1)
-    assert vqa(tmp_path / "q/questions.jsonl", tmp_path / "s.json", "--score", score)[key][
-        "mean"] == 0
+    assert (
+        vqa(tmp_path / "q/questions.jsonl", tmp_path / "s.json", "--score", score)[key]["mean"] == 0
+    )
 
 
 def rows_to(path, rows):
     Image.fromarray(np.zeros((40, 80, 3), np.uint8)).save(path.parent / "i.png")
-    lines = [{"images": ["i.png"], "kind": kind, **more, "messages": [
-        {"role": "user", "content": f"<image>{question}"},
-        {"role": "assistant", "content": answer}]} for kind, question, answer, more in rows]
+    lines = [
+        {
+            "images": ["i.png"],
+            "kind": kind,
+            **more,
+            "messages": [
+                {"role": "user", "content": f"<image>{question}"},
+                {"role": "assistant", "content": answer},
+            ],
+        }
+        for kind, question, answer, more in rows
+    ]
     path.write_text("".join(json.dumps(x) + "\n" for x in lines))
     return path
 
 
 def test_prompt_modes_kinds_and_the_file_of_answers(tmp_path, monkeypatch):
-    data = rows_to(tmp_path / "d.jsonl", [("depth", "q1", "A", {}), ("depth", "q2", "B", {}),
-                                          ("two words", "q3", "<think>x</think><answer>C</answer>",
-                                           {})])
+    data = rows_to(
+        tmp_path / "d.jsonl",
+        [
+            ("depth", "q1", "A", {}),
+            ("depth", "q2", "B", {}),
+            ("two words", "q3", "<think>x</think><answer>C</answer>", {}),
+        ],
+    )
     seen = scripted(monkeypatch, lambda text: "B")
-    for prompt, modes in (("row", (None, None, True)), ("think", (True,) * 3),
-                          ("direct", (False,) * 3)):
+    for prompt, modes in (
+        ("row", (None, None, True)),
+        ("think", (True,) * 3),
+        ("direct", (False,) * 3),
+    ):
         del seen[:]
-        metrics = vqa(data, tmp_path / f"{prompt}.json", "--score", "choice", "--prompt", prompt,
-                      "--answers", str(tmp_path / "a.jsonl"), "--batch", "2")
+        metrics = vqa(
+            data,
+            tmp_path / f"{prompt}.json",
+            "--score",
+            "choice",
+            "--prompt",
+            prompt,
+            "--answers",
+            str(tmp_path / "a.jsonl"),
+            "--batch",
+            "2",
+        )
         assert seen == [model.ask(f"<image>q{i + 1}", mode) for i, mode in enumerate(modes)]
         assert (metrics["choice depth"]["mean"], metrics["choice depth"]["n"]) == (0.5, 2)
         assert metrics["choice two_words"]["mean"] == 0
     written = [json.loads(x) for x in (tmp_path / "a.jsonl").open()]
     assert [(x["right"], x["answer"], x["mark"]) for x in written] == [
-        ("A", "B", 0), ("B", "B", 1), ("C", "B", 0)]
+        ("A", "B", 0),
+        ("B", "B", 1),
+        ("C", "B", 0),
+    ]
 
 
 def cut(path):
     path.write_bytes(path.read_bytes()[:-20])
 
 
-@pytest.mark.parametrize("score, row, message", [
-    ("choice", ("k", "q", "the ball", {}), "d.jsonl:2: its answer 'the ball' is none for --sc"),
-    ("number", ("k", "q", "many", {}), "d.jsonl:2: its answer 'many' is none for --score number"),
-    ("point", ("k", "q", "", {}), "d.jsonl:2: KeyError: 'mask'"),
-    ("point", ("k", "q", "", {"mask": "gone.png"}), "d.jsonl:2: FileNotFoundError.*gone.png"),
-    ("point", ("k", "q", "", {"mask": "d.jsonl"}), "d.jsonl:2: UnidentifiedImageError"),
-    ("point", ("k", "q", "", {"box": [0.5, 0.1, 0.2, 0.3]}), "d.jsonl:2: box .* is not left, top"),
-    ("point", ("k", "q", "", {"box": [30, 10, 40, 30]}), "d.jsonl:2: box .* in 0 .. 1"),
-    ("point", ("k", "q", "", {"box": [0.1, 0.2]}), "d.jsonl:2: cannot reshape"),
-])
+@pytest.mark.parametrize(
+    "score, row, message",
+    [
+        ("choice", ("k", "q", "the ball", {}), "d.jsonl:2: its answer 'the ball' is none for --sc"),
+        (
+            "number",
+            ("k", "q", "many", {}),
+            "d.jsonl:2: its answer 'many' is none for --score number",
+        ),
+        ("point", ("k", "q", "", {}), "d.jsonl:2: KeyError: 'mask'"),
+        ("point", ("k", "q", "", {"mask": "gone.png"}), "d.jsonl:2: FileNotFoundError.*gone.png"),
+        ("point", ("k", "q", "", {"mask": "d.jsonl"}), "d.jsonl:2: UnidentifiedImageError"),
+        (
+            "point",
+            ("k", "q", "", {"box": [0.5, 0.1, 0.2, 0.3]}),
+            "d.jsonl:2: box .* is not left, top",
+        ),
+        ("point", ("k", "q", "", {"box": [30, 10, 40, 30]}), "d.jsonl:2: box .* in 0 .. 1"),
+        ("point", ("k", "q", "", {"box": [0.1, 0.2]}), "d.jsonl:2: cannot reshape"),
+    ],
+)
 def test_mislabelled_rows_are_named_first(tmp_path, monkeypatch, score, row, message):
     good = {"choice": "A", "number": "3", "point": ""}[score]
     data = rows_to(tmp_path / "d.jsonl", [("k", "q", good, {"box": [0, 0, 1, 1]}), row])

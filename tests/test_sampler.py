@@ -30,12 +30,16 @@ def prompts(bb, few=False):
     """Four prompts of unequal length: one image, none, two images, one of another size."""
     rng = np.random.default_rng(0)
     image = lambda h, w: rng.integers(0, 256, (h, w, 3), dtype=np.uint8)
-    asked = [("<image>Where is the red block?", [image(32, 32)]),
-             ("The robot moves down and closes the gripper.", []),
-             ("<image>What is here?<image>", [image(48, 32), image(32, 64)]),
-             ("<image>" + model.ask(model.action_question("lift it"), True), [image(64, 64)])]
-    return [model.encode(bb, [{"role": "user", "content": text}], images, prompt_only=True)
-            for text, images in asked[: 2 if few else 4]]
+    asked = [
+        ("<image>Where is the red block?", [image(32, 32)]),
+        ("The robot moves down and closes the gripper.", []),
+        ("<image>What is here?<image>", [image(48, 32), image(32, 64)]),
+        ("<image>" + model.ask(model.action_question("lift it"), True), [image(64, 64)]),
+    ]
+    return [
+        model.encode(bb, [{"role": "user", "content": text}], images, prompt_only=True)
+        for text, images in asked[: 2 if few else 4]
+    ]
 
 
 def samples(out):
@@ -48,13 +52,21 @@ def reference(bb, row, max_new, stop):
     ids = torch.from_numpy(row["ids"])[None]
     seen = {}
     if row["patches"] is not None:
-        seen = {"pixel_values": torch.from_numpy(row["patches"]),
-                "image_grid_thw": torch.from_numpy(row["grid"]),
-                "mm_token_type_ids": (ids == bb.vocab.image).int()}
+        seen = {
+            "pixel_values": torch.from_numpy(row["patches"]),
+            "image_grid_thw": torch.from_numpy(row["grid"]),
+            "mm_token_type_ids": (ids == bb.vocab.image).int(),
+        }
     out = bb.net.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new, **seen,
-        do_sample=False, suppress_tokens=bb.vocab.banned, eos_token_id=stop,
-        pad_token_id=bb.vocab.pad)
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new,
+        **seen,
+        do_sample=False,
+        suppress_tokens=bb.vocab.banned,
+        eos_token_id=stop,
+        pad_token_id=bb.vocab.pad,
+    )
     return out[0, ids.shape[1] :].tolist()
 
 
@@ -74,8 +86,10 @@ def test_greedy_equals_transformers(bb):
 
 def test_greedy_without_padding(bb):  # no padding takes the path without an attention mask
     rows = [prompts(bb)[3]] * 2
-    assert samples(model.generate(bb, rows, max_new=12, greedy=True)) == [
-        reference(bb, rows[0], 12, [bb.vocab.eos])] * 2
+    assert (
+        samples(model.generate(bb, rows, max_new=12, greedy=True))
+        == [reference(bb, rows[0], 12, [bb.vocab.eos])] * 2
+    )
 
 
 def test_logp_equals_a_full_forward(bb):
@@ -87,13 +101,17 @@ def test_logp_equals_a_full_forward(bb):
     for k, new in enumerate(samples(out)):
         row = rows[k // n]
         pos = np.arange(len(new)) + row["pos"].max() + 1
-        full = {**row, "ids": np.concatenate([row["ids"], new]),
-                "pos": np.concatenate([row["pos"], np.tile(pos, (3, 1))], 1),
-                "target": np.zeros(len(row["ids"]) + len(new), bool)}
+        full = {
+            **row,
+            "ids": np.concatenate([row["ids"], new]),
+            "pos": np.concatenate([row["pos"], np.tile(pos, (3, 1))], 1),
+            "target": np.zeros(len(row["ids"]) + len(new), bool),
+        }
         with torch.no_grad():
             h = model.hidden(bb.net, model.collate([full], bb.vocab.pad))[0]
-            want, _ = model.logp(bb.net, h[-len(new) - 1 : -1], torch.tensor(new), temperature,
-                                 bb.vocab.banned)
+            want, _ = model.logp(
+                bb.net, h[-len(new) - 1 : -1], torch.tensor(new), temperature, bb.vocab.banned
+            )
         torch.testing.assert_close(out["logp"][k, : len(new)], want, atol=1e-4, rtol=0)
 
 
@@ -101,8 +119,9 @@ def test_the_batch_does_not_change_the_samples(bb):
     rows, kw = prompts(bb), {"n": 3, "max_new": 16, "seed": 5, "stop": range(0, 300, 11)}
     whole = samples(model.generate(bb, rows, **kw))
     assert len({tuple(i) for i in whole}) == len(whole)  # every prompt and sample draws its own
-    split = [samples(model.generate(bb, rows[a:b], keys=range(a, b), **kw))
-             for a, b in [(0, 1), (1, 4)]]
+    split = [
+        samples(model.generate(bb, rows[a:b], keys=range(a, b), **kw)) for a, b in [(0, 1), (1, 4)]
+    ]
     assert split[0] + split[1] == whole
     back = samples(model.generate(bb, rows[::-1], keys=[3, 2, 1, 0], **kw))
     assert [back[9 - 3 * b + g] for b in range(4) for g in range(3)] == whole
@@ -116,6 +135,7 @@ def traced(graphs):
     """model.record on a CPU: the operations of a step, as those of a CUDA graph, run again on the
     tensors that they were traced on, without the Python that chose them. Tracing stops at what a
     graph cannot hold: a decision about the values in a tensor."""
+
     def record(step, device):
         assert device == torch.device("cpu")  # of the net, which need not be the current one
         tensors = [x.cell_contents for x in step.__closure__]
@@ -130,7 +150,9 @@ def traced(graphs):
         def replay():
             graphs[-1] += 1
             graph()
+
         return replay
+
     return record
 
 
@@ -146,7 +168,9 @@ def test_replayed_steps_sample_the_same(bb, monkeypatch, greedy):
         assert samples(got) == samples(want) and got["ids"].shape == want["ids"].shape
         assert torch.equal(got["ids"], want["ids"]) and torch.equal(got["mask"], want["mask"])
         torch.testing.assert_close(got["logp"], want["logp"], atol=1e-5, rtol=0)
-        if not stop:  # token 0 from the prompt; two blocks of the cache, the first step of each plain
+        if (
+            not stop
+        ):  # token 0 from the prompt; two blocks of the cache, the first step of each plain
             assert graphs == [127, 20]
         graphs.clear()
 
@@ -167,15 +191,20 @@ def test_tensors_stay_on_their_device(small, monkeypatch):
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         for module in small.net.modules():
             for name, p in module._parameters.items():
-                module._parameters[name] = nn.Parameter(
-                    fake.from_tensor(p.detach()).to("lazy:0", torch.bfloat16)) if p is not None else p
+                module._parameters[name] = (
+                    nn.Parameter(fake.from_tensor(p.detach()).to("lazy:0", torch.bfloat16))
+                    if p is not None
+                    else p
+                )
             for name, b in module._buffers.items():
                 module._buffers[name] = fake.from_tensor(b).to("lazy:0")
         for kw in {"greedy": True}, {"top_p": 0.5}:
             out = model.generate(small, rows, n, 32, graphs=True, **kw)
             assert {k: (*x.shape, x.dtype) for k, x in out.items()} == {
-                "ids": (32, 32, torch.long), "mask": (32, 32, torch.long),
-                "logp": (32, 32, torch.float32)}
+                "ids": (32, 32, torch.long),
+                "mask": (32, 32, torch.long),
+                "logp": (32, 32, torch.float32),
+            }
             assert {str(x.device) for x in out.values()} == {"lazy:0"}
 
 
@@ -192,8 +221,13 @@ def test_cuda_graphs(small):
 def test_chunks_of_like_length(small, monkeypatch):
     rows, seen = prompts(small), []
     whole, collate = model.generate(small, rows, 2, 9, stop=[]), model.collate
-    monkeypatch.setattr(model, "collate", lambda rows, *a, **kw: seen.append(
-        [len(row["ids"]) for row in rows]) or collate(rows, *a, **kw))
+    monkeypatch.setattr(
+        model,
+        "collate",
+        lambda rows, *a, **kw: (
+            seen.append([len(row["ids"]) for row in rows]) or collate(rows, *a, **kw)
+        ),
+    )
     got = model.generate(small, rows, 2, 9, stop=[], chunk=3)
     lengths = sorted(len(row["ids"]) for row in rows)
     assert seen == [lengths[:3], lengths[3:]] and lengths != [len(row["ids"]) for row in rows]
@@ -274,13 +308,22 @@ def test_wrong_arguments_and_no_prompts(small):
 
 def two_ranks(rank, folder):
     distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2,
-        timeout=datetime.timedelta(seconds=300))
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(seconds=300),
+    )
     bb = model.load(FAMILIES[0])
     rows = prompts(bb)
     want = model.generate(bb, rows, n=2, max_new=9, seed=4, stop=range(0, 300, 7))
-    row = model.encode(bb, [{"role": "user", "content": "What is here?"},
-                            {"role": "assistant", "content": "A small cube."}])
+    row = model.encode(
+        bb,
+        [
+            {"role": "user", "content": "What is here?"},
+            {"role": "assistant", "content": "A small cube."},
+        ],
+    )
     batch = model.collate([row], bb.vocab.pad)
     model.token_loss(bb.net, batch)[0].backward()
     grads = {k: p.grad.clone() for k, p in bb.net.named_parameters() if p.grad is not None}
@@ -293,8 +336,15 @@ def two_ranks(rank, folder):
     block.register_forward_pre_hook(lambda *_: roots.append(root._state_ctx.iter_forward_root))
     for mine in [range(4), range(0)][rank], [range(1), range(1, 4)][rank]:
         with model.unsharded(bb.net):
-            got = model.generate(bb, [rows[i] for i in mine], n=2, max_new=9, seed=4, keys=mine,
-                                 stop=range(0, 300, 7))
+            got = model.generate(
+                bb,
+                [rows[i] for i in mine],
+                n=2,
+                max_new=9,
+                seed=4,
+                keys=mine,
+                stop=range(0, 300, 7),
+            )
         assert samples(got) == [samples(want)[2 * i + g] for i in mine for g in range(2)]
         # a block that takes itself for the root waits for streams, which no CUDA graph may hold
         assert all(r is root for r in roots) and (len(roots) > 2 or not mine)

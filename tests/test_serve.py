@@ -13,8 +13,10 @@ import pytest
 
 from benchmarks import serve
 
-network = pytest.mark.skipif(not all(map(importlib.util.find_spec, ("websockets", "msgpack"))),
-                             reason="pip install -r requirements-extras.txt")
+network = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("websockets", "msgpack"))),
+    reason="pip install -r requirements-extras.txt",
+)
 
 
 class Fake:
@@ -23,8 +25,12 @@ class Fake:
     horizon, action_dim, cameras = 4, 3, ("image", "image_wrist")
 
     def __init__(self):
-        self.spec = {"stats": {"state": {"q01": [0, 0], "q99": [1, 1]},
-                               "action": {"q01": [-5] * 3, "q99": [5] * 3}}}
+        self.spec = {
+            "stats": {
+                "state": {"q01": [0, 0], "q99": [1, 1]},
+                "action": {"q01": [-5] * 3, "q99": [5] * 3},
+            }
+        }
         self.memo, self.sizes, self.keys, self.gate = {}, [], [], threading.Event()
         self.waiting = 0  # forwards that the closed gate holds
         self.gate.set()
@@ -44,8 +50,13 @@ class Fake:
 
 def seen(**changes):
     view = np.zeros((8, 8, 3), np.uint8)
-    return {"image": view, "image_wrist": view, "state": np.array([0.5, 0.0]), "prompt": "go",
-            **changes}
+    return {
+        "image": view,
+        "image_wrist": view,
+        "state": np.array([0.5, 0.0]),
+        "prompt": "go",
+        **changes,
+    }
 
 
 def test_chunks_by_hand():
@@ -69,8 +80,9 @@ def test_chunks_by_hand():
 
 @network
 def test_messages_are_those_of_openpi():
-    theirs = pytest.importorskip("openpi_client.msgpack_numpy",
-                                 reason="pip install --no-deps openpi-client==0.1.2 dm-tree")
+    theirs = pytest.importorskip(
+        "openpi_client.msgpack_numpy", reason="pip install --no-deps openpi-client==0.1.2 dm-tree"
+    )
     value = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": [1, "x"], "c": {"d": 0.5}}
     for there, back in ((serve.pack, theirs.unpackb), (theirs.packb, serve.unpack)):
         got = back(there(value))
@@ -83,8 +95,10 @@ def test_messages_are_those_of_openpi():
 def test_openpi_client_end_to_end():
     """Metadata, inference by chunk and step by step, clipping, reset, wrong input: openpi's own
     WebsocketClientPolicy and ActionChunkBroker, unchanged."""
-    client = pytest.importorskip("openpi_client.websocket_client_policy",
-                                 reason="pip install --no-deps openpi-client==0.1.2 dm-tree")
+    client = pytest.importorskip(
+        "openpi_client.websocket_client_policy",
+        reason="pip install --no-deps openpi-client==0.1.2 dm-tree",
+    )
     broker = pytest.importorskip("openpi_client.action_chunk_broker", reason="dm-tree")
     server = serve.Server(policy := Fake(), execute=4)
     with server.listen() as port:
@@ -96,22 +110,31 @@ def test_openpi_client_end_to_end():
         assert out["actions"][:, 0].tolist() == [3, 4, 5, 5] and out["clipped"] == 3
         assert out["server_timing"]["infer_ms"] > 0
         view = np.zeros((8, 8, 3), np.uint8)
-        out = robot.infer({"observation/image": view, "observation/wrist_image": view,
-                           "observation/state": [1.0, 0.0], "prompt": "go"})
+        out = robot.infer(
+            {
+                "observation/image": view,
+                "observation/wrist_image": view,
+                "observation/state": [1.0, 0.0],
+                "prompt": "go",
+            }
+        )
         assert out["actions"][0, 0] == 1, "openpi's own names"
         stepwise = broker.ActionChunkBroker(robot, 4)
-        assert [stepwise.infer(seen())["actions"][0] for _ in range(5)] == [.5, 1.5, 2.5, 3.5, .5]
+        assert [stepwise.infer(seen())["actions"][0] for _ in range(5)] == [0.5, 1.5, 2.5, 3.5, 0.5]
         wrong = [
             (seen(state=np.array([np.nan, 0])), "state is .nan.*send 2 finite"),
             (seen(state=np.zeros(3)), r"state is .0. 0. 0.*send 2 finite"),
-            (seen(state="left"), "could not convert"), (seen(state=None), "state"),
+            (seen(state="left"), "could not convert"),
+            (seen(state=None), "state"),
             (seen(image=np.zeros((8, 8, 3), np.float32)), "image is float32.*uint8"),
             (seen(image_wrist=np.zeros((3, 8, 8), np.uint8)), r"image_wrist is uint8 \(3, 8, 8\)"),
-            (seen(prompt=""), "prompt must be text"), (seen(prompt="x" * 2001), "prompt"),
+            (seen(prompt=""), "prompt must be text"),
+            (seen(prompt="x" * 2001), "prompt"),
             ({"state": np.zeros(2), "prompt": "go"}, "KeyError.'image'.*reads prompt, state"),
             ([1, 2], "not a packed dict"),
             (seen(prompt="nan"), "stop the robot: .*nan"),
-            (seen(prompt="explode"), "boom")]
+            (seen(prompt="explode"), "boom"),
+        ]
         for obs, words in wrong:
             with pytest.raises(RuntimeError, match=words):
                 robot.infer(obs)
@@ -140,6 +163,7 @@ def raw(port, message):
     """The server's reply to raw bytes or text, or its close code."""
     from websockets import ConnectionClosed
     from websockets.sync.client import connect
+
     with connect(f"ws://127.0.0.1:{port}", max_size=None, compression=None) as ws:
         ws.recv()
         try:
@@ -152,12 +176,23 @@ def raw(port, message):
 @network
 def test_malformed_messages_leave_the_server_alive():
     import msgpack
+
     array = {b"__ndarray__": True, b"data": b"1234", b"dtype": "<f4", b"shape": [1]}
-    bad = [b"", b"\xc1", b"not msgpack", b"\x81" * 5000, msgpack.packb({"a": 1})[:-1],
-           msgpack.packb({**array, b"shape": [10**9, 10**9]}), msgpack.packb({**array, b"dtype": "O"}),
-           msgpack.packb({**array, b"dtype": "<f4,<f4"}), msgpack.packb({**array, b"shape": "x"}),
-           msgpack.packb({b"__ndarray__": True}), msgpack.packb({1: 2}),
-           msgpack.packb(msgpack.ExtType(5, b"x")), msgpack.packb({"prompt": {"a": 1}})]
+    bad = [
+        b"",
+        b"\xc1",
+        b"not msgpack",
+        b"\x81" * 5000,
+        msgpack.packb({"a": 1})[:-1],
+        msgpack.packb({**array, b"shape": [10**9, 10**9]}),
+        msgpack.packb({**array, b"dtype": "O"}),
+        msgpack.packb({**array, b"dtype": "<f4,<f4"}),
+        msgpack.packb({**array, b"shape": "x"}),
+        msgpack.packb({b"__ndarray__": True}),
+        msgpack.packb({1: 2}),
+        msgpack.packb(msgpack.ExtType(5, b"x")),
+        msgpack.packb({"prompt": {"a": 1}}),
+    ]
     server = serve.Server(Fake())
     with server.listen() as port:
         for message in bad:
@@ -175,8 +210,11 @@ def test_eight_clients_share_a_forward():
     """While the first forward is held, eight more clients ask: one forward answers them all, each
     with its own state. One that the policy cannot take fails alone."""
     server = serve.Server(policy := Fake(), execute=1)
-    with (server.listen() as port, contextlib.ExitStack() as stack,
-          concurrent.futures.ThreadPoolExecutor(9) as pool):
+    with (
+        server.listen() as port,
+        contextlib.ExitStack() as stack,
+        concurrent.futures.ThreadPoolExecutor(9) as pool,
+    ):
         ask = [stack.enter_context(serve.client(port))[0] for _ in range(9)]
 
         def together(observations):
@@ -190,6 +228,7 @@ def test_eight_clients_share_a_forward():
             policy.gate.set()
             first.result(20)
             return jobs
+
         jobs = together([seen(state=np.array([i / 2, 0])) for i in range(8)])
         assert [job.result(20)["actions"][0, 0] for job in jobs] == [i / 2 for i in range(8)]
         assert policy.sizes == [1, 8]
@@ -203,14 +242,20 @@ def test_eight_clients_share_a_forward():
 def test_other_names_and_refused_settings(monkeypatch):
     server = serve.Server(Fake(), keys={"state": "joints+gripper", "image": "cam/0"})
     view = np.zeros((8, 8, 3), np.uint8)
-    obs = {"joints": np.zeros(1), "gripper": 0.5, "cam/0": view + 1, "prompt": "go",
-           "observation/wrist_image": view}
+    obs = {
+        "joints": np.zeros(1),
+        "gripper": 0.5,
+        "cam/0": view + 1,
+        "prompt": "go",
+        "observation/wrist_image": view,
+    }
     images, prompt, state = server.check(obs)
     assert images[0].max() == 1 and images[1].max() == 0
     assert prompt == "go" and state.tolist() == [0, 0.5]
     with server.listen() as port:
-        args = argparse.Namespace(keys=["image=cam"], execute=0, ensemble=0, batch=1,
-                                  host="127.0.0.1", port=port)
+        args = argparse.Namespace(
+            keys=["image=cam"], execute=0, ensemble=0, batch=1, host="127.0.0.1", port=port
+        )
         with pytest.raises(OSError, match="in use"):
             serve.main(Fake(), args)
     monkeypatch.setitem(__import__("sys").modules, "msgpack", None)

@@ -19,8 +19,12 @@ from benchmarks import backbones
 from fast_tokenizer import FastTokenizer, chunks_of, episodes
 
 SIZE = "random:tiny-qwen3-vl"
-COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220),
-           "grey": (90, 90, 90)}
+COLOURS = {
+    "red": (220, 30, 30),
+    "green": (30, 200, 30),
+    "blue": (30, 30, 220),
+    "grey": (90, 90, 90),
+}
 
 
 def conversations(folder, n=8, extra=()):
@@ -36,8 +40,16 @@ def conversations(folder, n=8, extra=()):
         if i % 2:
             answer = f"<think>It is {name}.</think>" + answer
         images, question = ([], f"Number {i}?") if i % 3 == 2 else ([f"{i}.png"], "<image>Which?")
-        rows.append({"images": images, "kind": "colour", "messages": [
-            {"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
+        rows.append(
+            {
+                "images": images,
+                "kind": "colour",
+                "messages": [
+                    {"role": "user", "content": question},
+                    {"role": "assistant", "content": answer},
+                ],
+            }
+        )
     rows += extra
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "talk.jsonl").write_text(text + text)
@@ -51,9 +63,15 @@ def robot(tmp_path):
     for e in range(3):
         r = model.rng(7, e)
         action = np.cumsum(r.normal(size=(9, 2)), 0).astype(np.float32)
-        save_file({"image": r.integers(0, 256, (9, 32, 32, 3), dtype=np.uint8), "action": action,
-                   "state": action}, tmp_path / "episodes" / f"episode_{e:06d}.safetensors",
-                  {"task": f"push block {e}", "fps": "5", "source": "test"})
+        save_file(
+            {
+                "image": r.integers(0, 256, (9, 32, 32, 3), dtype=np.uint8),
+                "action": action,
+                "state": action,
+            },
+            tmp_path / "episodes" / f"episode_{e:06d}.safetensors",
+            {"task": f"push block {e}", "fps": "5", "source": "test"},
+        )
     files = episodes(tmp_path / "episodes")
     chunks = np.concatenate([chunks_of(e, 4) for e in files])
     fast = FastTokenizer.fit(chunks / np.abs(chunks).max(), 64, 3)
@@ -63,14 +81,40 @@ def robot(tmp_path):
 
 
 def args(out, data, *more, steps=6, holdout=8):
-    return ["base", "--init", SIZE, "--data", str(data), "--out", str(out), "--steps", str(steps),
-            "--batch", "4", "--holdout", str(holdout), "--log-every", "1", "--micro-batch", "2",
-            "--save-every", "0", "--eval-every", "0", "--eval-rows", "5", *map(str, more)]
+    return [
+        "base",
+        "--init",
+        SIZE,
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        "--steps",
+        str(steps),
+        "--batch",
+        "4",
+        "--holdout",
+        str(holdout),
+        "--log-every",
+        "1",
+        "--micro-batch",
+        "2",
+        "--save-every",
+        "0",
+        "--eval-every",
+        "0",
+        "--eval-rows",
+        "5",
+        *map(str, more),
+    ]
 
 
 def log(out):
-    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()
-            if "step" in json.loads(line)]
+    return [
+        json.loads(line)
+        for line in (Path(out) / "log.jsonl").read_text().splitlines()
+        if "step" in json.loads(line)
+    ]
 
 
 def weights(folder):
@@ -79,8 +123,21 @@ def weights(folder):
 
 def test_overfits_eight_samples(tmp_path):
     data, n = conversations(tmp_path)
-    sft.main(args(tmp_path / "o", data, "--lr", 3e-3, "--batch", 8, "--micro-batch", 0,
-                  "--eval-rows", n, steps=50))
+    sft.main(
+        args(
+            tmp_path / "o",
+            data,
+            "--lr",
+            3e-3,
+            "--batch",
+            8,
+            "--micro-batch",
+            0,
+            "--eval-rows",
+            n,
+            steps=50,
+        )
+    )
     last = log(tmp_path / "o")[-1]
     assert last["talk_acc"] == 1 and last["talk_loss"] < 0.1 and last["greedy_colour"] == 1
     run = json.loads((tmp_path / "o" / "final" / "run.json").read_text())
@@ -100,9 +157,13 @@ def test_resume_equals_the_uninterrupted_run(tmp_path):
         sft.main(args(tmp_path / "b", data, "--resume", "--seed", 1))
 
 
-@pytest.mark.parametrize(("world", "small", "more"), [
-    (2, 10**9, []),  # one FSDP unit
-    (4, 0, ["--shards", 2, "--recompute"])])  # one a block and end; two copies of the weights
+@pytest.mark.parametrize(
+    ("world", "small", "more"),
+    [
+        (2, 10**9, []),  # one FSDP unit
+        (4, 0, ["--shards", 2, "--recompute"]),
+    ],
+)  # one a block and end; two copies of the weights
 def test_ranks_equal_one(tmp_path, monkeypatch, world, small, more):
     """The sum of the loss is divided by the global count: rank means would differ from this, as the
     ranks count different numbers of tokens; and one may have images where the other has none. Only
@@ -163,22 +224,40 @@ def test_micro_batches_do_not_change_the_loss(tmp_path):
 
 def test_actions_thoughts_and_frozen_vision(tmp_path, robot, capsys):
     chunk = chunks_of(episodes(robot / "episodes")[0], 4)[2]
-    thought = {"images": [], "chunk": chunk.tolist(), "messages": [
-        {"role": "user", "content": "Push."},
-        {"role": "assistant", "content": "<think>Left.</think><answer><ACTION></answer>"}]}
+    thought = {
+        "images": [],
+        "chunk": chunk.tolist(),
+        "messages": [
+            {"role": "user", "content": "Push."},
+            {"role": "assistant", "content": "<think>Left.</think><answer><ACTION></answer>"},
+        ],
+    }
     data, n = conversations(tmp_path / "talk", 3, [thought])
     fast = FastTokenizer.load(robot / "fast")
     told, shown = sft.Conversations(data, fast, n), sft.Demonstrations(robot / "episodes", fast)
     messages = told[3][0]
     assert messages[0]["content"] == "Push.\n" + model.THINK
     assert messages[1]["content"] == "<think>Left.</think>" + shown[2][0][1]["content"]
-    assert shown[2][0][0]["content"] == "<image>" + model.ask(model.action_question("push block 0"),
-                                                              False)
+    assert shown[2][0][0]["content"] == "<image>" + model.ask(
+        model.action_question("push block 0"), False
+    )
     assert shown[2][0][1]["content"] == model.action_answer(fast.encode(chunk[None])[0])
     assert len(shown.train) == 18 and list(shown.held) == list(range(18, 27))  # the last episode
     assert np.array_equal(shown[13][1][0], episodes(robot / "episodes")[1].frame(4))
-    sft.main(args(tmp_path / "o", f"{data}:1,{robot}/episodes:3", "--fast", robot / "fast",
-                  "--probe", 3, "--freeze-vision", "--lr", 1e-2, holdout=n))
+    sft.main(
+        args(
+            tmp_path / "o",
+            f"{data}:1,{robot}/episodes:3",
+            "--fast",
+            robot / "fast",
+            "--probe",
+            3,
+            "--freeze-vision",
+            "--lr",
+            1e-2,
+            holdout=n,
+        )
+    )
     bb = model.load(tmp_path / "o", stages=("sft",))
     assert bb.fast.vocab_size == len(bb.vocab.fast) and bb.fast.horizon == 4
     last = log(tmp_path / "o")[-1]
@@ -203,29 +282,56 @@ def test_the_order_shuffles_each_source_in_passes():
 
 
 def test_each_question_gets_the_mode_of_its_answer():
-    turns = [("user", "a"), ("assistant", "<think>b</think><answer>c</answer>"), ("user", "d"),
-             ("assistant", "<answer>e</answer>"), ("user", "f"), ("assistant", "g"), ("user", "h")]
+    turns = [
+        ("user", "a"),
+        ("assistant", "<think>b</think><answer>c</answer>"),
+        ("user", "d"),
+        ("assistant", "<answer>e</answer>"),
+        ("user", "f"),
+        ("assistant", "g"),
+        ("user", "h"),
+    ]
     out = sft.modes([{"role": r, "content": c} for r, c in turns])
     assert [m["content"] for m in out if m["role"] == "user"] == [
-        "a\n" + model.THINK, "d\n" + model.DIRECT, "f", "h"]
+        "a\n" + model.THINK,
+        "d\n" + model.DIRECT,
+        "f",
+        "h",
+    ]
 
 
 def row(images=(), text="<image>Which?", role="assistant", **more):
-    return json.dumps({"images": list(images), "messages": [
-        {"role": "user", "content": text},
-        {"role": role, "content": "<answer>x</answer>"}], **more})
+    return json.dumps(
+        {
+            "images": list(images),
+            "messages": [
+                {"role": "user", "content": text},
+                {"role": role, "content": "<answer>x</answer>"},
+            ],
+            **more,
+        }
+    )
 
 
-@pytest.mark.parametrize(("line", "message"), [
-    ('{"images": [', r"talk\.jsonl:9: not a row"),
-    ('{"images": []}', r"talk\.jsonl:9: not a row .*messages"),
-    (row(role="robot"), r"talk\.jsonl:9: roles \['user', 'robot'\]"),
-    (row(["gone.png"]), r"talk\.jsonl:9: image .*gone\.png does not open"),
-    (row([]), r'talk\.jsonl:9: 1 "<image>" but 0 images'),
-    (row([], "<|image_pad|>"), r'talk\.jsonl:9: "<\|image_pad\|>" in the text; write "<image>"'),
-    (row([], "<ACTION>"), r"talk\.jsonl:9: an <ACTION> but no FAST tokenizer; give --fast"),
-    (row(["0.png"], "<image>" + "word " * 900), r"talk\.jsonl:9: 9\d\d tokens; raise --max-length"),
-])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"images": [', r"talk\.jsonl:9: not a row"),
+        ('{"images": []}', r"talk\.jsonl:9: not a row .*messages"),
+        (row(role="robot"), r"talk\.jsonl:9: roles \['user', 'robot'\]"),
+        (row(["gone.png"]), r"talk\.jsonl:9: image .*gone\.png does not open"),
+        (row([]), r'talk\.jsonl:9: 1 "<image>" but 0 images'),
+        (
+            row([], "<|image_pad|>"),
+            r'talk\.jsonl:9: "<\|image_pad\|>" in the text; write "<image>"',
+        ),
+        (row([], "<ACTION>"), r"talk\.jsonl:9: an <ACTION> but no FAST tokenizer; give --fast"),
+        (
+            row(["0.png"], "<image>" + "word " * 900),
+            r"talk\.jsonl:9: 9\d\d tokens; raise --max-length",
+        ),
+    ],
+)
 def test_a_bad_row_is_named(tmp_path, line, message):
     data, _ = conversations(tmp_path)
     data.write_text("".join(data.read_text().splitlines(True)[:8]) + line + "\n")
@@ -233,12 +339,15 @@ def test_a_bad_row_is_named(tmp_path, line, message):
         sft.main(args(tmp_path / "o", data, "--max-length", 900, steps=3, holdout=0))
 
 
-@pytest.mark.parametrize(("more", "error", "message"), [
-    (["--data", "nowhere.jsonl"], FileNotFoundError, "nowhere.jsonl: no such file"),
-    (["--holdout", 16], ValueError, "16 rows, all of them held out; lower --holdout"),
-    (["--fast", "nowhere"], FileNotFoundError, "nowhere"),
-    (["--init", "runs/nowhere"], FileNotFoundError, "runs/nowhere: no such folder"),
-])
+@pytest.mark.parametrize(
+    ("more", "error", "message"),
+    [
+        (["--data", "nowhere.jsonl"], FileNotFoundError, "nowhere.jsonl: no such file"),
+        (["--holdout", 16], ValueError, "16 rows, all of them held out; lower --holdout"),
+        (["--fast", "nowhere"], FileNotFoundError, "nowhere"),
+        (["--init", "runs/nowhere"], FileNotFoundError, "runs/nowhere: no such folder"),
+    ],
+)
 def test_bad_input_is_one_line_with_a_cure(tmp_path, more, error, message):
     data, _ = conversations(tmp_path)
     with pytest.raises(error, match=message):

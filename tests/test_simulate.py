@@ -50,6 +50,7 @@ class Right(Fake):
     def __init__(self):
         super().__init__()
         import torch
+
         self.head, self.seen = torch.nn.Linear(1, 1), []
 
     def act_batch(self, images, instructions, states, keys=None):
@@ -68,14 +69,28 @@ def toy(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("CRASH", str(tmp_path / "crash"))
     return types.SimpleNamespace(
-        command="toy", out=str(tmp_path / "r.json"), arm="a", trials=2, workers=2, execute=2, seed=0,
-        ensemble=0, batch=8, python=sys.executable, size=8, limit=0)
+        command="toy",
+        out=str(tmp_path / "r.json"),
+        arm="a",
+        trials=2,
+        workers=2,
+        execute=2,
+        seed=0,
+        ensemble=0,
+        batch=8,
+        python=sys.executable,
+        size=8,
+        limit=0,
+    )
 
 
 def rows(args):
     """What the results files of all settings hold."""
-    lines = [line for path in pathlib.Path(args.out).parent.glob("r.toy.a.*.jsonl")
-             for line in path.read_text().splitlines()]
+    lines = [
+        line
+        for path in pathlib.Path(args.out).parent.glob("r.toy.a.*.jsonl")
+        for line in path.read_text().splitlines()
+    ]
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
@@ -85,7 +100,8 @@ def test_trials_ask_at_chunk_boundaries_and_stop_at_the_limit(toy):
     for view, at in policy.seen:
         assert at in (2 * (view - 1), 2 * (view - 1) + 1), "a frame a chunk of two, no more"
     assert sorted(at for _, at in policy.seen) == sorted(
-        n + step for last in (10, 15) for n in (0, 1) for step in range(0, last, 2))
+        n + step for last in (10, 15) for n in (0, 1) for step in range(0, last, 2)
+    )
     steps = {(r["task"], r["trial"]): r["steps"] for r in rows(toy)}
     assert steps == {("toy/0", 0): 10, ("toy/0", 1): 9, ("toy/1", 0): 15, ("toy/1", 1): 15}
 
@@ -94,7 +110,9 @@ def test_a_crash_is_no_failed_trial_and_the_same_command_goes_on(toy, tmp_path, 
     policy = Right()
     (tmp_path / "crash").touch()
     toy.workers = 1
-    with pytest.raises(ValueError, match=r"task toy/1, trial 1 \(exit code 139.*after the 3 trials"):
+    with pytest.raises(
+        ValueError, match=r"task toy/1, trial 1 \(exit code 139.*after the 3 trials"
+    ):
         simulate.trials(policy, toy)
     (path,) = tmp_path.glob("r.toy.a.*.jsonl")
     path.write_text(path.read_text() + '\n{"task": "toy/1", "tri')  # a line cut off by the stop
@@ -141,21 +159,57 @@ def test_metaworld_records_and_evaluates(tmp_path, monkeypatch):
     pytest.importorskip("metaworld", reason="pip install -r requirements-extras.txt")
     pytest.importorskip("websockets", reason="pip install -r requirements-extras.txt")
     root = pathlib.Path(__file__).parents[1]
-    subprocess.run([sys.executable, "-W", "ignore", "-m", "benchmarks.metaworld", "--tasks", "reach-v3",
-                    "--episodes", "2", "--size", "32", "--out", tmp_path], cwd=root, check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "benchmarks.metaworld",
+            "--tasks",
+            "reach-v3",
+            "--episodes",
+            "2",
+            "--size",
+            "32",
+            "--out",
+            tmp_path,
+        ],
+        cwd=root,
+        check=True,
+    )
     files = episodes(tmp_path)
     assert len(files) == 2 and files[0].task == "reach the red ball"
     assert files[0].action.shape[1] == files[0].state.shape[1] == 4
     assert files[0].frame(0).shape == (32, 32, 3) and files[0].frame(0).std() > 10
     assert (files[0].state[0] != files[1].state[-1]).any()
     args = types.SimpleNamespace(
-        command="metaworld", out=str(tmp_path / "r.json"), arm="a", trials=2, workers=1, execute=4,
-        seed=0, ensemble=0, batch=8, python=sys.executable, tasks="reach-v3", size=32, limit=40)
+        command="metaworld",
+        out=str(tmp_path / "r.json"),
+        arm="a",
+        trials=2,
+        workers=1,
+        execute=4,
+        seed=0,
+        ensemble=0,
+        batch=8,
+        python=sys.executable,
+        tasks="reach-v3",
+        size=32,
+        limit=40,
+    )
     policy = Right()  # a constant push to the right reaches no goal, and each trial is counted
     policy.cameras, policy.action_dim = ["image"], 4
-    policy.spec["stats"] = {"state": {"q01": [0] * 4, "q99": [1] * 4},
-                            "action": {"q01": [-1] * 4, "q99": [1] * 4}}
-    monkeypatch.setattr(Right, "act_batch", lambda self, images, *_: (
-        self.sizes.append(images[0][0].shape) or np.ones((len(images), 4, 4), np.float32)))
+    policy.spec["stats"] = {
+        "state": {"q01": [0] * 4, "q99": [1] * 4},
+        "action": {"q01": [-1] * 4, "q99": [1] * 4},
+    }
+    monkeypatch.setattr(
+        Right,
+        "act_batch",
+        lambda self, images, *_: (
+            self.sizes.append(images[0][0].shape) or np.ones((len(images), 4, 4), np.float32)
+        ),
+    )
     assert simulate.trials(policy, args) == [("metaworld", "reach-v3", False)] * 2
     assert policy.sizes == [(32, 32, 3)] * 20, "a frame every 4 of 40 steps"

@@ -32,7 +32,8 @@ def measure(capsys):
                     q = pair[side]
                     assert 0 < q["q25"] <= q["median"] <= q["q75"] and q["n"] == 1
                 assert pair["ratio"]["median"] == pytest.approx(
-                    pair["peer"]["median"] / pair["ours"]["median"])
+                    pair["peer"]["median"] / pair["ours"]["median"]
+                )
         return record["pairs"]
 
     yield run
@@ -47,12 +48,15 @@ def test_rollout(measure):
 
 def test_decode_bound_by_hand():
     """What rollout adds on a GPU; here with the bandwidth of a CPU, for its counts."""
-    args = speed.argparse.Namespace(device="cpu", ranks=0, repeats=1, size="tiny", group=3, new=5,
-                                    peak_tflops=1.0)
+    args = speed.argparse.Namespace(
+        device="cpu", ranks=0, repeats=1, size="tiny", group=3, new=5, peak_tflops=1.0
+    )
     bb = speed.backbone(args)
     rows = speed.prompts(bb, speed.questions(2, 28))
     got = speed.decode_bound(bb, rows, 10, 1e3, args)
-    block = 256 * 256 * 2 + 2 * 256 * 128 + 2 * 32 + 3 * 256 * 768 + 2 * 256  # q, o; k, v; norms; mlp
+    block = (
+        256 * 256 * 2 + 2 * 256 * 128 + 2 * 32 + 3 * 256 * 768 + 2 * 256
+    )  # q, o; k, v; norms; mlp
     weights = 4 * block + 4096 * 256
     cache = 2 * (10 + 3 * 5 / 2) * 4 * 2 * 128  # prompts x (T + samples) x layers x (k, v) x width
     assert got["read_gb_step"] == pytest.approx(4e-9 * (weights + cache))
@@ -86,8 +90,11 @@ def test_head(measure):
 
 def test_fast(measure):
     pairs = measure("fast", "--chunks", "64", "--repeats", "1")
-    assert pairs["encode"]["work"]["identical"] == pairs["decode"]["work"]["identical"] == {
-        "ours": 1, "peer": 1}
+    assert (
+        pairs["encode"]["work"]["identical"]
+        == pairs["decode"]["work"]["identical"]
+        == {"ours": 1, "peer": 1}
+    )
     assert pairs["encode"]["work"]["tokens"]["ours"] > 64
     assert pairs["decode"]["work"]["decoded"]["ours"] == 64
 

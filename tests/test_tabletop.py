@@ -250,8 +250,11 @@ def test_heading_in_words():
 
 
 def digest(folder):
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
-            for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -259,9 +262,23 @@ def made(tmp_path_factory):
     """The command run twice with one seed, by 1 and by 2 workers -> (folder, the last command)."""
     root = tmp_path_factory.mktemp("tabletop")
     for out, workers in (("a", "1"), ("b", "2")):
-        command = [sys.executable, "-m", "benchmarks.tabletop", "--out", str(root / out),
-                   "--episodes", "8", "--conversations", "24", "--thought-actions", "12",
-                   "--seed", "7", "--workers", workers]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.tabletop",
+            "--out",
+            str(root / out),
+            "--episodes",
+            "8",
+            "--conversations",
+            "24",
+            "--thought-actions",
+            "12",
+            "--seed",
+            "7",
+            "--workers",
+            workers,
+        ]
         subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
     return root, command
 
@@ -287,8 +304,9 @@ def test_command_writes_the_formats_same_seed_same_bytes(made):
     for row in talks:
         assert Image.open(root / "a" / row["images"][0]).size == (64, 64)
         assert row["messages"][0]["content"].startswith("<image>")
-        assert all("FAST" not in m["content"] and "ACTION" not in m["content"]
-                   for m in row["messages"])
+        assert all(
+            "FAST" not in m["content"] and "ACTION" not in m["content"] for m in row["messages"]
+        )
     again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert again.returncode != 0 and "already holds data" in again.stderr
 
@@ -340,12 +358,17 @@ def test_demonstrations_are_the_experts():
 
 def test_a_second_writer_leaves_the_first_ones_work_alone(tmp_path):
     """It used to fail and to delete the other's episodes on its way out."""
-    episode = {"image": np.zeros((2, 4, 4, 3), np.uint8), "state": np.zeros((2, 3), np.float32),
-               "action": np.zeros((2, 2), np.float32)}
+    episode = {
+        "image": np.zeros((2, 4, 4, 3), np.uint8),
+        "state": np.zeros((2, 3), np.float32),
+        "action": np.zeros((2, 2), np.float32),
+    }
 
     def slow():
         yield dict(episode), {"task": "t", "source": "s"}
-        with pytest.raises(SystemExit, match="out.part.*another command writes there, or delete it"):
+        with pytest.raises(
+            SystemExit, match="out.part.*another command writes there, or delete it"
+        ):
             tt.write_episodes(tmp_path / "out", iter([]))
         yield dict(episode), {"task": "t", "source": "s"}
 

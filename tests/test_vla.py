@@ -27,8 +27,17 @@ TASKS = ("put the red block into the bowl", "open it")
 
 
 def small(**change):
-    sizes = {"vl_dim": 16, "dim": 32, "layers": 3, "heads": 2, "vl_layers": 1, "state_dim": 3,
-             "action_dim": 4, "horizon": 5, "future_tokens": 2}
+    sizes = {
+        "vl_dim": 16,
+        "dim": 32,
+        "layers": 3,
+        "heads": 2,
+        "vl_layers": 1,
+        "state_dim": 3,
+        "action_dim": 4,
+        "horizon": 5,
+        "future_tokens": 2,
+    }
     torch.manual_seed(0)
     return FlowHead(HeadConfig(**{**sizes, **change}))
 
@@ -46,18 +55,34 @@ def data(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("episodes"), np.random.default_rng(0)
     for e, n in enumerate(LENGTHS):
         action = rng.normal(size=(n, 4)).astype(np.float32) * [1, 5, 0.1, 0]  # one is still
-        save_file({"image": rng.integers(0, 256, (n, 32, 32, 3), np.uint8),
-                   "image_wrist": rng.integers(0, 256, (n, 32, 32, 3), np.uint8),
-                   "state": rng.normal(size=(n, 3)).astype(np.float32),
-                   "action": action.astype(np.float32)},
-                  folder / f"episode_{e:06d}.safetensors", metadata={"task": TASKS[e % 2]})
+        save_file(
+            {
+                "image": rng.integers(0, 256, (n, 32, 32, 3), np.uint8),
+                "image_wrist": rng.integers(0, 256, (n, 32, 32, 3), np.uint8),
+                "state": rng.normal(size=(n, 3)).astype(np.float32),
+                "action": action.astype(np.float32),
+            },
+            folder / f"episode_{e:06d}.safetensors",
+            metadata={"task": TASKS[e % 2]},
+        )
     return folder
 
 
 def argv(data, out, **flags):
-    flags = {"init": "random:tiny-vlm", "data": data, "out": out, "dim": 32, "heads": 2,
-             "layers": 2, "horizon": 4, "batch": 8, "steps": 4, "eval-rows": 6, "log-every": 1,
-             **flags}
+    flags = {
+        "init": "random:tiny-vlm",
+        "data": data,
+        "out": out,
+        "dim": 32,
+        "heads": 2,
+        "layers": 2,
+        "horizon": 4,
+        "batch": 8,
+        "steps": 4,
+        "eval-rows": 6,
+        "log-every": 1,
+        **flags,
+    }
     return [x for k, v in flags.items() for x in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
 
 
@@ -155,11 +180,21 @@ def test_blocks_equal_torchs_own_layers():
     mask = torch.arange(6) < torch.tensor([6, 4, 5])[:, None]  # (B, T)
     gelu = functools.partial(F.gelu, approximate="tanh")
     theirs = torch.nn.TransformerEncoderLayer(16, 2, 64, 0, gelu, batch_first=True, norm_first=True)
-    renamed = {"qkv": "self_attn.in_proj", "proj": "self_attn.out_proj", "norm1": "norm1",
-               "norm2": "norm2", "mlp.0": "linear1", "mlp.3": "linear2"}
-    theirs.load_state_dict({
-        f"{new}{'_' if 'in_proj' in new else '.'}{kind}": ours.get_parameter(f"{old}.{kind}")
-        for old, new in renamed.items() for kind in ("weight", "bias")})
+    renamed = {
+        "qkv": "self_attn.in_proj",
+        "proj": "self_attn.out_proj",
+        "norm1": "norm1",
+        "norm2": "norm2",
+        "mlp.0": "linear1",
+        "mlp.3": "linear2",
+    }
+    theirs.load_state_dict(
+        {
+            f"{new}{'_' if 'in_proj' in new else '.'}{kind}": ours.get_parameter(f"{old}.{kind}")
+            for old, new in renamed.items()
+            for kind in ("weight", "bias")
+        }
+    )
     want = theirs(x, src_key_padding_mask=~mask)
     torch.testing.assert_close(ours(x, mask=mask[:, None, None])[mask], want[mask])
 
@@ -192,8 +227,13 @@ def test_draws_share_features_and_equal_a_loop():
     args[4][1, 3:] = 0
     many = head.loss(*args, drawn=drawn)[0]
     grads = torch.autograd.grad(many, list(head.parameters()))
-    one = sum(head.loss(*args, drawn=(drawn[0][:, r : r + 1], drawn[1][:, r : r + 1]))[0]
-              for r in range(3)) / 3
+    one = (
+        sum(
+            head.loss(*args, drawn=(drawn[0][:, r : r + 1], drawn[1][:, r : r + 1]))[0]
+            for r in range(3)
+        )
+        / 3
+    )
     torch.testing.assert_close(many, one)
     for a, b in zip(grads, torch.autograd.grad(one, list(head.parameters()))):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
@@ -258,8 +298,11 @@ def source_of(data, out, kind, **change):
     frames, bb = vla.Frames(cfg), model.load("random:tiny-vlm")
     vla.freeze(bb, cfg.layer)
     dist = model.Dist(0, 1, torch.device("cpu"))
-    return (vla.build_cache(bb, frames, cfg, dist) if kind == "cache"
-            else vla.InLoop(bb, frames, cfg, dist.device))
+    return (
+        vla.build_cache(bb, frames, cfg, dist)
+        if kind == "cache"
+        else vla.InLoop(bb, frames, cfg, dist.device)
+    )
 
 
 def test_cached_features_equal_features_in_the_loop(data, tmp_path, monkeypatch):
@@ -270,8 +313,14 @@ def test_cached_features_equal_features_in_the_loop(data, tmp_path, monkeypatch)
     (a, mask), (b, want) = (s.features(s.read(ids)) for s in (cached, loop))
     assert torch.equal(mask, want.bool()) and not mask.all() and a.dtype == torch.float16
     torch.testing.assert_close(a.float()[mask], b[mask], atol=2e-3, rtol=2e-3)
-    assert source_of(data, tmp_path, "loop", layer=4, **change).features(
-        loop.read(ids))[0].sub(b).abs().max() > 0.1  # the layer matters
+    assert (
+        source_of(data, tmp_path, "loop", layer=4, **change)
+        .features(loop.read(ids))[0]
+        .sub(b)
+        .abs()
+        .max()
+        > 0.1
+    )  # the layer matters
     tensors = load_file(tmp_path / "features" / "episode_000004.safetensors")  # an ordinary file
     assert tensors["features"].shape == (6, *a[0][mask[0]].shape)
     monkeypatch.setattr(vla, "condition", None)  # a second run does not touch the backbone
@@ -295,8 +344,11 @@ def test_stride_keeps_every_third_frame(data, tmp_path):
 
 def test_stale_cache_is_refused(data, tmp_path):
     source_of(data, tmp_path, "cache")
-    for change, name in (({"layer": 1}, "backbone, layer"), ({"think": True}, "prompts"),
-                         ({"cameras": "image_wrist"}, "cameras")):
+    for change, name in (
+        ({"layer": 1}, "backbone, layer"),
+        ({"think": True}, "prompts"),
+        ({"cameras": "image_wrist"}, "cameras"),
+    ):
         with pytest.raises(ValueError, match=f"features of other {name} than"):
             source_of(data, tmp_path, "cache", **change)
     path = data / "episode_000000.safetensors"
@@ -373,8 +425,11 @@ def test_features_in_the_loop_train_alike(data, trained, tmp_path, monkeypatch):
 def observation(data):
     frames = vla.Frames(vla.Config(data=str(data), horizon=4))
     places = [(0, 0), (1, 2), (0, 5)]
-    return ([frames.files[e].frame(t) for e, t in places], [TASKS[e] for e, _ in places],
-            np.stack([frames.files[e].state[t] for e, t in places]))
+    return (
+        [frames.files[e].frame(t) for e, t in places],
+        [TASKS[e] for e, _ in places],
+        np.stack([frames.files[e].state[t] for e, t in places]),
+    )
 
 
 def test_a_gradient_that_is_not_finite_stops_with_its_batch(data, tmp_path, monkeypatch):
@@ -418,7 +473,8 @@ def test_checkpoint_loads_in_transformers_with_nothing_missing(trained):
     from transformers import AutoModelForImageTextToText
 
     net, info = AutoModelForImageTextToText.from_pretrained(
-        trained / "final", output_loading_info=True)
+        trained / "final", output_loading_info=True
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert len(net.model.language_model.layers) == 3  # round(0.64 * 4)
     base = model.load("random:tiny-vlm").net.model.language_model
@@ -465,10 +521,21 @@ def test_bad_input_stops_with_a_clear_line(data, trained, tmp_path):
         vla.Policy.load(tmp_path / "sft")
     bad = tmp_path / "bad"
     bad.mkdir()
-    save_file({"image": np.zeros((3, 32, 32, 3), np.uint8), "state": np.zeros((3, 3), np.float32),
-               "action": np.full((3, 4), np.nan, np.float32)},
-              bad / "episode_000000.safetensors", metadata={"task": "wave"})
-    done = subprocess.run([sys.executable, ROOT / "vla.py", *argv(bad, tmp_path)], cwd=ROOT, check=False,
-                          capture_output=True, text=True)
+    save_file(
+        {
+            "image": np.zeros((3, 32, 32, 3), np.uint8),
+            "state": np.zeros((3, 3), np.float32),
+            "action": np.full((3, 4), np.nan, np.float32),
+        },
+        bad / "episode_000000.safetensors",
+        metadata={"task": "wave"},
+    )
+    done = subprocess.run(
+        [sys.executable, ROOT / "vla.py", *argv(bad, tmp_path)],
+        cwd=ROOT,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "action row 0 is not finite" in done.stderr
