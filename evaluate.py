@@ -3,11 +3,11 @@
     python evaluate.py tabletop --policy runs/vla --chains 50 --arm RL --out results/run.json
     python evaluate.py actions --policy runs/grpo --data data/test --arm RL --out results/run.json
     python evaluate.py vqa --policy assets/tiny-vlm --data data/test/conversations.jsonl
-    python evaluate.py metaworld|libero|serve --policy runs/vla
+    python evaluate.py metaworld|libero --policy runs/vla
     python evaluate.py calvin --policy runs/vla --data task_ABC_D --out results/calvin.json
     python evaluate.py report results/run.json
 
-`metaworld`, `libero` and `calvin` are real simulators, `serve` is for robots. All but `serve` add
+`metaworld`, `libero` and `calvin` are real simulators. All add
 one arm to a results file; `report` makes one Markdown table of such files, with the paired
 differences between consecutive arms. Every success rate carries its n and a 95% Wilson interval;
 means carry a 95% bootstrap interval over prompts or chains (2,000 resamples, seed 0)."""
@@ -134,51 +134,56 @@ def tabletop(args):
     for trial in trials:
         trial.save(args.gif)
     paired = {"success": [solved for _, _, solved in rows], "chain length": lengths}
-    record(args.out, args.arm, metrics, args, started, paired)
+    record(args.out, args.variant, metrics, args, started, paired)
 
 
 def simulator(args):
     """`evaluate.py metaworld | libero | calvin`: closed loops elsewhere; `serve`: for robots."""
-    from benchmarks import calvin, serve, simulate
+    from benchmarks import calvin, simulate
     from vla import Policy
 
     started, policy = time.time(), Policy.load(args.policy, device=args.device, seed=args.seed)
-    if args.command == "serve":
-        return serve.main(policy, args)
     if args.command == "calvin":
         wins = calvin.play(policy, args.data, args.chains, args.execute, args.ensemble)
         metrics, name = chain_metrics(wins), "chain length"
     else:
         rows = simulate.trials(policy, args)
         metrics, name, wins = tally(rows), "success", [solved for _, _, solved in rows]
-    return record(args.out, args.arm, metrics, args, started, {name: wins})
+    return record(args.out, args.variant, metrics, args, started, {name: wins})
 
 
-def held_out(bb, data, count, seed, think):
+def held_out(backbone, data, count, seed, think):
     """`count` prompts at random steps of the episodes: (rows, target tokens, chunks (N, K, A))."""
-    fast, files = bb.fast, fast_tokenizer.episodes(data, fast=bb.fast)
+    fast, files = (
+        backbone.action_tokenizer,
+        fast_tokenizer.read_episodes(data, fast=backbone.action_tokenizer),
+    )
     rng, rows, chunks = model.rng(seed, 11), [], []
     for _ in range(count):
         episode = files[int(rng.integers(len(files)))]
         t = int(rng.integers(len(episode)))
         prompt = model.action_prompt(episode.task, think)
-        rows.append(model.encode(bb, prompt, [episode.frame(t)], prompt_only=True))
-        chunks.append(fast_tokenizer.chunks_of(episode, fast.horizon)[t])
+        rows.append(model.encode(backbone, prompt, [episode.frame(t)], prompt_only=True))
+        chunks.append(fast_tokenizer.action_chunks(episode, fast.horizon)[t])
     return rows, fast.encode(np.stack(chunks)), np.stack(chunks)
 
 
-def score(bb, ids, n, targets, chunks, think):
+def score(backbone, ids, n, targets, chunks, think):
     """Scores of B * n lists of ids: (means by prompt {name: (B,)}, distinct thoughts and actions).
 
     "l1" is over the completions that decode, in normalised units (range 2); r_f says how many."""
     from grpo import reward
 
-    value, info = reward(bb, ids, [t for t in targets for _ in range(n)], think=think)
-    made = [model.parse_actions(bb, row)[2] if good else [] for row, good in zip(ids, info["r_f"])]
-    decoded, _ = bb.fast.decode(made)  # (B * n, K, A), NaN where malformed
+    value, info = reward(backbone, ids, [t for t in targets for _ in range(n)], think=think)
+    made = [
+        model.parse_actions(backbone, row)[2] if good else [] for row, good in zip(ids, info["r_f"])
+    ]
+    decoded, _ = backbone.action_tokenizer.decode(made)  # (B * n, K, A), NaN where malformed
     true = chunks.repeat(n, axis=0)
-    if bb.fast.stats is not None:
-        decoded, true = (fast_tokenizer.normalize(x, bb.fast.stats) for x in (decoded, true))
+    if backbone.action_tokenizer.stats is not None:
+        decoded, true = (
+            fast_tokenizer.normalize(x, backbone.action_tokenizer.stats) for x in (decoded, true)
+        )
     gap = np.abs(decoded - true).mean((1, 2)).reshape(-1, n)  # (B, n)
     means = {
         k: v.reshape(-1, n).mean(1)
@@ -186,35 +191,35 @@ def score(bb, ids, n, targets, chunks, think):
     }
     some = np.isfinite(gap).any(1)
     means["l1"] = np.nanmean(gap[some], 1) if some.any() else np.zeros(0)
-    thoughts = {bb.tok.decode(row).split("</think>")[0] for row in ids}
+    thoughts = {backbone.tokenizer.decode(row).split("</think>")[0] for row in ids}
     return means, len(thoughts), len({tuple(m) for m in made if m})
 
 
 def actions(args):
     """`evaluate.py actions`: format rate, r_a, L1; thinking and direct; sampled and greedy."""
     started = time.time()
-    bb = model.load(args.policy, device=args.device, stages=("base", "sft", "grpo"))
-    if bb.fast is None:
-        if not args.fast:
+    backbone = model.load(args.policy, device=args.device, stages=("base", "sft", "grpo"))
+    if backbone.action_tokenizer is None:
+        if not args.action_tokenizer:
             raise ValueError(
                 f"{args.policy}: no action tokenizer; name one for the targets with --fast"
             )
-        bb.fast = fast_tokenizer.FastTokenizer.load(args.fast)
+        backbone.action_tokenizer = fast_tokenizer.FastTokenizer.load(args.action_tokenizer)
     metrics, paired = {}, {}
     for mode, think in (("think", True), ("direct", False)):
-        rows, targets, chunks = held_out(bb, args.data, args.prompts, args.seed, think)
+        rows, targets, chunks = held_out(backbone, args.data, args.prompts, args.seed, think)
         for style, n in (("sampled", args.samples), ("greedy", 1)):
             out = model.generate(
-                bb,
+                backbone,
                 rows,
                 n,
-                args.max_new,
+                args.max_new_tokens,
                 greedy=style == "greedy",
                 seed=args.seed,
-                chunk=args.batch,
+                rollout_batch=args.batch,
             )
             ids = [row[keep].tolist() for row, keep in zip(out["ids"], out["mask"].bool())]
-            means, thoughts, distinct = score(bb, ids, n, targets, chunks, think)
+            means, thoughts, distinct = score(backbone, ids, n, targets, chunks, think)
             for name, values in means.items():
                 metrics[f"{mode} {style} {name}"] = bootstrap(values)
                 if name in ("reward", "r_a"):
@@ -234,7 +239,7 @@ def actions(args):
                 f"{mode:6s} {style:7s}  {line}  distinct thoughts {thoughts}, actions {distinct} "
                 f"of {total} (targets {len({tuple(t) for t in targets})} of {len(targets)})"
             )
-    record(args.out, args.arm, metrics, args, started, paired)
+    record(args.out, args.variant, metrics, args, started, paired)
 
 
 def vqa(args):
@@ -242,12 +247,12 @@ def vqa(args):
     from benchmarks.questions import marks
 
     started = time.time()
-    bb = model.load(args.policy, device=args.device, stages=("base", "sft", "grpo"))
+    backbone = model.load(args.policy, device=args.device, stages=("base", "sft", "grpo"))
     metrics = {
         f"{args.score} {kind}": bootstrap(v) if args.score == "point" else wilson(sum(v), len(v))
-        for kind, v in sorted(marks(bb, args).items())
+        for kind, v in sorted(marks(backbone, args).items())
     }
-    record(args.out, args.arm, metrics, args, started)
+    record(args.out, args.variant, metrics, args, started)
 
 
 COLUMNS = {
@@ -286,7 +291,7 @@ def report(args):
             + (f"the whole run {whole} min, " if whole else "")
             + f"evaluation {results['minutes']} min. Mean [95% interval]; success in percent."
         )
-        names = args.arms.split(",") if args.arms else list(results["arms"])
+        names = args.variants.split(",") if args.variants else list(results["arms"])
         if missing := set(names) - set(results["arms"]):
             raise ValueError(
                 f"{path}: no arm {', '.join(sorted(missing))}; it has {', '.join(results['arms'])}"
@@ -323,8 +328,6 @@ def report(args):
 
 
 def main(argv=None):
-    from benchmarks import simulate
-
     parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -334,7 +337,7 @@ def main(argv=None):
     common = argparse.ArgumentParser(add_help=False)
     add = common.add_argument
     add("--policy", required=True, help="checkpoint: vla in a closed loop; base, sft, grpo else")
-    add("--arm", default="policy", help="row of the results table")
+    add("--variant", default="policy", help="row of the results table")
     add("--out", default="results/results.json", help="results file; the arm is added to it")
     add("--preset", default="tabletop", help="name of the run, noted in the results file")
     add("--seed", type=int, default=0, help="seed of sampling and of the policy's noise")
@@ -344,7 +347,13 @@ def main(argv=None):
     add("--execute", type=int, default=0, help="steps of a chunk that are carried out; 0: half")
     add("--ensemble", type=float, default=0, help="decay of temporal ensembling; 0: none")
     add("--batch", type=int, default=256, help="environments or clients a forward")
-    simulate.subcommands(commands, loop)
+    asked = (sys.argv[1:] if argv is None else argv)[:1]
+    for name in ("metaworld", "libero"):
+        add = command(name, "closed-loop success in a real simulator", loop)
+        if asked == [name]:  # its flags are in its module
+            from benchmarks import simulate
+
+            simulate.evaluation_arguments(name, add)
     add = command("tabletop", "closed-loop success on Tabletop", loop)
     add("--suites", default=SUITES, help="chain is CALVIN's protocol")
     add("--trials", type=int, default=10, help="trials a task (10 tasks a suite)")
@@ -355,10 +364,14 @@ def main(argv=None):
     add("--chains", type=int, default=1000, help="the first chains of the 1,000")
     add = command("actions", "action tokens on held-out prompts", common)
     add("--data", required=True, help="folder of held-out episodes")
-    add("--fast", default="", help="action tokenizer for checkpoints that have none (base)")
+    add(
+        "--action-tokenizer",
+        default="",
+        help="action tokenizer for checkpoints that have none (base)",
+    )
     add("--prompts", type=int, default=512, help="held-out prompts")
     add("--samples", type=int, default=4, help="samples a prompt at temperature 1")
-    add("--max-new", type=int, default=96, help="tokens a completion at most")
+    add("--max-new-tokens", type=int, default=96, help="tokens a completion at most")
     add("--batch", type=int, default=64, help="prompts a forward")
     add = command("vqa", "marked answers to questions", common)
     add("--data", required=True, help="conversations, .jsonl")
@@ -372,12 +385,12 @@ def main(argv=None):
     add("--unit", type=float, default=1, help="what points are divided by; 0: the image's pixels")
     add("--answers", default="", help="also write each answer here, .jsonl")
     add("--rows", type=int, default=0, help="first rows of the file; 0: all")
-    add("--max-new", type=int, default=128, help="tokens an answer at most")
+    add("--max-new-tokens", type=int, default=128, help="tokens an answer at most")
     add("--batch", type=int, default=64, help="rows a forward")
     add = command("report", "results files -> Markdown")
     add("files", nargs="+", help="results files")
     add("--markdown", default="", help="also write the table here")
-    add("--arms", default="", help="rows of the table, in this order; empty: all")
+    add("--variants", default="", help="rows of the table, in this order; empty: all")
     add("--minutes", type=float, default=0, help="of the whole run, to be noted")
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else list(argv)
@@ -385,4 +398,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    model.entry(main, "--batch")
+    model.run_main(main, "--batch")

@@ -16,7 +16,12 @@ Seconds on one CPU core. Legend: B batch, K chunk length, A action dims, S state
 """
 
 import argparse
+import contextlib
 import json
+import pickle
+import shutil
+import zipfile
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
@@ -26,8 +31,10 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 from scipy.fft import dct, idct
 from tokenizers import Tokenizer, decoders, models, trainers
+from tqdm import tqdm
 
 MANY = 1024  # chunks a call from which on the automaton encodes
 STILL = 1e-6  # a dimension whose q99 - q01 is below this never moves: it maps to 0 and back to q01
@@ -444,7 +451,7 @@ def _root(folder):
     return Path(folder) / "episodes" if (Path(folder) / "episodes").is_dir() else Path(folder)
 
 
-def episodes(folder, limit=0, fast=None):
+def read_episodes(folder, limit=0, fast=None):
     """Episodes of folder (or folder/episodes) by name, the first `limit` (0: all), for a tokenizer.
 
     FileNotFoundError when there are none; ValueError when A or S differs between files, or A from
@@ -469,13 +476,13 @@ def episodes(folder, limit=0, fast=None):
     return files
 
 
-def locate(files, ends, i):
+def locate_step(files, ends, i):
     """Step i of all files, counted through (`ends`: the cumulated lengths) -> (file, its step)."""
     e = int(np.searchsorted(ends, i, side="right"))
     return files[e], int(i) - int(ends[e] - len(files[e]))
 
 
-def split(files, share=0.05):
+def split_episodes(files, share=0.05):
     """Episodes -> (to train on, held out): the one rule of all stages, the last share, at least one.
     ValueError when none would be left to train on."""
     last = max(1, int(share * len(files) + 1e-9))
@@ -486,7 +493,7 @@ def split(files, share=0.05):
     return files[:-last], files[-last:]
 
 
-def episode_stats(folder, files):
+def read_stats(folder, files):
     """{"action", "state"} -> statistics: stats.json beside the episodes, else made from files."""
     path = _root(folder) / "stats.json"
     if not path.exists():
@@ -504,7 +511,7 @@ def episode_stats(folder, files):
         raise ValueError(f"{path}: no statistics ({e!r}); delete it to have them computed") from e
 
 
-def chunks_of(episode, horizon):
+def action_chunks(episode, horizon):
     """The `horizon` actions from each step (T, K, A) float32; past the end the last one repeats."""
     if horizon < 1:
         raise ValueError(f"horizon {horizon}; a chunk has at least 1 step")
@@ -512,7 +519,79 @@ def chunks_of(episode, horizon):
     return episode.action[np.minimum(steps, len(episode) - 1)]  # (T, K, A)
 
 
-def report(fast, chunks):
+def write_episode(path, arrays, header):
+    """safetensors with the header's keys sorted: the library leaves them in random order."""
+    data = save(arrays, header)
+    n = 8 + int.from_bytes(data[:8], "little")
+    head = json.loads(data[8:n]) | {"__metadata__": dict(sorted(header.items()))}
+    text = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode().ljust(n - 8)
+    path.write_bytes(data[:8] + text + data[n:])
+
+
+class Damaged(ValueError):
+    """One line about data that cannot be used: where, what is wrong, the cure."""
+
+
+@contextlib.contextmanager
+def reading(where, *more):
+    """What goes wrong inside becomes Damaged, naming `where`. more: further kinds of errors."""
+    try:
+        yield
+    except Damaged:
+        raise
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        OSError,
+        EOFError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+        zlib.error,
+        *more,
+    ) as e:
+        kind = "" if type(e) is ValueError else f"{type(e).__name__}: "
+        why = str(e).replace("\n", " ")
+        raise Damaged(f"{where}: {kind}{why}; repair it or copy the dataset again") from e
+
+
+def write_episodes(out, made):
+    """Episodes that a converter makes, (arrays, header) each -> folder `out` with its stats.json.
+    A conversion that fails ends in one line and leaves nothing behind."""
+    out, seen = Path(out), {"action": [], "state": []}
+    part = out.with_name(out.name + ".part")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SystemExit(f"error: {out} already holds data; name another --out or delete it")
+    try:
+        part.mkdir(parents=True)
+    except OSError as e:
+        raise SystemExit(f"error: {e}; another command writes there, or delete it") from e
+    try:
+        for number, (arrays, header) in enumerate(tqdm(made, "episodes", disable=None)):
+            for name, rows in seen.items():
+                rows.append(arrays[name].astype(np.float32))
+                if len(bad := np.flatnonzero(~np.isfinite(rows[-1]).all(1))):
+                    raise ValueError(
+                        f"{header['source']}: {name} of step {bad[0]} is not finite; "
+                        "repair it or copy the dataset again"
+                    )
+                arrays[name] = rows[-1]
+            write_episode(part / f"episode_{number:06d}.safetensors", arrays, header)
+        if not seen["action"]:
+            raise ValueError(f"no episodes for {out}; give a folder with some as --data")
+        stats = {name: statistics(np.concatenate(rows)) for name, rows in seen.items()}
+        (part / "stats.json").write_text(json.dumps(stats, indent=1))
+        part.replace(out)
+    except ValueError as e:
+        raise SystemExit(f"error: {e}") from e
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    print(f"{out}: {number + 1} episodes of {stats['action']['count']} steps")
+
+
+def round_trip_report(fast, chunks):
     """Round trip of chunks (B, K, A) against one 256-bin token a number ("naive") -> dict: errors
     in units of chunks, share clipped, lengths in tokens, nats, coefficients that a token covers."""
     ids = fast.encode(chunks)
@@ -548,7 +627,9 @@ def main(argv=None):
     for sub in (fit, rep):
         sub.add_argument("--data", required=True, help="folder of episodes, or holding episodes/")
         sub.add_argument("--stride", type=int, default=1, help="a chunk every this many steps")
-        sub.add_argument("--limit", type=int, default=0, help="first N episodes only; 0: all")
+        sub.add_argument(
+            "--max-episodes", type=int, default=0, help="first N episodes only; 0: all"
+        )
     fit.add_argument("--out", required=True, help="folder for fast.json and report.json")
     rep.add_argument(
         "--out",
@@ -557,32 +638,36 @@ def main(argv=None):
     )
     fit.add_argument("--horizon", type=int, default=5, help="actions a chunk (K)")
     fit.add_argument("--scale", type=float, default=2, help="quantisation steps a unit coefficient")
-    fit.add_argument("--vocab", type=int, default=64, help="number of FAST tokens, at most")
-    rep.add_argument("--fast", required=True, help="folder: fast.json, or a published processor")
+    fit.add_argument("--vocab-size", type=int, default=64, help="number of FAST tokens, at most")
+    rep.add_argument(
+        "--tokenizer", required=True, help="folder: fast.json, or a published processor"
+    )
     rep.add_argument("--horizon", type=int, help="for published folders that do not store it")
     args = parser.parse_args(argv)
-    if args.stride < 1 or args.limit < 0:
+    if args.stride < 1 or args.max_episodes < 0:
         raise ValueError("--stride must be at least 1 and --limit at least 0")
-    files = episodes(args.data, args.limit)
-    stats = episode_stats(args.data, files)["action"]
+    files = read_episodes(args.data, args.max_episodes)
+    stats = read_stats(args.data, files)["action"]
     held = files[9::10]  # every 10th episode is held out of the fit, when there are 10
 
     def cut(some, horizon):
-        return np.concatenate([chunks_of(f, horizon)[:: args.stride] for f in some])  # (B, K, A)
+        return np.concatenate(
+            [action_chunks(f, horizon)[:: args.stride] for f in some]
+        )  # (B, K, A)
 
     if args.command == "fit":
         kept = [f for i, f in enumerate(files) if i % 10 != 9]
-        fast = FastTokenizer.fit(cut(kept, args.horizon), args.vocab, args.scale, stats)
+        fast = FastTokenizer.fit(cut(kept, args.horizon), args.vocab_size, args.scale, stats)
     else:
-        fast = FastTokenizer.load(args.fast, args.horizon, files[0].action.shape[1])
+        fast = FastTokenizer.load(args.tokenizer, args.horizon, files[0].action.shape[1])
         fast.stats = fast.stats or stats  # published processors expect normalised chunks
-    result = {**report(fast, cut(held or files, fast.horizon)), "held_out": bool(held)}
+    result = {**round_trip_report(fast, cut(held or files, fast.horizon)), "held_out": bool(held)}
     print(
         f"horizon {fast.horizon}, {fast.dim} dimensions, scale {fast.scale:g}, vocabulary "
         f"{fast.vocab_size}, coefficients {fast.min_coef} .. {fast.max_coef}\nround trip of "
         f"{result['chunks']} {'held-out' if held else 'fitted'} chunks, in dataset units"
     )
-    for name, x in result.items():  # what they are: see report()
+    for name, x in result.items():  # what they are: see round_trip_report()
         print(f"  {name:14s}" + "".join(f" {v:10.4g}" for v in (x if isinstance(x, list) else [x])))
     if args.out:
         fast.save(args.out)

@@ -27,10 +27,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn.functional import pad
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 
 import model
-from fast_tokenizer import chunks_of, episodes, locate, normalize, split
+from fast_tokenizer import action_chunks, read_episodes, locate_step, normalize, split_episodes
 from model import all_sum
 
 
@@ -52,27 +52,31 @@ class Config:
     micro_batch: int = (
         8  # prompts a rank forwards and backwards at once; lower it when memory runs out
     )
-    chunk: int = 0  # prompts a rank samples at once, those of like length together; 0: all it has
-    graphs: bool = True  # on a GPU, replay decoding steps as CUDA graphs
+    rollout_batch: int = (
+        0  # prompts a rank samples at once, those of like length together; 0: all it has
+    )
+    cuda_graphs: bool = True  # on a GPU, replay decoding steps as CUDA graphs
     recompute: bool = False  # activation checkpointing: less memory, a third more time an update
     cpu_offload: bool = False  # keep the reference model in the CPU's memory
     shards: int = 0  # ranks that share one copy of the weights, more nodes mirror it; 0: all ranks
     max_pixels: int = 0  # larger images are shrunk to so many pixels; 0: as the backbone says
-    max_new: int = 96  # longest completion, tokens
+    max_new_tokens: int = 96  # longest completion, tokens
     temperature: float = 1.0  # of sampling and of the log-probabilities in the loss
     reward: str = "prefix"  # r_a: prefix (paper), l1 (decoded actions) or lcs (common subsequence)
-    adv: str = "grpo"  # grpo, or drgrpo: no std, and a constant in place of the token count
+    advantage: str = "grpo"  # grpo, or drgrpo: no std, and a constant in place of the token count
     clip_low: float = 0.2  # ratio at least 1 - this
     clip_high: float = 0.3  # ratio at most 1 + this
     dual_clip: float = 3.0  # bound of the loss at negative advantages, in advantages; 0: off
-    kl: float = 0.01  # weight of the KL to the initial model; 0: no reference model is kept
-    skip_ties: bool = True  # do not forward groups whose rewards are all equal
-    dynamic: int = 0  # rounds in which fresh prompts take the place of groups that tie, as in DAPO
+    kl_coef: float = 0.01  # weight of the KL to the initial model; 0: no reference model is kept
+    skip_zero_std: bool = True  # do not forward groups whose rewards are all equal
+    dynamic_sampling: int = (
+        0  # rounds in which fresh prompts take the place of groups that tie, as in DAPO
+    )
     lr: float = 3e-5  # AdamW, constant
-    warmup: float = 0.0  # fraction of the steps
+    warmup_ratio: float = 0.0  # fraction of the steps
     weight_decay: float = 0.01  # not on norms and biases
     beta2: float = 0.999  # of AdamW; beta1 is 0.9
-    grad_norm: float = 1.0  # gradients are clipped to this global norm; 0: not
+    max_grad_norm: float = 1.0  # gradients are clipped to this global norm; 0: not
     eval_every: int = 25  # steps between held-out evaluations, also at the end; 0: never
     eval_prompts: int = 64  # held-out prompts, fixed over the run
     show_every: int = 10  # steps between printed rollouts; 0: never
@@ -94,9 +98,9 @@ PRESETS = {
         "batch": 128,
         "group": 5,
         "micro_batch": 1,
-        "chunk": 16,
+        "rollout_batch": 16,
         "recompute": True,
-        "max_new": 2048,
+        "max_new_tokens": 2048,
         "lr": 1e-6,
         "eval_every": 5,
         "eval_prompts": 512,
@@ -110,20 +114,20 @@ PRESETS = {
 # Data
 
 
-def prompt_rows(bb, files, steps):
+def prompt_rows(backbone, files, steps):
     """Thinking prompts at flat step indices over all files -> rows, targets (FAST ids of K actions)."""
     ends = np.cumsum([len(f) for f in files])
     rows, chunks = [], []
     for i in steps:
-        file, t = locate(files, ends, i)
+        file, t = locate_step(files, ends, i)
         prompt = model.action_prompt(file.task, think=True)
-        row = model.encode(bb, prompt, [file.frame(t)], prompt_only=True)
-        rows.append(row | {"where": f"{file.path}:{t}"})
-        chunks.append(chunks_of(file, bb.fast.horizon)[t])  # (K, A)
-    return rows, bb.fast.encode(np.stack(chunks)) if chunks else []
+        row = model.encode(backbone, prompt, [file.frame(t)], prompt_only=True)
+        rows.append(row | {"sample_id": f"{file.path}:{t}"})
+        chunks.append(action_chunks(file, backbone.action_tokenizer.horizon)[t])  # (K, A)
+    return rows, backbone.action_tokenizer.encode(np.stack(chunks)) if chunks else []
 
 
-def order(seed, n, numbers):
+def sample_order(seed, n, numbers):
     """Which of n recorded steps the prompts `numbers` of the run are about: each step once, shuffled,
     before any comes again, as in an epoch of the paper."""
     shuffled = {e: model.rng(seed, "prompts", e).permutation(n) for e in {i // n for i in numbers}}
@@ -145,7 +149,7 @@ def common_subsequence(a, b):
     return best[-1]
 
 
-def closeness(fast, made, targets):
+def action_closeness(fast, made, targets):
     """exp(-L1 / 0.1) of decoded actions, L1 the mean over K x A in normalised units (range 2): (N,)."""
     made, ok = fast.decode(made)
     gold, _ = fast.decode(targets)  # (N, K, A)
@@ -154,7 +158,7 @@ def closeness(fast, made, targets):
     return np.where(ok, np.exp(-np.abs(made - gold).mean((1, 2)) / 0.1), 0.0)
 
 
-def reward(bb, ids, targets, kind="prefix", think=True):
+def reward(backbone, ids, targets, kind="prefix", think=True):
     """r = (r_f + r_a) / 2 in [0, 1] (2603.21341, "Reward").
 
     ids: N lists of sampled token ids, without padding. targets: N lists of FAST ids. kind: prefix,
@@ -169,21 +173,23 @@ def reward(bb, ids, targets, kind="prefix", think=True):
         else r".*<answer>.*</answer>\s*<\|im_end\|>",
         re.DOTALL,
     )
-    v = bb.vocab
-    known = {*v.fast, v.start, v.end}
+    v = backbone.vocab
+    known = {*v.fast, v.action_start, v.action_end}
     for row in ids:
-        good, thought, fast_ids = model.parse_actions(bb, row)
+        good, thought, fast_ids = model.parse_actions(backbone, row)
         at = [j for j, t in enumerate(row) if t in known]
-        tags.append(bool(shape.fullmatch(bb.tok.decode(row, skip_special_tokens=False))))
+        tags.append(
+            bool(shape.fullmatch(backbone.tokenizer.decode(row, skip_special_tokens=False)))
+        )
         markers.append(
             len(at) == len(fast_ids) + 2 > 2
             and at[-1] - at[0] == len(at) - 1
-            and row[at[0]] == v.start
-            and row[at[-1]] == v.end
+            and row[at[0]] == v.action_start
+            and row[at[-1]] == v.action_end
         )
         form.append(good and (thought or not think))
         made.append(fast_ids)
-    _, decodes = bb.fast.decode(made)
+    _, decodes = backbone.action_tokenizer.decode(made)
     r_f = np.array(form, bool) & decodes
     # fork point: another measure of how close an action is. The prefix is the paper's, and brittle:
     # one early coefficient off by a rounding step and nothing after it counts.
@@ -192,7 +198,7 @@ def reward(bb, ids, targets, kind="prefix", think=True):
     elif kind == "lcs":
         near = [common_subsequence(a, b) / max(len(a), len(b), 1) for a, b in zip(made, targets)]
     elif kind == "l1":
-        near = closeness(bb.fast, made, targets)
+        near = action_closeness(backbone.action_tokenizer, made, targets)
     else:
         raise ValueError(f"reward {kind!r} is unknown; choose prefix, l1 or lcs")
     r_a = np.where(r_f, np.asarray(near, np.float64), 0.0)
@@ -216,12 +222,20 @@ def advantage(r, kind="grpo"):
 
 
 def policy_loss(
-    logp, old_logp, adv, mask, ref_logp=None, clip_low=0.2, clip_high=0.3, dual_clip=3.0, kl=0.01
+    logp,
+    old_logp,
+    adv,
+    mask,
+    ref_logp=None,
+    clip_low=0.2,
+    clip_high=0.3,
+    dual_clip=3.0,
+    kl_coef=0.01,
 ):
     """Clipped policy gradient with KL, summed over tokens; fp32.
 
     logp, old_logp (at sampling), ref_logp (None: no KL), mask (1 on sampled tokens) (N, T); adv (N, 1)
-    or (N, T). -> (loss summed over counted tokens, {"clip": tokens whose gradient is clipped away,
+    or (N, T). -> (loss summed over counted tokens, {"clip_fraction": tokens whose gradient is clipped away,
     "kl": summed k3}), to be divided by the token count of all ranks."""
     mask = mask.bool()
     log_ratio = (logp - old_logp).clamp(-20, 20)  # e^20 is finite, and long since clipped
@@ -239,31 +253,73 @@ def policy_loss(
     if ref_logp is not None:  # E[k3] = KL(policy || reference), and never negative
         gap = (ref_logp - logp).clamp(-20, 20)
         k3 = gap.exp() - gap - 1
-    loss = torch.where(mask, loss + kl * k3, 0.0).sum()
-    return loss, {"clip": (clipped & mask).sum(), "kl": torch.where(mask, k3.detach(), 0.0).sum()}
+    loss = torch.where(mask, loss + kl_coef * k3, 0.0).sum()
+    return loss, {
+        "clip_fraction": (clipped & mask).sum(),
+        "kl": torch.where(mask, k3.detach(), 0.0).sum(),
+    }
 
 
-def shared_logp(bb, rows, ids, mask, temperature=1.0):
+class SharedKV(DynamicLayer):
+    """Keys and values of one layer in an update with gradient: a pass over the prompts keeps
+    theirs, a second one (given `prompt`) lets the n completions of each see them. Nothing else is
+    stored, so that activation checkpointing may call update() again."""
+
+    def __init__(self, prompt=None, n=1):
+        super().__init__()
+        self.prompt, self.n = prompt, n
+
+    def update(self, k, v, *args, **kwargs):
+        if self.prompt is None:
+            if self.keys is None:  # later ones are a recomputation's, which has no graph
+                self.keys, self.values = k, v
+            return k, v
+        pairs = (self.prompt.keys, k), (self.prompt.values, v)
+        return tuple(torch.cat([old.repeat_interleave(self.n, 0), x], 2) for old, x in pairs)
+
+    def get_seq_length(self):
+        return 0 if self.prompt is None else self.prompt.keys.shape[2]
+
+
+def token_logp(net, rows, ids, temperature=1.0, banned=()):
+    """rows (N, D) hidden states, ids (N,) -> logp (N,), entropy (N,), fp32 nats, no gradient in the
+    entropy. banned: ids of probability 0, as in `generate`."""
+
+    def score(logits, ids):  # logits (n, V): each pass over them that can be spared is
+        logits = logits if temperature == 1 else logits / temperature
+        if len(banned):
+            logits.index_fill_(-1, torch.as_tensor(banned, device=logits.device), -1e9)
+        all_logp = logits.log_softmax(-1)
+        with torch.no_grad():
+            entropy = -(all_logp.exp() * all_logp).sum(-1)
+        return all_logp.gather(-1, ids[:, None])[:, 0], entropy
+
+    return model.score_in_slices(net, score, rows, ids)
+
+
+def completion_logp(backbone, rows, ids, mask, temperature=1.0):
     """Log-probabilities of G completions of each of B prompts, a prompt forwarded once, with gradient.
 
     rows: B prompts; ids, mask (B*G, T) padded right, completion g of prompt b in row b*G + g.
     -> logp, entropy (B*G, T) fp32, 0 where mask is 0. Equals forwarding B*G full rows."""
     device, (N, T), G = ids.device, ids.shape, len(ids) // len(rows)
-    batch = model.to(model.collate(rows, bb.vocab.pad, left=True), device)
-    kv = [model.SharedKV() for _ in bb.net.model.language_model.layers]
-    last = model.hidden(bb.net, batch, Cache(layers=kv))[:, -1]  # (B, D), predicts the first token
-    first = (batch["pos"].amax((0, 2)) + 1).repeat_interleave(G)  # (B*G,) M-RoPE of token 0
+    batch = model.to_device(model.collate(rows, backbone.vocab.pad, left=True), device)
+    kv = [SharedKV() for _ in backbone.net.model.language_model.layers]
+    last = model.hidden_states(backbone.net, batch, Cache(layers=kv))[
+        :, -1
+    ]  # (B, D), predicts the first token
+    first = (batch["positions"].amax((0, 2)) + 1).repeat_interleave(G)  # (B*G,) M-RoPE of token 0
     S = max(T - 1, 1)  # the last token predicts nothing, but all ranks forward something
     after = {
         "ids": ids[:, :S],
-        "pos": (first[:, None] + torch.arange(S, device=device)).expand(3, N, S),
+        "positions": (first[:, None] + torch.arange(S, device=device)).expand(3, N, S),
         "mask": torch.cat([batch["mask"].repeat_interleave(G, 0), mask[:, :S]], 1),
     }
-    seen = Cache(layers=[model.SharedKV(prompt, G) for prompt in kv])
-    h = model.hidden(bb.net, after, seen)  # (B*G, S, D)
+    seen = Cache(layers=[SharedKV(prompt, G) for prompt in kv])
+    h = model.hidden_states(backbone.net, after, seen)  # (B*G, S, D)
     h = torch.cat([last.repeat_interleave(G, 0)[:, None], h[:, : T - 1]], 1)  # (B*G, T, D)
     on = mask.bool()
-    logp, entropy = model.logp(bb.net, h[on], ids[on], temperature, bb.vocab.banned)
+    logp, entropy = token_logp(backbone.net, h[on], ids[on], temperature, backbone.vocab.banned)
     zero = torch.zeros(N, T, device=device)
     return zero.masked_scatter(on, logp), zero.masked_scatter(on, entropy)
 
@@ -277,9 +333,9 @@ METRICS = (
     "tags",
     "markers",
     "decodes",
-    "ties",
-    "length",
-    "cut",
+    "frac_reward_zero_std",
+    "completion_length",
+    "truncated",
     "distinct_thoughts",
     "distinct_actions",
 )
@@ -294,10 +350,10 @@ class Group:
     mask: torch.Tensor  # (G, T) long
     logp: torch.Tensor  # (G, T) fp32, at sampling
     adv: torch.Tensor  # (G,) fp32
-    tie: bool
+    zero_std: bool
 
 
-def rollout(bb, cfg, rows, targets, keys, seed, G, greedy=False):
+def rollout(backbone, cfg, rows, targets, keys, seed, G, greedy=False):
     """Samples and scores G completions of each of this rank's prompts; keys: one int a prompt.
 
     -> groups, {metric: [sum, count]} over completions or groups, a text to show. Distinct thoughts
@@ -305,22 +361,22 @@ def rollout(bb, cfg, rows, targets, keys, seed, G, greedy=False):
     if not rows:
         return [], {k: [0.0, 0] for k in METRICS}, ""
     out = model.generate(
-        bb,
+        backbone,
         rows,
         G,
-        cfg.max_new,
+        cfg.max_new_tokens,
         cfg.temperature,
         greedy=greedy,
         seed=seed,
         keys=keys,
-        chunk=cfg.chunk,
-        graphs=None if cfg.graphs else False,
+        rollout_batch=cfg.rollout_batch,
+        cuda_graphs=None if cfg.cuda_graphs else False,
     )
     ids = [i[m].tolist() for i, m in zip(out["ids"].cpu(), out["mask"].bool().cpu())]
     gold = [t for t in targets for _ in range(G)]
-    r, info = reward(bb, ids, gold, cfg.reward)
-    adv, ties = advantage(torch.tensor(r, dtype=torch.float32).view(-1, G), cfg.adv)
-    texts, known, groups = [bb.tok.decode(i) for i in ids], set(bb.vocab.fast), []
+    r, info = reward(backbone, ids, gold, cfg.reward)
+    adv, ties = advantage(torch.tensor(r, dtype=torch.float32).view(-1, G), cfg.advantage)
+    texts, known, groups = [backbone.tokenizer.decode(i) for i in ids], set(backbone.vocab.fast), []
     for b, row in enumerate(rows):
         mine = slice(b * G, b * G + G)
         T = int(out["mask"][mine].sum(1).max())
@@ -339,9 +395,9 @@ def rollout(bb, cfg, rows, targets, keys, seed, G, greedy=False):
     values = {
         "reward": r,
         **info,
-        "ties": ties.tolist(),
-        "length": [len(i) for i in ids],
-        "cut": [i[-1] != bb.vocab.eos for i in ids],
+        "frac_reward_zero_std": ties.tolist(),
+        "completion_length": [len(i) for i in ids],
+        "truncated": [i[-1] != backbone.vocab.eos for i in ids],
         **{k: [len(set(x[i : i + G])) / G for i in range(0, len(x), G)] for k, x in kinds.items()},
     }
     sums = {k: [float(np.sum(values[k])), len(values[k])] for k in METRICS}
@@ -354,7 +410,7 @@ def means(sums):
     return {k: total[2 * i] / max(total[2 * i + 1], 1) for i, k in enumerate(sums)}
 
 
-def group_loss(bb, ref, groups, cfg):
+def group_loss(backbone, ref, groups, cfg):
     """Loss of some groups summed over their tokens, and the sums that are logged."""
     T = max(g.ids.shape[1] for g in groups)
     ids, mask, old = (
@@ -365,30 +421,30 @@ def group_loss(bb, ref, groups, cfg):
     rows, ref_logp = [g.row for g in groups], None
     if ref is not None:
         with torch.no_grad():
-            ref_logp, _ = shared_logp(ref, rows, ids, mask, cfg.temperature)
-    logp, entropy = shared_logp(bb, rows, ids, mask, cfg.temperature)
+            ref_logp, _ = completion_logp(ref, rows, ids, mask, cfg.temperature)
+    logp, entropy = completion_logp(backbone, rows, ids, mask, cfg.temperature)
     # fork point: the objective. `old` is what the sampler said, so the first update is on-policy.
     loss, sums = policy_loss(
-        logp, old, adv, mask, ref_logp, cfg.clip_low, cfg.clip_high, cfg.dual_clip, cfg.kl
+        logp, old, adv, mask, ref_logp, cfg.clip_low, cfg.clip_high, cfg.dual_clip, cfg.kl_coef
     )
     return loss, {**sums, "entropy": entropy.sum(), "forwarded": mask.sum()}
 
 
-def update(bb, ref, optim, groups, cfg, dist, where):
+def update(backbone, ref, optim, groups, cfg, dist, where):
     """One optimiser step on this rank's groups of an update batch. -> sums over all ranks.
 
     All ranks run as many forwards as the one with the most groups left: a rank that has none
     forwards one token that does not count, since under FSDP each pass is collective."""
-    live = [g for g in groups if not (g.tie and cfg.skip_ties)]
+    live = [g for g in groups if not (g.zero_std and cfg.skip_zero_std)]
     rounds = -(-len(live) // cfg.micro_batch)
     tokens, *rounds = all_sum(
         [
             sum(int(g.mask.sum()) for g in groups),
-            *(rounds * (r == dist.rank) for r in range(dist.world)),
+            *(rounds * (r == dist.rank) for r in range(dist.world_size)),
         ]
     )
     # Token mean, or (Dr. GRPO) a constant, so that long completions are not weighed down.
-    count = tokens if cfg.adv == "grpo" else cfg.batch * cfg.group * cfg.max_new
+    count = tokens if cfg.advantage == "grpo" else cfg.batch * cfg.group * cfg.max_new_tokens
     first, sums = groups[0], Counter()
     idle = replace(
         first,
@@ -397,28 +453,28 @@ def update(bb, ref, optim, groups, cfg, dist, where):
         mask=torch.zeros_like(first.mask[:, :1]),
     )
     guard = partial(
-        model.guard,
+        model.stop_if_not_finite,
         cfg.out,
         where,
         dist,
         (
             vars(g)
             | {f"prompt_{k}": x for k, x in g.row.items()}
-            | {"where": [g.row.get("where", "")]}
+            | {"sample_id": [g.row.get("sample_id", "")]}
             for g in groups
         ),
     )
     for i in range(int(max(rounds))):
         some = live[i * cfg.micro_batch : (i + 1) * cfg.micro_batch] or [idle]
-        loss, info = group_loss(bb, ref, some, cfg)
+        loss, info = group_loss(backbone, ref, some, cfg)
         guard("loss", loss.item())
-        (loss * dist.world / count).backward()  # FSDP averages over ranks
+        (loss * dist.world_size / count).backward()  # FSDP averages over ranks
         sums.update({k: float(x.detach()) for k, x in {"loss": loss, **info}.items()})
     if (
         not sums
     ):  # every group of every rank tied: nothing to learn from, and no weight decay either
         return {}
-    norm = model.clip_grad(bb.net.parameters(), cfg.grad_norm)
+    norm = model.clip_gradients(backbone.net.parameters(), cfg.max_grad_norm)
     guard("gradient norm", norm)
     optim.step()
     optim.zero_grad()
@@ -426,11 +482,13 @@ def update(bb, ref, optim, groups, cfg, dist, where):
     return {**total, "loss": total["loss"] / count, "grad_norm": norm, "updates": 1}
 
 
-def held_out(bb, cfg, rows, targets, dist):
+def evaluate(backbone, cfg, rows, targets, dist):
     """Held-out reward, greedy and sampled; the same prompts and draws each time."""
-    keys, found = range(dist.rank, cfg.eval_prompts, dist.world), {}
+    keys, found = range(dist.rank, cfg.eval_prompts, dist.world_size), {}
     for name, G in (("greedy", 1), ("sampled", cfg.group)):
-        _, sums, _ = rollout(bb, cfg, rows, targets, keys[: len(rows)], cfg.seed + 1, G, G == 1)
+        _, sums, _ = rollout(
+            backbone, cfg, rows, targets, keys[: len(rows)], cfg.seed + 1, G, G == 1
+        )
         mean = means(sums)
         found |= {f"eval_{name}_{k}": mean[k] for k in ("reward", "r_f", "r_a")}
     return found
@@ -439,7 +497,7 @@ def held_out(bb, cfg, rows, targets, dist):
 # Main
 
 
-def check(cfg):
+def check_config(cfg):
     """ValueError naming the cure when the settings do not fit together."""
     if cfg.batch < 1 or cfg.prompts % cfg.batch:
         raise ValueError(f"--prompts {cfg.prompts} must be a multiple of --batch {cfg.batch}")
@@ -448,67 +506,71 @@ def check(cfg):
             f"--group {cfg.group}; an advantage needs at least 2 completions, and "
             f"--micro-batch {cfg.micro_batch} at least 1 prompt"
         )
-    if cfg.adv not in ("grpo", "drgrpo") or cfg.reward not in ("prefix", "l1", "lcs"):
+    if cfg.advantage not in ("grpo", "drgrpo") or cfg.reward not in ("prefix", "l1", "lcs"):
         raise ValueError(
-            f"--adv {cfg.adv} --reward {cfg.reward}; choose grpo or drgrpo, and prefix, l1 or lcs"
+            f"--advantage {cfg.advantage} --reward {cfg.reward}; choose grpo or drgrpo, and prefix, l1 or lcs"
         )
 
 
 def prepare(cfg, dist):
     """-> Backbone and reference (sharded), optimizer, episode files (trained on, held out), first
     step. ValueError when checkpoint and data do not fit."""
-    newest = model.resumed(cfg)
-    bb = model.load(
+    newest = model.checkpoint_to_resume(cfg)
+    backbone = model.load(
         newest or cfg.init, dist.build, stages=("sft", "grpo"), max_pixels=cfg.max_pixels
     )
-    if bb.fast is None:
+    if backbone.action_tokenizer is None:
         raise ValueError(
             f"{newest or cfg.init}: no fast/ in this checkpoint, so it knows no action "
             "tokens; run sft.py on episodes with --fast"
         )
-    files, unseen = split(episodes(cfg.data, fast=bb.fast))  # unseen by sft.py too
+    files, unseen = split_episodes(
+        read_episodes(cfg.data, fast=backbone.action_tokenizer)
+    )  # unseen by sft.py too
     if cfg.recompute:
-        model.recompute(bb.net)
-    model.shard(bb.net, dist)
+        model.recompute_activations(backbone.net)
+    model.shard(backbone.net, dist)
     ref = None
-    if cfg.kl > 0:  # always the model RL started from, also after --resume
+    if cfg.kl_coef > 0:  # always the model RL started from, also after --resume
         ref = model.load(cfg.init, dist.build)
         model.shard(ref.net.requires_grad_(False).eval(), dist, offload=cfg.cpu_offload)
-    optim = model.optimizer(bb.net, cfg.lr, cfg.weight_decay, (0.9, cfg.beta2))
-    start, _ = model.load_train_state(newest, bb.net, optim)
-    return bb, ref, optim, files, unseen, start
+    optim = model.make_optimizer(backbone.net, cfg.lr, cfg.weight_decay, (0.9, cfg.beta2))
+    start, _ = model.load_train_state(newest, backbone.net, optim)
+    return backbone, ref, optim, files, unseen, start
 
 
 def main(argv=None):
-    cfg = model.parse(Config, PRESETS, argv)
+    cfg = model.parse_config(Config, PRESETS, argv)
     dist = model.setup(cfg.seed, cfg.shards, cfg.batch)
-    check(cfg)
-    bb, ref, optim, files, unseen, start = prepare(cfg, dist)
+    check_config(cfg)
+    backbone, ref, optim, files, unseen, start = prepare(cfg, dist)
     n, n_unseen = sum(map(len, files)), sum(map(len, unseen))
     spaced = np.linspace(0, n_unseen - 1, cfg.eval_prompts).astype(int)
-    eval_rows, eval_targets = prompt_rows(bb, unseen, spaced[dist.rank :: dist.world])
+    eval_rows, eval_targets = prompt_rows(backbone, unseen, spaced[dist.rank :: dist.world_size])
     run = {"stage": "grpo", "config": asdict(cfg), "parent": cfg.init}
-    write = partial(model.save, what=bb, optim=optim)
+    write = partial(model.save, what=backbone, optim=optim)
     log = model.Log(cfg.out, cfg, dist)
 
     for step in range(start, cfg.steps + 1):
         if cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.steps):
-            with model.unsharded(bb.net):
-                log.write(step=step, **held_out(bb, cfg, eval_rows, eval_targets, dist))
+            with model.unsharded(backbone.net):
+                log.write(step=step, **evaluate(backbone, cfg, eval_rows, eval_targets, dist))
         if step == cfg.steps:
             break
         began = time.perf_counter()
-        at = range(step * cfg.prompts + dist.rank, (step + 1) * cfg.prompts, dist.world)
-        rows, targets = prompt_rows(bb, files, order(cfg.seed, n, at))
-        with model.unsharded(bb.net):
-            groups, sums, shown = rollout(bb, cfg, rows, targets, at, cfg.seed, cfg.group)
-            for again in range(1, cfg.dynamic + 1):  # dynamic sampling: 2503.14476, section 3.2
-                tied = [k for k, g in enumerate(groups) if g.tie]
+        at = range(step * cfg.prompts + dist.rank, (step + 1) * cfg.prompts, dist.world_size)
+        rows, targets = prompt_rows(backbone, files, sample_order(cfg.seed, n, at))
+        with model.unsharded(backbone.net):
+            groups, sums, shown = rollout(backbone, cfg, rows, targets, at, cfg.seed, cfg.group)
+            for again in range(
+                1, cfg.dynamic_sampling + 1
+            ):  # dynamic sampling: 2503.14476, section 3.2
+                tied = [k for k, g in enumerate(groups) if g.zero_std]
                 fresh = [at[k] + (again << 40) for k in tied]  # numbers that no step comes to
                 new, more, _ = rollout(
-                    bb,
+                    backbone,
                     cfg,
-                    *prompt_rows(bb, files, order(cfg.seed, n, fresh)),
+                    *prompt_rows(backbone, files, sample_order(cfg.seed, n, fresh)),
                     fresh,
                     cfg.seed,
                     cfg.group,
@@ -519,13 +581,15 @@ def main(argv=None):
         rolled = time.perf_counter()
 
         for params in optim.param_groups:
-            params["lr"] = model.lr_at(step, cfg.steps, cfg.lr, cfg.warmup, "constant")
-        bb.net.train()
-        total, share = Counter(), cfg.batch // dist.world
+            params["lr"] = model.learning_rate(
+                step, cfg.steps, cfg.lr, cfg.warmup_ratio, "constant"
+            )
+        backbone.net.train()
+        total, share = Counter(), cfg.batch // dist.world_size
         for u in range(0, len(groups), share):
             total.update(
                 update(
-                    bb,
+                    backbone,
                     ref,
                     optim,
                     groups[u : u + share],
@@ -541,20 +605,20 @@ def main(argv=None):
         log.write(
             step=done,
             **mean,
-            **{k: total[k] / seen for k in ("clip", "kl", "entropy")},
+            **{k: total[k] / seen for k in ("clip_fraction", "kl", "entropy")},
             loss=total["loss"] / updates,
             grad_norm=total["grad_norm"] / updates,
             updates=total["updates"],
             lr=optim.param_groups[0]["lr"],
             rollout_s=rolled - began,
             update_s=ended - rolled,
-            tokens_s=all_sum(sums["length"][0]) / (ended - began),
+            tokens_per_s=all_sum(sums["completion_length"][0]) / (ended - began),
         )
         if cfg.show_every and done % cfg.show_every == 0:
             log.write(step=done, rollout=shown)
-        model.checkpoint(cfg, done, run, write)
-    model.save(Path(cfg.out) / "final", bb, {**run, "step": cfg.steps})
+        model.save_step(cfg, done, run, write)
+    model.save(Path(cfg.out) / "final", backbone, {**run, "step": cfg.steps})
 
 
 if __name__ == "__main__":
-    model.entry(main, "--micro-batch, or --chunk if it was in a rollout")
+    model.run_main(main, "--micro-batch, or --rollout-batch if it was in a rollout")

@@ -1,7 +1,7 @@
 """What the three stages share: backbone, vocabulary, images and prompts, losses, sampler, action
 head, sharding and checkpoints. What could make training, RL and evaluation disagree is here.
 
-Backbones: Qwen2.5-VL and Qwen3-VL of transformers, local folder, hub name or `random:SIZE`.
+Backbones: Qwen2.5-VL and Qwen3-VL of transformers, local folder or hub name.
 The paper is RoboAlign, arXiv 2603.21341. A checkpoint is a folder that plain transformers loads,
 plus fast/ (action tokenizer), run.json (stage, config, versions, parent) and train_state/ (resume).
 
@@ -33,7 +33,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import transformers
 from PIL import Image
 from safetensors import SafetensorError
@@ -42,7 +41,7 @@ from torch import distributed, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed import fsdp, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AddedToken, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
@@ -58,7 +57,7 @@ META = torch.device("meta")
 ACTION_START, ACTION_END = "<ACTION_START>", "<ACTION_END>"
 THINK = "Think in <think></think>, then answer in <answer></answer>."
 DIRECT = "Answer in <answer></answer>."
-fast_name = "<FAST_{}>".format  # of the i-th FAST token
+fast_token = "<FAST_{}>".format  # of the i-th FAST token
 
 
 def ask(question, think):
@@ -78,27 +77,27 @@ def action_prompt(instruction, think, images=1):
 
 def action_answer(ids):
     """FAST ids (indices 0..n-1, not token ids) -> the answer text."""
-    return f"<answer>{ACTION_START}{''.join(map(fast_name, ids))}{ACTION_END}</answer>"
+    return f"<answer>{ACTION_START}{''.join(map(fast_token, ids))}{ACTION_END}</answer>"
 
 
-def parse_actions(bb, ids):
+def parse_actions(backbone, ids):
     """One sampled sequence of token ids -> (well_formed, has_think, FAST indices).
 
     Well formed: [<think>...</think>] <answer> START FAST+ END </answer> <|im_end|>, but for white
     space between the parts; has_think: and a thought that is not blank (r_f of paper section 3).
     The indices are the run of FAST tokens after the first START, also when the rest is malformed.
     Tags are matched as text: Qwen2.5 has no token for them."""
-    v, ids = bb.vocab, [int(i) for i in ids]
+    v, ids = backbone.vocab, [int(i) for i in ids]
     ids = ids[: ids.index(v.eos) + 1] if v.eos in ids else ids
-    if v.start not in ids:
+    if v.action_start not in ids:
         return False, False, []
-    index, a = {t: i for i, t in enumerate(v.fast)}, ids.index(v.start)
+    index, a = {t: i for i, t in enumerate(v.fast)}, ids.index(v.action_start)
     fast = [index[t] for t in itertools.takewhile(index.__contains__, ids[a + 1 :])]
     b = a + 1 + len(fast)  # where END should be
-    head, tail = bb.tok.decode(ids[:a]), bb.tok.decode(ids[b + 1 :])
+    head, tail = backbone.tokenizer.decode(ids[:a]), backbone.tokenizer.decode(ids[b + 1 :])
     tag = r"(?:(?!</?think>|</?answer>|<FAST_).)*"  # text without another tag in it
     match = re.fullmatch(rf"\s*(?:<think>({tag})</think>)?\s*<answer>\s*", head, re.DOTALL)
-    closed = ids[b : b + 1] == [v.end] and re.fullmatch(r"\s*</answer>\s*<\|im_end\|>", tail)
+    closed = ids[b : b + 1] == [v.action_end] and re.fullmatch(r"\s*</answer>\s*<\|im_end\|>", tail)
     good = bool(match and closed and fast)
     return good, good and bool((match[1] or "").strip()), fast
 
@@ -112,7 +111,7 @@ def prefix_reward(gen, tgt):
 
 # Backbone and vocabulary
 
-SPECIAL = [
+SPECIAL_TOKENS = [
     "<|endoftext|>",
     "<|im_start|>",
     "<|im_end|>",
@@ -123,7 +122,7 @@ SPECIAL = [
     "<|video_pad|>",
 ]
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
-SYSTEM = "You are a helpful assistant."  # Qwen2.5-VL opens with it, Qwen3-VL with nothing
+SYSTEM_PROMPT = "You are a helpful assistant."  # Qwen2.5-VL opens with it, Qwen3-VL with nothing
 
 
 @dataclass(frozen=True)
@@ -177,109 +176,82 @@ class ImageSpec:
 @dataclass
 class Backbone:
     net: nn.Module
-    tok: transformers.PreTrainedTokenizerBase
-    images: ImageSpec
+    tokenizer: transformers.PreTrainedTokenizerBase
+    image_spec: ImageSpec
     vocab: types.SimpleNamespace  # of vocab()
-    fast: FastTokenizer | None = None
+    action_tokenizer: FastTokenizer | None = None
     run: dict = field(default_factory=dict)  # run.json of the checkpoint it came from
 
 
 def vocab(net, tok):
     """Token ids by role; start and end are None and fast is empty before grow()."""
-    known, fast = tok.get_vocab(), map(fast_name, itertools.count())
-    if missing := [t for t in SPECIAL if t not in known]:
+    known, fast = tok.get_vocab(), map(fast_token, itertools.count())
+    if missing := [t for t in SPECIAL_TOKENS if t not in known]:
         raise ValueError(f"tokenizer lacks {missing}; use a Qwen2.5-VL or Qwen3-VL checkpoint")
     unused = range(len(tok), len(net.get_input_embeddings().weight))
     return types.SimpleNamespace(
         eos=known["<|im_end|>"],
         pad=known["<|endoftext|>"],
         image=known["<|image_pad|>"],
-        start=known.get(ACTION_START),
-        end=known.get(ACTION_END),
+        action_start=known.get(ACTION_START),
+        action_end=known.get(ACTION_END),
         fast=[known[t] for t in itertools.takewhile(known.__contains__, fast)],
-        banned=[*(known[t] for t in SPECIAL if t != "<|im_end|>"), *unused],
+        banned=[*(known[t] for t in SPECIAL_TOKENS if t != "<|im_end|>"), *unused],
     )  # never sampled
 
 
-def find(path):
+def find_checkpoint(path):
     """A folder with config.json: `path` itself, else its final/, else its newest step_*."""
     folder = Path(path)
-    for place in (folder, folder / "final", latest(folder)):
+    for place in (folder, folder / "final", latest_checkpoint(folder)):
         if place and (place / "config.json").exists():
             return place
     if folder.is_dir():
         raise FileNotFoundError(f"{path}: no checkpoint in this folder; run the stage before first")
     if str(path).count("/") != 1 or str(path).startswith(("runs/", "assets/", ".", "/")):
         raise FileNotFoundError(
-            f"{path}: no such folder; run the stage that writes it, or name "
-            "a hub model or random:SIZE"
+            f"{path}: no such folder; run the stage that writes it, or name a hub model"
         )
     return path  # a hub name
 
 
-def load(path, device="cpu", dtype=torch.float32, stages=None, seed=0, texts=(), max_pixels=0):
-    """-> Backbone. path: checkpoint or run folder, hub name, or "random:SIZE" (see benchmarks/).
+def load(path, device="cpu", dtype=torch.float32, stages=None, seed=0, max_pixels=0):
+    """-> Backbone. path: checkpoint or run folder, or hub name.
 
-    stages: those that may have written it, ValueError for another one; hub models and random ones
-    always pass. texts: what a random backbone's tokenizer is trained on. device META: shapes alone,
+    A folder with configuration and tokenizer but no weights (tools/backbones.py writes such) is
+    filled at random, a function of seed, and says so. stages: those that may have written it,
+    ValueError for another one; what no stage has written always passes. device META: shapes alone,
     which shard() fills. max_pixels: of an image, 0: the backbone's own."""
-    if str(path).startswith("random:"):
-        from benchmarks.backbones import random_backbone
-
-        bb = random_backbone(str(path)[7:], seed, texts, "meta" if device == META else "cpu")
-        bb.net.to(device, dtype)
-        bb.images = bb.images.bounded(max_pixels)
-        return bb
-    folder = find(path)
-    place = Path(folder)  # of a hub model: there is none
-    run = read_json(place / "run.json") if (place / "run.json").exists() else {}
+    folder = find_checkpoint(path)
+    local = Path(folder)  # of a hub model: there is none
+    run = read_json(local / "run.json") if (local / "run.json").exists() else {}
     if stages and run and run["stage"] not in stages:
         raise ValueError(
             f"{folder}: a checkpoint of stage {run['stage']!r}, expected "
             f"{' or '.join(stages)}; give the folder that such a stage wrote"
         )
-    if device == META:
-        with META:
-            config = transformers.AutoConfig.from_pretrained(folder)
+    weightless = local.is_dir() and not any(local.glob("*.safetensors"))
+    if device == META or weightless:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        with torch.random.fork_rng(devices=[]), torch.device("meta" if device == META else "cpu"):
+            torch.manual_seed(seed)
             net = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        if device != META:
+            print(f"{folder} has no weights: filled at random, seed {seed}", flush=True)
+            net.to(device)
     else:
         net = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(device)
-    tok = AutoTokenizer.from_pretrained(folder)
-    fast = FastTokenizer.load(place / "fast") if (place / "fast").exists() else None
-    bb = Backbone(net, tok, ImageSpec.load(folder).bounded(max_pixels), vocab(net, tok), fast, run)
-    if fast is not None and fast.vocab_size > len(bb.vocab.fast):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    fast_folder = local / "fast"
+    action_tokenizer = FastTokenizer.load(fast_folder) if fast_folder.exists() else None
+    image_spec = ImageSpec.load(folder).bounded(max_pixels)
+    words = vocab(net, tokenizer)
+    if action_tokenizer is not None and action_tokenizer.vocab_size > len(words.fast):
         raise ValueError(
-            f"{folder}: fast/ has {fast.vocab_size} tokens but the text tokenizer "
-            f"knows {len(bb.vocab.fast)} <FAST_i>; copy the whole folder again"
+            f"{folder}: fast/ has {action_tokenizer.vocab_size} tokens but the text tokenizer "
+            f"knows {len(words.fast)} <FAST_i>; copy the whole folder again"
         )
-    return bb
-
-
-@torch.no_grad()
-def grow(bb, n_fast):
-    """Adds the two action marks and n_fast FAST tokens in place, each once; call it before shard().
-    Embeddings grow only where the (padded) table has no row left; they never shrink and stay tied.
-    New rows: mean of the old ones plus a tenth of their spread, so that no two tokens are alike."""
-    names, old, known = map(fast_name, range(n_fast)), len(bb.tok), bb.tok.get_vocab()
-    if not bb.tok.add_tokens(
-        [
-            AddedToken(t, special=False, normalized=False)
-            for t in (ACTION_START, ACTION_END, *names)
-            if t not in known
-        ]
-    ):
-        return
-    end = len(bb.tok)
-    if end > len(bb.net.get_input_embeddings().weight):
-        bb.net.resize_token_embeddings(end, pad_to_multiple_of=64, mean_resizing=False)
-        end = len(bb.net.get_input_embeddings().weight)
-    tables = bb.net.get_input_embeddings().weight, bb.net.get_output_embeddings().weight
-    noise = torch.Generator().manual_seed(0)
-    for w in dict.fromkeys(tables):  # one when tied
-        mean, std = w[:old].mean(0), w[:old].std(0)  # (D,)
-        new = torch.randn(end - old, w.shape[1], generator=noise).to(w)
-        w[old:end] = mean + 0.1 * std * new
-    bb.vocab = vocab(bb.net, bb.tok)
+    return Backbone(net, tokenizer, image_spec, words, action_tokenizer, run)
 
 
 # Images and rows
@@ -303,7 +275,7 @@ def patchify(image, spec):
     return np.ascontiguousarray(x, np.float32), (1, h, w)
 
 
-def positions(ids, grid, image_id, merge):
+def mrope_positions(ids, grid, image_id, merge):
     """M-RoPE positions (3, T) of ids (T,): equals get_rope_index of transformers for images."""
     pos = np.empty((3, len(ids)), np.int64)
     i = start = 0
@@ -326,7 +298,7 @@ def _token_ids(tok, size, text):
     return tok.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def encode(bb, messages, images=(), prompt_only=False):
+def encode(backbone, messages, images=(), prompt_only=False):
     """Conversation -> row: dict of numpy arrays for `collate`.
     messages: [{"role", "content"}], "<image>" in a content stands for the next of `images` (uint8
     (H, W, 3)). prompt_only: opens the assistant's turn instead of ending.
@@ -335,9 +307,13 @@ def encode(bb, messages, images=(), prompt_only=False):
     tags = sum(m["content"].count("<image>") for m in messages)
     if tags != len(images):
         raise ValueError(f'{tags} "<image>" but {len(images)} images; write one tag for each image')
-    if bb.net.config.model_type == "qwen2_5_vl" and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": SYSTEM}, *messages]
-    texts, opening, size = [], ("<|im_start|>assistant\n", False), len(bb.tok)  # (text, target?)
+    if backbone.net.config.model_type == "qwen2_5_vl" and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": SYSTEM_PROMPT}, *messages]
+    texts, opening, size = (
+        [],
+        ("<|im_start|>assistant\n", False),
+        len(backbone.tokenizer),
+    )  # (text, target?)
     for m in messages:
         text = m["content"].replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>")
         if m["role"] == "assistant":  # split where generation starts, so that both see the same ids
@@ -345,33 +321,22 @@ def encode(bb, messages, images=(), prompt_only=False):
         else:
             texts.append((f"<|im_start|>{m['role']}\n{text}<|im_end|>\n", False))
     texts += [opening] * prompt_only
-    parts = [(_token_ids(bb.tok, size, text), counts) for text, counts in texts]
+    parts = [(_token_ids(backbone.tokenizer, size, text), counts) for text, counts in texts]
     ids = np.array([i for part, _ in parts for i in part], np.int64)
     target = np.array([counts for part, counts in parts for _ in part])
-    cut = [patchify(image, bb.images) for image in images]
+    cut = [patchify(image, backbone.image_spec) for image in images]
     grid = np.array([g for _, g in cut], np.int64).reshape(-1, 3)  # (N, 3)
-    at, times = ids == bb.vocab.image, np.ones(len(ids), np.int64)
+    at, times = ids == backbone.vocab.image, np.ones(len(ids), np.int64)
     if at.sum() != len(images):
         raise ValueError('"<|image_pad|>" in the text; write "<image>" for each image')
-    times[at] = grid.prod(1) // bb.images.merge**2
+    times[at] = grid.prod(1) // backbone.image_spec.merge**2
     ids, target = ids.repeat(times), target.repeat(times)
     return {
         "ids": ids,
         "target": target,
         "patches": np.concatenate([p for p, _ in cut]) if cut else None,
         "grid": grid,
-        "pos": positions(ids, grid, bb.vocab.image, bb.images.merge),
-    }
-
-
-def pack(rows):
-    """Rows -> a batch as of collate with B = 1, one row after the other and no padding; its lengths
-    keep hidden() from looking across rows. What training uses: rows differ much in length."""
-    whole = {k: np.concatenate([r[k] for r in rows], -1) for k in ("ids", "target", "pos")}
-    return {
-        **collate([whole], 0, images=rows),
-        "lengths": [len(r["ids"]) for r in rows],
-        "where": [r.get("where", "") for r in rows],
+        "positions": mrope_positions(ids, grid, backbone.vocab.image, backbone.image_spec.merge),
     }
 
 
@@ -385,14 +350,14 @@ def collate(rows, pad_id, left=False, images=None):
     for b, r in enumerate(rows):
         at = slice(T - len(r["ids"]), T) if left else slice(len(r["ids"]))
         ids[b, at], mask[b, at] = r["ids"], 1
-        target[b, at], pos[:, b, at] = r["target"], r["pos"]
+        target[b, at], pos[:, b, at] = r["target"], r["positions"]
     seen = [r for r in images or rows if r["patches"] is not None]
-    batch = {"ids": ids, "mask": mask, "target": target, "pos": pos}
+    batch = {"ids": ids, "mask": mask, "target": target, "positions": pos}
     batch |= {k: np.concatenate([r[k] for r in seen]) for k in ("patches", "grid") if seen}
     return {"patches": None, "grid": None, **{k: torch.from_numpy(v) for k, v in batch.items()}}
 
 
-def to(batch, device):
+def to_device(batch, device):
     return {
         k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()
     }
@@ -417,12 +382,12 @@ def _attention(module, q, k, v, attention_mask, lengths=None, sampled=None, **kw
 transformers.AttentionInterface.register("sdpa", _attention)  # as before without lengths
 
 
-def hidden(net, batch, cache=None):
+def hidden_states(net, batch, cache=None):
     """Last hidden states (B, T, D), after the final norm."""
-    return getattr(net, "hidden", functools.partial(_hidden, net))(batch, cache)
+    return getattr(net, "hidden_states", functools.partial(_hidden_states, net))(batch, cache)
 
 
-def _hidden(net, batch, cache=None):
+def _hidden_states(net, batch, cache=None):
     ids, mask, more = batch["ids"], batch["mask"], {"input_ids": batch["ids"]}
     if batch.get("patches") is not None:
         more |= {"pixel_values": batch["patches"], "image_grid_thw": batch["grid"]}
@@ -436,7 +401,7 @@ def _hidden(net, batch, cache=None):
         mask = None  # padded right: the causal mask alone does it, with the faster kernel
     return net.model(
         attention_mask=mask,
-        position_ids=batch["pos"],
+        position_ids=batch["positions"],
         past_key_values=cache,
         use_cache=False,
         **more,
@@ -452,18 +417,20 @@ def _blank(net, device):
     return sum(p.sum() for p in parts)
 
 
-def logits_of(net, rows):
+def logits(net, rows):
     return net.lm_head(rows).float()  # (N, V)
 
 
-def by_slices(net, score, rows, ids):
+def score_in_slices(net, score, rows, ids):
     """score(logits (n, V), ids (n,)) -> two tensors (n,), over slices of rows (N, D), ids (N,). A
     slice is computed again in backward: else logits would be most of a rank's memory."""
     head = net.lm_head
-    return getattr(head, "by_slices", functools.partial(_by_slices, head))(score, rows, ids)
+    return getattr(head, "score_in_slices", functools.partial(_score_in_slices, head))(
+        score, rows, ids
+    )
 
 
-def _by_slices(head, score, rows, ids):
+def _score_in_slices(head, score, rows, ids):
     def one(rows, ids):
         return score(head.forward(rows).float(), ids)  # not head(): FSDP has gathered it already
 
@@ -477,69 +444,7 @@ def _by_slices(head, score, rows, ids):
     return [torch.cat(x) for x in zip(*parts)]  # (N,) each
 
 
-def token_loss(net, batch):
-    """-> (summed cross-entropy, number of counted tokens, number right by argmax). Logits are
-    computed only where a target follows; divide by the global count (see all_sum)."""
-
-    def score(logits, ids):
-        right = logits.detach().argmax(-1) == ids
-        return F.cross_entropy(logits, ids, reduction="none"), right  # (n,) each
-
-    counts = batch["target"][:, 1:]  # token t is predicted from position t - 1
-    h = hidden(net, batch)[:, :-1][counts]  # (N, D)
-    losses, right = by_slices(net, score, h, batch["ids"][:, 1:][counts])
-    return losses.sum(), counts.sum(), right.sum()
-
-
-def logp(net, rows, ids, temperature=1.0, banned=()):
-    """rows (N, D) hidden states, ids (N,) -> logp (N,), entropy (N,), fp32 nats, no gradient in the
-    entropy. banned: ids of probability 0, as in `generate`."""
-
-    def score(logits, ids):  # logits (n, V): each pass over them that can be spared is
-        logits = logits if temperature == 1 else logits / temperature
-        if len(banned):
-            logits.index_fill_(-1, torch.as_tensor(banned, device=logits.device), -1e9)
-        all_logp = logits.log_softmax(-1)
-        with torch.no_grad():
-            entropy = -(all_logp.exp() * all_logp).sum(-1)
-        return all_logp.gather(-1, ids[:, None])[:, 0], entropy
-
-    return by_slices(net, score, rows, ids)
-
-
-def truncate(net, layer):
-    """Keeps the first `layer` LLM blocks; hidden() then gives what the last puts out, unnormed."""
-    lm = net.model.language_model
-    if not 0 < layer <= len(lm.layers):
-        raise ValueError(f"layer {layer} is not in 1..{len(lm.layers)}; choose one of these")
-    lm.layers, lm.norm = lm.layers[:layer], nn.Identity()
-    lm.config.num_hidden_layers = layer
-    if getattr(lm.config, "layer_types", None):
-        lm.config.layer_types = lm.config.layer_types[:layer]
-
-
 # Sampler
-
-
-class SharedKV(DynamicLayer):
-    """Keys and values of one layer in an update with gradient: a pass over the prompts keeps
-    theirs, a second one (given `prompt`) lets the n completions of each see them. Nothing else is
-    stored, so that activation checkpointing may call update() again."""
-
-    def __init__(self, prompt=None, n=1):
-        super().__init__()
-        self.prompt, self.n = prompt, n
-
-    def update(self, k, v, *args, **kwargs):
-        if self.prompt is None:
-            if self.keys is None:  # later ones are a recomputation's, which has no graph
-                self.keys, self.values = k, v
-            return k, v
-        pairs = (self.prompt.keys, k), (self.prompt.values, v)
-        return tuple(torch.cat([old.repeat_interleave(self.n, 0), x], 2) for old, x in pairs)
-
-    def get_seq_length(self):
-        return 0 if self.prompt is None else self.prompt.keys.shape[2]
 
 
 class SampleKV(DynamicLayer):
@@ -594,7 +499,7 @@ def _attend_prompt(q, k, v, prompt_k, prompt_v, sample, N, bias, filled):
     return x.reshape(R, 1, H, d)
 
 
-def draw(logp, u, top_p=1.0, wait=True):
+def draw_tokens(logp, u, top_p=1.0, wait=True):
     """Inverse-CDF sampling: the first index whose cumulative probability reaches u. logp (N, V),
     u (N,) in (0, 1], fp32 -> (N,). Some 10x faster than torch.multinomial on a CPU at 152K tokens,
     and no row's draw depends on another. top_p < 1 leaves only the nucleus: the fewest most
@@ -623,22 +528,31 @@ def _decoding(net, loop):  # to FSDP a forward of the root: no block then waits 
     return loop()
 
 
-def _decode(bb, rows, n, at, out, choose, stop, graphs):
+def _decode(backbone, rows, n, at, out, choose, stop, graphs):
     """Samples n continuations of each row into the rows `at` (B*n,) of out: ids, mask, logp (N, T).
     choose(h (R, D), at (R,), t (1,)) -> token t of these samples and its logp, (R,) each."""
-    net, lm, embed = bb.net, bb.net.model.language_model, bb.net.get_input_embeddings()
-    batch, (ids, mask, logps) = to(collate(rows, bb.vocab.pad, left=True), at.device), out
+    net, lm, embed = (
+        backbone.net,
+        backbone.net.model.language_model,
+        backbone.net.get_input_embeddings(),
+    )
+    batch, (ids, mask, logps) = (
+        to_device(collate(rows, backbone.vocab.pad, left=True), at.device),
+        out,
+    )
     t = torch.zeros(1, dtype=torch.long, device=at.device)  # the token that is sampled next
     cache = Cache(layers=[SampleKV(n, ids.shape[1]) for _ in lm.layers])
-    h = hidden(net, batch, cache)[:, -1].repeat_interleave(n, 0)  # (B*n, D)
-    first = (batch["pos"].amax((0, 2)) + 1).repeat_interleave(n)  # (B*n,) M-RoPE of sampled token 0
+    h = hidden_states(net, batch, cache)[:, -1].repeat_interleave(n, 0)  # (B*n, D)
+    first = (batch["positions"].amax((0, 2)) + 1).repeat_interleave(
+        n
+    )  # (B*n,) M-RoPE of sampled token 0
     bias = ((batch["mask"] - 1)[:, None, None] * 1e9).to(h.dtype)  # (B, 1, 1, T) to attention
     N, row = len(at), torch.arange(len(at), device=at.device)  # row: the samples that go on
     new, alive = torch.zeros_like(row), torch.ones_like(row, dtype=torch.bool)
 
     def sample(h):  # (R, D); finished rows, which a graph keeps for a while, write padding
         token, logp = choose(h, place := at[row], t)
-        ids[place, t] = new.copy_(token).masked_fill(~alive, bb.vocab.pad)
+        ids[place, t] = new.copy_(token).masked_fill(~alive, backbone.vocab.pad)
         mask[place, t], logps[place, t] = alive.long(), logp.masked_fill(~alive, 0)
         alive.logical_and_((new[:, None] != stop).all(1))
 
@@ -685,25 +599,25 @@ def _decode(bb, rows, n, at, out, choose, stop, graphs):
 
 @torch.no_grad()  # inference_mode would give tensors that the update cannot use
 def generate(
-    bb,
+    backbone,
     rows,
     n=1,
-    max_new=128,
+    max_new_tokens=128,
     temperature=1.0,
     top_p=1.0,
     greedy=False,
     seed=0,
     keys=None,
     stop=None,
-    chunk=0,
-    graphs=None,
+    rollout_batch=0,
+    cuda_graphs=None,
 ):
     """Samples n continuations of each prompt; a prompt and its images are forwarded once.
 
     rows: B prompt-only rows of `encode`. keys: one int a prompt (default 0..B-1); the sample of
     (seed, key, g) is the same in any batch and on any number of ranks, up to float noise. stop: ids
-    that end a sample (default the end of the turn). bb.vocab.banned ids have probability 0.
-    chunk: prompts at once, those of like length together; 0: all. graphs: replay decoding steps as
+    that end a sample (default the end of the turn). backbone.vocab.banned ids have probability 0.
+    rollout_batch: prompts at once, those of like length together; 0: all. cuda_graphs: replay decoding steps as
     CUDA graphs (default: on a GPU).
     -> ids (B*n, T), sample g of prompt b in row b*n + g, padded; mask (B*n, T) 1 on sampled tokens,
     the stop token among them; logp (B*n, T) fp32 nats at this temperature, before top_p, 0 where
@@ -714,32 +628,37 @@ def generate(
             f"temperature {temperature} must be > 0 and top_p {top_p} in (0, 1]; "
             "for the most probable token pass greedy=True"
         )
-    net, device, N = bb.net, bb.net.device, len(rows) * n
-    ids = torch.full((N, max_new), bb.vocab.pad, device=device)
-    mask, logps = torch.zeros_like(ids), torch.zeros(N, max_new, device=device)
+    net, device, N = backbone.net, backbone.net.device, len(rows) * n
+    ids = torch.full((N, max_new_tokens), backbone.vocab.pad, device=device)
+    mask, logps = torch.zeros_like(ids), torch.zeros(N, max_new_tokens, device=device)
     u = [
-        1 - rng(seed, k, g).random(max_new)
+        1 - rng(seed, k, g).random(max_new_tokens)
         for k in (range(len(rows)) if keys is None else keys)
         for g in range(n)
     ]
     u = torch.tensor(np.array(u, np.float32), device=device)  # (B*n, T) in (0, 1]
-    stop = torch.tensor([bb.vocab.eos] if stop is None else list(stop), device=device)
-    banned = torch.tensor(bb.vocab.banned, dtype=torch.long, device=device)
-    graphs = device.type == "cuda" if graphs is None else graphs
+    stop = torch.tensor([backbone.vocab.eos] if stop is None else list(stop), device=device)
+    banned = torch.tensor(backbone.vocab.banned, dtype=torch.long, device=device)
+    graphs = device.type == "cuda" if cuda_graphs is None else cuda_graphs
 
     def choose(h, at, t):
-        logits = (logits_of(net, h) / temperature).index_fill_(-1, banned, -torch.inf)  # (R, V)
-        logp = logits.log_softmax(-1)
-        new = logp.argmax(-1) if greedy else draw(logp, u[at, t], top_p, not graphs)  # (R,)
+        scaled = (logits(net, h) / temperature).index_fill_(-1, banned, -torch.inf)  # (R, V)
+        logp = scaled.log_softmax(-1)
+        new = logp.argmax(-1) if greedy else draw_tokens(logp, u[at, t], top_p, not graphs)  # (R,)
         return new, logp.gather(-1, new[:, None])[:, 0]
 
-    chunk, was_training = chunk or max(len(rows), 1), net.training  # a rank may have no prompt
-    order = sorted(range(len(rows)), key=lambda b: chunk < len(rows) and len(rows[b]["ids"]))
+    rollout_batch, was_training = (
+        rollout_batch or max(len(rows), 1),
+        net.training,
+    )  # a rank may have no prompt
+    order = sorted(
+        range(len(rows)), key=lambda b: rollout_batch < len(rows) and len(rows[b]["ids"])
+    )
     net.eval()
-    for k in range(0, len(rows), chunk):
-        some = order[k : k + chunk]
+    for k in range(0, len(rows), rollout_batch):
+        some = order[k : k + rollout_batch]
         at = torch.tensor([b * n + g for b in some for g in range(n)], device=device)
-        _decode(bb, [rows[b] for b in some], n, at, (ids, mask, logps), choose, stop, graphs)
+        _decode(backbone, [rows[b] for b in some], n, at, (ids, mask, logps), choose, stop, graphs)
     net.train(was_training)
     T = int(mask.any(0).sum())
     return {"ids": ids[:, :T], "mask": mask[:, :T], "logp": logps[:, :T]}
@@ -770,165 +689,6 @@ def unsharded(net):
 
 # Flow-matching action head
 
-TIME_SCALE = 0.999  # s of t = (s - u) / s, u ~ Beta(1.5, 1)
-
-
-@dataclass(frozen=True)
-class HeadConfig:
-    """Sizes of a FlowHead; the numbers in the comments are GR00T N1.5's own."""
-
-    vl_dim: int  # width of the vision-language features
-    dim: int  # width of the DiT (N1.5: 1536)
-    layers: int  # DiT blocks; even ones cross-attend the features, odd ones self-attend (16)
-    heads: int  # attention heads of the DiT and of the VL path (32)
-    vl_layers: int  # self-attention blocks over the features, 0 = LayerNorm alone (4)
-    state_dim: int  # proprioceptive dimensions S
-    action_dim: int  # action dimensions A
-    horizon: int  # steps K of an action chunk (16)
-    future_tokens: int  # learned tokens between state and actions, 0 = none (32)
-    buckets: int = 1000  # time is rounded down to 1/buckets
-    steps: int = 4  # Euler steps when sampling
-    dropout: float = 0.0  # after each attention and MLP of the DiT and VL blocks (0.2)
-
-
-def sinusoid(time, dim):
-    """Sines and cosines of `time` (...,), in buckets, at dim / 2 frequencies -> (..., dim) fp32."""
-    rate = torch.exp(torch.arange(dim // 2, device=time.device) * (-2 * np.log(1e4) / dim))
-    angle = time.float()[..., None] * rate  # (..., D / 2)
-    return torch.cat([angle.sin(), angle.cos()], dim=-1)
-
-
-class FlowBlock(nn.Module):
-    """Pre-norm attention and MLP. `ada`: scale and shift of the first norm come from the time, with
-    no gates (N1.5's AdaLayerNorm). `cross`: keys and values are given, not made from x."""
-
-    def __init__(self, dim, heads, dropout=0.0, ada=False, cross=False):
-        super().__init__()
-        self.heads = heads
-        self.norm1 = nn.LayerNorm(dim, elementwise_affine=not ada)
-        self.ada = nn.Linear(dim, 2 * dim) if ada else None
-        self.qkv = nn.Linear(dim, dim if cross else 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-        self.norm2 = nn.LayerNorm(dim, elementwise_affine=not ada)
-        self.mlp = nn.Sequential(
-            nn.Linear(dim, 4 * dim), nn.GELU("tanh"), nn.Dropout(dropout), nn.Linear(4 * dim, dim)
-        )
-        self.drop = nn.Dropout(dropout)
-
-    def forward(self, x, time=None, kv=None, mask=None):
-        """x (B*R, N, D), time (B*R or 1, D), kv two (B, T, D), mask (B, 1, 1, T) -> like x."""
-        h = self.norm1(x)
-        if self.ada is not None:
-            scale, shift = self.ada(time)[:, None].chunk(2, dim=-1)  # (B*R, 1, D) each
-            h = torch.addcmul(shift, h, 1 + scale)
-        # The R draws of a sample stand one behind the other on the query axis: attention treats
-        # queries independently, so one K/V serves them all without a copy.
-        q = self.qkv(h)
-        parts = q.chunk(3, dim=-1) if kv is None else (q.view(len(kv[0]), -1, q.shape[-1]), *kv)
-        q, k, v = (p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in parts)
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, R*N, d)
-        x = x + self.drop(self.proj(h.transpose(1, 2).reshape(x.shape)))
-        return x + self.drop(self.mlp(self.norm2(x)))
-
-
-class FlowHead(nn.Module):
-    """Flow-matching action head after GR00T N1.5 (arXiv 2503.14734 and its released source): tokens
-    [state | future tokens | noised actions] pass a DiT that reads the features of the backbone.
-
-    Differences from N1.5: padding of the features is masked (its release leaves the mask unused);
-    one embodiment; keys and values of all cross-attention blocks come from one matrix, once for all
-    Euler steps and noise draws; no output projection of the DiT, which another linear map follows.
-    """
-
-    def __init__(self, cfg):
-        super().__init__()
-        for name, width in (("dim", cfg.dim), ("vl_dim", cfg.vl_dim)):
-            if width % cfg.heads or width % 2:
-                raise ValueError(f"{name} {width} must be even and a multiple of {cfg.heads} heads")
-        self.cfg, dim = cfg, cfg.dim
-        self.vl_norm = nn.LayerNorm(cfg.vl_dim, elementwise_affine=cfg.vl_layers > 0)  # else: kv
-        self.vl_blocks = nn.ModuleList(
-            FlowBlock(cfg.vl_dim, cfg.heads, cfg.dropout) for _ in range(cfg.vl_layers)
-        )
-        self.kv = nn.Linear(cfg.vl_dim, (cfg.layers + 1) // 2 * 2 * dim)
-        self.state_in = nn.Sequential(nn.Linear(cfg.state_dim, dim), nn.ReLU(), nn.Linear(dim, dim))
-        self.action_in = nn.Linear(cfg.action_dim, dim)
-        self.action_mix = nn.Sequential(nn.Linear(2 * dim, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.position = nn.Parameter(torch.randn(cfg.horizon, dim) * 0.02)
-        self.future = nn.Parameter(torch.randn(cfg.future_tokens, dim) * 0.02)
-        self.time_in = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
-        self.blocks = nn.ModuleList(
-            FlowBlock(dim, cfg.heads, cfg.dropout, True, i % 2 == 0) for i in range(cfg.layers)
-        )
-        self.norm_out = nn.LayerNorm(dim, elementwise_affine=False)
-        self.ada_out = nn.Linear(dim, 2 * dim)
-        self.decoder = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, cfg.action_dim))
-
-    def context(self, feats, mask):
-        """Features (B, T, D) and mask (B, T), or None when all count -> what each block and Euler
-        step reads of them: k, v (B, T, dim) for each cross-attention block, mask (B, 1, 1, T)."""
-        mask = None if mask is None else mask.bool()[:, None, None]  # (B, 1, 1, T)
-        x = self.vl_norm(feats.float())
-        for block in self.vl_blocks:
-            x = block(x, mask=mask)  # (B, T, vl_dim)
-        kv = self.kv(x).split(self.cfg.dim, dim=-1)  # k of block 0, v of block 0, k of block 2, ...
-        return list(zip(kv[::2], kv[1::2])), mask
-
-    def velocity(self, noised, time, state, context):
-        """noised (B*R, K, A), time (B*R or 1,) in [0, 1], state token (B*R, 1, D), context of B
-        samples -> velocity (B*R, K, A)."""
-        kv, mask = context
-        bucket = (time * self.cfg.buckets).long()  # (B*R,)
-        h = self.action_in(noised)  # (B*R, K, D)
-        pace = sinusoid(bucket, self.cfg.dim).to(h.dtype)  # (B*R, D)
-        paces = pace[:, None].expand(len(h), h.shape[1], -1)
-        h = self.action_mix(torch.cat([h, paces], dim=-1)) + self.position
-        x = torch.cat([state, self.future.expand(len(h), -1, -1), h], dim=1)  # (B*R, 1+F+K, D)
-        t = self.time_in(pace)  # (B*R, D)
-        for i, block in enumerate(self.blocks):
-            x = block(x, t) if i % 2 else block(x, t, kv[i // 2], mask)
-        scale, shift = self.ada_out(t)[:, None].chunk(2, dim=-1)
-        x = torch.addcmul(shift, self.norm_out(x[:, -noised.shape[1] :]), 1 + scale)
-        return self.decoder(x)  # (B*R, K, A)
-
-    def draw(self, rng, batch, draws=1):
-        """Noise (B, R, K, A) ~ N(0, 1) and time (B, R) from a numpy generator; time is (s - u) / s
-        with u ~ Beta(1.5, 1) clamped at s, so that most of it lies near pure noise."""
-        u = np.minimum(rng.beta(1.5, 1.0, (batch, draws)), TIME_SCALE)
-        shape = (batch, draws, self.cfg.horizon, self.cfg.action_dim)
-        noise = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
-        return noise, torch.from_numpy((TIME_SCALE - u) / TIME_SCALE).float()
-
-    def loss(self, feats, mask, state, action, action_mask, drawn, count=None):
-        """Masked flow-matching loss of one batch with R (noise, time) pairs a sample, which share
-        the VL path: at small sizes it costs more than the DiT. -> (loss fp32, {"sum", "count"}).
-
-        feats (B, T, D), mask (B, T) or None; state (B, S) and action (B, K, A) normalised;
-        action_mask (B, K, A) 0 past an episode's end and in padded dimensions. drawn: as draw()
-        gives it. count: the divisor, None = the number of counted elements here (at least 1)."""
-        noise, time = (x.to(action.device) for x in drawn)
-        t, draws = time[:, :, None, None], time.shape[1]  # (B, R, 1, 1)
-        noised = (1 - t) * noise + t * action[:, None]  # (B, R, K, A)
-        target = action[:, None] - noise  # fork point: the path and its velocity
-        start = self.state_in(state)[:, None].repeat_interleave(draws, dim=0)  # (B*R, 1, D)
-        context = self.context(feats, mask)
-        v = self.velocity(noised.flatten(0, 1), time.flatten(), start, context)  # (B*R, K, A)
-        error = (v.float().view_as(target) - target).square() * action_mask[:, None]
-        total, here = error.sum(), action_mask.sum() * draws
-        loss = total / (here.clamp(min=1) if count is None else count)
-        return loss, {"sum": total.detach(), "count": here}
-
-    @torch.no_grad()
-    def sample(self, feats, mask, state, noise):
-        """Features (B, T, D), mask (B, T), normalised state (B, S), noise (B, K, A) -> normalised
-        chunks (B, K, A) fp32, by `steps` Euler steps."""
-        context, start = self.context(feats, mask), self.state_in(state)[:, None]  # (B, 1, D)
-        x = noise.float()
-        for i in range(self.cfg.steps):
-            time = torch.full((1,), i / self.cfg.steps, device=x.device)
-            x = x + self.velocity(x, time, start, context).float() / self.cfg.steps
-        return x
-
 
 # Distributed training
 
@@ -938,7 +698,7 @@ SMALL = 50_000_000  # parameters below which gathering all at once costs less th
 @dataclass(frozen=True)
 class Dist:
     rank: int
-    world: int
+    world_size: int
     device: torch.device
     shards: int = 0  # ranks that share one copy of the weights; 0: all
 
@@ -979,7 +739,7 @@ def all_sum(x):
     return values.tolist()
 
 
-def units(net):
+def fsdp_units(net):
     """What is gathered at a time: each block, then each end of the vocabulary (unless both are one
     table), then the root with the rest; all of a SMALL model."""
     if (
@@ -995,25 +755,29 @@ def units(net):
 def shard(net, dist, mp_dtype=None, offload=False):
     """FSDP2 in place: fp32 masters, compute in mp_dtype (bf16 on GPU by default), mean gradients.
     dist.shards: groups of so many ranks mirror each other (HSDP). Weights on META come from rank 0,
-    one of the units() after the other. offload: the shards stay in the CPU's memory, for a model
+    one of the fsdp_units() after the other. offload: the shards stay in the CPU's memory, for a model
     without gradients. No-op for one CPU process."""
-    if dist.world == 1 and dist.device.type == "cpu":
+    if dist.world_size == 1 and dist.device.type == "cpu":
         return net
     cuda = dist.device.type == "cuda"
     mp_dtype = mp_dtype or (torch.bfloat16 if cuda else torch.float32)
-    n = dist.shards or dist.world
-    shape = (n,) if n == dist.world else (dist.world // n, n)
+    n = dist.shards or dist.world_size
+    shape = (n,) if n == dist.world_size else (dist.world_size // n, n)
     names = ("replicate", "shard")[-len(shape) :]
     kw = {
         "mesh": init_device_mesh(dist.device.type, shape, mesh_dim_names=names),
         "mp_policy": fsdp.MixedPrecisionPolicy(param_dtype=mp_dtype, reduce_dtype=torch.float32),
     }
     kw |= {"offload_policy": fsdp.CPUOffloadPolicy(pin_memory=cuda)} if offload else {}
-    for unit in units(net):
+    for unit in fsdp_units(net):
         _receive(unit, dist)
         fsdp.fully_shard(unit, reshard_after_forward=unit is not net, **kw)
     if isinstance(net, transformers.PreTrainedModel):  # which methods are called like forward()
-        for part, method in (net, _hidden), (net, _decoding), (net.lm_head, _by_slices):
+        for part, method in (
+            (net, _hidden_states),
+            (net, _decoding),
+            (net.lm_head, _score_in_slices),
+        ):
             setattr(part, name := method.__name__[1:], types.MethodType(method, part))
             fsdp.register_fsdp_forward_method(part, name)
     return net
@@ -1029,7 +793,7 @@ def _receive(unit, dist):
                     continue
                 if t not in new:
                     x = torch.empty_like(t, device=dist.device) if t.is_meta else t.to(dist.device)
-                    if dist.world > 1:
+                    if dist.world_size > 1:
                         distributed.broadcast(x.detach(), 0)
                     new[t] = (
                         nn.Parameter(x.detach(), t.requires_grad)
@@ -1039,24 +803,16 @@ def _receive(unit, dist):
                 table[name] = new[t]
 
 
-def recompute(net):
+def recompute_activations(net):
     """Activation checkpointing of every block: less memory, a third more time."""
     net.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     for layer in net.model.language_model.layers:
         layer._can_checkpoint_with_cache = True  # a SharedKV may be updated twice
 
 
-def sync(net, last):
-    """Call before each micro-batch. A small sharded model gathers and reduces once a step; a large
-    one has no memory for that and does so for each micro-batch."""
-    if [m for m in net.modules() if isinstance(m, fsdp.FSDPModule)] == [net]:
-        net.set_requires_gradient_sync(last)
-        net.set_reshard_after_backward(last)
-
-
 class Muon(torch.optim.AdamW):
     """AdamW, except that in the group marked "hidden" the momentum of a matrix is replaced by
-    (nearly) the closest orthogonal one before it is subtracted (kellerjordan.github.io/posts/muon),
+    (nearly) the closest orthogonalize one before it is subtracted (kellerjordan.github.io/posts/muon),
     scaled so that learning rate and decay mean what AdamW's do (arXiv 2502.16982, section 2.2)."""
 
     @torch.no_grad()
@@ -1076,7 +832,7 @@ class Muon(torch.optim.AdamW):
             torch._foreach_lerp_(grads, means, group["betas"][0])  # Nesterov
             jobs.append((params, torch.stack([p.grad for p in params])))  # (N, out, in)
         whole = [m.full_tensor() if isinstance(m, DTensor) else m for _, m in jobs]
-        for (params, m), u in zip(jobs, orthogonal_shared(whole)):
+        for (params, m), u in zip(jobs, orthogonalize_shared(whole)):
             if isinstance(m, DTensor):
                 u = distribute_tensor(u, m.device_mesh, m.placements, src_data_rank=None).to_local()
             torch._foreach_mul_(*local(params), 1 - group["lr"] * group["weight_decay"])
@@ -1093,11 +849,11 @@ def local(*lists):
     return [[t.to_local() if isinstance(t, DTensor) else t for t in ts] for ts in lists]
 
 
-def orthogonal(x, steps=5):
+def orthogonalize(x, steps=5):
     """Matrices (N, out, in) -> U V^T of their singular value decompositions, roughly: the singular
     values come to lie around 1 (0.7 to 1.2) by `steps` of a quintic Newton-Schulz iteration."""
     if x.shape[1] > x.shape[2]:
-        return orthogonal(x.mT, steps).mT
+        return orthogonalize(x.mT, steps).mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     gram, product = x @ x.mT, None  # of the steps' factors: small, where x may be long
     for _ in range(steps):
@@ -1107,21 +863,21 @@ def orthogonal(x, steps=5):
     return product @ x
 
 
-def orthogonal_shared(stacks):
-    """orthogonal() of stacks that are the same on all ranks, each of which computes its share."""
+def orthogonalize_shared(stacks):
+    """orthogonalize() of stacks that are the same on all ranks, each of which computes its share."""
     if not distributed.is_initialized():
-        return [orthogonal(x) for x in stacks]
+        return [orthogonalize(x) for x in stacks]
     flat = stacks[0].new_zeros(sum(x.numel() for x in stacks))
     out = [part.view_as(x) for x, part in zip(stacks, flat.split([x.numel() for x in stacks]))]
     mine = slice(distributed.get_rank(), None, distributed.get_world_size())
     for x, u in zip(stacks, out):
         if len(x[mine]):
-            u[mine] = orthogonal(x[mine])
+            u[mine] = orthogonalize(x[mine])
     distributed.all_reduce(flat)
     return out
 
 
-def inner(net):
+def muon_matrices(net):
     """What Muon updates: the weights of linear layers that train, but the last one's (lm_head)."""
     return {
         m.weight
@@ -1130,10 +886,10 @@ def inner(net):
     }
 
 
-def optimizer(net, lr, weight_decay, betas, muon=False):
+def make_optimizer(net, lr, weight_decay, betas, muon=False):
     """AdamW over the trainable parameters of a module; norms and biases (1-D) are not decayed.
-    muon: Muon for the inner() matrices."""
-    hidden, kinds = inner(net) if muon else (), {}
+    muon: Muon for the muon_matrices() matrices."""
+    hidden, kinds = muon_matrices(net) if muon else (), {}
     for p in net.parameters():
         if p.requires_grad:
             kinds.setdefault((p in hidden, p.ndim > 1), []).append(p)
@@ -1144,7 +900,7 @@ def optimizer(net, lr, weight_decay, betas, muon=False):
     return (Muon if muon else torch.optim.AdamW)(groups, lr=lr, betas=betas, fused=True)
 
 
-def lr_at(step, steps, lr, warmup_ratio, schedule="cosine"):
+def learning_rate(step, steps, lr, warmup_ratio, schedule="cosine"):
     """Learning rate of step 0..steps-1: linear warmup, then cosine to 0 or constant."""
     warmup = round(warmup_ratio * steps)
     if step < warmup:
@@ -1154,28 +910,28 @@ def lr_at(step, steps, lr, warmup_ratio, schedule="cosine"):
     return lr * 0.5 * (1 + np.cos(np.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def clip_grad(params, max_norm):
+def clip_gradients(params, max_norm):
     """Scales the gradients in place to a global norm of at most max_norm (0: not). -> old norm."""
     norm = nn.utils.clip_grad_norm_(params, max_norm if max_norm > 0 else float("inf"))
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
-def guard(out, where, dist, batches, name, value):
+def stop_if_not_finite(out, where, dist, batches, name, value):
     """Stops a run whose loss or gradient norm is not finite, after saving this rank's batches for
-    replay: dicts of arrays, whose samples are named under "where"."""
+    replay: dicts of arrays, whose samples are named under "sample_id"."""
     if np.isfinite(value):
         return
     path = Path(out) / f"failed_{re.sub(r'[^0-9a-z]+', '_', where)}_rank_{dist.rank}.safetensors"
     batches = list(batches)  # from a generator: made only when there is something to save
-    samples = [x for batch in batches for x in batch.get("where", [])]
+    samples = [x for batch in batches for x in batch.get("sample_id", [])]
     arrays = {
         f"{i}.{k}": torch.as_tensor(x).detach().cpu().clone().contiguous()
         for i, batch in enumerate(batches)
         for k, x in batch.items()
-        if k != "where" and isinstance(x, (list, np.ndarray, torch.Tensor))
+        if k != "sample_id" and isinstance(x, (list, np.ndarray, torch.Tensor))
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(arrays, path, {"samples": json.dumps(samples), "where": where})
+    save_file(arrays, path, {"samples": json.dumps(samples), "sample_id": where})
     raise ValueError(
         f"{where}, rank {dist.rank}: the {name} is {value}; look at its samples "
         f"{', '.join(samples)}, which {path} holds, or lower --lr"
@@ -1191,7 +947,7 @@ def rng(seed, *keys):
 # Checkpoints
 
 STOP = threading.Event()  # SIGTERM has come
-FREE = [  # flags that --resume may change
+MAY_CHANGE_ON_RESUME = [  # flags that --resume may change
     "preset",
     "out",
     "steps",
@@ -1286,10 +1042,10 @@ def save(folder, what, run, optim=None):
             for name, v in parts.items():
                 if isinstance(v, Backbone):
                     v.net.save_pretrained(part, state_dict=states[name])
-                    v.tok.save_pretrained(part)
-                    v.images.save(part)
-                    if v.fast is not None:
-                        v.fast.save(part / "fast")
+                    v.tokenizer.save_pretrained(part)
+                    v.image_spec.save(part)
+                    if v.action_tokenizer is not None:
+                        v.action_tokenizer.save(part / "fast")
                 else:
                     save_file(states[name], part / f"{name}.safetensors")
             write_json(part / "run.json", {**run, "versions": versions(), "commit": commit()})
@@ -1324,7 +1080,7 @@ def _swap(part, folder):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def checkpoint(cfg, step, run, write, unlogged=()):
+def save_step(cfg, step, run, write, unlogged=()):
     """All ranks call it at the end of each step. Every --save-every steps write(folder, run=...) is
     to save out/step_000123, of which the newest --keep stay; SIGTERM saves too, and ends the run.
     unlogged: this rank's sums since the last line of the log."""
@@ -1367,16 +1123,16 @@ def load_train_state(folder, what, optim):
     return run["step"], np.array(run.get("unlogged", 0)) * (_rank() == 0)
 
 
-def resumed(cfg):
+def checkpoint_to_resume(cfg):
     """The newest checkpoint if the run is to --resume it, or None. ValueError when it goes on with
-    another value of a flag that is not FREE to change, or would mix with an older run's files."""
-    if not cfg.resume and (latest(cfg.out) or (Path(cfg.out) / "final").exists()):
+    another value of a flag that is not MAY_CHANGE_ON_RESUME to change, or would mix with an older run's files."""
+    if not cfg.resume and (latest_checkpoint(cfg.out) or (Path(cfg.out) / "final").exists()):
         raise ValueError(
             f"{cfg.out}: already holds a run; go on with --resume, name another --out, or delete it"
         )
-    newest, new = latest(cfg.out) if cfg.resume else None, asdict(cfg)
+    newest, new = latest_checkpoint(cfg.out) if cfg.resume else None, asdict(cfg)
     old = read_json(newest / "run.json")["config"] if newest else new
-    for k in [k for k in new if k not in FREE and old.get(k) != new[k]]:
+    for k in [k for k in new if k not in MAY_CHANGE_ON_RESUME and old.get(k) != new[k]]:
         flag = "--" + k.replace("_", "-")
         raise ValueError(
             f"{newest}: was run with another {flag}; resume with {flag} {old.get(k)}, "
@@ -1391,7 +1147,7 @@ def _steps(out):
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
-def latest(out):
+def latest_checkpoint(out):
     """The newest complete checkpoint out/step_000123, or None."""
     return next(reversed(_steps(out)), None)
 
@@ -1399,7 +1155,7 @@ def latest(out):
 # Command line and log
 
 
-def parse(Config, PRESETS, argv=None):
+def parse_config(Config, PRESETS, argv=None):
     """`[PRESET] [--flag value]` from one flat dataclass: its trailing comments are the help. The
     first preset is the default; the field `preset` receives its name."""
     doc = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(Config), re.MULTILINE))
@@ -1420,21 +1176,8 @@ def parse(Config, PRESETS, argv=None):
             parser.add_argument(
                 "--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **kind
             )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="tell what a rank needs of memory, without allocating it, and stop",
-    )
     args = vars(parser.parse_args(argv))
-    dry = args.pop("dry_run")
-    cfg = Config(**{**PRESETS[args["preset"]], **args})
-    if dry:
-        from benchmarks import memory  # it imports the stages
-
-        if int(os.environ.get("RANK", "0")) == 0:
-            memory.tell(Path(inspect.getfile(Config)).stem, cfg, **memory.here())
-        raise SystemExit(0)
-    return cfg
+    return Config(**{**PRESETS[args["preset"]], **args})
 
 
 def versions():
@@ -1457,7 +1200,7 @@ def commit():
     return done.stdout.strip() or "unknown"
 
 
-def entry(main, lower):
+def run_main(main, lower):
     """Runs a script; what its user can cure ends it in one line. lower: the flag against OOM."""
     try:
         main()
@@ -1473,10 +1216,10 @@ class Log:
     def __init__(self, out, cfg, dist):
         self.file, self.start = None, time.time()
         STOP.clear()
-        signal.signal(signal.SIGTERM, lambda *_: STOP.set())  # from here on, see checkpoint()
+        signal.signal(signal.SIGTERM, lambda *_: STOP.set())  # from here on, see save_step()
         if dist.rank == 0:
             Path(out).mkdir(parents=True, exist_ok=True)
-            self.file = Path(out) / "log.jsonl"  # a resumed run appends
+            self.file = Path(out) / "log.jsonl"  # a checkpoint_to_resume run appends
             device = torch.cuda.get_device_name() if dist.device.type == "cuda" else "cpu"
             self._record(
                 {
@@ -1484,7 +1227,7 @@ class Log:
                     "commit": commit(),
                     **versions(),
                     "device": device,
-                    "world": dist.world,
+                    "world": dist.world_size,
                 }
             )
 

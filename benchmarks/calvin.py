@@ -20,8 +20,8 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
-from benchmarks.serve import Chunks, need
-from benchmarks.tabletop import reading, write_episodes
+from fast_tokenizer import reading, write_episodes
+from tools.extras import require
 
 STEPS = 360  # of a subtask
 KEPT = {
@@ -154,7 +154,7 @@ def layout(state):
 
 def world(data):
     """-> environment, oracle, {task: its validation annotations}."""
-    package, envs, oracles = need(
+    package, envs, oracles = require(
         "-e calvin/calvin_env, after git clone --recursive https://github.com/mees/calvin",
         "calvin_env",
         "calvin_env.envs.play_table_env",
@@ -171,6 +171,8 @@ def play(policy, data, count, execute=0, ensemble=0.0):
     """The first `count` chains -> how many subtasks in a row each solved, 0 .. 5."""
     if not {"image", "image_gripper"} >= set(policy.cameras):
         raise ValueError(f"cameras {', '.join(policy.cameras)}; use image or image,image_gripper")
+    from vla import ChunkExecutor  # not above: to convert takes no torch
+
     env, oracle, words = world(data)
     cameras, lengths = env.cameras, []
 
@@ -192,7 +194,7 @@ def play(policy, data, count, execute=0, ensemble=0.0):
     for state, names in tqdm(chains()[:count], "chains", disable=None):
         robot, scene = layout(state)
         env.reset(robot_obs=robot, scene_obs=scene)
-        plan = Chunks(policy.horizon, execute, ensemble)
+        plan = ChunkExecutor(policy.horizon, execute, ensemble)
         lengths.append(sum(takewhile(bool, map(attempt, names))))
     return lengths
 

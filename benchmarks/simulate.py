@@ -7,7 +7,7 @@ A simulator is a module of benchmarks/ with TRIALS (a task), arguments(add), tas
     advance(action (A,) in [-1, 1], look) -> success; look: observe follows, else nothing renders
     expert() -> the next action
 It runs in processes of its own (`python -m benchmarks.simulate` is one), in any Python that has it,
-and asks the evaluating process through benchmarks/serve.py.
+and asks the evaluating process through tools/serve.py.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import sys
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks import serve
+from tools import protocol
 
 # headless; mesa's software renderer is faster on few cores without threads of its own
 os.environ.update(
@@ -41,16 +41,13 @@ def arguments(module, add):
     add("--limit", type=int, default=0, help="steps a trial; 0: the benchmark's own")
 
 
-def subcommands(commands, parent):
-    """serve, metaworld and libero for evaluate.py."""
-    serve.arguments(commands.add_parser("serve", parents=[parent], help="for robots").add_argument)
-    for name in ("metaworld", "libero"):
-        module = importlib.import_module(f"benchmarks.{name}")
-        parser = commands.add_parser(name, parents=[parent], help=module.__doc__.split("\n")[0])
-        arguments(module, add := parser.add_argument)
-        add("--trials", type=int, default=module.TRIALS, help="trials a task")
-        add("--workers", type=int, default=2, help="simulator processes")
-        add("--python", default=sys.executable, help="a Python that has the simulator")
+def evaluation_arguments(name, add):
+    """Flags of `evaluate.py NAME`."""
+    module = importlib.import_module(f"benchmarks.{name}")
+    arguments(module, add)
+    add("--trials", type=int, default=module.TRIALS, help="trials a task")
+    add("--workers", type=int, default=2, help="simulator processes")
+    add("--python", default=sys.executable, help="a Python that has the simulator")
 
 
 def trials(policy, args):
@@ -62,14 +59,16 @@ def trials(policy, args):
     settings = [args.seed, args.execute, args.ensemble, args.size, args.limit]
     weights = b"".join(p.detach().cpu().numpy().tobytes() for p in policy.head.parameters())
     mark = hashlib.sha256(json.dumps(settings).encode() + weights).hexdigest()[:8]
-    path = pathlib.Path(args.out).with_suffix(f".{args.command}.{args.arm}.{mark}.jsonl")
+    path = pathlib.Path(args.out).with_suffix(f".{args.command}.{args.variant}.{mark}.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
     rows = [json.loads(line) for line in path.read_text().split("\n") if line.endswith("}")]
     done = {(row["task"], row["trial"]): row["success"] for row in rows}
     jobs = [(task, n) for task in module.tasks(args) for n in range(args.trials)]
     left = [job for job in jobs if job not in done]
-    server = serve.Server(policy, args.execute, args.ensemble, batch=args.batch)
+    from tools.serve import Server  # not above: workers run in a Python without torch
+
+    server = Server(policy, args.execute, args.ensemble, batch=args.batch)
 
     def work(start):
         """Every so many of the trials that are left, in one worker process."""
@@ -112,7 +111,7 @@ def worker(name, size, limit, port, jobs):
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what simulators print belongs to stderr
     module = importlib.import_module(f"benchmarks.{name}")
-    with serve.client(port) as (infer, about):
+    with protocol.client(port) as (infer, about):
         for task, trials in itertools.groupby(jobs, lambda job: job[0]):
             env = module.Simulator(task, size, limit)
             for _, number in trials:
@@ -161,7 +160,7 @@ def demonstrations(name, args):
 
 def record(name, convert=None):
     """`python -m benchmarks.NAME`: the expert's demonstrations, or convert(args), as episodes."""
-    from benchmarks.tabletop import write_episodes
+    from fast_tokenizer import write_episodes
 
     module = importlib.import_module(f"benchmarks.{name}")
     parser = argparse.ArgumentParser(description="Demonstrations of a scripted expert.")

@@ -243,7 +243,7 @@ def annotate(folder, texts, windows):
 
 def convert(tmp_path):
     calvin.main(["convert", "--data", str(tmp_path / "training"), "--out", str(tmp_path / "out")])
-    return fast_tokenizer.episodes(tmp_path / "out")
+    return fast_tokenizer.read_episodes(tmp_path / "out")
 
 
 def test_each_annotated_window_becomes_an_episode(tmp_path):

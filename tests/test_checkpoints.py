@@ -25,7 +25,7 @@ from test_sft import args, conversations, log, weights
 import model
 import sft
 
-TIMES = {"seconds", "samples_s"}
+TIMES = {"seconds", "samples_per_s"}
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def data(tmp_path):
 
 def at_step(monkeypatch, step, do):
     """do() in the middle of the given step of a run to come: each step clips its gradient once."""
-    clip, calls = model.clip_grad, []
+    clip, calls = model.clip_gradients, []
 
     def clip_grad(*a):
         calls.append(a)
@@ -43,7 +43,7 @@ def at_step(monkeypatch, step, do):
             do()
         return clip(*a)
 
-    monkeypatch.setattr(model, "clip_grad", clip_grad)
+    monkeypatch.setattr(model, "clip_gradients", clip_grad)
 
 
 def sums(out):
@@ -81,7 +81,7 @@ def test_sigterm_saves_and_the_next_records_are_those_of_the_whole_run(
     out = capfd.readouterr().out.splitlines()
     line = f"SIGTERM: stopped after step 3, saved {tmp_path}/b/step_000003; go on with --resume"
     assert out.count(line) == 1 and len(log(tmp_path / "b")) == 0
-    assert whole(model.latest(tmp_path / "b")) == 3
+    assert whole(model.latest_checkpoint(tmp_path / "b")) == 3
     if world == 2:
         shutil.copytree(tmp_path / "b", tmp_path / "c")
     on_ranks(sft.main, args(tmp_path / "b", data, "--log-every", 4, "--resume"), world)
@@ -139,7 +139,10 @@ def series(out, data, monkeypatch, kills, world, seed):
             at_step(patch, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
             on_ranks(sft.main, argv(folder, "--save-every", 0, "--keep", 2), world, 143)
     assert not list(out.glob("step_*.tmp")) and len(list(out.glob("step_*"))) == 2
-    one, two = weights(model.latest(out)), weights(model.latest(out.with_name("never_killed")))
+    one, two = (
+        weights(model.latest_checkpoint(out)),
+        weights(model.latest_checkpoint(out.with_name("never_killed"))),
+    )
     assert newest and all(np.array_equal(one[k], two[k]) for k in one)
     return saving, newest
 
@@ -177,7 +180,7 @@ def test_a_full_disk_stops_with_the_old_checkpoint_intact(tmp_path, data, monkey
     with monkeypatch.context() as patch:
         at_step(patch, 2, fill)
         on_ranks(
-            lambda argv: model.entry(lambda: sft.main(argv), ""),
+            lambda argv: model.run_main(lambda: sft.main(argv), ""),
             args(out, data, *more, "--resume"),
             world,
             1,
@@ -186,7 +189,7 @@ def test_a_full_disk_stops_with_the_old_checkpoint_intact(tmp_path, data, monkey
     assert error.startswith(f"error: {out}/step_000004.tmp: could not be written (")
     assert "File too large" in error and error.endswith("--resume") and "\n" not in error
     assert sorted(p.name for p in out.iterdir()) == ["log.jsonl", "step_000002"]
-    assert whole(model.latest(out)) == 2
+    assert whole(model.latest_checkpoint(out)) == 2
     on_ranks(sft.main, args(out, data, *more, "--resume"), world)
     again = weights(out / "final")
     assert all(np.array_equal(again[k], whole_run[k]) for k in again)
@@ -199,7 +202,7 @@ def test_keep_deletes_what_is_older_and_unfinished(tmp_path):
     cfg = types.SimpleNamespace(out=tmp_path, save_every=2, keep=2)
     model.STOP.clear()
     for step in range(1, 8):
-        model.checkpoint(cfg, step, {}, lambda folder, run: folder.mkdir())
+        model.save_step(cfg, step, {}, lambda folder, run: folder.mkdir())
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "features",
         "step_000004",

@@ -113,12 +113,12 @@ def test_report_table_and_paired_differences(tmp_path, capsys):
     assert "think sampled r_a: SFT+RL - SFT = 0.050 [0.050, 0.050], n 51" in out
     assert "success: SFT+RL - SFT = 25.0 [" in out  # 10 of 40 trials more, and wins are booleans
     assert (tmp_path / "r.md").read_text() in out
-    evaluate.main(["report", str(path), "--arms", "SFT+RL,SFT", "--minutes", "19.5"])
+    evaluate.main(["report", str(path), "--variants", "SFT+RL,SFT", "--minutes", "19.5"])
     out = capsys.readouterr().out
     assert "SFT - SFT+RL = -0.050" in out and "the whole run 19.5 min" in out
     assert out.index("| SFT+RL |") < out.index("| SFT |")
     with pytest.raises(ValueError, match="no arm base; it has SFT, SFT"):
-        evaluate.main(["report", str(path), "--arms", "base,SFT"])
+        evaluate.main(["report", str(path), "--variants", "base,SFT"])
 
 
 def _record(path, arm):

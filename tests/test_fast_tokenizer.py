@@ -356,7 +356,7 @@ def test_read_episode(tmp_path):
     for t, name in ((20, "image"), (-1, "image"), (0, "image_top")):
         with pytest.raises(ValueError, match="no frame"):
             episode.frame(t, name)
-    chunks = ft.chunks_of(episode, 5)
+    chunks = ft.action_chunks(episode, 5)
     assert chunks.shape == (20, 5, 3)
     np.testing.assert_array_equal(chunks[3], arrays["action"][3:8])
     np.testing.assert_array_equal(chunks[18], arrays["action"][[18, 19, 19, 19, 19]])
@@ -386,9 +386,9 @@ def test_wrong_episodes_are_refused(tmp_path):
     path.write_bytes(whole)
     write(tmp_path, 1, action=np.zeros((20, 4), np.float32))
     with pytest.raises(ValueError, match="000001.safetensors: 4 action dimensions, .* has 3"):
-        ft.episodes(tmp_path)
+        ft.read_episodes(tmp_path)
     with pytest.raises(FileNotFoundError, match="no episode_"):
-        ft.episodes(tmp_path / "nothing")
+        ft.read_episodes(tmp_path / "nothing")
 
 
 def command(*words):
@@ -415,7 +415,7 @@ def test_command(tmp_path):
     assert (tok.horizon, tok.dim, tok.scale, tok.stats["q01"][2]) == (5, 3, 2, 0.25)
     assert tok.vocab_size <= 64
     # the same numbers again, by the other command; another process writes the same bytes
-    again = command("report", "--fast", out, "--data", data)
+    again = command("report", "--tokenizer", out, "--data", data)
     assert again.stdout == done.stdout
     assert command("fit", "--data", data, "--out", tmp_path / "b").returncode == 0
     assert (out / "fast.json").read_bytes() == (tmp_path / "b/fast.json").read_bytes()
@@ -423,7 +423,9 @@ def test_command(tmp_path):
     (tmp_path / "bare").mkdir()
     bare = {**json.loads((out / "fast.json").read_text()), "stats": None}
     (tmp_path / "bare/fast.json").write_text(json.dumps(bare))
-    done = command("report", "--fast", tmp_path / "bare", "--data", data, "--out", tmp_path / "own")
+    done = command(
+        "report", "--tokenizer", tmp_path / "bare", "--data", data, "--out", tmp_path / "own"
+    )
     assert done.returncode == 0 and FastTokenizer.load(tmp_path / "own").stats == tok.stats
     # stats.json beside the episodes is used when it is there
     stats = {
@@ -443,7 +445,7 @@ def test_command_names_what_is_wrong(tmp_path):
     fit = ("fit", "--data", tmp_path, "--out", tmp_path / "fast")
     lines = [command(*fit)]
     path.write_bytes(path.read_bytes()[:300])
-    lines += [command(*fit), command(*fit, "--limit", 1, "--vocab", 3)]
+    lines += [command(*fit), command(*fit, "--max-episodes", 1, "--vocab-size", 3)]
     for done, message in zip(
         lines,
         (
@@ -461,7 +463,7 @@ def test_report_entropy_and_coverage_by_hand():
     """Four chunks of two coefficients: (7, 7) twice is one token, (0, 0) and (-7, -7) two each.
     First tokens have shares 1/2, 1/4, 1/4: entropy 1.5 ln 2; they cover (2 + 2 + 1 + 1) / 4."""
     chunks = np.array([[[1.0], [0.0]], [[1.0], [0.0]], [[0.0], [0.0]], [[-1.0], [0.0]]])
-    r = ft.report(FastTokenizer.fit(chunks, 16, 10), chunks)
+    r = ft.round_trip_report(FastTokenizer.fit(chunks, 16, 10), chunks)
     assert r["first_entropy"] == pytest.approx(1.5 * np.log(2))
     assert (r["first_cover"], r["tokens_mean"], r["naive_tokens"]) == (1.5, 1.5, 2)
     assert r["cover"] == pytest.approx(8 / 6)

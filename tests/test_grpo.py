@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 
 import grpo
 import model
-from benchmarks import backbones
-from fast_tokenizer import FastTokenizer, episodes
+import sft
+from tools import backbones
+from fast_tokenizer import FastTokenizer, read_episodes
 
 K, A = 4, 3
-CLOCK = {"seconds", "rollout_s", "update_s", "tokens_s"}
+CLOCK = {"seconds", "rollout_s", "update_s", "tokens_per_s"}
 SMALL = [
     "--prompts",
     "4",
@@ -26,7 +27,7 @@ SMALL = [
     "2",
     "--group",
     "4",
-    "--max-new",
+    "--max-new-tokens",
     "10",
     "--eval-prompts",
     "3",
@@ -45,16 +46,16 @@ def chunks(n, seed=0):
     return np.random.default_rng(seed).normal(0, 0.5, (n, K, A)).astype(np.float32)
 
 
-def backbone(size="tiny-qwen3-vl"):
-    bb = model.load(f"random:{size}")
-    bb.fast = FastTokenizer.fit(chunks(200), vocab_size=48, scale=2)
-    model.grow(bb, bb.fast.vocab_size)
-    return bb
+def make_backbone(size="tiny-qwen3-vl"):
+    backbone = backbones.random_backbone(size)
+    backbone.action_tokenizer = FastTokenizer.fit(chunks(200), vocab_size=48, scale=2)
+    sft.grow_vocabulary(backbone, backbone.action_tokenizer.vocab_size)
+    return backbone
 
 
 @pytest.fixture(scope="module")
-def bb():
-    return backbone()
+def backbone():
+    return make_backbone()
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +65,8 @@ def world(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         size = dataclasses.replace(backbones.SIZES["tiny-qwen3-vl"], tied=False)
         patch.setitem(backbones.SIZES, "untied", size)
-        bb = backbone("untied")
-    model.save(root / "sft", bb, {"stage": "sft", "step": 1, "config": {}, "parent": ""})
+        backbone = make_backbone("untied")
+    model.save(root / "sft", backbone, {"stage": "sft", "step": 1, "config": {}, "parent": ""})
     (root / "data").mkdir()
     for e in range(3):
         rng, T = np.random.default_rng(e), 6 + e
@@ -81,12 +82,12 @@ def world(tmp_path_factory):
     return root
 
 
-def prompt_rows(bb, lengths):
+def prompt_rows(backbone, lengths):
     """Prompts of unequal length, each with its own image."""
     rng = np.random.default_rng(0)
     return [
         model.encode(
-            bb,
+            backbone,
             [{"role": "user", "content": "<image>" + "go left " * n}],
             [rng.integers(0, 255, (32, 32 + 16 * (n % 2), 3), np.uint8)],
             prompt_only=True,
@@ -123,7 +124,7 @@ def test_clip_by_hand(ratio, adv, loss, slope):
     value.backward()
     assert value.item() == pytest.approx(loss, abs=1e-5)
     assert logp.grad.item() == pytest.approx(slope, abs=1e-5)
-    assert info["clip"].item() == (slope == 0)
+    assert info["clip_fraction"].item() == (slope == 0)
 
 
 def test_dual_clip_off():
@@ -135,7 +136,7 @@ def test_dual_clip_off():
 def test_kl_sign_and_estimate():
     one = torch.ones(1, 1)
     logp = torch.tensor([[-1.0]], requires_grad=True)
-    loss, info = grpo.policy_loss(logp, logp.detach(), 0 * one, one, -2 * one, kl=1.0)
+    loss, info = grpo.policy_loss(logp, logp.detach(), 0 * one, one, -2 * one, kl_coef=1.0)
     loss.backward()
     assert info["kl"].item() == pytest.approx(math.exp(-1), abs=1e-6)  # e^-1 - (-1) - 1
     assert logp.grad.item() == pytest.approx(1 - math.exp(-1))  # descent makes it less likely again
@@ -154,19 +155,19 @@ def test_mask_counts():
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     old = torch.where(mask.bool(), 0.0, torch.nan)  # padding may hold anything
     adv = torch.tensor([[1.0], [-2.0]])
-    loss, info = grpo.policy_loss(logp, old, adv, mask, old, kl=0.5)
+    loss, info = grpo.policy_loss(logp, old, adv, mask, old, kl_coef=0.5)
     assert loss.item() == -1 - 1 + 2 and info["kl"].item() == 0  # a sum: the caller divides
     loss, _ = grpo.policy_loss(logp, 0 * logp.detach(), adv, mask)
     loss.backward()
     assert logp.grad.tolist() == [[-1, -1, 0], [2, 0, 0]]
 
 
-def ids_of(bb, text):
-    return bb.tok.backend_tokenizer.encode(text, add_special_tokens=False).ids
+def ids_of(backbone, text):
+    return backbone.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def test_reward_cases(bb):
-    target = bb.fast.encode(chunks(1, seed=5))[0]
+def test_reward_cases(backbone):
+    target = backbone.action_tokenizer.encode(chunks(1, seed=5))[0]
     m, act = len(target), model.action_answer(target)
     body = act.removeprefix("<answer>").removesuffix("</answer>")
     good = f"<think>go left</think>{act}<|im_end|>"
@@ -178,7 +179,7 @@ def test_reward_cases(bb):
         good.replace("go left", " "): (0, 0, 1, 1),  # an empty thought
         good.replace("<answer>", ""): (0, 0, 1, 1),
         good.replace("</answer>", ""): (0, 0, 1, 1),
-        good.replace("<|im_end|>", ""): (0, 0, 1, 1),  # cut at --max-new
+        good.replace("<|im_end|>", ""): (0, 0, 1, 1),  # cut at --max-new-tokens
         act + "<|im_end|>": (0, 0, 1, 1),  # no thought
         good.replace("<|im_end|>", " and so on<|im_end|>"): (0, 0, 1, 1),
         good.replace("<ACTION_START>", ""): (0, 1, 0, 0),
@@ -191,27 +192,31 @@ def test_reward_cases(bb):
         good.replace("<ACTION_START>", "<ACTION_START><FAST_0>"): (0, 1, 1, 0),  # too many values
         "": (0, 0, 0, 0),
     }
-    rows = [ids_of(bb, text) for text in cases]
-    r, info = grpo.reward(bb, rows, [target] * len(rows))
+    rows = [ids_of(backbone, text) for text in cases]
+    r, info = grpo.reward(backbone, rows, [target] * len(rows))
     for i, (text, (form, tags, markers, decodes)) in enumerate(cases.items()):
         got = [info[k][i] for k in ("r_f", "tags", "markers", "decodes")]
         assert got == [form, tags, markers, decodes], text
         assert r[i] == form, text  # the action is the target's: r_a is 1, or 0 where r_f is
         assert info["r_a"][i] == form, text
-    assert grpo.reward(bb, [ids_of(bb, act + "<|im_end|>")], [target], think=False)[0] == [1]
-    assert len(grpo.reward(bb, [], [])[0]) == 0
+    assert grpo.reward(backbone, [ids_of(backbone, act + "<|im_end|>")], [target], think=False)[
+        0
+    ] == [1]
+    assert len(grpo.reward(backbone, [], [])[0]) == 0
     assert m > 2
 
 
-def test_reward_of_partly_right_actions(bb):
+def test_reward_of_partly_right_actions(backbone):
     # one token a coefficient, so that every sequence of K x A of them decodes
-    letters = [i for i, piece in bb.fast.pieces.items() if len(piece.decode()) == 1]
+    letters = [
+        i for i, piece in backbone.action_tokenizer.pieces.items() if len(piece.decode()) == 1
+    ]
     a, b, *_ = letters
     target = [a] * 12
 
     def score(action, kind="prefix", target=target):
         text = f"<think>x</think>{model.action_answer(action)}<|im_end|>"
-        r, info = grpo.reward(bb, [ids_of(bb, text)], [target], kind)
+        r, info = grpo.reward(backbone, [ids_of(backbone, text)], [target], kind)
         assert r[0] == (info["r_f"][0] + info["r_a"][0]) / 2
         return info["r_a"][0]
 
@@ -219,11 +224,11 @@ def test_reward_of_partly_right_actions(bb):
     assert score([a] * 3 + [b] + [a] * 8) == 3 / 12
     assert score([b] + [a] * 11) == 0
     assert score([b] + [a] * 11, "lcs") == 11 / 12
-    merged = next(i for i, p in bb.fast.pieces.items() if len(p.decode()) == 2)
+    merged = next(i for i, p in backbone.action_tokenizer.pieces.items() if len(p.decode()) == 2)
     # a full match of a shorter target, then surplus tokens: max(m, n) makes them cost
     assert score([a] * 12, target=[a] * 10 + [merged]) == 10 / 12
     assert score([a] * 10 + [merged], target=[a] * 12) == 10 / 12
-    gap = np.abs(np.subtract(*bb.fast.decode([[b] + [a] * 11, target])[0])).mean()
+    gap = np.abs(np.subtract(*backbone.action_tokenizer.decode([[b] + [a] * 11, target])[0])).mean()
     assert score([b] + [a] * 11, "l1") == pytest.approx(math.exp(-gap / 0.1), rel=1e-5)
     assert score([a] * 12, "l1") == 1
     assert score([a] * 13, "l1") == 0  # does not decode: a failure, never zeros
@@ -245,50 +250,50 @@ def test_common_subsequence():
 def test_shared_prompt_equals_full_rows(size, recompute):
     """Log-probabilities and gradients of the update against plain right-padded rows, also when the
     activations of both its passes are computed again, and the prompt's keys are not."""
-    bb, G, lengths = backbone(size), 3, [5, 1, 4, 7, 2, 3, 6, 6, 1]
-    bb.net.train()
-    rows, rng = prompt_rows(bb, [3, 12, 6]), np.random.default_rng(1)
+    backbone, G, lengths = make_backbone(size), 3, [5, 1, 4, 7, 2, 3, 6, 6, 1]
+    backbone.net.train()
+    rows, rng = prompt_rows(backbone, [3, 12, 6]), np.random.default_rng(1)
     T = max(lengths)
     ids = torch.from_numpy(rng.integers(5, 300, (9, T)))
     mask = (torch.arange(T) < torch.tensor(lengths)[:, None]).long()
-    ids = ids.masked_fill(mask == 0, bb.vocab.pad)
+    ids = ids.masked_fill(mask == 0, backbone.vocab.pad)
     weight = torch.randn(9, T, generator=torch.Generator().manual_seed(0)) * mask
 
     def gradients(logp):
-        bb.net.zero_grad()
+        backbone.net.zero_grad()
         (logp * weight).sum().backward()
-        return {k: p.grad.clone() for k, p in bb.net.named_parameters() if p.grad is not None}
+        return {k: p.grad.clone() for k, p in backbone.net.named_parameters() if p.grad is not None}
 
     calls = []
-    block = bb.net.model.language_model.layers[0]
+    block = backbone.net.model.language_model.layers[0]
     block.self_attn.register_forward_hook(lambda *_: calls.append(1))
     if recompute:
-        model.recompute(bb.net)
-    logp, entropy = grpo.shared_logp(bb, rows, ids, mask, temperature=0.7)
+        model.recompute_activations(backbone.net)
+    logp, entropy = grpo.completion_logp(backbone, rows, ids, mask, temperature=0.7)
     assert len(calls) == 2  # prompts, completions
     shared = gradients(logp)
     assert len(calls) == (4 if recompute else 2)
-    bb.net.activation_checkpointing_disable()
+    backbone.net.activation_checkpointing_disable()
     full_rows = []
     for i, row in enumerate(rows[i // G] for i in range(9)):
         n, new = len(row["ids"]), ids[i, : lengths[i]].numpy()
-        pos = row["pos"].max() + 1 + np.arange(len(new))
+        pos = row["positions"].max() + 1 + np.arange(len(new))
         full_rows.append(
             {
                 **row,
                 "ids": np.concatenate([row["ids"], new]),
                 "target": np.arange(n + len(new)) >= n,
-                "pos": np.concatenate([row["pos"], np.tile(pos, (3, 1))], 1),
+                "positions": np.concatenate([row["positions"], np.tile(pos, (3, 1))], 1),
             }
         )
-    batch = model.collate(full_rows, bb.vocab.pad)
+    batch = model.collate(full_rows, backbone.vocab.pad)
     on = batch["target"][:, 1:]
-    flat, flat_entropy = model.logp(
-        bb.net,
-        model.hidden(bb.net, batch)[:, :-1][on],
+    flat, flat_entropy = grpo.token_logp(
+        backbone.net,
+        model.hidden_states(backbone.net, batch)[:, :-1][on],
         batch["ids"][:, 1:][on],
         0.7,
-        bb.vocab.banned,
+        backbone.vocab.banned,
     )
     plain = torch.zeros(9, T).masked_scatter(mask.bool(), flat)
     assert torch.allclose(logp, plain, atol=1e-5)
@@ -300,71 +305,71 @@ def test_shared_prompt_equals_full_rows(size, recompute):
         assert (g - shared[k]).abs().max() <= 1e-5 * max(1.0, g.abs().max()), k
 
 
-def make_groups(bb, n=3, G=4, max_new=6):
-    cfg = grpo.Config(group=G, max_new=max_new)
-    rows = prompt_rows(bb, range(2, 2 + n))
-    targets = bb.fast.encode(chunks(n))
-    groups, sums, _ = grpo.rollout(bb, cfg, rows, targets, range(n), 0, G)
+def make_groups(backbone, n=3, G=4, max_new_tokens=6):
+    cfg = grpo.Config(group=G, max_new_tokens=max_new_tokens)
+    rows = prompt_rows(backbone, range(2, 2 + n))
+    targets = backbone.action_tokenizer.encode(chunks(n))
+    groups, sums, _ = grpo.rollout(backbone, cfg, rows, targets, range(n), 0, G)
     for i, g in enumerate(groups):  # an untrained model earns nothing: rewards by hand
-        g.adv, g.tie = torch.linspace(-1, 1, G), False
+        g.adv, g.zero_std = torch.linspace(-1, 1, G), False
         if i == 1:
-            g.adv, g.tie = torch.zeros(G), True
+            g.adv, g.zero_std = torch.zeros(G), True
     return groups, sums
 
 
-def test_first_update_is_on_policy(bb):
+def test_first_update_is_on_policy(backbone):
     """The sampler's log-probabilities are those of the update: ratio 1, nothing clipped."""
-    groups, sums = make_groups(bb)
-    assert sums["reward"][1] == 12 and sums["ties"] == [3.0, 3]
-    logp, _ = grpo.shared_logp(bb, [groups[0].row], groups[0].ids, groups[0].mask)
+    groups, sums = make_groups(backbone)
+    assert sums["reward"][1] == 12 and sums["frac_reward_zero_std"] == [3.0, 3]
+    logp, _ = grpo.completion_logp(backbone, [groups[0].row], groups[0].ids, groups[0].mask)
     assert torch.allclose(logp, groups[0].logp, atol=1e-5)
-    _, info = grpo.group_loss(bb, None, groups, grpo.Config())
-    assert info["clip"] == 0 and info["kl"] == 0
+    _, info = grpo.group_loss(backbone, None, groups, grpo.Config())
+    assert info["clip_fraction"] == 0 and info["kl"] == 0
 
 
 def step_once(groups, **flags):
     """One update of a fresh backbone -> (sums, weights)."""
-    bb, dist = backbone(), model.Dist(0, 1, torch.device("cpu"))
-    cfg = grpo.Config(batch=len(groups), group=4, max_new=6, **flags)
-    optim = model.optimizer(bb.net, 1e-3, 0.0, (0.9, 0.999))
-    ref = backbone() if cfg.kl else None
-    info = grpo.update(bb, ref, optim, groups, cfg, dist, "step 7")
-    return info, torch.cat([p.detach().flatten() for p in bb.net.parameters()])
+    backbone, dist = make_backbone(), model.Dist(0, 1, torch.device("cpu"))
+    cfg = grpo.Config(batch=len(groups), group=4, max_new_tokens=6, **flags)
+    optim = model.make_optimizer(backbone.net, 1e-3, 0.0, (0.9, 0.999))
+    ref = make_backbone() if cfg.kl_coef else None
+    info = grpo.update(backbone, ref, optim, groups, cfg, dist, "step 7")
+    return info, torch.cat([p.detach().flatten() for p in backbone.net.parameters()])
 
 
-def test_skipping_ties_changes_nothing_without_kl(bb):
+def test_skipping_ties_changes_nothing_without_kl(backbone):
     """A tied group has no gradient, and its tokens stay in the denominator."""
-    groups, _ = make_groups(bb)
-    skip, w_skip = step_once(groups, kl=0.0)
-    every, w_every = step_once(groups, kl=0.0, skip_ties=False, micro_batch=2)
+    groups, _ = make_groups(backbone)
+    skip, w_skip = step_once(groups, kl_coef=0.0)
+    every, w_every = step_once(groups, kl_coef=0.0, skip_zero_std=False, micro_batch=2)
     assert skip["forwarded"] < every["forwarded"]
     assert skip["loss"] == pytest.approx(every["loss"], abs=1e-6)
     assert skip["grad_norm"] == pytest.approx(every["grad_norm"], rel=1e-4)
     assert (w_skip - w_every).abs().max() < 1e-4
     for g in groups:
-        g.tie = True
-    nothing, same = step_once(groups, kl=0.0)
+        g.zero_std = True
+    nothing, same = step_once(groups, kl_coef=0.0)
     assert (
         nothing == {}
-        and (same - torch.cat([p.detach().flatten() for p in backbone().net.parameters()]))
+        and (same - torch.cat([p.detach().flatten() for p in make_backbone().net.parameters()]))
         .abs()
         .max()
         == 0
     )
 
 
-def test_constant_denominator(bb):
-    groups, _ = make_groups(bb)
+def test_constant_denominator(backbone):
+    groups, _ = make_groups(backbone)
     tokens = sum(int(g.mask.sum()) for g in groups)
-    mean, _ = step_once(groups, kl=0.0)
-    constant, _ = step_once(groups, kl=0.0, adv="drgrpo")
+    mean, _ = step_once(groups, kl_coef=0.0)
+    constant, _ = step_once(groups, kl_coef=0.0, advantage="drgrpo")
     assert mean["grad_norm"] * tokens == pytest.approx(constant["grad_norm"] * 3 * 4 * 6, rel=1e-4)
 
 
-def test_non_finite_loss_stops(bb, tmp_path):
-    groups, _ = make_groups(bb)
+def test_non_finite_loss_stops(backbone, tmp_path):
+    groups, _ = make_groups(backbone)
     groups[0].logp[0, 0] = torch.nan
-    groups[0].row["where"] = "push.safetensors:3"
+    groups[0].row["sample_id"] = "push.safetensors:3"
     with pytest.raises(ValueError, match=r"step 7, rank 0: the loss is nan.* push\.safetensors:3"):
         step_once(groups, out=str(tmp_path))
     saved = load_file(tmp_path / "failed_step_7_rank_0.safetensors")
@@ -376,42 +381,46 @@ def test_non_finite_loss_stops(bb, tmp_path):
 
 
 def test_prompt_order():
-    first = grpo.order(0, 10, range(10))
+    first = grpo.sample_order(0, 10, range(10))
     assert sorted(first) == list(range(10)) and first != sorted(first)  # an epoch sees all, once
-    both = grpo.order(0, 10, range(4, 14))
-    assert both[:6] == first[4:] and both[6:] == grpo.order(0, 10, range(10, 14))
-    assert grpo.order(0, 10, range(1, 9, 2)) == first[1:9:2]  # a rank's share
-    assert grpo.order(1, 10, range(10)) != first
+    both = grpo.sample_order(0, 10, range(4, 14))
+    assert both[:6] == first[4:] and both[6:] == grpo.sample_order(0, 10, range(10, 14))
+    assert grpo.sample_order(0, 10, range(1, 9, 2)) == first[1:9:2]  # a rank's share
+    assert grpo.sample_order(1, 10, range(10)) != first
 
 
-def test_prompts_match_their_targets(bb, world):
-    files = episodes(world / "data")
-    rows, targets = grpo.prompt_rows(bb, files, [0, 5, 6, 12, 13])
-    assert targets[2] == bb.fast.encode(files[1].action[None, :K])[0]
-    assert targets[1] == bb.fast.encode(files[0].action[[5, 5, 5, 5]][None])[0]  # past the end
-    text = bb.tok.decode(rows[4]["ids"])
+def test_prompts_match_their_targets(backbone, world):
+    files = read_episodes(world / "data")
+    rows, targets = grpo.prompt_rows(backbone, files, [0, 5, 6, 12, 13])
+    assert targets[2] == backbone.action_tokenizer.encode(files[1].action[None, :K])[0]
+    assert (
+        targets[1] == backbone.action_tokenizer.encode(files[0].action[[5, 5, 5, 5]][None])[0]
+    )  # past the end
+    text = backbone.tokenizer.decode(rows[4]["ids"])
     assert files[2].task in text and model.THINK in text and text.endswith("assistant\n")
-    assert np.array_equal(rows[3]["patches"], model.patchify(files[1].frame(6), bb.images)[0])
+    assert np.array_equal(
+        rows[3]["patches"], model.patchify(files[1].frame(6), backbone.image_spec)[0]
+    )
 
 
 def test_grpo_raises_the_reward(monkeypatch):
     """A bandit: the reward is whether one token was used; a few steps must make it common."""
-    bb = backbone()
-    wanted = ids_of(bb, "e")[0]
+    backbone = make_backbone()
+    wanted = ids_of(backbone, "e")[0]
 
-    def contains(bb, ids, targets, kind):
+    def contains(backbone, ids, targets, kind):
         r = np.array([float(wanted in i) for i in ids])
         return r, {k: r for k in ("r_f", "r_a", "tags", "markers", "decodes")}
 
     monkeypatch.setattr(grpo, "reward", contains)
-    cfg = grpo.Config(batch=2, group=16, max_new=6, kl=0.0)
+    cfg = grpo.Config(batch=2, group=16, max_new_tokens=6, kl_coef=0.0)
     dist, history = model.Dist(0, 1, torch.device("cpu")), []
-    optim = model.optimizer(bb.net, 3e-3, 0.0, (0.9, 0.999))
-    rows = prompt_rows(bb, [1, 4])
+    optim = model.make_optimizer(backbone.net, 3e-3, 0.0, (0.9, 0.999))
+    rows = prompt_rows(backbone, [1, 4])
     for step in range(25):
         keys = range(2 * step, 2 * step + 2)
-        groups, sums, _ = grpo.rollout(bb, cfg, rows, [[1], [1]], keys, 0, cfg.group)
-        grpo.update(bb, None, optim, groups, cfg, dist, f"step {step}")
+        groups, sums, _ = grpo.rollout(backbone, cfg, rows, [[1], [1]], keys, 0, cfg.group)
+        grpo.update(backbone, None, optim, groups, cfg, dist, f"step {step}")
         history.append(sums["reward"][0] / sums["reward"][1])
     assert np.mean(history[:3]) < 0.3 and np.mean(history[-3:]) > 0.8, history
 
@@ -430,7 +439,7 @@ def flags(world, out, *more):
     ]
 
 
-def spread_rewards(bb, ids, targets, kind="prefix"):
+def spread_rewards(backbone, ids, targets, kind="prefix"):
     """Untrained rollouts all earn 0; here groups differ within, but for those of some targets."""
     r = np.array([sum(i) % 5 / 5 * (len(t) % 2) for i, t in zip(ids, targets)])
     return r, {k: r for k in ("r_f", "r_a", "tags", "markers", "decodes")}
@@ -469,15 +478,15 @@ def test_dynamic_sampling_puts_fresh_prompts_in_the_place_of_ties(world, monkeyp
     monkeypatch.setattr(grpo, "reward", spread_rewards)
     seen, update = {}, grpo.update
 
-    def watched(bb, ref, optim, groups, *rest):
-        seen[name].extend((g.row["where"], g.tie, g.ids.tolist()) for g in groups)
-        return update(bb, ref, optim, groups, *rest)
+    def watched(backbone, ref, optim, groups, *rest):
+        seen[name].extend((g.row["sample_id"], g.zero_std, g.ids.tolist()) for g in groups)
+        return update(backbone, ref, optim, groups, *rest)
 
     monkeypatch.setattr(grpo, "update", watched)
     for name, more in (
         ("static", []),
-        ("dynamic", ["--dynamic", "3"]),
-        ("again", ["--dynamic", "3"]),
+        ("dynamic", ["--dynamic-sampling", "3"]),
+        ("again", ["--dynamic-sampling", "3"]),
     ):
         seen[name] = []
         grpo.main(flags(world, name, "--steps", "1", "--batch", "4", *more))
@@ -511,7 +520,10 @@ def test_ranks_equal_one(world, monkeypatch, ranks, more):
             assert a[k] == pytest.approx(b[k], rel=1e-3 if late else 1e-5, abs=1e-6), (a["step"], k)
         assert a.get("rollout") == b.get("rollout")
     # in one update only some ranks have a group left, and the others forward along
-    assert one[2]["grad_norm"] > 0 and 0 < one[2]["ties"] + one[4]["ties"] < 2
+    assert (
+        one[2]["grad_norm"] > 0
+        and 0 < one[2]["frac_reward_zero_std"] + one[4]["frac_reward_zero_std"] < 2
+    )
     gap = [
         (p - q).abs().max().item()
         for p, q in zip(
@@ -527,7 +539,7 @@ def test_bad_input_is_one_line(world, tmp_path):
         with pytest.raises((ValueError, FileNotFoundError), **kw):
             grpo.main(flags(world, "bad", "--steps", "1", *more))
 
-    plain = model.load("random:tiny-qwen3-vl")
+    plain = backbones.random_backbone("tiny-qwen3-vl")
     for stage in ("sft", "vla"):
         model.save(tmp_path / stage, plain, {"stage": stage, "step": 1, "config": {}, "parent": ""})
     error("--init", str(tmp_path / "vla"), match="stage 'vla', expected sft or grpo")

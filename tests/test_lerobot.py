@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import fast_tokenizer
-from benchmarks import lerobot
+from tools import lerobot
 
 pa = pytest.importorskip("pyarrow", reason="pip install pyarrow: see requirements-extras.txt")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -153,7 +153,7 @@ def write(folder, version, video=True, both=None):
 
 def convert(folder, out, *flags):
     lerobot.main(["--data", str(folder), "--out", str(out), "--camera", CAMERA, *flags])
-    return fast_tokenizer.episodes(out)
+    return fast_tokenizer.read_episodes(out)
 
 
 @pytest.mark.parametrize("video", [True, False], ids=["mp4", "png"])
@@ -180,7 +180,7 @@ def test_episodes_hold_what_the_folder_holds(tmp_path, version, video):
             assert abs(file.frame(t).astype(int) - image).max() <= (5 if video else 0)
             assert (file.frame(t, "image_wrist") == 255 - image).all()
     actions = np.concatenate([f.action for f in files])
-    stats = fast_tokenizer.episode_stats(tmp_path / "out", files)
+    stats = fast_tokenizer.read_stats(tmp_path / "out", files)
     assert stats["action"] == fast_tokenizer.statistics(actions)
 
 
@@ -344,7 +344,7 @@ def test_flags_that_do_not_fit_are_named(tmp_path):
     convert(tmp_path / "in", tmp_path / "out")
     with pytest.raises(SystemExit, match="already holds data"):
         convert(tmp_path / "in", tmp_path / "out")
-    assert len(fast_tokenizer.episodes(tmp_path / "out")) == 2
+    assert len(fast_tokenizer.read_episodes(tmp_path / "out")) == 2
 
 
 def test_a_missing_package_names_its_installation(tmp_path, monkeypatch):

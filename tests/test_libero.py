@@ -9,7 +9,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from benchmarks import libero, simulate
-from fast_tokenizer import episodes
+from fast_tokenizer import read_episodes
 
 
 def test_axis_angle_against_scipy():
@@ -81,7 +81,7 @@ def write(path, demos=2, steps=6, **changes):
 def convert(monkeypatch, folder, out, *flags):
     monkeypatch.setattr(sys, "argv", ["x", "--convert", str(folder), "--out", str(out), *flags])
     simulate.record("libero", libero.convert)
-    return episodes(out)
+    return read_episodes(out)
 
 
 def test_demonstrations_become_episodes(tmp_path, monkeypatch):

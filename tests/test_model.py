@@ -12,18 +12,22 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from transformers.cache_utils import DynamicCache
 
+import grpo
 import model
-from benchmarks import backbones
+import sft
+import untrained
+import vla
+from tools import backbones
 from fast_tokenizer import FastTokenizer
 
 SIZES = ["tiny-qwen3-vl", "tiny-qwen2.5-vl", "tiny-vlm"]
 
 
 @pytest.fixture(scope="module", params=SIZES)
-def bb(request):
-    bb = model.load(f"random:{request.param}", seed=1)
-    bb.run["size"] = request.param
-    return bb
+def backbone(request):
+    backbone = backbones.random_backbone(request.param, seed=1)
+    backbone.run["size"] = request.param
+    return backbone
 
 
 def image(height, width, seed=0):
@@ -39,49 +43,52 @@ def talk(seed=0, words=5):
     ]
 
 
-def rows_of(bb, n=3):
+def rows_of(backbone, n=3):
     sizes = [(64, 64), (48, 80), (96, 32)]
-    return [model.encode(bb, talk(k, 3 * k), [image(*size, k) for size in sizes]) for k in range(n)]
+    return [
+        model.encode(backbone, talk(k, 3 * k), [image(*size, k) for size in sizes])
+        for k in range(n)
+    ]
 
 
-def extra(bb, batch):
+def extra(backbone, batch):
     """The arguments of transformers' own forward."""
     return {
         "input_ids": batch["ids"],
         "attention_mask": batch["mask"],
         "pixel_values": batch["patches"],
         "image_grid_thw": batch["grid"],
-        "mm_token_type_ids": (batch["ids"] == bb.vocab.image).int(),
+        "mm_token_type_ids": (batch["ids"] == backbone.vocab.image).int(),
     }
 
 
 @pytest.mark.parametrize("left", [False, True])
-def test_positions_equal_get_rope_index(bb, left):
-    batch = model.collate(rows_of(bb), bb.vocab.pad, left)
-    theirs, _ = bb.net.model.get_rope_index(
+def test_positions_equal_get_rope_index(backbone, left):
+    batch = model.collate(rows_of(backbone), backbone.vocab.pad, left)
+    theirs, _ = backbone.net.model.get_rope_index(
         batch["ids"],
-        (batch["ids"] == bb.vocab.image).int(),
+        (batch["ids"] == backbone.vocab.image).int(),
         batch["grid"],
         attention_mask=batch["mask"],
     )
-    assert torch.equal(batch["pos"], theirs)
+    assert torch.equal(batch["positions"], theirs)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (37, 101), (250, 31), (16, 16), (9, 300), (700, 650)])
-def test_patchify_equals_the_image_processor(bb, size, tmp_path):
-    bb.images.save(tmp_path)
+def test_patchify_equals_the_image_processor(backbone, size, tmp_path):
+    backbone.image_spec.save(tmp_path)
     processor = AutoImageProcessor.from_pretrained(tmp_path)
-    assert model.ImageSpec.load(tmp_path) == bb.images
+    assert model.ImageSpec.load(tmp_path) == backbone.image_spec
     theirs = processor(images=[image(*size)], return_tensors="np")
-    patches, grid = model.patchify(image(*size), bb.images)
+    patches, grid = model.patchify(image(*size), backbone.image_spec)
     assert tuple(theirs["image_grid_thw"][0]) == grid
     np.testing.assert_allclose(patches, theirs["pixel_values"], atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (64, 64, 4)])
-def test_patchify_rejects_other_arrays(bb, shape):
+def test_patchify_rejects_other_arrays(backbone, shape):
     with pytest.raises(ValueError, match="give uint8"):
-        model.patchify(np.zeros(shape, np.uint8), bb.images)
+        model.patchify(np.zeros(shape, np.uint8), backbone.image_spec)
 
 
 # The templates that the families publish, but for their branches about tools and videos.
@@ -116,14 +123,16 @@ PUBLISHED = {
 @pytest.mark.parametrize("prompt_only", [False, True])
 @pytest.mark.parametrize("system", [False, True])
 @pytest.mark.parametrize("published", [False, True])
-def test_encode_equals_the_chat_template(bb, prompt_only, system, published, monkeypatch):
+def test_encode_equals_the_chat_template(backbone, prompt_only, system, published, monkeypatch):
     """The one in a folder that we wrote, and the one that comes with the family."""
     if published:
-        monkeypatch.setattr(bb.tok, "chat_template", PUBLISHED[bb.net.config.model_type])
+        monkeypatch.setattr(
+            backbone.tokenizer, "chat_template", PUBLISHED[backbone.net.config.model_type]
+        )
     messages = talk(2)[:3] if prompt_only else talk(2)
     if system:
         messages = [{"role": "system", "content": "Be brief."}, *messages]
-    row = model.encode(bb, messages, [image(64, 64)] * 3, prompt_only)
+    row = model.encode(backbone, messages, [image(64, 64)] * 3, prompt_only)
     parts = []
     for m in messages:
         cut = m["content"].split("<image>")
@@ -131,51 +140,57 @@ def test_encode_equals_the_chat_template(bb, prompt_only, system, published, mon
         for text in cut[1:]:
             content += [{"type": "image"}, {"type": "text", "text": text}]
         parts.append({"role": m["role"], "content": content})
-    text = bb.tok.apply_chat_template(parts, tokenize=False, add_generation_prompt=prompt_only)
-    tokens = 64 // bb.images.patch // bb.images.merge
+    text = backbone.tokenizer.apply_chat_template(
+        parts, tokenize=False, add_generation_prompt=prompt_only
+    )
+    tokens = 64 // backbone.image_spec.patch // backbone.image_spec.merge
     text = text.replace("<|image_pad|>", "<|image_pad|>" * tokens**2)
-    assert row["ids"].tolist() == bb.tok(text)["input_ids"]
+    assert row["ids"].tolist() == backbone.tokenizer(text)["input_ids"]
 
 
-def test_targets_are_the_assistants_turns_with_their_end(bb):
-    row = model.encode(bb, talk(1), [image(64, 64)] * 3)
-    assert bb.tok.decode(row["ids"][row["target"]]) == (
+def test_targets_are_the_assistants_turns_with_their_end(backbone):
+    row = model.encode(backbone, talk(1), [image(64, 64)] * 3)
+    assert backbone.tokenizer.decode(row["ids"][row["target"]]) == (
         "<think>It is near.</think><answer>d5</answer><|im_end|>to the left of<|im_end|>"
     )
 
 
-def test_encode_names_the_disagreement(bb):
+def test_encode_names_the_disagreement(backbone):
     with pytest.raises(ValueError, match='3 "<image>" but 2 images'):
-        model.encode(bb, talk(), [image(64, 64)] * 2)
+        model.encode(backbone, talk(), [image(64, 64)] * 2)
     with pytest.raises(ValueError, match="image_pad"):
-        model.encode(bb, [{"role": "user", "content": "<|image_pad|>"}])
+        model.encode(backbone, [{"role": "user", "content": "<|image_pad|>"}])
 
 
-def test_token_loss_equals_transformers_labels(bb):
-    batch = model.collate(rows_of(bb), bb.vocab.pad)
+def test_token_loss_equals_transformers_labels(backbone):
+    batch = model.collate(rows_of(backbone), backbone.vocab.pad)
     labels = batch["ids"].masked_fill(~batch["target"], -100)
-    theirs = bb.net(**extra(bb, batch), labels=labels).loss
-    loss, count, right = model.token_loss(bb.net, batch)
+    theirs = backbone.net(**extra(backbone, batch), labels=labels).loss
+    loss, count, right = sft.token_loss(backbone.net, batch)
     assert count == batch["target"].sum() and 0 <= right <= count
     torch.testing.assert_close(loss / count, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_logits_by_slices_are_the_logits(bb, monkeypatch):
+def test_logits_by_slices_are_the_logits(backbone, monkeypatch):
     """Losses of both stages and their gradients, from 7 tokens at a time; backward makes them again, and
     at no time are there those of more."""
-    batch, results, seen = model.collate(rows_of(bb), bb.vocab.pad), [], []
-    V, forward = len(bb.net.lm_head.weight), bb.net.lm_head.forward
-    monkeypatch.setattr(bb.net.lm_head, "forward", lambda x: seen.append(len(x)) or forward(x))
+    batch, results, seen = model.collate(rows_of(backbone), backbone.vocab.pad), [], []
+    V, forward = len(backbone.net.lm_head.weight), backbone.net.lm_head.forward
+    monkeypatch.setattr(
+        backbone.net.lm_head, "forward", lambda x: seen.append(len(x)) or forward(x)
+    )
     for at_once in 10**9, 7 * V + 1:
         monkeypatch.setattr(model, "LOGITS_AT_ONCE", at_once)
-        values = list(model.token_loss(bb.net, batch))
-        h = model.hidden(bb.net, batch).flatten(0, 1)
-        values += model.logp(bb.net, h, batch["ids"].flatten(), 0.7, bb.vocab.banned)
+        values = list(sft.token_loss(backbone.net, batch))
+        h = model.hidden_states(backbone.net, batch).flatten(0, 1)
+        values += grpo.token_logp(
+            backbone.net, h, batch["ids"].flatten(), 0.7, backbone.vocab.banned
+        )
         weight = torch.linspace(-1, 1, len(h))
-        bb.net.zero_grad()
+        backbone.net.zero_grad()
         (values[0] + (weight * values[3]).sum()).backward()
-        results.append(values + [p.grad.clone() for p in bb.net.parameters()])
-        bb.net.zero_grad()
+        results.append(values + [p.grad.clone() for p in backbone.net.parameters()])
+        backbone.net.zero_grad()
     whole, sliced = seen[:2], seen[2:]
     assert whole == [int(values[1]), len(h)] and max(sliced) == 7
     assert sum(sliced) == 2 * sum(whole), "once forward and once backward"
@@ -183,16 +198,18 @@ def test_logits_by_slices_are_the_logits(bb, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_packed_rows_equal_padded_rows(bb):
-    rows = rows_of(bb, 4)
-    rows.insert(1, model.encode(bb, [{"role": "user", "content": "Hello"}]))  # one without images
+def test_packed_rows_equal_padded_rows(backbone):
+    rows = rows_of(backbone, 4)
+    rows.insert(
+        1, model.encode(backbone, [{"role": "user", "content": "Hello"}])
+    )  # one without images
     results = []
-    for batch in (model.collate(rows, bb.vocab.pad), model.pack(rows)):
-        bb.net.zero_grad()
-        loss, count, right = model.token_loss(bb.net, batch)
+    for batch in (model.collate(rows, backbone.vocab.pad), sft.pack(rows)):
+        backbone.net.zero_grad()
+        loss, count, right = sft.token_loss(backbone.net, batch)
         (loss / count).backward()
-        results.append((loss.detach(), count, right, [p.grad for p in bb.net.parameters()]))
-        bb.net.zero_grad()
+        results.append((loss.detach(), count, right, [p.grad for p in backbone.net.parameters()]))
+        backbone.net.zero_grad()
     (a, n, right, g), (b, m, same, h) = results
     assert n == m and right == same
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
@@ -200,31 +217,41 @@ def test_packed_rows_equal_padded_rows(bb):
         torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
 
 
-def test_hidden_does_not_depend_on_padding_or_on_the_cache(bb):
-    rows = rows_of(bb)
-    right, left = (model.collate(rows, bb.vocab.pad, side) for side in (False, True))
+def test_hidden_does_not_depend_on_padding_or_on_the_cache(backbone):
+    rows = rows_of(backbone)
+    right, left = (model.collate(rows, backbone.vocab.pad, side) for side in (False, True))
     with torch.no_grad():
-        a, b = model.hidden(bb.net, right), model.hidden(bb.net, left)
+        a, b = model.hidden_states(backbone.net, right), model.hidden_states(backbone.net, left)
     for k, row in enumerate(rows):
         T = len(row["ids"])
         torch.testing.assert_close(a[k, :T], b[k, -T:], rtol=1e-4, atol=1e-4)
     # the last 5 tokens, which are text, through a cache
-    whole = model.collate(rows[:1], bb.vocab.pad)
-    cache = DynamicCache(config=bb.net.config.text_config)
-    head = {k: v[..., :-5] if k in ("ids", "mask", "pos") else v for k, v in whole.items()}
-    tail = {**whole, "ids": whole["ids"][:, -5:], "pos": whole["pos"][..., -5:], "patches": None}
+    whole = model.collate(rows[:1], backbone.vocab.pad)
+    cache = DynamicCache(config=backbone.net.config.text_config)
+    head = {k: v[..., :-5] if k in ("ids", "mask", "positions") else v for k, v in whole.items()}
+    tail = {
+        **whole,
+        "ids": whole["ids"][:, -5:],
+        "positions": whole["positions"][..., -5:],
+        "patches": None,
+    }
     with torch.no_grad():
-        parts = model.hidden(bb.net, head, cache), model.hidden(bb.net, tail, cache)
-        whole = model.hidden(bb.net, whole)
+        parts = (
+            model.hidden_states(backbone.net, head, cache),
+            model.hidden_states(backbone.net, tail, cache),
+        )
+        whole = model.hidden_states(backbone.net, whole)
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
 
 
-def test_logp_and_entropy_by_hand(bb):
-    rows = torch.randn(4, bb.net.config.text_config.hidden_size)
-    logits = bb.net.lm_head(rows) / 0.7
-    logits[:, bb.vocab.banned] = -torch.inf
+def test_logp_and_entropy_by_hand(backbone):
+    rows = torch.randn(4, backbone.net.config.text_config.hidden_size)
+    logits = backbone.net.lm_head(rows) / 0.7
+    logits[:, backbone.vocab.banned] = -torch.inf
     p = logits.softmax(-1)
-    got, entropy = model.logp(bb.net, rows, torch.tensor([1, 2, 3, 4]), 0.7, bb.vocab.banned)
+    got, entropy = grpo.token_logp(
+        backbone.net, rows, torch.tensor([1, 2, 3, 4]), 0.7, backbone.vocab.banned
+    )
     torch.testing.assert_close(got, p[range(4), [1, 2, 3, 4]].log(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(
         entropy, -(p * p.clamp(min=1e-30).log()).sum(-1), rtol=1e-4, atol=1e-5
@@ -233,51 +260,60 @@ def test_logp_and_entropy_by_hand(bb):
 
 
 def test_truncated_features_are_the_hidden_states_of_that_layer():
-    bb = model.load("random:tiny-vlm")
-    batch = model.collate(rows_of(bb), bb.vocab.pad)
+    backbone = backbones.random_backbone("tiny-vlm")
+    batch = model.collate(rows_of(backbone), backbone.vocab.pad)
     with torch.no_grad():
-        theirs = bb.net(**extra(bb, batch), output_hidden_states=True).hidden_states[2]
-        model.truncate(bb.net, 2)
-        ours, mask = model.hidden(bb.net, batch), batch["mask"]
+        theirs = backbone.net(**extra(backbone, batch), output_hidden_states=True).hidden_states[2]
+        vla.truncate(backbone.net, 2)
+        ours, mask = model.hidden_states(backbone.net, batch), batch["mask"]
     count = mask.bool()
     torch.testing.assert_close(ours[count], theirs[count], rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match=r"1\.\.2"):
-        model.truncate(bb.net, 3)
+        vla.truncate(backbone.net, 3)
 
 
-def test_grow_adds_once_keeps_old_rows_and_ties(bb):
-    bb = model.load(f"random:{SIZES[0]}")
-    table, old = bb.net.get_input_embeddings().weight, len(bb.tok)
+def test_grow_adds_once_keeps_old_rows_and_ties(backbone):
+    backbone = backbones.random_backbone(SIZES[0])
+    table, old = backbone.net.get_input_embeddings().weight, len(backbone.tokenizer)
     before, rows = table[:old].clone(), len(table)
-    assert bb.vocab.start is None and bb.vocab.fast == []
-    model.grow(bb, 3)  # fits into the padding rows: the table stays
-    assert len(bb.net.get_input_embeddings().weight) == rows
-    model.grow(bb, 100)
-    table = bb.net.get_input_embeddings().weight
-    assert len(table) >= len(bb.tok) == old + 102 and len(table) % 64 == 0
-    assert bb.net.lm_head.weight is table and bb.net.config.text_config.vocab_size == len(table)
+    assert backbone.vocab.action_start is None and backbone.vocab.fast == []
+    sft.grow_vocabulary(backbone, 3)  # fits into the padding rows: the table stays
+    assert len(backbone.net.get_input_embeddings().weight) == rows
+    sft.grow_vocabulary(backbone, 100)
+    table = backbone.net.get_input_embeddings().weight
+    assert len(table) >= len(backbone.tokenizer) == old + 102 and len(table) % 64 == 0
+    assert (
+        backbone.net.lm_head.weight is table
+        and backbone.net.config.text_config.vocab_size == len(table)
+    )
     assert torch.equal(table[:old], before)
-    assert bb.vocab.start == bb.tok.convert_tokens_to_ids("<ACTION_START>")
-    assert bb.tok.convert_ids_to_tokens(bb.vocab.fast) == [f"<FAST_{i}>" for i in range(100)]
-    assert set(range(len(bb.tok), len(table))) <= set(bb.vocab.banned)
+    assert backbone.vocab.action_start == backbone.tokenizer.convert_tokens_to_ids("<ACTION_START>")
+    assert backbone.tokenizer.convert_ids_to_tokens(backbone.vocab.fast) == [
+        f"<FAST_{i}>" for i in range(100)
+    ]
+    assert set(range(len(backbone.tokenizer), len(table))) <= set(backbone.vocab.banned)
     new = table[old:]  # near the mean of the old rows, and no two alike
     assert (new - before.mean(0)).abs().max() < before.std()
     assert torch.pdist(new).min() > 0
     same = table.clone()
-    model.grow(bb, 100)
-    assert torch.equal(bb.net.get_input_embeddings().weight, same)
+    sft.grow_vocabulary(backbone, 100)
+    assert torch.equal(backbone.net.get_input_embeddings().weight, same)
     answer = {"role": "assistant", "content": model.action_answer([0, 99, 1])}
-    ids = model.encode(bb, [answer])["ids"]
-    assert [bb.vocab.fast.index(i) for i in ids if i in bb.vocab.fast] == [0, 99, 1]
+    ids = model.encode(backbone, [answer])["ids"]
+    assert [backbone.vocab.fast.index(i) for i in ids if i in backbone.vocab.fast] == [0, 99, 1]
 
 
 def test_untied_models_grow_both_tables():
-    bb = model.load(f"random:{SIZES[1]}")
-    bb.net.config.tie_word_embeddings = False
-    bb.net.lm_head.weight = torch.nn.Parameter(torch.randn_like(bb.net.lm_head.weight))
-    model.grow(bb, 200)
-    assert bb.net.lm_head.weight is not bb.net.get_input_embeddings().weight
-    assert len(bb.net.lm_head.weight) == len(bb.net.get_input_embeddings().weight) >= len(bb.tok)
+    backbone = backbones.random_backbone(SIZES[1])
+    backbone.net.config.tie_word_embeddings = False
+    backbone.net.lm_head.weight = torch.nn.Parameter(torch.randn_like(backbone.net.lm_head.weight))
+    sft.grow_vocabulary(backbone, 200)
+    assert backbone.net.lm_head.weight is not backbone.net.get_input_embeddings().weight
+    assert (
+        len(backbone.net.lm_head.weight)
+        == len(backbone.net.get_input_embeddings().weight)
+        >= len(backbone.tokenizer)
+    )
 
 
 @pytest.mark.parametrize(
@@ -295,18 +331,18 @@ def test_real_sizes_have_the_published_parameters_and_need_no_memory(
 ):
     """Totals as the published safetensors indices give them. On the meta device, as all ranks but
     the first build a model; the vocabulary grows inside the padding and the table stays."""
-    bb = model.load(f"random:{size}", device=model.META)
-    parameters = list(bb.net.parameters())
+    backbone = backbones.random_backbone(size, device="meta")
+    parameters = list(backbone.net.parameters())
     assert all(p.is_meta for p in parameters) and sum(p.numel() for p in parameters) == total
-    config = bb.net.config
+    config = backbone.net.config
     t, v = config.text_config, config.vision_config
     assert (t.num_hidden_layers, t.num_attention_heads, t.num_key_value_heads) == text
     taps = getattr(v, "deepstack_visual_indexes", None) or v.fullatt_block_indexes
     assert (v.depth, v.hidden_size, tuple(taps)) == vision
-    model.grow(bb, 2048)
-    tables = bb.net.get_input_embeddings().weight, bb.net.get_output_embeddings().weight
+    sft.grow_vocabulary(backbone, 2048)
+    tables = backbone.net.get_input_embeddings().weight, backbone.net.get_output_embeddings().weight
     assert [len(w) for w in tables] == [rows, rows] and (tables[0] is tables[1]) == tied
-    assert len(bb.vocab.fast) == 2048 and bb.vocab.banned[-1] == rows - 1
+    assert len(backbone.vocab.fast) == 2048 and backbone.vocab.banned[-1] == rows - 1
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -316,18 +352,21 @@ def test_a_padded_table_neither_shrinks_nor_loses_its_padding(tmp_path, monkeypa
         "padded": dataclasses.replace(backbones.SIZES[SIZES[0]], rows=640, tied=tied),
     }
     monkeypatch.setattr(backbones, "SIZES", sizes)
-    bb = model.load("random:padded")
-    tables = [bb.net.get_input_embeddings().weight, bb.net.get_output_embeddings().weight]
-    before, old = [w.detach().clone() for w in tables], len(bb.tok)
-    model.grow(bb, 20)
+    backbone = backbones.random_backbone("padded")
+    tables = [
+        backbone.net.get_input_embeddings().weight,
+        backbone.net.get_output_embeddings().weight,
+    ]
+    before, old = [w.detach().clone() for w in tables], len(backbone.tokenizer)
+    sft.grow_vocabulary(backbone, 20)
     for w, was in zip(tables, before):
         assert len(w) == 640 and torch.equal(w[:old], was[:old])
         assert torch.equal(w[old + 22 :], was[old + 22 :])  # 2 marks and 20 tokens
         assert (w[old : old + 22] - was[:old].mean(0)).abs().max() < was[:old].std()
-    assert bb.net.lm_head.weight is tables[1] and (tables[0] is tables[1]) == tied
-    model.save(tmp_path / "a", bb, {"stage": "sft", "step": 0})
+    assert backbone.net.lm_head.weight is tables[1] and (tables[0] is tables[1]) == tied
+    model.save(tmp_path / "a", backbone, {"stage": "sft", "step": 0})
     again = model.load(tmp_path / "a")
-    model.grow(again, 20)  # knows them all
+    sft.grow_vocabulary(again, 20)  # knows them all
     model.save(tmp_path / "b", again, {"stage": "sft", "step": 0})
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (
         tmp_path / "b" / "model.safetensors"
@@ -340,17 +379,19 @@ def test_a_padded_table_neither_shrinks_nor_loses_its_padding(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("pixels", [0, 100, 5000])
-def test_max_pixels_bounds_images_and_stays_in_the_checkpoint(bb, tmp_path, pixels):
-    one = model.load(f"random:{bb.run['size']}", max_pixels=pixels)
-    _, (_, h, w) = model.patchify(image(90, 120), one.images)
-    unit = (one.images.patch * one.images.merge) ** 2  # one token is the least that an image has
+def test_max_pixels_bounds_images_and_stays_in_the_checkpoint(backbone, tmp_path, pixels):
+    one = model.load(untrained.folder(backbone.run["size"]), max_pixels=pixels)
+    _, (_, h, w) = model.patchify(image(90, 120), one.image_spec)
+    unit = (
+        one.image_spec.patch * one.image_spec.merge
+    ) ** 2  # one token is the least that an image has
     if pixels:
-        assert h * w * one.images.patch**2 <= max(pixels, unit) < 90 * 120
+        assert h * w * one.image_spec.patch**2 <= max(pixels, unit) < 90 * 120
     else:
-        assert one.images == bb.images
+        assert one.image_spec == backbone.image_spec
     assert model.encode(one, talk()[:1], [image(90, 120)])["grid"].tolist() == [[1, h, w]]
-    one.images.save(tmp_path)
-    assert model.ImageSpec.load(tmp_path) == one.images
+    one.image_spec.save(tmp_path)
+    assert model.ImageSpec.load(tmp_path) == one.image_spec
 
 
 def fast(dim=3):
@@ -358,20 +399,24 @@ def fast(dim=3):
     return FastTokenizer.fit(chunks, 64, 4)
 
 
-def test_save_load_save_is_bit_identical_and_loads_in_plain_transformers(bb, tmp_path):
-    one = model.load(f"random:{bb.run['size']}")
-    one.fast = fast()
-    model.grow(one, one.fast.vocab_size)
-    optim = model.optimizer(one.net, 1e-3, 0.1, (0.9, 0.95))
+def test_save_load_save_is_bit_identical_and_loads_in_plain_transformers(backbone, tmp_path):
+    one = backbones.random_backbone(backbone.run["size"])
+    one.action_tokenizer = fast()
+    sft.grow_vocabulary(one, one.action_tokenizer.vocab_size)
+    optim = model.make_optimizer(one.net, 1e-3, 0.1, (0.9, 0.95))
     batch = model.collate(rows_of(one), one.vocab.pad)
-    model.token_loss(one.net, batch)[0].backward()
+    sft.token_loss(one.net, batch)[0].backward()
     optim.step()
     run = {"stage": "sft", "step": 1, "config": {}, "parent": "random"}
     model.save(tmp_path / "a" / "step_000001", one, run, optim=optim)
-    assert model.find(tmp_path / "a") == tmp_path / "a" / "step_000001"
+    assert model.find_checkpoint(tmp_path / "a") == tmp_path / "a" / "step_000001"
     two = model.load(tmp_path / "a", stages=("sft",))
-    assert two.run["parent"] == "random" and two.vocab == one.vocab and two.images == one.images
-    new = model.optimizer(two.net, 1e-3, 0.1, (0.9, 0.95))
+    assert (
+        two.run["parent"] == "random"
+        and two.vocab == one.vocab
+        and two.image_spec == one.image_spec
+    )
+    new = model.make_optimizer(two.net, 1e-3, 0.1, (0.9, 0.95))
     assert model.load_train_state(tmp_path / "a" / "step_000001", two.net, new) == (1, 0)
     model.save(tmp_path / "b", two, run, optim=new)
     for name in "model.safetensors", "config.json", "tokenizer.json", "fast/fast.json", "run.json":
@@ -396,24 +441,27 @@ def test_save_load_save_is_bit_identical_and_loads_in_plain_transformers(bb, tmp
     net = AutoModelForImageTextToText.from_pretrained(tmp_path / "b")
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), one.net.parameters()))
     text = "Where is it?<think></think>" + model.action_answer([3, 1])
-    assert AutoTokenizer.from_pretrained(tmp_path / "b")(text) == one.tok(text)
+    assert AutoTokenizer.from_pretrained(tmp_path / "b")(text) == one.tokenizer(text)
     with pytest.raises(ValueError, match="stage 'sft', expected base"):
         model.load(tmp_path / "b", stages=("base",))
 
 
-def test_modules_are_saved_beside_the_backbone_and_overwritten_atomically(bb, tmp_path):
+def test_modules_are_saved_beside_the_backbone_and_overwritten_atomically(backbone, tmp_path):
     head = torch.nn.Linear(3, 2)
-    optim = model.optimizer(head, 1e-3, 0.1, (0.9, 0.95))
+    optim = model.make_optimizer(head, 1e-3, 0.1, (0.9, 0.95))
     head(torch.ones(3)).sum().backward()
     optim.step()
     for _ in range(2):  # the second time over the first
         model.save(
-            tmp_path / "v", {"backbone": bb, "head": head}, {"stage": "vla", "step": 1}, optim=optim
+            tmp_path / "v",
+            {"backbone": backbone, "head": head},
+            {"stage": "vla", "step": 1},
+            optim=optim,
         )
     state = load_file(tmp_path / "v" / "head.safetensors")
     assert torch.equal(state["weight"], head.weight)
-    new = model.optimizer(head, 1e-3, 0.1, (0.9, 0.95))
-    model.load_train_state(tmp_path / "v", {"backbone": bb, "head": head}, new)
+    new = model.make_optimizer(head, 1e-3, 0.1, (0.9, 0.95))
+    model.load_train_state(tmp_path / "v", {"backbone": backbone, "head": head}, new)
     a, b = (o.state[head.weight]["exp_avg"] for o in (optim, new))
     assert torch.equal(a, b) and a.abs().sum() > 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["v"]
@@ -421,17 +469,17 @@ def test_modules_are_saved_beside_the_backbone_and_overwritten_atomically(bb, tm
 
 def test_an_unfinished_checkpoint_is_not_found(tmp_path):
     (tmp_path / "step_000007.tmp").mkdir()
-    assert model.latest(tmp_path) is None
+    assert model.latest_checkpoint(tmp_path) is None
     (tmp_path / "step_000009").mkdir()
     (tmp_path / "step_000010").mkdir()
-    assert model.latest(tmp_path).name == "step_000010"
+    assert model.latest_checkpoint(tmp_path).name == "step_000010"
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         model.load(tmp_path / "empty")
     with pytest.raises(FileNotFoundError, match="no such folder"):
         model.load("runs/nowhere")
     with pytest.raises(ValueError, match="unknown size"):
-        model.load("random:huge")
+        backbones.random_backbone("huge")
 
 
 def test_the_tokenizer_is_a_function_of_its_texts():
@@ -472,10 +520,14 @@ GOOD = "<think>left, then down</think>" + model.action_answer([4, 0, 7]) + "<|im
     ],
 )
 def test_parse_actions(text, expected):
-    bb = model.load(f"random:{SIZES[0]}")
-    assert model.parse_actions(bb, []) == (False, False, [])  # before growth there is no START
-    model.grow(bb, 8)
-    assert model.parse_actions(bb, bb.tok(text)["input_ids"]) == expected
+    backbone = backbones.random_backbone(SIZES[0])
+    assert model.parse_actions(backbone, []) == (
+        False,
+        False,
+        [],
+    )  # before growth there is no START
+    sft.grow_vocabulary(backbone, 8)
+    assert model.parse_actions(backbone, backbone.tokenizer(text)["input_ids"]) == expected
 
 
 @pytest.mark.parametrize(
@@ -495,20 +547,20 @@ def test_prefix_reward(gen, tgt, expected):
 
 
 def test_learning_rate_by_hand():
-    rates = [model.lr_at(s, 10, 1.0, 0.2) for s in range(10)]
+    rates = [model.learning_rate(s, 10, 1.0, 0.2) for s in range(10)]
     assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1])
     assert rates[6] == pytest.approx(0.5) and 0 < rates[9] < 0.05
-    assert [model.lr_at(s, 10, 1.0, 0.0, "constant") for s in (0, 9)] == [1, 1]
+    assert [model.learning_rate(s, 10, 1.0, 0.0, "constant") for s in (0, 9)] == [1, 1]
 
 
 def test_clip_and_groups():
     net = torch.nn.Linear(2, 1)
     net.weight.grad, net.bias.grad = torch.tensor([[3.0, 0.0]]), torch.tensor([4.0])
-    assert model.clip_grad(net.parameters(), 0) == pytest.approx(5)
+    assert model.clip_gradients(net.parameters(), 0) == pytest.approx(5)
     assert net.bias.grad.item() == 4
-    assert model.clip_grad(net.parameters(), 1.0) == pytest.approx(5)
+    assert model.clip_gradients(net.parameters(), 1.0) == pytest.approx(5)
     assert net.bias.grad.item() == pytest.approx(0.8, rel=1e-4)
-    groups = model.optimizer(net, 1e-3, 0.1, (0.9, 0.95)).param_groups
+    groups = model.make_optimizer(net, 1e-3, 0.1, (0.9, 0.95)).param_groups
     assert [(g["weight_decay"], [p.ndim for p in g["params"]]) for g in groups] == [
         (0.1, [2]),
         (0.0, [1]),
@@ -519,7 +571,7 @@ def test_muon_without_inner_matrices_is_adamw():
     """It used to end in a StopIteration when nothing was left for Muon."""
     nets = [torch.nn.LayerNorm(4), torch.nn.LayerNorm(4)]
     for net, muon in zip(nets, (True, False)):
-        optim = model.optimizer(net, 0.01, 0.1, (0.9, 0.95), muon)
+        optim = model.make_optimizer(net, 0.01, 0.1, (0.9, 0.95), muon)
         net(torch.arange(8.0).view(2, 4) ** 2).sum().backward()
         optim.step()
     assert torch.equal(nets[0].weight, nets[1].weight) and (nets[0].weight != 1).any()
@@ -530,7 +582,7 @@ def test_muon_by_hand():
     torch.manual_seed(0)
     u, _ = torch.linalg.qr(torch.randn(6, 6))
     v, _ = torch.linalg.qr(torch.randn(9, 6))
-    near = model.orthogonal((u * torch.tensor([9, 5, 4, 3, 2, 1.5]) @ v.T)[None])[0]
+    near = model.orthogonalize((u * torch.tensor([9, 5, 4, 3, 2, 1.5]) @ v.T)[None])[0]
     core = u.T @ near @ v  # the same singular vectors, all values near 1
     assert (core - core.diag().diag()).abs().max() < 1e-5 and (core.diag() - 1).abs().max() < 0.35
     torch.testing.assert_close(near, u @ core @ v.T)
@@ -543,14 +595,14 @@ def test_muon_by_hand():
     nets[1].load_state_dict(nets[0].state_dict())
     before = nets[0]["inner"].weight.detach().clone()
     for net, muon in zip(nets, (True, False)):
-        optim = model.optimizer(net, 0.01, 0.1, (0.9, 0.95), muon)
+        optim = model.make_optimizer(net, 0.01, 0.1, (0.9, 0.95), muon)
         net["lm_head"](net["inner"](net["words"](torch.tensor([0, 2])))).square().sum().backward()
         grad = net["inner"].weight.grad.clone()
         optim.step()
     for name, p in nets[0].named_parameters():  # the second net had AdamW alone
         assert torch.equal(p, nets[1].get_parameter(name)) == (name != "inner.weight")
     # momentum 0.1 g, Nesterov 0.9 * 0.1 g + 0.1 g; its length does not matter
-    by_hand = before * (1 - 0.01 * 0.1) - 0.01 * 0.2 * 3 * model.orthogonal(grad[None])[0]
+    by_hand = before * (1 - 0.01 * 0.1) - 0.01 * 0.2 * 3 * model.orthogonalize(grad[None])[0]
     torch.testing.assert_close(nets[0]["inner"].weight.detach(), by_hand)
 
 
@@ -571,14 +623,14 @@ class Config:
 
 def test_parse(capsys):
     presets = {"small": {}, "large": {"lr": 1e-5, "fix": True}}
-    assert model.parse(Config, presets, []) == Config("small")
-    got = model.parse(Config, presets, ["large", "--big-batch", "8", "--no-fix"])
+    assert model.parse_config(Config, presets, []) == Config("small")
+    got = model.parse_config(Config, presets, ["large", "--big-batch", "8", "--no-fix"])
     assert got == Config("large", 1e-5, 8, False)
     for argv in (["--nope", "1"], ["huge"], ["--big", "3"]):
         with pytest.raises(SystemExit):
-            model.parse(Config, presets, argv)
+            model.parse_config(Config, presets, argv)
     with pytest.raises(SystemExit):
-        model.parse(Config, presets, ["--help"])
+        model.parse_config(Config, presets, ["--help"])
     assert "learning rate, 100% of it (0.001)" in capsys.readouterr().out
 
 
@@ -597,7 +649,7 @@ def test_what_the_user_can_cure_is_one_line(error, line):
         raise error
 
     with pytest.raises(SystemExit, match=line):
-        model.entry(fail, "--batch")
+        model.run_main(fail, "--batch")
 
 
 def test_shards_divide_the_ranks():

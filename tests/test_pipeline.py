@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import untrained
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -35,7 +36,7 @@ def made(tmp_path_factory):
     at = tmp_path_factory.mktemp("pipeline")
     run(
         "-m",
-        "benchmarks.tabletop",
+        "benchmarks.tabletop_data",
         "--out",
         at / "data",
         "--episodes",
@@ -58,7 +59,7 @@ def made(tmp_path_factory):
         5,
         "--scale",
         1.5,
-        "--vocab",
+        "--vocab-size",
         64,
     )
     mix = f"{at}/data/conversations.jsonl:1,{at}/data/episodes:3,{at}/data/thought_actions.jsonl:1"
@@ -66,10 +67,10 @@ def made(tmp_path_factory):
         "sft.py",
         "tabletop",
         "--init",
-        "random:tiny-vlm",
+        untrained.folder("tiny-vlm"),
         "--data",
         mix,
-        "--fast",
+        "--action-tokenizer",
         at / "fast",
         "--out",
         at / "sft",
@@ -77,11 +78,11 @@ def made(tmp_path_factory):
         3,
         "--batch",
         4,
-        "--holdout",
+        "--holdout-rows",
         8,
         "--eval-rows",
         8,
-        "--probe",
+        "--probe-prompts",
         2,
     )
     run(
@@ -101,7 +102,7 @@ def made(tmp_path_factory):
         2,
         "--group",
         2,
-        "--max-new",
+        "--max-new-tokens",
         12,
         "--eval-prompts",
         2,
@@ -135,7 +136,9 @@ def test_stages_leave_checkpoints_that_name_their_stage(made):
         assert run_json["stage"] == stage and run_json["versions"]["torch"]
         assert (made / stage / "log.jsonl").read_text().startswith('{"config"')
     rows = [json.loads(line) for line in (made / "sft/log.jsonl").read_text().splitlines()]
-    assert {"format", "r_a"} <= rows[-1].keys(), "sft.py ends with thinking rollouts before RL"
+    assert {"probe_format", "probe_r_a"} <= rows[-1].keys(), (
+        "sft.py ends with thinking rollouts before RL"
+    )
 
 
 def test_evaluate_writes_one_file_and_its_table(made):
@@ -147,7 +150,7 @@ def test_evaluate_writes_one_file_and_its_table(made):
         made / "grpo",
         "--data",
         made / "data/episodes",
-        "--arm",
+        "--variant",
         "toy",
         "--out",
         results,
@@ -155,7 +158,7 @@ def test_evaluate_writes_one_file_and_its_table(made):
         4,
         "--samples",
         2,
-        "--max-new",
+        "--max-new-tokens",
         16,
     )
     out = run(
@@ -163,7 +166,7 @@ def test_evaluate_writes_one_file_and_its_table(made):
         "tabletop",
         "--policy",
         made / "vla",
-        "--arm",
+        "--variant",
         "toy",
         "--out",
         results,
@@ -195,7 +198,7 @@ def test_questions_are_scored_by_kind(made):
         made / "data/conversations.jsonl",
         "--rows",
         12,
-        "--max-new",
+        "--max-new-tokens",
         8,
         "--out",
         made / "vqa.json",
@@ -212,7 +215,7 @@ def test_wrong_stage_is_refused_in_one_line(made):
         made / "vla",
         "--data",
         made / "data/conversations.jsonl",
-        "--fast",
+        "--action-tokenizer",
         "",
         "--out",
         made / "x",

@@ -188,17 +188,17 @@ def tiny():
 
 def scripted(monkeypatch, answer):
     """What the model answers; -> the questions it was asked."""
-    seen, bb = [], tiny()
-    monkeypatch.setattr(model, "load", lambda path, device, stages: bb)
+    seen, backbone = [], tiny()
+    monkeypatch.setattr(model, "load", lambda path, device, stages: backbone)
 
-    def answers(bb, items, max_new=128, size=64):
+    def answers(backbone, items, max_new_tokens=128, size=64):
         for messages, images, _, where in items:
             seen.append(messages[0]["content"])
             assert messages[0]["content"].count("<image>") == len(images)
             assert all(sft.read_image(x, where).ndim == 3 for x in images)
         return [answer(text) for text in seen[-len(items) :]]
 
-    monkeypatch.setattr(sft, "answers", answers)
+    monkeypatch.setattr(sft, "greedy_answers", answers)
     return seen
 
 

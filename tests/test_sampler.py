@@ -11,13 +11,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import fully_shard
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import grpo
 import model
+import sft
+import untrained
 
-FAMILIES = ["random:tiny-qwen3-vl", "random:tiny-qwen2.5-vl"]
+FAMILIES = [untrained.folder("tiny-qwen3-vl"), untrained.folder("tiny-qwen2.5-vl")]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def bb(request):
+def backbone(request):
     return model.load(request.param)
 
 
@@ -26,7 +29,7 @@ def small():
     return model.load(FAMILIES[0])  # fresh, for tests that change it
 
 
-def prompts(bb, few=False):
+def prompts(backbone, few=False):
     """Four prompts of unequal length: one image, none, two images, one of another size."""
     rng = np.random.default_rng(0)
     image = lambda h, w: rng.integers(0, 256, (h, w, 3), dtype=np.uint8)
@@ -37,7 +40,7 @@ def prompts(bb, few=False):
         ("<image>" + model.ask(model.action_question("lift it"), True), [image(64, 64)]),
     ]
     return [
-        model.encode(bb, [{"role": "user", "content": text}], images, prompt_only=True)
+        model.encode(backbone, [{"role": "user", "content": text}], images, prompt_only=True)
         for text, images in asked[: 2 if few else 4]
     ]
 
@@ -47,7 +50,7 @@ def samples(out):
     return [i[m.bool()].tolist() for i, m in zip(out["ids"], out["mask"])]
 
 
-def reference(bb, row, max_new, stop):
+def reference(backbone, row, max_new, stop):
     """transformers' greedy continuation of one prompt, unpadded and alone."""
     ids = torch.from_numpy(row["ids"])[None]
     seen = {}
@@ -55,80 +58,90 @@ def reference(bb, row, max_new, stop):
         seen = {
             "pixel_values": torch.from_numpy(row["patches"]),
             "image_grid_thw": torch.from_numpy(row["grid"]),
-            "mm_token_type_ids": (ids == bb.vocab.image).int(),
+            "mm_token_type_ids": (ids == backbone.vocab.image).int(),
         }
-    out = bb.net.generate(
+    out = backbone.net.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=max_new,
         **seen,
         do_sample=False,
-        suppress_tokens=bb.vocab.banned,
+        suppress_tokens=backbone.vocab.banned,
         eos_token_id=stop,
-        pad_token_id=bb.vocab.pad,
+        pad_token_id=backbone.vocab.pad,
     )
     return out[0, ids.shape[1] :].tolist()
 
 
-def test_greedy_equals_transformers(bb):
-    rows, usual = prompts(bb), [bb.vocab.eos]
-    want = [reference(bb, row, 24, usual) for row in rows]
-    got = model.generate(bb, rows, max_new=24, greedy=True)
+def test_greedy_equals_transformers(backbone):
+    rows, usual = prompts(backbone), [backbone.vocab.eos]
+    want = [reference(backbone, row, 24, usual) for row in rows]
+    got = model.generate(backbone, rows, max_new_tokens=24, greedy=True)
     assert samples(got) == want
     # the same with rows that end at different steps, two of them before the others
     stop = [want[0][2], want[2][5]]
-    early = [reference(bb, row, 24, stop) for row in rows]
+    early = [reference(backbone, row, 24, stop) for row in rows]
     assert 2 <= len({len(i) for i in early}) and min(map(len, early)) <= 3
-    assert samples(model.generate(bb, rows, max_new=24, greedy=True, stop=stop)) == early
-    twice = samples(model.generate(bb, rows, n=2, max_new=24, greedy=True, stop=stop))
+    assert (
+        samples(model.generate(backbone, rows, max_new_tokens=24, greedy=True, stop=stop)) == early
+    )
+    twice = samples(model.generate(backbone, rows, n=2, max_new_tokens=24, greedy=True, stop=stop))
     assert twice[0::2] == twice[1::2] == early
 
 
-def test_greedy_without_padding(bb):  # no padding takes the path without an attention mask
-    rows = [prompts(bb)[3]] * 2
+def test_greedy_without_padding(backbone):  # no padding takes the path without an attention mask
+    rows = [prompts(backbone)[3]] * 2
     assert (
-        samples(model.generate(bb, rows, max_new=12, greedy=True))
-        == [reference(bb, rows[0], 12, [bb.vocab.eos])] * 2
+        samples(model.generate(backbone, rows, max_new_tokens=12, greedy=True))
+        == [reference(backbone, rows[0], 12, [backbone.vocab.eos])] * 2
     )
 
 
-def test_logp_equals_a_full_forward(bb):
-    rows, n, temperature = prompts(bb), 3, 0.7
-    ends = range(0, len(bb.tok), 9)
-    out = model.generate(bb, rows, n, 20, temperature, seed=1, stop=ends)
+def test_logp_equals_a_full_forward(backbone):
+    rows, n, temperature = prompts(backbone), 3, 0.7
+    ends = range(0, len(backbone.tokenizer), 9)
+    out = model.generate(backbone, rows, n, 20, temperature, seed=1, stop=ends)
     assert out["mask"].sum(1).unique().numel() > 3  # rows left the batch at many steps
     assert (out["logp"][out["mask"] == 0] == 0).all()
     for k, new in enumerate(samples(out)):
         row = rows[k // n]
-        pos = np.arange(len(new)) + row["pos"].max() + 1
+        pos = np.arange(len(new)) + row["positions"].max() + 1
         full = {
             **row,
             "ids": np.concatenate([row["ids"], new]),
-            "pos": np.concatenate([row["pos"], np.tile(pos, (3, 1))], 1),
+            "positions": np.concatenate([row["positions"], np.tile(pos, (3, 1))], 1),
             "target": np.zeros(len(row["ids"]) + len(new), bool),
         }
         with torch.no_grad():
-            h = model.hidden(bb.net, model.collate([full], bb.vocab.pad))[0]
-            want, _ = model.logp(
-                bb.net, h[-len(new) - 1 : -1], torch.tensor(new), temperature, bb.vocab.banned
+            h = model.hidden_states(backbone.net, model.collate([full], backbone.vocab.pad))[0]
+            want, _ = grpo.token_logp(
+                backbone.net,
+                h[-len(new) - 1 : -1],
+                torch.tensor(new),
+                temperature,
+                backbone.vocab.banned,
             )
         torch.testing.assert_close(out["logp"][k, : len(new)], want, atol=1e-4, rtol=0)
 
 
-def test_the_batch_does_not_change_the_samples(bb):
-    rows, kw = prompts(bb), {"n": 3, "max_new": 16, "seed": 5, "stop": range(0, 300, 11)}
-    whole = samples(model.generate(bb, rows, **kw))
+def test_the_batch_does_not_change_the_samples(backbone):
+    rows, kw = (
+        prompts(backbone),
+        {"n": 3, "max_new_tokens": 16, "seed": 5, "stop": range(0, 300, 11)},
+    )
+    whole = samples(model.generate(backbone, rows, **kw))
     assert len({tuple(i) for i in whole}) == len(whole)  # every prompt and sample draws its own
     split = [
-        samples(model.generate(bb, rows[a:b], keys=range(a, b), **kw)) for a, b in [(0, 1), (1, 4)]
+        samples(model.generate(backbone, rows[a:b], keys=range(a, b), **kw))
+        for a, b in [(0, 1), (1, 4)]
     ]
     assert split[0] + split[1] == whole
-    back = samples(model.generate(bb, rows[::-1], keys=[3, 2, 1, 0], **kw))
+    back = samples(model.generate(backbone, rows[::-1], keys=[3, 2, 1, 0], **kw))
     assert [back[9 - 3 * b + g] for b in range(4) for g in range(3)] == whole
-    same = samples(model.generate(bb, rows[:1] * 2, keys=[0, 9], **kw))
+    same = samples(model.generate(backbone, rows[:1] * 2, keys=[0, 9], **kw))
     assert same[:3] == whole[:3] and all(a != b for a, b in zip(same[:3], same[3:]))
-    assert samples(model.generate(bb, rows, **{**kw, "n": 2}))[:2] == whole[:2]
-    assert samples(model.generate(bb, rows, **{**kw, "seed": 6})) != whole
+    assert samples(model.generate(backbone, rows, **{**kw, "n": 2}))[:2] == whole[:2]
+    assert samples(model.generate(backbone, rows, **{**kw, "seed": 6})) != whole
 
 
 def traced(graphs):
@@ -157,14 +170,14 @@ def traced(graphs):
 
 
 @pytest.mark.parametrize("greedy", [False, True])
-def test_replayed_steps_sample_the_same(bb, monkeypatch, greedy):
-    rows, graphs = prompts(bb), []
+def test_replayed_steps_sample_the_same(backbone, monkeypatch, greedy):
+    rows, graphs = prompts(backbone), []
     monkeypatch.setattr(model, "record", traced(graphs))
     for stop, top_p in (([], 1.0), (range(0, 300, 40), 0.9)):
-        kw = {"n": 3, "max_new": 150, "stop": stop, "top_p": top_p, "greedy": greedy}
-        want = model.generate(bb, rows, **kw)
+        kw = {"n": 3, "max_new_tokens": 150, "stop": stop, "top_p": top_p, "greedy": greedy}
+        want = model.generate(backbone, rows, **kw)
         assert not graphs
-        got = model.generate(bb, rows, **kw, graphs=True)
+        got = model.generate(backbone, rows, **kw, cuda_graphs=True)
         assert samples(got) == samples(want) and got["ids"].shape == want["ids"].shape
         assert torch.equal(got["ids"], want["ids"]) and torch.equal(got["mask"], want["mask"])
         torch.testing.assert_close(got["logp"], want["logp"], atol=1e-5, rtol=0)
@@ -177,10 +190,10 @@ def test_replayed_steps_sample_the_same(bb, monkeypatch, greedy):
 
 def test_a_step_that_looks_at_values_cannot_be_recorded(small, monkeypatch):
     monkeypatch.setattr(model, "record", traced([]))
-    draw = model.draw
-    monkeypatch.setattr(model, "draw", lambda logp, u, p, wait: draw(logp, u, p, True))
+    draw = model.draw_tokens
+    monkeypatch.setattr(model, "draw_tokens", lambda logp, u, p, wait: draw(logp, u, p, True))
     with pytest.raises(RuntimeError, match="data-dependent"):
-        model.generate(small, prompts(small), graphs=True)
+        model.generate(small, prompts(small), cuda_graphs=True)
 
 
 def test_tensors_stay_on_their_device(small, monkeypatch):
@@ -199,7 +212,7 @@ def test_tensors_stay_on_their_device(small, monkeypatch):
             for name, b in module._buffers.items():
                 module._buffers[name] = fake.from_tensor(b).to("lazy:0")
         for kw in {"greedy": True}, {"top_p": 0.5}:
-            out = model.generate(small, rows, n, 32, graphs=True, **kw)
+            out = model.generate(small, rows, n, 32, cuda_graphs=True, **kw)
             assert {k: (*x.shape, x.dtype) for k, x in out.items()} == {
                 "ids": (32, 32, torch.long),
                 "mask": (32, 32, torch.long),
@@ -211,11 +224,11 @@ def test_tensors_stay_on_their_device(small, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda_graphs(small):
     small.net.cuda()
-    rows, kw = prompts(small), {"n": 3, "max_new": 150, "stop": range(0, 300, 40)}
-    want, got = (model.generate(small, rows, **kw, graphs=graphs) for graphs in (False, True))
+    rows, kw = prompts(small), {"n": 3, "max_new_tokens": 150, "stop": range(0, 300, 40)}
+    want, got = (model.generate(small, rows, **kw, cuda_graphs=graphs) for graphs in (False, True))
     same = sum(a == b for a, b in zip(samples(got), samples(want)))
     assert same >= 11  # of 12: a near tie may fall otherwise, and what follows it
-    assert samples(model.generate(small, rows, **kw, graphs=True)) == samples(got)
+    assert samples(model.generate(small, rows, **kw, cuda_graphs=True)) == samples(got)
 
 
 def test_chunks_of_like_length(small, monkeypatch):
@@ -228,7 +241,7 @@ def test_chunks_of_like_length(small, monkeypatch):
             seen.append([len(row["ids"]) for row in rows]) or collate(rows, *a, **kw)
         ),
     )
-    got = model.generate(small, rows, 2, 9, stop=[], chunk=3)
+    got = model.generate(small, rows, 2, 9, stop=[], rollout_batch=3)
     lengths = sorted(len(row["ids"]) for row in rows)
     assert seen == [lengths[:3], lengths[3:]] and lengths != [len(row["ids"]) for row in rows]
     assert torch.equal(got["ids"], whole["ids"])
@@ -236,10 +249,10 @@ def test_chunks_of_like_length(small, monkeypatch):
 
 
 def test_finished_rows_stop_and_leave(small):
-    stop, seen = list(range(0, len(small.tok), 5)), []
+    stop, seen = list(range(0, len(small.tokenizer), 5)), []
     small.net.lm_head.register_forward_pre_hook(lambda m, args: seen.append(len(args[0])))
     small.net.train()
-    out = model.generate(small, prompts(small), n=8, max_new=99, seed=2, stop=stop)
+    out = model.generate(small, prompts(small), n=8, max_new_tokens=99, seed=2, stop=stop)
     assert small.net.training  # as before
     length = out["mask"].sum(1)
     assert out["ids"].shape[1] == length.max() < 99 and length.min() < 3
@@ -254,11 +267,11 @@ def test_banned_ids_are_never_sampled(small):
     with torch.no_grad():
         small.net.lm_head.weight.zero_()  # all ids as likely, also for the embedding tied to it
     small.vocab.banned = [*small.vocab.banned, 0, 1, *range(100, 300)]
-    out = model.generate(small, prompts(small), n=64, max_new=64, seed=3, stop=[])
+    out = model.generate(small, prompts(small), n=64, max_new_tokens=64, seed=3, stop=[])
     free = set(range(small.net.lm_head.out_features)) - set(small.vocab.banned)
     assert set(out["ids"].flatten().tolist()) == free  # 16,384 draws reach each free id
     torch.testing.assert_close(out["logp"], torch.full_like(out["logp"], -np.log(len(free))))
-    greedy = model.generate(small, prompts(small), max_new=4, greedy=True)
+    greedy = model.generate(small, prompts(small), max_new_tokens=4, greedy=True)
     assert set(greedy["ids"].flatten().tolist()) <= free  # id 0 would be the argmax
 
 
@@ -266,7 +279,7 @@ def test_frequencies_are_the_probabilities(small):
     row, N = prompts(small, few=True)[:1], 4000
     with torch.no_grad():
         batch = model.collate(row, small.vocab.pad)
-        logits = model.logits_of(small.net, model.hidden(small.net, batch)[0, -1:])[0] / 1.5
+        logits = model.logits(small.net, model.hidden_states(small.net, batch)[0, -1:])[0] / 1.5
     logits[small.vocab.banned] = -torch.inf
     want = N * logits.softmax(-1).double().numpy()
     out = model.generate(small, row, N, 1, temperature=1.5, stop=[])
@@ -280,7 +293,7 @@ def test_frequencies_are_the_probabilities(small):
 def test_draw_by_hand():
     p = torch.tensor([0.0, 0.3, 0.0, 0.5, 0.05, 0.15, 0.0])
     u = torch.tensor([1e-30, 0.29, 0.31, 0.79, 0.81, 0.84, 0.86, 1.0])
-    at = lambda u, **kw: model.draw(p.log().expand(len(u), -1), u, **kw).tolist()
+    at = lambda u, **kw: model.draw_tokens(p.log().expand(len(u), -1), u, **kw).tolist()
     assert at(u) == [1, 1, 3, 3, 4, 4, 5, 5]  # ids 0, 2 and 6 have no probability
     even = (torch.arange(1000) + 0.5) / 1000
     assert np.bincount(at(even)).tolist() == [0, 300, 0, 500, 50, 150]
@@ -292,8 +305,8 @@ def test_draw_by_hand():
 
 def test_top_p_in_generate(small):
     rows = prompts(small)
-    greedy = model.generate(small, rows, max_new=8, greedy=True, stop=[])
-    narrow = model.generate(small, rows, n=2, max_new=8, top_p=1e-6, stop=[])
+    greedy = model.generate(small, rows, max_new_tokens=8, greedy=True, stop=[])
+    narrow = model.generate(small, rows, n=2, max_new_tokens=8, top_p=1e-6, stop=[])
     assert samples(narrow)[::2] == samples(narrow)[1::2] == samples(greedy)
     torch.testing.assert_close(narrow["logp"][::2], greedy["logp"])  # logp is that before top_p
 
@@ -314,33 +327,35 @@ def two_ranks(rank, folder):
         world_size=2,
         timeout=datetime.timedelta(seconds=300),
     )
-    bb = model.load(FAMILIES[0])
-    rows = prompts(bb)
-    want = model.generate(bb, rows, n=2, max_new=9, seed=4, stop=range(0, 300, 7))
+    backbone = model.load(FAMILIES[0])
+    rows = prompts(backbone)
+    want = model.generate(backbone, rows, n=2, max_new_tokens=9, seed=4, stop=range(0, 300, 7))
     row = model.encode(
-        bb,
+        backbone,
         [
             {"role": "user", "content": "What is here?"},
             {"role": "assistant", "content": "A small cube."},
         ],
     )
-    batch = model.collate([row], bb.vocab.pad)
-    model.token_loss(bb.net, batch)[0].backward()
-    grads = {k: p.grad.clone() for k, p in bb.net.named_parameters() if p.grad is not None}
-    bb.net.zero_grad()
-    for block in bb.net.model.language_model.layers:  # shard() leaves so small a model in one unit
+    batch = model.collate([row], backbone.vocab.pad)
+    sft.token_loss(backbone.net, batch)[0].backward()
+    grads = {k: p.grad.clone() for k, p in backbone.net.named_parameters() if p.grad is not None}
+    backbone.net.zero_grad()
+    for (
+        block
+    ) in backbone.net.model.language_model.layers:  # shard() leaves so small a model in one unit
         fully_shard(block)
-    model.shard(bb.net, model.Dist(rank, 2, torch.device("cpu")))
-    root, roots = bb.net._get_fsdp_state(), []
-    block = bb.net.model.language_model.layers[0]
+    model.shard(backbone.net, model.Dist(rank, 2, torch.device("cpu")))
+    root, roots = backbone.net._get_fsdp_state(), []
+    block = backbone.net.model.language_model.layers[0]
     block.register_forward_pre_hook(lambda *_: roots.append(root._state_ctx.iter_forward_root))
     for mine in [range(4), range(0)][rank], [range(1), range(1, 4)][rank]:
-        with model.unsharded(bb.net):
+        with model.unsharded(backbone.net):
             got = model.generate(
-                bb,
+                backbone,
                 [rows[i] for i in mine],
                 n=2,
-                max_new=9,
+                max_new_tokens=9,
                 seed=4,
                 keys=mine,
                 stop=range(0, 300, 7),
@@ -349,11 +364,11 @@ def two_ranks(rank, folder):
         # a block that takes itself for the root waits for streams, which no CUDA graph may hold
         assert all(r is root for r in roots) and (len(roots) > 2 or not mine)
         roots.clear()
-        model.token_loss(bb.net, batch)[0].backward()
-        for k, p in bb.net.named_parameters():
+        sft.token_loss(backbone.net, batch)[0].backward()
+        for k, p in backbone.net.named_parameters():
             if k in grads:
                 torch.testing.assert_close(p.grad.full_tensor(), grads[k])
-        bb.net.zero_grad()
+        backbone.net.zero_grad()
     distributed.destroy_process_group()
 
 

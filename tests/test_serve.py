@@ -11,7 +11,8 @@ import time
 import numpy as np
 import pytest
 
-from benchmarks import serve
+import vla
+from tools import protocol, serve
 
 network = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("websockets", "msgpack"))),
@@ -63,19 +64,19 @@ def test_chunks_by_hand():
     """Executed two at a time. At step 2 the old chunk says 2 and 3, the new one 10 and 11; with
     weights 1 and exp(-ln 3) = 1/3 the mean is (2 + 10/3) / (4/3) = 4, then (3 + 11/3) / (4/3) = 5."""
     old, new = np.arange(4.0)[:, None], np.arange(10.0, 14)[:, None]
-    plan = serve.Chunks(4, 2, np.log(3))
+    plan = vla.ChunkExecutor(4, 2, np.log(3))
     assert plan(old, "a").ravel().tolist() == [0, 1]
     assert plan(new, "a").ravel() == pytest.approx([4, 5])
     assert plan(old, "b").ravel().tolist() == [0, 1], "another instruction forgets the past"
     plan.reset()
     assert plan(new, "b").ravel().tolist() == [10, 11]
-    plan = serve.Chunks(4, 3)
+    plan = vla.ChunkExecutor(4, 3)
     assert plan(old, "a").ravel().tolist() == [0, 1, 2]
     assert plan(new, "a").ravel().tolist() == [10, 11, 12]
-    assert serve.Chunks(5).execute == 2 and serve.Chunks(1).execute == 1
+    assert vla.ChunkExecutor(5).execute == 2 and vla.ChunkExecutor(1).execute == 1
     for bad in ((4, 5), (4, -1), (4, 4, 0.1), (4, 2, -1)):
         with pytest.raises(ValueError, match="--e"):
-            serve.Chunks(*bad)
+            vla.ChunkExecutor(*bad)
 
 
 @network
@@ -152,7 +153,7 @@ def test_a_reset_forgets_the_chunks_of_the_ensemble():
     (4/3) = 4 for states 0 and 10. After a reset the newest chunk stands alone."""
     policy = Fake()
     policy.spec["stats"]["action"] = {"q01": [-50] * 3, "q99": [50] * 3}
-    with serve.Server(policy, 2, np.log(3)).listen() as port, serve.client(port) as (infer, _):
+    with serve.Server(policy, 2, np.log(3)).listen() as port, protocol.client(port) as (infer, _):
         for reset, expected in ((False, 4), (True, 10)):
             infer(seen(state=np.zeros(2), reset=True))
             out = infer(seen(state=np.array([10.0, 0]), reset=reset))
@@ -201,7 +202,7 @@ def test_malformed_messages_leave_the_server_alive():
             assert "\n" not in reply and len(reply) < 300
         assert "not a packed dict" in raw(port, "hello")
         assert raw(port, b"x" * (1 << 24) + b"x") == 1009, "over the limit: closed as too big"
-        with serve.client(port) as (infer, _):
+        with protocol.client(port) as (infer, _):
             assert infer(seen())["actions"].shape == (2, 3)
 
 
@@ -215,7 +216,7 @@ def test_eight_clients_share_a_forward():
         contextlib.ExitStack() as stack,
         concurrent.futures.ThreadPoolExecutor(9) as pool,
     ):
-        ask = [stack.enter_context(serve.client(port))[0] for _ in range(9)]
+        ask = [stack.enter_context(protocol.client(port))[0] for _ in range(9)]
 
         def together(observations):
             policy.gate.clear()

@@ -15,10 +15,11 @@ from safetensors.numpy import load_file, save_file
 
 import model
 import sft
-from benchmarks import backbones
-from fast_tokenizer import FastTokenizer, chunks_of, episodes
+from tools import backbones
+from fast_tokenizer import FastTokenizer, action_chunks, read_episodes
+import untrained
 
-SIZE = "random:tiny-qwen3-vl"
+SIZE = untrained.folder("tiny-qwen3-vl")
 COLOURS = {
     "red": (220, 30, 30),
     "green": (30, 200, 30),
@@ -72,8 +73,8 @@ def robot(tmp_path):
             tmp_path / "episodes" / f"episode_{e:06d}.safetensors",
             {"task": f"push block {e}", "fps": "5", "source": "test"},
         )
-    files = episodes(tmp_path / "episodes")
-    chunks = np.concatenate([chunks_of(e, 4) for e in files])
+    files = read_episodes(tmp_path / "episodes")
+    chunks = np.concatenate([action_chunks(e, 4) for e in files])
     fast = FastTokenizer.fit(chunks / np.abs(chunks).max(), 64, 3)
     fast.stats = {k: [v] * 2 for k, v in {"q01": -3.0, "q99": 3.0, "mean": 0.0, "std": 1.0}.items()}
     fast.save(tmp_path / "fast")
@@ -93,7 +94,7 @@ def args(out, data, *more, steps=6, holdout=8):
         str(steps),
         "--batch",
         "4",
-        "--holdout",
+        "--holdout-rows",
         str(holdout),
         "--log-every",
         "1",
@@ -139,9 +140,15 @@ def test_overfits_eight_samples(tmp_path):
         )
     )
     last = log(tmp_path / "o")[-1]
-    assert last["talk_acc"] == 1 and last["talk_loss"] < 0.1 and last["greedy_colour"] == 1
+    assert (
+        last["talk_token_accuracy"] == 1 and last["talk_loss"] < 0.1 and last["greedy_colour"] == 1
+    )
     run = json.loads((tmp_path / "o" / "final" / "run.json").read_text())
-    assert (run["stage"], run["config"]["lr"], run["metrics"]["talk_acc"]) == ("base", 3e-3, 1)
+    assert (run["stage"], run["config"]["lr"], run["metrics"]["talk_token_accuracy"]) == (
+        "base",
+        3e-3,
+        1,
+    )
 
 
 def test_resume_equals_the_uninterrupted_run(tmp_path):
@@ -170,8 +177,11 @@ def test_ranks_equal_one(tmp_path, monkeypatch, world, small, more):
     rank 0 reads or draws weights, the others get theirs from it."""
     monkeypatch.setattr(model, "SMALL", small)
     data, _ = conversations(tmp_path, 12)
-    untied = {SIZE[7:]: dataclasses.replace(backbones.SIZES[SIZE[7:]], tied=False)}
-    monkeypatch.setattr(backbones, "SIZES", backbones.SIZES | (untied if small == 0 else {}))
+    if small == 0:
+        untied = dataclasses.replace(backbones.SIZES["tiny-qwen3-vl"], tied=False)
+        monkeypatch.setitem(backbones.SIZES, "tiny-qwen3-vl", untied)
+        backbones.write("tiny-qwen3-vl", tmp_path / "untied")
+        monkeypatch.setitem(globals(), "SIZE", str(tmp_path / "untied"))
     sft.main(args(tmp_path / "one", data, "--save-every", 3, holdout=12))
     if small == 0:
         monkeypatch.setattr(model, "LOGITS_AT_ONCE", 9 * 448)  # ranks have unequally many slices
@@ -185,7 +195,7 @@ def test_ranks_equal_one(tmp_path, monkeypatch, world, small, more):
         on_ranks(sft.main, [*back, *map(str, more)], world)
     one, two = log(tmp_path / "one"), log(tmp_path / "two")
     for a, b in itertools.chain(zip(one, two), zip(one[3:], log(tmp_path / "back"))):
-        for key in set(a) - {"seconds", "samples_s"}:
+        for key in set(a) - {"seconds", "samples_per_s"}:
             # Adam divides by sqrt(v): rounding differences grow from step to step
             assert a[key] == pytest.approx(b[key], rel=1e-5 if a["step"] < 3 else 1e-3), (key, a, b)
     a, b, c = (weights(tmp_path / k / "final") for k in ("one", "two", "back"))
@@ -197,19 +207,19 @@ def test_ranks_equal_one(tmp_path, monkeypatch, world, small, more):
 def test_a_loss_that_is_not_finite_stops_with_its_batch(tmp_path, monkeypatch):
     data, _ = conversations(tmp_path)
     with pytest.raises(ValueError, match=r"step 2, rank 0: the loss is (nan|inf).*talk\.jsonl:\d"):
-        sft.main(args(tmp_path / "o", data, "--lr", 1e25, "--clip", 0))
+        sft.main(args(tmp_path / "o", data, "--lr", 1e25, "--max-grad-norm", 0))
     saved = tmp_path / "o" / "failed_step_2_rank_0.safetensors"
     with safe_open(saved, "np") as f:
         where = json.loads(f.metadata()["samples"])
     # its samples are those of the second step; the first of its micro-batches is there to run again
-    source = sft.Conversations(data, None, 8)
-    order = sft.order([8], [8], 24, 0)[1][4:8]
+    source = sft.ConversationDataset(data, None, 8)
+    order = sft.sample_order([8], [8], 24, 0)[1][4:8]
     assert sorted(where) == sorted(source[i][3] for i in order)
-    bb, kept = model.load(SIZE, texts=source.text()), load_file(saved)
-    rows = [sft.row_of(bb, source, int(x.rpartition(":")[2]) - 1, 999) for x in where[:2]]
-    for k, x in model.pack(rows).items():
-        assert k == "where" or np.array_equal(kept[f"0.{k}"], x), k
-    monkeypatch.setattr(model, "clip_grad", lambda *_: float("inf"))
+    backbone, kept = model.load(SIZE), load_file(saved)
+    rows = [sft.load_row(backbone, source, int(x.rpartition(":")[2]) - 1, 999) for x in where[:2]]
+    for k, x in sft.pack(rows).items():
+        assert k == "sample_id" or np.array_equal(kept[f"0.{k}"], x), k
+    monkeypatch.setattr(model, "clip_gradients", lambda *_: float("inf"))
     with pytest.raises(ValueError, match="step 1, rank 0: the gradient norm is inf"):
         sft.main(args(tmp_path / "o", data))
 
@@ -219,11 +229,13 @@ def test_micro_batches_do_not_change_the_loss(tmp_path):
     for size in (0, 1):
         sft.main(args(tmp_path / str(size), data, "--micro-batch", size, steps=3))
     a, b = log(tmp_path / "0"), log(tmp_path / "1")
-    assert [r["norm"] for r in a[:3]] == pytest.approx([r["norm"] for r in b[:3]], rel=1e-4)
+    assert [r["grad_norm"] for r in a[:3]] == pytest.approx(
+        [r["grad_norm"] for r in b[:3]], rel=1e-4
+    )
 
 
 def test_actions_thoughts_and_frozen_vision(tmp_path, robot, capsys):
-    chunk = chunks_of(episodes(robot / "episodes")[0], 4)[2]
+    chunk = action_chunks(read_episodes(robot / "episodes")[0], 4)[2]
     thought = {
         "images": [],
         "chunk": chunk.tolist(),
@@ -234,7 +246,10 @@ def test_actions_thoughts_and_frozen_vision(tmp_path, robot, capsys):
     }
     data, n = conversations(tmp_path / "talk", 3, [thought])
     fast = FastTokenizer.load(robot / "fast")
-    told, shown = sft.Conversations(data, fast, n), sft.Demonstrations(robot / "episodes", fast)
+    told, shown = (
+        sft.ConversationDataset(data, fast, n),
+        sft.EpisodeDataset(robot / "episodes", fast),
+    )
     messages = told[3][0]
     assert messages[0]["content"] == "Push.\n" + model.THINK
     assert messages[1]["content"] == "<think>Left.</think>" + shown[2][0][1]["content"]
@@ -243,14 +258,14 @@ def test_actions_thoughts_and_frozen_vision(tmp_path, robot, capsys):
     )
     assert shown[2][0][1]["content"] == model.action_answer(fast.encode(chunk[None])[0])
     assert len(shown.train) == 18 and list(shown.held) == list(range(18, 27))  # the last episode
-    assert np.array_equal(shown[13][1][0], episodes(robot / "episodes")[1].frame(4))
+    assert np.array_equal(shown[13][1][0], read_episodes(robot / "episodes")[1].frame(4))
     sft.main(
         args(
             tmp_path / "o",
             f"{data}:1,{robot}/episodes:3",
-            "--fast",
+            "--action-tokenizer",
             robot / "fast",
-            "--probe",
+            "--probe-prompts",
             3,
             "--freeze-vision",
             "--lr",
@@ -258,27 +273,34 @@ def test_actions_thoughts_and_frozen_vision(tmp_path, robot, capsys):
             holdout=n,
         )
     )
-    bb = model.load(tmp_path / "o", stages=("sft",))
-    assert bb.fast.vocab_size == len(bb.vocab.fast) and bb.fast.horizon == 4
+    backbone = model.load(tmp_path / "o", stages=("sft",))
+    assert (
+        backbone.action_tokenizer.vocab_size == len(backbone.vocab.fast)
+        and backbone.action_tokenizer.horizon == 4
+    )
     last = log(tmp_path / "o")[-1]
-    assert 0 <= last["format"] <= 1 and 0 <= last["r_a"] <= 1 and 1 <= last["thoughts_of_4"] <= 4
+    assert (
+        0 <= last["probe_format"] <= 1
+        and 0 <= last["probe_r_a"] <= 1
+        and 1 <= last["probe_distinct_thoughts"] <= 4
+    )
     assert "a thinking rollout" in capsys.readouterr().out
-    start = model.load(SIZE, texts=told.text())
+    start = model.load(SIZE)
     for name, p in start.net.named_parameters():
-        same = np.array_equal(p.detach(), bb.net.get_parameter(name).detach())
+        same = np.array_equal(p.detach(), backbone.net.get_parameter(name).detach())
         assert same == ("visual" in name) or "embed_tokens" in name or "norm" in name, name
 
 
 def test_the_order_shuffles_each_source_in_passes():
-    source, row = sft.order([5, 50], [3, 1], 400, seed=4)
+    source, row = sft.sample_order([5, 50], [3, 1], 400, seed=4)
     assert np.mean(source == 0) == pytest.approx(0.75, abs=0.07)
     first = row[source == 0]
     for k in range(0, 100, 5):  # every row once before any row again
         assert sorted(first[k : k + 5]) == [0, 1, 2, 3, 4]
     assert len({tuple(first[k : k + 5]) for k in range(0, 100, 5)}) > 10
-    again = sft.order([5, 50], [3, 1], 100, seed=4)  # a longer run begins like a shorter one
+    again = sft.sample_order([5, 50], [3, 1], 100, seed=4)  # a longer run begins like a shorter one
     assert np.array_equal(again[0], source[:100]) and np.array_equal(again[1], row[:100])
-    assert not np.array_equal(sft.order([5, 50], [3, 1], 100, seed=5)[1], row[:100])
+    assert not np.array_equal(sft.sample_order([5, 50], [3, 1], 100, seed=5)[1], row[:100])
 
 
 def test_each_question_gets_the_mode_of_its_answer():
@@ -291,7 +313,7 @@ def test_each_question_gets_the_mode_of_its_answer():
         ("assistant", "g"),
         ("user", "h"),
     ]
-    out = sft.modes([{"role": r, "content": c} for r, c in turns])
+    out = sft.add_mode_lines([{"role": r, "content": c} for r, c in turns])
     assert [m["content"] for m in out if m["role"] == "user"] == [
         "a\n" + model.THINK,
         "d\n" + model.DIRECT,
@@ -325,10 +347,13 @@ def row(images=(), text="<image>Which?", role="assistant", **more):
             row([], "<|image_pad|>"),
             r'talk\.jsonl:9: "<\|image_pad\|>" in the text; write "<image>"',
         ),
-        (row([], "<ACTION>"), r"talk\.jsonl:9: an <ACTION> but no FAST tokenizer; give --fast"),
+        (
+            row([], "<ACTION>"),
+            r"talk\.jsonl:9: an <ACTION> but no FAST tokenizer; give --action-tokenizer",
+        ),
         (
             row(["0.png"], "<image>" + "word " * 900),
-            r"talk\.jsonl:9: 9\d\d tokens; raise --max-length",
+            r"talk\.jsonl:9: 4536 tokens; raise --max-length",
         ),
     ],
 )
@@ -343,8 +368,8 @@ def test_a_bad_row_is_named(tmp_path, line, message):
     ("more", "error", "message"),
     [
         (["--data", "nowhere.jsonl"], FileNotFoundError, "nowhere.jsonl: no such file"),
-        (["--holdout", 16], ValueError, "16 rows, all of them held out; lower --holdout"),
-        (["--fast", "nowhere"], FileNotFoundError, "nowhere"),
+        (["--holdout-rows", 16], ValueError, "16 rows, all of them held out; lower --holdout-rows"),
+        (["--action-tokenizer", "nowhere"], FileNotFoundError, "nowhere"),
         (["--init", "runs/nowhere"], FileNotFoundError, "runs/nowhere: no such folder"),
     ],
 )
@@ -355,20 +380,20 @@ def test_bad_input_is_one_line_with_a_cure(tmp_path, more, error, message):
 
 
 def test_action_data_needs_a_fast_tokenizer_and_the_right_chunk(tmp_path, robot):
-    with pytest.raises(ValueError, match="give its folder as --fast"):
+    with pytest.raises(ValueError, match="give its folder as --action-tokenizer"):
         sft.main(args(tmp_path / "o", robot / "episodes"))
     bare = FastTokenizer.load(robot / "fast")  # as a published processor: knows no dataset
     bare.stats = None
     with pytest.raises(ValueError, match="without statistics; save it with those of the episodes"):
-        sft.Demonstrations(robot / "episodes", bare)
+        sft.EpisodeDataset(robot / "episodes", bare)
     with pytest.raises(ValueError, match="'x' is no weight"):
         sft.main(args(tmp_path / "o", f"{robot}/episodes:x"))
     bad = json.loads(row([], "Push."))
     bad["messages"][1]["content"] = "<answer><ACTION></answer>"
     data, n = conversations(tmp_path / "talk", 1, [{**bad, "chunk": [[1.0, 2.0]]}])
-    source = sft.Conversations(data, FastTokenizer.load(robot / "fast"), n)
+    source = sft.ConversationDataset(data, FastTokenizer.load(robot / "fast"), n)
     with pytest.raises(ValueError, match=r'talk\.jsonl:2: "chunk": '):
         source[1]
     data, n = conversations(tmp_path / "talk", 1, [bad])
     with pytest.raises(ValueError, match=r'talk\.jsonl:2: an <ACTION> but no "chunk"'):
-        sft.Conversations(data, FastTokenizer.load(robot / "fast"), n)
+        sft.ConversationDataset(data, FastTokenizer.load(robot / "fast"), n)

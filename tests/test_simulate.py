@@ -12,7 +12,7 @@ import pytest
 from test_serve import Fake
 
 from benchmarks import simulate
-from fast_tokenizer import episodes
+from fast_tokenizer import read_episodes
 
 TOY = '''
 """A hand on a line: the state is its place, the goal 10 * (task + 1) steps of 1 to the right."""
@@ -71,7 +71,7 @@ def toy(tmp_path, monkeypatch):
     return types.SimpleNamespace(
         command="toy",
         out=str(tmp_path / "r.json"),
-        arm="a",
+        variant="a",
         trials=2,
         workers=2,
         execute=2,
@@ -141,7 +141,7 @@ def test_record_drops_failures_and_counts_them(toy, tmp_path, monkeypatch, capsy
     argv = ["x", "record", "--out", str(tmp_path / "data"), "--episodes", "4"]
     monkeypatch.setattr(sys, "argv", argv)
     simulate.record("toy")
-    files = episodes(tmp_path / "data")
+    files = read_episodes(tmp_path / "data")
     assert [f.source for f in files] == ["toy/0", "toy/1"] * 3, "tasks take turns"
     assert files[0].task == "go right" and files[0].fps == 10
     assert files[0].cameras == ("image", "image_wrist")
@@ -178,7 +178,7 @@ def test_metaworld_records_and_evaluates(tmp_path, monkeypatch):
         cwd=root,
         check=True,
     )
-    files = episodes(tmp_path)
+    files = read_episodes(tmp_path)
     assert len(files) == 2 and files[0].task == "reach the red ball"
     assert files[0].action.shape[1] == files[0].state.shape[1] == 4
     assert files[0].frame(0).shape == (32, 32, 3) and files[0].frame(0).std() > 10
@@ -186,7 +186,7 @@ def test_metaworld_records_and_evaluates(tmp_path, monkeypatch):
     args = types.SimpleNamespace(
         command="metaworld",
         out=str(tmp_path / "r.json"),
-        arm="a",
+        variant="a",
         trials=2,
         workers=1,
         execute=4,

@@ -1,4 +1,4 @@
-"""benchmarks/speed.py at toy sizes: both sides of each pair ran and did the same work. No test
+"""tools/speed.py at toy sizes: both sides of each pair ran and did the same work. No test
 looks at the times: a shared machine cannot tell."""
 
 import importlib.util
@@ -8,7 +8,7 @@ import pytest
 import torch
 from ranks import on_ranks
 
-from benchmarks import speed
+from tools import speed
 
 TOY = ["--prompts", "2", "--group", "2", "--new", "4", "--repeats", "1"]
 
@@ -24,7 +24,7 @@ def measure(capsys):
         assert len(lines) == 1, "with --json stdout holds one line, whatever the peer prints"
         record = json.loads(lines[0])
         assert record == json.loads(json.dumps(returned))
-        assert record["command"].startswith(f"python -m benchmarks.speed {argv[0]}")
+        assert record["command"].startswith(f"python -m tools.speed {argv[0]}")
         assert record["hardware"] and record["versions"]["torch"]
         for pair in record["pairs"].values():
             if "skipped" not in pair:
@@ -51,9 +51,9 @@ def test_decode_bound_by_hand():
     args = speed.argparse.Namespace(
         device="cpu", ranks=0, repeats=1, size="tiny", group=3, new=5, peak_tflops=1.0
     )
-    bb = speed.backbone(args)
-    rows = speed.prompts(bb, speed.questions(2, 28))
-    got = speed.decode_bound(bb, rows, 10, 1e3, args)
+    backbone = speed.make_backbone(args)
+    rows = speed.prompts(backbone, speed.questions(2, 28))
+    got = speed.decode_bound(backbone, rows, 10, 1e3, args)
     block = (
         256 * 256 * 2 + 2 * 256 * 128 + 2 * 32 + 3 * 256 * 768 + 2 * 256
     )  # q, o; k, v; norms; mlp
@@ -104,7 +104,7 @@ def test_cost_on_two_ranks_is_one_record(capfd):
     (line,) = capfd.readouterr().out.splitlines()
     record = json.loads(line)
     settings = record["settings"]
-    assert record["command"].startswith("torchrun --nproc_per_node 2 -m benchmarks.speed cost")
+    assert record["command"].startswith("torchrun --nproc_per_node 2 -m tools.speed cost")
     assert settings["ranks"] == 2 and len(settings["cost"]) == 7
     assert all(row["rollout"] > 0 and row["update"] > 0 for row in settings["cost"])
     on_ranks(speed.main, ["cost", "--prompts", "3"], 2, code=2)

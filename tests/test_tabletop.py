@@ -15,6 +15,7 @@ from PIL import Image
 import fast_tokenizer
 import model
 from benchmarks import tabletop as tt
+from benchmarks import tabletop_data as td
 
 ROOT = Path(tt.__file__).parents[1]
 
@@ -212,7 +213,7 @@ def test_cells_and_pixels_agree():
     cube.x, cube.y = -0.025, 0.025
     env.pos = np.array([0.15, -0.15, 0.1])
     env.plate = (-0.15, 0.15)
-    assert tt.cell(cube.x, cube.y) == "d5"
+    assert td.cell(cube.x, cube.y) == "d5"
     patch = env.render()[32:40, 24:32]
     assert (np.abs(patch[1:-1, 1:-1].astype(int) - tt.COLORS["red"]) < 3).all()
 
@@ -227,26 +228,26 @@ def test_camera_sizes_and_tilt(size, tilt):
 def test_answers_come_from_the_state():
     rng = np.random.default_rng(0)
     for number in range(40):
-        env = tt.random_state(np.random.default_rng(number))
-        question, reason, answer = tt.scene_question("where", env, rng)
+        env = td.random_state(np.random.default_rng(number))
+        question, reason, answer = td.scene_question("where", env, rng)
         name = question.removeprefix("Where is the ").removesuffix("?")
-        places = {n: tt.cell(x, y) for n, x, y in tt.named_places(env)}
+        places = {n: td.cell(x, y) for n, x, y in td.named_places(env)}
         assert answer == places[name] and answer in reason
-        question, reason, answer = tt.scene_question("point", env, rng)
+        question, reason, answer = td.scene_question("point", env, rng)
         name = question.removeprefix("Point to the ").removesuffix(".")
-        places = {n: (x, y) for n, x, y in [*tt.named_places(env), ("gripper", *env.pos[:2])]}
+        places = {n: (x, y) for n, x, y in [*td.named_places(env), ("gripper", *env.pos[:2])]}
         centimetres = [100 * (v + tt.EDGE) for v in places[name]]
         np.testing.assert_allclose([int(v) for v in answer.split()], centimetres, atol=0.5001)
-        assert f"{name} {answer}" in tt.scene_question("points", env, rng)[2]
-        question, reason, answer = tt.task_question("movement", env, rng)
+        assert f"{name} {answer}" in td.scene_question("points", env, rng)[2]
+        question, reason, answer = td.task_question("movement", env, rng)
         options = question.split("A) ")[1].replace(" B) ", "|").replace(" C) ", "|").split("|")
-        assert dict(zip("ABC", options))[answer] == tt.heading(env.expert()[1])
+        assert dict(zip("ABC", options))[answer] == td.heading(env.expert()[1])
 
 
 def test_heading_in_words():
     plan = {"move": np.array([0.1, -0.026, 0.004]), "grip": -1}
-    assert tt.heading(plan) == "right 10, back 3, open"
-    assert tt.heading({"move": np.array([-0.4, 0, -0.08]), "grip": 1}) == "left 40, down 8, close"
+    assert td.heading(plan) == "right 10, back 3, open"
+    assert td.heading({"move": np.array([-0.4, 0, -0.08]), "grip": 1}) == "left 40, down 8, close"
 
 
 def digest(folder):
@@ -265,7 +266,7 @@ def made(tmp_path_factory):
         command = [
             sys.executable,
             "-m",
-            "benchmarks.tabletop",
+            "benchmarks.tabletop_data",
             "--out",
             str(root / out),
             "--episodes",
@@ -291,7 +292,7 @@ def test_command_writes_the_formats_same_seed_same_bytes(made):
     """Once the episodes differed from run to run: safetensors leave metadata in random order."""
     root, command = made
     assert digest(root / "a") == digest(root / "b")
-    files = fast_tokenizer.episodes(root / "a" / "episodes")
+    files = fast_tokenizer.read_episodes(root / "a" / "episodes")
     assert len(files) == 8 and files[0].action.shape[1] == 7 and files[0].state.shape[1] == 8
     assert files[0].frame(0).shape == (64, 64, 3) and np.abs(files[0].action).max() <= 1
     assert (files[1].task, files[1].fps) == (tt.suite_tasks("object")[0][0], 5)
@@ -315,7 +316,7 @@ def test_questions_about_actions_are_those_of_the_model(made):
     """Else the thoughts before an action would be trained on a prompt that nobody asks."""
     tasks = [text for suite in tt.SUITES for text, _, _ in tt.suite_tasks(suite)]
     questions = {"<image>" + model.action_question(text) for text in tasks}
-    assert model.action_question("x").endswith(f"\n{tt.ACTION_QUESTION}")
+    assert model.action_question("x").endswith(f"\n{td.ACTION_QUESTION}")
     for row in rows(made[0] / "a" / "thought_actions.jsonl"):
         assert row["messages"][0]["content"] in questions
     for row in rows(made[0] / "a" / "conversations.jsonl"):
@@ -336,15 +337,15 @@ def test_thought_actions_carry_a_chunk(made):
 
 def test_grid_of_questions_and_ways_to_answer_is_covered():
     """Each kind is asked both directly and with a thought; actions are never among them."""
-    turns = [turn for i in range(80) for turn in tt.conversation(0, i)[1]]
+    turns = [turn for i in range(80) for turn in td.conversation(0, i)[1]]
     seen = {(kind, reason is not None) for kind, _, reason, _ in turns}
-    assert seen == {(kind, think) for kind in {**tt.SCENE, **tt.TASK} for think in (True, False)}
+    assert seen == {(kind, think) for kind in {**td.SCENE, **td.TASK} for think in (True, False)}
 
 
 def test_demonstrations_are_the_experts():
     """Recorded actions are the expert's in the recorded states, whatever was executed instead."""
     for seed, disturbed in ((12, False), (16, True)):
-        demo = tt.record("goal", 0, seed, noise=0.06)
+        demo = td.record("goal", 0, seed, noise=0.06)
         assert demo["image"].shape == (len(demo["action"]), 64, 64, 3)
         moved = np.diff(demo["state"][:, :3], axis=0) / tt.STEP
         gap = np.abs(moved - demo["action"][:-1, :3]).max()
@@ -369,8 +370,8 @@ def test_a_second_writer_leaves_the_first_ones_work_alone(tmp_path):
         with pytest.raises(
             SystemExit, match="out.part.*another command writes there, or delete it"
         ):
-            tt.write_episodes(tmp_path / "out", iter([]))
+            fast_tokenizer.write_episodes(tmp_path / "out", iter([]))
         yield dict(episode), {"task": "t", "source": "s"}
 
-    tt.write_episodes(tmp_path / "out", slow())
+    fast_tokenizer.write_episodes(tmp_path / "out", slow())
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 2

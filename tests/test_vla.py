@@ -19,7 +19,9 @@ from safetensors.torch import load_file
 
 import model
 import vla
-from model import FlowBlock, FlowHead, HeadConfig
+from vla import FlowBlock, FlowHead, HeadConfig
+import untrained
+from tools import backbones
 
 ROOT = Path(__file__).parents[1]
 LENGTHS = (9, 5, 7, 12, 6)
@@ -70,7 +72,7 @@ def data(tmp_path_factory):
 
 def argv(data, out, **flags):
     flags = {
-        "init": "random:tiny-vlm",
+        "init": untrained.folder("tiny-vlm"),
         "data": data,
         "out": out,
         "dim": 32,
@@ -258,7 +260,7 @@ def test_head_overfits_8_samples():
     action = action.tanh()
     optim = torch.optim.Adam(head.parameters())
     for step in range(150):
-        optim.param_groups[0]["lr"] = model.lr_at(step, 150, 3e-3, 0.05)
+        optim.param_groups[0]["lr"] = model.learning_rate(step, 150, 3e-3, 0.05)
         loss, _ = head.loss(feats, mask, state, action, counts, head.draw(model.rng(0, step), 8, 8))
         optim.zero_grad()
         loss.backward()
@@ -271,7 +273,7 @@ def test_head_overfits_8_samples():
 
 
 def test_frames_mask_what_lies_past_the_end(data):
-    frames = vla.Frames(vla.Config(data=str(data), horizon=4))
+    frames = vla.FrameDataset(vla.Config(data=str(data), horizon=4))
     assert frames.ends.tolist() == [9, 14, 21, 33, 39]
     assert (len(frames.train), frames.held) == (33, range(33, 39))  # at least one episode
     assert frames.at(0) == (0, 0) and frames.at(13) == (1, 4) and frames.at(14) == (2, 0)
@@ -282,26 +284,26 @@ def test_frames_mask_what_lies_past_the_end(data):
     want = 2 * (raw[:, :3] - q01[:3]) / (q99 - q01)[:3] - 1
     np.testing.assert_allclose(frames.action[11][:, :3], want, rtol=1e-4, atol=1e-5)
     assert (frames.action[..., 3] == 0).all()  # the still dimension
-    _, action, mask = vla.targets(frames, np.array([11, 0]), "cpu")
+    _, action, mask = vla.training_targets(frames, np.array([11, 0]), "cpu")
     assert mask.shape == action.shape == (2, 4, 4) and mask[0, 3].sum() == 0
 
 
 def test_every_frame_is_seen_once_a_pass():
     cfg = vla.Config(batch=4, seed=3)
-    seen = np.concatenate([vla.picks(cfg, 6, step) for step in range(3)])
+    seen = np.concatenate([vla.sample_order(cfg, 6, step) for step in range(3)])
     assert sorted(seen[:6]) == sorted(seen[6:]) == list(range(6))
     assert seen[:6].tolist() != seen[6:].tolist()
 
 
 def source_of(data, out, kind, **change):
     cfg = vla.Config(data=str(data), out=str(out), horizon=4, **change)
-    frames, bb = vla.Frames(cfg), model.load("random:tiny-vlm")
-    vla.freeze(bb, cfg.layer)
+    frames, backbone = vla.FrameDataset(cfg), backbones.random_backbone("tiny-vlm")
+    vla.freeze_backbone(backbone, cfg.layer)
     dist = model.Dist(0, 1, torch.device("cpu"))
     return (
-        vla.build_cache(bb, frames, cfg, dist)
+        vla.build_cache(backbone, frames, cfg, dist)
         if kind == "cache"
-        else vla.InLoop(bb, frames, cfg, dist.device)
+        else vla.LiveFeatures(backbone, frames, cfg, dist.device)
     )
 
 
@@ -323,7 +325,7 @@ def test_cached_features_equal_features_in_the_loop(data, tmp_path, monkeypatch)
     )  # the layer matters
     tensors = load_file(tmp_path / "features" / "episode_000004.safetensors")  # an ordinary file
     assert tensors["features"].shape == (6, *a[0][mask[0]].shape)
-    monkeypatch.setattr(vla, "condition", None)  # a second run does not touch the backbone
+    monkeypatch.setattr(vla, "encode_prompts", None)  # a second run does not touch the backbone
     again = source_of(data, tmp_path, "cache", **change)
     assert torch.equal(again.features(again.read(ids))[0], a)
 
@@ -367,7 +369,7 @@ def test_stale_cache_is_refused(data, tmp_path):
 # Training
 
 
-@pytest.mark.parametrize("some", [{"ema": 0.999, "muon": True}, {"ema": 0}])
+@pytest.mark.parametrize("some", [{"ema-decay": 0.999, "muon": True}, {"ema-decay": 0}])
 def test_resume_equals_uninterrupted(data, tmp_path, some):
     flags = {"dropout": 0.1, "save-every": 3, "steps": 6, "log-every": 2, **some}
     vla.main(argv(data, tmp_path, **flags))
@@ -381,7 +383,7 @@ def test_resume_equals_uninterrupted(data, tmp_path, some):
     again = records(tmp_path)[len(first) + 1 :]
     assert [r["step"] for r in again] == [4, 6, 6]
     for a, b in zip(first[2:], again, strict=True):
-        assert all(a[k] == b[k] for k in a.keys() - {"seconds", "steps_s"}), (a, b)
+        assert all(a[k] == b[k] for k in a.keys() - {"seconds", "steps_per_s"}), (a, b)
     with pytest.raises(ValueError, match="another --lr; resume with --lr 0.001"):
         vla.main(argv(data, tmp_path, **flags, resume=True, lr=1e-2))
     with pytest.raises(ValueError, match="already holds a run; go on with --resume"):
@@ -391,13 +393,18 @@ def test_resume_equals_uninterrupted(data, tmp_path, some):
 def test_four_ranks_equal_one(data, tmp_path):
     """Gradient norms, held-out error and weights; features written by one rank and by four; pairs of
     ranks share one copy of the weights."""
-    flags = {"batch": 8, "eval-rows": 5, "ema": 0.9, "muon": True}  # 5 rows on 4 ranks: 3 filled up
+    flags = {
+        "batch": 8,
+        "eval-rows": 5,
+        "ema-decay": 0.9,
+        "muon": True,
+    }  # 5 rows on 4 ranks: 3 filled up
     vla.main(argv(data, tmp_path / "one", **flags))
     on_ranks(vla.main, argv(data, tmp_path / "two", **flags, shards=2), 4)
     one, two = records(tmp_path / "one")[1:], records(tmp_path / "two")[1:]
     assert len(one) == len(two) == 5
     for a, b in zip(one, two):
-        for k in set(a) - {"steps_s", "seconds"}:
+        for k in set(a) - {"steps_per_s", "seconds"}:
             # Adam divides by sqrt(v): rounding differences grow from step to step
             assert a[k] == pytest.approx(b[k], rel=1e-5 if a["step"] == 1 else 1e-4), k
     a, b = (load_file(tmp_path / k / "final" / "head.safetensors") for k in ("one", "two"))
@@ -423,7 +430,7 @@ def test_features_in_the_loop_train_alike(data, trained, tmp_path, monkeypatch):
 
 
 def observation(data):
-    frames = vla.Frames(vla.Config(data=str(data), horizon=4))
+    frames = vla.FrameDataset(vla.Config(data=str(data), horizon=4))
     places = [(0, 0), (1, 2), (0, 5)]
     return (
         [frames.files[e].frame(t) for e, t in places],
@@ -433,12 +440,12 @@ def observation(data):
 
 
 def test_a_gradient_that_is_not_finite_stops_with_its_batch(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(model, "clip_grad", lambda *_: float("nan"))
+    monkeypatch.setattr(model, "clip_gradients", lambda *_: float("nan"))
     with pytest.raises(ValueError, match=r"step 1, rank 0: the gradient norm is nan.*episode_\d+"):
         vla.main(argv(data, tmp_path))
     saved = load_file(tmp_path / "failed_step_1_rank_0.safetensors")
-    frames = vla.Frames(vla.Config(data=str(data), horizon=4))
-    ids = vla.picks(vla.Config(batch=8), len(frames.train), 0)
+    frames = vla.FrameDataset(vla.Config(data=str(data), horizon=4))
+    ids = vla.sample_order(vla.Config(batch=8), len(frames.train), 0)
     assert np.array_equal(saved["0.frame"], ids)
     assert np.array_equal(saved["0.action"], frames.action[ids])
 
@@ -457,11 +464,16 @@ def test_policy_round_trip(data, trained):
     single = vla.Policy.load(trained).act([images[0]], tasks[0], states[0])
     np.testing.assert_allclose(single, chunks[0], atol=1e-4)  # padded in the batch, alone here
     # The same from the parts: backbone at --init, saved head, noise, statistics of the episodes.
-    bb, frames = model.load("random:tiny-vlm"), vla.Frames(vla.Config(data=str(data), horizon=4))
-    vla.freeze(bb, 0)
+    backbone, frames = (
+        backbones.random_backbone("tiny-vlm"),
+        vla.FrameDataset(vla.Config(data=str(data), horizon=4)),
+    )
+    vla.freeze_backbone(backbone, 0)
     head = FlowHead(HeadConfig(**policy.spec["head"])).eval()
     head.load_state_dict(load_file(trained / "final" / "head.safetensors"))
-    seen = vla.condition(bb, [vla.prompt(bb, [images[1]], tasks[1], False, {})], "cpu")
+    seen = vla.encode_prompts(
+        backbone, [vla.prompt_row(backbone, [images[1]], tasks[1], False, {})], "cpu"
+    )
     noise = model.rng(0, "policy", 0).standard_normal((3, 4, 4), np.float32)[1:2]
     x = head.sample(*seen, torch.from_numpy(frames.state[11:12]), torch.from_numpy(noise))
     want = vla.unnormalize(x.numpy(), frames.stats["action"])
@@ -477,10 +489,12 @@ def test_checkpoint_loads_in_transformers_with_nothing_missing(trained):
     )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert len(net.model.language_model.layers) == 3  # round(0.64 * 4)
-    base = model.load("random:tiny-vlm").net.model.language_model
+    base = backbones.random_backbone("tiny-vlm").net.model.language_model
     assert torch.equal(net.model.language_model.norm.weight, base.norm.weight)
     run = json.loads((trained / "final" / "run.json").read_text())
-    assert run["stage"] == "vla" and run["parent"] == "random:tiny-vlm" and run["step"] == 4
+    assert (
+        run["stage"] == "vla" and run["parent"] == untrained.folder("tiny-vlm") and run["step"] == 4
+    )
 
 
 def test_average_of_weights():
@@ -488,9 +502,9 @@ def test_average_of_weights():
     with torch.no_grad():
         heads["raw"].kv.bias += 1
     before = heads["head"].kv.bias.clone()
-    vla.average(heads, 0.9, 0)  # (1 + 0) / (10 + 0) is below 0.9
+    vla.update_average(heads, 0.9, 0)  # (1 + 0) / (10 + 0) is below 0.9
     torch.testing.assert_close(heads["head"].kv.bias, before + 0.9)
-    vla.average(heads, 0.9, 10**6)
+    vla.update_average(heads, 0.9, 10**6)
     torch.testing.assert_close(heads["head"].kv.bias, before + 0.91)
 
 
@@ -503,7 +517,7 @@ def test_bad_input_stops_with_a_clear_line(data, trained, tmp_path):
         ({"cache": "ram"}, "choose features or none"),
         ({"heads": 5}, "must be even and a multiple of 5 heads"),
         ({"draws": 0}, "the first three start at 1"),
-        ({"holdout": 1.0}, "all of them held out"),
+        ({"holdout-share": 1.0}, "all of them held out"),
     ):
         with pytest.raises(ValueError, match=text):
             vla.main(argv(data, tmp_path, **flags))
@@ -515,8 +529,8 @@ def test_bad_input_stops_with_a_clear_line(data, trained, tmp_path):
         policy.act_batch(images, tasks, states[:, :2])
     with pytest.raises(ValueError, match="state 1 is not finite"):
         policy.act_batch(images, tasks, np.where(np.arange(3)[:, None] == 1, np.nan, states))
-    bb = model.load("random:tiny-vlm")
-    model.save(tmp_path / "sft", bb, {"stage": "sft", "step": 1})
+    backbone = backbones.random_backbone("tiny-vlm")
+    model.save(tmp_path / "sft", backbone, {"stage": "sft", "step": 1})
     with pytest.raises(ValueError, match="stage 'sft', expected vla"):
         vla.Policy.load(tmp_path / "sft")
     bad = tmp_path / "bad"

@@ -1,10 +1,10 @@
 """What a run needs of each rank's memory, told before it starts; all is built on the meta device.
 
-python -m benchmarks.memory sft paper --init random:qwen2.5-vl-7b --ranks 8 --gb 80
-python -m benchmarks.memory grpo paper --init random:qwen2.5-vl-7b --recompute --cpu-offload
-python -m benchmarks.memory vla paper --init random:qwen3-vl-8b
+python -m tools.memory sft paper --size qwen2.5-vl-7b --ranks 8 --gb 80
+python -m tools.memory grpo paper --size qwen2.5-vl-7b --recompute --cpu-offload
+python -m tools.memory vla paper --init runs/grpo-paper
 
-Flags of the stage follow its preset. `--dry-run` of a stage tells the same for its own machine.
+Flags of the stage follow its preset. Ranks and memory are by default those of this machine.
 Weights, gradients, optimizer and caches are counted exactly; activations by asking autograd what it
 keeps of one block. The allocator's fragments and the libraries' workspaces come on top: 10% or so.
 """
@@ -20,6 +20,7 @@ import grpo
 import model
 import sft
 import vla
+from tools import backbones
 
 META, FP32 = model.META, 4
 LOGITS = 16  # bytes a logit at the peak: bf16, fp32, its softmax and their gradients
@@ -77,14 +78,14 @@ def count(params, trained=False):
 
 def units(net):
     """Parameters of what shard() gathers at a time: (largest unit, root)."""
-    *each, whole = (count(part.parameters()) for part in model.units(net))
+    *each, whole = (count(part.parameters()) for part in model.fsdp_units(net))
     return max(each, default=0), whole - sum(each)
 
 
 def state(cfg, net, n):
     """Bytes of gradients and optimizer on one of n ranks: two averages of each parameter, with Muon
     one of an inner()."""
-    trained, inner = count(net.parameters(), True), count(model.inner(net))
+    trained, inner = count(net.parameters(), True), count(model.muon_matrices(net))
     averages = 2 * trained - inner * getattr(cfg, "muon", False)
     return {"gradients": trained * FP32 / n, "optimizer": averages * FP32 / n}
 
@@ -98,7 +99,7 @@ def estimate(stage, cfg, net, ranks, row, patches, dtype=torch.bfloat16):
     gathered *= ranks > 1 or b < FP32
     fixed = {"weights": whole * FP32 / n, **state(cfg, net, n), "gathered units": gathered}
     B, G, T = (
-        (cfg.micro_batch, cfg.group, cfg.max_new)
+        (cfg.micro_batch, cfg.group, cfg.max_new_tokens)
         if stage == "grpo"
         else (cfg.micro_batch or cfg.batch // ranks, 1, 0)
     )
@@ -112,8 +113,8 @@ def estimate(stage, cfg, net, ranks, row, patches, dtype=torch.bfloat16):
     L, k_proj = c.num_hidden_layers, net.model.language_model.layers[0].self_attn.k_proj
     kv = 2 * k_proj.out_features * b  # bytes a token and layer; in the update for each completion
     work["activations"] += B * row * kv * (L + G * (1 if cfg.recompute else L))
-    fixed["reference"] = whole * FP32 / n * (cfg.kl > 0 and not cfg.cpu_offload)
-    rows = (cfg.chunk or cfg.prompts // ranks) * G
+    fixed["reference"] = whole * FP32 / n * (cfg.kl_coef > 0 and not cfg.cpu_offload)
+    rows = (cfg.rollout_batch or cfg.prompts // ranks) * G
     cache = {
         "whole model": whole * b * (ranks > 1 or b < FP32),
         "KV cache": (rows // G * row + rows * T) * kv * L,
@@ -129,11 +130,11 @@ def estimate(stage, cfg, net, ranks, row, patches, dtype=torch.bfloat16):
 def head_estimate(cfg, net, ranks, row, dtype=torch.bfloat16):
     """estimate() of vla.py: the cut backbone, frozen in dtype, and a head of 14 state numbers."""
     lm, n = net.model.language_model, cfg.shards or ranks
-    model.truncate(net, cfg.layer or round(0.64 * len(lm.layers)))
+    vla.truncate(net, cfg.layer or round(0.64 * len(lm.layers)))
     B, R, K = cfg.batch // ranks, cfg.draws, cfg.horizon
     with META, fused:
-        head = model.FlowHead(
-            model.HeadConfig(
+        head = vla.FlowHead(
+            vla.HeadConfig(
                 lm.config.hidden_size,
                 cfg.dim,
                 cfg.layers,
@@ -142,7 +143,7 @@ def head_estimate(cfg, net, ranks, row, dtype=torch.bfloat16):
                 14,
                 7,
                 K,
-                cfg.future,
+                cfg.future_tokens,
                 dropout=cfg.dropout,
             )
         )
@@ -167,41 +168,47 @@ def head_estimate(cfg, net, ranks, row, dtype=torch.bfloat16):
     )
     made = {
         **backbone,
-        "weights": size * (1 + bool(cfg.ema)) / n + size,
+        "weights": size * (1 + bool(cfg.ema_decay)) / n + size,
         **state(cfg, head, n),
         "activations": work,
     }
     return made, {"update": sum(made.values())}
 
 
-def here():
-    """Ranks, memory of one and compute type of a run on this machine under this torchrun."""
-    ranks, local = (int(os.environ.get(k, "1")) for k in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local
-    if cuda := torch.cuda.is_available():
-        memory = torch.cuda.get_device_properties(0).total_memory
-    return {"ranks": ranks, "gb": memory / 1e9, "dtype": vla.precision("cuda" if cuda else "cpu")}
+def this_machine():
+    """-> ranks, memory of each (10^9 bytes), and whether they are GPUs."""
+    gpus = torch.cuda.device_count()
+    if gpus:
+        return gpus, torch.cuda.get_device_properties(0).total_memory / 1e9, True
+    return 1, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, False
 
 
-def tell(stage, cfg, ranks, gb, dtype=torch.bfloat16, row=0, image=256):
+def tell(stage, cfg, ranks, gb, dtype=torch.bfloat16, row=0, image=256, size=""):
     """Prints what a run of `stage` with this Config needs. -> whether all of it fits in gb."""
-    bb = model.load(cfg.init, META, max_pixels=cfg.max_pixels)
+    if size:
+        backbone = backbones.random_backbone(size, device="meta")
+        backbone.image_spec = backbone.image_spec.bounded(cfg.max_pixels)
+    else:
+        backbone = model.load(cfg.init, META, max_pixels=cfg.max_pixels)
     if getattr(cfg, "freeze_vision", False):
-        bb.net.model.visual.requires_grad_(False)
-    spec = bb.images
+        backbone.net.model.visual.requires_grad_(False)
+    spec = backbone.image_spec
     h, w = (
         x // spec.patch
         for x in model.smart_resize(
             image, image, spec.patch * spec.merge, spec.min_pixels, spec.max_pixels
         )
     )
-    row, params = row or (cfg.max_length if stage == "sft" else 256), list(bb.net.parameters())
+    row, params = (
+        row or (cfg.max_length if stage == "sft" else 256),
+        list(backbone.net.parameters()),
+    )
     if stage == "vla":
-        parts, peaks = head_estimate(cfg, bb.net, ranks, row, dtype)
+        parts, peaks = head_estimate(cfg, backbone.net, ranks, row, dtype)
     else:
-        parts, peaks = estimate(stage, cfg, bb.net.to(dtype), ranks, row, h * w, dtype)
+        parts, peaks = estimate(stage, cfg, backbone.net.to(dtype), ranks, row, h * w, dtype)
     print(
-        f"{stage} {cfg.preset}, {cfg.init}: {count(params) / 1e9:.2f} B parameters"
+        f"{stage} {cfg.preset}, {size or cfg.init}: {count(params) / 1e9:.2f} B parameters"
         + f", {count(params, True) / 1e9:.2f} B of them trained" * (stage != "vla")
     )
     print(
@@ -217,17 +224,30 @@ def tell(stage, cfg, ranks, gb, dtype=torch.bfloat16, row=0, image=256):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.memory",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    ranks, gb, gpu = this_machine()
     add = parser.add_argument
     add("stage", choices=["sft", "grpo", "vla"])
-    add("--ranks", type=int, default=8, help="processes, one a GPU")
-    add("--gb", type=float, default=80, help="memory of one, 10^9 bytes")
+    add("--size", default="", help="a published backbone in place of --init, as in tools.backbones")
+    add("--ranks", type=int, default=ranks, help=f"processes, one a GPU ({ranks})")
+    add("--gb", type=float, help=f"memory of one, 10^9 bytes ({gb:.4g} over the ranks of a CPU)")
+    add("--compute", choices=["bf16", "fp32"], default="bf16" if gpu else "fp32", help="type")
     add("--row", type=int, default=0, help="tokens of a row; 0: sft --max-length, else 256")
     add("--image", type=int, default=256, help="side of the one image of a row, pixels")
     args, rest = parser.parse_known_args(argv)
+    if args.size not in ("", *backbones.SIZES):
+        parser.error(f"--size {args.size}: choose one of {', '.join(backbones.SIZES)}")
     stage = {"sft": sft, "grpo": grpo, "vla": vla}[args.stage]
-    cfg = model.parse(stage.Config, stage.PRESETS, rest)
-    return 0 if tell(cfg=cfg, **vars(args)) else 1
+    cfg = model.parse_config(stage.Config, stage.PRESETS, rest)
+    gb = args.gb or (gb if gpu else gb / args.ranks)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.compute]
+    fits = tell(args.stage, cfg, args.ranks, gb, dtype, args.row, args.image, args.size)
+    return 0 if fits else 1
 
 
 if __name__ == "__main__":

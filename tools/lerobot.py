@@ -1,6 +1,6 @@
 """LeRobot datasets, v2.1 and v3.0, as episodes: BridgeV2, DROID and LIBERO are published so.
 
-    python -m benchmarks.lerobot --data FOLDER --out data/x --camera observation.images.front \\
+    python -m tools.lerobot --data FOLDER --out data/x --camera observation.images.front \\
         --action action --state observation.state --fps 5 --deltas 6
 
 The first camera is `image`, a further one `image_<last part of its name>`; keys are put side by
@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.serve import need
-from benchmarks.tabletop import reading, write_episodes
+from fast_tokenizer import reading, write_episodes
+from tools.extras import require
 
 
 @functools.lru_cache(2)  # a file of v3.0 holds many episodes
@@ -105,7 +105,7 @@ def recording(folder, info, row, cameras, keys, every):
 
 def recordings(args):
     """A dataset's episodes as (arrays, header). Damaged, naming what is wrong with it."""
-    need("-r requirements-extras.txt", "av", "pyarrow.parquet")
+    require("-r requirements-extras.txt", "av", "pyarrow.parquet")
     folder, meta, seen = Path(args.data), Path(args.data) / "meta", []
     cameras, actions, states = (x.split(",") for x in (args.camera, args.action, args.state))
     keys = [*actions, *states]
@@ -153,7 +153,7 @@ def recordings(args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.lerobot", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.lerobot", description=__doc__)
     add = parser.add_argument
     add("--data", required=True, help="folder with meta/, data/ and perhaps videos/")
     add("--out", required=True, help="folder for the episodes")

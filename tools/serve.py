@@ -1,6 +1,6 @@
 """A policy server for robots and simulators: openpi's WebSocket protocol, msgpack and numpy arrays.
 
-    python evaluate.py serve --policy runs/vla --port 8000        # Ctrl-C stops it
+    python -m tools.serve --policy runs/vla --port 8000        # Ctrl-C stops it
 
 A client receives the metadata as it connects; then each observation is answered by actions:
 
@@ -11,98 +11,25 @@ openpi-client drives it unchanged. "reset" begins an episode, as a new prompt do
 is answered by one line of text. The message seeds the noise: the same one gets the same answer.
 """
 
+import argparse
 import collections
 import contextlib
-import importlib
 import re
 import threading
 import time
 import zlib
 
 import numpy as np
+import torch
 
-
-def need(install, *modules):
-    """Optional modules, imported now. ValueError naming the pip install when one is missing."""
-    try:
-        return [importlib.import_module(name) for name in modules]
-    except ModuleNotFoundError as e:
-        raise ValueError(f"this needs the package {e.name}: pip install {install}") from e
-
-
-def network():
-    """msgpack, websockets' server and client, its error."""
-    return need(
-        "websockets==17.4 msgpack==1.2.4",
-        "msgpack",
-        "websockets.sync.server",
-        "websockets.sync.client",
-        "websockets.exceptions",
-    )
-
-
-def pack(value):
-    """A message of dicts, lists, numbers, text and numpy arrays -> bytes."""
-    return network()[0].packb(
-        value,
-        default=lambda x: {
-            b"__ndarray__": True,
-            b"data": x.tobytes(),
-            b"dtype": x.dtype.str,
-            b"shape": x.shape,
-        },
-    )
-
-
-def unpack(message):
-    """The inverse of pack. Bytes from anyone: ValueError, TypeError, KeyError or OverflowError."""
-
-    def arrays(x):
-        if b"__ndarray__" not in x:
-            return x.get(b"data", x)  # openpi-client's form of a numpy number
-        if not re.fullmatch(r"[<>=|][biuf]\d", str(x[b"dtype"])):
-            raise ValueError(f"an array of type {x[b'dtype']!r}, not of numbers")
-        return np.ndarray(x[b"shape"], x[b"dtype"], x[b"data"])
-
-    return network()[0].unpackb(message, object_hook=arrays)
-
-
-class Chunks:
-    """What one robot carries out of the chunks predicted for it; in simulation and in the server.
-
-    execute: actions of a chunk before the next forward; 0: half of the horizon. ensemble: 0, the
-    newest chunk alone; m > 0, the mean of all chunks that reach a step, the oldest weighing 1, the
-    next exp(-m), and so on: temporal ensembling, as in ACT (arXiv 2304.13705, section IV-A).
-    """
-
-    def __init__(self, horizon, execute=0, ensemble=0.0):
-        self.execute, self.ensemble = execute or max(1, horizon // 2), ensemble
-        most = horizon - 1 if ensemble else horizon  # chunks must overlap for an ensemble
-        if not 0 < self.execute <= most or ensemble < 0:
-            raise ValueError(
-                f"--execute {execute} --ensemble {ensemble}: execute 1 to {most} of the "
-                f"{horizon} actions in a chunk; an ensemble is 0 or more"
-            )
-        self.reset()
-
-    def reset(self):
-        self.past, self.task = [], None
-
-    def __call__(self, chunk, task):
-        """Chunk (K, A) predicted now -> the actions to carry out (execute, A). Chunks that were
-        predicted for another instruction are forgotten."""
-        past = self.past if self.ensemble and task == self.task else []  # oldest first
-        past = [c[self.execute :] for c in past if len(c) > self.execute]
-        self.past, self.task = [*past, chunk], task
-        said = [[c[i] for c in self.past if i < len(c)] for i in range(self.execute)]
-        return np.stack(
-            [np.average(x, 0, np.exp(-self.ensemble * np.arange(len(x)))) for x in said]
-        ).astype(chunk.dtype)
+import model
+import vla
+from tools.protocol import network, pack, unpack
 
 
 class Server:
     """One policy (vla.Policy) for any number of clients; at most `batch` share a forward. execute,
-    ensemble: see Chunks. keys: {input: what clients call it}, for the state several joined by "+"."""
+    ensemble: see vla.ChunkExecutor. keys: {input: what clients call it}, for the state several joined by "+"."""
 
     def __init__(self, policy, execute=0, ensemble=0.0, keys=None, batch=64):
         network()
@@ -115,7 +42,7 @@ class Server:
         self.metadata = {
             "cameras": list(policy.cameras),
             "state_dim": len(stats["state"]["q01"]),
-            "action_horizon": Chunks(*self.plan).execute,
+            "action_horizon": vla.ChunkExecutor(*self.plan).execute,
             "action_range": self.range,
         }
 
@@ -186,7 +113,7 @@ class Server:
         )
 
     def client(self, connection):
-        plan = Chunks(*self.plan)
+        plan = vla.ChunkExecutor(*self.plan)
         with contextlib.suppress(network()[3].ConnectionClosed):  # 1009: a message over the limit
             connection.send(pack(self.metadata))
             for message in connection:
@@ -208,41 +135,28 @@ class Server:
             yield server.socket.getsockname()[1]
 
 
-@contextlib.contextmanager
-def client(port):
-    """-> (infer(observation) -> answer, metadata), on this machine. RuntimeError when refused."""
-    with network()[2].connect(f"ws://127.0.0.1:{port}", compression=None, max_size=None) as ws:
-
-        def infer(obs):
-            ws.send(pack(obs))
-            if (answer := ws.recv())[:5] == "error":
-                raise RuntimeError(answer)
-            return unpack(answer)
-
-        yield infer, unpack(ws.recv())
-
-
-def arguments(add):
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m tools.serve", description="Serve a policy.")
+    add = parser.add_argument
+    add("--policy", required=True, help="checkpoint of vla.py")
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all, for anyone")
     add("--port", type=int, default=8000, help="port to listen on")
-    add(
-        "--keys",
-        nargs="*",
-        default=[],
-        help="what clients call inputs: state=joints+grip image=cam",
-    )
-
-
-def main(policy, args):
-    """`evaluate.py serve`."""
-    server = Server(
-        policy,
-        args.execute or policy.horizon,
-        args.ensemble,
-        dict(pair.partition("=")[::2] for pair in args.keys),
-        args.batch,
-    )
+    add("--keys", nargs="*", default=[], help="what clients call inputs: state=joints+grip")
+    add("--execute", type=int, default=0, help="steps of a chunk that are carried out; 0: all")
+    add("--ensemble", type=float, default=0, help="decay of temporal ensembling; 0: none")
+    add("--batch", type=int, default=64, help="clients a forward")
+    add("--seed", type=int, default=0, help="seed of the policy's noise")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    policy = vla.Policy.load(args.policy, device=args.device, seed=args.seed)
+    keys = dict(pair.partition("=")[::2] for pair in args.keys)
+    execute = args.execute or policy.horizon
+    server = Server(policy, execute, args.ensemble, keys, args.batch)
     with contextlib.suppress(KeyboardInterrupt), server.listen(args.host, args.port):
         print(f"ws://{args.host}:{args.port}: {server.metadata}", flush=True)
         threading.Event().wait()
     print(server)
+
+
+if __name__ == "__main__":
+    model.run_main(main, "--batch")

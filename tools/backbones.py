@@ -1,10 +1,18 @@
-"""Backbones with random weights (`--init random:SIZE`): tiny ones to learn on and to test with, and
-the published configurations of Qwen2.5-VL and Qwen3-VL, to try a machine before weights are there.
+"""Backbones with random weights: tiny ones to learn on and to test with, and the published
+configurations of Qwen2.5-VL and Qwen3-VL, to try a machine before weights are there.
+
+    python -m tools.backbones tiny-vlm --texts data/base/conversations.jsonl --out runs/tiny-vlm
+    python -m tools.backbones qwen2.5-vl-7b --out runs/qwen2.5-vl-7b
+
+A tiny one is written whole. Of a published size the folder gets configuration and tokenizer alone;
+model.load fills such a folder at random. Either is an `--init` of every stage.
 """
 
+import argparse
 import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import transformers
@@ -12,6 +20,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
 
 import model
+import sft
 
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}"
@@ -20,7 +29,7 @@ CHAT = (
     "{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-SENTENCES = [  # enough English for tests; sft.py trains the tokenizer on its own data instead
+SENTENCES = [  # enough English for tests; main() trains the tokenizer on data instead
     model.THINK,
     model.DIRECT,
     model.action_question("put the red block to the left of the blue bowl"),
@@ -133,7 +142,7 @@ def train_tokenizer(texts, vocab_size):
     """Byte-level BPE with the Qwen2 pre-tokenizer and ChatML tokens, a function of the texts."""
     blank, bpe = Qwen2Tokenizer().backend_tokenizer, Tokenizer(models.BPE())
     bpe.normalizer, bpe.pre_tokenizer = blank.normalizer, blank.pre_tokenizer
-    marks = [*model.TAGS, *model.SPECIAL, "<image>", "<ACTION>"]  # never inside a merge
+    marks = [*model.TAGS, *model.SPECIAL_TOKENS, "<image>", "<ACTION>"]  # never inside a merge
     cut = re.compile("|".join(map(re.escape, marks)))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe.train_from_iterator(
@@ -147,18 +156,18 @@ def train_tokenizer(texts, vocab_size):
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
     )
-    tok.add_special_tokens({"additional_special_tokens": model.SPECIAL})
+    tok.add_special_tokens({"additional_special_tokens": model.SPECIAL_TOKENS})
     tok.add_tokens([AddedToken(t, special=False, normalized=False) for t in model.TAGS])
     tok.chat_template = CHAT
     return tok
 
 
-def random_backbone(size, seed, texts=(), device="cpu"):
+def random_backbone(size, seed=0, texts=(), device="cpu"):
     """A backbone of SIZES (ValueError for another) with random weights; on "meta" shapes alone.
     texts: what its tokenizer learns besides SENTENCES. Std 1/sqrt(width): about the usual 0.02 at
     real widths, with which a narrow network does not begin to learn."""
     if size not in SIZES:
-        raise ValueError(f"random:{size}: unknown size; choose one of {', '.join(SIZES)}")
+        raise ValueError(f"{size}: unknown size; choose one of {', '.join(SIZES)}")
     s, tok = SIZES[size], train_tokenizer([*SENTENCES, *texts], SIZES[size].vocab)
     text = {
         "vocab_size": s.rows or -(-len(tok) // 64) * 64,
@@ -207,7 +216,7 @@ def random_backbone(size, seed, texts=(), device="cpu"):
         }
         tok.chat_template = (
             "{% if messages[0].role != 'system' %}<|im_start|>system\n"
-            + model.SYSTEM
+            + model.SYSTEM_PROMPT
             + "<|im_end|>\n{% endif %}"
             + CHAT
         )
@@ -225,3 +234,46 @@ def random_backbone(size, seed, texts=(), device="cpu"):
         s.patch, s.merge, s.temporal, s.mean, s.std, *(s.pixels or (4 * token, 1024 * token))
     )
     return model.Backbone(net, tok, spec, model.vocab(net, tok))
+
+
+def texts_of(path, rows=20000):
+    """The texts of the first `rows` conversations of a .jsonl file, as a stage reads them."""
+    with open(path) as file:
+        for line, _ in zip(file, range(rows), strict=False):
+            messages = sft.add_mode_lines(json.loads(line)["messages"])
+            yield "\n".join(message["content"] for message in messages)
+
+
+def write(size, folder, seed=0, texts=()):
+    """A backbone of SIZES -> folder, in the Hugging Face layout."""
+    published = SIZES[size].rows > 0 if size in SIZES else False
+    backbone = random_backbone(size, seed, texts, "meta" if published else "cpu")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if published:
+        backbone.net.config.save_pretrained(folder)
+        backbone.net.generation_config.save_pretrained(folder)
+    else:
+        backbone.net.save_pretrained(folder)
+    backbone.tokenizer.save_pretrained(folder)
+    backbone.image_spec.save(folder)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.backbones",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("size", choices=SIZES, help="which configuration")
+    add("--out", required=True, help="folder to write")
+    add("--texts", default="", help="conversations, .jsonl, that the tokenizer is trained on")
+    add("--seed", type=int, default=0, help="of the weights")
+    args = parser.parse_args(argv)
+    write(args.size, args.out, args.seed, texts_of(args.texts) if args.texts else ())
+    print(f"{args.out}: {args.size}")
+
+
+if __name__ == "__main__":
+    model.run_main(main, "the size")

@@ -9,13 +9,13 @@ made before the clock starts (rollout), gradient checkpointing is off (TRL). Bot
 process as it comes, without our scripts' setting of glibc (model.setup); --keep-memory gives it to
 both. In rollout and grpo the end of the turn is banned: all have --new tokens.
 
-python -m benchmarks.speed rollout                       # transformers generate
-python -m benchmarks.speed grpo --image 224              # a step of TRL; full rows in the update
-python -m benchmarks.speed sft --device cuda --size 3b   # plain transformers, padded rows
-python -m benchmarks.speed head                          # the frozen backbone in the loop
-python -m benchmarks.speed fast                          # the published code, chunk by chunk
-python -m benchmarks.speed cost --repeats 3              # ours alone: group, completion, image grow
-torchrun --nproc_per_node 2 -m benchmarks.speed cost --repeats 3   # and with ranks: wall seconds
+python -m tools.speed rollout                       # transformers generate
+python -m tools.speed grpo --image 224              # a step of TRL; full rows in the update
+python -m tools.speed sft --device cuda --size 3b   # plain transformers, padded rows
+python -m tools.speed head                          # the frozen backbone in the loop
+python -m tools.speed fast                          # the published code, chunk by chunk
+python -m tools.speed cost --repeats 3              # ours alone: group, completion, image grow
+torchrun --nproc_per_node 2 -m tools.speed cost --repeats 3   # and with ranks: wall seconds
 """
 
 import argparse
@@ -47,8 +47,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import grpo
 import model
+import sft
 import vla
-from benchmarks import backbones
+from tools import backbones
 from fast_tokenizer import FastTokenizer
 
 HORIZON, DIM = 16, 7  # steps K of a chunk, action dimensions A
@@ -59,7 +60,7 @@ QUESTION = "put the {}red block to the left of the blue bowl"
 
 SIZES = {"3b": "qwen2.5-vl-3b", "7b": "qwen2.5-vl-7b", "tiny-vlm": "tiny-vlm", "tiny": "speed"}
 backbones.SIZES["speed"] = backbones.Size(
-    vocab=4096 - FAST - 2 - len(model.SPECIAL) - len(model.TAGS),
+    vocab=4096 - FAST - 2 - len(model.SPECIAL_TOKENS) - len(model.TAGS),
     hidden=256,
     layers=4,
     heads=8,
@@ -73,18 +74,22 @@ backbones.SIZES["speed"] = backbones.Size(
 )
 
 
-def backbone(args):
+def make_backbone(args):
     """Random weights, bf16 on GPU, with FAST tokens; "tiny-vlm" is shaped as the embedded one."""
-    size, device, dtype = args.size, args.device, vla.precision(args.device)
+    size, device, dtype = args.size, args.device, vla.compute_dtype(args.device)
     if size == "tiny-vlm":
-        return model.load("random:tiny-vlm", device, dtype)
+        backbone = backbones.random_backbone("tiny-vlm")
+        backbone.net.to(device, dtype)
+        return backbone
     texts = [*backbones.SENTENCES * 20, " ".join(words(6000, 0))]
-    bb = backbones.random_backbone(SIZES[size], 0, texts, device)
-    bb.net.to(dtype)
-    bb.fast = fitted()
-    model.grow(bb, FAST)
-    bb.vocab.banned = bb.tok.convert_tokens_to_ids(model.SPECIAL)  # the end too; no unused rows
-    return bb
+    backbone = backbones.random_backbone(SIZES[size], 0, texts, device)
+    backbone.net.to(dtype)
+    backbone.action_tokenizer = fitted()
+    sft.grow_vocabulary(backbone, FAST)
+    backbone.vocab.banned = backbone.tokenizer.convert_tokens_to_ids(
+        model.SPECIAL_TOKENS
+    )  # the end too; no unused rows
+    return backbone
 
 
 def words(n, seed):
@@ -111,9 +116,9 @@ def questions(n, side):
     return [("<image>" + model.ask(t, think=True), image) for t, image in zip(texts, images)]
 
 
-def prompts(bb, items):
+def prompts(backbone, items):
     return [
-        model.encode(bb, [{"role": "user", "content": text}], [image], prompt_only=True)
+        model.encode(backbone, [{"role": "user", "content": text}], [image], prompt_only=True)
         for text, image in items
     ]
 
@@ -122,13 +127,13 @@ def lengths(rows):
     return [len(row["ids"]) for row in rows]
 
 
-def plain(bb, rows, device, left=False):
+def plain(backbone, rows, device, left=False):
     """Rows -> arguments of transformers' own forward, and where targets are."""
-    batch = model.to(model.collate(rows, bb.vocab.pad, left), device)
+    batch = model.to_device(model.collate(rows, backbone.vocab.pad, left), device)
     return {
         "input_ids": batch["ids"],
         "attention_mask": batch["mask"],
-        "mm_token_type_ids": (batch["ids"] == bb.vocab.image).int(),
+        "mm_token_type_ids": (batch["ids"] == backbone.vocab.image).int(),
         "pixel_values": batch["patches"],
         "image_grid_thw": batch["grid"],
     }, batch["target"]
@@ -183,10 +188,10 @@ def timed(run, args):
 def rollout(args):
     """model.generate against transformers' generate, which forwards a prompt once a completion; on
     a GPU also with its steps replayed as CUDA graphs against without."""
-    bb, G, new = backbone(args), args.group, args.new
-    rows = prompts(bb, questions(args.prompts, args.image))
-    batch = plain(bb, rows, args.device, left=True)[0] | {
-        "suppress_tokens": bb.vocab.banned,
+    backbone, G, new = make_backbone(args), args.group, args.new
+    rows = prompts(backbone, questions(args.prompts, args.image))
+    batch = plain(backbone, rows, args.device, left=True)[0] | {
+        "suppress_tokens": backbone.vocab.banned,
         "max_new_tokens": new,
         "min_new_tokens": new,
     }
@@ -195,49 +200,53 @@ def rollout(args):
     def peer(k):
         torch.manual_seed(k)
         return (
-            bb.net.generate(**batch, do_sample=True, top_k=0, top_p=1.0, num_return_sequences=G)[
-                :, T:
-            ]
-            != bb.vocab.pad
+            backbone.net.generate(
+                **batch, do_sample=True, top_k=0, top_p=1.0, num_return_sequences=G
+            )[:, T:]
+            != backbone.vocab.pad
         )
 
-    bb.net.eval()
+    backbone.net.eval()
     pair = compare(
-        lambda k: model.generate(bb, rows, G, new, seed=k)["mask"],
+        lambda k: model.generate(backbone, rows, G, new, seed=k)["mask"],
         peer,
         lambda x, y: {"tokens": (int(x.sum()), int(y.sum()), 0)},
         args,
     )
     same = (
-        model.generate(bb, rows, 1, new, greedy=True)["ids"]
-        == bb.net.generate(**batch, do_sample=False)[:, T:]
+        model.generate(backbone, rows, 1, new, greedy=True)["ids"]
+        == backbone.net.generate(**batch, do_sample=False)[:, T:]
     )
     pair["greedy_agreement"] = same.float().mean().item()  # below 1 only by near ties, and in bf16
     pairs = {"rollout": pair}
     if args.device != "cpu":
-        pair |= decode_bound(bb, rows, T, pair["ours"]["median"], args)
+        pair |= decode_bound(backbone, rows, T, pair["ours"]["median"], args)
         graphs = [
-            lambda k, on=on: model.generate(bb, rows, G, new, seed=k, graphs=on)["mask"].sum()
+            lambda k, on=on: model.generate(backbone, rows, G, new, seed=k, cuda_graphs=on)[
+                "mask"
+            ].sum()
             for on in (True, False)
         ]
         pairs["graphs"] = compare(*graphs, lambda x, y: {"tokens": (int(x), int(y), 0)}, args)
     return pairs, {"prompt_tokens": lengths(rows)}
 
 
-def decode_bound(bb, rows, T, seconds, args):
+def decode_bound(backbone, rows, T, seconds, args):
     """Decoding reads all weights and the cache (prompts once) at each token: how near to that. With
     many rows arithmetic, 2 FLOP a weight and row, takes longer than reading."""
-    lm, c = bb.net.model.language_model, bb.net.config.text_config
-    weights = [*lm.layers.parameters(), bb.net.lm_head.weight]
+    lm, c = backbone.net.model.language_model, backbone.net.config.text_config
+    weights = [*lm.layers.parameters(), backbone.net.lm_head.weight]
     flop = 2 * len(rows) * args.group * sum(p.numel() for p in weights)
     kv = lm.layers[0].self_attn.k_proj.out_features
-    token = 2 * c.num_hidden_layers * kv * bb.net.dtype.itemsize
+    token = 2 * c.num_hidden_layers * kv * backbone.net.dtype.itemsize
     seen = len(rows) * (T + args.group * args.new / 2)  # tokens in the cache, on average
     read = sum(p.nbytes for p in weights) + seen * token  # bytes a step
     block = torch.empty(1 << 30, dtype=torch.uint8, device=args.device)
     target = torch.empty_like(block)
     speed = 2 * block.nbytes / timed(lambda: target.copy_(block), args)  # it reads and writes
-    step = (seconds - timed(lambda: model.generate(bb, rows, args.group, 1), args)) / (args.new - 1)
+    step = (seconds - timed(lambda: model.generate(backbone, rows, args.group, 1), args)) / (
+        args.new - 1
+    )
     return {
         "copy_gb_s": speed / 1e9,
         "read_gb_step": read / 1e9,
@@ -248,58 +257,64 @@ def decode_bound(bb, rows, T, seconds, args):
     }
 
 
-def full_logp(bb, rows, ids, mask, temperature=1.0):
-    """grpo.shared_logp by B*G full rows, padded right; here all completions have T tokens."""
+def full_logp(backbone, rows, ids, mask, temperature=1.0):
+    """grpo.completion_logp by B*G full rows, padded right; here all completions have T tokens."""
     full, T = [], ids.shape[1]
     for i, new in enumerate(ids.cpu().numpy()):
         row = rows[i // (len(ids) // len(rows))]
         more = {
             "ids": new,
-            "pos": np.tile(row["pos"].max() + 1 + np.arange(T), (3, 1)),
+            "positions": np.tile(row["positions"].max() + 1 + np.arange(T), (3, 1)),
             "target": np.ones(T, bool),
         }
         full.append(row | {k: np.concatenate([row[k], x], -1) for k, x in more.items()})
-    batch = model.to(model.collate(full, bb.vocab.pad), ids.device)
-    h = model.hidden(bb.net, batch)[:, :-1][batch["target"][:, 1:]]  # (N, D), ordered as the ids
-    both = model.logp(bb.net, h, ids.flatten(), temperature, bb.vocab.banned)
+    batch = model.to_device(model.collate(full, backbone.vocab.pad), ids.device)
+    h = model.hidden_states(backbone.net, batch)[:, :-1][
+        batch["target"][:, 1:]
+    ]  # (N, D), ordered as the ids
+    both = grpo.token_logp(backbone.net, h, ids.flatten(), temperature, backbone.vocab.banned)
     return [x.view_as(ids) for x in both]
 
 
-def score(bb, ids, targets, kind, reward=grpo.reward):
+def score(backbone, ids, targets, kind, reward=grpo.reward):
     """The reward plus a number in [0, 1) made of the ids: random weights earn nothing, and groups
     that tie would cost us nothing."""
-    r, info = reward(bb, ids, targets, kind)
+    r, info = reward(backbone, ids, targets, kind)
     return r + [zlib.crc32(np.array(row)) / 2**32 for row in ids], info
 
 
 def parts(args):
     """What a step of grpo.py is made of, with all prompts in one update, and KL."""
     dist = model.setup(0) if args.ranks else model.Dist(0, 1, torch.device(args.device))
-    bb, items = backbone(args), questions(args.prompts, args.image)
+    backbone, items = make_backbone(args), questions(args.prompts, args.image)
     cfg = grpo.Config(
         prompts=args.prompts,
         batch=args.prompts,
         micro_batch=args.prompts,
         group=args.group,
-        max_new=args.new,
+        max_new_tokens=args.new,
     )
-    items = items[dist.rank :: dist.world]
-    gold = bb.fast.encode(smooth(len(items), "gold"))
-    ref = replace(bb, net=copy.deepcopy(bb.net).requires_grad_(False).eval())
-    for net in (bb.net, ref.net) if args.ranks else ():
+    items = items[dist.rank :: dist.world_size]
+    gold = backbone.action_tokenizer.encode(smooth(len(items), "gold"))
+    ref = replace(backbone, net=copy.deepcopy(backbone.net).requires_grad_(False).eval())
+    for net in (backbone.net, ref.net) if args.ranks else ():
         model.shard(net, dist)
 
     @mock.patch.object(grpo, "reward", score)
     def sample(k):
-        rows = prompts(bb, items)
-        with model.unsharded(bb.net):
-            return grpo.rollout(bb, cfg, rows, gold, range(len(items)), k, args.group)[0]
+        rows = prompts(backbone, items)
+        with model.unsharded(backbone.net):
+            return grpo.rollout(backbone, cfg, rows, gold, range(len(items)), k, args.group)[0]
 
-    def learner(logp=grpo.shared_logp):
-        one = bb if logp is grpo.shared_logp else replace(bb, net=copy.deepcopy(bb.net))
-        optim = model.optimizer(one.net, cfg.lr, cfg.weight_decay, (0.9, cfg.beta2))
+    def learner(logp=grpo.completion_logp):
+        one = (
+            backbone
+            if logp is grpo.completion_logp
+            else replace(backbone, net=copy.deepcopy(backbone.net))
+        )
+        optim = model.make_optimizer(one.net, cfg.lr, cfg.weight_decay, (0.9, cfg.beta2))
 
-        @mock.patch.object(grpo, "shared_logp", logp)
+        @mock.patch.object(grpo, "completion_logp", logp)
         def update(groups, k):
             one.net.train()
             return grpo.update(one, ref, optim, groups, cfg, dist, f"turn {k}")
@@ -360,14 +375,16 @@ def cost(args):
     return {}, {"cost": rows}
 
 
-def trl_step(bb, cfg, items, gold, folder):
+def trl_step(backbone, cfg, items, gold, folder):
     """-> step(k): one step of TRL's GRPOTrainer with the settings of cfg, without the logging and
     data loading of its loop; returns the number of completion tokens."""
     import datasets
     import trl
 
-    bb.net.save_pretrained(folder)  # TRL loads its reference model from where the policy came from
-    bb.images.save(folder)
+    backbone.net.save_pretrained(
+        folder
+    )  # TRL loads its reference model from where the policy came from
+    backbone.image_spec.save(folder)
     images = Qwen2VLImageProcessorPil.from_pretrained(folder)
     data = datasets.Dataset.from_list(
         [
@@ -381,14 +398,14 @@ def trl_step(bb, cfg, items, gold, folder):
     )
     config = trl.GRPOConfig(
         folder,
-        use_cpu=bb.net.device.type == "cpu",
+        use_cpu=backbone.net.device.type == "cpu",
         bf16=False,
         gradient_checkpointing=False,
         per_device_train_batch_size=len(items) * cfg.group,
         num_generations=cfg.group,
-        max_completion_length=cfg.max_new,
+        max_completion_length=cfg.max_new_tokens,
         temperature=cfg.temperature,
-        beta=cfg.kl,
+        beta=cfg.kl_coef,
         epsilon=cfg.clip_low,
         epsilon_high=cfg.clip_high,
         loss_type="bnpo",
@@ -396,18 +413,21 @@ def trl_step(bb, cfg, items, gold, folder):
         lr_scheduler_type="constant",
         weight_decay=cfg.weight_decay,
         adam_beta2=cfg.beta2,
-        max_grad_norm=cfg.grad_norm,
+        max_grad_norm=cfg.max_grad_norm,
         max_steps=1,
         shuffle_dataset=False,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=False,
-        generation_kwargs={"min_new_tokens": cfg.max_new, "suppress_tokens": bb.vocab.banned},
+        generation_kwargs={
+            "min_new_tokens": cfg.max_new_tokens,
+            "suppress_tokens": backbone.vocab.banned,
+        },
     )
 
     def reward(completion_ids, target, **_):
-        return score(bb, completion_ids, target, cfg.reward)[0].tolist()
+        return score(backbone, completion_ids, target, cfg.reward)[0].tolist()
 
     # A processor is to have a part for videos too, which wants torchvision; not here.
     lenient = mock.patch.object(
@@ -416,15 +436,19 @@ def trl_step(bb, cfg, items, gold, folder):
         lambda self, name, part: type(part),
     )
     with contextlib.redirect_stdout(sys.stderr), lenient:
-        reader = transformers.Qwen3VLProcessor(images, bb.tok, chat_template=bb.tok.chat_template)
-        net = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=bb.net.dtype)
+        reader = transformers.Qwen3VLProcessor(
+            images, backbone.tokenizer, chat_template=backbone.tokenizer.chat_template
+        )
+        net = transformers.AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=backbone.net.dtype
+        )
         trainer = trl.GRPOTrainer(net, reward, config, data, processing_class=reader)
         trainer.train()  # one step, in which it also makes its optimizer
         batch = next(iter(trainer.get_train_dataloader()))
 
     def step(_):
         trainer.training_step(trainer.model_wrapped, batch, None)  # samples, scores, backward
-        trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), cfg.grad_norm)
+        trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), cfg.max_grad_norm)
         trainer.optimizer.step()
         trainer.model.zero_grad()
         return int(trainer._buffered_inputs[0]["completion_mask"].sum())
@@ -435,27 +459,27 @@ def trl_step(bb, cfg, items, gold, folder):
 def sft_step(args):
     """The step of sft.py (packed rows, logits where targets are) against right-padded rows and the
     loss that the net itself computes, from all logits. Answers differ much in length."""
-    bb, items = backbone(args), questions(args.batch or 24, args.image)
+    backbone, items = make_backbone(args), questions(args.batch or 24, args.image)
     rng, rows, texts = model.rng(0, "answers"), [], words(60, 1)
     for i, (question, image) in enumerate(items):
         thought = f"<think>{' '.join(texts[: rng.integers(60)])}</think>" if i % 2 else ""
-        answer = thought + model.action_answer(bb.fast.encode(smooth(1, i))[0])
+        answer = thought + model.action_answer(backbone.action_tokenizer.encode(smooth(1, i))[0])
         rows.append(
             model.encode(
-                bb,
+                backbone,
                 [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
                 [image],
             )
         )
-    nets = bb.net.train(), copy.deepcopy(bb.net)
-    optims = [model.optimizer(net, 2e-5, 0.01, (0.9, 0.999)) for net in nets]
+    nets = backbone.net.train(), copy.deepcopy(backbone.net)
+    optims = [model.make_optimizer(net, 2e-5, 0.01, (0.9, 0.999)) for net in nets]
 
     def packed(k):
-        loss, count, _ = model.token_loss(nets[0], model.to(model.pack(rows), args.device))
+        loss, count, _ = sft.token_loss(nets[0], model.to_device(sft.pack(rows), args.device))
         return learn(loss / count, nets[0], optims[0])
 
     def padded(k):
-        batch, target = plain(bb, rows, args.device)
+        batch, target = plain(backbone, rows, args.device)
         labels = batch["input_ids"].masked_fill(~target, -100)
         return learn(nets[1](**batch, labels=labels).loss, nets[1], optims[1])
 
@@ -464,7 +488,7 @@ def sft_step(args):
     if args.device != "cpu":
         # 6 x parameters x tokens, each part for what it must see: the head targets, the tower
         # patches. What attention multiplies is not counted.
-        net = bb.net
+        net = backbone.net
         parts = [
             (net.model.language_model.layers, sum(lengths(rows))),
             (net.lm_head, sum(int(r["target"].sum()) for r in rows)),
@@ -478,7 +502,7 @@ def sft_step(args):
 
 def learn(loss, net, optim):
     loss.backward()
-    model.clip_grad(net.parameters(), 1.0)
+    model.clip_gradients(net.parameters(), 1.0)
     optim.step()
     optim.zero_grad()
     return loss.detach()
@@ -502,13 +526,16 @@ def head_step(args):
                 {"task": QUESTION.format("")},
             )
         cfg = vla.Config(**{**preset, **given, "data": folder, "out": f"{folder}/out"})
-        bb, dist = backbone(args), model.Dist(0, 1, torch.device(args.device))
-        frames, _ = vla.Frames(cfg), vla.freeze(bb, cfg.layer)
-        sources = vla.build_cache(bb, frames, cfg, dist), vla.InLoop(bb, frames, cfg, args.device)
+        backbone, dist = make_backbone(args), model.Dist(0, 1, torch.device(args.device))
+        frames, _ = vla.FrameDataset(cfg), vla.freeze_backbone(backbone, cfg.layer)
+        sources = (
+            vla.build_cache(backbone, frames, cfg, dist),
+            vla.LiveFeatures(backbone, frames, cfg, args.device),
+        )
         torch.manual_seed(0)
-        head = model.FlowHead(
-            model.HeadConfig(
-                bb.net.config.text_config.hidden_size,
+        head = vla.FlowHead(
+            vla.HeadConfig(
+                backbone.net.config.text_config.hidden_size,
                 cfg.dim,
                 cfg.layers,
                 cfg.heads,
@@ -516,17 +543,17 @@ def head_step(args):
                 8,
                 DIM,
                 cfg.horizon,
-                cfg.future,
+                cfg.future_tokens,
             )
         ).to(args.device)
         heads = head, copy.deepcopy(head)
         optims = [
-            model.optimizer(h, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2), cfg.muon)
+            model.make_optimizer(h, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2), cfg.muon)
             for h in heads
         ]
 
         def step(i, k):
-            ids = vla.picks(cfg, len(frames.train), k)
+            ids = vla.sample_order(cfg, len(frames.train), k)
             fetched = ids, sources[i].read(ids)
             loss, _ = vla.flow_loss(heads[i], sources[i], frames, cfg, k, fetched, dist)
             return learn(loss, heads[i], optims[i])
@@ -617,7 +644,7 @@ def hardware(device):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.speed",
+        prog="python -m tools.speed",
         description=__doc__,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -665,7 +692,7 @@ def main(argv=None):
             [
                 *(["torchrun", "--nproc_per_node", str(args.ranks)] if args.ranks else ["python"]),
                 "-m",
-                "benchmarks.speed",
+                "tools.speed",
                 *argv,
             ]
         ),
@@ -689,4 +716,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    model.entry(main, "--prompts, --group or --batch")
+    model.run_main(main, "--prompts, --group or --batch")
