@@ -156,7 +156,7 @@ def held_out(backbone, data, count, seed, think):
     """`count` prompts at random steps of the episodes: (rows, target tokens, chunks (N, K, A))."""
     fast, files = (
         backbone.action_tokenizer,
-        fast_tokenizer.read_episodes(data, fast=backbone.action_tokenizer),
+        fast_tokenizer.read_episodes(data, action_tokenizer=backbone.action_tokenizer),
     )
     rng, rows, chunks = model.rng(seed, 11), [], []
     for _ in range(count):

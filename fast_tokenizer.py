@@ -1,4 +1,5 @@
-"""FAST action tokenizer (arXiv 2501.09747): action chunks <-> short lists of token ids.
+"""FAST action tokenizer (arXiv 2501.09747): action chunks <-> short lists of token ids. And what
+all stages read: episodes on disk, normalisation, the command line of a stage. Free of torch.
 
 In: episodes (folder/*.safetensors: image (T, H, W, 3) uint8, state (T, S), action (T, A) float32).
 Out: fast.json, one file that holds all that decoding needs, and report.json beside it.
@@ -10,8 +11,12 @@ Out: fast.json, one file that holds all that decoding needs, and report.json bes
 Our deviations: no byte level and no regex under the BPE; ids that do not decode to exactly K x A
 coefficients are reported (ok False, NaN rows), never zeros; horizon and dimensions are stored.
 
-python fast_tokenizer.py fit --data data/tabletop --out fast/ --horizon 5 --scale 2 --vocab 64
-python fast_tokenizer.py report --fast fast/ --data data/tabletop
+Read "FAST tokenizer" first, for numbers see the docstring of its class, then "Statistics and
+normalisation". A first reader may skip the rest: episodes on disk are arrays with a header, checked
+as they are read and written, and the last two sections are command lines.
+
+python fast_tokenizer.py fit --data data/tabletop --out fast/ --horizon 5 --scale 2 --vocab-size 64
+python fast_tokenizer.py report --tokenizer fast/ --data data/tabletop
 Seconds on one CPU core. Legend: B batch, K chunk length, A action dims, S state dims, T steps.
 """
 
@@ -26,12 +31,12 @@ import sys
 import tokenize
 import zipfile
 import zlib
-from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import compress
 from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple, TypedDict, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -40,338 +45,7 @@ from scipy.fft import dct, idct
 from tokenizers import Tokenizer, decoders, models, trainers
 from tqdm import tqdm
 
-MANY = 1024  # chunks a call from which on the automaton encodes
-STILL = 1e-6  # a dimension whose q99 - q01 is below this never moves: it maps to 0 and back to q01
-BROKEN = "\ufffd"  # what bytes that are no UTF-8 decode as
-LAST_CODE = 0xD7FF  # the largest character code below the surrogates, which no text can hold
-
-
-def statistics(x):
-    """q01, q99, mean, std (lists of A, units of x) and count N of x (N, A). ValueError on NaN."""
-    x = np.asarray(x, np.float64)
-    if x.ndim != 2 or len(x) == 0 or not np.isfinite(x).all():
-        raise ValueError(f"statistics need a finite, non-empty (N, A) array, got shape {x.shape}")
-    q01, q99 = np.quantile(x, [0.01, 0.99], axis=0)  # (A,)
-    rows = {"q01": q01, "q99": q99, "mean": x.mean(0), "std": x.std(0)}
-    return {**{k: v.tolist() for k, v in rows.items()}, "count": len(x)}
-
-
-def _affine(x, stats):
-    """x = (y + one) * half + low and y = (x - low) * gain - one, in the kind and type of x."""
-    if not hasattr(x, "new_tensor"):  # numpy; torch tensors keep their type and device
-        x = np.asarray(x)
-        x = x if x.dtype.kind == "f" else x.astype(np.float64)
-    low, high = np.asarray(stats["q01"]), np.asarray(stats["q99"])
-    moves = high - low >= STILL  # (A,)
-    half = np.where(moves, (high - low) / 2, 0.0)
-    gain = np.divide(1, half, out=np.zeros_like(half), where=moves)
-    like = x.new_tensor if hasattr(x, "new_tensor") else lambda v: v.astype(x.dtype)
-    return x, like(low), like(half), like(gain), like(moves.astype(np.float64))
-
-
-def normalize(x, stats):
-    """x (..., A) in dataset units -> q01 at -1, q99 at +1, not clipped. numpy or torch."""
-    x, low, _, gain, one = _affine(x, stats)
-    return (x - low) * gain - one
-
-
-def unnormalize(x, stats):
-    """Inverse of normalize: x (..., A) -> dataset units; dimensions that never move give q01."""
-    x, low, half, _, one = _affine(x, stats)
-    return (x + one) * half + low
-
-
-def check_stats(stats, dim, where="stats"):
-    """A copy of stats as plain lists. ValueError naming `where` unless it fits dim dimensions."""
-    if not isinstance(stats, dict) or not {"q01", "q99"} <= set(stats):
-        raise ValueError(f"{where}: no q01 and q99; make it with fast_tokenizer.statistics")
-    stats = {k: np.asarray(v).tolist() for k, v in stats.items()}
-    for k in sorted({"q01", "q99", "mean", "std"} & set(stats)):
-        if np.shape(stats[k]) != (dim,) or not np.isfinite(stats[k]).all():
-            raise ValueError(f"{where}: {k} is not {dim} finite numbers; recompute the statistics")
-    if (np.asarray(stats["q99"]) < stats["q01"]).any():
-        raise ValueError(f"{where}: q99 lies below q01; recompute the statistics")
-    return stats
-
-
-class FastTokenizer:
-    """FAST: (B, K, A) action chunks <-> token ids 0 .. vocab_size - 1 (arXiv 2501.09747).
-
-    vocab_size: the true number of ids, at most what fit was asked for. min_coef .. max_coef: range
-    of the quantised coefficients. stats: statistics of the dataset units, None when chunks come
-    normalised to about [-1, 1]. clipped: coefficients that the last encode had to move."""
-
-    def __init__(self, bpe, scale, horizon, dim, min_coef, max_coef, stats=None):
-        self.bpe, self.scale, self.horizon, self.dim = bpe, float(scale), int(horizon), int(dim)
-        self.stats, self.min_coef, self.clipped = stats, int(min_coef), 0
-        vocab = bpe.get_vocab()
-        self.vocab_size = max(vocab.values(), default=-1) + 1
-        # The published vocabulary is spelled in bytes; one token may hold a part of a character.
-        spell = _byte_characters() if isinstance(bpe.decoder, decoders.ByteLevel) else []
-        byte = {c: b for b, c in enumerate(spell)}
-        self.pieces = {
-            i: bytes(byte[c] for c in piece) if byte.keys() >= set(piece) else piece.encode()
-            for piece, i in vocab.items()
-        }  # id -> UTF-8 bytes
-        self.kind, self.texts = "latin-1" if spell else "utf-8", [BROKEN] * 2 * self.vocab_size
-        for i, piece in self.pieces.items():  # ids that are not there, -1 too, make a text BROKEN
-            self.texts[i] = piece.decode(self.kind)
-        # It may also lack bytes, and then drops characters silently: encode goes to the nearest
-        # coefficient that can be written instead. Our own vocabulary can write the whole range.
-        codes = [
-            c
-            for c in range(int(max_coef - min_coef) + 1)
-            if all(p in vocab for p in ([spell[b] for b in chr(c).encode()] if spell else chr(c)))
-        ]
-        if not codes:
-            raise ValueError("the BPE vocabulary can write no coefficient; fit the tokenizer again")
-        self.max_coef = codes[-1] + self.min_coef
-        middle = (np.array(codes[1:]) + codes[:-1]) / 2
-        self.nearest = np.array(codes)[np.searchsorted(middle, range(codes[-1] + 1))]  # by code
-        self.automaton = None
-
-    @classmethod
-    def fit(cls, chunks, vocab_size, scale, stats=None):
-        """Learn range and merges from chunks (B, K, A): dataset units with stats, else normalised.
-
-        scale: quantisation steps a unit (10 in the paper); more is finer and longer. The same
-        chunks give the same file. ValueError on NaN, wrong shapes, or vocab_size < alphabet."""
-        chunks = _check_chunks(chunks)
-        if len(chunks) == 0 or not (np.isfinite(scale) and scale > 0):
-            raise ValueError(f"fit got {len(chunks)} chunks, scale {scale}; both must be positive")
-        if stats is not None:
-            stats = check_stats(stats, chunks.shape[2])
-            chunks = normalize(chunks, stats)
-        coefs = np.rint(dct(chunks, axis=1, norm="ortho") * float(scale))  # (B, K, A)
-        low, high = coefs.min(), coefs.max()
-        if not high - low + 1 <= min(vocab_size, LAST_CODE + 1):
-            raise ValueError(
-                f"vocab_size {vocab_size} is smaller than the alphabet of {high - low + 1:.0f} "
-                f"coefficients ({low:.0f} .. {high:.0f}); raise --vocab or lower --scale"
-            )
-        bpe = Tokenizer(models.BPE())  # no pre-tokenizer: tokens may span steps and dimensions
-        trainer = trainers.BpeTrainer(
-            vocab_size=int(vocab_size),
-            min_frequency=2,
-            show_progress=False,
-            special_tokens=[],
-            initial_alphabet=[chr(i) for i in range(int(high - low) + 1)],
-        )
-        bpe.train_from_iterator(_texts(coefs - low), trainer)
-        return cls(bpe, scale, *chunks.shape[1:], low, high, stats)
-
-    def encode(self, chunks):
-        """chunks (B, K, A) -> B lists of ids. Sets .clipped. ValueError on NaN or another shape."""
-        chunks = _check_chunks(chunks, self.horizon, self.dim)
-        if self.stats is not None:
-            chunks = normalize(chunks, self.stats)
-        coefs = np.rint(dct(chunks, axis=1, norm="ortho") * self.scale)  # (B, K, A)
-        # both ends are clipped; the reference clips the low end only, and counts nothing
-        codes = np.clip(coefs, self.min_coef, self.max_coef).astype(int) - self.min_coef
-        codes = self.nearest[codes]
-        self.clipped = int((codes + self.min_coef != coefs).sum())
-        if len(codes) >= MANY and self.kind == "utf-8":
-            self.automaton = self.automaton or Automaton(self.bpe)
-            if self.automaton.exact:
-                return self.automaton.encode(codes.reshape(len(codes), -1))
-        return [row.ids for row in self.bpe.encode_batch(_texts(codes))]
-
-    def decode(self, ids):
-        """B lists of ids -> (chunks (B, K, A) float32, ok (B,) bool).
-
-        ok is False for a sequence that is empty, holds an id out of range or gives no K x A
-        coefficients (byte level: or no valid text); its chunk is NaN."""
-        rows, n = [x.tolist() if hasattr(x, "tolist") else x for x in ids], self.horizon * self.dim
-        try:
-            texts = ["".join(itemgetter(*row)(self.texts)) if row else "" for row in rows]
-        except IndexError:  # far out of range
-            return self.decode([np.clip(row, -1, self.vocab_size).astype(int) for row in rows])
-        if self.kind == "latin-1":  # what it spells are bytes
-            texts = [
-                text if BROKEN in text else text.encode("latin-1").decode(errors="replace")
-                for text in texts
-            ]
-        ok = np.array([len(text) == n and BROKEN not in text for text in texts], bool)
-        chunks = np.full((len(ids), self.horizon, self.dim), np.nan, np.float32)
-        if ok.any():
-            codes = np.frombuffer("".join(compress(texts, ok)).encode("utf-16-le"), "<u2")
-            coefs = (codes + float(self.min_coef)).reshape(
-                -1, *chunks.shape[1:]
-            )  # (ok.sum(), K, A)
-            actions = idct(coefs / self.scale, axis=1, norm="ortho", overwrite_x=True)
-            chunks[ok] = actions if self.stats is None else unnormalize(actions, self.stats)
-        return chunks, ok
-
-    def save(self, folder):
-        """Write folder/fast.json, complete or not at all."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        keys = ("scale", "horizon", "dim", "min_coef", "max_coef", "vocab_size", "stats")
-        record = {**{k: getattr(self, k) for k in keys}, "bpe": json.loads(self.bpe.to_str())}
-        path = Path(folder) / "fast.json"
-        path.with_suffix(".tmp").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-        path.with_suffix(".tmp").replace(path)
-
-    @classmethod
-    def load(cls, folder, horizon=None, dim=None):
-        """Read our fast.json, or a folder of the published processor (physical-intelligence/fast).
-
-        horizon, dim: needed for published folders that do not store them; ValueError when missing
-        or not the stored ones, or on a damaged file. FileNotFoundError without either layout."""
-        folder = Path(folder)
-        path, text = folder / "fast.json", None
-        if not path.exists():  # transformers 5 puts the tokenizer into a folder of its own
-            path, text = folder / "processor_config.json", folder / "tokenizer.json"
-            text = text if text.exists() else folder / "bpe_tokenizer" / "tokenizer.json"
-            if not path.exists() or not text.exists():
-                raise FileNotFoundError(
-                    f"{folder}: neither fast.json nor processor_config.json "
-                    "with tokenizer.json; run fast_tokenizer.py fit"
-                )
-        try:
-            record = json.loads(path.read_text())
-            if text:
-                low = record["min_token"]
-                record = {
-                    "horizon": record.get("time_horizon") or horizon,
-                    "min_coef": low,
-                    "dim": record.get("action_dim") or dim,
-                    "max_coef": low + LAST_CODE,
-                    "scale": record["scale"],
-                    "bpe": json.loads(text.read_text()),
-                }
-                if record["bpe"]["decoder"]["type"] != "ByteLevel":
-                    raise ValueError(f"{text}: not a byte-level BPE; fit the tokenizer again")
-            for name, given in (("horizon", horizon), ("dim", dim)):
-                if record[name] is None or given not in (None, record[name]):
-                    raise ValueError(
-                        f"{path}: {name} is {record[name]}, load was given {given}; "
-                        f"pass the {name} that the tokenizer was fitted for"
-                    )
-            if stats := record.get("stats"):
-                stats = check_stats(stats, record["dim"], path)
-            bpe = Tokenizer.from_str(json.dumps(record["bpe"]))
-            return cls(
-                bpe,
-                *(record[k] for k in ("scale", "horizon", "dim", "min_coef", "max_coef")),
-                stats,
-            )
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as e:
-            raise ValueError(f"{path}: not a FAST tokenizer ({e!r}); fit or save it again") from e
-
-
-class Automaton:
-    """BPE of many texts at once: the ids of `tokenizers`, in a sixth of its time. Speed alone.
-
-    A list of tokens is what BPE makes of its text exactly if BPE makes of each two neighbours those
-    two. So each text has one last token, the one that fits the last token of the text before it;
-    to read on, it is enough to know which tokens may be open since where: a state. 1,024 tokens
-    have some 2,000; what follows a state is worked out when the state is first met."""
-
-    def __init__(self, bpe):
-        model = json.loads(bpe.to_str())["model"]
-        self.ids, V = model["vocab"], len(model["vocab"])
-        made = [self.ids[a + b] for a, b in model["merges"]]
-        self.exact = made == list(
-            range(V - len(made), V)
-        )  # as fit leaves them: ids in order of rank
-        self.merge = np.full((V, V + 1), V)  # of two tokens, in order of rank; V: none
-        left, self.right = np.full((2, V + 1), V)
-        for new, (a, b) in zip(made, model["merges"]):
-            left[new], self.right[new] = self.ids[a], self.ids[b]
-            self.merge[left[new], self.right[new]] = new
-        self.starts, self.until = [np.arange(V)], [np.full(V, V)]  # tokens begin so, until a merge
-        while self.starts[-1].min() < V:
-            self.until.append(self.starts[-1])
-            self.starts.append(left[self.starts[-1]])
-        self.longer = Counter()  # text -> bits of the tokens that go on after it
-        for text, i in self.ids.items():
-            for k in range(len(text)):
-                self.longer[text[:k]] |= 1 << i
-        self.length = np.array([len(text) for text in sorted(self.ids, key=self.ids.get)])
-        self.fits, self.states = cache(self.fits), {(0, (("", self.longer[""]),)): 0}
-        self.next = np.full((1024, V - len(made)), -1)  # (states, codes)
-
-    def fits(self, a):
-        """Bit b: BPE leaves token b behind token a. No merge joins an end of a with a start of b
-        while both are there; of equal merges the left one comes first."""
-        joined, V = False, len(self.merge)
-        until = V
-        while a < V:
-            new = self.merge[a][np.array(self.starts)]  # (depth, V)
-            joined |= ((new < until) & (new <= self.until)).any(0)
-            a, until = self.right[a], a
-        return int.from_bytes(np.packbits(~joined, bitorder="little").tobytes(), "little")
-
-    def follow(self, s):
-        """Fill next[s]. A state: (last token, ((text since a token may be open, bits of which), ...))."""
-        for c, (_, opened) in enumerate([list(self.states)[s]] * self.next.shape[1]):
-            still = [(text + chr(c), may) for text, may in opened]
-            (last,) = (
-                i for text, may in still if may >> (i := self.ids.get(text, len(self.ids))) & 1
-            )
-            still = [
-                (text, may & self.longer[text]) for text, may in still if may & self.longer[text]
-            ]
-            state = last, (*still, ("", self.fits(last)))
-            self.next[s, c] = self.states.setdefault(state, len(self.states))
-        if len(self.states) + self.next.shape[1] > len(self.next):
-            self.next = np.concatenate([self.next, np.full_like(self.next, -1)])
-
-    def encode(self, codes):
-        """codes (B, T) -> B lists of ids."""
-        codes = np.ascontiguousarray(codes.T)  # (T, B)
-        at, states = np.zeros(codes.shape[1], int), np.empty_like(codes)
-        for t, c in enumerate(codes):
-            for s in np.unique(at[self.next[at, c] < 0]):
-                self.follow(s)
-            at = states[t] = self.next[at, c]
-        last = np.array([token for token, _ in self.states])[states]  # (T, B) of each prefix
-        length, left = self.length[last], np.full_like(at, len(codes))
-        for t in reversed(
-            range(len(codes))
-        ):  # the last token, the last of what stands before it, ...
-            length[t] *= left == t + 1
-            left -= length[t]
-        ends = length.T > 0  # (B, T)
-        ids, cuts = last.T[ends].tolist(), np.cumsum(ends.sum(1)).tolist()
-        return [ids[a:b] for a, b in zip([0, *cuts], cuts)]
-
-
-def _check_chunks(chunks, horizon=None, dim=None):
-    chunks = np.asarray(chunks)
-    if chunks.dtype not in (np.float32, np.float64):  # those stay: ties in rounding depend on it
-        chunks = chunks.astype(np.float64)
-    if chunks.ndim != 3 or 0 in chunks.shape[1:]:
-        raise ValueError(f"chunks have shape {chunks.shape}, not (B, K, A); give one as x[None]")
-    _, k, a = chunks.shape
-    if horizon not in (None, k):
-        raise ValueError(
-            f"chunk horizon {k}, tokenizer was fitted for {horizon}; refit with "
-            f"--horizon {k} or cut chunks of {horizon} steps"
-        )
-    if dim not in (None, a):
-        raise ValueError(f"chunk has {a} action dimensions, tokenizer was fitted for {dim}; refit")
-    bad = np.argwhere(~np.isfinite(chunks))
-    if len(bad):
-        raise ValueError(
-            "chunk {}, step {}, dimension {} is not finite; repair or drop that action".format(
-                *bad[0]
-            )
-        )
-    return chunks
-
-
-def _texts(codes):
-    """Codes (B, K, A), whole numbers from 0 to LAST_CODE -> B strings of K * A characters."""
-    text, n = codes.astype("<u4").tobytes().decode("utf-32-le"), codes[0].size if len(codes) else 1
-    return [text[i : i + n] for i in range(0, len(text), n)]
-
-
-def _byte_characters():
-    """The 256 printable characters by which byte-level BPE (GPT-2) spells the bytes 0 .. 255."""
-    plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    spare = iter(range(256, 512))
-    return [chr(b if b in plain else next(spare)) for b in range(256)]
+# ---- Episodes on disk: reading -------------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -381,16 +55,16 @@ class EpisodeFile:
     path: Path
     task: str  # the instruction
     fps: float  # 0: not recorded
-    source: str
+    source: str  # where it comes from
     action: np.ndarray  # (T, A) float32, dataset units
     state: np.ndarray  # (T, S) float32
-    cameras: tuple  # "image" and any "image_<name>"
+    cameras: tuple[str, ...]  # "image" and any "image_<name>"
     handle: object = None  # safe_open, made at the first frame
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.action)
 
-    def frame(self, t, name="image"):
+    def frame(self, t: int, name: str = "image") -> np.ndarray:
         """Frame of a camera at step t (0 .. T-1): (H, W, 3) uint8. ValueError if there is none."""
         if name not in self.cameras or not 0 <= t < len(self):
             raise ValueError(
@@ -399,26 +73,68 @@ class EpisodeFile:
             )
         if self.handle is None:
             self.handle = safe_open(self.path, "numpy")
-        return self.handle.get_slice(name)[t : t + 1][0]
+        frames = self.handle.get_slice(name)  # (T, H, W, 3), on disk
+        return frames[t : t + 1][0]
 
 
-def read_episode(path):
-    """Open and check one episode -> EpisodeFile. ValueError naming the file, the row, the cure."""
-    path, arrays, shapes = Path(path), {}, {}
+def read_episode(path: str | Path) -> EpisodeFile:
+    """Open and check one episode. ValueError naming the file, the row, the cure."""
+    path = Path(path)
+    # 1. the file, and the type of each array
+    header, arrays, shapes = _open_episode(path)
+    # 2. nothing is missing, and all have the same steps
+    for name in ("image", "state", "action"):
+        if name not in shapes:
+            raise ValueError(f"{path}: {name} is missing; convert or record the episode again")
+    if "task" not in header:
+        raise ValueError(f"{path}: task is missing; convert or record the episode again")
+    lengths = {shape[0] for shape in shapes.values()}
+    if len(lengths) != 1 or lengths == {0}:
+        raise ValueError(f"{path}: steps differ or are none ({shapes}); record it again")
+    # 3. the numbers are finite
+    for name in ("action", "state"):
+        bad_rows = np.flatnonzero(~np.isfinite(arrays[name]).all(1))
+        if len(bad_rows):
+            raise ValueError(
+                f"{path}: {name} row {bad_rows[0]} is not finite; "
+                "repair that row or delete the episode"
+            )
+    fps = header.get("fps", "0")
+    if not fps.replace(".", "", 1).isdigit():
+        raise ValueError(f"{path}: fps {fps!r} is not a number; convert the episode again")
+    return EpisodeFile(
+        path=path,
+        task=header["task"],
+        fps=float(fps),
+        source=header.get("source", ""),
+        action=arrays["action"],
+        state=arrays["state"],
+        cameras=tuple(sorted(set(shapes) - set(arrays))),
+    )
+
+
+def _open_episode(path):
+    """-> header {key: text}, {"action", "state"}: arrays, {name: shape} of these and the cameras.
+    Other arrays of the file are passed over."""
+    arrays = {}
+    shapes = {}
     try:
         with safe_open(path, "numpy") as file:
             header = file.metadata() or {}
             for name in sorted(file.keys()):
-                view, image = file.get_slice(name), name == "image" or name.startswith("image_")
-                if not image and name not in ("action", "state"):
+                is_camera = name == "image" or name.startswith("image_")
+                if not is_camera and name not in ("action", "state"):
                     continue
-                shape = shapes[name] = view.get_shape()
-                if (view.get_dtype(), len(shape)) != (("U8", 4) if image else ("F32", 2)):
+                on_disk = file.get_slice(name)
+                dtype = on_disk.get_dtype()
+                shape = on_disk.get_shape()
+                if (dtype, len(shape)) != (("U8", 4) if is_camera else ("F32", 2)):
                     raise ValueError(
-                        f"{path}: {name} is {view.get_dtype()} {shape}, not "
-                        f"{'U8 (T, H, W, 3)' if image else 'F32 (T, D)'}; convert it again"
+                        f"{path}: {name} is {dtype} {shape}, not "
+                        f"{'U8 (T, H, W, 3)' if is_camera else 'F32 (T, D)'}; convert it again"
                     )
-                if not image:
+                shapes[name] = shape
+                if not is_camera:
                     arrays[name] = file.get_tensor(name)
     except FileNotFoundError as e:
         raise FileNotFoundError(f"{path}: no such episode; give the path of a recording") from e
@@ -426,96 +142,66 @@ def read_episode(path):
         raise ValueError(
             f"{path}: not a complete safetensors file ({e}); record it again or delete it"
         ) from e
-    for name in ("image", "state", "action", "task"):
-        if name not in shapes and not (name == "task" and name in header):
-            raise ValueError(f"{path}: {name} is missing; convert or record the episode again")
-    if len({s[0] for s in shapes.values()}) != 1 or len(arrays["action"]) == 0:
-        raise ValueError(f"{path}: steps differ or are none ({shapes}); record it again")
-    for name, value in sorted(arrays.items()):
-        bad = np.flatnonzero(~np.isfinite(value).all(1))
-        if len(bad):
-            raise ValueError(
-                f"{path}: {name} row {bad[0]} is not finite; repair that row or delete the episode"
-            )
-    fps = header.get("fps", "0")
-    if not fps.replace(".", "", 1).isdigit():
-        raise ValueError(f"{path}: fps {fps!r} is not a number; convert the episode again")
-    return EpisodeFile(
-        path,
-        header["task"],
-        float(fps),
-        header.get("source", ""),
-        arrays["action"],
-        arrays["state"],
-        tuple(sorted(set(shapes) - set(arrays))),
-    )
+    return header, arrays, shapes
 
 
-def _root(folder):
-    return Path(folder) / "episodes" if (Path(folder) / "episodes").is_dir() else Path(folder)
+def _episode_folder(folder):
+    """folder/episodes where there is one, else folder itself."""
+    folder = Path(folder)
+    return folder / "episodes" if (folder / "episodes").is_dir() else folder
 
 
-def read_episodes(folder, limit=0, fast=None):
-    """Episodes of folder (or folder/episodes) by name, the first `limit` (0: all), for a tokenizer.
+def read_episodes(
+    folder: str | Path, max_episodes: int = 0, action_tokenizer: "FastTokenizer | None" = None
+) -> list[EpisodeFile]:
+    """The first `max_episodes` (0: all) of folder or folder/episodes, in the order of their names.
 
     FileNotFoundError when there are none; ValueError when A or S differs between files, or A from
-    that of `fast`."""
-    paths = sorted(_root(folder).glob("*.safetensors"))[: limit or None]
+    that of `action_tokenizer`."""
+    paths = sorted(_episode_folder(folder).glob("*.safetensors"))[: max_episodes or None]
     if not paths:
         raise FileNotFoundError(f"{folder}: no episode_*.safetensors here; record or convert some")
-    files = [read_episode(p) for p in paths]
+    files = [read_episode(path) for path in paths]
     for file in files:
         for name in ("action", "state"):
-            size, first = (getattr(f, name).shape[1] for f in (file, files[0]))
-            if size != first:
+            dims = getattr(file, name).shape[1]
+            first_dims = getattr(files[0], name).shape[1]
+            if dims != first_dims:
                 raise ValueError(
-                    f"{file.path}: {size} {name} dimensions, {paths[0].name} has "
-                    f"{first}; keep different robots in different folders"
+                    f"{file.path}: {dims} {name} dimensions, {paths[0].name} has "
+                    f"{first_dims}; keep different robots in different folders"
                 )
-    if fast is not None and files[0].action.shape[1] != fast.dim:
+    action_dim = files[0].action.shape[1]
+    if action_tokenizer is not None and action_dim != action_tokenizer.action_dim:
         raise ValueError(
-            f"{folder}: actions have {files[0].action.shape[1]} dimensions, the action "
-            f"tokenizer {fast.dim}; give the episodes of its robot"
+            f"{folder}: actions have {action_dim} dimensions, the action "
+            f"tokenizer {action_tokenizer.action_dim}; give the episodes of its robot"
         )
     return files
 
 
-def locate_step(files, ends, i):
+def locate_step(files: list[EpisodeFile], ends: np.ndarray, i: int) -> tuple[EpisodeFile, int]:
     """Step i of all files, counted through (`ends`: the cumulated lengths) -> (file, its step)."""
-    e = int(np.searchsorted(ends, i, side="right"))
-    return files[e], int(i) - int(ends[e] - len(files[e]))
+    index = int(np.searchsorted(ends, i, side="right"))
+    file = files[index]
+    first = int(ends[index]) - len(file)
+    return file, int(i) - first
 
 
-def split_episodes(files, share=0.05):
-    """Episodes -> (to train on, held out): the one rule of all stages, the last share, at least one.
-    ValueError when none would be left to train on."""
-    last = max(1, int(share * len(files) + 1e-9))
-    if last >= len(files):
+def split_episodes(
+    files: list[EpisodeFile], share: float = 0.05
+) -> tuple[list[EpisodeFile], list[EpisodeFile]]:
+    """Episodes -> (to train on, held out): the last share of them, at least one. All stages split
+    so. ValueError when none would be left to train on."""
+    held_out = max(1, int(share * len(files) + 1e-9))
+    if held_out >= len(files):
         raise ValueError(
             f"{files[0].path.parent}: {len(files)} episodes, all of them held out; record more"
         )
-    return files[:-last], files[-last:]
+    return files[:-held_out], files[-held_out:]
 
 
-def read_stats(folder, files):
-    """{"action", "state"} -> statistics: stats.json beside the episodes, else made from files."""
-    path = _root(folder) / "stats.json"
-    if not path.exists():
-        return {
-            k: statistics(np.concatenate([getattr(f, k) for f in files]))
-            for k in ("action", "state")
-        }
-    try:
-        stats = json.loads(path.read_text())
-        return {
-            k: check_stats(stats[k], getattr(files[0], k).shape[1], f"{path}: {k}")
-            for k in ("action", "state")
-        }
-    except (json.JSONDecodeError, KeyError, TypeError) as e:
-        raise ValueError(f"{path}: no statistics ({e!r}); delete it to have them computed") from e
-
-
-def action_chunks(episode, horizon):
+def action_chunks(episode: EpisodeFile, horizon: int) -> np.ndarray:
     """The `horizon` actions from each step (T, K, A) float32; past the end the last one repeats."""
     if horizon < 1:
         raise ValueError(f"horizon {horizon}; a chunk has at least 1 step")
@@ -523,108 +209,566 @@ def action_chunks(episode, horizon):
     return episode.action[np.minimum(steps, len(episode) - 1)]  # (T, K, A)
 
 
-def write_episode(path, arrays, header):
-    """safetensors with the header's keys sorted: the library leaves them in random order."""
-    data = save(arrays, header)
-    n = 8 + int.from_bytes(data[:8], "little")
-    head = json.loads(data[8:n]) | {"__metadata__": dict(sorted(header.items()))}
-    text = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode().ljust(n - 8)
-    path.write_bytes(data[:8] + text + data[n:])
+# ---- Statistics and normalisation ----------------------------------------------------------------
+
+STILL = 1e-6  # a dimension whose q99 - q01 is below this never moves: it maps to 0 and back to q01
+
+Array = TypeVar("Array")  # np.ndarray or torch.Tensor
+
+
+class Stats(TypedDict):
+    """Statistics of N actions or states, one number a dimension; units of the dataset."""
+
+    q01: list[float]  # 1% quantile
+    q99: list[float]  # 99% quantile
+    mean: list[float]
+    std: list[float]
+    count: int  # N
+
+
+def statistics(x: np.ndarray) -> Stats:
+    """Statistics of x (N, A). ValueError when x is empty or not finite."""
+    x = np.asarray(x, np.float64)
+    if x.ndim != 2 or len(x) == 0 or not np.isfinite(x).all():
+        raise ValueError(f"statistics need a finite, non-empty (N, A) array, got shape {x.shape}")
+    q01, q99 = np.quantile(x, [0.01, 0.99], axis=0)  # (A,) each
+    return {
+        "q01": q01.tolist(),
+        "q99": q99.tolist(),
+        "mean": x.mean(0).tolist(),
+        "std": x.std(0).tolist(),
+        "count": len(x),
+    }
+
+
+def normalize(x: Array, stats: Stats) -> Array:
+    """x (..., A) in dataset units -> q01 at -1, q99 at +1, not clipped. numpy or torch."""
+    x = _floating(x)
+    line = _line(x, stats)
+    return (x - line.low) * line.gain - line.moves
+
+
+def unnormalize(x: Array, stats: Stats) -> Array:
+    """Inverse of normalize: x (..., A) -> dataset units; dimensions that never move give q01."""
+    x = _floating(x)
+    line = _line(x, stats)
+    return (x + line.moves) * line.half_width + line.low
+
+
+class _Line(NamedTuple):
+    """The straight line between dataset units and -1 .. 1, each (A,), in the type of the data."""
+
+    low: Array  # q01
+    half_width: Array  # (q99 - q01) / 2; 0 where nothing moves
+    gain: Array  # 1 / half_width; 0 where nothing moves
+    moves: Array  # 1 where the dimension moves, 0 where not
+
+
+def _line(x, stats):
+    low = np.asarray(stats["q01"])
+    high = np.asarray(stats["q99"])
+    moves = high - low >= STILL  # (A,)
+    half_width = np.where(moves, (high - low) / 2, 0.0)
+    gain = np.divide(1, half_width, out=np.zeros_like(half_width), where=moves)
+    columns = (low, half_width, gain, moves.astype(np.float64))
+    if hasattr(x, "new_tensor"):  # torch: the type and the device of x
+        return _Line(*[x.new_tensor(column) for column in columns])
+    return _Line(*[column.astype(x.dtype) for column in columns])
+
+
+def _floating(x):
+    """Torch tensors and float arrays as they are; whole numbers and lists as float64."""
+    if hasattr(x, "new_tensor"):
+        return x
+    x = np.asarray(x)
+    return x if x.dtype.kind == "f" else x.astype(np.float64)
+
+
+def check_stats(stats: Stats, dims: int, source: str | Path = "stats") -> Stats:
+    """A copy of stats as plain lists. ValueError naming `source` unless it fits so many dims."""
+    if not isinstance(stats, dict) or not {"q01", "q99"} <= set(stats):
+        raise ValueError(f"{source}: no q01 and q99; make it with fast_tokenizer.statistics")
+    stats = {name: np.asarray(value).tolist() for name, value in stats.items()}
+    for name in ("mean", "q01", "q99", "std"):
+        if name not in stats:  # mean and std may be missing
+            continue
+        if np.shape(stats[name]) != (dims,) or not np.isfinite(stats[name]).all():
+            raise ValueError(
+                f"{source}: {name} is not {dims} finite numbers; recompute the statistics"
+            )
+    if (np.asarray(stats["q99"]) < stats["q01"]).any():
+        raise ValueError(f"{source}: q99 lies below q01; recompute the statistics")
+    return stats
+
+
+def read_stats(folder: str | Path, files: list[EpisodeFile]) -> dict[str, Stats]:
+    """{"action", "state"} -> statistics: stats.json beside the episodes, else made from files."""
+    path = _episode_folder(folder) / "stats.json"
+    if not path.exists():
+        return {
+            name: statistics(np.concatenate([getattr(file, name) for file in files]))
+            for name in ("action", "state")
+        }
+    try:
+        stored = json.loads(path.read_text())
+        return {
+            name: check_stats(stored[name], getattr(files[0], name).shape[1], f"{path}: {name}")
+            for name in ("action", "state")
+        }
+    except (json.JSONDecodeError, KeyError, TypeError) as e:
+        raise ValueError(f"{path}: no statistics ({e!r}); delete it to have them computed") from e
+
+
+# ---- Episodes on disk: writing -------------------------------------------------------------------
+
+# What a converter yields for an episode: its arrays ("action" (T, A), "state" (T, S), "image" and
+# any "image_<name>" (T, H, W, 3) uint8), and its header ("task", "fps", "source", all text).
+Recording = tuple[dict[str, np.ndarray], dict[str, str]]
+
+
+def write_episodes(folder: str | Path, recordings: Iterable[Recording]) -> None:
+    """Write recordings, as they come, into the new folder `folder`, with its stats.json.
+
+    Data that cannot be used ends the process in one line (SystemExit) and leaves nothing behind."""
+    folder = Path(folder)
+    unfinished = folder.with_name(folder.name + ".part")
+    # 1. a folder beside it, which takes its name when all is done
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise SystemExit(f"error: {folder} already holds data; name another --out or delete it")
+    try:
+        unfinished.mkdir(parents=True)
+    except OSError as e:
+        raise SystemExit(f"error: {e}; another command writes there, or delete it") from e
+    try:
+        # 2. an episode at a time
+        written = {"action": [], "state": []}  # (T, A) and (T, S) of each episode
+        progress = tqdm(recordings, "episodes", disable=None)
+        for number, (arrays, header) in enumerate(progress):
+            for name in ("action", "state"):
+                arrays[name] = _finite_rows(arrays[name], name, header)
+                written[name].append(arrays[name])
+            write_episode(unfinished / f"episode_{number:06d}.safetensors", arrays, header)
+        if not written["action"]:
+            raise ValueError(f"no episodes for {folder}; give a folder with some as --data")
+        # 3. statistics of all
+        stats = {name: statistics(np.concatenate(rows)) for name, rows in written.items()}
+        (unfinished / "stats.json").write_text(json.dumps(stats, indent=1))
+        unfinished.replace(folder)
+    except ValueError as e:
+        raise SystemExit(f"error: {e}") from e
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    print(f"{folder}: {len(written['action'])} episodes of {stats['action']['count']} steps")
+
+
+def _finite_rows(array, name, header):
+    """(T, D) as float32. ValueError naming the episode's source and the step that is not finite."""
+    array = array.astype(np.float32)
+    bad_rows = np.flatnonzero(~np.isfinite(array).all(1))
+    if len(bad_rows):
+        raise ValueError(
+            f"{header['source']}: {name} of step {bad_rows[0]} is not finite; "
+            "repair it or copy the dataset again"
+        )
+    return array
+
+
+def write_episode(path: Path, arrays: dict[str, np.ndarray], header: dict[str, str]) -> None:
+    """safetensors with the header's keys sorted: the library leaves them in random order, and the
+    same episode should be the same file."""
+    data = save(arrays, header)  # 8 bytes: length of the JSON; the JSON; the arrays
+    arrays_start = 8 + int.from_bytes(data[:8], "little")
+    record = json.loads(data[8:arrays_start])
+    record["__metadata__"] = dict(sorted(header.items()))
+    text = json.dumps(record, separators=(",", ":"), ensure_ascii=False).encode()
+    path.write_bytes(data[:8] + text.ljust(arrays_start - 8) + data[arrays_start:])
 
 
 class Damaged(ValueError):
     """One line about data that cannot be used: where, what is wrong, the cure."""
 
 
+DAMAGE = (  # what readers of files raise when a file is not what it should be
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    OSError,
+    EOFError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
 @contextlib.contextmanager
-def reading(where, *more):
-    """What goes wrong inside becomes Damaged, naming `where`. more: further kinds of errors."""
+def reading(source: object, *more_errors: type[Exception]) -> Iterator[None]:
+    """`with reading(path): ...`: an error inside becomes Damaged, in one line that names the path.
+
+    more_errors: kinds of errors beside DAMAGE, as those of a library that reads videos."""
     try:
         yield
     except Damaged:
         raise
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        OSError,
-        EOFError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        zlib.error,
-        *more,
-    ) as e:
+    except (*DAMAGE, *more_errors) as e:
         kind = "" if type(e) is ValueError else f"{type(e).__name__}: "
         why = str(e).replace("\n", " ")
-        raise Damaged(f"{where}: {kind}{why}; repair it or copy the dataset again") from e
+        raise Damaged(f"{source}: {kind}{why}; repair it or copy the dataset again") from e
 
 
-def write_episodes(out, made):
-    """Episodes that a converter makes, (arrays, header) each -> folder `out` with its stats.json.
-    A conversion that fails ends in one line and leaves nothing behind."""
-    out, seen = Path(out), {"action": [], "state": []}
-    part = out.with_name(out.name + ".part")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SystemExit(f"error: {out} already holds data; name another --out or delete it")
-    try:
-        part.mkdir(parents=True)
-    except OSError as e:
-        raise SystemExit(f"error: {e}; another command writes there, or delete it") from e
-    try:
-        for number, (arrays, header) in enumerate(tqdm(made, "episodes", disable=None)):
-            for name, rows in seen.items():
-                rows.append(arrays[name].astype(np.float32))
-                if len(bad := np.flatnonzero(~np.isfinite(rows[-1]).all(1))):
-                    raise ValueError(
-                        f"{header['source']}: {name} of step {bad[0]} is not finite; "
-                        "repair it or copy the dataset again"
-                    )
-                arrays[name] = rows[-1]
-            write_episode(part / f"episode_{number:06d}.safetensors", arrays, header)
-        if not seen["action"]:
-            raise ValueError(f"no episodes for {out}; give a folder with some as --data")
-        stats = {name: statistics(np.concatenate(rows)) for name, rows in seen.items()}
-        (part / "stats.json").write_text(json.dumps(stats, indent=1))
-        part.replace(out)
-    except ValueError as e:
-        raise SystemExit(f"error: {e}") from e
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    print(f"{out}: {number + 1} episodes of {stats['action']['count']} steps")
+# ---- FAST tokenizer ------------------------------------------------------------------------------
+
+BROKEN = "\ufffd"  # what bytes that are no UTF-8 decode as; no coefficient is written so
+LAST_CODE = 0xD7FF  # the largest character code below the surrogates, which no text can hold
 
 
-def round_trip_report(fast, chunks):
-    """Round trip of chunks (B, K, A) against one 256-bin token a number ("naive") -> dict: errors
-    in units of chunks, share clipped, lengths in tokens, nats, coefficients that a token covers."""
-    ids = fast.encode(chunks)
-    decoded, ok = fast.decode(ids)
-    error = (decoded - chunks)[ok].astype(np.float64)  # (B, K, A)
-    stats = fast.stats or {"q01": [-1] * fast.dim, "q99": [1] * fast.dim}
-    bins = np.clip(np.floor((normalize(chunks, stats) + 1) * 128), 0, 255)
-    naive = unnormalize((bins + 0.5) / 128 - 1, stats) - chunks  # from the centres of the bins
-    length, first = np.array([len(row) for row in ids]), np.array([row[0] for row in ids])
-    p = np.unique(first, return_counts=True)[1] / len(first)
-    # coefficients a token covers: its characters, that is its bytes that begin one
-    cover = [sum(b & 0xC0 != 0x80 for b in fast.pieces[i]) for i in first]
+# fork point: action tokenizer
+class FastTokenizer:
+    """FAST: (B, K, A) action chunks <-> token ids 0 .. vocab_size - 1 (arXiv 2501.09747).
+
+    One chunk of K = 4 steps and A = 2 dimensions, a slide to the right with an open gripper:
+
+              x  gripper                  x  gripper                  x  gripper
+        t 0  -0.5   1         frequency 0   0.00   2                   0   4
+        t 1  -0.4   1    DCT            1  -0.95   0     round(2 c)   -2   0
+        t 2   0.2   1    --->           2   0.20   0     --------->    0   0
+        t 3   0.7   1                   3   0.07   0                   0   0
+
+    Read row by row that is 0 4 -2 0 0 0 0 0. A movement is smooth, so what follows the first rows
+    is mostly zeros, and BPE finds a token for five of them:
+
+    >>> slide = np.array([[-0.5, 1], [-0.4, 1], [0.2, 1], [0.7, 1]])  # (K, A)
+    >>> quantize(slide[None], scale=2).astype(int).tolist()
+    [[[0, 4], [-2, 0], [0, 0], [0, 0]]]
+    >>> chunks = np.stack([slide, slide, -slide, -slide])  # (B, K, A): what it is fitted to
+    >>> tokenizer = FastTokenizer.fit(chunks, vocab_size=12, scale=2)
+    >>> tokenizer.min_coef, tokenizer.max_coef  # 9 coefficients have the ids 0 .. 8; 9 .. 11: runs
+    (-4, 4)
+    >>> tokenizer.encode(slide[None])  # 0 is id 4, 4 is id 8, -2 is id 2, five zeros are id 11
+    [[4, 8, 2, 11]]
+    >>> chunk, ok = tokenizer.decode([[4, 8, 2, 11]])  # a finer scale comes closer
+    >>> chunk[0].astype(float).round(2).tolist()
+    [[-0.65, 1.0], [-0.27, 1.0], [0.27, 1.0], [0.65, 1.0]]
+    >>> chunk, ok = tokenizer.decode([[4, 8, 2]])  # 3 coefficients are no chunk
+    >>> ok.tolist(), bool(np.isnan(chunk).all())
+    ([False], True)
+
+    vocab_size: the true number of ids, at most what fit was asked for. min_coef .. max_coef: range
+    of the quantised coefficients. stats: statistics of the dataset units, None when chunks come
+    normalised to about [-1, 1]. pieces: id -> its characters as UTF-8 bytes. clipped: coefficients
+    that the last encode had to move."""
+
+    def __init__(
+        self,
+        bpe: Tokenizer,
+        scale: float,
+        horizon: int,
+        action_dim: int,
+        min_coef: int,
+        max_coef: int,
+        stats: Stats | None = None,
+    ):
+        self.bpe = bpe
+        self.scale = float(scale)
+        self.horizon = int(horizon)
+        self.action_dim = int(action_dim)
+        self.min_coef = int(min_coef)
+        self.stats = stats
+        self.clipped = 0
+
+        # 1. what each id spells
+        vocabulary = bpe.get_vocab()  # {token: id}
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        # The published vocabulary is spelled in bytes; one token may hold a part of a character.
+        self.byte_level = isinstance(bpe.decoder, decoders.ByteLevel)
+        self.pieces = {i: _piece_bytes(token, self.byte_level) for token, i in vocabulary.items()}
+        self._texts = self._text_of_each_id()
+
+        # 2. which coefficients it can write. A published vocabulary may lack bytes and then drops
+        # characters silently: encode goes to the nearest coefficient that can be written instead.
+        # Our own vocabulary can write the whole range.
+        codes = _writable_codes(vocabulary, int(max_coef - min_coef), self.byte_level)
+        if not codes:
+            raise ValueError("the BPE vocabulary can write no coefficient; fit the tokenizer again")
+        self.max_coef = codes[-1] + self.min_coef
+        self._nearest_code = _nearest_writable(codes)
+
+    def _text_of_each_id(self):
+        """What the ids 0 .. vocab_size - 1 spell, then as many times BROKEN: ids just out of range
+        meet it, vocab_size and more from the front, -1 and less from the end.
+
+        Byte level: a token may end inside a character, so a text has one Latin-1 character a byte,
+        and _spell() puts the bytes together."""
+        texts = [BROKEN] * (2 * self.vocab_size)
+        for i, piece in self.pieces.items():
+            texts[i] = piece.decode("latin-1" if self.byte_level else "utf-8")
+        return texts
+
+    @classmethod
+    def fit(
+        cls, chunks: np.ndarray, vocab_size: int, scale: float, stats: Stats | None = None
+    ) -> "FastTokenizer":
+        """Learn range and merges from chunks (B, K, A): dataset units with stats, else normalised.
+
+        scale: quantisation steps a unit (10 in the paper); more is finer and longer. The same
+        chunks give the same file. ValueError on NaN, wrong shapes, or vocab_size < alphabet."""
+        # 1. coefficients, and the range of them
+        chunks = _check_chunks(chunks)
+        if len(chunks) == 0 or not (np.isfinite(scale) and scale > 0):
+            raise ValueError(f"fit got {len(chunks)} chunks, scale {scale}; both must be positive")
+        _, horizon, action_dim = chunks.shape
+        if stats is not None:
+            stats = check_stats(stats, action_dim)
+            chunks = normalize(chunks, stats)
+        coefs = quantize(chunks, float(scale))  # (B, K, A)
+        low = coefs.min()
+        high = coefs.max()
+        if not high - low + 1 <= min(vocab_size, LAST_CODE + 1):
+            raise ValueError(
+                f"vocab_size {vocab_size} is smaller than the alphabet of {high - low + 1:.0f} "
+                f"coefficients ({low:.0f} .. {high:.0f}); raise --vocab-size or lower --scale"
+            )
+        # 2. merges. All characters of the range get an id, also those that were not met. There is
+        # no pre-tokenizer, so that a token may span steps and dimensions.
+        bpe = Tokenizer(models.BPE())
+        trainer = trainers.BpeTrainer(
+            vocab_size=int(vocab_size),
+            min_frequency=2,
+            show_progress=False,
+            special_tokens=[],
+            initial_alphabet=[chr(code) for code in range(int(high - low) + 1)],
+        )
+        bpe.train_from_iterator(_codes_to_texts(coefs - low), trainer)
+        return cls(bpe, scale, horizon, action_dim, low, high, stats)
+
+    def encode(self, chunks: np.ndarray) -> list[list[int]]:
+        """chunks (B, K, A) -> B lists of ids. Sets .clipped. ValueError on NaN or another shape."""
+        chunks = _check_chunks(chunks, self.horizon, self.action_dim)
+        if self.stats is not None:
+            chunks = normalize(chunks, self.stats)
+        coefs = quantize(chunks, self.scale)  # (B, K, A)
+        # both ends are clipped; the reference clips the low end only, and counts nothing
+        codes = np.clip(coefs, self.min_coef, self.max_coef).astype(int) - self.min_coef
+        codes = self._nearest_code[codes]
+        self.clipped = int((codes + self.min_coef != coefs).sum())
+        # _fast: without the place of each token in the text, which nobody asks for
+        return [encoding.ids for encoding in self.bpe.encode_batch_fast(_codes_to_texts(codes))]
+
+    def decode(self, ids: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """B lists of ids -> (chunks (B, K, A) float32, ok (B,) bool).
+
+        ok is False for a sequence that is empty, holds an id out of range or gives no K x A
+        coefficients (byte level: or no valid text); its chunk is NaN."""
+        # 1. ids -> texts, one character a coefficient; a chunk has K x A
+        texts = self._spell(ids)
+        chunk_size = self.horizon * self.action_dim
+        ok = np.array([len(text) == chunk_size and BROKEN not in text for text in texts], bool)
+        # 2. the texts of chunks -> coefficients -> actions
+        chunks = np.full((len(ids), self.horizon, self.action_dim), np.nan, np.float32)
+        if ok.any():
+            codes = _texts_to_codes(compress(texts, ok))  # (ok.sum() * K * A,)
+            coefs = (codes + float(self.min_coef)).reshape(-1, self.horizon, self.action_dim)
+            actions = idct(coefs / self.scale, axis=1, norm="ortho", overwrite_x=True)
+            chunks[ok] = actions if self.stats is None else unnormalize(actions, self.stats)
+        return chunks, ok
+
+    def _spell(self, ids):
+        """B lists of ids -> the B texts they spell, with BROKEN in those that spell none.
+
+        itemgetter looks up all ids of a row at once, in two thirds of the time of a loop."""
+        rows = [row.tolist() if hasattr(row, "tolist") else row for row in ids]
+        try:
+            texts = ["".join(itemgetter(*row)(self._texts)) if row else "" for row in rows]
+        except IndexError:  # far out of range; just out of range is BROKEN as well
+            return self._spell([np.clip(row, -1, self.vocab_size).astype(int) for row in rows])
+        if self.byte_level:  # one character a byte so far; put those of a coefficient together
+            for b, text in enumerate(texts):
+                if BROKEN not in text:
+                    texts[b] = text.encode("latin-1").decode("utf-8", errors="replace")
+        return texts
+
+    def save(self, folder: str | Path) -> None:
+        """Write folder/fast.json, complete or not at all."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        record = {
+            "scale": self.scale,
+            "horizon": self.horizon,
+            "dim": self.action_dim,
+            "min_coef": self.min_coef,
+            "max_coef": self.max_coef,
+            "vocab_size": self.vocab_size,
+            "stats": self.stats,
+            "bpe": json.loads(self.bpe.to_str()),
+        }
+        unfinished = folder / "fast.tmp"
+        unfinished.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+        unfinished.replace(folder / "fast.json")
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, horizon: int | None = None, action_dim: int | None = None
+    ) -> "FastTokenizer":
+        """Read our fast.json, or a folder of the published processor (physical-intelligence/fast).
+
+        horizon, action_dim: needed for published folders that do not store them; ValueError when
+        missing or not the stored ones, or on a damaged file. FileNotFoundError without either
+        layout."""
+        folder = Path(folder)
+        is_ours = (folder / "fast.json").exists()
+        path = folder / ("fast.json" if is_ours else "processor_config.json")
+        try:
+            record = _read_ours(path) if is_ours else _read_published(path, horizon, action_dim)
+            _require_size(path, "horizon", stored=record["horizon"], given=horizon)
+            _require_size(path, "action_dim", stored=record["dim"], given=action_dim)
+            stats = record["stats"]
+            if stats:
+                stats = check_stats(stats, record["dim"], path)
+            return cls(
+                Tokenizer.from_str(json.dumps(record["bpe"])),
+                record["scale"],
+                record["horizon"],
+                record["dim"],
+                record["min_coef"],
+                record["max_coef"],
+                stats,
+            )
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as e:
+            raise ValueError(f"{path}: not a FAST tokenizer ({e!r}); fit or save it again") from e
+
+
+def quantize(chunks: np.ndarray, scale: float) -> np.ndarray:
+    """Normalised chunks (B, K, A) -> whole-numbered coefficients (B, K, A), frequency by dimension.
+
+    The orthonormal DCT-II along time: for a frequency f > 0 it is
+    c_f = sqrt(2 / K) sum_t x_t cos(pi f (t + 1/2) / K), and c_0 = sqrt(1 / K) sum_t x_t."""
+    return np.rint(dct(chunks, axis=1, norm="ortho") * scale)
+
+
+def _check_chunks(chunks, horizon=None, action_dim=None):
+    """chunks as a float array (B, K, A). ValueError on NaN, or when K or A is not the one given."""
+    chunks = np.asarray(chunks)
+    if chunks.dtype not in (np.float32, np.float64):  # those stay: ties in rounding depend on it
+        chunks = chunks.astype(np.float64)
+    if chunks.ndim != 3 or 0 in chunks.shape[1:]:
+        raise ValueError(f"chunks have shape {chunks.shape}, not (B, K, A); give one as x[None]")
+    _, K, A = chunks.shape
+    if horizon not in (None, K):
+        raise ValueError(
+            f"chunk horizon {K}, tokenizer was fitted for {horizon}; refit with "
+            f"--horizon {K} or cut chunks of {horizon} steps"
+        )
+    if action_dim not in (None, A):
+        raise ValueError(
+            f"chunk has {A} action dimensions, tokenizer was fitted for {action_dim}; refit"
+        )
+    bad = np.argwhere(~np.isfinite(chunks))
+    if len(bad):
+        b, k, a = bad[0]
+        raise ValueError(
+            f"chunk {b}, step {k}, dimension {a} is not finite; repair or drop that action"
+        )
+    return chunks
+
+
+# A code is a coefficient counted from min_coef: 0, 1, ... A text has the character chr(code).
+
+
+def _codes_to_texts(codes):
+    """Codes (B, K, A), whole numbers from 0 to LAST_CODE -> B strings of K * A characters."""
+    all_text = codes.astype("<u4").tobytes().decode("utf-32-le")
+    size = codes.shape[1] * codes.shape[2]
+    return [all_text[start : start + size] for start in range(0, len(all_text), size)]
+
+
+def _texts_to_codes(texts):
+    """Texts of the same length -> their codes in a row (B * K * A,)."""
+    return np.frombuffer("".join(texts).encode("utf-32-le"), "<u4")
+
+
+def _byte_characters():
+    """The 256 printable characters by which byte-level BPE (GPT-2) spells the bytes 0 .. 255.
+
+    Printable bytes stand for themselves; the others take the characters from 256 on, in order."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    spare = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(spare)) for byte in range(256)]
+
+
+BYTE_CHARACTERS = _byte_characters()  # byte -> character
+BYTE_OF = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
+
+
+def _piece_bytes(token, byte_level):
+    """A token as the vocabulary spells it -> the UTF-8 bytes of the characters it stands for."""
+    if byte_level and all(character in BYTE_OF for character in token):
+        return bytes(BYTE_OF[character] for character in token)
+    return token.encode()
+
+
+def _writable_codes(vocabulary, last, byte_level):
+    """The codes 0 .. last that tokens can write, ascending: those all of whose parts are tokens."""
+    writable = []
+    for code in range(last + 1):
+        parts = [chr(code)]
+        if byte_level:
+            parts = [BYTE_CHARACTERS[byte] for byte in chr(code).encode()]
+        if all(part in vocabulary for part in parts):
+            writable.append(code)
+    return writable
+
+
+def _nearest_writable(writable):
+    """Ascending codes -> array: code 0 .. the last of them -> the nearest of them; of two as near,
+    the lower."""
+    writable = np.array(writable)
+    midpoints = (writable[1:] + writable[:-1]) / 2
+    every_code = np.arange(writable[-1] + 1)
+    return writable[np.searchsorted(midpoints, every_code)]
+
+
+def _read_ours(path):
+    """fast.json -> its record, see FastTokenizer.save; of old ones stats may be missing."""
+    record = json.loads(path.read_text())
+    return {**record, "stats": record.get("stats")}
+
+
+def _read_published(path, horizon, action_dim):
+    """processor_config.json of a published folder, and the tokenizer.json that belongs to it -> a
+    record like that of fast.json. It stores no largest coefficient: any that has a character."""
+    bpe_path = path.parent / "tokenizer.json"
+    if not bpe_path.exists():  # transformers 5 puts the tokenizer into a folder of its own
+        bpe_path = path.parent / "bpe_tokenizer" / "tokenizer.json"
+    if not path.exists() or not bpe_path.exists():
+        raise FileNotFoundError(
+            f"{path.parent}: neither fast.json nor processor_config.json "
+            "with tokenizer.json; run fast_tokenizer.py fit"
+        )
+    config = json.loads(path.read_text())
+    bpe = json.loads(bpe_path.read_text())
+    if bpe["decoder"]["type"] != "ByteLevel":
+        raise ValueError(f"{bpe_path}: not a byte-level BPE; fit the tokenizer again")
     return {
-        "chunks": len(ids),
-        "malformed": int((~ok).sum()),
-        "clipped": fast.clipped / chunks.size,
-        "mse": (error**2).mean((0, 1)).tolist(),
-        "max_error": np.abs(error).max((0, 1)).tolist(),
-        "naive_mse": (naive**2).mean((0, 1)).tolist(),
-        "naive_tokens": chunks[0].size,
-        "tokens_mean": float(length.mean()),
-        "tokens_p95": float(np.percentile(length, 95)),
-        "first_entropy": float(p @ np.log(1 / p)),
-        "first_cover": float(np.mean(cover)),
-        "cover": chunks.size / float(length.sum()),
+        "scale": config["scale"],
+        "horizon": config.get("time_horizon") or horizon,
+        "dim": config.get("action_dim") or action_dim,
+        "min_coef": config["min_token"],
+        "max_coef": config["min_token"] + LAST_CODE,
+        "stats": None,
+        "bpe": bpe,
     }
 
 
-# ---- Command line of the stages ---------------------------------------------------------------
+def _require_size(path, name, stored, given):
+    if stored is None or given not in (None, stored):
+        raise ValueError(
+            f"{path}: {name} is {stored}, load was given {given}; "
+            f"pass the {name} that the tokenizer was fitted for"
+        )
+
+
+# ---- Command line of the stages ------------------------------------------------------------------
 
 FLAG_TYPES = {"int": int, "float": float, "str": str}  # annotation of a field -> type of its flag
 
@@ -725,58 +869,135 @@ def _shown_default(node, constants):
         return ast.unparse(node)
 
 
-def main(argv=None):
+# ---- Commands fit and report ---------------------------------------------------------------------
+
+
+def round_trip_report(tokenizer: FastTokenizer, chunks: np.ndarray) -> dict:
+    """What chunks (B, K, A) lose on the way to ids and back, and how long they are on the way.
+
+    mse, max_error, naive_mse: a number a dimension, in units of chunks squared, units, squared.
+    naive: against one token of 256 bins a number. clipped: share of the coefficients. tokens_*: ids
+    of a chunk, mean and 95% quantile. cover: coefficients that an id covers; first_cover: the first
+    id of a chunk. first_entropy: of the first id, in nats."""
+    # 1. ours
+    ids = tokenizer.encode(chunks)
+    clipped = tokenizer.clipped / chunks.size
+    decoded, ok = tokenizer.decode(ids)
+    error = (decoded - chunks)[ok].astype(np.float64)  # (B, K, A)
+    # 2. naive: a bin decodes to its centre
+    stats = tokenizer.stats
+    if not stats:  # chunks come normalised
+        stats = {"q01": [-1] * tokenizer.action_dim, "q99": [1] * tokenizer.action_dim}
+    bins = np.clip(np.floor((normalize(chunks, stats) + 1) * 128), 0, 255)  # (B, K, A)
+    naive_error = unnormalize((bins + 0.5) / 128 - 1, stats) - chunks
+    # 3. tokens
+    lengths = np.array([len(row) for row in ids])  # (B,)
+    first_ids = np.array([row[0] for row in ids])  # (B,)
+    _, counts = np.unique(first_ids, return_counts=True)
+    shares = counts / len(first_ids)
+    first_cover = [_characters(tokenizer.pieces[i]) for i in first_ids]
+    return {
+        "chunks": len(ids),
+        "malformed": int((~ok).sum()),
+        "clipped": clipped,
+        "mse": (error**2).mean((0, 1)).tolist(),
+        "max_error": np.abs(error).max((0, 1)).tolist(),
+        "naive_mse": (naive_error**2).mean((0, 1)).tolist(),
+        "naive_tokens": chunks[0].size,
+        "tokens_mean": float(lengths.mean()),
+        "tokens_p95": float(np.percentile(lengths, 95)),
+        "first_entropy": float(shares @ np.log(1 / shares)),
+        "first_cover": float(np.mean(first_cover)),
+        "cover": chunks.size / float(lengths.sum()),
+    }
+
+
+def _characters(piece):
+    """Characters in UTF-8 bytes that may begin or end inside one: the bytes that begin one."""
+    return sum(byte & 0xC0 != 0x80 for byte in piece)
+
+
+def all_chunks(files: list[EpisodeFile], horizon: int, stride: int) -> np.ndarray:
+    """Every `stride`-th chunk of each episode (B, K, A)."""
+    return np.concatenate([action_chunks(file, horizon)[::stride] for file in files])
+
+
+def fit_command(args: argparse.Namespace) -> None:
+    """fast_tokenizer.py fit: every 10th episode is held out of the fit, for the report."""
+    files = read_episodes(args.data, args.max_episodes)
+    stats = read_stats(args.data, files)["action"]
+    kept = [file for i, file in enumerate(files) if i % 10 != 9]
+    chunks = all_chunks(kept, args.horizon, args.stride)  # (B, K, A)
+    tokenizer = FastTokenizer.fit(chunks, args.vocab_size, args.scale, stats)
+    tell(tokenizer, files, args.stride, args.out)
+
+
+def report_command(args: argparse.Namespace) -> None:
+    """fast_tokenizer.py report: the round trip of a tokenizer that is there already."""
+    files = read_episodes(args.data, args.max_episodes)
+    stats = read_stats(args.data, files)["action"]
+    action_dim = files[0].action.shape[1]
+    tokenizer = FastTokenizer.load(args.tokenizer, args.horizon, action_dim)
+    if not tokenizer.stats:  # published processors expect normalised chunks
+        tokenizer.stats = stats
+    tell(tokenizer, files, args.stride, args.out)
+
+
+def tell(tokenizer: FastTokenizer, files: list[EpisodeFile], stride: int, out: str | None) -> None:
+    """Print the report on every 10th episode, on all when there are fewer; save both to `out`."""
+    held_out = files[9::10]
+    chunks = all_chunks(held_out or files, tokenizer.horizon, stride)  # (B, K, A)
+    result = round_trip_report(tokenizer, chunks)
+    result["held_out"] = bool(held_out)
+    print(
+        f"horizon {tokenizer.horizon}, {tokenizer.action_dim} dimensions, "
+        f"scale {tokenizer.scale:g}, vocabulary {tokenizer.vocab_size}, "
+        f"coefficients {tokenizer.min_coef} .. {tokenizer.max_coef}"
+    )
+    print(
+        f"round trip of {result['chunks']} {'held-out' if held_out else 'fitted'} chunks, "
+        "in dataset units"
+    )
+    for name, value in result.items():  # what they are: see round_trip_report()
+        numbers = value if isinstance(value, list) else [value]
+        print(f"  {name:14s}" + "".join(f" {number:10.4g}" for number in numbers))
+    if out:
+        tokenizer.save(out)
+        (Path(out) / "report.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Fit a FAST action tokenizer, or report on one.")
     commands = parser.add_subparsers(dest="command", required=True)
-    fit, rep = commands.add_parser("fit"), commands.add_parser("report")
-    for sub in (fit, rep):
-        sub.add_argument("--data", required=True, help="folder of episodes, or holding episodes/")
-        sub.add_argument("--stride", type=int, default=1, help="a chunk every this many steps")
-        sub.add_argument(
-            "--max-episodes", type=int, default=0, help="first N episodes only; 0: all"
-        )
-    fit.add_argument("--out", required=True, help="folder for fast.json and report.json")
-    rep.add_argument(
+    fit = commands.add_parser("fit")
+    fit.set_defaults(run=fit_command)
+    report = commands.add_parser("report")
+    report.set_defaults(run=report_command)
+    for command in (fit, report):
+        add = command.add_argument
+        add("--data", required=True, help="folder of episodes, or holding episodes/")
+        add("--stride", type=int, default=1, help="a chunk every this many steps")
+        add("--max-episodes", type=int, default=0, help="first N episodes only; 0: all")
+
+    add = fit.add_argument
+    add("--out", required=True, help="folder for fast.json and report.json")
+    add("--horizon", type=int, default=5, help="actions a chunk (K)")
+    add("--scale", type=float, default=2, help="quantisation steps a unit coefficient")
+    add("--vocab-size", type=int, default=64, help="number of FAST tokens, at most")
+
+    add = report.add_argument
+    add("--tokenizer", required=True, help="folder: fast.json, or a published processor")
+    add("--horizon", type=int, help="for published folders that do not store it")
+    add(
         "--out",
         help="save it here too, with the statistics of --data: what sft.py "
         "needs of a published processor",
     )
-    fit.add_argument("--horizon", type=int, default=5, help="actions a chunk (K)")
-    fit.add_argument("--scale", type=float, default=2, help="quantisation steps a unit coefficient")
-    fit.add_argument("--vocab-size", type=int, default=64, help="number of FAST tokens, at most")
-    rep.add_argument(
-        "--tokenizer", required=True, help="folder: fast.json, or a published processor"
-    )
-    rep.add_argument("--horizon", type=int, help="for published folders that do not store it")
+
     args = parser.parse_args(argv)
     if args.stride < 1 or args.max_episodes < 0:
-        raise ValueError("--stride must be at least 1 and --limit at least 0")
-    files = read_episodes(args.data, args.max_episodes)
-    stats = read_stats(args.data, files)["action"]
-    held = files[9::10]  # every 10th episode is held out of the fit, when there are 10
-
-    def cut(some, horizon):
-        return np.concatenate(
-            [action_chunks(f, horizon)[:: args.stride] for f in some]
-        )  # (B, K, A)
-
-    if args.command == "fit":
-        kept = [f for i, f in enumerate(files) if i % 10 != 9]
-        fast = FastTokenizer.fit(cut(kept, args.horizon), args.vocab_size, args.scale, stats)
-    else:
-        fast = FastTokenizer.load(args.tokenizer, args.horizon, files[0].action.shape[1])
-        fast.stats = fast.stats or stats  # published processors expect normalised chunks
-    result = {**round_trip_report(fast, cut(held or files, fast.horizon)), "held_out": bool(held)}
-    print(
-        f"horizon {fast.horizon}, {fast.dim} dimensions, scale {fast.scale:g}, vocabulary "
-        f"{fast.vocab_size}, coefficients {fast.min_coef} .. {fast.max_coef}\nround trip of "
-        f"{result['chunks']} {'held-out' if held else 'fitted'} chunks, in dataset units"
-    )
-    for name, x in result.items():  # what they are: see round_trip_report()
-        print(f"  {name:14s}" + "".join(f" {v:10.4g}" for v in (x if isinstance(x, list) else [x])))
-    if args.out:
-        fast.save(args.out)
-        (Path(args.out) / "report.json").write_text(json.dumps(result, indent=1) + "\n")
+        raise ValueError("--stride must be at least 1 and --max-episodes at least 0")
+    args.run(args)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """FAST tokenizer: the published algorithm as reference, hand-worked numbers, refusals, command."""
 
 import dataclasses
+import doctest
 import importlib
 import inspect
 import json
@@ -15,7 +16,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 from scipy.fft import dct, idct
-from tokenizers import ByteLevelBPETokenizer, Tokenizer
+from tokenizers import ByteLevelBPETokenizer
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
@@ -88,13 +89,15 @@ def tok():
 
 
 # scale 10: characters below 128; scale 100: two-byte characters, so a token may hold half of one
-@pytest.mark.parametrize("scale, dtype", [(10, np.float64), (10, np.float32), (100, np.float64)])
+@pytest.mark.parametrize(
+    ("scale", "dtype"), [(10, np.float64), (10, np.float32), (100, np.float64)]
+)
 def test_published_folder_gives_the_same_ids_and_actions(tmp_path, scale, dtype):
     chunks = smooth(800, k=8, a=4).astype(dtype)
     reference = Published.fit(chunks[:700], 700, scale)
     reference.save(tmp_path)
     ours = FastTokenizer.load(tmp_path)
-    assert (ours.horizon, ours.dim, ours.scale) == (8, 4, scale)
+    assert (ours.horizon, ours.action_dim, ours.scale) == (8, 4, scale)
     ids = ours.encode(chunks[:700])
     assert ids == reference.encode(chunks[:700])
     decoded, ok = ours.decode(ids)
@@ -115,8 +118,23 @@ def test_half_a_character_is_malformed(tmp_path):
     ours = FastTokenizer.load(tmp_path)
     lead = next(i for i, piece in ours.pieces.items() if len(piece) == 1 and piece[0] >= 0xC3)
     row = [next(i for i, piece in ours.pieces.items() if piece == b"A")] * 31
-    decoded, ok = ours.decode([row + [lead], row + row[:1], row + [ours.vocab_size], []])
+    rows = [[*row, lead], [*row, row[0]], [*row, ours.vocab_size], []]
+    decoded, ok = ours.decode(rows)
     assert ok.tolist() == [False, True, False, False] and np.isnan(decoded[0]).all()
+
+
+def test_bytes_of_a_rare_character_are_a_coefficient(tmp_path):
+    """Four tokens of one byte spell U+10000, which UTF-16 writes as two units: decode once read
+    two coefficients there and stopped. The reference reads one."""
+    reference = Published.fit(smooth(400, k=8, a=4), 300, 100)
+    reference.save(tmp_path)
+    ours = FastTokenizer.load(tmp_path)
+    id_of = {piece: i for i, piece in ours.pieces.items()}
+    rare = [id_of[bytes([byte])] for byte in chr(0x10000).encode()]
+    row = [id_of[b"A"]] * 31 + rare
+    decoded, ok = ours.decode([row])
+    assert ok.all()
+    np.testing.assert_allclose(decoded, reference.decode([row]), rtol=1e-6)
 
 
 def test_older_published_folders_need_horizon_and_dim(tmp_path):
@@ -124,13 +142,18 @@ def test_older_published_folders_need_horizon_and_dim(tmp_path):
     reference.save(tmp_path, new_layout=True, named=False)
     with pytest.raises(ValueError, match="horizon is None"):
         FastTokenizer.load(tmp_path)
-    with pytest.raises(ValueError, match="dim is None"):
+    with pytest.raises(ValueError, match="action_dim is None"):
         FastTokenizer.load(tmp_path, horizon=5)
-    ours = FastTokenizer.load(tmp_path, horizon=5, dim=3)
+    ours = FastTokenizer.load(tmp_path, horizon=5, action_dim=3)
     assert ours.encode(smooth(9)) == reference.encode(smooth(9))
     reference.save(tmp_path)
     with pytest.raises(ValueError, match="horizon is 5, load was given 8"):
         FastTokenizer.load(tmp_path, horizon=8)
+
+
+def test_example_in_the_docstring():
+    example = doctest.testmod(ft)
+    assert example.attempted > 5 and example.failed == 0
 
 
 def test_by_hand():
@@ -227,30 +250,6 @@ def test_every_coefficient_of_the_range_has_a_token():
     np.testing.assert_allclose(decoded, every, atol=1e-6)
 
 
-@pytest.mark.parametrize(("vocab", "scale"), [(12, 1), (64, 2), (300, 2), (1024, 10)])
-def test_the_automaton_gives_the_ids_of_the_bpe(vocab, scale):
-    """On chunks like the fitted ones, on noise, and on runs of one coefficient; and the way without it."""
-    fast = FastTokenizer.fit(smooth(500), vocab, scale)
-    noise = np.random.default_rng(0).uniform(-1, 1, (1000, 5, 3))
-    still = np.linspace(-1, 1, 50)[:, None, None] * np.ones((5, 3))
-    chunks = np.concatenate([smooth(1000, seed=1), noise, still, 0 * still])
-    want = fast.encode(chunks[: ft.MANY - 1]) + fast.encode(chunks[ft.MANY - 1 :][: ft.MANY - 1])
-    want += fast.encode(chunks[2 * ft.MANY - 2 :])
-    assert fast.automaton is None and len(want) == len(chunks)
-    assert fast.encode(chunks) == want and fast.automaton.states
-    assert fast.encode(chunks) == want, "in states that are known"
-    assert fast.automaton.exact
-    bpe = json.loads(fast.bpe.to_str())  # a file whose last two ids are not in order of rank
-    *_, (a, i), (b, j) = sorted(bpe["model"]["vocab"].items(), key=lambda item: item[1])
-    bpe["model"]["vocab"] |= {a: j, b: i}
-    other = FastTokenizer(
-        Tokenizer.from_str(json.dumps(bpe)), scale, 5, 3, fast.min_coef, fast.max_coef
-    )
-    turned = {i: j, j: i}
-    assert other.encode(chunks) == [[turned.get(k, k) for k in row] for row in want]
-    assert not other.automaton.exact
-
-
 def test_save_and_load_are_exact_and_deterministic(tmp_path):
     chunks = smooth(300) * [0.1, 3, 1] + [0, 7, -2]
     stats = ft.statistics(chunks.reshape(-1, 3))
@@ -262,7 +261,7 @@ def test_save_and_load_are_exact_and_deterministic(tmp_path):
     tok.save(tmp_path / "c")
     assert one.read_bytes() == (tmp_path / "c/fast.json").read_bytes()
     fitted = FastTokenizer.fit(chunks, 128, 4, stats)
-    for key in ("vocab_size", "scale", "horizon", "dim", "min_coef", "max_coef", "stats"):
+    for key in ("vocab_size", "scale", "horizon", "action_dim", "min_coef", "max_coef", "stats"):
         assert getattr(tok, key) == getattr(fitted, key), key
     assert tok.vocab_size == 128 and tok.encode(chunks) == fitted.encode(chunks)
     decoded, ok = tok.decode(tok.encode(chunks))  # in dataset units
@@ -281,7 +280,7 @@ def test_damaged_or_missing_files(tmp_path, tok):
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         (
             lambda x: np.where(np.arange(3) == 1, np.nan, x),
@@ -299,7 +298,7 @@ def test_wrong_chunks_are_refused(tok, change, message):
 
 
 def test_wrong_fits_are_refused():
-    with pytest.raises(ValueError, match="smaller than the alphabet of .* raise --vocab"):
+    with pytest.raises(ValueError, match="smaller than the alphabet of .* raise --vocab-size"):
         FastTokenizer.fit(smooth(50), 8, 10)
     with pytest.raises(ValueError, match="smaller than the alphabet"):
         FastTokenizer.fit(smooth(50), 10**7, 1e5)  # no text holds that many characters
@@ -417,7 +416,7 @@ def test_command(tmp_path):
     assert result["malformed"] == 0 and result["naive_tokens"] == 15 > result["tokens_mean"]
     assert result["mse"][2] == 0 and 0 < result["mse"][0] < result["max_error"][0] ** 2 < 0.01
     tok = FastTokenizer.load(out)
-    assert (tok.horizon, tok.dim, tok.scale, tok.stats["q01"][2]) == (5, 3, 2, 0.25)
+    assert (tok.horizon, tok.action_dim, tok.scale, tok.stats["q01"][2]) == (5, 3, 2, 0.25)
     assert tok.vocab_size <= 64
     # the same numbers again, by the other command; another process writes the same bytes
     again = command("report", "--tokenizer", out, "--data", data)
