@@ -5,13 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+import untrained
 
 import grpo
 import model
 import sft
-from tools import backbones, memory
 from fast_tokenizer import FastTokenizer
-import untrained
+from tools import backbones, memory
 
 SIZES = ["tiny-qwen3-vl", "tiny-qwen2.5-vl"]
 
@@ -20,100 +20,128 @@ SIZES = ["tiny-qwen3-vl", "tiny-qwen2.5-vl"]
 def backbone(request, monkeypatch):
     """Deeper and wider than the sizes of other tests: what is not a block must not weigh most."""
     size = dataclasses.replace(
-        backbones.SIZES[request.param], layers=6, depth=6, hidden=128, vision=128, heads=4, kv=2
+        backbones.SIZES[request.param],
+        layers=6,
+        vision_layers=6,
+        hidden=128,
+        vision_hidden=128,
+        heads=4,
+        kv_heads=2,
     )
     monkeypatch.setitem(backbones.SIZES, "deep", size)
     backbone = backbones.random_backbone("deep")
-    backbone.action_tokenizer = FastTokenizer.fit(
-        np.random.default_rng(0).normal(size=(99, 4, 3)), 48, 2
-    )
+    chunks = np.random.default_rng(0).normal(size=(99, 4, 3))
+    backbone.action_tokenizer = FastTokenizer.fit(chunks, 48, 2)
     sft.grow_vocabulary(backbone, 48)
     return backbone
 
 
 def rows_of(backbone, n, prompt_only):
     pixels = np.random.default_rng(1).integers(0, 255, (n, 64, 64, 3), np.uint8)
-    talk = [{"role": "user", "content": "<image>" + "go left " * 12}]
+    messages = [{"role": "user", "content": "<image>" + "go left " * 12}]
     if not prompt_only:
-        talk.append({"role": "assistant", "content": "the red block " * 9})
-    return [model.encode(backbone, talk, [x], prompt_only) for x in pixels]
+        messages.append({"role": "assistant", "content": "the red block " * 9})
+    return [model.encode(backbone, messages, [image], prompt_only) for image in pixels]
+
+
+def load_of(rows, ranks=1):
+    return memory.Load(ranks, len(rows[0]["ids"]), len(rows[0]["patches"]), torch.float32)
+
+
+def total_bytes(tensors):
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def meta(backbone):
     """The same net without weights: estimates must not need them."""
-    net = backbones.random_backbone("deep", device="meta")
-    net.net.resize_token_embeddings(
-        len(backbone.net.get_input_embeddings().weight), mean_resizing=False
-    )
-    return net.net
+    net = backbones.random_backbone("deep", device="meta").net
+    rows = len(backbone.net.get_input_embeddings().weight)
+    net.resize_token_embeddings(rows, mean_resizing=False)
+    return net
 
 
 @pytest.mark.parametrize(("recompute", "muon"), [(False, False), (False, True), (True, False)])
 def test_sft(backbone, recompute, muon):
-    rows, cfg = rows_of(backbone, 3, False), sft.Config(batch=3, recompute=recompute, muon=muon)
-    T, P = len(rows[0]["ids"]), len(rows[0]["patches"])
-    parts, peaks = memory.estimate("sft", cfg, meta(backbone), 1, T, P, torch.float32)
+    rows = rows_of(backbone, 3, prompt_only=False)
+    cfg = sft.Config(batch=3, recompute=recompute, muon=muon)
+    told = memory.estimate("sft", cfg, meta(backbone), load_of(rows))
+
+    # activations
     if recompute:
         model.recompute_activations(backbone.net.train())
-    optim = model.make_optimizer(backbone.net, 1e-3, 0.0, (0.9, 0.95), muon)
     keeps = memory.kept(backbone.net, lambda: model.hidden_states(backbone.net, sft.pack(rows)))
-    if not recompute:  # else a block is computed again when autograd has let go of much
-        assert parts["activations"] == pytest.approx(keeps, rel=0.15)
+    if recompute:  # a block is computed again when autograd has let go of much
+        tokens = 3 * len(rows[0]["ids"])
+        patches = 3 * len(rows[0]["patches"])
+        without = memory.activations(meta(backbone), sft.Config(), tokens, patches, torch.float32)
+        assert keeps < told.parts["activations"] < 0.6 * without
     else:
-        assert (
-            keeps
-            < parts["activations"]
-            < 0.6 * memory.activations(meta(backbone), sft.Config(), 3 * T, 3 * P, torch.float32)
-        )
+        assert told.parts["activations"] == pytest.approx(keeps, rel=0.15)
+
+    # weights, gradients and optimizer, after a step
+    optim = model.make_optimizer(backbone.net, 1e-3, 0.0, (0.9, 0.95), muon)
     sft.token_loss(backbone.net, sft.pack(rows))[0].backward()
     optim.step()
-    params = list(backbone.net.parameters())
     if muon:  # it lets go of the gradients that it has used
         sft.token_loss(backbone.net, sft.pack(rows))[0].backward()
-    assert parts["weights"] == sum(p.nbytes for p in params)
-    assert parts["gradients"] == pytest.approx(sum(p.grad.nbytes for p in params), rel=0.001)
-    state = sum(x.nbytes for s in optim.state.values() for x in s.values())
-    assert parts["optimizer"] == pytest.approx(state, rel=0.001)
-    assert peaks["update"] == pytest.approx(sum(parts.values()))
-    four, _ = memory.estimate("sft", cfg, meta(backbone), 4, T, P, torch.float32)
-    assert four["weights"] == parts["weights"] / 4 and four["gathered units"] > 0
+    params = list(backbone.net.parameters())
+    gradients = total_bytes(p.grad for p in params)
+    moments = sum(total_bytes(state.values()) for state in optim.state.values())
+    assert told.parts["weights"] == total_bytes(params)
+    assert told.parts["gradients"] == pytest.approx(gradients, rel=0.001)
+    assert told.parts["optimizer"] == pytest.approx(moments, rel=0.001)
+    assert told.peaks["update"] == pytest.approx(sum(told.parts.values()))
+
+    # four ranks
+    sharded = memory.estimate("sft", cfg, meta(backbone), load_of(rows, ranks=4))
+    assert sharded.parts["weights"] == told.parts["weights"] / 4
+    assert sharded.parts["gathered units"] > 0
 
 
 def test_grpo(backbone, monkeypatch):
-    rows, G, new = rows_of(backbone, 2, True), 3, 40
-    cfg = grpo.Config(prompts=2, batch=2, micro_batch=2, group=G, max_new_tokens=new)
-    T, P = len(rows[0]["ids"]), len(rows[0]["patches"])
-    parts, peaks = memory.estimate("grpo", cfg, meta(backbone), 1, T, P, torch.float32)
-    made = []
+    rows = rows_of(backbone, 2, prompt_only=True)
+    G, new_tokens = 3, 40
+    cfg = grpo.Config(prompts=2, batch=2, micro_batch=2, group=G, max_new_tokens=new_tokens)
+    told = memory.estimate("grpo", cfg, meta(backbone), load_of(rows))
+
+    # the rollout's cache
+    cache_bytes = []
 
     class Watched(model.SampleKV):
         def update(self, *args, **kwargs):
-            first, out = self.prompt is None, super().update(*args, **kwargs)
-            made.extend([x.nbytes for x in (*self.prompt, self.keys, self.values)] if first else [])
+            first = self.prompt is None
+            out = super().update(*args, **kwargs)
+            if first:
+                cache_bytes.append(total_bytes([*self.prompt, self.keys, self.values]))
             return out
 
     monkeypatch.setattr(model, "SampleKV", Watched)
-    out = model.generate(backbone, rows, G, new, stop=[])
-    assert parts["KV cache"] == sum(made)
-    keeps = memory.kept(
-        backbone.net, lambda: grpo.completion_logp(backbone, rows, out["ids"], out["mask"])
-    )
+    out = model.generate(backbone, rows, G, new_tokens, stop=[])
+    assert told.parts["KV cache"] == sum(cache_bytes)
+
+    # the update, with all logits at once
+    def update():
+        grpo.completion_logp(backbone, rows, out["ids"], out["mask"])
+
+    keeps = memory.kept(backbone.net, update)
     V = len(backbone.net.get_input_embeddings().weight)
-    softmax = 2 * G * new * V * 4  # of the logits' peak, autograd keeps this
-    assert parts["activations"] == pytest.approx(keeps - softmax, rel=0.15)
-    assert parts["reference"] == parts["weights"] and peaks["update"] > peaks["rollout"]
-    assert parts["logits"] == 2 * G * new * V * memory.LOGITS
-    monkeypatch.setattr(model, "LOGITS_AT_ONCE", 20 * V)  # the same update, 20 tokens at a time
-    sliced = memory.estimate("grpo", cfg, meta(backbone), 1, T, P, torch.float32)[0]
-    assert sliced["logits"] == 20 * V * memory.LOGITS
-    less = memory.kept(
-        backbone.net, lambda: grpo.completion_logp(backbone, rows, out["ids"], out["mask"])
-    )
-    assert less == pytest.approx(keeps - softmax, rel=0.02), "no slice keeps its logits"
-    away = dataclasses.replace(cfg, cpu_offload=True)
-    assert (
-        memory.estimate("grpo", away, meta(backbone), 1, T, P, torch.float32)[0]["reference"] == 0
-    )
+    logits = 2 * G * new_tokens * V
+    softmax = 4 * logits  # bytes; of the logits' peak, autograd keeps this
+    assert told.parts["activations"] == pytest.approx(keeps - softmax, rel=0.15)
+    assert told.parts["reference"] == told.parts["weights"]
+    assert told.peaks["update"] > told.peaks["rollout"]
+    assert told.parts["logits"] == logits * memory.LOGITS
+
+    # the same update, 20 tokens at a time
+    monkeypatch.setattr(model, "LOGITS_AT_ONCE", 20 * V)
+    sliced = memory.estimate("grpo", cfg, meta(backbone), load_of(rows))
+    assert sliced.parts["logits"] == 20 * V * memory.LOGITS
+    keeps_sliced = memory.kept(backbone.net, update)
+    assert keeps_sliced == pytest.approx(keeps - softmax, rel=0.02), "no slice keeps its logits"
+
+    offloaded = dataclasses.replace(cfg, cpu_offload=True)
+    told = memory.estimate("grpo", offloaded, meta(backbone), load_of(rows))
+    assert told.parts["reference"] == 0
 
 
 @pytest.mark.parametrize(
@@ -128,29 +156,25 @@ def test_real_sizes_are_told_without_memory(argv, size, capsys):
     argv = [*argv, "--compute", "bf16"]
     assert memory.main([*argv, "--gb", "1000"]) == 0
     assert memory.main([*argv, "--gb", "5"]) == 1
-    out = capsys.readouterr().out
-    assert f"{size} B parameters" in out and "does not fit in 5 GB" in out
-    weights = float(out.split("weights")[1].split()[0])
+    told = capsys.readouterr().out
+    assert f"{size} B parameters" in told and "does not fit in 5 GB" in told
+    weights = float(told.split("weights")[1].split()[0])
     if argv[0] != "vla":
         assert weights == pytest.approx(size * 4 / 8, abs=0.06)  # fp32, over the shards
 
 
 @pytest.mark.parametrize("stage", ["sft", "grpo", "vla"])
 def test_this_machine_is_the_default_and_nothing_is_run(stage, capsys, tmp_path, monkeypatch):
-    argv = [
-        stage,
-        "paper",
-        "--init",
-        untrained.folder("tiny-qwen3-vl"),
-        "--out",
-        str(tmp_path / "o"),
-    ]
-    monkeypatch.setattr(memory, "this_machine", lambda: (2, 1000.0, True))
+    out = tmp_path / "out"
+    argv = [stage, "paper", "--init", untrained.folder("tiny-qwen3-vl"), "--out", str(out)]
+    two_gpus = memory.Machine(ranks=2, gb=1000.0, has_gpu=True)
+    monkeypatch.setattr(memory, "this_machine", lambda: two_gpus)
     assert memory.main(argv) == 0
     told = capsys.readouterr().out
     assert "GB on each of 2 ranks" in told and "bfloat16 compute" in told and "in 1000 GB" in told
-    monkeypatch.setattr(memory, "this_machine", lambda: (1, 1000.0, False))
+    cpu = memory.Machine(ranks=1, gb=1000.0, has_gpu=False)
+    monkeypatch.setattr(memory, "this_machine", lambda: cpu)
     assert memory.main([*argv, "--ranks", "4"]) == 0
     told = capsys.readouterr().out
     assert "GB on each of 4 ranks" in told and "float32 compute" in told and "in 250 GB" in told
-    assert not (tmp_path / "o").exists()
+    assert not out.exists()

@@ -1,6 +1,7 @@
 """tools/speed.py at toy sizes: both sides of each pair ran and did the same work. No test
 looks at the times: a shared machine cannot tell."""
 
+import argparse
 import importlib.util
 import json
 
@@ -10,7 +11,7 @@ from ranks import on_ranks
 
 from tools import speed
 
-TOY = ["--prompts", "2", "--group", "2", "--new", "4", "--repeats", "1"]
+TOY = ["--prompts", "2", "--group", "2", "--new-tokens", "4", "--repeats", "1"]
 
 
 @pytest.fixture
@@ -27,13 +28,13 @@ def measure(capsys):
         assert record["command"].startswith(f"python -m tools.speed {argv[0]}")
         assert record["hardware"] and record["versions"]["torch"]
         for pair in record["pairs"].values():
-            if "skipped" not in pair:
-                for side in ("ours", "peer", "ratio"):
-                    q = pair[side]
-                    assert 0 < q["q25"] <= q["median"] <= q["q75"] and q["n"] == 1
-                assert pair["ratio"]["median"] == pytest.approx(
-                    pair["peer"]["median"] / pair["ours"]["median"]
-                )
+            if "skipped" in pair:
+                continue
+            for side in ("ours", "peer", "ratio"):
+                figure = pair[side]
+                assert 0 < figure["q25"] <= figure["median"] <= figure["q75"] and figure["n"] == 1
+            ratio = pair["peer"]["median"] / pair["ours"]["median"]
+            assert pair["ratio"]["median"] == pytest.approx(ratio)
         return record["pairs"]
 
     yield run
@@ -48,17 +49,19 @@ def test_rollout(measure):
 
 def test_decode_bound_by_hand():
     """What rollout adds on a GPU; here with the bandwidth of a CPU, for its counts."""
-    args = speed.argparse.Namespace(
-        device="cpu", ranks=0, repeats=1, size="tiny", group=3, new=5, peak_tflops=1.0
+    args = argparse.Namespace(
+        device="cpu", ranks=0, repeats=1, size="tiny", group=3, new_tokens=5, peak_tflops=1.0
     )
     backbone = speed.make_backbone(args)
-    rows = speed.prompts(backbone, speed.questions(2, 28))
-    got = speed.decode_bound(backbone, rows, 10, 1e3, args)
-    block = (
-        256 * 256 * 2 + 2 * 256 * 128 + 2 * 32 + 3 * 256 * 768 + 2 * 256
-    )  # q, o; k, v; norms; mlp
-    weights = 4 * block + 4096 * 256
-    cache = 2 * (10 + 3 * 5 / 2) * 4 * 2 * 128  # prompts x (T + samples) x layers x (k, v) x width
+    rows = speed.prompt_rows(backbone, speed.questions(2, 28))
+    got = speed.decode_bound(backbone, rows, prompt_length=10, seconds=1e3, args=args)
+    query_output = 2 * 256 * 256
+    key_value = 2 * 256 * 128
+    norms = 2 * 32 + 2 * 256  # of queries and keys, and of the block
+    mlp = 3 * 256 * 768
+    weights = 4 * (query_output + key_value + norms + mlp) + 4096 * 256
+    cached_tokens = 2 * (10 + 3 * 5 / 2)  # prompts x (T + samples, half written on average)
+    cache = cached_tokens * 4 * 2 * 128  # layers x (k, v) x width
     assert got["read_gb_step"] == pytest.approx(4e-9 * (weights + cache))
     assert got["arithmetic_step_s"] == pytest.approx(2 * 6 * weights / 1e12)
     assert got["share_of_bound"] == pytest.approx(got["bound_step_s"] / got["step_s"])
@@ -78,23 +81,22 @@ def test_grpo(measure):
 
 
 def test_sft(measure):
-    loss = measure("sft", "--batch", "3", "--repeats", "1")["step"]["work"]["loss"]
+    pairs = measure("sft", "--batch", "3", "--repeats", "1")
+    loss = pairs["step"]["work"]["loss"]
     assert loss["ours"] == pytest.approx(loss["peer"], rel=1e-4) and 0 < loss["ours"] < 20
 
 
 def test_head(measure):
-    keep = [] if torch.cuda.is_available() else ["--keep-memory"]
-    loss = measure("head", "--batch", "4", "--repeats", "1", *keep)["step"]["work"]["loss"]
+    keep_memory = [] if torch.cuda.is_available() else ["--keep-memory"]
+    pairs = measure("head", "--batch", "4", "--repeats", "1", *keep_memory)
+    loss = pairs["step"]["work"]["loss"]
     assert loss["ours"] == pytest.approx(loss["peer"], rel=0.02) and loss["ours"] > 0
 
 
 def test_fast(measure):
     pairs = measure("fast", "--chunks", "64", "--repeats", "1")
-    assert (
-        pairs["encode"]["work"]["identical"]
-        == pairs["decode"]["work"]["identical"]
-        == {"ours": 1, "peer": 1}
-    )
+    for pair in pairs.values():
+        assert pair["work"]["identical"] == {"ours": 1, "peer": 1}
     assert pairs["encode"]["work"]["tokens"]["ours"] > 64
     assert pairs["decode"]["work"]["decoded"]["ours"] == 64
 
@@ -112,6 +114,9 @@ def test_cost_on_two_ranks_is_one_record(capfd):
 
 
 def test_different_work_gives_no_figure():
-    args = speed.argparse.Namespace(device="cpu", repeats=1, ranks=0)
+    def tokens(ours, peer):
+        return {"tokens": speed.Work(ours, peer)}
+
+    args = argparse.Namespace(device="cpu", repeats=1, ranks=0)
     with pytest.raises(ValueError, match="turn 0: tokens is 8 in ours, 7 in the peer"):
-        speed.compare(lambda k: 8, lambda k: 7, lambda a, b: {"tokens": (a, b, 0)}, args)
+        speed.compare(lambda turn: 8, lambda turn: 7, tokens, args)

@@ -13,7 +13,7 @@ atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
 
 
 @functools.cache
-def folder(size):
-    """-> path of an untrained backbone, for --init."""
+def folder(size: str) -> str:
+    """-> path of an untrained backbone of a size of tools/backbones.py, for --init."""
     backbones.write(size, FOLDER / size)
     return str(FOLDER / size)

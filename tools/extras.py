@@ -1,10 +1,13 @@
 """Optional packages: what only one part needs, listed with pins in requirements-extras.txt."""
 
 import importlib
+from types import ModuleType
 
 
-def require(install, *modules):
-    """Optional modules, imported now. ValueError naming the pip install when one is missing."""
+def require(install: str, *modules: str) -> list[ModuleType]:
+    """Optional modules, imported now, in the order of their names.
+
+    ValueError when one is missing: it ends in `pip install {install}`."""
     try:
         return [importlib.import_module(name) for name in modules]
     except ModuleNotFoundError as e:

@@ -1,8 +1,8 @@
 """What a run needs of each rank's memory, told before it starts; all is built on the meta device.
 
-python -m tools.memory sft paper --size qwen2.5-vl-7b --ranks 8 --gb 80
-python -m tools.memory grpo paper --size qwen2.5-vl-7b --recompute --cpu-offload
-python -m tools.memory vla paper --init runs/grpo-paper
+    python -m tools.memory sft paper --size qwen2.5-vl-7b --ranks 8 --gb 80
+    python -m tools.memory grpo paper --size qwen2.5-vl-7b --recompute --cpu-offload
+    python -m tools.memory vla paper --init runs/grpo-paper
 
 Flags of the stage follow its preset. Ranks and memory are by default those of this machine.
 Weights, gradients, optimizer and caches are counted exactly; activations by asking autograd what it
@@ -12,9 +12,13 @@ keeps of one block. The allocator's fragments and the libraries' workspaces come
 import argparse
 import os
 import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
 from unittest import mock
 
 import torch
+from torch import nn
 
 import grpo
 import model
@@ -22,169 +26,317 @@ import sft
 import vla
 from tools import backbones
 
-META, FP32 = model.META, 4
+STAGES = {"sft": sft, "grpo": grpo, "vla": vla}
+COMPUTE_TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+META = model.META
+FP32 = 4  # bytes a number
 LOGITS = 16  # bytes a logit at the peak: bf16, fp32, its softmax and their gradients
+PROMPT_TOKENS = 256  # of a row where nothing says how long it is
+STATE_DIM = 14  # of a policy whose data is not looked at: two arms of seven joints
+ACTION_DIM = 7
+FREE_SHARE = 0.1  # for the allocator's fragments and the libraries' workspaces
 
 
-def kept(module, call, *args, **kwargs):
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on one rank."""
+
+    parts: dict[str, float]  # "weights", "gradients", ... -> bytes
+    peaks: dict[str, float]  # phase ("update", "rollout") -> bytes that are there at a time
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the estimate depends on besides the stage's Config and the net."""
+
+    ranks: int
+    row_tokens: int  # the image's among them; in GRPO those of a prompt
+    row_patches: int
+    dtype: torch.dtype  # of compute
+
+
+class Machine(NamedTuple):
+    """Where the command runs."""
+
+    ranks: int  # one a GPU; 1 on a CPU
+    gb: float  # 10^9 bytes of a GPU, or of the whole memory
+    has_gpu: bool
+
+
+# ---- Counting -----------------------------------------------------------------------------------
+
+
+def count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def count_trained(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters if p.requires_grad)
+
+
+class Units(NamedTuple):
+    """Parameters of what model.shard gathers at a time."""
+
+    largest: int  # of all units but the root: a block, or an end of the vocabulary
+    root: int  # what is in no other unit
+
+
+def count_units(net: nn.Module) -> Units:
+    *inner, whole = [count(unit.parameters()) for unit in model.fsdp_units(net)]
+    return Units(largest=max(inner, default=0), root=whole - sum(inner))
+
+
+def gathered_bytes(net: nn.Module, dtype: torch.dtype) -> float:
+    """Of a forward through sharded parameters: the root, the unit that computes, the next one."""
+    units = count_units(net)
+    return (2 * units.largest + units.root) * dtype.itemsize
+
+
+def optimizer_parts(cfg, net: nn.Module, shards: int) -> dict[str, float]:
+    """Bytes of gradients and optimizer: AdamW has two averages of each parameter, Muon one."""
+    trained = count_trained(net.parameters())
+    averages = 2 * trained
+    if getattr(cfg, "muon", False):
+        averages -= count(model.muon_matrices(net))
+    return {"gradients": trained * FP32 / shards, "optimizer": averages * FP32 / shards}
+
+
+# ---- Activations --------------------------------------------------------------------------------
+
+
+def kept(module: nn.Module, call: Callable, *args, **kwargs) -> int:
     """Bytes that autograd keeps of call(...), besides the module's own parameters."""
-    own, seen = {p.untyped_storage()._cdata for p in module.parameters()}, []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
+    saved = []
+
+    def remember(tensor):
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
         call(*args, **kwargs)
-    sizes = {x._cdata: x.nbytes() for x in (t.untyped_storage() for t in seen)}
-    return sum(size for at, size in sizes.items() if at not in own)
+    parameters = {p.untyped_storage()._cdata for p in module.parameters()}
+    sizes = {}  # by storage, which several of the saved tensors may share
+    for tensor in saved:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters:
+            sizes[storage._cdata] = storage.nbytes()
+    return sum(sizes.values())
 
 
-def flash(q, k, v, *args, **kwargs):
+def flash_attention(q, k, v, *args, **kwargs):
     """Attention that keeps what a fused kernel keeps; META would take the unfused one."""
     groups = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (k, v))
+    if groups > 1:
+        k = k.repeat_interleave(groups, 1)
+        v = v.repeat_interleave(groups, 1)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
 
 
-fused = mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", flash)
+fused = mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", flash_attention)
 
 
-def activations(net, cfg, tokens, patches, dtype, T=64):
-    """Bytes of a forward with gradient over so many tokens and patches, logits aside, told by what
-    one block of each kind keeps of T."""
-    lm, c, total = net.model.language_model, net.config.vision_config, 0
-    width, narrow = lm.layers[0].self_attn.head_dim, c.hidden_size // c.num_heads
-    kinds = [(tokens, lm.layers, lm.config.hidden_size, width, (1, T), {})]
+def block_bytes(
+    block: nn.Module, lead: tuple[int, ...], width: int, head_dim: int, dtype, **more
+) -> int:
+    """What autograd keeps of one block for an input (*lead, width)."""
+    x = torch.empty(*lead, width, device=META, dtype=dtype, requires_grad=True)
+    cos, sin = (torch.empty(*lead, head_dim, device=META, dtype=dtype) for _ in range(2))
+    with fused:
+        return kept(block, block, x, position_embeddings=[cos, sin], **more)
+
+
+def activations(
+    net: nn.Module, cfg, tokens: int, patches: int, dtype: torch.dtype, T: int = 64
+) -> float:
+    """Bytes of a forward with gradient over so many tokens and patches, logits aside: what one
+    block of each kind keeps of T positions, times blocks and positions."""
+
+    def of_blocks(blocks, positions, width, each):
+        """each: bytes a position of one block."""
+        if cfg.recompute:  # the inputs of all blocks, and all of the one that is computed again
+            return positions * (len(blocks) * width * dtype.itemsize + each)
+        return positions * (len(blocks) * each)
+
+    # 1. language model
+    language = net.model.language_model
+    width = language.config.hidden_size
+    head_dim = language.layers[0].self_attn.head_dim
+    each = block_bytes(language.layers[0], (1, T), width, head_dim, dtype) / T
+    total = of_blocks(language.layers, tokens, width, each)
+
+    # 2. vision tower
     if not getattr(cfg, "freeze_vision", False):
-        kinds.append(
-            (
-                patches,
-                net.model.visual.blocks,
-                c.hidden_size,
-                narrow,
-                (T,),
-                {"cu_seqlens": torch.tensor([0, T])},
-            )
-        )
-    for n, blocks, D, head, lead, more in kinds:
-        x = torch.empty(*lead, D, device=META, dtype=dtype, requires_grad=True)
-        angles = [torch.empty(*lead, head, device=META, dtype=dtype) for _ in range(2)]
-        with fused:
-            each = kept(blocks[0], blocks[0], x, position_embeddings=angles, **more) / T
-        L = len(blocks)  # recompute: the inputs of all blocks, and all of one block
-        total += n * (L * D * dtype.itemsize + each if cfg.recompute else L * each)
+        vision = net.config.vision_config
+        blocks = net.model.visual.blocks
+        width = vision.hidden_size
+        head_dim = width // vision.num_heads
+        one_image = torch.tensor([0, T])
+        each = block_bytes(blocks[0], (T,), width, head_dim, dtype, cu_seqlens=one_image) / T
+        total += of_blocks(blocks, patches, width, each)
     return total
 
 
-def count(params, trained=False):
-    return sum(p.numel() for p in params if p.requires_grad or not trained)
+# ---- Estimates ----------------------------------------------------------------------------------
 
 
-def units(net):
-    """Parameters of what shard() gathers at a time: (largest unit, root)."""
-    *each, whole = (count(part.parameters()) for part in model.fsdp_units(net))
-    return max(each, default=0), whole - sum(each)
+def resident_parts(cfg, net: nn.Module, load: Load) -> dict[str, float]:
+    """What sft.py and grpo.py keep through an update: the net's masters and their state, sharded,
+    and the units that are gathered meanwhile."""
+    shards = cfg.shards or load.ranks
+    gathered = 0
+    if is_copied(load):
+        gathered = gathered_bytes(net, load.dtype)
+        units = count_units(net)
+        # the gradients of one unit, and as they are reduced
+        gathered += max(units.largest, units.root) * (load.dtype.itemsize + FP32)
+    return {
+        "weights": count(net.parameters()) * FP32 / shards,
+        **optimizer_parts(cfg, net, shards),
+        "gathered units": gathered,
+    }
 
 
-def state(cfg, net, n):
-    """Bytes of gradients and optimizer on one of n ranks: two averages of each parameter, with Muon
-    one of an inner()."""
-    trained, inner = count(net.parameters(), True), count(model.muon_matrices(net))
-    averages = 2 * trained - inner * getattr(cfg, "muon", False)
-    return {"gradients": trained * FP32 / n, "optimizer": averages * FP32 / n}
+def is_copied(load: Load) -> bool:
+    """Whether a forward needs another copy of the weights than the masters of this rank."""
+    return load.ranks > 1 or load.dtype.itemsize < FP32
 
 
-def estimate(stage, cfg, net, ranks, row, patches, dtype=torch.bfloat16):
-    """-> {what: bytes on a rank}, {phase: its peak}; net on META or real, vision frozen or not."""
-    b, n, c = dtype.itemsize, cfg.shards or ranks, net.config.text_config
-    whole, (largest, root) = count(net.parameters()), units(net)
-    gathered = (2 * largest + root) * b  # one unit computes, one arrives
-    gathered += max(largest, root) * (b + FP32)  # the gradients of one, and as they are reduced
-    gathered *= ranks > 1 or b < FP32
-    fixed = {"weights": whole * FP32 / n, **state(cfg, net, n), "gathered units": gathered}
-    B, G, T = (
-        (cfg.micro_batch, cfg.group, cfg.max_new_tokens)
-        if stage == "grpo"
-        else (cfg.micro_batch or cfg.batch // ranks, 1, 0)
-    )
-    targets = B * (G * T or row)
+def logit_bytes(net: nn.Module, targets: int) -> int:
+    """At the peak; those of more tokens are made by slices."""
+    return min(targets * net.config.text_config.vocab_size, model.LOGITS_AT_ONCE) * LOGITS
+
+
+def sft_estimate(cfg: sft.Config, net: nn.Module, load: Load) -> Estimate:
+    """sft.py on rows that are targets throughout; net on META or real, vision frozen or not."""
+    rows = cfg.micro_batch or cfg.batch // load.ranks
+    tokens = rows * load.row_tokens
+    patches = rows * load.row_patches
+    parts = resident_parts(cfg, net, load)
+    parts["activations"] = activations(net, cfg, tokens, patches, load.dtype)
+    parts["logits"] = logit_bytes(net, tokens)
+    return Estimate(parts, peaks={"update": sum(parts.values())})
+
+
+def grpo_estimate(cfg: grpo.Config, net: nn.Module, load: Load) -> Estimate:
+    """grpo.py when all completions reach --max-new-tokens."""
+    layers = net.config.text_config.num_hidden_layers
+    attention = net.model.language_model.layers[0].self_attn
+    kv_bytes = 2 * attention.k_proj.out_features * load.dtype.itemsize  # a token and layer
+    weights = count(net.parameters())
+    fixed = resident_parts(cfg, net, load)
+
+    # 1. an update: B prompts, and G completions of each, which share the prompt's keys and values
+    B, G = cfg.micro_batch, cfg.group
+    new_tokens = B * G * cfg.max_new_tokens
+    tokens = B * load.row_tokens + new_tokens
     work = {
-        "activations": activations(net, cfg, B * (row + G * T), B * patches, dtype),
-        "logits": min(targets * c.vocab_size, model.LOGITS_AT_ONCE) * LOGITS,
+        "activations": activations(net, cfg, tokens, B * load.row_patches, load.dtype),
+        "logits": logit_bytes(net, new_tokens),
     }
-    if stage == "sft":
-        return {**fixed, **work}, {"update": sum(fixed.values()) + sum(work.values())}
-    L, k_proj = c.num_hidden_layers, net.model.language_model.layers[0].self_attn.k_proj
-    kv = 2 * k_proj.out_features * b  # bytes a token and layer; in the update for each completion
-    work["activations"] += B * row * kv * (L + G * (1 if cfg.recompute else L))
-    fixed["reference"] = whole * FP32 / n * (cfg.kl_coef > 0 and not cfg.cpu_offload)
-    rows = (cfg.rollout_batch or cfg.prompts // ranks) * G
-    cache = {
-        "whole model": whole * b * (ranks > 1 or b < FP32),
-        "KV cache": (rows // G * row + rows * T) * kv * L,
-        "sampling": rows * c.vocab_size * 3 * FP32,
+    # In attention they are copied for each completion: at all layers, or at the one that is
+    # computed again.
+    copied_layers = 1 if cfg.recompute else layers
+    work["activations"] += B * load.row_tokens * kv_bytes * (layers + G * copied_layers)
+
+    # 2. the model that RL started from
+    shards = cfg.shards or load.ranks
+    fixed["reference"] = 0.0
+    if cfg.kl_coef > 0 and not cfg.cpu_offload:
+        fixed["reference"] = weights * FP32 / shards
+
+    # 3. a rollout: the whole model is gathered once, and nothing of an update is there
+    prompts = cfg.rollout_batch or cfg.prompts // load.ranks
+    samples = prompts * G
+    cached_tokens = prompts * load.row_tokens + samples * cfg.max_new_tokens
+    sampling = {
+        "whole model": weights * load.dtype.itemsize if is_copied(load) else 0,
+        "KV cache": cached_tokens * kv_bytes * layers,
+        "sampling": samples * net.config.text_config.vocab_size * 3 * FP32,
     }
-    idle = fixed["gradients"] + gathered  # not there while sampling
-    return {**fixed, **work, **cache}, {
+    idle = fixed["gradients"] + fixed["gathered units"]
+    peaks = {
         "update": sum(fixed.values()) + sum(work.values()),
-        "rollout": sum(fixed.values()) - idle + sum(cache.values()),
+        "rollout": sum(fixed.values()) - idle + sum(sampling.values()),
     }
+    return Estimate({**fixed, **work, **sampling}, peaks)
 
 
-def head_estimate(cfg, net, ranks, row, dtype=torch.bfloat16):
-    """estimate() of vla.py: the cut backbone, frozen in dtype, and a head of 14 state numbers."""
-    lm, n = net.model.language_model, cfg.shards or ranks
-    vla.truncate(net, cfg.layer or round(0.64 * len(lm.layers)))
-    B, R, K = cfg.batch // ranks, cfg.draws, cfg.horizon
+def vla_estimate(cfg: vla.Config, net: nn.Module, load: Load) -> Estimate:
+    """vla.py: the backbone, which is cut here, frozen in the compute type, and the head."""
+    language = net.model.language_model
+    vla.truncate(net, cfg.layer or round(0.64 * len(language.layers)))
+    shards = cfg.shards or load.ranks
+
+    # 1. the head, and what it keeps of a batch
+    B = cfg.batch // load.ranks
+    R = cfg.draws
+    chunk_shape = (cfg.horizon, ACTION_DIM)  # (K, A)
+    width = language.config.hidden_size
     with META, fused:
         head = vla.FlowHead(
             vla.HeadConfig(
-                lm.config.hidden_size,
-                cfg.dim,
-                cfg.layers,
-                cfg.heads,
-                cfg.vl_layers,
-                14,
-                7,
-                K,
-                cfg.future_tokens,
+                vl_dim=width,
+                dim=cfg.dim,
+                layers=cfg.layers,
+                heads=cfg.heads,
+                vl_layers=cfg.vl_layers,
+                state_dim=STATE_DIM,
+                action_dim=ACTION_DIM,
+                horizon=cfg.horizon,
+                future_tokens=cfg.future_tokens,
                 dropout=cfg.dropout,
             )
         )
-        chunk, drawn = torch.empty(B, K, 7), (torch.empty(B, R, K, 7), torch.empty(B, R))
-        work = kept(
+        action = torch.empty(B, *chunk_shape)
+        activation_bytes = kept(
             head,
             head.loss,
-            torch.empty(B, row, lm.config.hidden_size),
-            None,
-            torch.empty(B, 14),
-            chunk,
-            chunk,
-            drawn,
-            1,
+            feats=torch.empty(B, load.row_tokens, width),
+            mask=None,
+            state=torch.empty(B, STATE_DIM),
+            action=action,
+            action_mask=action,
+            drawn=(torch.empty(B, R, *chunk_shape), torch.empty(B, R)),
+            count=1,
         )
-    size, (largest, root), b = count(head.parameters()) * FP32, units(net), dtype.itemsize
-    whole = count(net.parameters()) * b  # for --cache features there while they are made
-    backbone = (
-        {"backbone": whole / n, "gathered units": (2 * largest + root) * b}
-        if cfg.cache == "none"
-        else {"backbone": whole}
-    )
-    made = {
-        **backbone,
-        "weights": size * (1 + bool(cfg.ema_decay)) / n + size,
-        **state(cfg, head, n),
-        "activations": work,
-    }
-    return made, {"update": sum(made.values())}
+
+    # 2. the backbone: in the loop it is sharded; for --cache features whole, while they are made
+    backbone = count(net.parameters()) * load.dtype.itemsize
+    parts = {"backbone": backbone}
+    if cfg.cache == "none":
+        parts["backbone"] = backbone / shards
+        parts["gathered units"] = gathered_bytes(net, load.dtype)
+
+    # 3. the head's masters, sharded, their average too, and one gathered head
+    head_bytes = count(head.parameters()) * FP32
+    copies = 2 if cfg.ema_decay else 1
+    parts["weights"] = head_bytes * copies / shards + head_bytes
+    parts |= optimizer_parts(cfg, head, shards)
+    parts["activations"] = activation_bytes
+    return Estimate(parts, peaks={"update": sum(parts.values())})
 
 
-def this_machine():
-    """-> ranks, memory of each (10^9 bytes), and whether they are GPUs."""
+def estimate(stage: str, cfg, net: nn.Module, load: Load) -> Estimate:
+    """What a run of `stage` needs. net: on META or real, in the type of compute; vla_estimate cuts it.
+    """
+    by_stage = {"sft": sft_estimate, "grpo": grpo_estimate, "vla": vla_estimate}
+    return by_stage[stage](cfg, net, load)
+
+
+# ---- Command line -------------------------------------------------------------------------------
+
+
+def this_machine() -> Machine:
     gpus = torch.cuda.device_count()
     if gpus:
-        return gpus, torch.cuda.get_device_properties(0).total_memory / 1e9, True
-    return 1, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, False
+        return Machine(gpus, torch.cuda.get_device_properties(0).total_memory / 1e9, True)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Machine(1, memory / 1e9, False)
 
 
-def tell(stage, cfg, ranks, gb, dtype=torch.bfloat16, row=0, image=256, size=""):
-    """Prints what a run of `stage` with this Config needs. -> whether all of it fits in gb."""
+def load_shapes(cfg, size: str) -> model.Backbone:
+    """The backbone of --size, or else of --init, on META; its vision tower frozen if the run
+    does."""
     if size:
         backbone = backbones.random_backbone(size, device="meta")
         backbone.image_spec = backbone.image_spec.bounded(cfg.max_pixels)
@@ -192,62 +344,85 @@ def tell(stage, cfg, ranks, gb, dtype=torch.bfloat16, row=0, image=256, size="")
         backbone = model.load(cfg.init, META, max_pixels=cfg.max_pixels)
     if getattr(cfg, "freeze_vision", False):
         backbone.net.model.visual.requires_grad_(False)
-    spec = backbone.image_spec
-    h, w = (
-        x // spec.patch
-        for x in model.smart_resize(
-            image, image, spec.patch * spec.merge, spec.min_pixels, spec.max_pixels
-        )
-    )
-    row, params = (
-        row or (cfg.max_length if stage == "sft" else 256),
-        list(backbone.net.parameters()),
-    )
-    if stage == "vla":
-        parts, peaks = head_estimate(cfg, backbone.net, ranks, row, dtype)
-    else:
-        parts, peaks = estimate(stage, cfg, backbone.net.to(dtype), ranks, row, h * w, dtype)
-    print(
-        f"{stage} {cfg.preset}, {size or cfg.init}: {count(params) / 1e9:.2f} B parameters"
-        + f", {count(params, True) / 1e9:.2f} B of them trained" * (stage != "vla")
-    )
-    print(
-        f"GB on each of {ranks} ranks, rows of {row} tokens with {h * w} patches, "
-        f"{str(dtype)[6:]} compute"
-    )
-    for name, value in parts.items():
-        print(f"  {name:16s} {value / 1e9:7.1f}")
-    for name, value in peaks.items():
-        fits = "fits" if value < 0.9 * gb * 1e9 else "does not fit"
-        print(f"{name + ', peak':18s} {value / 1e9:7.1f}   {fits} in {gb:.4g} GB, 10% left free")
-    return all(v < 0.9 * gb * 1e9 for v in peaks.values())
+    return backbone
 
 
-def main(argv=None):
+def patches_of(spec: model.ImageSpec, side: int) -> int:
+    """Patches of a square image of so many pixels a side."""
+    height, width = model.smart_resize(
+        side, side, spec.patch * spec.merge, spec.min_pixels, spec.max_pixels
+    )
+    return (height // spec.patch) * (width // spec.patch)
+
+
+def tell(what: str, backbone: model.Backbone, stage: str, cfg, load: Load, gb: float) -> bool:
+    """Prints what a run of `stage` with this Config needs of each rank. what: the run's and the
+    backbone's names. -> whether all of it fits in gb."""
+    parameters = list(backbone.net.parameters())
+    billions = f"{count(parameters) / 1e9:.2f} B parameters"
+    if stage != "vla":  # which trains a head alone
+        billions += f", {count_trained(parameters) / 1e9:.2f} B of them trained"
+        backbone.net.to(load.dtype)
+    needed = estimate(stage, cfg, backbone.net, load)
+
+    compute = str(load.dtype).removeprefix("torch.")
+    print(f"{what}: {billions}")
+    print(
+        f"GB on each of {load.ranks} ranks, rows of {load.row_tokens} tokens with "
+        f"{load.row_patches} patches, {compute} compute"
+    )
+    for name, size in needed.parts.items():
+        print(f"  {name:16s} {size / 1e9:7.1f}")
+    free = f"{FREE_SHARE:.0%}"
+    usable = (1 - FREE_SHARE) * gb * 1e9
+    for name, size in needed.peaks.items():
+        verdict = "fits" if size < usable else "does not fit"
+        print(f"{name + ', peak':18s} {size / 1e9:7.1f}   {verdict} in {gb:.4g} GB, {free} left free")
+    return all(size < usable for size in needed.peaks.values())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """-> exit status: 0 when the run fits, else 1."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.memory",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    ranks, gb, gpu = this_machine()
+    machine = this_machine()
     add = parser.add_argument
-    add("stage", choices=["sft", "grpo", "vla"])
+    add("stage", choices=STAGES)
     add("--size", default="", help="a published backbone in place of --init, as in tools.backbones")
-    add("--ranks", type=int, default=ranks, help=f"processes, one a GPU ({ranks})")
-    add("--gb", type=float, help=f"memory of one, 10^9 bytes ({gb:.4g} over the ranks of a CPU)")
-    add("--compute", choices=["bf16", "fp32"], default="bf16" if gpu else "fp32", help="type")
+    add("--ranks", type=int, default=machine.ranks, help=f"processes, one a GPU ({machine.ranks})")
+    add(
+        "--gb",
+        type=float,
+        help=f"memory of one, 10^9 bytes ({machine.gb:.4g} over the ranks of a CPU)",
+    )
+    add(
+        "--compute",
+        choices=COMPUTE_TYPES,
+        default="bf16" if machine.has_gpu else "fp32",
+        help="type",
+    )
     add("--row", type=int, default=0, help="tokens of a row; 0: sft --max-length, else 256")
     add("--image", type=int, default=256, help="side of the one image of a row, pixels")
-    args, rest = parser.parse_known_args(argv)
+    args, stage_argv = parser.parse_known_args(argv)
     if args.size not in ("", *backbones.SIZES):
         parser.error(f"--size {args.size}: choose one of {', '.join(backbones.SIZES)}")
-    stage = {"sft": sft, "grpo": grpo, "vla": vla}[args.stage]
-    cfg = model.parse_config(stage.Config, stage.PRESETS, rest)
-    gb = args.gb or (gb if gpu else gb / args.ranks)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.compute]
-    fits = tell(args.stage, cfg, args.ranks, gb, dtype, args.row, args.image, args.size)
-    return 0 if fits else 1
+
+    stage = STAGES[args.stage]
+    cfg = model.parse_config(stage.Config, stage.PRESETS, stage_argv)
+    backbone = load_shapes(cfg, args.size)
+    load = Load(
+        ranks=args.ranks,
+        row_tokens=args.row or (cfg.max_length if args.stage == "sft" else PROMPT_TOKENS),
+        row_patches=patches_of(backbone.image_spec, args.image),
+        dtype=COMPUTE_TYPES[args.compute],
+    )
+    gb = args.gb or (machine.gb if machine.has_gpu else machine.gb / args.ranks)
+    what = f"{args.stage} {cfg.preset}, {args.size or cfg.init}"
+    return 0 if tell(what, backbone, args.stage, cfg, load, gb) else 1
 
 
 if __name__ == "__main__":

@@ -5,58 +5,95 @@ Free of torch, since simulators live in a Python of their own: tools/serve.py is
 
 import contextlib
 import re
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tools.extras import require
 
+NUMBER_TYPE = r"[<>=|][biuf]\d"  # dtype strings of numbers: "<f4", "|u1"
 
-def network():
-    """msgpack, websockets' server and client, its error."""
-    return require(
+
+class Network(NamedTuple):
+    """The optional modules that carry messages."""
+
+    msgpack: ModuleType
+    server: ModuleType  # websockets.sync.server
+    client: ModuleType  # websockets.sync.client
+    exceptions: ModuleType  # websockets.exceptions
+
+
+def network() -> Network:
+    """Imports what messages need. ValueError naming the pip install when a package is missing."""
+    modules = require(
         "websockets==17.4 msgpack==1.2.4",
         "msgpack",
         "websockets.sync.server",
         "websockets.sync.client",
         "websockets.exceptions",
     )
+    return Network(*modules)
 
 
-def pack(value):
+# ---- Messages -----------------------------------------------------------------------------------
+
+
+def array_to_dict(array: np.ndarray) -> dict:
+    """An array as openpi-client writes it; msgpack calls this for what it does not know."""
+    return {
+        b"__ndarray__": True,
+        b"data": array.tobytes(),
+        b"dtype": array.dtype.str,
+        b"shape": array.shape,
+    }
+
+
+def dict_to_array(value: dict) -> Any:
+    """The inverse of array_to_dict; other dicts stay as they are.
+
+    The message may be anyone's, so only types of numbers are made: "O" would hold pointers."""
+    if b"__ndarray__" in value:
+        if not re.fullmatch(NUMBER_TYPE, str(value[b"dtype"])):
+            raise ValueError(f"an array of type {value[b'dtype']!r}, not of numbers")
+        return np.ndarray(value[b"shape"], value[b"dtype"], value[b"data"])
+    if b"data" in value:  # openpi-client's form of a single numpy number
+        return value[b"data"]
+    return value
+
+
+def pack(value: Any) -> bytes:
     """A message of dicts, lists, numbers, text and numpy arrays -> bytes."""
-    return network()[0].packb(
-        value,
-        default=lambda x: {
-            b"__ndarray__": True,
-            b"data": x.tobytes(),
-            b"dtype": x.dtype.str,
-            b"shape": x.shape,
-        },
-    )
+    return network().msgpack.packb(value, default=array_to_dict)
 
 
-def unpack(message):
+def unpack(message: bytes) -> Any:
     """The inverse of pack. Bytes from anyone: ValueError, TypeError, KeyError or OverflowError."""
+    return network().msgpack.unpackb(message, object_hook=dict_to_array)
 
-    def arrays(x):
-        if b"__ndarray__" not in x:
-            return x.get(b"data", x)  # openpi-client's form of a numpy number
-        if not re.fullmatch(r"[<>=|][biuf]\d", str(x[b"dtype"])):
-            raise ValueError(f"an array of type {x[b'dtype']!r}, not of numbers")
-        return np.ndarray(x[b"shape"], x[b"dtype"], x[b"data"])
 
-    return network()[0].unpackb(message, object_hook=arrays)
+# ---- Client -------------------------------------------------------------------------------------
+
+
+class Connection(NamedTuple):
+    """A client's end of a connection to tools/serve.py."""
+
+    infer: Callable[[dict], dict]  # observation -> answer; RuntimeError when it is refused
+    metadata: dict  # what the server tells of its policy
 
 
 @contextlib.contextmanager
-def client(port):
-    """-> (infer(observation) -> answer, metadata), on this machine. RuntimeError when refused."""
-    with network()[2].connect(f"ws://127.0.0.1:{port}", compression=None, max_size=None) as ws:
+def client(port: int) -> Iterator[Connection]:
+    """Inside the block, a connection to the server at this port of this machine."""
+    url = f"ws://127.0.0.1:{port}"
+    with network().client.connect(url, compression=None, max_size=None) as socket:
 
-        def infer(obs):
-            ws.send(pack(obs))
-            if (answer := ws.recv())[:5] == "error":
+        def infer(observation: dict) -> dict:
+            socket.send(pack(observation))
+            answer = socket.recv()
+            if answer[:5] == "error":  # text; an answer is bytes
                 raise RuntimeError(answer)
             return unpack(answer)
 
-        yield infer, unpack(ws.recv())
+        yield Connection(infer, metadata=unpack(socket.recv()))

@@ -7,17 +7,22 @@ A client receives the metadata as it connects; then each observation is answered
     {"image": uint8 (H, W, 3), further cameras, "state": (S,), "prompt": str, perhaps "reset": True}
     -> {"actions": float32 (n, A) in dataset units, "clipped": numbers that were, "server_timing"}
 
-openpi-client drives it unchanged. "reset" begins an episode, as a new prompt does. What does not fit
-is answered by one line of text. The message seeds the noise: the same one gets the same answer.
+openpi-client drives it unchanged. "reset" begins an episode, as a new prompt does. What does not
+fit is answered by one line of text. The message seeds the noise: the same one gets the same answer.
+
+Each client has a thread, which reads its messages in turn; forwards are shared by all that wait.
 """
 
 import argparse
-import collections
 import contextlib
 import re
 import threading
 import time
 import zlib
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,116 +31,220 @@ import model
 import vla
 from tools.protocol import network, pack, unpack
 
+LARGEST_MESSAGE = 1 << 24  # bytes; a larger one closes its connection
+LONGEST_PROMPT = 2000  # characters
+GATHERING_TIME = 0.002  # seconds: clients that were answered together ask again together
+ANSWERS_A_REPORT = 1000  # requests between two lines of statistics
+
+# What a message from anyone can cause, down to a policy that fails; the connection goes on.
+ANSWERABLE = (ValueError, TypeError, KeyError, OverflowError, RuntimeError)
+
+
+# ---- Observations -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a client sees, checked: the arguments of one row of vla.Policy.act_batch."""
+
+    images: list[np.ndarray]  # uint8 (H, W, 3), one for each camera of the policy, in its order
+    prompt: str
+    state: np.ndarray  # (S,) float32, dataset units
+    reset: bool  # an episode begins
+
+
+@dataclass
+class Job:
+    """An observation that waits for a forward, and what comes of it."""
+
+    observation: Observation
+    noise_seed: int
+    result: np.ndarray | Exception | None = None  # chunk (K, A), or why there is none
+
+
+def with_our_names(message: dict) -> dict:
+    """Adds to openpi's names of inputs ours: "observation/wrist_image" is "image_wrist" too."""
+    ours = {}
+    for key, value in message.items():
+        name = re.sub("^observation/", "", key).replace("wrist_image", "image_wrist")
+        ours[name] = value
+    return {**message, **ours}
+
+
+# ---- Server -------------------------------------------------------------------------------------
+
 
 class Server:
-    """One policy (vla.Policy) for any number of clients; at most `batch` share a forward. execute,
-    ensemble: see vla.ChunkExecutor. keys: {input: what clients call it}, for the state several joined by "+"."""
+    """One policy for any number of clients.
 
-    def __init__(self, policy, execute=0, ensemble=0.0, keys=None, batch=64):
-        network()
-        self.policy, self.keys, self.batch = policy, keys or {}, batch
-        self.plan, self.waiting = (policy.horizon, execute, ensemble), []
-        self.busy, self.counting = threading.Lock(), threading.Lock()
-        self.count, self.took = collections.Counter(), collections.deque(maxlen=1000)  # took: ms
-        stats = policy.spec["stats"]  # q01 .. q99: what the policy knows as -1 .. 1
-        self.range = [np.float32(stats["action"][k]) for k in ("q01", "q99")]
+    policy: a vla.Policy. execute, ensemble: what a client carries out of a chunk, as in
+    vla.ChunkExecutor. keys: {our name of an input: what clients call it}; the state may be several
+    of theirs, joined by "+". batch: clients that share a forward at most.
+    ValueError when websockets or msgpack is missing, or execute does not fit the policy."""
+
+    def __init__(
+        self,
+        policy: vla.Policy,
+        execute: int = 0,
+        ensemble: float = 0.0,
+        keys: dict[str, str] | None = None,
+        batch: int = 64,
+    ):
+        network()  # a missing package shows now, not at the first client
+        self.policy = policy
+        self.execute = execute
+        self.ensemble = ensemble
+        self.keys = keys or {}
+        self.batch = batch
+
+        self.waiting: list[Job] = []  # in order of arrival
+        self.forwarding = threading.Lock()  # held by the one thread that runs the policy
+        self.counting = threading.Lock()
+        self.count = Counter()  # requests, forwards, refused, numbers (sent), clipped (of these)
+        self.latencies = deque(maxlen=1000)  # of the last answers, ms
+
+        stats = policy.spec["stats"]
+        # q01 .. q99: what the policy knows as -1 .. 1, and what a robot is sent at most
+        self.lowest = np.float32(stats["action"]["q01"])  # (A,)
+        self.highest = np.float32(stats["action"]["q99"])  # (A,)
         self.metadata = {
             "cameras": list(policy.cameras),
             "state_dim": len(stats["state"]["q01"]),
-            "action_horizon": vla.ChunkExecutor(*self.plan).execute,
-            "action_range": self.range,
+            "action_horizon": self.executor().execute,
+            "action_range": [self.lowest, self.highest],
         }
 
-    def check(self, obs):
-        """An observation -> (images, prompt, state (S,)). ValueError naming what does not fit."""
-        obs |= {
-            re.sub("^observation/", "", k).replace("wrist_image", "image_wrist"): v
-            for k, v in obs.items()
-        }  # openpi's names
-        prompt, *images = (obs[self.keys.get(n, n)] for n in ("prompt", *self.policy.cameras))
-        state = np.hstack([obs[key] for key in self.keys.get("state", "state").split("+")])
-        if not isinstance(prompt, str) or not 0 < len(prompt) <= 2000:
-            raise ValueError("prompt must be text of 1 to 2000 characters")
-        for camera, image in zip(self.policy.cameras, map(np.asarray, images)):
+    def executor(self) -> vla.ChunkExecutor:
+        """A fresh one, for one client."""
+        return vla.ChunkExecutor(self.policy.horizon, self.execute, self.ensemble)
+
+    def check(self, message: dict) -> Observation:
+        """A message -> what the policy reads. ValueError or KeyError naming what does not fit."""
+        message = with_our_names(message)
+        prompt = message[self.keys.get("prompt", "prompt")]
+        cameras = self.policy.cameras
+        images = [np.asarray(message[self.keys.get(camera, camera)]) for camera in cameras]
+        state_keys = self.keys.get("state", "state").split("+")
+        state = np.hstack([message[key] for key in state_keys])
+
+        if not isinstance(prompt, str) or not 0 < len(prompt) <= LONGEST_PROMPT:
+            raise ValueError(f"prompt must be text of 1 to {LONGEST_PROMPT} characters")
+        for camera, image in zip(cameras, images, strict=True):
             if image.dtype != np.uint8 or image.shape[2:] != (3,) or not image.size:
                 raise ValueError(f"{camera} is {image.dtype} {image.shape}; send uint8 (H, W, 3)")
-        state, size = state.astype(np.float32), self.metadata["state_dim"]
-        if state.shape != (size,) or not np.isfinite(state).all():
-            raise ValueError(f"state is {state}; send {size} finite numbers")
-        return images, prompt, state
+        state = state.astype(np.float32)
+        state_dim = self.metadata["state_dim"]
+        if state.shape != (state_dim,) or not np.isfinite(state).all():
+            raise ValueError(f"state is {state}; send {state_dim} finite numbers")
+        return Observation(images, prompt, state, reset=bool(message.get("reset", False)))
 
-    def forward(self, rows):
-        """act_batch's arguments in rows -> a chunk each; an error for a row that makes it fail."""
+    def forward(self, jobs: list[Job]) -> list[np.ndarray | Exception]:
+        """One forward of the policy -> a chunk (K, A) a job. When it fails each job goes alone, so
+        that the error meets only the one that makes it fail."""
+        observations = [job.observation for job in jobs]
         try:
-            return list(self.policy.act_batch(*zip(*rows)))
+            chunks = self.policy.act_batch(
+                [observation.images for observation in observations],
+                [observation.prompt for observation in observations],
+                [observation.state for observation in observations],
+                keys=[[job.noise_seed] for job in jobs],
+            )  # (B, K, A)
         except (ValueError, RuntimeError) as e:
-            return [e] if len(rows) == 1 else [self.forward([row])[0] for row in rows]
+            if len(jobs) == 1:
+                return [e]
+            return [self.forward([job])[0] for job in jobs]
+        return list(chunks)
 
-    def chunk(self, row):
-        """One client's row -> its chunk (or error), in one forward with all that wait by then."""
-        self.waiting.append(job := [row, None])  # None becomes its chunk
-        with self.busy:
-            while job[1] is None:
-                time.sleep(0.002)  # clients answered together ask again together
-                jobs = self.waiting[: self.batch]
-                del self.waiting[: len(jobs)]
-                for one, chunk in zip(jobs, self.forward([row for row, _ in jobs])):
-                    one[1] = chunk
+    def predict(self, job: Job) -> np.ndarray:
+        """A client's job -> its chunk (K, A), from one forward with all that wait by then.
+
+        Whoever holds the lock forwards for all; the others find their results when it is theirs.
+        ValueError when the policy fails or answers NaN."""
+        self.waiting.append(job)
+        with self.forwarding:
+            while job.result is None:
+                time.sleep(GATHERING_TIME)
+                batch = self.waiting[: self.batch]
+                del self.waiting[: len(batch)]
+                for other, result in zip(batch, self.forward(batch), strict=True):
+                    other.result = result
                 self.count["forwards"] += 1
-        return job[1]
+        if isinstance(job.result, Exception) or not np.isfinite(job.result).all():
+            raise ValueError(f"stop the robot: the policy answers {job.result}")
+        return job.result
 
-    def answer(self, message, plan):
-        """One message of a client -> the reply."""
+    def answer(self, message: Any, executor: vla.ChunkExecutor) -> dict:
+        """One message of a client, whose chunks `executor` holds -> the reply. An error of
+        ANSWERABLE says what does not fit."""
         start = time.perf_counter()
-        if not isinstance(message, bytes) or not isinstance(obs := unpack(message), dict):
+        # 1. read and check
+        if not isinstance(message, bytes):
             raise TypeError("not a packed dict")
-        images, prompt, state = self.check(obs)
-        if obs.get("reset", False):
-            plan.reset()
-        chunk = self.chunk((images, prompt, state, [zlib.crc32(message)]))
-        if isinstance(chunk, Exception) or not np.isfinite(chunk).all():
-            raise ValueError(f"stop the robot: the policy answers {chunk}")
-        made = plan(chunk, prompt)
-        actions = np.clip(made, *self.range)
-        clipped, took = int((actions != made).sum()), 1000 * (time.perf_counter() - start)
+        content = unpack(message)
+        if not isinstance(content, dict):
+            raise TypeError("not a packed dict")
+        observation = self.check(content)
+
+        # 2. predict
+        if observation.reset:
+            executor.reset()
+        chunk = self.predict(Job(observation, noise_seed=zlib.crc32(message)))  # (K, A)
+        predicted = executor(chunk, observation.prompt)  # (n, A)
+
+        # 3. clip and count
+        actions = np.clip(predicted, self.lowest, self.highest)
+        clipped = int((actions != predicted).sum())
+        milliseconds = 1000 * (time.perf_counter() - start)
         with self.counting:
             self.count.update(requests=1, numbers=actions.size, clipped=clipped)
-            self.took.append(took)
-            if self.count["requests"] % 1000 == 0:
+            self.latencies.append(milliseconds)
+            if self.count["requests"] % ANSWERS_A_REPORT == 0:
                 print(self, flush=True)
-        return {"actions": actions, "clipped": clipped, "server_timing": {"infer_ms": took}}
+        return {
+            "actions": actions,
+            "clipped": clipped,
+            "server_timing": {"infer_ms": milliseconds},
+        }
 
     def __str__(self):
-        n, (p50, p95) = self.count, np.percentile(self.took or [0], [50, 95])
+        count = self.count
+        p50, p95 = np.percentile(self.latencies or [0], [50, 95])
         return (
-            f"{n['requests']} requests, {n['forwards']} forwards  p50 {p50:.1f} p95 {p95:.1f} ms"
-            f"  {n['refused']} refused  {n['clipped']} of {n['numbers']} numbers clipped"
+            f"{count['requests']} requests, {count['forwards']} forwards"
+            f"  p50 {p50:.1f} p95 {p95:.1f} ms  {count['refused']} refused"
+            f"  {count['clipped']} of {count['numbers']} numbers clipped"
         )
 
-    def client(self, connection):
-        plan = vla.ChunkExecutor(*self.plan)
-        with contextlib.suppress(network()[3].ConnectionClosed):  # 1009: a message over the limit
+    def client(self, connection) -> None:
+        """Answers one client until it leaves; runs in a thread of websockets' server."""
+        executor = self.executor()
+        closed = network().exceptions.ConnectionClosed  # also after a message over the limit
+        with contextlib.suppress(closed):
             connection.send(pack(self.metadata))
             for message in connection:
                 try:
-                    connection.send(pack(self.answer(message, plan)))
-                except (ValueError, TypeError, KeyError, OverflowError, RuntimeError) as e:
-                    self.count["refused"] += 1
+                    reply = pack(self.answer(message, executor))
+                except ANSWERABLE as e:
+                    with self.counting:
+                        self.count["refused"] += 1
                     cameras = ", ".join(self.policy.cameras)
-                    connection.send(f"error: {e!r}; the policy reads prompt, state, {cameras}")
+                    reply = f"error: {e!r}; the policy reads prompt, state, {cameras}"
+                connection.send(reply)
 
     @contextlib.contextmanager
-    def listen(self, host="127.0.0.1", port=0):
-        """Inside the block the server runs in threads, at the port that it yields."""
-        limit = 1 << 24  # bytes a message
-        with network()[1].serve(
-            self.client, host, port, max_size=limit, compression=None
-        ) as server:
+    def listen(self, host: str = "127.0.0.1", port: int = 0) -> Iterator[int]:
+        """Inside the block the server runs in threads, at the port that it yields (0: a free
+        one)."""
+        serve = network().server.serve
+        with serve(self.client, host, port, max_size=LARGEST_MESSAGE, compression=None) as server:
             threading.Thread(target=server.serve_forever).start()
             yield server.socket.getsockname()[1]
 
 
-def main(argv=None):
+# ---- Command line -------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.serve", description="Serve a policy.")
     add = parser.add_argument
     add("--policy", required=True, help="checkpoint of vla.py")
@@ -148,13 +257,16 @@ def main(argv=None):
     add("--seed", type=int, default=0, help="seed of the policy's noise")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
+
     policy = vla.Policy.load(args.policy, device=args.device, seed=args.seed)
-    keys = dict(pair.partition("=")[::2] for pair in args.keys)
-    execute = args.execute or policy.horizon
-    server = Server(policy, execute, args.ensemble, keys, args.batch)
+    keys = {}
+    for pair in args.keys:
+        ours, _, theirs = pair.partition("=")
+        keys[ours] = theirs
+    server = Server(policy, args.execute or policy.horizon, args.ensemble, keys, args.batch)
     with contextlib.suppress(KeyboardInterrupt), server.listen(args.host, args.port):
         print(f"ws://{args.host}:{args.port}: {server.metadata}", flush=True)
-        threading.Event().wait()
+        threading.Event().wait()  # until Ctrl-C
     print(server)
 
 

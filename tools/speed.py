@@ -7,7 +7,7 @@ is an error. On CPU: one thread, process CPU seconds, which a busy machine distu
 time; on cuda wall seconds between synchronisations. In doubt the peer is favoured: its batches are
 made before the clock starts (rollout), gradient checkpointing is off (TRL). Both sides run in a
 process as it comes, without our scripts' setting of glibc (model.setup); --keep-memory gives it to
-both. In rollout and grpo the end of the turn is banned: all have --new tokens.
+both. In rollout and grpo the end of the turn is banned: all have --new-tokens tokens.
 
 python -m tools.speed rollout                       # transformers generate
 python -m tools.speed grpo --image 224              # a step of TRL; full rows in the update
@@ -16,6 +16,8 @@ python -m tools.speed head                          # the frozen backbone in the
 python -m tools.speed fast                          # the published code, chunk by chunk
 python -m tools.speed cost --repeats 3              # ours alone: group, completion, image grow
 torchrun --nproc_per_node 2 -m tools.speed cost --repeats 3   # and with ranks: wall seconds
+
+After the two sections that all share, each section is one of these commands.
 """
 
 import argparse
@@ -32,8 +34,10 @@ import sys
 import tempfile
 import time
 import zlib
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -49,359 +53,503 @@ import grpo
 import model
 import sft
 import vla
-from tools import backbones
 from fast_tokenizer import FastTokenizer
+from tools import backbones
 
-HORIZON, DIM = 16, 7  # steps K of a chunk, action dimensions A
-FAST = 1024  # FAST tokens
+HORIZON = 16  # steps of a chunk, K
+ACTION_DIM = 7  # A
+STATE_DIM = 8  # S
+ACTION_TOKENS = 1024  # vocabulary of the action tokenizer
 QUESTION = "put the {}red block to the left of the blue bowl"
 
-# Weights and inputs
+
+# ---- Weights and inputs -------------------------------------------------------------------------
 
 SIZES = {"3b": "qwen2.5-vl-3b", "7b": "qwen2.5-vl-7b", "tiny-vlm": "tiny-vlm", "tiny": "speed"}
+ADDED_TOKENS = ACTION_TOKENS + 2 + len(model.SPECIAL_TOKENS) + len(model.TAGS)  # 2: start and end
 backbones.SIZES["speed"] = backbones.Size(
-    vocab=4096 - FAST - 2 - len(model.SPECIAL_TOKENS) - len(model.TAGS),
+    vocab_size=4096 - ADDED_TOKENS,
     hidden=256,
     layers=4,
     heads=8,
-    kv=4,
+    kv_heads=4,
     mlp=768,
-    theta=1e6,
-    vision=128,
+    rope_theta=1e6,
+    vision_hidden=128,
     vision_mlp=512,
     patch=14,
-    pixels=(4 * 28**2, 4096 * 28**2),
+    pixel_bounds=(4 * 28**2, 4096 * 28**2),
 )
 
 
-def make_backbone(args):
+class Question(NamedTuple):
+    """What a prompt is made of."""
+
+    text: str
+    image: np.ndarray  # uint8 (side, side, 3)
+
+
+def make_backbone(args: argparse.Namespace) -> model.Backbone:
     """Random weights, bf16 on GPU, with FAST tokens; "tiny-vlm" is shaped as the embedded one."""
-    size, device, dtype = args.size, args.device, vla.compute_dtype(args.device)
-    if size == "tiny-vlm":
+    dtype = vla.compute_dtype(args.device)
+    if args.size == "tiny-vlm":
         backbone = backbones.random_backbone("tiny-vlm")
-        backbone.net.to(device, dtype)
+        backbone.net.to(args.device, dtype)
         return backbone
-    texts = [*backbones.SENTENCES * 20, " ".join(words(6000, 0))]
-    backbone = backbones.random_backbone(SIZES[size], 0, texts, device)
+    texts = [*backbones.SENTENCES * 20, " ".join(random_words(6000, 0))]
+    backbone = backbones.random_backbone(SIZES[args.size], 0, texts, args.device)
     backbone.net.to(dtype)
-    backbone.action_tokenizer = fitted()
-    sft.grow_vocabulary(backbone, FAST)
-    backbone.vocab.banned = backbone.tokenizer.convert_tokens_to_ids(
-        model.SPECIAL_TOKENS
-    )  # the end too; no unused rows
+    backbone.action_tokenizer = fitted_tokenizer()
+    sft.grow_vocabulary(backbone, ACTION_TOKENS)
+    # the end of the turn too; there are no unused rows
+    banned = backbone.tokenizer.convert_tokens_to_ids(model.SPECIAL_TOKENS)
+    backbone.vocab.banned = banned
     return backbone
 
 
-def words(n, seed):
+def random_words(n: int, seed: int) -> list[str]:
+    """n words of 3 to 8 small letters."""
     rng = model.rng(seed, "words")
-    return [bytes(rng.integers(97, 123, rng.integers(3, 9)).tolist()).decode() for _ in range(n)]
+    words = []
+    for _ in range(n):
+        letters = rng.integers(97, 123, rng.integers(3, 9))
+        words.append(bytes(letters.tolist()).decode())
+    return words
 
 
-def smooth(n, seed):
+def smooth_chunks(n: int, seed: int | str) -> np.ndarray:
     """n chunks (n, K, A) in [-1, 1]; their power falls with frequency, as that of recorded ones."""
-    coefs = model.rng(0, "chunks", seed).normal(size=(n, HORIZON, DIM))
-    fall = 2 / (1 + np.arange(HORIZON)[:, None]) ** 1.8
-    return np.tanh(idct(coefs * fall, axis=1, norm="ortho")).astype(np.float32)
+    coefficients = model.rng(0, "chunks", seed).normal(size=(n, HORIZON, ACTION_DIM))
+    fall = 2 / (1 + np.arange(HORIZON)[:, None]) ** 1.8  # (K, 1)
+    return np.tanh(idct(coefficients * fall, axis=1, norm="ortho")).astype(np.float32)
 
 
-def fitted():
-    ends = np.ones((2, HORIZON, DIM)) * [[[1.0]], [[-1.0]]]  # the largest coefficients: no clipping
-    return FastTokenizer.fit(np.concatenate([smooth(8192, "fit"), ends]), FAST, 10)
+def fitted_tokenizer() -> FastTokenizer:
+    """An action tokenizer that clips nothing: constant chunks have the largest coefficients."""
+    constant = np.ones((2, HORIZON, ACTION_DIM)) * [[[1.0]], [[-1.0]]]
+    chunks = np.concatenate([smooth_chunks(8192, "fit"), constant])
+    return FastTokenizer.fit(chunks, ACTION_TOKENS, 10)
 
 
-def questions(n, side):
-    """-> n times (text, image (side, side, 3) uint8); the texts differ in length."""
+def questions(n: int, side: int) -> list[Question]:
+    """n questions about images of so many pixels a side; the texts differ in length."""
     images = model.rng(0, "images").integers(0, 256, (n, side, side, 3), np.uint8)
-    texts = [model.action_question(QUESTION.format("far " * (i % 3))) for i in range(n)]
-    return [("<image>" + model.ask(t, think=True), image) for t, image in zip(texts, images)]
+    items = []
+    for i, image in enumerate(images):
+        instruction = QUESTION.format("far " * (i % 3))
+        question = model.ask(model.action_question(instruction), think=True)
+        items.append(Question("<image>" + question, image))
+    return items
 
 
-def prompts(backbone, items):
-    return [
-        model.encode(backbone, [{"role": "user", "content": text}], [image], prompt_only=True)
-        for text, image in items
-    ]
+def prompt_rows(backbone: model.Backbone, items: list[Question]) -> list[dict]:
+    rows = []
+    for item in items:
+        messages = [{"role": "user", "content": item.text}]
+        rows.append(model.encode(backbone, messages, [item.image], prompt_only=True))
+    return rows
 
 
-def lengths(rows):
+def lengths(rows: list[dict]) -> list[int]:
     return [len(row["ids"]) for row in rows]
 
 
-def plain(backbone, rows, device, left=False):
-    """Rows -> arguments of transformers' own forward, and where targets are."""
+def plain_inputs(
+    backbone: model.Backbone, rows: list[dict], device: str, left: bool = False
+) -> tuple[dict, torch.Tensor]:
+    """Rows -> arguments of transformers' own forward, and where targets are (B, T)."""
     batch = model.to_device(model.collate(rows, backbone.vocab.pad, left), device)
-    return {
+    inputs = {
         "input_ids": batch["ids"],
         "attention_mask": batch["mask"],
         "mm_token_type_ids": (batch["ids"] == backbone.vocab.image).int(),
         "pixel_values": batch["patches"],
         "image_grid_thw": batch["grid"],
-    }, batch["target"]
+    }
+    return inputs, batch["target"]
 
 
-# Measuring
+# ---- Measuring ----------------------------------------------------------------------------------
 
 
-def clock(args):
+@dataclass(frozen=True)
+class Quartiles:
+    """Of one figure over the measured turns."""
+
+    median: float
+    q25: float
+    q75: float
+    n: int  # turns
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> "Quartiles":
+        low, median, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
+        return cls(median=median, q25=low, q75=high, n=len(values))
+
+
+class Work(NamedTuple):
+    """A number of what each side did in a turn; they may differ by a share of the larger one."""
+
+    ours: float
+    peer: float
+    tolerance: float = 0
+
+
+@dataclass
+class Pair:
+    """Our seconds beside a peer's for the same work."""
+
+    ours: Quartiles
+    peer: Quartiles
+    ratio: Quartiles  # peer / ours in each turn
+    unit: str  # of ours and peer
+    work: dict[str, Work]  # of the last turn
+    more: dict[str, float] = field(default_factory=dict)  # what else is known of this pair
+
+    def record(self) -> dict:
+        """As it is printed and stands in results/speed.jsonl."""
+        work = {name: {"ours": w.ours, "peer": w.peer} for name, w in self.work.items()}
+        return {
+            "ours": asdict(self.ours),
+            "peer": asdict(self.peer),
+            "ratio": asdict(self.ratio),
+            "unit": self.unit,
+            "work": work,
+            **self.more,
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a command has measured."""
+
+    pairs: dict[str, Pair]
+    settings: dict  # what the flags do not say: lengths of the prompts and so on
+    skipped: dict[str, str] = field(default_factory=dict)  # pair -> what to install for it
+
+    def record(self) -> dict[str, dict]:
+        measured = {name: pair.record() for name, pair in self.pairs.items()}
+        return measured | {name: {"skipped": why} for name, why in self.skipped.items()}
+
+
+def clock(args: argparse.Namespace) -> float:
+    """Seconds; of the process's CPU time, but on a GPU or several ranks on the wall."""
     if args.device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() if args.ranks or args.device == "cuda" else time.process_time()
+    on_the_wall = args.ranks or args.device == "cuda"
+    return time.perf_counter() if on_the_wall else time.process_time()
 
 
-def compare(ours, peer, work, args):
-    """ours(k) and peer(k) by turns, turn 0 unmeasured. work(what ours returned, what peer returned)
-    -> {name: (number, number, relative tolerance)}; ValueError when they differ by more.
-    -> {"ours", "peer", "ratio" (of the two in each turn): quartiles, "unit", "work"}."""
+def compare(
+    ours: Callable[[int], Any],
+    peer: Callable[[int], Any],
+    work: Callable[[Any, Any], dict[str, Work]],
+    args: argparse.Namespace,
+) -> Pair:
+    """ours(turn) and peer(turn) one after the other, turn 0 unmeasured.
+
+    work: of what ours returned and what the peer returned. ValueError when they did not do the
+    same."""
     spent = []
-    for k in range(args.repeats + 1):
-        at, done = [clock(args)], []
+    for turn in range(args.repeats + 1):
+        times = [clock(args)]
+        results = []
         for side in (ours, peer):
-            done.append(side(k))
-            at.append(clock(args))
-        spent.append(np.diff(at))
-        did = work(*done)
-        for name, (a, b, tolerance) in did.items():
-            if not abs(a - b) <= tolerance * max(abs(a), abs(b)):
-                raise ValueError(
-                    f"turn {k}: {name} is {a} in ours, {b} in the peer; they do not "
-                    "do the same work, so a ratio would mean nothing"
-                )
-    a, b = np.array(spent[1:]).T
-    pair = {}
-    for name, x in (("ours", a), ("peer", b), ("ratio", b / a)):
-        low, median, high = np.quantile(x, [0.25, 0.5, 0.75]).tolist()
-        pair[name] = {"median": median, "q25": low, "q75": high, "n": len(x)}
-    return pair | {
-        "unit": "CPU s" if args.device == "cpu" and not args.ranks else "s",
-        "work": {name: {"ours": a, "peer": b} for name, (a, b, _) in did.items()},
-    }
+            results.append(side(turn))
+            times.append(clock(args))
+        spent.append(np.diff(times))
+        done = work(*results)
+        check_work(done, turn)
+    ours_seconds, peer_seconds = np.array(spent[1:]).T  # (turns,) each
+    return Pair(
+        ours=Quartiles.of(ours_seconds),
+        peer=Quartiles.of(peer_seconds),
+        ratio=Quartiles.of(peer_seconds / ours_seconds),
+        unit="CPU s" if args.device == "cpu" and not args.ranks else "s",
+        work=done,
+    )
 
 
-def timed(run, args):
+def check_work(work: dict[str, Work], turn: int) -> None:
+    for name, (ours, peer, tolerance) in work.items():
+        if not abs(ours - peer) <= tolerance * max(abs(ours), abs(peer)):
+            raise ValueError(
+                f"turn {turn}: {name} is {ours} in ours, {peer} in the peer; they do not "
+                "do the same work, so a ratio would mean nothing"
+            )
+
+
+def timed(run: Callable[[], Any], args: argparse.Namespace) -> float:
     """Median seconds of run(), which has no peer."""
-    return compare(lambda k: run(), lambda k: None, lambda x, y: {}, args)["ours"]["median"]
+    pair = compare(lambda turn: run(), lambda turn: None, lambda ours, peer: {}, args)
+    return pair.ours.median
 
 
-# Ours against its peers
+def same_tokens(ours: torch.Tensor, peer: torch.Tensor) -> dict[str, Work]:
+    """Of masks of sampled tokens, or of their sums."""
+    return {"tokens": Work(int(ours.sum()), int(peer.sum()))}
 
 
-def rollout(args):
+def training_step(
+    loss: torch.Tensor, net: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> torch.Tensor:
+    """What follows the loss, alike on both sides. -> the loss, detached."""
+    loss.backward()
+    model.clip_gradients(net.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+# ---- rollout ------------------------------------------------------------------------------------
+
+
+def rollout(args: argparse.Namespace) -> Comparison:
     """model.generate against transformers' generate, which forwards a prompt once a completion; on
     a GPU also with its steps replayed as CUDA graphs against without."""
-    backbone, G, new = make_backbone(args), args.group, args.new
-    rows = prompts(backbone, questions(args.prompts, args.image))
-    batch = plain(backbone, rows, args.device, left=True)[0] | {
+    backbone = make_backbone(args)
+    rows = prompt_rows(backbone, questions(args.prompts, args.image))
+    inputs, _ = plain_inputs(backbone, rows, args.device, left=True)
+    inputs |= {
         "suppress_tokens": backbone.vocab.banned,
-        "max_new_tokens": new,
-        "min_new_tokens": new,
+        "max_new_tokens": args.new_tokens,
+        "min_new_tokens": args.new_tokens,
     }
-    T = batch["input_ids"].shape[1]
-
-    def peer(k):
-        torch.manual_seed(k)
-        return (
-            backbone.net.generate(
-                **batch, do_sample=True, top_k=0, top_p=1.0, num_return_sequences=G
-            )[:, T:]
-            != backbone.vocab.pad
-        )
-
+    prompt_length = inputs["input_ids"].shape[1]
     backbone.net.eval()
-    pair = compare(
-        lambda k: model.generate(backbone, rows, G, new, seed=k)["mask"],
-        peer,
-        lambda x, y: {"tokens": (int(x.sum()), int(y.sum()), 0)},
-        args,
-    )
-    same = (
-        model.generate(backbone, rows, 1, new, greedy=True)["ids"]
-        == backbone.net.generate(**batch, do_sample=False)[:, T:]
-    )
-    pair["greedy_agreement"] = same.float().mean().item()  # below 1 only by near ties, and in bf16
+
+    def ours(turn, cuda_graphs=None):  # None: the default, on a GPU with them
+        samples = model.generate(
+            backbone, rows, args.group, args.new_tokens, seed=turn, cuda_graphs=cuda_graphs
+        )
+        return samples["mask"]  # (B*G, T)
+
+    def peer(turn):
+        torch.manual_seed(turn)
+        ids = backbone.net.generate(
+            **inputs, do_sample=True, top_k=0, top_p=1.0, num_return_sequences=args.group
+        )
+        return ids[:, prompt_length:] != backbone.vocab.pad
+
+    pair = compare(ours, peer, same_tokens, args)
+
+    # Greedily both must give the same tokens, but for near ties, and in bf16.
+    our_ids = model.generate(backbone, rows, 1, args.new_tokens, greedy=True)["ids"]
+    peer_ids = backbone.net.generate(**inputs, do_sample=False)[:, prompt_length:]
+    pair.more["greedy_agreement"] = (our_ids == peer_ids).float().mean().item()
+
     pairs = {"rollout": pair}
     if args.device != "cpu":
-        pair |= decode_bound(backbone, rows, T, pair["ours"]["median"], args)
-        graphs = [
-            lambda k, on=on: model.generate(backbone, rows, G, new, seed=k, cuda_graphs=on)[
-                "mask"
-            ].sum()
-            for on in (True, False)
-        ]
-        pairs["graphs"] = compare(*graphs, lambda x, y: {"tokens": (int(x), int(y), 0)}, args)
-    return pairs, {"prompt_tokens": lengths(rows)}
+        pair.more |= decode_bound(backbone, rows, prompt_length, pair.ours.median, args)
+        pairs["graphs"] = compare(
+            lambda turn: ours(turn, cuda_graphs=True).sum(),
+            lambda turn: ours(turn, cuda_graphs=False).sum(),
+            same_tokens,
+            args,
+        )
+    return Comparison(pairs, {"prompt_tokens": lengths(rows)})
 
 
-def decode_bound(backbone, rows, T, seconds, args):
+def decode_bound(
+    backbone: model.Backbone,
+    rows: list[dict],
+    prompt_length: int,
+    seconds: float,
+    args: argparse.Namespace,
+) -> dict[str, float]:
     """Decoding reads all weights and the cache (prompts once) at each token: how near to that. With
-    many rows arithmetic, 2 FLOP a weight and row, takes longer than reading."""
-    lm, c = backbone.net.model.language_model, backbone.net.config.text_config
-    weights = [*lm.layers.parameters(), backbone.net.lm_head.weight]
+    many rows arithmetic, 2 FLOP a weight and row, takes longer than reading.
+
+    seconds: of a whole rollout of rows, with prompts of prompt_length tokens when padded."""
+    # 1. what a step reads and computes
+    language = backbone.net.model.language_model
+    weights = [*language.layers.parameters(), backbone.net.lm_head.weight]
+    weight_bytes = sum(p.nbytes for p in weights)
+    kv_width = language.layers[0].self_attn.k_proj.out_features
+    layers = backbone.net.config.text_config.num_hidden_layers
+    token_bytes = 2 * layers * kv_width * backbone.net.dtype.itemsize
+    # in the cache, on average over the steps
+    cached_tokens = len(rows) * (prompt_length + args.group * args.new_tokens / 2)
+    read_bytes = weight_bytes + cached_tokens * token_bytes
     flop = 2 * len(rows) * args.group * sum(p.numel() for p in weights)
-    kv = lm.layers[0].self_attn.k_proj.out_features
-    token = 2 * c.num_hidden_layers * kv * backbone.net.dtype.itemsize
-    seen = len(rows) * (T + args.group * args.new / 2)  # tokens in the cache, on average
-    read = sum(p.nbytes for p in weights) + seen * token  # bytes a step
+
+    # 2. how fast this memory is
     block = torch.empty(1 << 30, dtype=torch.uint8, device=args.device)
     target = torch.empty_like(block)
-    speed = 2 * block.nbytes / timed(lambda: target.copy_(block), args)  # it reads and writes
-    step = (seconds - timed(lambda: model.generate(backbone, rows, args.group, 1), args)) / (
-        args.new - 1
-    )
+    bandwidth = 2 * block.nbytes / timed(lambda: target.copy_(block), args)  # it reads and writes
+
+    # 3. how long a step takes: a rollout of one token is prompts alone
+    prompt_seconds = timed(lambda: model.generate(backbone, rows, args.group, 1), args)
+    step_seconds = (seconds - prompt_seconds) / (args.new_tokens - 1)
     return {
-        "copy_gb_s": speed / 1e9,
-        "read_gb_step": read / 1e9,
-        "step_s": step,
-        "bound_step_s": read / speed,
-        "share_of_bound": read / speed / step,
+        "copy_gb_s": bandwidth / 1e9,
+        "read_gb_step": read_bytes / 1e9,
+        "step_s": step_seconds,
+        "bound_step_s": read_bytes / bandwidth,
+        "share_of_bound": read_bytes / bandwidth / step_seconds,
         "arithmetic_step_s": flop / (args.peak_tflops * 1e12),
     }
 
 
-def full_logp(backbone, rows, ids, mask, temperature=1.0):
-    """grpo.completion_logp by B*G full rows, padded right; here all completions have T tokens."""
-    full, T = [], ids.shape[1]
-    for i, new in enumerate(ids.cpu().numpy()):
-        row = rows[i // (len(ids) // len(rows))]
-        more = {
-            "ids": new,
-            "positions": np.tile(row["positions"].max() + 1 + np.arange(T), (3, 1)),
-            "target": np.ones(T, bool),
-        }
-        full.append(row | {k: np.concatenate([row[k], x], -1) for k, x in more.items()})
-    batch = model.to_device(model.collate(full, backbone.vocab.pad), ids.device)
-    h = model.hidden_states(backbone.net, batch)[:, :-1][
-        batch["target"][:, 1:]
-    ]  # (N, D), ordered as the ids
-    both = grpo.token_logp(backbone.net, h, ids.flatten(), temperature, backbone.vocab.banned)
-    return [x.view_as(ids) for x in both]
+# ---- grpo ---------------------------------------------------------------------------------------
+
+OUR_REWARD = grpo.reward  # while we measure, score() stands in its place
 
 
-def score(backbone, ids, targets, kind, reward=grpo.reward):
+def score(backbone, ids, targets, kind="prefix", think=True):
     """The reward plus a number in [0, 1) made of the ids: random weights earn nothing, and groups
-    that tie would cost us nothing."""
-    r, info = reward(backbone, ids, targets, kind)
-    return r + [zlib.crc32(np.array(row)) / 2**32 for row in ids], info
+    that tie would cost us nothing. Arguments and results are those of grpo.reward."""
+    rewards, info = OUR_REWARD(backbone, ids, targets, kind, think)
+    return rewards + [zlib.crc32(np.array(row)) / 2**32 for row in ids], info
 
 
-def parts(args):
-    """What a step of grpo.py is made of, with all prompts in one update, and KL."""
-    dist = model.setup(0) if args.ranks else model.Dist(0, 1, torch.device(args.device))
-    backbone, items = make_backbone(args), questions(args.prompts, args.image)
-    cfg = grpo.Config(
-        prompts=args.prompts,
-        batch=args.prompts,
-        micro_batch=args.prompts,
-        group=args.group,
-        max_new_tokens=args.new,
-    )
-    items = items[dist.rank :: dist.world_size]
-    gold = backbone.action_tokenizer.encode(smooth(len(items), "gold"))
-    ref = replace(backbone, net=copy.deepcopy(backbone.net).requires_grad_(False).eval())
-    for net in (backbone.net, ref.net) if args.ranks else ():
-        model.shard(net, dist)
-
-    @mock.patch.object(grpo, "reward", score)
-    def sample(k):
-        rows = prompts(backbone, items)
-        with model.unsharded(backbone.net):
-            return grpo.rollout(backbone, cfg, rows, gold, range(len(items)), k, args.group)[0]
-
-    def learner(logp=grpo.completion_logp):
-        one = (
-            backbone
-            if logp is grpo.completion_logp
-            else replace(backbone, net=copy.deepcopy(backbone.net))
+def full_rows_logp(backbone, rows, ids, mask, temperature=1.0):
+    """grpo.completion_logp by B*G full rows, padded right; here all completions have T tokens."""
+    G = len(ids) // len(rows)
+    T = ids.shape[1]
+    full_rows = []
+    for i, completion in enumerate(ids.cpu().numpy()):
+        prompt = rows[i // G]
+        after = prompt["positions"].max() + 1 + np.arange(T)
+        full_rows.append(
+            prompt
+            | {
+                "ids": np.concatenate([prompt["ids"], completion]),
+                "positions": np.concatenate([prompt["positions"], np.tile(after, (3, 1))], -1),
+                "target": np.concatenate([prompt["target"], np.ones(T, bool)]),
+            }
         )
-        optim = model.make_optimizer(one.net, cfg.lr, cfg.weight_decay, (0.9, cfg.beta2))
+    batch = model.to_device(model.collate(full_rows, backbone.vocab.pad), ids.device)
+    hidden = model.hidden_states(backbone.net, batch)  # (B*G, longest, D)
+    predicts = batch["target"][:, 1:]  # a position predicts the token after it
+    hidden = hidden[:, :-1][predicts]  # (B*G*T, D), ordered as the ids
+    logp, entropy = grpo.token_logp(
+        backbone.net, hidden, ids.flatten(), temperature, backbone.vocab.banned
+    )
+    return logp.view_as(ids), entropy.view_as(ids)
 
-        @mock.patch.object(grpo, "completion_logp", logp)
-        def update(groups, k):
-            one.net.train()
-            return grpo.update(one, ref, optim, groups, cfg, dist, f"turn {k}")
+
+class GrpoStep:
+    """What a step of grpo.py is made of, with all prompts in one update, and KL."""
+
+    def __init__(self, args: argparse.Namespace):
+        if args.ranks:
+            self.dist = model.setup(0)
+        else:
+            self.dist = model.Dist(0, 1, torch.device(args.device))
+        self.backbone = make_backbone(args)
+        self.cfg = grpo.Config(
+            prompts=args.prompts,
+            batch=args.prompts,
+            micro_batch=args.prompts,
+            group=args.group,
+            max_new_tokens=args.new_tokens,
+        )
+        items = questions(args.prompts, args.image)
+        self.items = items[self.dist.rank :: self.dist.world_size]  # this rank's
+        chunks = smooth_chunks(len(self.items), "gold")
+        self.targets = self.backbone.action_tokenizer.encode(chunks)
+        net = copy.deepcopy(self.backbone.net).requires_grad_(False).eval()
+        self.reference = replace(self.backbone, net=net)
+        if args.ranks:
+            model.shard(self.backbone.net, self.dist)
+            model.shard(self.reference.net, self.dist)
+
+    def sample(self, turn: int) -> list:
+        """Encodes the prompts, samples and scores: the groups of a step."""
+        with mock.patch.object(grpo, "reward", score):
+            rows = prompt_rows(self.backbone, self.items)
+            numbers = range(len(self.items))
+            with model.unsharded(self.backbone.net):
+                return grpo.rollout(
+                    self.backbone, self.cfg, rows, self.targets, numbers, turn, self.cfg.group
+                )[0]
+
+    def make_update(self, full_rows: bool = False) -> Callable[[list, int], dict]:
+        """-> update(groups, turn), which returns its metrics. full_rows: of a copy of the net, by
+        full_rows_logp."""
+        learner = self.backbone
+        completion_logp = grpo.completion_logp
+        if full_rows:
+            learner = replace(self.backbone, net=copy.deepcopy(self.backbone.net))
+            completion_logp = full_rows_logp
+        cfg = self.cfg
+        optimizer = model.make_optimizer(learner.net, cfg.lr, cfg.weight_decay, (0.9, cfg.beta2))
+
+        def update(groups, turn):
+            with mock.patch.object(grpo, "completion_logp", completion_logp):
+                learner.net.train()
+                return grpo.update(
+                    learner, self.reference, optimizer, groups, cfg, self.dist, f"turn {turn}"
+                )
 
         return update
 
-    return ref, cfg, items, gold, sample, learner
 
-
-def grpo_step(args):
+def grpo_step(args: argparse.Namespace) -> Comparison:
     """A whole step (encode, sample, score, update) against TRL's, and the update alone against one
     on full rows."""
-    ref, cfg, items, gold, sample, learner = parts(args)
-    groups, ours, full = sample(0), learner(), learner(full_logp)
+    step = GrpoStep(args)
+    groups = step.sample(0)
+    ours = step.make_update()
+    peer = step.make_update(full_rows=True)
     loose = 1e-3 if args.device == "cpu" else 0.1  # bf16; and the differences of the steps add up
-    pairs = {
-        "update": compare(
-            lambda k: ours(groups, k),
-            lambda k: full(groups, k),
-            lambda x, y: {
-                k: (x[k], y[k], tol) for k, tol in (("forwarded", 0), ("grad_norm", loose))
-            },
-            args,
-        )
-    }
+
+    def same_update(our_metrics, peer_metrics):
+        return {
+            "forwarded": Work(our_metrics["forwarded"], peer_metrics["forwarded"]),
+            "grad_norm": Work(our_metrics["grad_norm"], peer_metrics["grad_norm"], loose),
+        }
+
+    pairs = {}
+    skipped = {}
+    pairs["update"] = compare(
+        lambda turn: ours(groups, turn),
+        lambda turn: peer(groups, turn),
+        same_update,
+        args,
+    )
     if importlib.util.find_spec("trl"):
         with tempfile.TemporaryDirectory() as folder:
-            peer = trl_step(ref, cfg, items, gold, folder)
             pairs["step"] = compare(
-                lambda k: ours(sample(k), k)["forwarded"],
-                peer,
-                lambda x, y: {"tokens": (x, y, 0)},
+                lambda turn: ours(step.sample(turn), turn)["forwarded"],
+                trl_step(step, folder),
+                lambda our_tokens, peer_tokens: {"tokens": Work(our_tokens, peer_tokens)},
                 args,
             )
     else:
-        pairs["step"] = {"skipped": "pip install trl==1.16.0"}
-    return pairs, {"prompt_tokens": lengths(prompts(ref, items))}
+        skipped["step"] = "pip install trl==1.16.0"
+    prompt_tokens = lengths(prompt_rows(step.reference, step.items))
+    return Comparison(pairs, {"prompt_tokens": prompt_tokens}, skipped)
 
 
-def cost(args):
-    """Our own seconds of a rollout and an update, as one setting at a time grows; under torchrun on
-    that many ranks, which share the prompts."""
-    start, rows = {"group": args.group, "new": args.new, "image": args.image}, []
-    for change in ({}, *({k: m * v} for k, v in start.items() for m in (2, 4))):
-        ref, _, items, _, sample, learner = parts(argparse.Namespace(**{**vars(args), **change}))
-        groups, update = sample(0), learner()
-        rows.append(
-            {
-                **start,
-                **change,
-                "prompt": max(lengths(prompts(ref, items))),
-                "rollout": timed(functools.partial(sample, 1), args),
-                "update": timed(functools.partial(update, groups, 0), args),
-            }
-        )
-        if os.environ.get("RANK", "0") == "0":
-            print("  ".join(f"{k} {v:<7.4g}" for k, v in rows[-1].items()), file=sys.stderr)
-    return {}, {"cost": rows}
+def trl_step(ours: GrpoStep, folder: str) -> Callable[[int], int]:
+    """-> step(turn): one step of TRL's GRPOTrainer from our reference, with our settings, without
+    the logging and data loading of its loop; it returns the number of completion tokens.
 
-
-def trl_step(backbone, cfg, items, gold, folder):
-    """-> step(k): one step of TRL's GRPOTrainer with the settings of cfg, without the logging and
-    data loading of its loop; returns the number of completion tokens."""
+    folder: where the reference is written, for TRL loads it from where the policy came from."""
     import datasets
     import trl
 
-    backbone.net.save_pretrained(
-        folder
-    )  # TRL loads its reference model from where the policy came from
+    backbone = ours.reference
+    cfg = ours.cfg
+    # 1. weights and data
+    backbone.net.save_pretrained(folder)
     backbone.image_spec.save(folder)
-    images = Qwen2VLImageProcessorPil.from_pretrained(folder)
-    data = datasets.Dataset.from_list(
-        [
-            {
-                "prompt": [{"role": "user", "content": text.removeprefix("<image>")}],
-                "image": Image.fromarray(image),
-                "target": t,
-            }
-            for (text, image), t in zip(items, gold)
-        ]
-    )
+    examples = []
+    for item, target in zip(ours.items, ours.targets, strict=True):
+        messages = [{"role": "user", "content": item.text.removeprefix("<image>")}]
+        image = Image.fromarray(item.image)
+        examples.append({"prompt": messages, "image": image, "target": target})
+    dataset = datasets.Dataset.from_list(examples)
+
+    # 2. settings
     config = trl.GRPOConfig(
         folder,
         use_cpu=backbone.net.device.type == "cpu",
         bf16=False,
         gradient_checkpointing=False,
-        per_device_train_batch_size=len(items) * cfg.group,
+        per_device_train_batch_size=len(examples) * cfg.group,
         num_generations=cfg.group,
         max_completion_length=cfg.max_new_tokens,
         temperature=cfg.temperature,
@@ -427,26 +575,30 @@ def trl_step(backbone, cfg, items, gold, folder):
     )
 
     def reward(completion_ids, target, **_):
-        return score(backbone, completion_ids, target, cfg.reward)[0].tolist()
+        rewards, _ = score(backbone, completion_ids, target, cfg.reward)
+        return rewards.tolist()
 
-    # A processor is to have a part for videos too, which wants torchvision; not here.
+    # 3. a trainer that has made its first step, in which it also makes its optimizer. A processor
+    # is to have a part for videos too, which wants torchvision; not here.
     lenient = mock.patch.object(
         transformers.Qwen3VLProcessor,
         "check_argument_for_proper_class",
         lambda self, name, part: type(part),
     )
     with contextlib.redirect_stdout(sys.stderr), lenient:
-        reader = transformers.Qwen3VLProcessor(
-            images, backbone.tokenizer, chat_template=backbone.tokenizer.chat_template
+        processor = transformers.Qwen3VLProcessor(
+            Qwen2VLImageProcessorPil.from_pretrained(folder),
+            backbone.tokenizer,
+            chat_template=backbone.tokenizer.chat_template,
         )
         net = transformers.AutoModelForImageTextToText.from_pretrained(
             folder, dtype=backbone.net.dtype
         )
-        trainer = trl.GRPOTrainer(net, reward, config, data, processing_class=reader)
-        trainer.train()  # one step, in which it also makes its optimizer
+        trainer = trl.GRPOTrainer(net, reward, config, dataset, processing_class=processor)
+        trainer.train()
         batch = next(iter(trainer.get_train_dataloader()))
 
-    def step(_):
+    def step(turn):
         trainer.training_step(trainer.model_wrapped, batch, None)  # samples, scores, backward
         trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), cfg.max_grad_norm)
         trainer.optimizer.step()
@@ -456,172 +608,254 @@ def trl_step(backbone, cfg, items, gold, folder):
     return step
 
 
-def sft_step(args):
+# ---- sft ----------------------------------------------------------------------------------------
+
+
+def conversation_rows(backbone: model.Backbone, items: list[Question]) -> list[dict]:
+    """Questions with answers that differ much in length: half of them think, up to 59 words."""
+    rng = model.rng(0, "answers")
+    words = random_words(60, 1)
+    rows = []
+    for i, item in enumerate(items):
+        thought = ""
+        if i % 2:
+            thought = f"<think>{' '.join(words[: rng.integers(60)])}</think>"
+        action_ids = backbone.action_tokenizer.encode(smooth_chunks(1, i))[0]
+        messages = [
+            {"role": "user", "content": item.text},
+            {"role": "assistant", "content": thought + model.action_answer(action_ids)},
+        ]
+        rows.append(model.encode(backbone, messages, [item.image]))
+    return rows
+
+
+def sft_step(args: argparse.Namespace) -> Comparison:
     """The step of sft.py (packed rows, logits where targets are) against right-padded rows and the
-    loss that the net itself computes, from all logits. Answers differ much in length."""
-    backbone, items = make_backbone(args), questions(args.batch or 24, args.image)
-    rng, rows, texts = model.rng(0, "answers"), [], words(60, 1)
-    for i, (question, image) in enumerate(items):
-        thought = f"<think>{' '.join(texts[: rng.integers(60)])}</think>" if i % 2 else ""
-        answer = thought + model.action_answer(backbone.action_tokenizer.encode(smooth(1, i))[0])
-        rows.append(
-            model.encode(
-                backbone,
-                [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
-                [image],
-            )
-        )
-    nets = backbone.net.train(), copy.deepcopy(backbone.net)
-    optims = [model.make_optimizer(net, 2e-5, 0.01, (0.9, 0.999)) for net in nets]
+    loss that the net itself computes, from all logits."""
+    backbone = make_backbone(args)
+    rows = conversation_rows(backbone, questions(args.batch or 24, args.image))
+    our_net = backbone.net.train()
+    peer_net = copy.deepcopy(backbone.net)
+    our_optimizer = model.make_optimizer(our_net, 2e-5, 0.01, (0.9, 0.999))
+    peer_optimizer = model.make_optimizer(peer_net, 2e-5, 0.01, (0.9, 0.999))
 
-    def packed(k):
-        loss, count, _ = sft.token_loss(nets[0], model.to_device(sft.pack(rows), args.device))
-        return learn(loss / count, nets[0], optims[0])
+    def packed(turn):
+        batch = model.to_device(sft.pack(rows), args.device)
+        loss, count, _ = sft.token_loss(our_net, batch)
+        return training_step(loss / count, our_net, our_optimizer)
 
-    def padded(k):
-        batch, target = plain(backbone, rows, args.device)
-        labels = batch["input_ids"].masked_fill(~target, -100)
-        return learn(nets[1](**batch, labels=labels).loss, nets[1], optims[1])
+    def padded(turn):
+        inputs, is_target = plain_inputs(backbone, rows, args.device)
+        labels = inputs["input_ids"].masked_fill(~is_target, -100)
+        loss = peer_net(**inputs, labels=labels).loss
+        return training_step(loss, peer_net, peer_optimizer)
 
     loose = 1e-4 if args.device == "cpu" else 0.02
-    pair = compare(packed, padded, lambda x, y: {"loss": (x.item(), y.item(), loose)}, args)
+    pair = compare(packed, padded, functools.partial(same_loss, loose), args)
     if args.device != "cpu":
-        # 6 x parameters x tokens, each part for what it must see: the head targets, the tower
-        # patches. What attention multiplies is not counted.
-        net = backbone.net
-        parts = [
-            (net.model.language_model.layers, sum(lengths(rows))),
-            (net.lm_head, sum(int(r["target"].sum()) for r in rows)),
-            (net.model.visual, sum(len(r["patches"]) for r in rows)),
-        ]
-        flop = 6 * sum(p.numel() * seen for part, seen in parts for p in part.parameters())
-        for side in ("ours", "peer"):
-            pair[f"{side}_mfu"] = flop / pair[side]["median"] / (args.peak_tflops * 1e12)
-    return {"step": pair}, {"row_tokens": lengths(rows)}
+        flop = training_flop(backbone.net, rows)
+        peak = args.peak_tflops * 1e12
+        pair.more["ours_mfu"] = flop / pair.ours.median / peak
+        pair.more["peer_mfu"] = flop / pair.peer.median / peak
+    return Comparison({"step": pair}, {"row_tokens": lengths(rows)})
 
 
-def learn(loss, net, optim):
-    loss.backward()
-    model.clip_gradients(net.parameters(), 1.0)
-    optim.step()
-    optim.zero_grad()
-    return loss.detach()
+def same_loss(tolerance: float, ours: torch.Tensor, peer: torch.Tensor) -> dict[str, Work]:
+    return {"loss": Work(ours.item(), peer.item(), tolerance)}
 
 
-def head_step(args):
+def training_flop(net: torch.nn.Module, rows: list[dict]) -> int:
+    """6 x parameters x tokens, each part for what it must see: the head targets, the tower patches.
+    What attention multiplies is not counted."""
+    seen = [
+        (net.model.language_model.layers, sum(lengths(rows))),
+        (net.lm_head, sum(int(row["target"].sum()) for row in rows)),
+        (net.model.visual, sum(len(row["patches"]) for row in rows)),
+    ]
+    total = 0
+    for part, tokens in seen:
+        total += 6 * tokens * sum(p.numel() for p in part.parameters())
+    return total
+
+
+# ---- head ---------------------------------------------------------------------------------------
+
+
+def write_noise_episodes(folder: str, side: int) -> None:
+    """4 episodes of 24 steps of noise, images of so many pixels a side."""
+    for number in range(4):
+        rng = model.rng(0, "episode", number)
+        arrays = {
+            "image": rng.integers(0, 256, (24, side, side, 3), np.uint8),
+            "state": rng.normal(size=(24, STATE_DIM)).astype(np.float32),
+            "action": smooth_chunks(24, number)[:, 0],
+        }
+        path = Path(folder) / f"episode_{number}.safetensors"
+        save_file(arrays, path, {"task": QUESTION.format("")})
+
+
+def head_step(args: argparse.Namespace) -> Comparison:
     """The step of vla.py on cached features against the same with the frozen backbone in the loop;
     the head of the speedrun preset, at 3b and 7b that of the paper's."""
-    preset = vla.PRESETS["paper" if args.size in ("3b", "7b") else "speedrun"]
-    given = {k: v for k, v in vars(args).items() if k in ("batch", "vl_layers") and v is not None}
+    settings = dict(vla.PRESETS["paper" if args.size in ("3b", "7b") else "speedrun"])
+    if args.batch is not None:
+        settings["batch"] = args.batch
+    if args.vl_layers is not None:
+        settings["vl_layers"] = args.vl_layers
     with tempfile.TemporaryDirectory() as folder:
-        for e in range(4):
-            rng, shape = model.rng(0, "episode", e), (24, args.image, args.image, 3)
-            save_file(
-                {
-                    "image": rng.integers(0, 256, shape, np.uint8),
-                    "state": rng.normal(size=(24, 8)).astype(np.float32),
-                    "action": smooth(24, e)[:, 0],
-                },
-                Path(folder) / f"episode_{e}.safetensors",
-                {"task": QUESTION.format("")},
-            )
-        cfg = vla.Config(**{**preset, **given, "data": folder, "out": f"{folder}/out"})
-        backbone, dist = make_backbone(args), model.Dist(0, 1, torch.device(args.device))
-        frames, _ = vla.FrameDataset(cfg), vla.freeze_backbone(backbone, cfg.layer)
-        sources = (
-            vla.build_cache(backbone, frames, cfg, dist),
-            vla.LiveFeatures(backbone, frames, cfg, args.device),
-        )
-        torch.manual_seed(0)
-        head = vla.FlowHead(
-            vla.HeadConfig(
-                backbone.net.config.text_config.hidden_size,
-                cfg.dim,
-                cfg.layers,
-                cfg.heads,
-                cfg.vl_layers,
-                8,
-                DIM,
-                cfg.horizon,
-                cfg.future_tokens,
-            )
-        ).to(args.device)
-        heads = head, copy.deepcopy(head)
-        optims = [
-            model.make_optimizer(h, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2), cfg.muon)
-            for h in heads
-        ]
+        write_noise_episodes(folder, args.image)
+        cfg = vla.Config(**{**settings, "data": folder, "out": f"{folder}/out"})
+        backbone = make_backbone(args)
+        dist = model.Dist(0, 1, torch.device(args.device))
+        frames = vla.FrameDataset(cfg)
+        vla.freeze_backbone(backbone, cfg.layer)
+        cached = vla.build_cache(backbone, frames, cfg, dist)
+        live = vla.LiveFeatures(backbone, frames, cfg, args.device)
 
-        def step(i, k):
-            ids = vla.sample_order(cfg, len(frames.train), k)
-            fetched = ids, sources[i].read(ids)
-            loss, _ = vla.flow_loss(heads[i], sources[i], frames, cfg, k, fetched, dist)
-            return learn(loss, heads[i], optims[i])
+        torch.manual_seed(0)
+        head_config = vla.HeadConfig(
+            vl_dim=backbone.net.config.text_config.hidden_size,
+            dim=cfg.dim,
+            layers=cfg.layers,
+            heads=cfg.heads,
+            vl_layers=cfg.vl_layers,
+            state_dim=STATE_DIM,
+            action_dim=ACTION_DIM,
+            horizon=cfg.horizon,
+            future_tokens=cfg.future_tokens,
+        )
+        our_head = vla.FlowHead(head_config).to(args.device)
+        peer_head = copy.deepcopy(our_head)
+
+        def make_step(head, source):
+            betas = (cfg.beta1, cfg.beta2)
+            optimizer = model.make_optimizer(head, cfg.lr, cfg.weight_decay, betas, cfg.muon)
+
+            def step(turn):
+                ids = vla.sample_order(cfg, len(frames.train), turn)
+                fetched = ids, source.read(ids)
+                loss, _ = vla.flow_loss(head, source, frames, cfg, turn, fetched, dist)
+                return training_step(loss, head, optimizer)
+
+            return step
 
         pair = compare(
-            functools.partial(step, 0),
-            functools.partial(step, 1),
-            lambda x, y: {"loss": (x.item(), y.item(), 0.02)},
+            make_step(our_head, cached),
+            make_step(peer_head, live),
+            functools.partial(same_loss, 0.02),  # the cache holds 16 bits a number
             args,
-        )  # the cache holds 16 bits a number
-        tokens = len(sources[1].read([0])[0]["ids"])
-    return {"step": pair}, {"prompt_tokens": tokens, "head": repr(head.cfg), "frames": cfg.batch}
+        )
+        prompt_tokens = len(live.read([0])[0]["ids"])
+    more = {"prompt_tokens": prompt_tokens, "head": repr(our_head.cfg), "frames": cfg.batch}
+    return Comparison({"step": pair}, more)
 
 
-class Published:
+# ---- fast ---------------------------------------------------------------------------------------
+
+
+class PublishedFast:
     """FAST as physical-intelligence/fast codes it (arXiv 2501.09747), chunk by chunk through a
     tokenizer of transformers; on our vocabulary, for the same ids, hence without its byte level."""
 
-    def __init__(self, fast):
-        bpe = Tokenizer.from_str(fast.bpe.to_str())
+    def __init__(self, ours: FastTokenizer):
+        bpe = Tokenizer.from_str(ours.bpe.to_str())
         bpe.decoder = decoders.Fuse()
         self.bpe = transformers.PreTrainedTokenizerFast(
             tokenizer_object=bpe, clean_up_tokenization_spaces=False
         )
-        self.scale, self.min_token = fast.scale, fast.min_coef
+        self.scale = ours.scale
+        self.min_token = ours.min_coef
 
-    def encode(self, chunks):
-        coefs = (np.around(dct(chunk[None], axis=1, norm="ortho") * self.scale) for chunk in chunks)
-        codes = (np.maximum(c.flatten() - self.min_token, 0).astype(int) for c in coefs)
-        return [self.bpe("".join(map(chr, c)))["input_ids"] for c in codes]
+    def encode(self, chunks: np.ndarray) -> list[list[int]]:
+        ids = []
+        for chunk in chunks:
+            coefficients = np.around(dct(chunk[None], axis=1, norm="ortho") * self.scale)
+            codes = np.maximum(coefficients.flatten() - self.min_token, 0).astype(int)
+            ids.append(self.bpe("".join(map(chr, codes)))["input_ids"])
+        return ids
 
-    def decode(self, tokens):
-        codes = (np.array(list(map(ord, self.bpe.decode(ids)))) for ids in tokens)
-        coefs = ((c + self.min_token).reshape(-1, DIM) for c in codes)  # (K, A) each
-        return np.stack([idct(c / self.scale, axis=0, norm="ortho") for c in coefs])
+    def decode(self, ids: list[list[int]]) -> np.ndarray:
+        chunks = []
+        for chunk_ids in ids:
+            codes = np.array(list(map(ord, self.bpe.decode(chunk_ids))))
+            coefficients = (codes + self.min_token).reshape(-1, ACTION_DIM)  # (K, A)
+            chunks.append(idct(coefficients / self.scale, axis=0, norm="ortho"))
+        return np.stack(chunks)
 
 
-def fast_codes(args):
+def fast_codes(args: argparse.Namespace) -> Comparison:
     """FastTokenizer on a batch against the published code. Each turn has fresh chunks and each side
     its own BPE, because a BPE remembers what it has encoded."""
-    ours = fitted()
-    peer = Published(ours)
-    chunks = [smooth(args.chunks, k) for k in range(args.repeats + 1)]
-    ids = list(map(fitted().encode, chunks))
+    ours = fitted_tokenizer()
+    peer = PublishedFast(ours)
+    chunks = [smooth_chunks(args.chunks, turn) for turn in range(args.repeats + 1)]
+    third = fitted_tokenizer()
+    ids = [third.encode(batch) for batch in chunks]
+
+    def same_ids(our_ids, peer_ids):
+        return {
+            "tokens": Work(count_tokens(our_ids), count_tokens(peer_ids)),
+            "identical": Work(int(our_ids == peer_ids), 1),
+        }
+
+    def same_chunks(our_result, peer_chunks):
+        our_chunks, ok = our_result
+        identical = np.array_equal(our_chunks, peer_chunks.astype(np.float32))
+        return {
+            "decoded": Work(int(ok.sum()), len(peer_chunks)),
+            "identical": Work(int(identical), 1),
+        }
+
     pairs = {
         "encode": compare(
-            lambda k: ours.encode(chunks[k]),
-            lambda k: peer.encode(chunks[k]),
-            lambda x, y: {
-                "tokens": (sum(map(len, x)), sum(map(len, y)), 0),
-                "identical": (int(x == y), 1, 0),
-            },
+            lambda turn: ours.encode(chunks[turn]),
+            lambda turn: peer.encode(chunks[turn]),
+            same_ids,
             args,
         ),
         "decode": compare(
-            lambda k: ours.decode(ids[k]),
-            lambda k: peer.decode(ids[k]),
-            lambda x, y: {
-                "decoded": (int(x[1].sum()), len(y), 0),
-                "identical": (int(np.array_equal(x[0], y.astype(np.float32))), 1, 0),
-            },
+            lambda turn: ours.decode(ids[turn]),
+            lambda turn: peer.decode(ids[turn]),
+            same_chunks,
             args,
         ),
     }
-    return pairs, {"tokens_a_chunk": sum(map(len, ids[0])) / args.chunks}
+    return Comparison(pairs, {"tokens_a_chunk": count_tokens(ids[0]) / args.chunks})
 
 
-# Main
+def count_tokens(ids: Iterable[list[int]]) -> int:
+    return sum(len(row) for row in ids)
+
+
+# ---- cost ---------------------------------------------------------------------------------------
+
+
+def cost(args: argparse.Namespace) -> Comparison:
+    """Our own seconds of a rollout and an update, as one setting at a time grows; under torchrun on
+    that many ranks, which share the prompts."""
+    start = {"group": args.group, "new_tokens": args.new_tokens, "image": args.image}
+    changes = [{}]
+    for name, value in start.items():
+        changes += [{name: 2 * value}, {name: 4 * value}]
+    table = []
+    for change in changes:
+        step = GrpoStep(argparse.Namespace(**{**vars(args), **change}))
+        groups = step.sample(0)
+        update = step.make_update()
+        row = {
+            **start,
+            **change,
+            "prompt": max(lengths(prompt_rows(step.reference, step.items))),
+            "rollout": timed(functools.partial(step.sample, 1), args),
+            "update": timed(functools.partial(update, groups, 0), args),
+        }
+        table.append(row)
+        if is_first_rank():
+            print("  ".join(f"{k} {v:<7.4g}" for k, v in row.items()), file=sys.stderr)
+    return Comparison({}, {"cost": table})
+
+
+# ---- Command line -------------------------------------------------------------------------------
 
 COMMANDS = {
     "rollout": rollout,
@@ -633,16 +867,21 @@ COMMANDS = {
 }
 
 
-def hardware(device):
+def is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def hardware(device: str) -> str:
+    """What a figure was measured on."""
     if device != "cpu":
         return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    name = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    path = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*: (.+)", path.read_text()) if path.exists() else None
     return f"{name[1] if name else platform.machine()}, 1 thread"
 
 
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The flags, with the defaults that depend on others filled in."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.speed",
         description=__doc__,
@@ -658,7 +897,7 @@ def main(argv=None):
     add("--keep-memory", action="store_true", help="glibc keeps freed memory, for both sides")
     add("--prompts", type=int, default=4, help="rollout, grpo: prompts")
     add("--group", type=int, default=8, help="rollout, grpo: completions a prompt")
-    add("--new", type=int, default=64, help="rollout, grpo: tokens a completion")
+    add("--new-tokens", type=int, default=64, help="rollout, grpo: tokens a completion")
     add("--image", type=int, help="side of the images, pixels (tiny-vlm: 64, else 112)")
     add("--batch", type=int, help="sft: rows (24); head: frames (that of the preset)")
     add("--vl-layers", type=int, help="head: self-attention over the features (the preset's)")
@@ -666,51 +905,66 @@ def main(argv=None):
     add("--peak-tflops", type=float, default=989.0, help="cuda: peak of the GPU in bf16")
     args = parser.parse_args(argv)
     args.ranks = int(os.environ.get("WORLD_SIZE", "0"))  # 0: not under torchrun
+    args.size = args.size or ("tiny-vlm" if args.command == "head" else "tiny")
+    args.image = args.image or (64 if args.size == "tiny-vlm" else 112)
+
     if args.keep_memory and torch.cuda.is_available():
         parser.error("--keep-memory is for the CPU; hide the GPU: CUDA_VISIBLE_DEVICES=")
     if args.ranks and (args.command != "cost" or args.prompts % args.ranks):
         parser.error("under torchrun: cost, with --prompts a multiple of the ranks")
-    args.size = args.size or ("tiny-vlm" if args.command == "head" else "tiny")
-    args.image = args.image or (64 if args.size == "tiny-vlm" else 112)
     if args.size == "tiny-vlm" and args.command not in ("head", "fast"):
         parser.error("--size tiny-vlm is for head; choose tiny, 3b or 7b")
-    if min(args.repeats, args.prompts, args.chunks) < 1 or min(args.group, args.new) < 2:
-        parser.error("--repeats, --prompts, --chunks must be at least 1, --group, --new 2")
+    if min(args.repeats, args.prompts, args.chunks) < 1 or min(args.group, args.new_tokens) < 2:
+        parser.error("--repeats, --prompts, --chunks must be at least 1, --group, --new-tokens 2")
+    return args
+
+
+def make_record(argv: list[str], args: argparse.Namespace, comparison: Comparison) -> dict:
+    """A row of results/speed.jsonl."""
+    start = ["python"]
+    if args.ranks:
+        start = ["torchrun", "--nproc_per_node", str(args.ranks)]
+    versions = dict(model.versions())
+    if "trl" in sys.modules:
+        versions["trl"] = sys.modules["trl"].__version__
+    return {
+        "benchmark": args.command,
+        "pairs": comparison.record(),
+        "settings": {**vars(args), **comparison.settings},
+        "command": shlex.join([*start, "-m", "tools.speed", *argv]),
+        "hardware": hardware(args.device),
+        "versions": versions,
+        "commit": model.commit(),
+    }
+
+
+def print_pairs(command: str, comparison: Comparison) -> None:
+    """A line a pair: medians, and quartiles in brackets."""
+    for name, pair in comparison.pairs.items():
+        cells = []
+        for side in ("ours", "peer", "ratio"):
+            value = getattr(pair, side)
+            cells.append(f"{side} {value.median:.4g} ({value.q25:.4g} .. {value.q75:.4g})")
+        print(f"{command} {name}, {pair.unit}: {', '.join(cells)}")
+    for name, why in comparison.skipped.items():
+        print(f"{command} {name}, skipped: {why}")
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """-> the record that is printed."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse(argv)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if args.device == "cpu":
         torch.set_num_threads(1)
     torch.manual_seed(0)
     if args.keep_memory:
         model.setup(0)
-    pairs, more = COMMANDS[args.command](args)
-    trl = {"trl": sys.modules["trl"].__version__} if "trl" in sys.modules else {}
-    record = {
-        "benchmark": args.command,
-        "pairs": pairs,
-        "settings": {**vars(args), **more},
-        "command": shlex.join(
-            [
-                *(["torchrun", "--nproc_per_node", str(args.ranks)] if args.ranks else ["python"]),
-                "-m",
-                "tools.speed",
-                *argv,
-            ]
-        ),
-        "hardware": hardware(args.device),
-        "versions": {**model.versions(), **trl},
-        "commit": model.commit(),
-    }
-    for name, pair in pairs.items() if not args.json else ():
-        cells = (
-            f"{k} {pair[k]['median']:.4g} ({pair[k]['q25']:.4g} .. {pair[k]['q75']:.4g})"
-            for k in ("ours", "peer", "ratio")
-            if k in pair
-        )
-        print(
-            f"{args.command} {name}, {pair.get('unit', 'skipped')}: "
-            f"{pair.get('skipped') or ', '.join(cells)}"
-        )
-    if os.environ.get("RANK", "0") == "0":
+    comparison = COMMANDS[args.command](args)
+    record = make_record(argv, args, comparison)
+    if not args.json:
+        print_pairs(args.command, comparison)
+    if is_first_rank():
         print(json.dumps(record), flush=True)
     return record
 
