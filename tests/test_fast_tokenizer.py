@@ -25,6 +25,8 @@ from fast_tokenizer import FastTokenizer
 
 ROOT = Path(ft.__file__).parent
 
+# ---- FAST tokenizer ------------------------------------------------------------------------------
+
 
 def smooth(n, k=5, a=3, seed=0):
     """Random walks of n chunks, mostly inside [-1, 1]: (n, k, a)."""
@@ -37,13 +39,17 @@ class Published:
     """The published processor, rewritten from its description: tokenizer.json and a config."""
 
     def __init__(self, bpe, scale, min_token, horizon, dim):
-        self.bpe, self.scale, self.min_token = bpe, scale, min_token
-        self.horizon, self.dim = horizon, dim
+        self.bpe = bpe
+        self.scale = scale
+        self.min_token = min_token
+        self.horizon = horizon
+        self.dim = dim
 
     @classmethod
     def fit(cls, chunks, vocab_size, scale):
         coefs = np.around(dct(chunks, axis=1, norm="ortho") * scale)
-        low, high = int(coefs.min()), int(coefs.max())
+        low = int(coefs.min())
+        high = int(coefs.max())
         bpe = ByteLevelBPETokenizer()
         trainer = BpeTrainer(
             vocab_size=vocab_size,
@@ -228,7 +234,8 @@ def test_malformed_ids_are_reported_not_zeroed(tok):
 
 def test_both_ends_are_clipped_and_counted(tok):
     chunks = np.zeros((2, 5, 3))
-    chunks[0, :, 0], chunks[1, :, 2] = 1e9, -1e9  # constant in time: one coefficient each
+    chunks[0, :, 0] = 1e9  # constant in time: one coefficient each
+    chunks[1, :, 2] = -1e9
     ids = tok.encode(chunks)
     assert tok.clipped == 2
     decoded, ok = tok.decode(ids)
@@ -310,6 +317,9 @@ def test_wrong_fits_are_refused():
         FastTokenizer.fit(smooth(50), 64, 2, ft.statistics(smooth(50)[:, 0, :2]))
 
 
+# ---- Statistics and normalisation ----------------------------------------------------------------
+
+
 def test_statistics_and_still_dimensions():
     x = np.stack([np.arange(101.0), np.full(101, 5.0)], 1)
     stats = ft.statistics(x)
@@ -328,6 +338,9 @@ def test_statistics_and_still_dimensions():
     np.testing.assert_allclose(ft.unnormalize(y, stats).numpy(), x, atol=1e-4)
     with pytest.raises(ValueError, match="finite"):
         ft.statistics(x * np.nan)
+
+
+# ---- Episodes on disk ----------------------------------------------------------------------------
 
 
 def write(folder, i, steps=20, **change):
@@ -395,6 +408,9 @@ def test_wrong_episodes_are_refused(tmp_path):
         ft.read_episodes(tmp_path / "nothing")
 
 
+# ---- Commands fit and report ---------------------------------------------------------------------
+
+
 def command(*words):
     return subprocess.run(
         [sys.executable, ROOT / "fast_tokenizer.py", *map(str, words)],
@@ -408,7 +424,8 @@ def command(*words):
 def test_command(tmp_path):
     for i in range(12):
         write(tmp_path / "data/episodes", i)
-    data, out = tmp_path / "data", tmp_path / "fast"
+    data = tmp_path / "data"
+    out = tmp_path / "fast"
     done = command("fit", "--data", data, "--out", out)
     assert done.returncode == 0, done.stderr
     assert "round trip of 20 held-out chunks" in done.stdout  # episode 9 of 12
@@ -474,7 +491,7 @@ def test_report_entropy_and_coverage_by_hand():
     assert r["naive_mse"][0] == pytest.approx((0.5 / 128) ** 2)
 
 
-# ---- Command line of the stages ---------------------------------------------------------------
+# ---- Command line of the stages ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", ["sft", "grpo", "vla"])
