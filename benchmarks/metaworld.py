@@ -1,10 +1,11 @@
-"""Meta-World 3.1.1 (arXiv 1910.10897): tasks of an arm with real physics
+"""Meta-World 3.1.1 (arXiv 1910.10897): tasks of a robot arm with real physics.
 
     python -m benchmarks.metaworld record --episodes 20 --out data/metaworld # the tasks of MT10
     python evaluate.py metaworld --policy runs/vla
 
 The experts are the package's own. Action (4,): hand xyz and gripper, in [-1, 1]; state (4,): hand
 xyz (m), finger opening. Trial n begins in the state of seed n; demonstrations begin in others.
+benchmarks/simulate.py has the interface and what drives it.
 """
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from benchmarks import simulate
 from tools.extras import require
 
-TRIALS = 20
+TRIALS = 20  # a task
 PROMPTS = {  # MT10; other tasks are asked for by the words of their names
     "reach-v3": "reach the red ball",
     "push-v3": "push the puck to the goal",
@@ -27,45 +28,73 @@ PROMPTS = {  # MT10; other tasks are asked for by the words of their names
 }
 
 
-def arguments(add):
+def task_arguments(add):
+    """Flags of recording and evaluation."""
     add("--tasks", default=",".join(PROMPTS), help="which tasks; the default is MT10")
 
 
-def tasks(args):
+def arguments(add):
+    """Flags of `evaluate.py metaworld`."""
+    task_arguments(add)
+    simulate.trial_arguments(add, TRIALS)
+
+
+def tasks(args) -> list[str]:
     return [f"metaworld/{name}" for name in args.tasks.split(",")]
 
 
-class Simulator:
-    fps, cameras = 80, ["image"]
+def check(args):
+    """Nothing: which tasks there are is known where Meta-World is installed, see Simulator."""
 
-    def __init__(self, task, size, limit):
+
+def evaluate(policy, args) -> simulate.Outcome:
+    return simulate.run_trials("metaworld", policy, args)
+
+
+class Simulator:
+    """One task; benchmarks/simulate.py says what each method is for."""
+
+    fps = 80
+    cameras = ("image",)
+
+    def __init__(self, task: str, size: int, limit: int):
+        """size: image side. limit: steps of a trial, 0: 300. ValueError for an unknown task."""
+        simulate.render_headless()
         world, policies = require("metaworld==3.1.1", "metaworld.env_dict", "metaworld.policies")
         name = task.split("/")[1]
         if name not in world.ALL_V3_ENVIRONMENTS:
             raise ValueError(f"Meta-World has no task {name!r}; --tasks of names like reach-v3")
-        self.limit, self.make = limit or 300, policies.ENV_POLICY_MAP[name]
+        self.limit = limit or 300
         self.prompt = PROMPTS.get(name, name.removesuffix("-v3").replace("-", " "))
-        self.env = env = world.ALL_V3_ENVIRONMENTS[name](
+        self.make_expert = policies.ENV_POLICY_MAP[name]
+        env = world.ALL_V3_ENVIRONMENTS[name](
             render_mode="rgb_array", camera_name="corner2", width=size, height=size
         )
-        env._partially_observable = env._freeze_rand_vec = False  # as in its MT benchmarks
-        env._set_task_called = env.seeded_rand_vec = True
+        # as in its MT benchmarks: the goal is seen, and drawn anew from the seed at each reset
+        env._partially_observable = False
+        env._freeze_rand_vec = False
+        env._set_task_called = True
+        env.seeded_rand_vec = True
         del env.sawyer_observation_space  # made while partially observable: it would hide the goal
-        env.model.vis.quality.offsamples = env.model.vis.quality.shadowsize = 0  # 8 times as fast
+        # 8 times as fast
+        env.model.vis.quality.offsamples = 0
+        env.model.vis.quality.shadowsize = 0
+        self.env = env
 
-    def reset(self, number, split):
+    def reset(self, number: int, split: str):
         self.env.seed(number if split == "eval" else (1 << 20) + number)
-        self.seen, self.policy = self.env.reset()[0], self.make()
+        self.seen, _ = self.env.reset()
+        self.policy = self.make_expert()
 
-    def observe(self, cameras):
+    def observe(self, cameras: list[str]) -> dict[str, np.ndarray]:
         image = np.ascontiguousarray(self.env.render()[::-1, ::-1])  # corner2 hangs upside down
         return {"image": image, "state": self.seen[:4].astype(np.float32)}
 
-    def advance(self, action, look=True):
+    def advance(self, action, look: bool = True) -> bool:
         self.seen, _, _, _, info = self.env.step(action)
         return bool(info["success"])
 
-    def expert(self):
+    def expert(self) -> np.ndarray:
         return self.policy.get_action(self.seen)
 
 

@@ -1,4 +1,4 @@
-"""Tabletop, the embedded world: a small LIBERO-shaped benchmark in numpy, its expert and its data.
+"""Tabletop, the embedded world: a small LIBERO-shaped benchmark in numpy, with its expert.
 
 World (metres): a table x (right), y (towards the front) in [-0.2, 0.2], z up; cubes and balls of
 4 cm, a plate, a button, a drawer at the back edge, a gripper. Kinematic: no forces, but contacts
@@ -9,25 +9,37 @@ right) in which questions and thoughts name places. A cast shadow shows height.
 Four suites of ten tasks in LIBERO's sense (arXiv 2306.03310): `spatial` (which of two equal cubes:
 the relation decides), `object` (which object), `goal` (one scene, the instruction decides the
 verb), `long` (two goals in sequence); and CALVIN's protocol (arXiv 2112.03227): chains of five.
+
+    env = Tabletop("goal")
+    obs = env.reset(task=0, seed=0)
+    obs, success, done = env.step(env.expert()[0])
+
+In the order of the file: tasks, pictures, the environment with its expert, evaluation. Who only
+evaluates reads the last; questions and demonstrations made from this world: tabletop_data.py.
 """
 
 import copy
 import dataclasses
 import math
-import pathlib
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from benchmarks.simulate import Outcome, TrialResult
 
 EDGE = 0.2  # half the table's side, m
 STEP = 0.025  # translation of a full action, m a step
 TURN = 0.1  # rotation of a full action, rad a step
 SIZE = 0.04  # cubes and balls, m
 HOVER = 0.11  # height at which the expert travels, m
-PLATE, BUTTON = 0.045, 0.028  # radii, m
-OPEN, CLOSED, TRAVEL = 0.07, 0.01, 0.085  # drawer: open beyond, closed below, longest pull, m
+PLATE = 0.045  # radius, m
+BUTTON = 0.028  # radius, m
+OPEN = 0.07  # the drawer is open when pulled further than this, m
+CLOSED = 0.01  # and closed when pulled less far than this, m
+TRAVEL = 0.085  # longest pull of the drawer, m
 
 COLORS = {
     "red": (225, 40, 40),
@@ -37,23 +49,46 @@ COLORS = {
     "purple": (160, 60, 200),
 }
 OBJECTS = [f"{color} {shape}" for shape in ("cube", "ball") for color in COLORS]
-SIDES = {"left of": (-1, 0), "right of": (1, 0), "behind": (0, -1), "in front of": (0, 1)}
-SUITES = ["spatial", "object", "goal", "long"]
 
-# A goal is (verb, object, destination). A task of LONG is two goals in order.
-GOALS = {
-    "put the red cube on the plate": ("on", "red cube", "plate"),
-    "put the blue cube on the plate": ("on", "blue cube", "plate"),
-    "put the green ball on the plate": ("on", "green ball", "plate"),
-    "stack the red cube on the blue cube": ("on", "red cube", "blue cube"),
-    "stack the green ball on the blue cube": ("on", "green ball", "blue cube"),
-    "press the button": ("press", "button", None),
-    "open the drawer": ("open", "drawer", None),
-    "close the drawer": ("close", "drawer", None),
-    "push the blue cube to the left": ("push", "blue cube", None),
-    "lift the red cube": ("lift", "red cube", None),
+# ---- Tasks ---------------------------------------------------------------------------------------
+
+
+class Goal(NamedTuple):
+    """What must hold in the end."""
+
+    verb: str  # on, press, open, close, push (to the left), lift
+    object: str  # name of a thing, "button" or "drawer"
+    destination: str | None = None  # of "on": "plate" or the name of a thing
+
+
+class Relation(NamedTuple):
+    """By what an instruction tells one of two equal cubes from the other."""
+
+    side: str  # one of SIDES, "nearest to", "farthest from"
+    reference: str  # "plate" or "button"
+
+
+class Task(NamedTuple):
+    instruction: str
+    goals: list[Goal]  # in order
+    relation: Relation | None = None
+
+
+SUITES = ["spatial", "object", "goal", "long"]
+SIDES = {"left of": (-1, 0), "right of": (1, 0), "behind": (0, -1), "in front of": (0, 1)}
+GOALS = {  # the goal suite
+    "put the red cube on the plate": Goal("on", "red cube", "plate"),
+    "put the blue cube on the plate": Goal("on", "blue cube", "plate"),
+    "put the green ball on the plate": Goal("on", "green ball", "plate"),
+    "stack the red cube on the blue cube": Goal("on", "red cube", "blue cube"),
+    "stack the green ball on the blue cube": Goal("on", "green ball", "blue cube"),
+    "press the button": Goal("press", "button"),
+    "open the drawer": Goal("open", "drawer"),
+    "close the drawer": Goal("close", "drawer"),
+    "push the blue cube to the left": Goal("push", "blue cube"),
+    "lift the red cube": Goal("lift", "red cube"),
 }
-LONG = [
+LONG = [  # two of GOALS each
     "put the red cube on the plate, then press the button",
     "put the blue cube on the plate, then press the button",
     "put the green ball on the plate, then open the drawer",
@@ -67,475 +102,777 @@ LONG = [
 ]
 
 
-def suite_tasks(suite):
-    """The ten tasks of one of SUITES: [(instruction, [goal, ...], relation or None)]."""
-    if suite == "spatial":
-        relations = [(side, ref) for ref in ("plate", "button") for side in SIDES]
-        relations += [("nearest to", "plate"), ("farthest from", "plate")]
-        return [
-            (
-                f"pick up the red cube {side} the {ref} and put it on the plate",
-                [("on", "red cube", "plate")],
-                (side, ref),
-            )
-            for side, ref in relations
-        ]
-    if suite == "object":
-        return [
-            (f"pick up the {name} and put it on the plate", [("on", name, "plate")], None)
-            for name in OBJECTS
-        ]
+def suite_tasks(suite: str) -> list[Task]:
+    """The ten tasks of one of SUITES. ValueError for another name."""
     if suite not in SUITES:
         raise ValueError(f"suite {suite!r} is unknown; choose one of {', '.join(SUITES)}")
-    texts = GOALS if suite == "goal" else LONG
-    return [(text, [GOALS[part] for part in text.split(", then ")], None) for text in texts]
+    if suite == "spatial":
+        return spatial_tasks()
+    if suite == "object":
+        return object_tasks()
+    if suite == "goal":
+        return [Task(text, [goal]) for text, goal in GOALS.items()]
+    return [Task(text, [GOALS[part] for part in text.split(", then ")]) for text in LONG]
 
 
-def paint(image, shapes):
-    """Paint discs and rectangles, as _shapes lists them, over a float image (n, n, 3)."""
+def spatial_tasks() -> list[Task]:
+    relations = [Relation(side, reference) for reference in ("plate", "button") for side in SIDES]
+    relations += [Relation("nearest to", "plate"), Relation("farthest from", "plate")]
+    tasks = []
+    for relation in relations:
+        which = f"red cube {relation.side} the {relation.reference}"
+        text = f"pick up the {which} and put it on the plate"
+        tasks.append(Task(text, [Goal("on", "red cube", "plate")], relation))
+    return tasks
+
+
+def object_tasks() -> list[Task]:
+    tasks = []
+    for name in OBJECTS:
+        text = f"pick up the {name} and put it on the plate"
+        tasks.append(Task(text, [Goal("on", name, "plate")]))
+    return tasks
+
+
+# ---- Pictures ------------------------------------------------------------------------------------
+
+
+class Shape(NamedTuple):
+    """A disc or rectangle as the camera sees it: metres on the table, colours 0 .. 255."""
+
+    is_disc: bool
+    x: float
+    y: float
+    half_width: float
+    half_height: float
+    half_gap: float  # a rectangle may have a slit along its middle, as between two fingers
+    red: float
+    green: float
+    blue: float
+    alpha: float
+
+
+def paint(image: np.ndarray, shapes: list[Shape]) -> np.ndarray:
+    """Paint shapes, the first one lowest, over a float image (n, n, 3) -> the same image.
+
+    Anti-aliased, so that places show below a pixel: a shape's share of each pixel is its weight.
+    1. metres to pixels   2. shares, for all shapes at once   3. blend, one shape after another"""
+    # 1. metres to pixels, N shapes
     n = len(image)
-    scale, grid = n / (2 * EDGE), np.arange(n, dtype=np.float32)
-    disc, x, y, rx, ry, gap, *color, alpha = np.array(shapes, np.float32).T  # (N,) each
-    u, v, ru, rv, gap = (x + EDGE) * scale, (y + EDGE) * scale, rx * scale, ry * scale, gap * scale
-    color = np.stack(color, 1)  # (N, 3)
+    scale = n / (2 * EDGE)  # pixels a metre
+    columns = np.array(shapes, np.float32).T  # (10, N)
+    is_disc, x, y, half_width, half_height, half_gap = columns[:6]  # (N,) each
+    color = columns[6:9].T  # (N, 3)
+    alpha = columns[9]  # (N,)
+    u = (x + EDGE) * scale
+    v = (y + EDGE) * scale
+    radius_u = half_width * scale
+    radius_v = half_height * scale
+    gap = half_gap * scale
 
-    def covered(centre, half):  # share of each pixel that lies within centre +- half, (N, n)
-        low, high = (centre - half)[:, None], (centre + half)[:, None]
+    # 2. shares of a rectangle, by column and by row; squared distances to the middle of a disc
+    grid = np.arange(n, dtype=np.float32)
+
+    def covered(centre, half):
+        """Share of each pixel of a line that lies within centre +- half, (N, n)."""
+        low = (centre - half)[:, None]
+        high = (centre + half)[:, None]
         return (np.minimum(grid + 1, high) - np.maximum(grid, low)).clip(0, 1)
 
-    cu, cv = covered(u, ru) - covered(u, gap), covered(v, rv) * alpha[:, None]
-    du, dv = (grid + 0.5 - u[:, None]) ** 2, (grid + 0.5 - v[:, None]) ** 2  # (N, n)
-    box = np.stack([u - ru, u + ru + 2, v - rv, v + rv + 2], 1).clip(0, n).astype(int).tolist()
-    for i, (a, b, c, d) in enumerate(box):
-        if disc[i]:
-            cover = (ru[i] + 0.5 - np.sqrt(dv[i, c:d, None] + du[i, a:b])).clip(0, 1) * alpha[i]
+    column_share = covered(u, radius_u) - covered(u, gap)  # (N, n)
+    row_share = covered(v, radius_v) * alpha[:, None]  # (N, n)
+    column_distance = (grid + 0.5 - u[:, None]) ** 2  # (N, n)
+    row_distance = (grid + 0.5 - v[:, None]) ** 2  # (N, n)
+
+    # 3. blend, inside the box around each shape
+    edges = [u - radius_u, u + radius_u + 2, v - radius_v, v + radius_v + 2]
+    boxes = np.stack(edges, 1).clip(0, n).astype(int).tolist()  # N x 4
+    for i, (left, right, top, bottom) in enumerate(boxes):
+        if is_disc[i]:
+            squared = row_distance[i, top:bottom, None] + column_distance[i, left:right]
+            share = (radius_u[i] + 0.5 - np.sqrt(squared)).clip(0, 1) * alpha[i]
         else:
-            cover = cv[i, c:d, None] * cu[i, a:b]
-        view = image[c:d, a:b]
-        view += cover[..., None] * (color[i] - view)
+            share = row_share[i, top:bottom, None] * column_share[i, left:right]
+        view = image[top:bottom, left:right]  # (h, w, 3), share (h, w)
+        view += share[..., None] * (color[i] - view)
     return image
+
+
+# ---- Environment ---------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(eq=False)
 class Thing:
-    """A cube or ball: its name, the centre of its bottom, and what it rests `on`."""
+    """A cube or ball: its name, the centre of its bottom (m), and what it rests `on`."""
 
     name: str
     x: float
     y: float
     z: float = 0.0
-    on: str = "table"
+    on: str = "table"  # or "plate", the name of another thing, "gripper"
 
     @property
-    def at(self):
+    def xy(self) -> tuple[float, float]:
         return self.x, self.y
 
 
+@dataclasses.dataclass
+class Plan:
+    """What the expert is about to do, in terms that questions and thoughts put into words."""
+
+    phase: str  # reach, grasp, carry, place, lift, pull, shut, press, push, drop
+    target: str  # name of what the hand moves to; "gripper": the place where it is
+    target_xy: tuple[float, float]  # m
+    move: np.ndarray  # (3,) m from the gripper to its next waypoint
+    fingers: float  # -1 opens, +1 closes
+
+
+def random_spots(rng, count: int, back: float) -> list[tuple[float, float]] | None:
+    """Places (x, y) at least 8.5 cm apart, none behind y = back; None when chance finds too few."""
+    spots = []
+    for _ in range(100):
+        spot = tuple(rng.uniform([-0.165, back], 0.165).tolist())
+        if all(math.dist(spot, other) > 0.085 for other in spots):
+            spots.append(spot)
+        if len(spots) == count:
+            return spots
+    return None
+
+
+def relation_score(side: str, thing: Thing, reference: tuple[float, float]) -> float:
+    """How far a thing is on that side of the reference, or how near (negative) or far it is, m."""
+    if side == "nearest to":
+        return -math.dist(thing.xy, reference)
+    if side == "farthest from":
+        return math.dist(thing.xy, reference)
+    x, y = reference
+    right, front = SIDES[side]
+    return (thing.x - x) * right + (thing.y - y) * front
+
+
 class Tabletop:
-    """The environment. Actions (7,) in [-1, 1], all deltas: xyz, roll pitch yaw, gripper (-1 opens,
-    +1 closes). obs: {"image": uint8 (size, size, 3), "state": float32 (8,) = gripper xyz (m), roll
-    pitch yaw (rad), the two finger positions (m), "instruction": str}. `tilt` > 0 turns the camera
-    from straight down to oblique."""
+    """The environment: `tasks`, reset(task, seed) -> obs, step(action) -> (obs, success, done).
 
-    def __init__(self, suite="goal", size=64, tilt=0.0):
-        self.suite, self.size, self.tilt = suite, size, tilt
-        self.task_list = suite_tasks(suite)
-        self.limit = 130 if suite == "long" else 70  # steps
-        self.still = (None, None)  # what the painted background shows, and the background
+    Actions (7,) in [-1, 1], all deltas: xyz, roll pitch yaw, gripper (-1 opens, +1 closes).
+    obs: {"image": uint8 (size, size, 3), "state": float32 (8,) = gripper xyz (m), roll pitch yaw
+    (rad), the two finger positions (m), "instruction": str}. tilt > 0 turns the camera from
+    straight down to oblique. limit: steps of an episode.
 
-    def reset(self, task, seed, split="eval"):
-        """Start trial `seed` of a task -> obs. The splits "eval" and "train" share no randomness."""
+    The state: things, plate and button (x, y; None without one), button_lit, drawer_x and
+    drawer_pull (m; None and 0 without one), gripper_xyz and gripper_rpy (3,), aperture (0 closed
+    .. 1 open), held (a Thing, "drawer" or None), held_offset (3,) from the gripper to the Thing."""
+
+    def __init__(self, suite: str = "goal", size: int = 64, tilt: float = 0.0):
+        self.suite = suite
+        self.size = size
+        self.tilt = tilt
+        self.tasks = suite_tasks(suite)
+        self.limit = 130 if suite == "long" else 70
+        self.background_key = None  # what the background shows that was painted last
+        self.background = None
+
+    # ---- reset and step --------------------------------------------------------------------------
+
+    def reset(self, task: int, seed: int, split: str = "eval") -> dict:
+        """Start trial `seed` of a task -> obs. Splits "eval" and "train" share no randomness."""
         self.place(task, seed, split)
         return self.observe()
 
-    def place(self, task, seed, split):
+    def place(self, task: int, seed: int, split: str):
         """`reset` without rendering."""
         rng = np.random.default_rng([split != "train", SUITES.index(self.suite), task, seed])
-        text, goals, relation = self.task_list[task]
+        text, goals, relation = self.tasks[task]
         while not self._lay_out(rng, goals, relation):
             pass
-        self.pos = rng.uniform([-0.17, -0.1, 0.07], [0.17, 0.17, 0.13])
-        self.rpy, self.aperture, self.held, self.grip = np.zeros(3), 1.0, None, None
+        self.gripper_xyz = rng.uniform([-0.17, -0.1, 0.07], [0.17, 0.17, 0.13])
+        self.gripper_rpy = np.zeros(3)
+        self.aperture = 1.0
+        self.held = None
+        self.held_offset = None
         self.instruct(text, goals)
 
-    def instruct(self, text, goals=None):
+    def instruct(self, text: str, goals: list[Goal] | None = None):
         """Give a new instruction in the present state (chains do this without reset)."""
-        self.instruction, self.goals, self.steps = text, goals or [GOALS[text]], 0
-        self.begin = {thing.name: thing.x for thing in self.things}
+        self.instruction = text
+        self.goals = goals or [GOALS[text]]
+        self.steps = 0
+        self.start_x = {thing.name: thing.x for thing in self.things}
 
-    def _lay_out(self, rng, goals, relation):
-        """One try at a random scene -> whether the task makes sense in it."""
-        self.lit, self.drawer_x, self.drawer, back = False, None, 0.0, -0.16
-        if self.suite == "spatial":
-            names = ["red cube", "red cube"]
-        elif self.suite == "object":
-            others = [name for name in OBJECTS if name != goals[0][1]]
-            names = [goals[0][1], *rng.choice(others, 3, replace=False)]
-        else:
-            names, back = ["red cube", "blue cube", "green ball"], -0.05
-            self.drawer_x, self.drawer = rng.uniform(-0.12, 0.12), rng.uniform(0.03, 0.05)
-        spots = []
-        for _ in range(100):
-            spot = tuple(rng.uniform([-0.165, back], 0.165).tolist())
-            if all(math.dist(spot, other) > 0.085 for other in spots):
-                spots.append(spot)
-            if len(spots) == len(names) + 2:
-                break
-        else:
-            return False
-        self.plate, button, *rest = spots
-        self.button = None if self.suite == "object" else button
-        self.things = [Thing(str(name), *spot) for name, spot in zip(names, rest)]
-        if goals[0][0] == "push":  # the way of the gripper and of the blue cube must be free
-            red, blue, green = self.things
-            path = [(blue.x - d, blue.y) for d in (-0.05, 0.05, 0.1)]
-            places = [self.plate, self.button, red.at, green.at]
-            clear = all(math.dist(a, b) >= 0.06 for a in path for b in places)
-            return clear and -0.05 < blue.x < 0.11
-        return relation is None or self._single_out(*relation)
-
-    def _single_out(self, side, ref):
-        """Order the red cubes -> whether things[0] alone stands in the relation, by a margin."""
-        x, y = self.plate if ref == "plate" else self.button
-        (dx, dy), sign = (
-            SIDES.get(side, (0, 0)),
-            {"nearest to": -1, "farthest from": 1}.get(side, 0),
-        )
-        scores = [
-            (t.x - x) * dx + (t.y - y) * dy + sign * math.dist(t.at, (x, y)) for t in self.things
-        ]
-        if scores[0] < scores[1]:
-            self.things.reverse()
-        low, high = sorted(scores)
-        return high - low > 0.06 if sign else high > 0.04 and low < -0.04
-
-    def find(self, name):
-        """The thing of that name, the first of two; or the name, as the button is no Thing."""
-        return next((thing for thing in self.things if thing.name == name), name)
-
-    def handle(self):
-        """Place (x, y) of the drawer's handle, None without a drawer."""
-        return None if self.drawer_x is None else (self.drawer_x, -EDGE + 0.03 + self.drawer)
-
-    def step(self, action):
+    def step(self, action) -> tuple[dict, bool, bool]:
         """Apply one action (7,) -> (obs, success, done); done also at the step limit."""
         success = self.advance(action)
-        return self.observe(), success, success or self.steps >= self.limit
+        done = success or self.steps >= self.limit
+        return self.observe(), success, done
 
-    def advance(self, action):
-        """`step` without rendering -> success. ValueError unless 7 finite numbers are given."""
+    def advance(self, action) -> bool:
+        """`step` without rendering -> success. ValueError unless 7 finite numbers are given.
+
+        1. the hand and what it holds   2. fingers   3. contacts   4. the button"""
         action = np.asarray(action, np.float64)
         if action.shape != (7,) or not np.isfinite(action).all():
             raise ValueError(f"action must be 7 finite numbers, got shape {action.shape}: {action}")
         action = np.clip(action, -1, 1)
-        old, thing = self.pos, self.held
+
+        # 1. the hand and what it holds
+        old = self.gripper_xyz
         new = np.clip(old + STEP * action[:3], [-EDGE, -EDGE, 0.005], [EDGE, EDGE, 0.2])
-        if thing == "drawer":  # the rail lets the hand move along y only
-            self.drawer = float(np.clip(self.drawer + new[1] - old[1], 0, TRAVEL))
+        if self.held == "drawer":  # the rail lets the hand move along y only
+            self.drawer_pull = float(np.clip(self.drawer_pull + new[1] - old[1], 0, TRAVEL))
             new = np.array([old[0], self.handle()[1], old[2]])
-        elif thing:
-            thing.x, thing.y, thing.z = (new + self.grip).tolist()
+        elif self.held is not None:
+            thing = self.held
+            thing.x, thing.y, thing.z = (new + self.held_offset).tolist()
             if thing.z < 0:  # the table is in the way
-                new, thing.z = new - [0, 0, thing.z], 0.0
-        self.pos, self.rpy = new, np.clip(self.rpy + TURN * action[3:6], -0.5, 0.5)
-        self._fingers(float(action[6]))
-        self._push()
-        if self.button and self.pos[2] < 0.02 and math.dist(self.pos[:2], self.button) < BUTTON:
-            self.lit = True
+                new = new - [0, 0, thing.z]
+                thing.z = 0.0
+        self.gripper_xyz = new
+        self.gripper_rpy = np.clip(self.gripper_rpy + TURN * action[3:6], -0.5, 0.5)
+
+        # 2. fingers
+        self._move_fingers(float(action[6]))
+
+        # 3. contacts
+        self.push_things()
+
+        # 4. the button
+        if self.button and self.gripper_xyz[2] < 0.02:
+            if math.dist(self.gripper_xyz[:2], self.button) < BUTTON:
+                self.button_lit = True
+
         self.steps += 1
         return all(self.satisfied(goal) for goal in self.goals)
 
-    def _fingers(self, command):
-        """Move the fingers by the command, grasp what they close on, release what they let go."""
-        self.aperture = min(max(self.aperture - 0.35 * command, 0.0), 1.0)
-        if self.held:
-            self.aperture = max(self.aperture, 0.4)  # an object fills the rest
-            if self.aperture > 0.6:
-                thing, self.held = self.held, None
-                if thing != "drawer":
-                    self._fall(thing)
-        elif self.aperture <= 0.5 and command > 0 and np.abs(self.rpy).max() <= 0.4:
-            (x, y, z), handle = self.pos, self.handle()
-            if handle and z < 0.04 and math.dist((x, y), handle) < 0.018:
-                self.held = "drawer"
-            for thing in self.things:
-                around = math.dist(thing.at, (x, y)) < 0.016 and -0.005 < z - thing.z < 0.036
-                if around and not self._above_it(thing):
-                    self.held, thing.on = thing, "gripper"
-                    self.grip = np.array([thing.x - x, thing.y - y, thing.z - z])
-                    break
-            if self.held:
-                self.aperture = 0.4
+    def satisfied(self, goal: Goal) -> bool:
+        """Is this goal reached in the present state?"""
+        match goal.verb:
+            case "press":
+                return self.button_lit
+            case "open":
+                return self.drawer_pull > OPEN
+            case "close":
+                return self.drawer_pull < CLOSED
+        thing = self.find(goal.object)
+        match goal.verb:
+            case "on":
+                return thing.on == goal.destination
+            case "lift":
+                return self.held is thing and thing.z > 0.06
+            case "push":
+                return self.start_x[goal.object] - thing.x > 0.06  # to the left
 
-    def _above_it(self, thing):
-        """The things that stand on this one."""
-        return [
-            t
-            for t in self.things
-            if t.on == thing.name and t.z > thing.z and math.dist(t.at, thing.at) < 0.03
-        ]
+    def find(self, name: str) -> Thing:
+        """The thing of that name, the first of two."""
+        return next(thing for thing in self.things if thing.name == name)
 
-    def _fall(self, thing):
-        """Drop a released thing onto what is below: another thing, the plate, or the table."""
-        thing.z, thing.on = 0.0, "table"
-        if math.dist(thing.at, self.plate) < PLATE - 0.005:
-            thing.on = "plate"
-        for other in sorted(self.things, key=lambda t: t.z):
-            gap = math.dist(thing.at, other.at)
-            if other is thing or gap > 0.9 * SIZE:
-                continue
-            if gap < 0.022:
-                thing.z, thing.on = other.z + SIZE, other.name
-            else:  # off the edge: it slides down beside
-                self._shift(thing, other.x, other.y, SIZE)
+    def handle(self) -> tuple[float, float] | None:
+        """Place (x, y) of the drawer's handle, None without a drawer."""
+        if self.drawer_x is None:
+            return None
+        return self.drawer_x, -EDGE + 0.03 + self.drawer_pull
 
-    def _shift(self, thing, x, y, radius):
-        """Move a thing away from (x, y) to the given distance, with whatever stands on it."""
-        dx, dy = thing.x - x, thing.y - y
-        gap = math.hypot(dx, dy) or 1e-9
-        dx, dy = dx / gap * (radius - gap), dy / gap * (radius - gap)
-        for other in (thing, *self._above_it(thing)):
-            other.x = min(max(other.x + dx, -EDGE + 0.02), EDGE - 0.02)
-            other.y = min(max(other.y + dy, -EDGE + 0.02), EDGE - 0.02)
-        if thing.on == "plate" and math.dist(thing.at, self.plate) > PLATE:
-            thing.on = "table"
-
-    def _push(self):
-        """Contacts: low fingers (and a low carried thing) move what stands in their way."""
-        x, y, z = self.pos
-        carried = self.held if isinstance(self.held, Thing) else None
-        low = z - (0.02 if carried else 0)
-        for thing in self.things:
-            if thing is carried or not thing.z - 0.005 < low < thing.z + SIZE:
-                continue
-            gap = math.dist(thing.at, (x, y))
-            if not carried and self.aperture >= 0.5 and gap < 0.02:
-                if gap > 0.012:  # between the open fingers: free to move 12 mm, then dragged along
-                    self._shift(thing, x, y, 0.012)
-                continue
-            radius = SIZE if carried else 0.03 if self.aperture < 0.5 else 0.034
-            if gap < radius:
-                self._shift(thing, x, y, min(radius, gap + STEP))
-
-    def satisfied(self, goal):
-        """Is this goal (verb, object, destination) reached in the present state?"""
-        verb, name, dest = goal
-        if name in ("button", "drawer"):
-            return {"press": self.lit, "open": self.drawer > OPEN, "close": self.drawer < CLOSED}[
-                verb
-            ]
-        thing = self.find(name)
-        return {
-            "on": thing.on == dest,
-            "lift": self.held is thing and thing.z > 0.06,
-            "push": self.begin[name] - thing.x > 0.06,
-        }[verb]  # to the left
-
-    def observe(self):
-        fingers = 0.04 * self.aperture
-        state = np.array([*self.pos, *self.rpy, fingers, -fingers], np.float32)
-        return {"image": self.render(), "state": state, "instruction": self.instruction}
-
-    def render(self, size=None):
-        """The camera image, uint8 (size, size, 3), anti-aliased: places show below a pixel."""
-        n = size or self.size
-        fixed, moving = self._shapes()
-        key = (n, self.tilt, tuple(fixed))
-        if self.still[0] != key:  # what does not move is painted once
-            image = np.full((n, n, 3), (206, 192, 170), np.float32)
-            self.still = (key, paint(image, fixed))
-        return (paint(self.still[1].copy(), moving) + 0.5).astype(np.uint8)
-
-    def _shapes(self):
-        """What the camera sees, back to front, in metres, as two lists (fixed, moving) of
-        (is disc, x, y, half width, half height, half width of the gap, r, g, b, alpha)."""
-        shapes = []
-
-        def add(disc, x, y, z, rx, ry, color, alpha=1.0, gap=0.0):
-            shapes.append((disc, x, y - self.tilt * z, rx, ry, gap, *color, alpha))
-
-        add(1, *self.plate, 0, PLATE, PLATE, (250, 250, 250))
-        add(1, *self.plate, 0, PLATE - 0.012, PLATE - 0.012, (215, 215, 225))
-        if self.button:
-            add(0, *self.button, 0, BUTTON, BUTTON, (70, 70, 70))
-            add(1, *self.button, 0, 0.017, 0.017, (60, 240, 240) if self.lit else (135, 135, 135))
-        if handle := self.handle():
-            x, y = handle
-            add(0, x, -EDGE + (y + EDGE) / 2, 0, 0.05, (y + EDGE) / 2, (125, 85, 45))
-            add(0, x, y, 0.02, 0.025, 0.008, (60, 40, 20))
-        fixed = len(shapes)
-        for thing in sorted(self.things, key=lambda t: t.z):
-            ball, half = thing.name.endswith("ball"), SIZE / 2 * (1 + 1.5 * thing.z)
-            shade = 0.4 * thing.z
-            if shade > 0:
-                add(ball, thing.x + shade, thing.y + shade, 0, half, half, (0, 0, 0), 0.35)
-            add(ball, thing.x, thing.y, thing.z, half, half, COLORS[thing.name.split()[0]])
-            if ball:
-                add(1, thing.x - 0.004, thing.y - 0.004, thing.z, 0.008, 0.008, (255, 255, 255))
-        x, y, z = self.pos.tolist()
-        zoom, spread = 1 + 2 * z, 0.012 + 0.016 * self.aperture  # nearer to the camera looks larger
-        wide, slit, deep = (spread + 0.006) * zoom, (spread - 0.006) * zoom, 0.018 * zoom
-        shadow, fingers = (0.4 * z, 0, (0, 0, 0), 0.35), (0.0, z, (15, 15, 15), 1.0)
-        for shade, height, *ink in (shadow, fingers):
-            add(0, x + shade, y + shade, height, wide, deep, *ink, slit)
-            add(0, x + shade, y + shade - deep, height, wide, 0.004 * zoom, *ink)
-        return shapes[:fixed], shapes[fixed:]
-
-    def expert(self):
-        """The scripted expert -> (action (7,) in [-1, 1], plan): {"phase", "target" (name), "at"
-        (x, y of the target), "move" (3,) m to the waypoint, "grip"}. A smooth function of the
-        present state: perturbed ones show recoveries, and chunks can be predicted from the scene."""
-        todo = (goal for goal in self.goals if not self.satisfied(goal))
-        verb, name, dest = next(todo, self.goals[-1])
-        (x, y, z), thing = self.pos, self.find(name)
-        wanted = None if verb in ("press", "push") else thing
-        if self.held not in (None, wanted):  # something else is in the hand: put it down here
-            way, near = self._approach((x, y), z if self.held == "drawer" else 0.02)
-            return self._act("drop", "gripper", (x, y), way, -near)
-        if verb == "press":
-            return self._act("press", name, self.button, self._approach(self.button, 0.0)[0], 1.0)
-        at, low = (self.handle(), 0.02) if thing == "drawer" else (thing.at, thing.z + 0.02)
-        if verb == "push":
-            if 0.02 < x - thing.x < 0.07 and abs(y - thing.y) < 0.012 and z < 0.035:
-                return self._act("push", name, at, (thing.x - 0.02, thing.y, 0.02), 1.0)
-            way, _ = self._approach((thing.x + 0.05, thing.y), 0.02)
-            return self._act("reach", name, at, way, 1.0)
-        if self.held is None:
-            way, near = self._approach(at, low)
-            return self._act("grasp" if near > 0 else "reach", name, at, way, near)
-        if thing == "drawer":
-            phase, pull = ("pull", 0.12) if verb == "open" else ("shut", -0.12)
-            return self._act(phase, name, at, (x, y + pull, z), 1.0)
-        if verb == "lift":
-            return self._act("lift", name, (x, y), (x, y, 0.14), 1.0)
-        base = self.find(dest)
-        at, low = (self.plate, 0.0) if dest == "plate" else (base.at, base.z + SIZE)
-        dx, dy, dz = self.grip
-        way, near = self._approach((at[0] - dx, at[1] - dy), low + 0.004 - dz)
-        return self._act("place" if near > 0 else "carry", dest, at, way, -near)
-
-    def _approach(self, at, low):
-        """-> waypoint over `at`: travel height far away, down to `low` within the last 6 cm; and
-        nearness to its end, from -1 away to +1 there, smooth (m): it commands the fingers."""
-        gap = math.dist(self.pos[:2], at)
-        far = min(max((gap - 0.015) / 0.05, 0.0), 1.0)
-        height = low + (max(HOVER, low + 0.05) - low) * far * far * (3 - 2 * far)
-        near = math.tanh(3 * (1 - math.hypot(gap, self.pos[2] - low) / 0.011))
-        return (*at, height), near
-
-    def _act(self, phase, target, at, way, grip):
-        """Action and plan for a waypoint `way` (3,), as `expert` returns them."""
-        (x, y, z), move = self.pos, way - self.pos
-        u = 0.6 * move / STEP
-        # the fingers still enclose something that is not wanted: rise before moving sideways
-        for thing in self.things:
-            inside = math.dist(thing.at, (x, y)) < 0.045 and z < thing.z + SIZE
-            if inside and thing is not self.held and (thing.name != target or phase == "carry"):
-                free = min(max((z - thing.z - 0.015) / 0.03, 0.0), 1.0)
-                u = np.array([u[0] * free, u[1] * free, max(u[2], 1.0 - free)])
-        speed = float(np.linalg.norm(u))
-        u = u * (math.tanh(speed) / speed if speed > 1e-9 else 1.0)
-        action = np.concatenate([u, np.clip(-self.rpy / TURN, -1, 1), [grip]])
-        return action, {"phase": phase, "target": target, "at": at, "move": move, "grip": grip}
-
-    def follow(self, text):
-        """Let the expert carry out an instruction of the goal suite from here -> success."""
-        self.instruct(text)
-        todo = not self.satisfied(GOALS[text])  # else it is no task
-        return todo and any(self.advance(self.expert()[0]) for _ in range(self.limit))
-
-    def clone(self):
+    def clone(self) -> "Tabletop":
         """An independent copy of the present state."""
         twin = copy.copy(self)
         twin.things = [copy.copy(thing) for thing in self.things]
-        twin.held = dict(zip(self.things, twin.things)).get(self.held, self.held)
+        if isinstance(self.held, Thing):
+            twin.held = twin.things[self.things.index(self.held)]
         return twin
 
+    # ---- a random scene --------------------------------------------------------------------------
 
-# ---- evaluation trials of evaluate.py; chains are CALVIN's protocol on this world
+    def _lay_out(self, rng, goals: list[Goal], relation: Relation | None) -> bool:
+        """One try at a random scene -> whether the task makes sense in it.
+
+        1. what stands on the table   2. where   3. whether the task can be done and failed"""
+        # 1. what stands on the table
+        self.button_lit = False
+        self.drawer_x = None
+        self.drawer_pull = 0.0
+        back = -0.16  # nothing behind it
+        if self.suite == "spatial":
+            names = ["red cube", "red cube"]
+        elif self.suite == "object":
+            wanted = goals[0].object
+            others = [name for name in OBJECTS if name != wanted]
+            names = [wanted, *rng.choice(others, 3, replace=False)]
+        else:
+            names = ["red cube", "blue cube", "green ball"]
+            back = -0.05  # the drawer needs room
+            self.drawer_x = rng.uniform(-0.12, 0.12)
+            self.drawer_pull = rng.uniform(0.03, 0.05)
+
+        # 2. where
+        spots = random_spots(rng, len(names) + 2, back)
+        if spots is None:
+            return False
+        self.plate, button, *rest = spots
+        self.button = None if self.suite == "object" else button
+        self.things = [Thing(str(name), *spot) for name, spot in zip(names, rest, strict=True)]
+
+        # 3. whether the task can be done and failed
+        if goals[0].verb == "push":
+            return self._can_push()
+        if relation is not None:
+            return self._single_out(relation)
+        return True
+
+    def _can_push(self) -> bool:
+        """The way of the gripper and of the blue cube must be free."""
+        red, blue, green = self.things
+        path = [(blue.x - distance, blue.y) for distance in (-0.05, 0.05, 0.1)]
+        obstacles = [self.plate, self.button, red.xy, green.xy]
+        for spot in path:
+            if any(math.dist(spot, obstacle) < 0.06 for obstacle in obstacles):
+                return False
+        return -0.05 < blue.x < 0.11
+
+    def _single_out(self, relation: Relation) -> bool:
+        """Order the red cubes -> whether things[0] alone stands in the relation, by a margin."""
+        reference = self.plate if relation.reference == "plate" else self.button
+        scores = [relation_score(relation.side, thing, reference) for thing in self.things]
+        if scores[0] < scores[1]:
+            self.things.reverse()
+        low, high = sorted(scores)
+        if relation.side in SIDES:
+            return high > 0.04 and low < -0.04
+        return high - low > 0.06
+
+    # ---- contacts --------------------------------------------------------------------------------
+
+    def _move_fingers(self, command: float):
+        """Open (-1) or close (+1) the fingers: they grasp what they close on and let go of it."""
+        self.aperture = min(max(self.aperture - 0.35 * command, 0.0), 1.0)
+        if self.held is not None:
+            self.aperture = max(self.aperture, 0.4)  # an object fills the rest
+            if self.aperture > 0.6:
+                released = self.held
+                self.held = None
+                if released != "drawer":
+                    self._fall(released)
+        elif self.aperture <= 0.5 and command > 0 and np.abs(self.gripper_rpy).max() <= 0.4:
+            self._grasp()
+            if self.held is not None:
+                self.aperture = 0.4
+
+    def _grasp(self):
+        """Hold the handle or a thing, where one is between the fingers."""
+        x, y, z = self.gripper_xyz
+        handle = self.handle()
+        if handle is not None and z < 0.04 and math.dist((x, y), handle) < 0.018:
+            self.held = "drawer"
+        for thing in self.things:
+            enclosed = math.dist(thing.xy, (x, y)) < 0.016 and -0.005 < z - thing.z < 0.036
+            if enclosed and not self._above(thing):
+                self.held = thing
+                thing.on = "gripper"
+                self.held_offset = np.array([thing.x - x, thing.y - y, thing.z - z])
+                break
+
+    def _above(self, thing: Thing) -> list[Thing]:
+        """The things that stand on this one."""
+        above = []
+        for other in self.things:
+            if other.on == thing.name and other.z > thing.z:
+                if math.dist(other.xy, thing.xy) < 0.03:
+                    above.append(other)
+        return above
+
+    def _fall(self, thing: Thing):
+        """Drop a released thing onto what is below: another thing, the plate, or the table."""
+        thing.z = 0.0
+        thing.on = "table"
+        if math.dist(thing.xy, self.plate) < PLATE - 0.005:
+            thing.on = "plate"
+        for other in sorted(self.things, key=lambda other: other.z):
+            gap = math.dist(thing.xy, other.xy)
+            if other is thing or gap > 0.9 * SIZE:
+                continue
+            if gap < 0.022:
+                thing.z = other.z + SIZE
+                thing.on = other.name
+            else:  # off the edge: it slides down beside
+                self._shift(thing, other.x, other.y, SIZE)
+
+    def _shift(self, thing: Thing, x: float, y: float, radius: float):
+        """Move a thing away from (x, y) to the given distance, with whatever stands on it."""
+        dx = thing.x - x
+        dy = thing.y - y
+        gap = math.hypot(dx, dy) or 1e-9
+        dx = dx / gap * (radius - gap)
+        dy = dy / gap * (radius - gap)
+        for other in (thing, *self._above(thing)):
+            other.x = min(max(other.x + dx, -EDGE + 0.02), EDGE - 0.02)
+            other.y = min(max(other.y + dy, -EDGE + 0.02), EDGE - 0.02)
+        if thing.on == "plate" and math.dist(thing.xy, self.plate) > PLATE:
+            thing.on = "table"
+
+    def push_things(self):
+        """Low fingers, and a low carried thing, move what stands in their way."""
+        x, y, z = self.gripper_xyz
+        carried = self.held if isinstance(self.held, Thing) else None
+        fingers_open = self.aperture >= 0.5
+        lowest = z - (0.02 if carried else 0)
+        for thing in self.things:
+            if thing is carried or not thing.z - 0.005 < lowest < thing.z + SIZE:
+                continue
+            gap = math.dist(thing.xy, (x, y))
+            if not carried and fingers_open and gap < 0.02:
+                if gap > 0.012:  # between the open fingers: free to move 12 mm, then dragged along
+                    self._shift(thing, x, y, 0.012)
+                continue
+            if carried:
+                radius = SIZE
+            else:
+                radius = 0.034 if fingers_open else 0.03
+            if gap < radius:
+                self._shift(thing, x, y, min(radius, gap + STEP))
+
+    # ---- camera ----------------------------------------------------------------------------------
+
+    def observe(self) -> dict:
+        """image, state (8,) and instruction, as in the docstring of the class."""
+        finger = 0.04 * self.aperture
+        state = np.array([*self.gripper_xyz, *self.gripper_rpy, finger, -finger], np.float32)
+        return {"image": self.render(), "state": state, "instruction": self.instruction}
+
+    def render(self, size: int | None = None) -> np.ndarray:
+        """The camera image, uint8 (size, size, 3), anti-aliased: places show below a pixel."""
+        n = size or self.size
+        fixed = self._fixed_shapes()
+        key = (n, self.tilt, tuple(fixed))
+        if self.background_key != key:  # what does not move is painted once
+            table = np.full((n, n, 3), (206, 192, 170), np.float32)
+            self.background = paint(table, fixed)
+            self.background_key = key
+        image = paint(self.background.copy(), self._moving_shapes())
+        return (image + 0.5).astype(np.uint8)
+
+    def _disc(self, x, y, z, radius, color, alpha=1.0) -> Shape:
+        """A disc at height z: to a tilted camera, what is higher shows further back."""
+        return Shape(True, x, y - self.tilt * z, radius, radius, 0.0, *color, alpha)
+
+    def _box(self, x, y, z, half_width, half_height, color, alpha=1.0, half_gap=0.0) -> Shape:
+        """The same for a rectangle."""
+        y = y - self.tilt * z
+        return Shape(False, x, y, half_width, half_height, half_gap, *color, alpha)
+
+    def _fixed_shapes(self) -> list[Shape]:
+        """Plate, button and drawer, back to front."""
+        shapes = [
+            self._disc(*self.plate, 0, PLATE, (250, 250, 250)),
+            self._disc(*self.plate, 0, PLATE - 0.012, (215, 215, 225)),
+        ]
+        if self.button:
+            light = (60, 240, 240) if self.button_lit else (135, 135, 135)
+            shapes.append(self._box(*self.button, 0, BUTTON, BUTTON, (70, 70, 70)))
+            shapes.append(self._disc(*self.button, 0, 0.017, light))
+        handle = self.handle()
+        if handle is not None:
+            x, y = handle
+            half = (y + EDGE) / 2  # from the back edge to the handle
+            shapes.append(self._box(x, -EDGE + half, 0, 0.05, half, (125, 85, 45)))
+            shapes.append(self._box(x, y, 0.02, 0.025, 0.008, (60, 40, 20)))
+        return shapes
+
+    def _moving_shapes(self) -> list[Shape]:
+        """Things, then the gripper, each with its shadow, back to front."""
+        shapes = []
+        black = (0, 0, 0)
+        for thing in sorted(self.things, key=lambda thing: thing.z):
+            x, y, z = thing.x, thing.y, thing.z
+            color = COLORS[thing.name.split()[0]]
+            half = SIZE / 2 * (1 + 1.5 * z)  # nearer to the camera looks larger
+            shade = 0.4 * z  # how far the shadow falls
+            if thing.name.endswith("ball"):
+                if shade > 0:
+                    shapes.append(self._disc(x + shade, y + shade, 0, half, black, 0.35))
+                shapes.append(self._disc(x, y, z, half, color))
+                shapes.append(self._disc(x - 0.004, y - 0.004, z, 0.008, (255, 255, 255)))
+            else:
+                if shade > 0:
+                    shapes.append(self._box(x + shade, y + shade, 0, half, half, black, 0.35))
+                shapes.append(self._box(x, y, z, half, half, color))
+
+        x, y, z = self.gripper_xyz.tolist()
+        zoom = 1 + 2 * z  # nearer to the camera looks larger
+        spread = 0.012 + 0.016 * self.aperture
+        wide = (spread + 0.006) * zoom
+        slit = (spread - 0.006) * zoom
+        deep = 0.018 * zoom
+        shadow = (0.4 * z, 0, black, 0.35)
+        fingers = (0.0, z, (15, 15, 15), 1.0)
+        for shade, height, color, alpha in (shadow, fingers):
+            x_shown = x + shade
+            y_shown = y + shade
+            bar = 0.004 * zoom  # it joins the two fingers
+            shapes.append(self._box(x_shown, y_shown, height, wide, deep, color, alpha, slit))
+            shapes.append(self._box(x_shown, y_shown - deep, height, wide, bar, color, alpha))
+        return shapes
+
+    # ---- expert ----------------------------------------------------------------------------------
+
+    def expert(self) -> tuple[np.ndarray, Plan]:
+        """The scripted expert: action (7,) in [-1, 1] and what it is part of.
+
+        A smooth function of the present state: perturbed states show recoveries, and chunks can be
+        predicted from the scene. For the first goal that does not hold yet:
+        1. put down what the goal does not want in the hand
+        2. press the button
+        3. push: go to the right side of the thing, then left
+        4. reach for what is wanted and grasp it
+        5. with it in the hand: pull or shut the drawer, lift the thing, carry and place it"""
+        open_goals = [goal for goal in self.goals if not self.satisfied(goal)]
+        goal = open_goals[0] if open_goals else self.goals[-1]
+        name = goal.object
+        x, y, z = self.gripper_xyz
+        if goal.verb in ("press", "push"):
+            wanted = None  # nothing in the hand
+        else:
+            wanted = "drawer" if name == "drawer" else self.find(name)
+
+        # 1. put down, here, what the goal does not want in the hand
+        if self.held not in (None, wanted):
+            low = z if self.held == "drawer" else 0.02
+            waypoint, near = self._approach((x, y), low)
+            return self._act("drop", "gripper", (x, y), waypoint, -near)
+
+        # 2. press the button
+        if goal.verb == "press":
+            waypoint, _ = self._approach(self.button, 0.0)
+            return self._act("press", name, self.button, waypoint, 1.0)
+
+        # 3. push
+        if goal.verb == "push":
+            thing = self.find(name)
+            behind = 0.02 < x - thing.x < 0.07 and abs(y - thing.y) < 0.012 and z < 0.035
+            if behind:
+                waypoint = (thing.x - 0.02, thing.y, 0.02)
+                return self._act("push", name, thing.xy, waypoint, 1.0)
+            waypoint, _ = self._approach((thing.x + 0.05, thing.y), 0.02)
+            return self._act("reach", name, thing.xy, waypoint, 1.0)
+
+        # 4. reach and grasp
+        if wanted == "drawer":
+            target_xy = self.handle()
+            low = 0.02
+        else:
+            target_xy = wanted.xy
+            low = wanted.z + 0.02
+        if self.held is None:
+            waypoint, near = self._approach(target_xy, low)
+            phase = "grasp" if near > 0 else "reach"
+            return self._act(phase, name, target_xy, waypoint, near)
+
+        # 5. with it in the hand
+        if goal.verb == "open":
+            return self._act("pull", name, target_xy, (x, y + 0.12, z), 1.0)
+        if goal.verb == "close":
+            return self._act("shut", name, target_xy, (x, y - 0.12, z), 1.0)
+        if goal.verb == "lift":
+            return self._act("lift", name, (x, y), (x, y, 0.14), 1.0)
+        if goal.destination == "plate":
+            target_xy = self.plate
+            low = 0.0
+        else:
+            base = self.find(goal.destination)
+            target_xy = base.xy
+            low = base.z + SIZE
+        dx, dy, dz = self.held_offset
+        over = (target_xy[0] - dx, target_xy[1] - dy)
+        waypoint, near = self._approach(over, low + 0.004 - dz)
+        phase = "place" if near > 0 else "carry"
+        return self._act(phase, goal.destination, target_xy, waypoint, -near)
+
+    def _approach(self, xy, low: float) -> tuple[tuple[float, float, float], float]:
+        """-> waypoint over xy (m), and nearness to the end of the way, -1 away .. +1 there.
+
+        The waypoint is at travel height far away, and goes down to `low` within the last 6 cm.
+        Both are smooth; the nearness commands the fingers."""
+        gap = math.dist(self.gripper_xyz[:2], xy)
+        far = min(max((gap - 0.015) / 0.05, 0.0), 1.0)
+        height = low + (max(HOVER, low + 0.05) - low) * far * far * (3 - 2 * far)
+        near = math.tanh(3 * (1 - math.hypot(gap, self.gripper_xyz[2] - low) / 0.011))
+        return (*xy, height), near
+
+    def _act(self, phase, target, target_xy, waypoint, fingers) -> tuple[np.ndarray, Plan]:
+        """Action (7,) and plan for a waypoint (3,), as `expert` returns them."""
+        x, y, z = self.gripper_xyz
+        move = waypoint - self.gripper_xyz  # (3,) m
+        wish = 0.6 * move / STEP  # (3,) share of a full action
+
+        # the fingers still enclose something that is not wanted: rise before moving sideways
+        for thing in self.things:
+            enclosed = math.dist(thing.xy, (x, y)) < 0.045 and z < thing.z + SIZE
+            wanted = thing.name == target and phase != "carry"
+            if enclosed and thing is not self.held and not wanted:
+                free = min(max((z - thing.z - 0.015) / 0.03, 0.0), 1.0)
+                wish = np.array([wish[0] * free, wish[1] * free, max(wish[2], 1.0 - free)])
+
+        # one speed limit for all directions
+        speed = float(np.linalg.norm(wish))
+        wish = wish * (math.tanh(speed) / speed if speed > 1e-9 else 1.0)
+        turn = np.clip(-self.gripper_rpy / TURN, -1, 1)
+        action = np.concatenate([wish, turn, [fingers]])
+        return action, Plan(phase, target, target_xy, move, fingers)
+
+    def follow(self, text: str) -> bool:
+        """Let the expert carry out an instruction of the goal suite from here -> success."""
+        self.instruct(text)
+        if self.satisfied(GOALS[text]):
+            return False  # it is no task
+        for _ in range(self.limit):
+            if self.advance(self.expert()[0]):
+                return True
+        return False
 
 
-def chain(number):
-    """Chain `number`: (trial of the goal suite's task 0, [five instructions]). As CALVIN's, chains
-    are feasible: the expert finishes all five from the initial state chosen."""
+# ---- Evaluation ----------------------------------------------------------------------------------
+
+EVALUATED = [*SUITES, "chain"]  # choices of --suites
+
+
+def chain(number: int) -> tuple[int, list[str]]:
+    """Chain `number`: the trial of the goal suite's task 0 in which it begins, five instructions.
+
+    As CALVIN's, chains are feasible: the expert finishes all five from the state chosen."""
     rng = np.random.default_rng([2, number])
     while True:
-        picks = rng.choice(list(GOALS), 5, replace=False).tolist()
+        instructions = rng.choice(list(GOALS), 5, replace=False).tolist()
         trial = int(rng.integers(1 << 40))
-        plates, stacks = (sum(word in p for p in picks) for word in ("plate", "stack"))
         env = Tabletop("goal")
         env.place(0, trial, "eval")
-        if plates < 2 and stacks < 2 and all(env.follow(text) for text in picks):
-            return trial, picks
+        plates = sum("plate" in text for text in instructions)
+        stacks = sum("stack" in text for text in instructions)
+        if plates < 2 and stacks < 2 and all(env.follow(text) for text in instructions):
+            return trial, instructions
 
 
 class Trial:
-    """One episode of a suite, or chain number `seed`, in its own environment."""
+    """One episode of a suite, or chain number `seed`, in its own environment.
 
-    def __init__(self, suite, task, seed):
-        self.suite, self.task, self.seed = suite, task, seed
-        self.done, self.solved, self.frames, self.film = False, 0, [], False
-        self.env = Tabletop("goal" if suite == "chain" else suite)
-        seed, self.todo = chain(seed) if suite == "chain" else (seed, [])
-        self.env.place(task, seed, "eval")
-        if self.todo:
-            self.env.instruct(self.todo.pop(0))
+    done: it is over. solved: 1 or 0; of a chain, how many in a row. film: keep frames for a GIF."""
 
-    def act(self, actions):
+    def __init__(self, suite: str, task: int, seed: int):
+        self.suite = suite
+        self.task = task
+        self.seed = seed
+        self.done = False
+        self.solved = 0
+        self.film = False
+        self.frames = []
+        if suite == "chain":
+            self.env = Tabletop("goal")
+            start, instructions = chain(seed)
+        else:
+            self.env = Tabletop(suite)
+            start = seed
+            instructions = []  # the task's own
+        self.to_do = instructions  # still to be given
+        self.env.place(task, start, "eval")
+        if self.to_do:
+            self.env.instruct(self.to_do.pop(0))
+
+    def act(self, actions: np.ndarray):
         """Carry out a chunk's actions (K, 7), or as many as the instruction lasts. A chain's next
         one is given in the state that this one leaves."""
         for action in actions:
             success = self.env.advance(action)
             self.shoot()
             self.solved += success
-            if success and self.todo:
-                return self.env.instruct(self.todo.pop(0))
+            if success and self.to_do:
+                self.env.instruct(self.to_do.pop(0))
+                return
             self.done = success or self.env.steps >= self.env.limit
             if self.done:
-                return None
+                return
 
     def shoot(self):
-        if self.film:
-            picture = Image.new("RGB", (256, 280), "white")
-            picture.paste(Image.fromarray(self.env.render(256)), (0, 24))
-            ImageDraw.Draw(picture).text((4, 6), self.env.instruction[:48], "black")
-            self.frames.append(picture.quantize(64))
+        """Keep a frame, under its instruction, if the trial is filmed."""
+        if not self.film:
+            return
+        picture = Image.new("RGB", (256, 280), "white")
+        picture.paste(Image.fromarray(self.env.render(256)), (0, 24))
+        ImageDraw.Draw(picture).text((4, 6), self.env.instruction[:48], "black")
+        self.frames.append(picture.quantize(64))
 
-    def save(self, folder):
-        """The frames, if any were shot, as folder/SUITE_TASK_OUTCOME.gif."""
-        if self.frames:
-            outcome = "success" if self.solved else "failure"
-            path = pathlib.Path(folder) / f"{self.suite}_{self.task}_{outcome}.gif"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            first, *rest = self.frames + self.frames[-1:] * 6
-            first.save(path, save_all=True, append_images=rest, duration=120, loop=0)
-
-
-def make_trials(suites, trials, chains):
-    """The fixed evaluation trials of each suite (10 tasks x trials), and the chains."""
-    made = [
-        Trial(suite, task, seed)
-        for suite in suites
-        if suite != "chain"
-        for task in range(10)
-        for seed in range(trials)
-    ]
-    return made + [Trial("chain", 0, n) for n in range(chains if "chain" in suites else 0)]
+    def save(self, folder: str | Path):
+        """Write the frames, if any were shot, as folder/SUITE_TASK_OUTCOME.gif."""
+        if not self.frames:
+            return
+        outcome = "success" if self.solved else "failure"
+        path = Path(folder) / f"{self.suite}_{self.task}_{outcome}.gif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        first, *others = self.frames
+        pause = [self.frames[-1]] * 6  # the end stays to be seen
+        first.save(path, save_all=True, append_images=others + pause, duration=120, loop=0)
 
 
-def drive(policy, trials, batch, execute=0, ensemble=0.0):
+def make_trials(suites: list[str], trials: int, chains: int) -> list[Trial]:
+    """The fixed evaluation trials of each suite (10 tasks x trials), then the chains."""
+    made = []
+    for suite in suites:
+        if suite == "chain":
+            continue
+        for task in range(10):
+            for seed in range(trials):
+                made.append(Trial(suite, task, seed))
+    if "chain" in suites:
+        for number in range(chains):
+            made.append(Trial("chain", 0, number))
+    return made
+
+
+def drive(policy, trials: list[Trial], batch: int, execute: int = 0, ensemble: float = 0.0):
     """Run all trials to their ends: a round is one batched forward and `execute` steps of each."""
-    bar = tqdm(total=len(trials), desc="trials", disable=None)
     from vla import ChunkExecutor  # not above: to make data takes no torch
 
-    plans = {trial: ChunkExecutor(policy.horizon, execute, ensemble) for trial in trials}
-    while active := [trial for trial in trials if not trial.done]:
+    progress = tqdm(total=len(trials), desc="trials", disable=None)
+    executors = {trial: ChunkExecutor(policy.horizon, execute, ensemble) for trial in trials}
+    active = [trial for trial in trials if not trial.done]
+    while active:
         for start in range(0, len(active), batch):
-            part = active[start : start + batch]
-            seen = [trial.env.observe() for trial in part]
-            images, states, texts = ([o[k] for o in seen] for k in seen[0])
-            chunks = policy.act_batch(images, texts, np.stack(states))  # (B, K, A)
-            for trial, text, chunk in zip(part, texts, chunks):
-                trial.act(plans[trial](chunk, text))
-        bar.update(sum(trial.done for trial in active))
-    bar.close()
+            together = active[start : start + batch]
+            seen = [trial.env.observe() for trial in together]
+            images = [obs["image"] for obs in seen]
+            states = np.stack([obs["state"] for obs in seen])
+            texts = [obs["instruction"] for obs in seen]
+            chunks = policy.act_batch(images, texts, states)  # (B, K, A)
+            for trial, text, chunk in zip(together, texts, chunks, strict=True):
+                trial.act(executors[trial](chunk, text))
+        progress.update(sum(trial.done for trial in active))
+        active = [trial for trial in trials if not trial.done]
+    progress.close()
+
+
+def arguments(add):
+    """Flags of `evaluate.py tabletop`."""
+    add("--suites", default=",".join(EVALUATED), help="chain is CALVIN's protocol")
+    add("--trials", type=int, default=10, help="trials a task (10 tasks a suite)")
+    add("--chains", type=int, default=100, help="chains of five instructions")
+    add("--gif", default="", help="folder for rollouts as animated GIFs (two tasks a suite)")
+
+
+def check(args):
+    """ValueError when a flag is wrong, before a policy is loaded."""
+    unknown = set(args.suites.split(",")) - set(EVALUATED)
+    if unknown:
+        choices = ",".join(EVALUATED)
+        raise ValueError(f"--suites {','.join(sorted(unknown))}: choose from {choices}")
+
+
+def evaluate(policy, args) -> Outcome:
+    """`evaluate.py tabletop`: all trials and chains, and GIFs of the first ones in args.gif."""
+    trials = make_trials(args.suites.split(","), args.trials, args.chains)
+    for trial in trials:
+        trial.film = bool(args.gif) and trial.seed == 0 and trial.task < 2
+        trial.shoot()
+    drive(policy, trials, args.batch, args.execute, args.ensemble)
+    results = []
+    chain_lengths = []
+    for trial in trials:
+        trial.save(args.gif)
+        if trial.suite == "chain":
+            chain_lengths.append(trial.solved)
+        else:
+            results.append(TrialResult(trial.suite, trial.task, trial.solved))
+    return Outcome(results, chain_lengths)

@@ -1,300 +1,454 @@
-"""What Tabletop is learned from: questions with thoughts, demonstrations, and the command that writes them.
+"""What Tabletop is learned from: questions with thoughts, demonstrations, their command.
 
-    python -m benchmarks.tabletop_data --out data/tabletop --episodes 600 --conversations 20000 --seed 0
+    python -m benchmarks.tabletop_data --out data/tabletop --episodes 600 --conversations 20000
 
 writes episodes/episode_*.safetensors, episodes/stats.json, conversations.jsonl and frames/*.png
 (formats: docs/data.md). The same seed gives the same bytes at any number of workers.
+
+In the order of the file: words for what is on the table and for the expert's plan; questions, a
+function for each kind; demonstrations; rows of the .jsonl files; the command. Who wants another
+kind of question adds a function and a line to SCENE or TASK.
 """
 
 import argparse
 import functools
-import itertools
 import json
 import multiprocessing
-import pathlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from benchmarks.tabletop import EDGE, OBJECTS, SUITES, Tabletop, suite_tasks
+from benchmarks.tabletop import EDGE, OBJECTS, SUITES, Plan, Tabletop, suite_tasks
 from fast_tokenizer import write_episodes
 
 ACTION_QUESTION = "What should the robot do next?"  # as model.action_question asks it
 
 
-# ---- questions and answers from the ground-truth state
+# ---- Words ---------------------------------------------------------------------------------------
 
 
-def cell(x, y):
-    """Name of the 5 cm cell at (x, y): column a-h left to right, row 1-8 back to front."""
-    column, row = (min(max(int((v + EDGE) / 0.05), 0), 7) for v in (x, y))
+class Place(NamedTuple):
+    """Where something is, m."""
+
+    name: str
+    x: float
+    y: float
+
+
+def cell(x: float, y: float) -> str:
+    """Name of the 5 cm cell at (x, y): column a-h left to right, row 1-8 back to front.
+
+    (-0.2, -0.2) is in a1, (0.2, 0.2) in h8."""
+    column = min(max(int((x + EDGE) / 0.05), 0), 7)
+    row = min(max(int((y + EDGE) / 0.05), 0), 7)
     return f"{'abcdefgh'[column]}{row + 1}"
 
 
-def everything(env, key=lambda t: 0):
-    """[(name, x, y)] of the things, in the order of `key`, and of what is fixed."""
-    fixed = {"plate": env.plate, "button": env.button, "drawer handle": env.handle()}
-    places = [*((t.name, t.at) for t in sorted(env.things, key=key)), *fixed.items()]
-    return [(name, *spot) for name, spot in places if spot]
-
-
-def named_places(env):
-    """[(name, x, y)] of everything on the table that has a name of its own."""
-    names = [thing.name for thing in env.things]
-    return [place for place in everything(env) if names.count(place[0]) < 2]
-
-
-def hand(env):
-    """The gripper in words: cell, height, what it does."""
-    height = "low" if env.pos[2] < 0.04 else "mid" if env.pos[2] < 0.08 else "high"
-    grip = "open" if env.aperture > 0.5 else "closed"
-    if env.held:
-        grip = "holding the " + ("handle" if env.held == "drawer" else env.held.name)
-    return cell(*env.pos[:2]), height, grip
-
-
-def heading(plan):
-    """The expert's next move in words: "right 11, front 4, down 8, open", in centimetres."""
-    sides = ("left", "right"), ("back", "front"), ("down", "up")
-    words = [
-        f"{plus if delta > 0 else minus} {count}"
-        for delta, (minus, plus) in zip(plan["move"], sides)
-        if (count := int(100 * abs(delta) + 0.5))
-    ]
-    return ", ".join([*words, "close" if plan["grip"] > 0 else "open"])
-
-
-def thought(env, plan):
-    """The reasoning before a move: target, its place, the gripper's, the phase, the direction."""
-    target = {"drawer": "handle", "gripper": "drop spot"}.get(plan["target"], plan["target"])
-    return (
-        f"The {target} is at {cell(*plan['at'])}. The gripper is at {', '.join(hand(env))}. "
-        f"Now {plan['phase']}: {heading(plan)}."
-    )
-
-
-def point(x, y):
+def centimetres(x: float, y: float) -> str:
     """A place in whole centimetres from the left and the back edge: "17 32"."""
     return f"{100 * (x + EDGE):.0f} {100 * (y + EDGE):.0f}"
 
 
-def caption(env, place=cell):
-    """Everything on the table in words, each with its place, in the order of cells."""
-    places = everything(env, lambda t: (cell(*t.at), t.name, t.x, t.y))
-    words = [f"{name} {place(x, y)}" for name, x, y in places]
-    words.append(" ".join(("gripper", place(*env.pos[:2]), *hand(env)[1:])))
-    return ", ".join(words + ["light on"] * env.lit)
+def everything(env: Tabletop, key=None) -> list[Place]:
+    """The things, in the order of `key` (none: their own), then what is fixed."""
+    things = env.things if key is None else sorted(env.things, key=key)
+    places = [Place(thing.name, *thing.xy) for thing in things]
+    fixed = {"plate": env.plate, "button": env.button, "drawer handle": env.handle()}
+    for name, spot in fixed.items():
+        if spot:
+            places.append(Place(name, *spot))
+    return places
 
 
-def _pick(rng, options):
+def named_places(env: Tabletop) -> list[Place]:
+    """Everything on the table that has a name of its own."""
+    names = [thing.name for thing in env.things]
+    return [place for place in everything(env) if names.count(place.name) < 2]
+
+
+def gripper_words(env: Tabletop) -> tuple[str, str, str]:
+    """The gripper in words: cell, height, what it does."""
+    x, y, z = env.gripper_xyz
+    if z < 0.04:
+        height = "low"
+    else:
+        height = "mid" if z < 0.08 else "high"
+    if env.held is None:
+        doing = "open" if env.aperture > 0.5 else "closed"
+    else:
+        doing = "holding the " + ("handle" if env.held == "drawer" else env.held.name)
+    return cell(x, y), height, doing
+
+
+def heading(move, fingers: float) -> str:
+    """A move (3,) in words, in centimetres: "right 11, front 4, down 8, open"."""
+    words = []
+    directions = (("left", "right"), ("back", "front"), ("down", "up"))
+    for delta, (minus, plus) in zip(move, directions, strict=True):
+        count = int(100 * abs(delta) + 0.5)
+        if count:
+            words.append(f"{plus if delta > 0 else minus} {count}")
+    words.append("close" if fingers > 0 else "open")
+    return ", ".join(words)
+
+
+def thought(env: Tabletop, plan: Plan) -> str:
+    """The reasoning before a move: target, its place, the gripper's, the phase, the direction."""
+    target = {"drawer": "handle", "gripper": "drop spot"}.get(plan.target, plan.target)
+    return (
+        f"The {target} is at {cell(*plan.target_xy)}. "
+        f"The gripper is at {', '.join(gripper_words(env))}. "
+        f"Now {plan.phase}: {heading(plan.move, plan.fingers)}."
+    )
+
+
+def caption(env: Tabletop, where=cell) -> str:
+    """Everything on the table in words, each with its place (cell or centimetres), by cells."""
+    places = everything(env, lambda thing: (cell(*thing.xy), thing.name, thing.x, thing.y))
+    words = [f"{place.name} {where(place.x, place.y)}" for place in places]
+    _, height, doing = gripper_words(env)
+    x, y, _ = env.gripper_xyz
+    words.append(f"gripper {where(x, y)} {height} {doing}")
+    if env.button_lit:
+        words.append("light on")
+    return ", ".join(words)
+
+
+# ---- Questions -----------------------------------------------------------------------------------
+
+
+class Question(NamedTuple):
+    text: str
+    thought: str | None  # None: answered directly
+    answer: str
+
+
+def pick(rng, options):
     return options[int(rng.integers(len(options)))]
 
 
-def _choices(rng, right, wrong):
-    """Shuffle one right and two wrong options into "A) ... B) ... C) ..." and the right letter."""
-    options = [right, *[w for w in dict.fromkeys(wrong) if w != right][:2]]
-    order = rng.permutation(len(options))
+def multiple_choice(rng, right: str, wrong: list[str]) -> tuple[str, str]:
+    """Shuffle one right and two wrong options -> "A) ... B) ... C) ...", the right letter."""
+    distinct = [option for option in dict.fromkeys(wrong) if option != right]
+    options = [right, *distinct[:2]]
+    order = list(rng.permutation(len(options)))
     text = " ".join(f"{'ABC'[i]}) {options[j]}" for i, j in enumerate(order))
-    return text, "ABC"[list(order).index(0)]
+    return text, "ABC"[order.index(0)]
 
 
-# kind of question -> weight. Each is asked both ways, directly and with a thought.
-SCENE = {
-    "where": 4,
-    "what": 4,
-    "relation": 2,
-    "holding": 1,
-    "gripper": 2,
-    "choice": 1,
-    "caption": 4,
-    "point": 4,
-    "points": 5,
-}
-TASK = {"target": 2, "direction": 8, "phase": 1, "fingers": 1, "movement": 1, "trajectory": 2}
+def where_is(env, rng) -> Question:
+    name, x, y = pick(rng, named_places(env))
+    return Question(f"Where is the {name}?", f"The {name} is at {cell(x, y)}.", cell(x, y))
 
 
-def scene_question(kind, env, rng):
-    """A question about what the image shows -> (question, thought, answer)."""
-    places, gripper = named_places(env), ", ".join(hand(env))
-    if kind == "where":
-        name, x, y = _pick(rng, places)
-        return f"Where is the {name}?", f"The {name} is at {cell(x, y)}.", cell(x, y)
-    if kind == "point":
-        name, x, y = _pick(rng, [*places, ("gripper", *env.pos[:2])])
-        return f"Point to the {name}.", f"The {name} is at {cell(x, y)}.", point(x, y)
-    if kind == "choice":
-        name, *spot = _pick(rng, places)
-        others = [p[0] for p in places] + list(rng.permutation(OBJECTS))
-        there = [n for n, *at in places if cell(*at) == cell(*spot)]
-        wrong = [str(o) for o in rng.permutation(others) if o not in there]
-        text, letter = _choices(rng, name, wrong)
-        where = cell(*spot)
-        return f"Which one is at {where}? {text}", f"At {where} there is {name}.", letter
-    if kind == "what":
-        _, *spot = _pick(rng, everything(env)[: len(env.things)] + places[-3:])
-        where = cell(*(rng.uniform(-EDGE, EDGE, 2) if rng.random() < 0.15 else spot))
-        there = [n for n, *at in everything(env, lambda t: -t.z) if cell(*at) == where]
-        answer = there[0] if there else "nothing"
-        return f"What is at {where}?", f"At {where} there is {answer}.", answer
-    if kind == "relation":
-        (a, ax, ay), (b, bx, by) = (places[i] for i in rng.permutation(len(places))[:2])
-        wide = abs(ax - bx) > abs(ay - by)
-        low, high = ("left", "right") if wide else ("behind", "in front")
-        return (
-            f"Is the {a} {low} or {high} of the {b}?",
-            f"The {a} is at {cell(ax, ay)}. The {b} is at {cell(bx, by)}.",
-            low if (ax < bx if wide else ay < by) else high,
-        )
-    held = gripper.partition("holding the ")[2]
-    question, answer = {
-        "holding": ("What is the gripper holding?", held or "nothing"),
-        "gripper": ("Where is the gripper?", gripper),
-        "caption": ("Describe the scene.", caption(env)),
-        "points": ("Point to everything.", caption(env, point)),
-    }[kind]
-    return question, f"The gripper is at {gripper}.", answer
+def what_is_at(env, rng) -> Question:
+    """A cell with something in it, or any; of several things in it, the highest."""
+    occupied = everything(env)[: len(env.things)] + named_places(env)[-3:]
+    x, y = pick(rng, occupied)[1:]
+    if rng.random() < 0.15:
+        x, y = rng.uniform(-EDGE, EDGE, 2)
+    here = cell(x, y)
+    highest_first = everything(env, lambda thing: -thing.z)
+    there = [place.name for place in highest_first if cell(place.x, place.y) == here]
+    answer = there[0] if there else "nothing"
+    return Question(f"What is at {here}?", f"At {here} there is {answer}.", answer)
 
 
-def task_question(kind, env, rng):
-    """A question about the expert's next move -> (question, thought, answer)."""
-    _, plan = env.expert()
-    if kind == "movement":
-        wrong = []
-        for _ in range(4):
-            move = plan["move"] * rng.choice([-1.0, 1.0, 0.0], 3) + rng.normal(0, 0.05, 3)
-            wrong.append(heading({"move": move, "grip": rng.choice([-1, 1])}))
-        text, answer = _choices(rng, heading(plan), wrong)
-        question = f"Which movement is next? {text}"
-    elif kind == "trajectory":
-        question, ahead, path = "Trace the path of the gripper.", env.clone(), [env.pos]
-        for _ in range(12):
-            ahead.advance(ahead.expert()[0])
-            path.append(ahead.pos)
-        answer = " ".join(cell(x, y) for x, y, _ in path[::3])
+def which_one(env, rng) -> Question:
+    """Multiple choice of names; wrong are those that are not in the cell."""
+    places = named_places(env)
+    right = pick(rng, places)
+    here = cell(right.x, right.y)
+    there = [place.name for place in places if cell(place.x, place.y) == here]
+    names = [place.name for place in places] + list(rng.permutation(OBJECTS))
+    wrong = [str(name) for name in rng.permutation(names) if name not in there]
+    options, letter = multiple_choice(rng, right.name, wrong)
+    return Question(
+        f"Which one is at {here}? {options}", f"At {here} there is {right.name}.", letter
+    )
+
+
+def relation_of_two(env, rng) -> Question:
+    """Along the axis on which they are further apart."""
+    places = named_places(env)
+    first, second = (places[i] for i in rng.permutation(len(places))[:2])
+    if abs(first.x - second.x) > abs(first.y - second.y):
+        low, high = "left", "right"
+        first_is_low = first.x < second.x
     else:
-        fingers = heading(plan).split(", ")[-1]
-        question, answer = {
-            "target": ("Where is the target?", cell(*plan["at"])),
-            "direction": ("Which way should the gripper move?", heading(plan)),
-            "phase": ("Which phase is it?", plan["phase"]),
-            "fingers": ("Should the fingers open or close?", fingers),
-        }[kind]
-    return f"Instruction: {env.instruction}\n{question}", thought(env, plan), answer
+        low, high = "behind", "in front"
+        first_is_low = first.y < second.y
+    return Question(
+        f"Is the {first.name} {low} or {high} of the {second.name}?",
+        f"The {first.name} is at {cell(first.x, first.y)}. "
+        f"The {second.name} is at {cell(second.x, second.y)}.",
+        low if first_is_low else high,
+    )
 
 
-def random_state(rng, size=64, tilt=0.0):
+def point_to(env, rng) -> Question:
+    x, y, _ = env.gripper_xyz
+    name, x, y = pick(rng, [*named_places(env), Place("gripper", x, y)])
+    return Question(f"Point to the {name}.", f"The {name} is at {cell(x, y)}.", centimetres(x, y))
+
+
+def gripper_thought(env) -> str:
+    return f"The gripper is at {', '.join(gripper_words(env))}."
+
+
+def what_is_held(env, rng) -> Question:
+    _, _, doing = gripper_words(env)
+    held = doing.partition("holding the ")[2]
+    return Question("What is the gripper holding?", gripper_thought(env), held or "nothing")
+
+
+def where_is_the_gripper(env, rng) -> Question:
+    answer = ", ".join(gripper_words(env))
+    return Question("Where is the gripper?", gripper_thought(env), answer)
+
+
+def describe(env, rng) -> Question:
+    return Question("Describe the scene.", gripper_thought(env), caption(env))
+
+
+def point_to_everything(env, rng) -> Question:
+    return Question("Point to everything.", gripper_thought(env), caption(env, centimetres))
+
+
+def where_is_the_target(env, rng, plan) -> tuple[str, str]:
+    return "Where is the target?", cell(*plan.target_xy)
+
+
+def which_direction(env, rng, plan) -> tuple[str, str]:
+    return "Which way should the gripper move?", heading(plan.move, plan.fingers)
+
+
+def which_phase(env, rng, plan) -> tuple[str, str]:
+    return "Which phase is it?", plan.phase
+
+
+def open_or_close(env, rng, plan) -> tuple[str, str]:
+    return "Should the fingers open or close?", "close" if plan.fingers > 0 else "open"
+
+
+def which_movement(env, rng, plan) -> tuple[str, str]:
+    """Multiple choice; the wrong ones turn the right one round, axis by axis, and disturb it."""
+    wrong = []
+    for _ in range(4):
+        move = plan.move * rng.choice([-1.0, 1.0, 0.0], 3) + rng.normal(0, 0.05, 3)
+        fingers = rng.choice([-1, 1])
+        wrong.append(heading(move, fingers))
+    options, letter = multiple_choice(rng, heading(plan.move, plan.fingers), wrong)
+    return f"Which movement is next? {options}", letter
+
+
+def trace_the_path(env, rng, plan) -> tuple[str, str]:
+    """The cells of the gripper now and every third of the next 12 steps."""
+    ahead = env.clone()
+    path = [env.gripper_xyz]
+    for _ in range(12):
+        ahead.advance(ahead.expert()[0])
+        path.append(ahead.gripper_xyz)
+    return "Trace the path of the gripper.", " ".join(cell(x, y) for x, y, _ in path[::3])
+
+
+class Kind(NamedTuple):
+    """A kind of question. Each is asked both ways, directly and with a thought."""
+
+    weight: int  # how often, among all kinds
+    ask: Callable  # SCENE: (env, rng) -> Question; TASK: (env, rng, plan) -> question, answer
+
+
+SCENE = {  # what the image shows
+    "where": Kind(4, where_is),
+    "what": Kind(4, what_is_at),
+    "relation": Kind(2, relation_of_two),
+    "holding": Kind(1, what_is_held),
+    "gripper": Kind(2, where_is_the_gripper),
+    "choice": Kind(1, which_one),
+    "caption": Kind(4, describe),
+    "point": Kind(4, point_to),
+    "points": Kind(5, point_to_everything),
+}
+TASK = {  # the expert's next move
+    "target": Kind(2, where_is_the_target),
+    "direction": Kind(8, which_direction),
+    "phase": Kind(1, which_phase),
+    "fingers": Kind(1, open_or_close),
+    "movement": Kind(1, which_movement),
+    "trajectory": Kind(2, trace_the_path),
+}
+
+
+def ask(kind: str, env: Tabletop, rng) -> Question:
+    """A question of that kind about the present state, with its thought."""
+    if kind in SCENE:
+        return SCENE[kind].ask(env, rng)
+    _, plan = env.expert()
+    question, answer = TASK[kind].ask(env, rng, plan)
+    text = f"Instruction: {env.instruction}\n{question}"
+    return Question(text, thought(env, plan), answer)
+
+
+def random_state(rng, size: int = 64, tilt: float = 0.0) -> Tabletop:
     """A scene in the middle of a random task, sometimes disturbed."""
-    env = Tabletop(_pick(rng, SUITES), size, tilt)
+    env = Tabletop(pick(rng, SUITES), size, tilt)
     env.place(int(rng.integers(10)), int(rng.integers(1 << 40)), "train")
-    if rng.random() < 0.4:  # anywhere above the table
-        env.pos = rng.uniform([-0.19, -0.19, 0.015], [0.19, 0.19, 0.15])
+    if rng.random() < 0.4:  # the gripper anywhere above the table
+        env.gripper_xyz = rng.uniform([-0.19, -0.19, 0.015], [0.19, 0.19, 0.15])
         env.aperture = float(rng.random() < 0.6)
-        env._push()
-    env.lit = bool(rng.random() < 0.3 and env.button)
+        env.push_things()
+    env.button_lit = bool(rng.random() < 0.3 and env.button)
     for _ in range(int(rng.integers(0, 30))):
-        twin = env.clone()
+        before = env.clone()
         if env.advance(env.expert()[0]):
-            return twin  # a finished task has no next move
+            return before  # a finished task has no next move
     return env
 
 
-def conversation(seed, number, size=64, tilt=0.0):
-    """Conversation `number`: (image, [(kind, question, thought or None, answer), ...])."""
+class Turn(NamedTuple):
+    kind: str
+    question: Question
+
+
+def conversation(
+    seed: int, number: int, size: int = 64, tilt: float = 0.0
+) -> tuple[np.ndarray, list[Turn]]:
+    """Conversation `number`: image (size, size, 3) and its turns, half of them with a thought."""
     rng = np.random.default_rng([3, seed, number])
     env = random_state(rng, size, tilt)
-    kinds = SCENE | TASK
-    shares = np.array(list(kinds.values())) / sum(kinds.values())
+    weights = {name: kind.weight for name, kind in (SCENE | TASK).items()}
+    shares = np.array(list(weights.values())) / sum(weights.values())
     count = 1 if number % 4 == 0 else 5  # a quarter of single questions, held-out scores use those
     turns = []
-    for kind in rng.choice(list(kinds), count, replace=False, p=shares).tolist():
-        ask = scene_question if kind in SCENE else task_question
-        question, reason, answer = ask(kind, env, rng)
-        turns.append((kind, question, reason if rng.random() < 0.5 else None, answer))
-    turns.sort(key=lambda turn: turn[0] in ("caption", "points"))  # the rest could be copied
+    for kind in rng.choice(list(weights), count, replace=False, p=shares).tolist():
+        question = ask(kind, env, rng)
+        if rng.random() >= 0.5:
+            question = question._replace(thought=None)
+        turns.append(Turn(kind, question))
+    # descriptions come last: the answers to the rest could be copied from them
+    turns.sort(key=lambda turn: turn.kind in ("caption", "points"))
     return env.render(), turns
 
 
-# ---- writing the data
+# ---- Demonstrations ------------------------------------------------------------------------------
 
 
-def record(suite, task, seed, noise, size=64, tilt=0.0):
-    """One demonstration: dict of arrays, or None when the expert failed. Some are disturbed: the
-    recorded actions are always the expert's for the state seen, but disturbed steps execute a
-    random push, so that demonstrations contain recoveries (as in DART, arXiv 1703.09327)."""
+def demonstration(
+    suite: str, task: int, seed: int, noise: float, size: int = 64, tilt: float = 0.0
+) -> dict[str, np.ndarray] | None:
+    """image (T, size, size, 3), state (T, 8), action (T, 7); None when the expert failed.
+
+    Some are disturbed: the recorded actions are always the expert's for the state seen, but
+    disturbed steps execute a random push, so that demonstrations contain recoveries (as in DART,
+    arXiv 1703.09327). noise: the chance a step that a disturbance begins, of 2 to 4 steps."""
     env = Tabletop(suite, size, tilt)
     env.place(task, seed, "train")
     rng = np.random.default_rng([4, SUITES.index(suite), task, seed])
-    disturbed, left = rng.random() < 0.5, 0
-    rows, success = [], False
+    disturbed = rng.random() < 0.5
+    steps_left = 0  # of a disturbance
+    arrays = {"image": [], "state": [], "action": []}
+    success = False
     while not success and env.steps < env.limit:
-        obs, (action, _) = env.observe(), env.expert()
-        rows.append((obs["image"], obs["state"], action.astype(np.float32)))
-        if disturbed and left == 0 and rng.random() < noise:
-            left, push = int(rng.integers(2, 5)), rng.uniform(-1, 1, 3)
-        if left:
+        obs = env.observe()
+        action, _ = env.expert()
+        arrays["image"].append(obs["image"])
+        arrays["state"].append(obs["state"])
+        arrays["action"].append(action.astype(np.float32))
+        if disturbed and steps_left == 0 and rng.random() < noise:
+            steps_left = int(rng.integers(2, 5))
+            push = rng.uniform(-1, 1, 3)
+        if steps_left:
             action = np.concatenate([push, action[3:]])
-            left -= 1
+            steps_left -= 1
         success = env.advance(action)
-    arrays = zip(("image", "state", "action"), map(np.stack, zip(*rows)))
-    return dict(arrays) if success else None
+    if not success:
+        return None
+    return {name: np.stack(values) for name, values in arrays.items()}
 
 
-def _episode_job(args, number):
-    """Demonstration `number` -> how many failed ones were dropped before it, arrays, header."""
-    suite, task = SUITES[number % 4], number // 4 % 10
+def make_episode(args, number: int) -> tuple[int, dict[str, np.ndarray], dict[str, str]]:
+    """Demonstration `number`: how many failures were dropped before it, its arrays and header."""
+    suite = SUITES[number % 4]
+    task = number // 4 % 10
     header = {
-        "task": suite_tasks(suite)[task][0],
+        "task": suite_tasks(suite)[task].instruction,
         "fps": "5",
         "source": f"tabletop {suite} task {task}",
     }
-    for dropped in itertools.count():
+    dropped = 0
+    while True:
         seed = (args.seed << 24) + (number << 4) + dropped
-        if arrays := record(suite, task, seed, args.noise, args.size, args.tilt):
+        arrays = demonstration(suite, task, seed, args.noise, args.size, args.tilt)
+        if arrays is not None:
             return dropped, arrays, header
+        dropped += 1
 
 
-def _rows(args, folder, number, image, groups):
-    """Save a frame -> lines of JSON about it. groups: ([(question, thought or None, answer), ...],
-    what more the line holds) of each."""
-    name, lines = f"{folder}/{number // 1000:04d}/{number:07d}.png", []
-    path = pathlib.Path(args.out) / name
+# ---- Rows of the .jsonl files --------------------------------------------------------------------
+
+
+def save_frame(args, folder: str, number: int, image: np.ndarray) -> str:
+    """Write a frame -> its path below args.out; a folder holds 1,000."""
+    name = f"{folder}/{number // 1000:04d}/{number:07d}.png"
+    path = Path(args.out) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image).save(path, compress_level=1)
-    for turns, more in groups:
-        messages = []
-        for question, reason, answer in turns:
-            question = question if messages else "<image>" + question
-            think = f"<think>{reason}</think>" if reason else ""
-            messages += [
-                {"role": "user", "content": question},
-                {"role": "assistant", "content": f"{think}<answer>{answer}</answer>"},
-            ]
-        lines.append(json.dumps({"images": [name], "messages": messages, **more}) + "\n")
+    return name
+
+
+def json_row(frame: str, questions: list[Question], **more) -> str:
+    """One line: a conversation about a frame. more: what else the row holds."""
+    messages = []
+    for question in questions:
+        text = question.text if messages else "<image>" + question.text
+        reason = f"<think>{question.thought}</think>" if question.thought else ""
+        answer = f"{reason}<answer>{question.answer}</answer>"
+        messages.append({"role": "user", "content": text})
+        messages.append({"role": "assistant", "content": answer})
+    return json.dumps({"images": [frame], "messages": messages, **more}) + "\n"
+
+
+def make_conversation(args, number: int) -> str:
+    """Lines of conversations.jsonl: one, or with --single one for each question."""
+    image, turns = conversation(args.seed, number, args.size, args.tilt)
+    frame = save_frame(args, "frames", number, image)
+    if len(turns) > 1 and not args.single:
+        return json_row(frame, [turn.question for turn in turns])
+    lines = []
+    for kind, question in turns:
+        way = f"{kind}+think" if question.thought else kind
+        lines.append(json_row(frame, [question], kind=way))
     return "".join(lines)
 
 
-def _conversation_job(args, number):
-    image, turns = conversation(args.seed, number, args.size, args.tilt)
-    groups = [([turn], {"kind": kind + "+think" * bool(turn[1])}) for kind, *turn in turns]
-    if len(turns) > 1 and not args.single:
-        groups = [([turn for _, *turn in turns], {})]
-    return _rows(args, "frames", number, image, groups)
+def make_thought_action(args, number: int) -> str:
+    """A line of thought_actions.jsonl: a thought followed by the expert's next actions.
 
-
-def _thought_action_job(args, number):
-    """A thought followed by the expert's next actions: not in the paper's data, see sft.py."""
+    Not in the paper's data, see sft.py."""
     env = random_state(np.random.default_rng([5, args.seed, number]), args.size, args.tilt)
-    image, question = env.render(), f"Instruction: {env.instruction}\n{ACTION_QUESTION}"
-    turn, chunk = (question, thought(env, env.expert()[1]), "<ACTION>"), []
+    image = env.render()
+    _, plan = env.expert()
+    text = f"Instruction: {env.instruction}\n{ACTION_QUESTION}"
+    question = Question(text, thought(env, plan), "<ACTION>")
+    chunk = []
     while len(chunk) < args.horizon:
-        chunk.append(env.expert()[0].round(4).tolist())
-        if env.advance(chunk[-1]):  # past the end an episode's last action repeats
-            chunk += [chunk[-1]] * (args.horizon - len(chunk))
-    return _rows(args, "thought_frames", number, image, [([turn], {"chunk": chunk})])
+        action = env.expert()[0].round(4).tolist()
+        chunk.append(action)
+        if env.advance(action):  # past the end an episode's last action repeats
+            chunk += [action] * (args.horizon - len(chunk))
+    frame = save_frame(args, "thought_frames", number, image)
+    return json_row(frame, [question], chunk=chunk)
 
 
-def main(argv=None):
+# ---- Command -------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tabletop_data", description=__doc__)
     add = parser.add_argument
     add("--out", required=True, help="folder to write")
@@ -309,31 +463,34 @@ def main(argv=None):
     add("--tilt", type=float, default=0.0, help="0 looks straight down; 0.5 is oblique")
     add("--workers", type=int, default=2, help="processes; the bytes do not depend on it")
     args = parser.parse_args(argv)
-    out, dropped = pathlib.Path(args.out), []
+    out = Path(args.out)
     if (out / "conversations.jsonl").exists():
         raise SystemExit(f"error: {out} already holds data; name another --out or delete it")
     out.mkdir(parents=True, exist_ok=True)
+    dropped = 0
+
     with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
 
-        def made(job, count):
-            return pool.imap(functools.partial(job, args), range(count), 8)
+        def in_order(make, count):
+            """make(args, number) of each number, worked out by the pool, 8 at a time."""
+            return pool.imap(functools.partial(make, args), range(count), 8)
+
+        def episodes():
+            nonlocal dropped
+            for dropped_before, arrays, header in in_order(make_episode, args.episodes):
+                dropped += dropped_before
+                yield arrays, header
 
         if args.episodes:
-            write_episodes(
-                out / "episodes",
-                (
-                    dropped.append(count) or episode
-                    for count, *episode in made(_episode_job, args.episodes)
-                ),
-            )
-        for name, job, count in (
-            ("conversations", _conversation_job, args.conversations),
-            ("thought_actions", _thought_action_job, args.thought_actions),
+            write_episodes(out / "episodes", episodes())
+        for name, make, count in (
+            ("conversations", make_conversation, args.conversations),
+            ("thought_actions", make_thought_action, args.thought_actions),
         ):
             if count:
                 with open(out / f"{name}.jsonl", "w") as f:
-                    f.writelines(tqdm(made(job, count), name, count, disable=None))
-    print(f"{out}: {sum(dropped)} failed demonstrations dropped, {args.conversations} rows")
+                    f.writelines(tqdm(in_order(make, count), name, count, disable=None))
+    print(f"{out}: {dropped} failed demonstrations dropped, {args.conversations} rows")
 
 
 if __name__ == "__main__":

@@ -190,7 +190,7 @@ def test_the_protocol_and_its_statistics(package, tmp_path, monkeypatch):
     assert len(env.resets) == 40 and env.steps == 10 * sum(lengths) + 360 * failed
     assert env.renders == len(policy.asked) == 2 * sum(lengths) + 45 * failed
     states = [calvin.layout(state)[1] for state, _ in calvin.chains()[:40]]
-    assert all((a == b).all() for a, b in zip(env.resets, states))
+    assert all((a == b).all() for a, b in zip(env.resets, states, strict=True))
     assert policy.asked[0] == f"please {names[0][0]}"  # the first of its annotations
 
 
@@ -254,7 +254,7 @@ def test_each_annotated_window_becomes_an_episode(tmp_path):
         ("turn on the light", 5, 30),
     ]
     assert files[1].source == "calvin training 5-9"
-    for file, (_, (start, end)) in zip(files, WINDOWS):
+    for file, (_, (start, end)) in zip(files, WINDOWS, strict=True):
         for k, t in enumerate(range(start, end + 1)):
             with np.load(tmp_path / "training" / f"episode_{t:07d}.npz") as f:
                 assert (file.frame(k) == f["rgb_static"]).all()

@@ -3,12 +3,16 @@
 import argparse
 import json
 import multiprocessing
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 import evaluate
 from benchmarks import tabletop as tt
+from benchmarks.simulate import Outcome, TrialResult
 from benchmarks.tabletop import drive
 
 
@@ -35,24 +39,29 @@ class Scripted:
     horizon = 8
 
     def __init__(self, trials, still=False):
-        self.trials, self.still = trials, still
+        self.trials = trials
+        self.still = still
 
     def act_batch(self, images, instructions, states):
         chunks = []
-        for instruction, state in zip(instructions, states):
-            env = next(
-                t.env
-                for t in self.trials
-                if not t.done
-                and t.env.instruction == instruction
-                and np.allclose(t.env.pos, state[:3], atol=1e-6)
-            )
-            twin, chunk = env.clone(), []
+        for instruction, state in zip(instructions, states, strict=True):
+            twin = self.seen_from(instruction, state).clone()
+            chunk = []
             for _ in range(8):
-                chunk.append(np.zeros(7) if self.still else twin.expert()[0])
-                twin.advance(chunk[-1])
+                action = np.zeros(7) if self.still else twin.expert()[0]
+                chunk.append(action)
+                twin.advance(action)
             chunks.append(np.stack(chunk))
         return np.stack(chunks)
+
+    def seen_from(self, instruction, state):
+        """The environment that shows this instruction and state."""
+        for trial in self.trials:
+            env = trial.env
+            if not trial.done and env.instruction == instruction:
+                if np.allclose(env.gripper_xyz, state[:3], atol=1e-6):
+                    return env
+        raise AssertionError("an observation of no trial")
 
 
 def test_closed_loop_counts_what_the_expert_solves_and_a_still_hand_does_not():
@@ -68,35 +77,33 @@ def test_closed_loop_counts_what_the_expert_solves_and_a_still_hand_does_not():
 
 
 def test_trials_are_the_fixed_evaluation_states():
-    a, b = (tt.make_trials(["object"], 2, 0) for _ in range(2))
-    assert len(a) == 20
-    for x, y in zip(a, b):
-        assert (x.env.render() == y.env.render()).all()
+    trials = tt.make_trials(["object"], 2, 0)
+    again = tt.make_trials(["object"], 2, 0)
+    assert len(trials) == 20
+    for a, b in zip(trials, again, strict=True):
+        assert (a.env.render() == b.env.render()).all()
     env = tt.Tabletop("object")
     env.reset(0, 0, "train")
-    assert (a[0].env.render() != env.render()).any()
+    assert (trials[0].env.render() != env.render()).any()
 
 
-def results(tmp_path, arms):
+def write_results(tmp_path, variants):
     path = tmp_path / "r.json"
-    path.write_text(
-        json.dumps(
-            {
-                "preset": "p",
-                "arms": arms,
-                "seeds": [0],
-                "hardware": "h",
-                "minutes": 1,
-                "versions": {},
-                "commands": [],
-            }
-        )
-    )
+    results = {
+        "preset": "p",
+        "arms": variants,
+        "seeds": [0],
+        "hardware": "h",
+        "minutes": 1,
+        "versions": {},
+        "commands": [],
+    }
+    path.write_text(json.dumps(results))
     return path
 
 
 def test_report_table_and_paired_differences(tmp_path, capsys):
-    def arm(shift):
+    def variant(shift):
         values = [round(0.2 + shift + 0.001 * i, 4) for i in range(51)]
         metrics = {
             "think sampled r_a": evaluate.bootstrap(values),
@@ -105,7 +112,7 @@ def test_report_table_and_paired_differences(tmp_path, capsys):
         wins = [True] * 30 + [shift > 0] * 10
         return {"metrics": metrics, "paired": {"think sampled r_a": values, "success": wins}}
 
-    path = results(tmp_path, {"SFT": arm(0), "SFT+RL": arm(0.05)})
+    path = write_results(tmp_path, {"SFT": variant(0), "SFT+RL": variant(0.05)})
     evaluate.main(["report", str(path), "--markdown", str(tmp_path / "r.md")])
     out = capsys.readouterr().out
     assert "| SFT+RL | - | - | 0.275 [" in out and "75.0 [" in out
@@ -117,20 +124,23 @@ def test_report_table_and_paired_differences(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "SFT - SFT+RL = -0.050" in out and "the whole run 19.5 min" in out
     assert out.index("| SFT+RL |") < out.index("| SFT |")
-    with pytest.raises(ValueError, match="no arm base; it has SFT, SFT"):
+    with pytest.raises(ValueError, match="no variant base; it has SFT, SFT"):
         evaluate.main(["report", str(path), "--variants", "base,SFT"])
 
 
-def _record(path, arm):
-    args = argparse.Namespace(preset="p", command="actions", policy="x", seed=0, argv=[arm])
-    evaluate.record(path, arm, {"m": evaluate.wilson(1, 2)}, args, 0)
+def write_variant(path, name):
+    args = argparse.Namespace(
+        out=path, variant=name, preset="p", command="actions", policy="x", seed=0, argv=[name]
+    )
+    evaluate.write_metrics({"m": evaluate.wilson(1, 2)}, {}, args, started=0)
 
 
-def test_evaluations_at_once_lose_no_arm(tmp_path):
-    """Each reads the file, adds its arm and writes it back: without a lock the last one wins."""
-    path, names = tmp_path / "r.json", [f"arm{i}" for i in range(12)]
+def test_evaluations_at_once_lose_no_variant(tmp_path):
+    """Each reads the file, adds its own and writes it back: without a lock the last one wins."""
+    path = tmp_path / "r.json"
+    names = [f"variant{i}" for i in range(12)]
     fork = multiprocessing.get_context("fork")
-    jobs = [fork.Process(target=_record, args=(path, name)) for name in names]
+    jobs = [fork.Process(target=write_variant, args=(path, name)) for name in names]
     for job in jobs:
         job.start()
     for job in jobs:
@@ -144,3 +154,46 @@ def test_bad_results_file_is_one_line(tmp_path):
         evaluate.main(["report", str(tmp_path / "bad.json")])
     with pytest.raises(ValueError, match="choose from spatial"):
         evaluate.main(["tabletop", "--policy", "x", "--suites", "spatial,moon"])
+
+
+@pytest.mark.parametrize("command", ["tabletop", "metaworld", "libero", "calvin", "vqa", "actions"])
+def test_help_of_a_command_names_its_own_flags(command, capsys):
+    """They stand in the module of the command, which is imported for it alone."""
+    flag = {"vqa": "--score", "actions": "--reward", "metaworld": "--python", "libero": "--suites"}
+    with pytest.raises(SystemExit):
+        evaluate.main([command, "--help"])
+    out = capsys.readouterr().out
+    assert flag.get(command, "--chains") in out and "--variant" in out
+
+
+def test_plain_help_imports_no_benchmark():
+    code = """
+import sys, evaluate
+try:
+    evaluate.main(["--help"])
+except SystemExit:
+    print([name for name in sys.modules if name.split(".")[0] in ("benchmarks", "tools")])
+"""
+    root = pathlib.Path(evaluate.__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True
+    )
+    assert "libero" in done.stdout and done.stdout.endswith("[]\n")
+
+
+def test_what_a_benchmark_has_none_of_is_not_written(tmp_path, monkeypatch):
+    """An evaluation on CALVIN must leave the successes that LIBERO wrote before it alone."""
+    path = tmp_path / "r.json"
+    outcomes = {
+        "libero": Outcome(trials=[TrialResult("goal", "0", True), TrialResult("goal", "1", False)]),
+        "calvin": Outcome(chain_lengths=[5, 0]),
+    }
+    monkeypatch.setattr(evaluate.vla.Policy, "load", lambda *args, **kwargs: None)
+    for command, more in (("libero", []), ("calvin", ["--data", "x"])):
+        module = evaluate.simulator_module(command)
+        monkeypatch.setattr(module, "evaluate", lambda policy, args: outcomes[args.command])
+        evaluate.main([command, "--policy", "x", "--out", str(path), *more])
+    variant = json.loads(path.read_text())["arms"]["policy"]
+    assert variant["paired"] == {"success": [True, False], "chain length": [5, 0]}
+    assert variant["metrics"]["success goal 1"]["mean"] == 0
+    assert variant["metrics"]["chain 5"]["mean"] == 0.5

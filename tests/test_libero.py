@@ -1,4 +1,4 @@
-"""LIBERO's HDF5 demonstrations in their published layout -> episodes; and the protocol's settings."""
+"""LIBERO's HDF5 demonstrations in their published layout -> episodes; the protocol's settings."""
 
 import argparse
 import json
@@ -25,7 +25,7 @@ def test_axis_angle_against_scipy():
 
 def test_protocol_settings():
     parser = argparse.ArgumentParser()
-    simulate.arguments(libero, parser.add_argument)
+    libero.arguments(parser.add_argument)
     args = parser.parse_args([])
     assert len(libero.tasks(args)) == 40 and libero.TRIALS == 50
     assert list(libero.LIMITS.values()) == [220, 280, 300, 520]
@@ -137,8 +137,8 @@ def test_files_that_are_no_demonstrations(tmp_path, monkeypatch):
 
 @pytest.mark.sim
 def test_a_file_written_from_the_real_simulator(tmp_path, monkeypatch):
-    """Frames and states as LIBERO's own recorder stores them (create_dataset.py: images as rendered, the
-    hand by robosuite's quat2axisangle) become the episode that our own recording would have been."""
+    """Frames and states as LIBERO's own recorder stores them (create_dataset.py: images as
+    rendered, the hand by robosuite's quat2axisangle) become the episode of our own recording."""
     pytest.importorskip("libero.libero.envs", reason="runs in LIBERO's Python, see README")
     h5py = pytest.importorskip("h5py", reason="pip install -r requirements-extras.txt")
     from robosuite.utils.transform_utils import quat2axisangle

@@ -1,4 +1,4 @@
-"""Hand-worked marks, published row shapes through the documented lines, `evaluate.py vqa`."""
+"""Hand-worked scores, published row shapes through the documented lines, `evaluate.py vqa`."""
 
 import functools
 import json
@@ -13,7 +13,7 @@ import model
 import sft
 from benchmarks import questions
 
-CASES = {  # score: [(answer, the row's own, more of the row, mark)]
+CASES = {  # score: [(answer, the row's own, more of the row, what it is worth)]
     "exact": [
         ("Red cube.", "red cube", {}, 1),
         ("red", "red cube", {}, 0),
@@ -71,15 +71,17 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("score", CASES)
-def test_marks(score, folder):
-    for text, want, row, value in CASES[score]:
-        assert questions.mark(score, text, want, row, folder) == pytest.approx(value), text
+def test_scores(score, folder):
+    for answer, right, row, value in CASES[score]:
+        found = questions.answer_score(score, answer, right, row, folder)
+        assert found == pytest.approx(value), answer
 
 
 def test_points_in_thousandths_and_in_pixels(folder):
     row = {"mask": "m.png", "images": ["i.png"]}
-    assert questions.mark("point", '{"point_2d": [500, 250]}', "", row, folder, 1000) == 1
-    assert questions.mark("point", "(40, 10), (40, 20)", "", row, folder, 0) == 0.5
+    thousandths = '{"point_2d": [500, 250]}'
+    assert questions.answer_score("point", thousandths, "", row, folder, 1000) == 1
+    assert questions.answer_score("point", "(40, 10), (40, 20)", "", row, folder, 0) == 0.5
 
 
 def picture(side=16, level=90):
@@ -298,7 +300,7 @@ def cut(path):
 
 
 @pytest.mark.parametrize(
-    "score, row, message",
+    ("score", "row", "message"),
     [
         ("choice", ("k", "q", "the ball", {}), "d.jsonl:2: its answer 'the ball' is none for --sc"),
         (

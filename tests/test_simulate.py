@@ -1,5 +1,5 @@
-"""Trials in worker processes and demonstrations, with a toy simulator that the tests write, and with
-Meta-World itself where it is installed (marker sim)."""
+"""Trials in worker processes and demonstrations, with a toy simulator that the tests write, and
+with Meta-World itself where it is installed (marker sim)."""
 
 import json
 import pathlib
@@ -9,7 +9,8 @@ import types
 
 import numpy as np
 import pytest
-from test_serve import Fake
+import torch
+from test_serve import FakePolicy
 
 from benchmarks import simulate
 from fast_tokenizer import read_episodes
@@ -19,7 +20,7 @@ TOY = '''
 import os, pathlib
 import numpy as np
 TRIALS = 2
-def arguments(add): pass
+def task_arguments(add): pass
 def tasks(args): return ["toy/0", "toy/1"]
 class Simulator:
     limit, fps, cameras = 15, 10, ["image", "image_wrist"]
@@ -44,17 +45,17 @@ class Simulator:
 '''
 
 
-class Right(Fake):
-    """Goes right by 1 in each step."""
+class Right(FakePolicy):
+    """Goes right by 1 in each step. seen: (first pixel, first number of the state) of each row."""
 
     def __init__(self):
         super().__init__()
-        import torch
-
-        self.head, self.seen = torch.nn.Linear(1, 1), []
+        self.head = torch.nn.Linear(1, 1)
+        self.seen = []
 
     def act_batch(self, images, instructions, states, keys=None):
-        self.seen += [(int(view[0][0, 0, 0]), float(s[0])) for view, s in zip(images, states)]
+        for views, state in zip(images, states, strict=True):
+            self.seen.append((int(views[0][0, 0, 0]), float(state[0])))
         return np.ones((len(images), 4, 3), np.float32)
 
 
@@ -69,7 +70,6 @@ def toy(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("CRASH", str(tmp_path / "crash"))
     return types.SimpleNamespace(
-        command="toy",
         out=str(tmp_path / "r.json"),
         variant="a",
         trials=2,
@@ -96,7 +96,9 @@ def rows(args):
 
 def test_trials_ask_at_chunk_boundaries_and_stop_at_the_limit(toy):
     policy = Right()
-    assert simulate.trials(policy, toy) == [("toy", "0", True)] * 2 + [("toy", "1", False)] * 2
+    assert simulate.run_trials("toy", policy, toy).trials == (
+        [("toy", "0", True)] * 2 + [("toy", "1", False)] * 2
+    )
     for view, at in policy.seen:
         assert at in (2 * (view - 1), 2 * (view - 1) + 1), "a frame a chunk of two, no more"
     assert sorted(at for _, at in policy.seen) == sorted(
@@ -107,25 +109,34 @@ def test_trials_ask_at_chunk_boundaries_and_stop_at_the_limit(toy):
 
 
 def test_a_crash_is_no_failed_trial_and_the_same_command_goes_on(toy, tmp_path, capfd):
+
+    def count(policy):
+        return len(simulate.run_trials("toy", policy, toy).trials)
+
     policy = Right()
     (tmp_path / "crash").touch()
     toy.workers = 1
     with pytest.raises(
         ValueError, match=r"task toy/1, trial 1 \(exit code 139.*after the 3 trials"
     ):
-        simulate.trials(policy, toy)
+        simulate.run_trials("toy", policy, toy)
     (path,) = tmp_path.glob("r.toy.a.*.jsonl")
     path.write_text(path.read_text() + '\n{"task": "toy/1", "tri')  # a line cut off by the stop
     (tmp_path / "crash").unlink()
     policy.seen.clear()
-    assert [row[2] for row in simulate.trials(policy, toy)] == [True, True, False, False]
+    assert [trial.solved for trial in simulate.run_trials("toy", policy, toy).trials] == [
+        True,
+        True,
+        False,
+        False,
+    ]
     assert {at % 2 for _, at in policy.seen} == {1}, "only the last trial was run again"
     policy.seen.clear()
-    assert len(simulate.trials(policy, toy)) == 4 and not policy.seen
+    assert count(policy) == 4 and not policy.seen
     assert len(rows(toy)) == 4
     toy.execute = 1
-    assert len(simulate.trials(policy, toy)) == 4 and len(rows(toy)) == 8, "other settings, anew"
-    assert len(simulate.trials(Right(), toy)) == 4 and len(rows(toy)) == 12, "other weights, anew"
+    assert count(policy) == 4 and len(rows(toy)) == 8, "other settings, anew"
+    assert count(Right()) == 4 and len(rows(toy)) == 12, "other weights, anew"
     assert "simulators print" in capfd.readouterr().err
 
 
@@ -133,7 +144,7 @@ def test_a_crash_stops_the_other_workers(toy, tmp_path):
     (tmp_path / "crash").touch()
     toy.trials = 12
     with pytest.raises(ValueError, match=r"task toy/1, trial 1 \(exit code 139"):
-        simulate.trials(Right(), toy)
+        simulate.run_trials("toy", Right(), toy)
     assert len(rows(toy)) < 23
 
 
@@ -153,38 +164,39 @@ def test_record_drops_failures_and_counts_them(toy, tmp_path, monkeypatch, capsy
         simulate.record("toy")
 
 
+class PushesArm(Right):
+    """A constant push of four numbers. sizes: shape of the image of each row."""
+
+    cameras = ("image",)
+    action_dim = 4
+
+    def __init__(self):
+        super().__init__()
+        self.spec["stats"] = {
+            "state": {"q01": [0] * 4, "q99": [1] * 4},
+            "action": {"q01": [-1] * 4, "q99": [1] * 4},
+        }
+        self.sizes = []
+
+    def act_batch(self, images, instructions, states, keys=None):
+        self.sizes += [views[0].shape for views in images]
+        return np.ones((len(images), 4, 4), np.float32)
+
+
 @pytest.mark.sim
-def test_metaworld_records_and_evaluates(tmp_path, monkeypatch):
-    """Real physics: the expert's demonstration, and the expert as the policy of two trials."""
+def test_metaworld_records_and_evaluates(tmp_path):
+    """Real physics: the expert records, and a policy that reaches no goal has two trials."""
     pytest.importorskip("metaworld", reason="pip install -r requirements-extras.txt")
     pytest.importorskip("websockets", reason="pip install -r requirements-extras.txt")
+    command = "-W ignore -m benchmarks.metaworld --tasks reach-v3 --episodes 2 --size 32 --out"
     root = pathlib.Path(__file__).parents[1]
-    subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "ignore",
-            "-m",
-            "benchmarks.metaworld",
-            "--tasks",
-            "reach-v3",
-            "--episodes",
-            "2",
-            "--size",
-            "32",
-            "--out",
-            tmp_path,
-        ],
-        cwd=root,
-        check=True,
-    )
-    files = read_episodes(tmp_path)
-    assert len(files) == 2 and files[0].task == "reach the red ball"
-    assert files[0].action.shape[1] == files[0].state.shape[1] == 4
-    assert files[0].frame(0).shape == (32, 32, 3) and files[0].frame(0).std() > 10
-    assert (files[0].state[0] != files[1].state[-1]).any()
+    subprocess.run([sys.executable, *command.split(), tmp_path], cwd=root, check=True)
+    first, second = read_episodes(tmp_path)
+    assert first.task == "reach the red ball"
+    assert first.action.shape[1] == first.state.shape[1] == 4
+    assert first.frame(0).shape == (32, 32, 3) and first.frame(0).std() > 10
+    assert (first.state[0] != second.state[-1]).any()
     args = types.SimpleNamespace(
-        command="metaworld",
         out=str(tmp_path / "r.json"),
         variant="a",
         trials=2,
@@ -198,18 +210,7 @@ def test_metaworld_records_and_evaluates(tmp_path, monkeypatch):
         size=32,
         limit=40,
     )
-    policy = Right()  # a constant push to the right reaches no goal, and each trial is counted
-    policy.cameras, policy.action_dim = ["image"], 4
-    policy.spec["stats"] = {
-        "state": {"q01": [0] * 4, "q99": [1] * 4},
-        "action": {"q01": [-1] * 4, "q99": [1] * 4},
-    }
-    monkeypatch.setattr(
-        Right,
-        "act_batch",
-        lambda self, images, *_: (
-            self.sizes.append(images[0][0].shape) or np.ones((len(images), 4, 4), np.float32)
-        ),
-    )
-    assert simulate.trials(policy, args) == [("metaworld", "reach-v3", False)] * 2
+    policy = PushesArm()
+    trials = simulate.run_trials("metaworld", policy, args).trials
+    assert trials == [("metaworld", "reach-v3", False)] * 2
     assert policy.sizes == [(32, 32, 3)] * 20, "a frame every 4 of 40 steps"

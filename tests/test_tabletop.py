@@ -1,6 +1,7 @@
 """The embedded world: physics invariants, expert, fixed evaluation states, the data it writes."""
 
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -58,13 +59,15 @@ def test_nothing_overlaps_at_reset_and_relations_are_true(suite):
         for seed in range(10):
             env = tt.Tabletop(suite)
             env.place(task, seed, "eval")
-            spots = [(t.x, t.y) for t in env.things] + [env.plate] + [env.button] * bool(env.button)
-            for i, a in enumerate(spots):
-                assert all(math.dist(a, b) > 0.08 for b in spots[:i])
+            spots = [thing.xy for thing in env.things] + [env.plate]
+            if env.button:
+                spots.append(env.button)
+            for a, b in itertools.combinations(spots, 2):
+                assert math.dist(a, b) > 0.08
             assert not any(env.satisfied(goal) for goal in env.goals)
-            relation = env.task_list[task][2]
-            if relation and relation[0] == "left of":
-                x = (env.plate if relation[1] == "plate" else env.button)[0]
+            relation = env.tasks[task].relation
+            if relation and relation.side == "left of":
+                x, _ = env.plate if relation.reference == "plate" else env.button
                 assert env.things[0].x < x - 0.03 < x + 0.03 < env.things[1].x
 
 
@@ -81,7 +84,7 @@ def test_reset_is_a_function_of_suite_task_and_trial():
 def grasp(env, name):
     """Put the gripper around a thing and close."""
     thing = env.find(name)
-    env.pos = np.array([thing.x, thing.y, thing.z + 0.02])
+    env.gripper_xyz = np.array([thing.x, thing.y, thing.z + 0.02])
     for _ in range(3):
         env.advance([0, 0, 0, 0, 0, 0, 1])
     return thing
@@ -92,16 +95,16 @@ def test_grasp_carry_release_by_hand():
     env.place(0, 0, "train")
     cube = grasp(env, "red cube")
     assert env.held is cube
-    x, z = cube.x, env.pos[2]
+    x, z = cube.x, env.gripper_xyz[2]
     env.advance([0, 0, 1, 0, 0, 0, 1])
-    assert env.pos[2] == pytest.approx(z + tt.STEP) and cube.z == pytest.approx(tt.STEP)
+    assert env.gripper_xyz[2] == pytest.approx(z + tt.STEP) and cube.z == pytest.approx(tt.STEP)
     env.advance([1, 0, 0, 0, 0, 0, 1])
     assert cube.x == pytest.approx(x + tt.STEP)
-    env.pos[:2] = env.plate
+    env.gripper_xyz[:2] = env.plate
     env.advance([0, 0, 0, 0, 0, 0, -1])
     env.advance([0, 0, 0, 0, 0, 0, -1])
     assert env.held is None and cube.on == "plate" and cube.z == 0
-    assert env.satisfied(("on", "red cube", "plate"))
+    assert env.satisfied(tt.Goal("on", "red cube", "plate"))
 
 
 def test_grasp_misses_beside_above_or_tilted():
@@ -109,13 +112,13 @@ def test_grasp_misses_beside_above_or_tilted():
         env = tt.Tabletop("goal")
         env.place(0, 0, "train")
         thing = env.find("red cube")
-        env.pos = np.array([thing.x, thing.y, 0]) + offset
+        env.gripper_xyz = np.array([thing.x, thing.y, 0]) + offset
         for _ in range(3):
             env.advance([0, 0, 0, 0, 0, 0, 1])
         assert env.held is None
     env = tt.Tabletop("goal")
     env.place(0, 0, "train")
-    env.rpy[0] = 0.45
+    env.gripper_rpy[0] = 0.45
     grasp(env, "red cube")
     assert env.held is None
 
@@ -123,21 +126,26 @@ def test_grasp_misses_beside_above_or_tilted():
 def test_stacking_and_sliding_off():
     env = tt.Tabletop("goal")
     env.place(3, 0, "train")
-    red, blue = grasp(env, "red cube"), env.find("blue cube")
+    red = grasp(env, "red cube")
+    blue = env.find("blue cube")
     for dx, on in ((0.0, "blue cube"), (0.03, "table")):
-        red.x, red.y, red.z, red.on = blue.x + dx, blue.y, 0.05, "gripper"
+        red.x, red.y, red.z = blue.x + dx, blue.y, 0.05
+        red.on = "gripper"
         env._fall(red)
         assert red.on == on and red.z == (tt.SIZE if on == "blue cube" else 0)
         if on == "table":
-            assert math.dist((red.x, red.y), (blue.x, blue.y)) == pytest.approx(tt.SIZE)
+            assert math.dist(red.xy, blue.xy) == pytest.approx(tt.SIZE)
 
 
 def test_push_moves_a_block_and_what_stands_on_it():
     env = tt.Tabletop("goal")
     env.place(8, 0, "train")
-    blue, red = env.find("blue cube"), env.find("red cube")
-    red.x, red.y, red.z, red.on = blue.x, blue.y, tt.SIZE, "blue cube"
-    env.aperture, env.pos = 0.0, np.array([blue.x + 0.045, blue.y, 0.02])
+    blue = env.find("blue cube")
+    red = env.find("red cube")
+    red.x, red.y, red.z = blue.x, blue.y, tt.SIZE
+    red.on = "blue cube"
+    env.aperture = 0.0
+    env.gripper_xyz = np.array([blue.x + 0.045, blue.y, 0.02])
     x = blue.x
     for _ in range(3):
         env.advance([-1, 0, 0, 0, 0, 0, 1])
@@ -148,16 +156,16 @@ def test_push_moves_a_block_and_what_stands_on_it():
 def test_drawer_runs_on_its_rail():
     env = tt.Tabletop("goal")
     env.place(6, 0, "train")
-    env.pos = np.array([*env.handle(), 0.02])
+    env.gripper_xyz = np.array([*env.handle(), 0.02])
     for _ in range(3):
         env.advance([0, 0, 0, 0, 0, 0, 1])
     assert env.held == "drawer"
-    before = env.drawer
+    before = env.drawer_pull
     assert not env.advance([1, 0, 1, 0, 0, 0, 1])
-    assert env.drawer == before and env.pos[0] == pytest.approx(env.drawer_x), "y only"
+    assert env.drawer_pull == before and env.gripper_xyz[0] == pytest.approx(env.drawer_x), "y only"
     for _ in range(5):
         env.advance([0, 1, 0, 0, 0, 0, 1])
-    assert env.drawer == tt.TRAVEL and env.satisfied(("open", "drawer", None))
+    assert env.drawer_pull == tt.TRAVEL and env.satisfied(tt.Goal("open", "drawer"))
 
 
 def test_step_checks_actions_and_clips():
@@ -167,9 +175,9 @@ def test_step_checks_actions_and_clips():
         env.step([0] * 6)
     with pytest.raises(ValueError, match="7 finite"):
         env.step([np.nan] * 7)
-    x = env.pos[0]
+    x = env.gripper_xyz[0]
     env.advance([5, 0, 0, 0, 0, 0, 0])
-    assert env.pos[0] == pytest.approx(min(x + tt.STEP, tt.EDGE))
+    assert env.gripper_xyz[0] == pytest.approx(min(x + tt.STEP, tt.EDGE))
 
 
 def test_expert_is_smooth():
@@ -179,7 +187,7 @@ def test_expert_is_smooth():
     for _ in range(10):
         action, _ = env.expert()
         twin = env.clone()
-        twin.pos = twin.pos + 1e-4
+        twin.gripper_xyz = twin.gripper_xyz + 1e-4
         assert np.abs(twin.expert()[0] - action).max() < 0.05
         env.advance(action)
 
@@ -189,20 +197,20 @@ def test_clone_is_independent():
     env.place(0, 0, "train")
     grasp(env, "red cube")
     twin = env.clone()
-    before = (env.find("red cube").x, env.pos.copy())
+    before = (env.find("red cube").x, env.gripper_xyz.copy())
     for _ in range(3):
         twin.advance([1, 0, 1, 0, 0, 0, 1])
-    assert env.find("red cube").x == before[0] and (env.pos == before[1]).all()
+    assert env.find("red cube").x == before[0] and (env.gripper_xyz == before[1]).all()
     assert twin.held is twin.find("red cube")
 
 
 def test_chains_are_feasible_and_fixed():
     for number in range(6):
-        trial, picks = tt.chain(number)
-        assert (trial, picks) == tt.chain(number) and len(set(picks)) == 5
+        trial, instructions = tt.chain(number)
+        assert (trial, instructions) == tt.chain(number) and len(set(instructions)) == 5
         env = tt.Tabletop("goal")
         env.place(0, trial, "eval")
-        assert all(env.follow(text) for text in picks)
+        assert all(env.follow(text) for text in instructions)
 
 
 def test_cells_and_pixels_agree():
@@ -211,14 +219,14 @@ def test_cells_and_pixels_agree():
     env.place(0, 0, "train")
     cube = env.things[0]
     cube.x, cube.y = -0.025, 0.025
-    env.pos = np.array([0.15, -0.15, 0.1])
+    env.gripper_xyz = np.array([0.15, -0.15, 0.1])
     env.plate = (-0.15, 0.15)
     assert td.cell(cube.x, cube.y) == "d5"
     patch = env.render()[32:40, 24:32]
     assert (np.abs(patch[1:-1, 1:-1].astype(int) - tt.COLORS["red"]) < 3).all()
 
 
-@pytest.mark.parametrize("size,tilt", [(64, 0.0), (96, 0.5)])
+@pytest.mark.parametrize(("size", "tilt"), [(64, 0.0), (96, 0.5)])
 def test_camera_sizes_and_tilt(size, tilt):
     env = tt.Tabletop("goal", size, tilt)
     image = env.reset(0, 0)["image"]
@@ -229,25 +237,31 @@ def test_answers_come_from_the_state():
     rng = np.random.default_rng(0)
     for number in range(40):
         env = td.random_state(np.random.default_rng(number))
-        question, reason, answer = td.scene_question("where", env, rng)
-        name = question.removeprefix("Where is the ").removesuffix("?")
-        places = {n: td.cell(x, y) for n, x, y in td.named_places(env)}
-        assert answer == places[name] and answer in reason
-        question, reason, answer = td.scene_question("point", env, rng)
-        name = question.removeprefix("Point to the ").removesuffix(".")
-        places = {n: (x, y) for n, x, y in [*td.named_places(env), ("gripper", *env.pos[:2])]}
-        centimetres = [100 * (v + tt.EDGE) for v in places[name]]
-        np.testing.assert_allclose([int(v) for v in answer.split()], centimetres, atol=0.5001)
-        assert f"{name} {answer}" in td.scene_question("points", env, rng)[2]
-        question, reason, answer = td.task_question("movement", env, rng)
-        options = question.split("A) ")[1].replace(" B) ", "|").replace(" C) ", "|").split("|")
-        assert dict(zip("ABC", options))[answer] == td.heading(env.expert()[1])
+        question = td.ask("where", env, rng)
+        name = question.text.removeprefix("Where is the ").removesuffix("?")
+        cells = {place.name: td.cell(place.x, place.y) for place in td.named_places(env)}
+        assert question.answer == cells[name] and question.answer in question.thought
+
+        question = td.ask("point", env, rng)
+        name = question.text.removeprefix("Point to the ").removesuffix(".")
+        spots = {place.name: (place.x, place.y) for place in td.named_places(env)}
+        spots["gripper"] = env.gripper_xyz[:2]
+        centimetres = [100 * (v + tt.EDGE) for v in spots[name]]
+        answered = [int(word) for word in question.answer.split()]
+        np.testing.assert_allclose(answered, centimetres, atol=0.5001)
+        assert f"{name} {question.answer}" in td.ask("points", env, rng).answer
+
+        question = td.ask("movement", env, rng)
+        options = question.text.split("A) ")[1].replace(" B) ", "|").replace(" C) ", "|").split("|")
+        letters = "ABC"[: len(options)]  # two, when the wrong ones are all alike
+        _, plan = env.expert()
+        expected = td.heading(plan.move, plan.fingers)
+        assert dict(zip(letters, options, strict=True))[question.answer] == expected
 
 
 def test_heading_in_words():
-    plan = {"move": np.array([0.1, -0.026, 0.004]), "grip": -1}
-    assert td.heading(plan) == "right 10, back 3, open"
-    assert td.heading({"move": np.array([-0.4, 0, -0.08]), "grip": 1}) == "left 40, down 8, close"
+    assert td.heading(np.array([0.1, -0.026, 0.004]), -1) == "right 10, back 3, open"
+    assert td.heading(np.array([-0.4, 0, -0.08]), 1) == "left 40, down 8, close"
 
 
 def digest(folder):
@@ -295,7 +309,7 @@ def test_command_writes_the_formats_same_seed_same_bytes(made):
     files = fast_tokenizer.read_episodes(root / "a" / "episodes")
     assert len(files) == 8 and files[0].action.shape[1] == 7 and files[0].state.shape[1] == 8
     assert files[0].frame(0).shape == (64, 64, 3) and np.abs(files[0].action).max() <= 1
-    assert (files[1].task, files[1].fps) == (tt.suite_tasks("object")[0][0], 5)
+    assert (files[1].task, files[1].fps) == (tt.suite_tasks("object")[0].instruction, 5)
     assert files[1].source == "tabletop object task 0"
     stats = json.loads((root / "a" / "episodes" / "stats.json").read_text())
     everything = np.concatenate([f.action for f in files])
@@ -314,8 +328,8 @@ def test_command_writes_the_formats_same_seed_same_bytes(made):
 
 def test_questions_about_actions_are_those_of_the_model(made):
     """Else the thoughts before an action would be trained on a prompt that nobody asks."""
-    tasks = [text for suite in tt.SUITES for text, _, _ in tt.suite_tasks(suite)]
-    questions = {"<image>" + model.action_question(text) for text in tasks}
+    tasks = [task for suite in tt.SUITES for task in tt.suite_tasks(suite)]
+    questions = {"<image>" + model.action_question(task.instruction) for task in tasks}
     assert model.action_question("x").endswith(f"\n{td.ACTION_QUESTION}")
     for row in rows(made[0] / "a" / "thought_actions.jsonl"):
         assert row["messages"][0]["content"] in questions
@@ -338,21 +352,21 @@ def test_thought_actions_carry_a_chunk(made):
 def test_grid_of_questions_and_ways_to_answer_is_covered():
     """Each kind is asked both directly and with a thought; actions are never among them."""
     turns = [turn for i in range(80) for turn in td.conversation(0, i)[1]]
-    seen = {(kind, reason is not None) for kind, _, reason, _ in turns}
+    seen = {(turn.kind, turn.question.thought is not None) for turn in turns}
     assert seen == {(kind, think) for kind in {**td.SCENE, **td.TASK} for think in (True, False)}
 
 
 def test_demonstrations_are_the_experts():
     """Recorded actions are the expert's in the recorded states, whatever was executed instead."""
     for seed, disturbed in ((12, False), (16, True)):
-        demo = td.record("goal", 0, seed, noise=0.06)
+        demo = td.demonstration("goal", 0, seed, noise=0.06)
         assert demo["image"].shape == (len(demo["action"]), 64, 64, 3)
         moved = np.diff(demo["state"][:, :3], axis=0) / tt.STEP
         gap = np.abs(moved - demo["action"][:-1, :3]).max()
         assert gap > 0.5 if disturbed else gap < 1e-3
         env = tt.Tabletop("goal")
         env.place(0, seed, "train")
-        for action, move in zip(demo["action"], moved):
+        for action, move in zip(demo["action"], moved, strict=False):  # the last has none
             assert np.allclose(env.expert()[0], action, atol=1e-3)
             env.advance([*move, *action[3:]])
 
