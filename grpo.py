@@ -9,8 +9,9 @@ Out: the same model with all weights trained, whose thoughts lead to better acti
 5. a few updates a rollout, each on its own prompts: clipped ratio, dual clip, mean over tokens
 6. + 0.01 x KL (k3) to the model that RL started from, in the loss; repeat
 Our deviations: r_a is over max(m, n), the paper's over the target's m, so surplus tokens cost.
-Groups whose rewards tie are not forwarded (--no-skip-ties does), but their tokens are in the mean.
-The G completions of a prompt share its keys and values, in sampling and update: same gradients.
+Groups whose rewards are all equal are not forwarded (--no-skip-zero-std does), but their tokens are
+in the mean. The G completions of a prompt share its keys and values, in sampling and update: same
+gradients. A first reader may skip the section "Log-probabilities".
 
 Reads --init, --data. Writes runs/grpo/{log.jsonl, step_*/, final/}.
 python grpo.py                                   # tabletop, one CPU process
@@ -20,63 +21,79 @@ torchrun --nproc_per_node 8 grpo.py paper        # 8 GPUs; took the authors abou
 import re
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+
+from fast_tokenizer import (
+    EpisodeFile,
+    FastTokenizer,
+    action_chunks,
+    answer_help,
+    locate_step,
+    normalize,
+    read_episodes,
+    split_episodes,
+)
+
+if __name__ == "__main__":
+    answer_help(__file__)  # --help ends here, before torch and transformers take their seconds
+
 import torch
+from torch import distributed, nn
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicLayer
 
 import model
-from fast_tokenizer import action_chunks, read_episodes, locate_step, normalize, split_episodes
-from model import all_sum
+from model import Backbone, Dist, Row, all_sum
 
 
 @dataclass(frozen=True)
 class Config:
     preset: str = ""
+    # what is read and written
     init: str = "runs/sft/final"  # checkpoint of stage sft, or grpo to go on from it as a new run
     data: str = (
         "data/tabletop/episodes"  # folder of episodes; the last 5% are held out, as in sft.py
     )
     out: str = "runs/grpo"  # folder of checkpoints and log
+    # rollouts
     seed: int = 0  # prompts and samples are a function of (seed, step, index)
     steps: int = 100  # rollout steps
     prompts: int = 32  # prompts a rollout step, all ranks together
-    batch: int = (
-        16  # prompts an optimiser update, all ranks together; prompts / batch updates a step
-    )
     group: int = 8  # completions a prompt (G)
-    micro_batch: int = (
-        8  # prompts a rank forwards and backwards at once; lower it when memory runs out
-    )
-    rollout_batch: int = (
-        0  # prompts a rank samples at once, those of like length together; 0: all it has
-    )
-    cuda_graphs: bool = True  # on a GPU, replay decoding steps as CUDA graphs
-    recompute: bool = False  # activation checkpointing: less memory, a third more time an update
-    cpu_offload: bool = False  # keep the reference model in the CPU's memory
-    shards: int = 0  # ranks that share one copy of the weights, more nodes mirror it; 0: all ranks
-    max_pixels: int = 0  # larger images are shrunk to so many pixels; 0: as the backbone says
-    max_new_tokens: int = 96  # longest completion, tokens
+    max_new_tokens: int = 96  # longest completion
     temperature: float = 1.0  # of sampling and of the log-probabilities in the loss
-    reward: str = "prefix"  # r_a: prefix (paper), l1 (decoded actions) or lcs (common subsequence)
+    dynamic_sampling: int = (
+        0  # rounds in which fresh prompts replace groups of equal rewards (DAPO)
+    )
+    max_pixels: int = 0  # larger images are shrunk to so many pixels; 0: as the backbone says
+    # reward and objective
+    reward: str = "prefix"  # r_a, one of REWARDS
     advantage: str = "grpo"  # grpo, or drgrpo: no std, and a constant in place of the token count
     clip_low: float = 0.2  # ratio at least 1 - this
     clip_high: float = 0.3  # ratio at most 1 + this
     dual_clip: float = 3.0  # bound of the loss at negative advantages, in advantages; 0: off
     kl_coef: float = 0.01  # weight of the KL to the initial model; 0: no reference model is kept
     skip_zero_std: bool = True  # do not forward groups whose rewards are all equal
-    dynamic_sampling: int = (
-        0  # rounds in which fresh prompts take the place of groups that tie, as in DAPO
-    )
+    # optimizer
+    batch: int = 16  # prompts an update, all ranks together; prompts / batch updates a step
     lr: float = 3e-5  # AdamW, constant
-    warmup_ratio: float = 0.0  # fraction of the steps
+    warmup_ratio: float = 0.0  # share of the steps
     weight_decay: float = 0.01  # not on norms and biases
     beta2: float = 0.999  # of AdamW; beta1 is 0.9
     max_grad_norm: float = 1.0  # gradients are clipped to this global norm; 0: not
+    # does not affect results, but for rounding
+    micro_batch: int = 8  # prompts a rank forwards and backwards at once; lower it for memory
+    rollout_batch: int = 0  # prompts a rank samples at once, of like length together; 0: all it has
+    cuda_graphs: bool = True  # on a GPU, replay decoding steps as CUDA graphs
+    recompute: bool = False  # activation checkpointing: less memory, a third more time an update
+    cpu_offload: bool = False  # keep the reference model in the CPU's memory
+    shards: int = 0  # ranks that share one copy of the weights, more nodes mirror it; 0: all ranks
     eval_every: int = 25  # steps between held-out evaluations, also at the end; 0: never
     eval_prompts: int = 64  # held-out prompts, fixed over the run
     show_every: int = 10  # steps between printed rollouts; 0: never
@@ -90,203 +107,253 @@ PRESETS = {
     "speedrun": {"steps": 80, "lr": 2e-5, "save_every": 0},
     # Paper section "RL": 12.8K samples, 1 epoch = 25 rollout steps of 4 updates of 640 completions.
     "paper": {
-        "init": "runs/sft-paper/final",
-        "data": "data/bridge",
-        "out": "runs/grpo-paper",
-        "steps": 25,
-        "prompts": 512,
-        "batch": 128,
-        "group": 5,
-        "micro_batch": 1,
-        "rollout_batch": 16,
-        "recompute": True,
-        "max_new_tokens": 2048,
-        "lr": 1e-6,
-        "eval_every": 5,
-        "eval_prompts": 512,
-        "show_every": 1,
-        "save_every": 5,
-        "keep": 2,
+        "init": "runs/sft-paper/final", "data": "data/bridge", "out": "runs/grpo-paper",
+        "steps": 25, "prompts": 512, "batch": 128, "group": 5, "max_new_tokens": 2048, "lr": 1e-6,
+        "micro_batch": 1, "rollout_batch": 16, "recompute": True,
+        "eval_every": 5, "eval_prompts": 512, "show_every": 1, "save_every": 5, "keep": 2,
     },
-}
+}  # fmt: skip
 
 
-# Data
+# ---- Data ----------------------------------------------------------------------------------------
 
 
-def prompt_rows(backbone, files, steps):
-    """Thinking prompts at flat step indices over all files -> rows, targets (FAST ids of K actions)."""
-    ends = np.cumsum([len(f) for f in files])
+def prompt_rows(
+    backbone: Backbone, episodes: Sequence[EpisodeFile], steps: Sequence[int]
+) -> tuple[list[Row], list[list[int]]]:
+    """Thinking prompts at `steps`, counted through all episodes -> rows, targets (action ids of the
+    K actions that follow)."""
+    episode_ends = np.cumsum([len(episode) for episode in episodes])
     rows, chunks = [], []
-    for i in steps:
-        file, t = locate_step(files, ends, i)
-        prompt = model.action_prompt(file.task, think=True)
-        row = model.encode(backbone, prompt, [file.frame(t)], prompt_only=True)
-        rows.append(row | {"sample_id": f"{file.path}:{t}"})
-        chunks.append(action_chunks(file, backbone.action_tokenizer.horizon)[t])  # (K, A)
-    return rows, backbone.action_tokenizer.encode(np.stack(chunks)) if chunks else []
+    for step in steps:
+        episode, t = locate_step(episodes, episode_ends, step)
+        prompt = model.action_prompt(episode.task, think=True)
+        row = model.encode(backbone, prompt, [episode.frame(t)], prompt_only=True)
+        rows.append(row | {"sample_id": f"{episode.path}:{t}"})
+        chunks.append(action_chunks(episode, backbone.action_tokenizer.horizon)[t])  # (K, A)
+    if not rows:
+        return [], []
+    return rows, backbone.action_tokenizer.encode(np.stack(chunks))
 
 
-def sample_order(seed, n, numbers):
-    """Which of n recorded steps the prompts `numbers` of the run are about: each step once, shuffled,
-    before any comes again, as in an epoch of the paper."""
-    shuffled = {e: model.rng(seed, "prompts", e).permutation(n) for e in {i // n for i in numbers}}
-    return [int(shuffled[i // n][i % n]) for i in numbers]
+def sample_order(seed: int, n: int, numbers: Sequence[int]) -> list[int]:
+    """Which of n recorded steps the prompts `numbers` of the run are about: each step once,
+    shuffled, before any comes again, as in an epoch of the paper."""
+    epochs = {number // n for number in numbers}
+    shuffled = {epoch: model.rng(seed, "prompts", epoch).permutation(n) for epoch in epochs}
+    return [int(shuffled[number // n][number % n]) for number in numbers]
 
 
-# Reward
+# ---- Reward --------------------------------------------------------------------------------------
 
 
-def common_subsequence(a, b):
+def prefix_rewards(action_tokenizer: FastTokenizer, generated: list, targets: list) -> np.ndarray:
+    """The paper's r_a: common prefix over the longer of the two. Brittle: one early coefficient
+    that is off by a rounding step, and nothing after it counts."""
+    return np.array([model.prefix_reward(a, b) for a, b in zip(generated, targets, strict=True)])
+
+
+def action_closeness(action_tokenizer: FastTokenizer, generated: list, targets: list) -> np.ndarray:
+    """exp(-L1 / 0.1) of decoded actions, L1 the mean over K x A in normalised units (range 2); 0
+    where they do not decode."""
+    actions, decodes = action_tokenizer.decode(generated)
+    target_actions, _ = action_tokenizer.decode(targets)  # (N, K, A)
+    if action_tokenizer.stats is not None:
+        actions = normalize(actions, action_tokenizer.stats)
+        target_actions = normalize(target_actions, action_tokenizer.stats)
+    l1 = np.abs(actions - target_actions).mean((1, 2))  # (N,), NaN where not decoded
+    return np.where(decodes, np.exp(-l1 / 0.1), 0.0)
+
+
+def subsequence_rewards(
+    action_tokenizer: FastTokenizer, generated: list, targets: list
+) -> np.ndarray:
+    """Longest common subsequence over the longer of the two."""
+    rewards = []
+    for a, b in zip(generated, targets, strict=True):
+        rewards.append(common_subsequence(a, b) / max(len(a), len(b), 1))
+    return np.array(rewards)
+
+
+def common_subsequence(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the longest common subsequence of two lists."""
-    best = [0] * (len(b) + 1)
+    best = [0] * (len(b) + 1)  # of what was read of a, with the first j of b
     for x in a:
         diagonal = 0
         for j, y in enumerate(b):
-            up = best[j + 1]
-            best[j + 1] = diagonal + 1 if x == y else max(up, best[j])
-            diagonal = up
+            above = best[j + 1]
+            best[j + 1] = diagonal + 1 if x == y else max(above, best[j])
+            diagonal = above
     return best[-1]
 
 
-def action_closeness(fast, made, targets):
-    """exp(-L1 / 0.1) of decoded actions, L1 the mean over K x A in normalised units (range 2): (N,)."""
-    made, ok = fast.decode(made)
-    gold, _ = fast.decode(targets)  # (N, K, A)
-    if fast.stats is not None:
-        made, gold = normalize(made, fast.stats), normalize(gold, fast.stats)
-    return np.where(ok, np.exp(-np.abs(made - gold).mean((1, 2)) / 0.1), 0.0)
+# fork point: a reward is a function (action tokenizer, N generated and N target lists of action
+# ids) -> (N,) in [0, 1]. Here it gets its name, which --reward takes.
+REWARDS = {"prefix": prefix_rewards, "l1": action_closeness, "lcs": subsequence_rewards}
 
 
-def reward(backbone, ids, targets, kind="prefix", think=True):
+def reward(
+    backbone: Backbone,
+    token_ids: list[list[int]],
+    targets: list[list[int]],
+    kind: str = "prefix",
+    think: bool = True,
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """r = (r_f + r_a) / 2 in [0, 1] (2603.21341, "Reward").
 
-    ids: N lists of sampled token ids, without padding. targets: N lists of FAST ids. kind: prefix,
-    l1 or lcs. think=False scores direct answers, where r_f asks for no thought.
-    -> (r (N,) float64, {"r_f", "r_a", "tags", "markers", "decodes": (N,) float64}): tags are in
-    place, one run of FAST tokens stands between the marks, and it decodes to K x A coefficients;
-    r_f is all of them (and that nothing stands around them). r_a is 0 where r_f is 0."""
-    tags, markers, form, made = [], [], [], []
-    shape = re.compile(
-        r"\s*<think>.*\S.*</think>\s*<answer>.*</answer>\s*<\|im_end\|>"
-        if think
-        else r".*<answer>.*</answer>\s*<\|im_end\|>",
-        re.DOTALL,
-    )
-    v = backbone.vocab
-    known = {*v.fast, v.action_start, v.action_end}
-    for row in ids:
-        good, thought, fast_ids = model.parse_actions(backbone, row)
-        at = [j for j, t in enumerate(row) if t in known]
-        tags.append(
-            bool(shape.fullmatch(backbone.tokenizer.decode(row, skip_special_tokens=False)))
-        )
+    token_ids: N sampled sequences, without padding. targets: N lists of action ids. kind: one of
+    REWARDS. think=False scores direct answers, where r_f asks for no thought.
+    -> r (N,) float64, and {"r_f", "r_a", "tags", "markers", "decodes"}: (N,) float64 each."""
+    if kind not in REWARDS:
+        raise ValueError(f"reward {kind!r} is unknown; choose one of {', '.join(REWARDS)}")
+    parsed = [model.parse_actions(backbone, sequence) for sequence in token_ids]
+    generated = [answer.action_ids for answer in parsed]
+    _, decodes = backbone.action_tokenizer.decode(generated)
+    r_f = format_reward(parsed, decodes, think)
+    closeness = REWARDS[kind](backbone.action_tokenizer, generated, targets)
+    r_a = np.where(r_f, np.asarray(closeness, np.float64), 0.0)  # 0 where r_f is 0
+    diagnostics = format_diagnostics(backbone, token_ids, parsed, think)
+    diagnostics["decodes"] = decodes.astype(np.float64)
+    return (r_f + r_a) / 2, {"r_f": r_f, "r_a": r_a, **diagnostics}
+
+
+def format_reward(parsed: list[model.ParsedAnswer], decodes: np.ndarray, think: bool) -> np.ndarray:
+    """r_f (N,), 0 or 1: well formed, with a thought if one was asked for, and tokens that decode to
+    K x A coefficients."""
+    has_format = [answer.has_thought if think else answer.well_formed for answer in parsed]
+    return (np.array(has_format, bool) & decodes).astype(np.float64)
+
+
+WITH_THOUGHT = re.compile(
+    r"\s*<think>.*\S.*</think>\s*<answer>.*</answer>\s*<\|im_end\|>", re.DOTALL
+)
+WITHOUT_THOUGHT = re.compile(r".*<answer>.*</answer>\s*<\|im_end\|>", re.DOTALL)
+
+
+def format_diagnostics(backbone, token_ids, parsed, think) -> dict[str, np.ndarray]:
+    """What a format that fails still has right: "tags" in place, whatever they enclose; "markers",
+    one run of FAST tokens between ACTION_START and ACTION_END and none elsewhere. (N,) each."""
+    vocab = backbone.vocab
+    action_tokens = {*vocab.fast, vocab.action_start, vocab.action_end}
+    tag_pattern = WITH_THOUGHT if think else WITHOUT_THOUGHT
+    tags, markers = [], []
+    for sequence, answer in zip(token_ids, parsed, strict=True):
+        text = backbone.tokenizer.decode(sequence, skip_special_tokens=False)
+        tags.append(bool(tag_pattern.fullmatch(text)))
+        places = [i for i, token in enumerate(sequence) if token in action_tokens]
+        is_one_run = len(places) > 2 and places[-1] - places[0] == len(places) - 1
         markers.append(
-            len(at) == len(fast_ids) + 2 > 2
-            and at[-1] - at[0] == len(at) - 1
-            and row[at[0]] == v.action_start
-            and row[at[-1]] == v.action_end
+            is_one_run
+            and len(places) == len(answer.action_ids) + 2
+            and sequence[places[0]] == vocab.action_start
+            and sequence[places[-1]] == vocab.action_end
         )
-        form.append(good and (thought or not think))
-        made.append(fast_ids)
-    _, decodes = backbone.action_tokenizer.decode(made)
-    r_f = np.array(form, bool) & decodes
-    # fork point: another measure of how close an action is. The prefix is the paper's, and brittle:
-    # one early coefficient off by a rounding step and nothing after it counts.
-    if kind == "prefix":
-        near = [model.prefix_reward(a, b) for a, b in zip(made, targets)]
-    elif kind == "lcs":
-        near = [common_subsequence(a, b) / max(len(a), len(b), 1) for a, b in zip(made, targets)]
-    elif kind == "l1":
-        near = action_closeness(backbone.action_tokenizer, made, targets)
-    else:
-        raise ValueError(f"reward {kind!r} is unknown; choose prefix, l1 or lcs")
-    r_a = np.where(r_f, np.asarray(near, np.float64), 0.0)
-    info = {"r_f": r_f, "r_a": r_a, "tags": tags, "markers": markers, "decodes": decodes}
-    return (r_f + r_a) / 2, {k: np.asarray(x, np.float64) for k, x in info.items()}
+    return {"tags": np.array(tags, np.float64), "markers": np.array(markers, np.float64)}
 
 
-def advantage(r, kind="grpo"):
-    """r (B, G) -> advantages (B, G), and which groups tie (B,) bool.
+def advantage(r: torch.Tensor, kind: str = "grpo") -> tuple[torch.Tensor, torch.Tensor]:
+    """r (B, G) -> advantages (B, G), and which groups have no spread, zero_std (B,) bool.
 
     grpo: (r - mean) / (std + 1e-6), std over G - 1 as in the paper's framework; drgrpo: r - mean
     (2503.20783), since the std weighs up groups that are nearly all right or all wrong."""
-    ties = r.amax(1) - r.amin(1) < 1e-6
-    adv = r - r.mean(1, keepdim=True)
+    # fork point: the advantage
+    zero_std = r.amax(1) - r.amin(1) < 1e-6
+    advantages = r - r.mean(1, keepdim=True)
     if kind == "grpo":
-        adv = adv / ((adv.square().sum(1, keepdim=True) / max(r.shape[1] - 1, 1)).sqrt() + 1e-6)
-    return adv.masked_fill(ties[:, None], 0.0), ties  # rounding is no signal
+        variance = advantages.square().sum(1, keepdim=True) / max(r.shape[1] - 1, 1)
+        advantages = advantages / (variance.sqrt() + 1e-6)
+    return advantages.masked_fill(zero_std[:, None], 0.0), zero_std  # rounding is no signal
 
 
-# Loss
+# ---- Objective -----------------------------------------------------------------------------------
 
 
 def policy_loss(
-    logp,
-    old_logp,
-    adv,
-    mask,
-    ref_logp=None,
-    clip_low=0.2,
-    clip_high=0.3,
-    dual_clip=3.0,
-    kl_coef=0.01,
-):
+    logp: torch.Tensor,
+    old_logp: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    ref_logp: torch.Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.3,
+    dual_clip: float = 3.0,
+    kl_coef: float = 0.01,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Clipped policy gradient with KL, summed over tokens; fp32.
 
-    logp, old_logp (at sampling), ref_logp (None: no KL), mask (1 on sampled tokens) (N, T); adv (N, 1)
-    or (N, T). -> (loss summed over counted tokens, {"clip_fraction": tokens whose gradient is clipped away,
-    "kl": summed k3}), to be divided by the token count of all ranks."""
+    logp, old_logp (at sampling), ref_logp (None: no KL), mask (1 on sampled tokens) (N, T);
+    advantages (N, 1) or (N, T). -> (loss summed over counted tokens, {"clip_fraction": tokens whose
+    gradient is clipped away, "kl": summed k3}), to be divided by the token count of all ranks."""
     mask = mask.bool()
+    # clipped surrogate
     log_ratio = (logp - old_logp).clamp(-20, 20)  # e^20 is finite, and long since clipped
     ratio = log_ratio.exp()
-    free, bound = ratio * adv, ratio.clamp(1 - clip_low, 1 + clip_high) * adv
-    loss = -torch.minimum(free, bound)
-    clipped = bound < free
-    if (
-        dual_clip > 0
-    ):  # a token grown likely though bad: its loss, and gradient, is bounded (1912.09729)
-        worst = torch.where(adv < 0, -dual_clip * adv, torch.inf)
-        clipped = clipped | (loss > worst)
-        loss = torch.minimum(loss, worst)
+    unclipped = ratio * advantages
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    loss = -torch.minimum(unclipped, clipped)
+    is_clipped = clipped < unclipped
+    # dual clip (1912.09729): a token grown likely though bad has a bounded loss, and gradient
+    if dual_clip > 0:
+        bound = torch.where(advantages < 0, -dual_clip * advantages, torch.inf)
+        is_clipped = is_clipped | (loss > bound)
+        loss = torch.minimum(loss, bound)
+    # KL to the reference: E[k3] = KL(policy || reference), and k3 is never negative
     k3 = torch.zeros_like(loss)
-    if ref_logp is not None:  # E[k3] = KL(policy || reference), and never negative
-        gap = (ref_logp - logp).clamp(-20, 20)
-        k3 = gap.exp() - gap - 1
+    if ref_logp is not None:
+        log_ref_ratio = (ref_logp - logp).clamp(-20, 20)
+        k3 = log_ref_ratio.exp() - log_ref_ratio - 1
     loss = torch.where(mask, loss + kl_coef * k3, 0.0).sum()
-    return loss, {
-        "clip_fraction": (clipped & mask).sum(),
+    sums = {
+        "clip_fraction": (is_clipped & mask).sum(),
         "kl": torch.where(mask, k3.detach(), 0.0).sum(),
     }
+    return loss, sums
+
+
+# ---- Log-probabilities of completions ------------------------------------------------------------
 
 
 class SharedKV(DynamicLayer):
-    """Keys and values of one layer in an update with gradient: a pass over the prompts keeps
-    theirs, a second one (given `prompt`) lets the n completions of each see them. Nothing else is
-    stored, so that activation checkpointing may call update() again."""
+    """Keys and values of one layer in an update with gradient. A pass over the prompts keeps
+    theirs; in a second one (given `prompt`) the n completions of each see them:
 
-    def __init__(self, prompt=None, n=1):
+        a completion's token sees   prompt, left-padded   its own tokens, causally
+        of completion 0             0 1 1 1               1 1 0
+        of completion 1             0 1 1 1               1 1 0   (the same keys, no copy of a pass)
+
+    Nothing else is stored, so that activation checkpointing may call update() again."""
+
+    def __init__(self, prompt: "SharedKV | None" = None, n: int = 1):
         super().__init__()
-        self.prompt, self.n = prompt, n
+        self.prompt = prompt
+        self.n = n
 
     def update(self, k, v, *args, **kwargs):
         if self.prompt is None:
             if self.keys is None:  # later ones are a recomputation's, which has no graph
                 self.keys, self.values = k, v
             return k, v
-        pairs = (self.prompt.keys, k), (self.prompt.values, v)
-        return tuple(torch.cat([old.repeat_interleave(self.n, 0), x], 2) for old, x in pairs)
+        prompt_k = self.prompt.keys.repeat_interleave(self.n, 0)
+        prompt_v = self.prompt.values.repeat_interleave(self.n, 0)
+        return torch.cat([prompt_k, k], 2), torch.cat([prompt_v, v], 2)
 
     def get_seq_length(self):
         return 0 if self.prompt is None else self.prompt.keys.shape[2]
 
 
-def token_logp(net, rows, ids, temperature=1.0, banned=()):
+def token_logp(
+    net: nn.Module,
+    rows: torch.Tensor,
+    ids: torch.Tensor,
+    temperature: float = 1.0,
+    banned: Sequence[int] = (),
+) -> list[torch.Tensor]:
     """rows (N, D) hidden states, ids (N,) -> logp (N,), entropy (N,), fp32 nats, no gradient in the
-    entropy. banned: ids of probability 0, as in `generate`."""
+    entropy. banned: ids of probability 0, as in model.generate."""
 
     def score(logits, ids):  # logits (n, V): each pass over them that can be spared is
-        logits = logits if temperature == 1 else logits / temperature
+        if temperature != 1:
+            logits = logits / temperature
         if len(banned):
             logits.index_fill_(-1, torch.as_tensor(banned, device=logits.device), -1e9)
         all_logp = logits.log_softmax(-1)
@@ -297,70 +364,85 @@ def token_logp(net, rows, ids, temperature=1.0, banned=()):
     return model.score_in_slices(net, score, rows, ids)
 
 
-def completion_logp(backbone, rows, ids, mask, temperature=1.0):
-    """Log-probabilities of G completions of each of B prompts, a prompt forwarded once, with gradient.
+def completion_logp(
+    backbone: Backbone,
+    rows: list[Row],
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    temperature: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of G completions of each of B prompts, with gradient, a prompt forwarded
+    once. Equals forwarding B * G full rows.
 
     rows: B prompts; ids, mask (B*G, T) padded right, completion g of prompt b in row b*G + g.
-    -> logp, entropy (B*G, T) fp32, 0 where mask is 0. Equals forwarding B*G full rows."""
-    device, (N, T), G = ids.device, ids.shape, len(ids) // len(rows)
-    batch = model.to_device(model.collate(rows, backbone.vocab.pad, left=True), device)
-    kv = [SharedKV() for _ in backbone.net.model.language_model.layers]
-    last = model.hidden_states(backbone.net, batch, Cache(layers=kv))[
-        :, -1
-    ]  # (B, D), predicts the first token
-    first = (batch["positions"].amax((0, 2)) + 1).repeat_interleave(G)  # (B*G,) M-RoPE of token 0
+    -> logp, entropy (B*G, T) fp32, 0 where mask is 0."""
+    (N, T), device = ids.shape, ids.device
+    G = N // len(rows)
+    # 1. the prompts; the last hidden state of each predicts the first token of its completions
+    prompts = model.to_device(model.collate(rows, backbone.vocab.pad, left=True), device)
+    prompt_kv = [SharedKV() for _ in backbone.net.model.language_model.layers]
+    last = model.hidden_states(backbone.net, prompts, Cache(layers=prompt_kv))[:, -1]  # (B, D)
+    # 2. the completions behind them
     S = max(T - 1, 1)  # the last token predicts nothing, but all ranks forward something
-    after = {
+    first_position = (prompts["positions"].amax((0, 2)) + 1).repeat_interleave(G)  # (B*G,) M-RoPE
+    positions = first_position[:, None] + torch.arange(S, device=device)  # (B*G, S)
+    prompt_mask = prompts["mask"].repeat_interleave(G, 0)
+    completions = {
         "ids": ids[:, :S],
-        "positions": (first[:, None] + torch.arange(S, device=device)).expand(3, N, S),
-        "mask": torch.cat([batch["mask"].repeat_interleave(G, 0), mask[:, :S]], 1),
+        "positions": positions.expand(3, N, S),
+        "mask": torch.cat([prompt_mask, mask[:, :S]], 1),
     }
-    seen = Cache(layers=[SharedKV(prompt, G) for prompt in kv])
-    h = model.hidden_states(backbone.net, after, seen)  # (B*G, S, D)
-    h = torch.cat([last.repeat_interleave(G, 0)[:, None], h[:, : T - 1]], 1)  # (B*G, T, D)
-    on = mask.bool()
-    logp, entropy = token_logp(backbone.net, h[on], ids[on], temperature, backbone.vocab.banned)
-    zero = torch.zeros(N, T, device=device)
-    return zero.masked_scatter(on, logp), zero.masked_scatter(on, entropy)
+    kv = Cache(layers=[SharedKV(layer, G) for layer in prompt_kv])
+    hidden = model.hidden_states(backbone.net, completions, kv)  # (B*G, S, D)
+    # 3. token t is predicted from position t - 1
+    before = last.repeat_interleave(G, 0)[:, None]  # (B*G, 1, D)
+    hidden = torch.cat([before, hidden[:, : T - 1]], 1)  # (B*G, T, D)
+    counted = mask.bool()
+    logp, entropy = token_logp(
+        backbone.net, hidden[counted], ids[counted], temperature, backbone.vocab.banned
+    )
+    zeros = torch.zeros(N, T, device=device)
+    return zeros.masked_scatter(counted, logp), zeros.masked_scatter(counted, entropy)
 
 
-# Rollout and update
-
-METRICS = (
-    "reward",
-    "r_f",
-    "r_a",
-    "tags",
-    "markers",
-    "decodes",
-    "frac_reward_zero_std",
-    "completion_length",
-    "truncated",
-    "distinct_thoughts",
-    "distinct_actions",
-)
+# ---- Rollout -------------------------------------------------------------------------------------
 
 
 @dataclass
 class Group:
     """One prompt and its G completions, padded right to the longest."""
 
-    row: dict
+    row: Row
     ids: torch.Tensor  # (G, T) long
     mask: torch.Tensor  # (G, T) long
     logp: torch.Tensor  # (G, T) fp32, at sampling
-    adv: torch.Tensor  # (G,) fp32
-    zero_std: bool
+    advantages: torch.Tensor  # (G,) fp32
+    zero_std: bool  # all rewards are equal: no advantage
 
 
-def rollout(backbone, cfg, rows, targets, keys, seed, G, greedy=False):
+METRICS = [
+    "reward", "r_f", "r_a", "tags", "markers", "decodes", "frac_reward_zero_std",
+    "completion_length", "truncated", "distinct_thoughts", "distinct_actions",
+]  # fmt: skip
+Sums = dict[str, list[float]]  # metric -> [sum, count] over completions or groups of this rank
+
+
+def rollout(
+    backbone: Backbone,
+    cfg: Config,
+    rows: list[Row],
+    targets: list[list[int]],
+    keys: Sequence[int],
+    seed: int,
+    G: int,
+    greedy: bool = False,
+) -> tuple[list[Group], Sums, str]:
     """Samples and scores G completions of each of this rank's prompts; keys: one int a prompt.
-
-    -> groups, {metric: [sum, count]} over completions or groups, a text to show. Distinct thoughts
-    and actions: different ones / G, 1 when all differ: falling, they show a collapse."""
+    -> groups, sums of METRICS, a text to show."""
     if not rows:
-        return [], {k: [0.0, 0] for k in METRICS}, ""
-    out = model.generate(
+        return [], {name: [0.0, 0] for name in METRICS}, ""
+    # 1. sample
+    samples = model.generate(
         backbone,
         rows,
         G,
@@ -372,132 +454,211 @@ def rollout(backbone, cfg, rows, targets, keys, seed, G, greedy=False):
         rollout_batch=cfg.rollout_batch,
         cuda_graphs=None if cfg.cuda_graphs else False,
     )
-    ids = [i[m].tolist() for i, m in zip(out["ids"].cpu(), out["mask"].bool().cpu())]
-    gold = [t for t in targets for _ in range(G)]
-    r, info = reward(backbone, ids, gold, cfg.reward)
-    adv, ties = advantage(torch.tensor(r, dtype=torch.float32).view(-1, G), cfg.advantage)
-    texts, known, groups = [backbone.tokenizer.decode(i) for i in ids], set(backbone.vocab.fast), []
+    token_ids = []
+    for ids, mask in zip(samples["ids"].cpu(), samples["mask"].bool().cpu(), strict=True):
+        token_ids.append(ids[mask].tolist())
+    # 2. score
+    repeated_targets = [target for target in targets for _ in range(G)]
+    r, diagnostics = reward(backbone, token_ids, repeated_targets, cfg.reward)
+    advantages, zero_std = advantage(
+        torch.tensor(r, dtype=torch.float32).view(-1, G), cfg.advantage
+    )
+    # 3. group
+    groups = []
     for b, row in enumerate(rows):
-        mine = slice(b * G, b * G + G)
-        T = int(out["mask"][mine].sum(1).max())
-        groups.append(
-            Group(
-                row,
-                *(out[k][mine, :T] for k in ("ids", "mask", "logp")),
-                adv[b].to(out["ids"].device),
-                bool(ties[b]),
-            )
+        completions = slice(b * G, b * G + G)
+        T = int(samples["mask"][completions].sum(1).max())
+        group = Group(
+            row,
+            ids=samples["ids"][completions, :T],
+            mask=samples["mask"][completions, :T],
+            logp=samples["logp"][completions, :T],
+            advantages=advantages[b].to(samples["ids"].device),
+            zero_std=bool(zero_std[b]),
         )
-    kinds = {
-        "distinct_thoughts": [t.split("<answer>")[0] for t in texts],
-        "distinct_actions": [tuple(t for t in i if t in known) for i in ids],
-    }
+        groups.append(group)
+    sums = rollout_metrics(backbone, token_ids, r, diagnostics, zero_std, G)
+    text = backbone.tokenizer.decode(token_ids[0])
+    target_text = model.action_answer(targets[0])
+    return groups, sums, f"{text!r} r {r[0]:.3f}, target {target_text}"
+
+
+def rollout_metrics(backbone, token_ids, r, diagnostics, zero_std, G) -> Sums:
+    """Sums and counts of METRICS. Distinct thoughts and actions: different ones / G, 1 when all
+    of a group differ; falling, they show a collapse."""
+    fast = set(backbone.vocab.fast)
+    thoughts, actions = [], []
+    for sequence in token_ids:
+        thoughts.append(backbone.tokenizer.decode(sequence).split("<answer>")[0])
+        actions.append(tuple(token for token in sequence if token in fast))
+
+    def distinct(items):
+        groups = [items[i : i + G] for i in range(0, len(items), G)]
+        return [len(set(group)) / G for group in groups]
+
     values = {
         "reward": r,
-        **info,
-        "frac_reward_zero_std": ties.tolist(),
-        "completion_length": [len(i) for i in ids],
-        "truncated": [i[-1] != backbone.vocab.eos for i in ids],
-        **{k: [len(set(x[i : i + G])) / G for i in range(0, len(x), G)] for k, x in kinds.items()},
+        **diagnostics,
+        "frac_reward_zero_std": zero_std.tolist(),
+        "completion_length": [len(sequence) for sequence in token_ids],
+        "truncated": [sequence[-1] != backbone.vocab.eos for sequence in token_ids],
+        "distinct_thoughts": distinct(thoughts),
+        "distinct_actions": distinct(actions),
     }
-    sums = {k: [float(np.sum(values[k])), len(values[k])] for k in METRICS}
-    return groups, sums, f"{texts[0]!r} r {r[0]:.3f}, target {model.action_answer(gold[0])}"
+    return {name: [float(np.sum(values[name])), len(values[name])] for name in METRICS}
 
 
-def means(sums):
-    """{metric: [sum, count]} of this rank -> means over all ranks."""
-    total = all_sum([x for pair in sums.values() for x in pair])
-    return {k: total[2 * i] / max(total[2 * i + 1], 1) for i, k in enumerate(sums)}
+def add_sums(a: Sums, b: Sums) -> Sums:
+    return {name: [a[name][0] + b[name][0], a[name][1] + b[name][1]] for name in a}
 
 
-def group_loss(backbone, ref, groups, cfg):
+def means(sums: Sums) -> dict[str, float]:
+    """Sums of this rank -> means over all ranks."""
+    flat = []
+    for pair in sums.values():
+        flat += pair
+    total = all_sum(flat)
+    return {name: total[2 * i] / max(total[2 * i + 1], 1) for i, name in enumerate(sums)}
+
+
+def replace_zero_std_groups(backbone, cfg, episodes, groups, numbers, sums) -> Sums:
+    """Dynamic sampling (DAPO, 2503.14476, section 3.2): fresh prompts take the place of groups
+    with equal rewards, in `groups` itself, up to cfg.dynamic_sampling times. -> new sums."""
+    step_count = sum(len(episode) for episode in episodes)
+    for again in range(1, cfg.dynamic_sampling + 1):
+        places = [i for i, group in enumerate(groups) if group.zero_std]
+        fresh_numbers = [numbers[i] + (again << 40) for i in places]  # to which no step comes
+        steps = sample_order(cfg.seed, step_count, fresh_numbers)
+        rows, targets = prompt_rows(backbone, episodes, steps)
+        fresh, fresh_sums, _ = rollout(
+            backbone, cfg, rows, targets, fresh_numbers, cfg.seed, cfg.group
+        )
+        for i, group in zip(places, fresh, strict=True):
+            groups[i] = group
+        sums = add_sums(sums, fresh_sums)
+    return sums
+
+
+# ---- Update --------------------------------------------------------------------------------------
+
+
+def group_loss(
+    backbone: Backbone, reference: Backbone | None, groups: list[Group], cfg: Config
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss of some groups summed over their tokens, and the sums that are logged."""
-    T = max(g.ids.shape[1] for g in groups)
-    ids, mask, old = (
-        torch.cat([pad(getattr(g, k), (0, T - g.ids.shape[1])) for g in groups])
-        for k in ("ids", "mask", "logp")
-    )  # (B*G, T)
-    adv = torch.cat([g.adv for g in groups])[:, None]  # (B*G, 1)
-    rows, ref_logp = [g.row for g in groups], None
-    if ref is not None:
+    T = max(group.ids.shape[1] for group in groups)
+
+    def stack(name):  # -> (B*G, T)
+        tensors = [getattr(group, name) for group in groups]
+        return torch.cat([pad(tensor, (0, T - tensor.shape[1])) for tensor in tensors])
+
+    rows = [group.row for group in groups]
+    ids, mask, old_logp = stack("ids"), stack("mask"), stack("logp")
+    advantages = torch.cat([group.advantages for group in groups])[:, None]  # (B*G, 1)
+    ref_logp = None
+    if reference is not None:
         with torch.no_grad():
-            ref_logp, _ = completion_logp(ref, rows, ids, mask, cfg.temperature)
+            ref_logp, _ = completion_logp(reference, rows, ids, mask, cfg.temperature)
     logp, entropy = completion_logp(backbone, rows, ids, mask, cfg.temperature)
-    # fork point: the objective. `old` is what the sampler said, so the first update is on-policy.
-    loss, sums = policy_loss(
-        logp, old, adv, mask, ref_logp, cfg.clip_low, cfg.clip_high, cfg.dual_clip, cfg.kl_coef
-    )
+    # fork point: the objective. old_logp is what the sampler said: the first update is on-policy.
+    limits = cfg.clip_low, cfg.clip_high, cfg.dual_clip, cfg.kl_coef
+    loss, sums = policy_loss(logp, old_logp, advantages, mask, ref_logp, *limits)
     return loss, {**sums, "entropy": entropy.sum(), "forwarded": mask.sum()}
 
 
-def update(backbone, ref, optim, groups, cfg, dist, where):
-    """One optimiser step on this rank's groups of an update batch. -> sums over all ranks.
+def update(
+    backbone: Backbone,
+    reference: Backbone | None,
+    optim: torch.optim.Optimizer,
+    groups: list[Group],
+    cfg: Config,
+    dist: Dist,
+    when: str,
+) -> dict[str, float]:
+    """One optimizer step on this rank's groups of an update batch. -> sums over all ranks; {} when
+    every group of every rank has equal rewards: nothing to learn from, and no weight decay either.
 
-    All ranks run as many forwards as the one with the most groups left: a rank that has none
-    forwards one token that does not count, since under FSDP each pass is collective."""
-    live = [g for g in groups if not (g.zero_std and cfg.skip_zero_std)]
-    rounds = -(-len(live) // cfg.micro_batch)
-    tokens, *rounds = all_sum(
-        [
-            sum(int(g.mask.sum()) for g in groups),
-            *(rounds * (r == dist.rank) for r in range(dist.world_size)),
-        ]
-    )
-    # Token mean, or (Dr. GRPO) a constant, so that long completions are not weighed down.
-    count = tokens if cfg.advantage == "grpo" else cfg.batch * cfg.group * cfg.max_new_tokens
-    first, sums = groups[0], Counter()
-    idle = replace(
-        first,
-        ids=first.ids[:, :1],
-        logp=first.logp[:, :1],
-        mask=torch.zeros_like(first.mask[:, :1]),
-    )
-    guard = partial(
-        model.stop_if_not_finite,
-        cfg.out,
-        where,
-        dist,
-        (
-            vars(g)
-            | {f"prompt_{k}": x for k, x in g.row.items()}
-            | {"sample_id": [g.row.get("sample_id", "")]}
-            for g in groups
-        ),
-    )
-    for i in range(int(max(rounds))):
-        some = live[i * cfg.micro_batch : (i + 1) * cfg.micro_batch] or [idle]
-        loss, info = group_loss(backbone, ref, some, cfg)
-        guard("loss", loss.item())
-        (loss * dist.world_size / count).backward()  # FSDP averages over ranks
-        sums.update({k: float(x.detach()) for k, x in {"loss": loss, **info}.items()})
-    if (
-        not sums
-    ):  # every group of every rank tied: nothing to learn from, and no weight decay either
+    1. all tokens count in the mean, those of groups that are not forwarded too
+    2. all ranks run as many forwards, since under FSDP each is collective
+    3. forward, backward
+    4. step"""
+    # 1. what the sum of the loss is divided by: the token mean, or (Dr. GRPO) a constant, so that
+    # long completions are not weighed down
+    tokens = all_sum(sum(int(group.mask.sum()) for group in groups))
+    divisor = tokens if cfg.advantage == "grpo" else cfg.batch * cfg.group * cfg.max_new_tokens
+    # 2. micro-batches; a rank that has none left forwards one token that does not count
+    learning = [group for group in groups if not (group.zero_std and cfg.skip_zero_std)]
+    micro_batches = [
+        learning[i : i + cfg.micro_batch] for i in range(0, len(learning), cfg.micro_batch)
+    ]
+    forwards = all_max(len(micro_batches))
+    if forwards == 0:
         return {}
-    norm = model.clip_gradients(backbone.net.parameters(), cfg.max_grad_norm)
-    guard("gradient norm", norm)
+    idle = [idle_group(groups[0])]
+    micro_batches += [idle] * (forwards - len(micro_batches))
+    # 3. forward and backward
+    check = partial(model.stop_if_not_finite, cfg.out, when, dist, arrays_of(groups))
+    sums = Counter()
+    for micro_batch in micro_batches:
+        loss, logged = group_loss(backbone, reference, micro_batch, cfg)
+        check("loss", loss.item())
+        (loss * dist.world_size / divisor).backward()  # FSDP averages over ranks
+        for name, value in {"loss": loss, **logged}.items():
+            sums[name] += float(value.detach())
+    # 4. step
+    grad_norm = model.clip_gradients(backbone.net.parameters(), cfg.max_grad_norm)
+    check("gradient norm", grad_norm)
     optim.step()
     optim.zero_grad()
-    total = dict(zip(sums, all_sum(list(sums.values()))))
-    return {**total, "loss": total["loss"] / count, "grad_norm": norm, "updates": 1}
+    total = dict(zip(sums, all_sum(list(sums.values())), strict=True))
+    return {**total, "loss": total["loss"] / divisor, "grad_norm": grad_norm, "updates": 1}
 
 
-def evaluate(backbone, cfg, rows, targets, dist):
+def all_max(count: int) -> int:
+    """The largest of the ranks' counts."""
+    value = torch.tensor(count)
+    if distributed.is_initialized() and distributed.get_world_size() > 1:
+        if distributed.get_backend() == "nccl":
+            value = value.cuda()
+        distributed.all_reduce(value, distributed.ReduceOp.MAX)
+    return int(value)
+
+
+def idle_group(group: Group) -> Group:
+    """The same prompt with one token a completion, which does not count."""
+    one_token = {"ids": group.ids[:, :1], "logp": group.logp[:, :1]}
+    return replace(group, **one_token, mask=torch.zeros_like(group.mask[:, :1]))
+
+
+def arrays_of(groups: list[Group]) -> Iterator[dict]:
+    """Groups as model.stop_if_not_finite saves them."""
+    for group in groups:
+        prompt = {f"prompt_{name}": value for name, value in group.row.items()}
+        yield {**vars(group), **prompt, "sample_id": [group.row.get("sample_id", "")]}
+
+
+# ---- Evaluation ----------------------------------------------------------------------------------
+
+
+def evaluate(
+    backbone: Backbone, cfg: Config, rows: list[Row], targets: list[list[int]], dist: Dist
+) -> dict[str, float]:
     """Held-out reward, greedy and sampled; the same prompts and draws each time."""
-    keys, found = range(dist.rank, cfg.eval_prompts, dist.world_size), {}
-    for name, G in (("greedy", 1), ("sampled", cfg.group)):
-        _, sums, _ = rollout(
-            backbone, cfg, rows, targets, keys[: len(rows)], cfg.seed + 1, G, G == 1
-        )
+    keys = range(dist.rank, cfg.eval_prompts, dist.world_size)[: len(rows)]
+    metrics = {}
+    for style, G in (("greedy", 1), ("sampled", cfg.group)):
+        is_greedy = style == "greedy"
+        _, sums, _ = rollout(backbone, cfg, rows, targets, keys, cfg.seed + 1, G, is_greedy)
         mean = means(sums)
-        found |= {f"eval_{name}_{k}": mean[k] for k in ("reward", "r_f", "r_a")}
-    return found
+        for name in ("reward", "r_f", "r_a"):
+            metrics[f"eval_{style}_{name}"] = mean[name]
+    return metrics
 
 
-# Main
+# ---- Main ----------------------------------------------------------------------------------------
 
 
-def check_config(cfg):
+def check_config(cfg: Config) -> None:
     """ValueError naming the cure when the settings do not fit together."""
     if cfg.batch < 1 or cfg.prompts % cfg.batch:
         raise ValueError(f"--prompts {cfg.prompts} must be a multiple of --batch {cfg.batch}")
@@ -506,113 +667,120 @@ def check_config(cfg):
             f"--group {cfg.group}; an advantage needs at least 2 completions, and "
             f"--micro-batch {cfg.micro_batch} at least 1 prompt"
         )
-    if cfg.advantage not in ("grpo", "drgrpo") or cfg.reward not in ("prefix", "l1", "lcs"):
+    if cfg.advantage not in ("grpo", "drgrpo") or cfg.reward not in REWARDS:
         raise ValueError(
-            f"--advantage {cfg.advantage} --reward {cfg.reward}; choose grpo or drgrpo, and prefix, l1 or lcs"
+            f"--advantage {cfg.advantage} --reward {cfg.reward}; choose grpo or drgrpo, and one of "
+            f"{', '.join(REWARDS)}"
         )
 
 
-def prepare(cfg, dist):
-    """-> Backbone and reference (sharded), optimizer, episode files (trained on, held out), first
-    step. ValueError when checkpoint and data do not fit."""
+class Prepared(NamedTuple):
+    backbone: Backbone  # sharded
+    reference: Backbone | None  # sharded and frozen; None without KL
+    optim: torch.optim.Optimizer
+    episodes: list[EpisodeFile]
+    held_out: list[EpisodeFile]
+    first_step: int  # 0, or where a resumed run goes on
+
+
+def prepare(cfg: Config, dist: Dist) -> Prepared:
+    """ValueError when checkpoint and data do not fit."""
     newest = model.checkpoint_to_resume(cfg)
-    backbone = model.load(
-        newest or cfg.init, dist.build, stages=("sft", "grpo"), max_pixels=cfg.max_pixels
-    )
+    path = newest or cfg.init
+    backbone = model.load(path, dist.build, stages=("sft", "grpo"), max_pixels=cfg.max_pixels)
     if backbone.action_tokenizer is None:
         raise ValueError(
-            f"{newest or cfg.init}: no fast/ in this checkpoint, so it knows no action "
-            "tokens; run sft.py on episodes with --fast"
+            f"{path}: no fast/ in this checkpoint, so it knows no action tokens; run sft.py on "
+            "episodes with --action-tokenizer"
         )
-    files, unseen = split_episodes(
-        read_episodes(cfg.data, fast=backbone.action_tokenizer)
-    )  # unseen by sft.py too
+    all_episodes = read_episodes(cfg.data, action_tokenizer=backbone.action_tokenizer)
+    episodes, held_out = split_episodes(all_episodes)  # held out from sft.py too
     if cfg.recompute:
         model.recompute_activations(backbone.net)
     model.shard(backbone.net, dist)
-    ref = None
+    reference = None
     if cfg.kl_coef > 0:  # always the model RL started from, also after --resume
-        ref = model.load(cfg.init, dist.build)
-        model.shard(ref.net.requires_grad_(False).eval(), dist, offload=cfg.cpu_offload)
-    optim = model.make_optimizer(backbone.net, cfg.lr, cfg.weight_decay, (0.9, cfg.beta2))
-    start, _ = model.load_train_state(newest, backbone.net, optim)
-    return backbone, ref, optim, files, unseen, start
+        reference = model.load(cfg.init, dist.build)
+        reference.net.requires_grad_(False).eval()
+        model.shard(reference.net, dist, offload=cfg.cpu_offload)
+    betas = (0.9, cfg.beta2)
+    optim = model.make_optimizer(backbone.net, cfg.lr, cfg.weight_decay, betas)
+    first_step, _ = model.load_train_state(newest, backbone.net, optim)
+    return Prepared(backbone, reference, optim, episodes, held_out, first_step)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     cfg = model.parse_config(Config, PRESETS, argv)
+    model.keep_freed_memory()
     dist = model.setup(cfg.seed, cfg.shards, cfg.batch)
     check_config(cfg)
-    backbone, ref, optim, files, unseen, start = prepare(cfg, dist)
-    n, n_unseen = sum(map(len, files)), sum(map(len, unseen))
-    spaced = np.linspace(0, n_unseen - 1, cfg.eval_prompts).astype(int)
-    eval_rows, eval_targets = prompt_rows(backbone, unseen, spaced[dist.rank :: dist.world_size])
+    backbone, reference, optim, episodes, held_out, first_step = prepare(cfg, dist)
+    step_count = sum(len(episode) for episode in episodes)
+    held_out_count = sum(len(episode) for episode in held_out)
+    eval_steps = np.linspace(0, held_out_count - 1, cfg.eval_prompts).astype(int)
+    local_eval_steps = eval_steps[dist.rank :: dist.world_size]
+    eval_rows, eval_targets = prompt_rows(backbone, held_out, local_eval_steps)
     run = {"stage": "grpo", "config": asdict(cfg), "parent": cfg.init}
-    write = partial(model.save, what=backbone, optim=optim)
+    write: Callable = partial(model.save, what=backbone, optim=optim)
+    model.stop_on_sigterm()
     log = model.Log(cfg.out, cfg, dist)
 
-    for step in range(start, cfg.steps + 1):
-        if cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.steps):
+    for step in range(first_step, cfg.steps + 1):
+        is_last = step == cfg.steps
+        if cfg.eval_every and (step % cfg.eval_every == 0 or is_last):
             with model.unsharded(backbone.net):
-                log.write(step=step, **evaluate(backbone, cfg, eval_rows, eval_targets, dist))
-        if step == cfg.steps:
+                metrics = evaluate(backbone, cfg, eval_rows, eval_targets, dist)
+            log.write(step=step, **metrics)
+        if is_last:
             break
-        began = time.perf_counter()
-        at = range(step * cfg.prompts + dist.rank, (step + 1) * cfg.prompts, dist.world_size)
-        rows, targets = prompt_rows(backbone, files, sample_order(cfg.seed, n, at))
-        with model.unsharded(backbone.net):
-            groups, sums, shown = rollout(backbone, cfg, rows, targets, at, cfg.seed, cfg.group)
-            for again in range(
-                1, cfg.dynamic_sampling + 1
-            ):  # dynamic sampling: 2503.14476, section 3.2
-                tied = [k for k, g in enumerate(groups) if g.zero_std]
-                fresh = [at[k] + (again << 40) for k in tied]  # numbers that no step comes to
-                new, more, _ = rollout(
-                    backbone,
-                    cfg,
-                    *prompt_rows(backbone, files, sample_order(cfg.seed, n, fresh)),
-                    fresh,
-                    cfg.seed,
-                    cfg.group,
-                )
-                for k, group in zip(tied, new):
-                    groups[k] = group
-                sums = {k: [a + b for a, b in zip(sums[k], more[k])] for k in sums}
-        rolled = time.perf_counter()
+        start_time = time.perf_counter()
 
+        # 1. draw this rank's prompts
+        numbers = range(step * cfg.prompts + dist.rank, (step + 1) * cfg.prompts, dist.world_size)
+        steps_to_ask = sample_order(cfg.seed, step_count, numbers)
+        rows, targets = prompt_rows(backbone, episodes, steps_to_ask)
+
+        # 2. to 4. sample, score, compare within groups
+        with model.unsharded(backbone.net):
+            groups, sums, shown = rollout(
+                backbone, cfg, rows, targets, numbers, cfg.seed, cfg.group
+            )
+            sums = replace_zero_std_groups(backbone, cfg, episodes, groups, numbers, sums)
+        rollout_time = time.perf_counter()
+
+        # 5. and 6. update, each time on other prompts of the rollout
         for params in optim.param_groups:
             params["lr"] = model.learning_rate(
                 step, cfg.steps, cfg.lr, cfg.warmup_ratio, "constant"
             )
         backbone.net.train()
-        total, share = Counter(), cfg.batch // dist.world_size
-        for u in range(0, len(groups), share):
-            total.update(
-                update(
-                    backbone,
-                    ref,
-                    optim,
-                    groups[u : u + share],
-                    cfg,
-                    dist,
-                    f"step {step}, update {u // share}",
-                )
-            )
-        ended, done, mean = time.perf_counter(), step + 1, means(sums)
-        # The loss is no sign of progress: at the first update of a rollout it is near 0 whatever the
-        # policy does. Watch held-out r_a; and ties, entropy and distinct actions for a collapse.
-        updates, seen = max(total["updates"], 1), max(total["forwarded"], 1)
+        local_batch = cfg.batch // dist.world_size
+        total = Counter()
+        for i in range(0, len(groups), local_batch):
+            when = f"step {step}, update {i // local_batch}"
+            batch = groups[i : i + local_batch]
+            total.update(update(backbone, reference, optim, batch, cfg, dist, when))
+        update_time = time.perf_counter()
+
+        # The loss is no sign of progress: at the first update of a rollout it is near 0 whatever
+        # the policy does. Watch held-out r_a; and frac_reward_zero_std, entropy and distinct
+        # actions for a collapse.
+        done = step + 1
+        forwarded = max(total["forwarded"], 1)
+        updates = max(total["updates"], 1)
         log.write(
             step=done,
-            **mean,
-            **{k: total[k] / seen for k in ("clip_fraction", "kl", "entropy")},
+            **means(sums),
+            clip_fraction=total["clip_fraction"] / forwarded,
+            kl=total["kl"] / forwarded,
+            entropy=total["entropy"] / forwarded,
             loss=total["loss"] / updates,
             grad_norm=total["grad_norm"] / updates,
             updates=total["updates"],
             lr=optim.param_groups[0]["lr"],
-            rollout_s=rolled - began,
-            update_s=ended - rolled,
-            tokens_per_s=all_sum(sums["completion_length"][0]) / (ended - began),
+            rollout_s=rollout_time - start_time,
+            update_s=update_time - rollout_time,
+            tokens_per_s=all_sum(sums["completion_length"][0]) / (update_time - start_time),
         )
         if cfg.show_every and done % cfg.show_every == 0:
             log.write(step=done, rollout=shown)

@@ -1,21 +1,30 @@
-"""What the three stages share: backbone, vocabulary, images and prompts, losses, sampler, action
-head, sharding and checkpoints. What could make training, RL and evaluation disagree is here.
+"""What two stages or more share. What could make training, RL and evaluation disagree is here.
 
-Backbones: Qwen2.5-VL and Qwen3-VL of transformers, local folder or hub name.
-The paper is RoboAlign, arXiv 2603.21341. A checkpoint is a folder that plain transformers loads,
-plus fast/ (action tokenizer), run.json (stage, config, versions, parent) and train_state/ (resume).
+Backbones are Qwen2.5-VL and Qwen3-VL of transformers, from a local folder or by hub name. The paper
+is RoboAlign, arXiv 2603.21341. A checkpoint is a folder that plain transformers loads, plus fast/
+(action tokenizer), run.json (stage, config, versions, parent) and train_state/ (resume).
 
-Legend: B batch, T tokens, D width, H heads, P patches, G rollouts per prompt, K action-chunk
-length, A action dimensions, V vocabulary, L layer. A mask is 1 where it counts. M-RoPE: a token's
-position is (time, row, column); text advances all three together.
+| section                 | who needs it on a first reading                                  |
+|-------------------------|------------------------------------------------------------------|
+| Prompts and answers     | all stages                                                       |
+| Backbone and vocabulary | all stages                                                       |
+| Images and rows         | all stages; `patchify` and `mrope_positions` may be skipped      |
+| Forward                 | all stages                                                       |
+| Sampler                 | grpo.py; `generate`, then `Decoder`; CUDA graphs may be skipped  |
+| Sharding                | who runs on several GPUs                                         |
+| Optimizers              | sft.py and vla.py                                                |
+| Muon                    | nobody: the presets `speedrun` use it                            |
+| Plumbing                | nobody: checkpoints, command line, log                           |
+
+Legend for shapes: B batch, T tokens, D width, H heads, h key-value heads, d head width, P patches,
+N rows of any kind, R samples that go on, G completions a prompt, K action-chunk length, A action
+dimensions, V vocabulary, L layer. A mask is 1 where it counts.
 """
 
-import argparse
 import contextlib
 import ctypes
 import functools
 import inspect
-import itertools
 import json
 import os
 import platform
@@ -28,8 +37,10 @@ import time
 import types
 import warnings
 import zlib
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -44,83 +55,115 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from fast_tokenizer import FastTokenizer
+from fast_tokenizer import FastTokenizer, config_parser
 
-transformers.utils.logging.disable_progress_bar()
-warnings.filterwarnings("ignore", "torch.distributed is disabled")  # of DCP in one process
-META = torch.device("meta")
+META = torch.device("meta")  # tensors with shapes but without values
 
-# Prompts and answers
+
+# ---- Prompts and answers -------------------------------------------------------------------------
 
 ACTION_START, ACTION_END = "<ACTION_START>", "<ACTION_END>"
 THINK = "Think in <think></think>, then answer in <answer></answer>."
 DIRECT = "Answer in <answer></answer>."
-fast_token = "<FAST_{}>".format  # of the i-th FAST token
 
 
-def ask(question, think):
-    """The one prompt function. think: True, False, or None to leave the question as it is."""
-    return question if think is None else f"{question}\n{THINK if think else DIRECT}"
+def fast_token(index: int) -> str:
+    """Name of the FAST token `index` (0 .. n-1) in the text vocabulary."""
+    return f"<FAST_{index}>"
 
 
-def action_question(instruction):
+def ask(question: str, think: bool | None) -> str:
+    """The one function that renders a prompt. think: None leaves the question as it is."""
+    # fork point: the prompt format. Training, RL and evaluation all come here.
+    if think is None:
+        return question
+    return f"{question}\n{THINK if think else DIRECT}"
+
+
+def action_question(instruction: str) -> str:
     return f"Instruction: {instruction}\nWhat should the robot do next?"
 
 
-def action_prompt(instruction, think, images=1):
+def action_prompt(instruction: str, think: bool | None, images: int = 1) -> list[dict]:
     """The conversation that asks for an action, after so many images."""
     question = "<image>" * images + ask(action_question(instruction), think)
     return [{"role": "user", "content": question}]
 
 
-def action_answer(ids):
-    """FAST ids (indices 0..n-1, not token ids) -> the answer text."""
-    return f"<answer>{ACTION_START}{''.join(map(fast_token, ids))}{ACTION_END}</answer>"
+def action_answer(action_ids: Iterable[int]) -> str:
+    """Action ids (0 .. n-1, not token ids) -> the answer text."""
+    tokens = "".join(fast_token(index) for index in action_ids)
+    return f"<answer>{ACTION_START}{tokens}{ACTION_END}</answer>"
 
 
-def parse_actions(backbone, ids):
-    """One sampled sequence of token ids -> (well_formed, has_think, FAST indices).
+class ParsedAnswer(NamedTuple):
+    """What one sampled sequence says; see parse_actions."""
 
-    Well formed: [<think>...</think>] <answer> START FAST+ END </answer> <|im_end|>, but for white
-    space between the parts; has_think: and a thought that is not blank (r_f of paper section 3).
-    The indices are the run of FAST tokens after the first START, also when the rest is malformed.
-    Tags are matched as text: Qwen2.5 has no token for them."""
-    v, ids = backbone.vocab, [int(i) for i in ids]
-    ids = ids[: ids.index(v.eos) + 1] if v.eos in ids else ids
-    if v.action_start not in ids:
-        return False, False, []
-    index, a = {t: i for i, t in enumerate(v.fast)}, ids.index(v.action_start)
-    fast = [index[t] for t in itertools.takewhile(index.__contains__, ids[a + 1 :])]
-    b = a + 1 + len(fast)  # where END should be
-    head, tail = backbone.tokenizer.decode(ids[:a]), backbone.tokenizer.decode(ids[b + 1 :])
-    tag = r"(?:(?!</?think>|</?answer>|<FAST_).)*"  # text without another tag in it
-    match = re.fullmatch(rf"\s*(?:<think>({tag})</think>)?\s*<answer>\s*", head, re.DOTALL)
-    closed = ids[b : b + 1] == [v.action_end] and re.fullmatch(r"\s*</answer>\s*<\|im_end\|>", tail)
-    good = bool(match and closed and fast)
-    return good, good and bool((match[1] or "").strip()), fast
+    well_formed: bool
+    has_thought: bool  # well formed, with a thought that is not blank
+    action_ids: list[int]  # the run of FAST tokens behind ACTION_START, also of a malformed answer
 
 
-def prefix_reward(gen, tgt):
-    """r_a of the paper (section 3), in [0, 1]: longest common prefix of two id lists over the
-    longer (our deviation: tokens after a full match cost something); 0 when either is empty."""
-    same = next((i for i, (g, t) in enumerate(zip(gen, tgt)) if g != t), min(len(gen), len(tgt)))
-    return same / max(len(gen), len(tgt), 1)
+TAGLESS = r"(?:(?!</?think>|</?answer>|<FAST_).)*"  # text without a tag in it
+BEFORE_ACTIONS = re.compile(rf"\s*(?:<think>({TAGLESS})</think>)?\s*<answer>\s*", re.DOTALL)
+AFTER_ACTIONS = re.compile(r"\s*</answer>\s*<\|im_end\|>")
 
 
-# Backbone and vocabulary
+def parse_actions(backbone: "Backbone", token_ids: Sequence[int]) -> ParsedAnswer:
+    """One sampled sequence of token ids -> ParsedAnswer. The one place that decides on the format.
+
+    Well formed is, but for white space between the parts (r_f of the paper, section 3):
+
+        [<think>words</think>] <answer> ACTION_START FAST+ ACTION_END </answer> <|im_end|>
+
+    Tags are compared as text, since Qwen2.5 has no token for them."""
+    vocab = backbone.vocab
+    decode = backbone.tokenizer.decode
+    token_ids = [int(token) for token in token_ids]
+    if vocab.eos in token_ids:
+        token_ids = token_ids[: token_ids.index(vocab.eos) + 1]
+    if vocab.action_start not in token_ids:
+        return ParsedAnswer(False, False, [])
+    start = token_ids.index(vocab.action_start)
+    action_index = {token: index for index, token in enumerate(vocab.fast)}
+    action_ids = []
+    for token in token_ids[start + 1 :]:
+        if token not in action_index:
+            break
+        action_ids.append(action_index[token])
+    end = start + 1 + len(action_ids)  # where ACTION_END should be
+    before = BEFORE_ACTIONS.fullmatch(decode(token_ids[:start]))
+    after = AFTER_ACTIONS.fullmatch(decode(token_ids[end + 1 :]))
+    closed = token_ids[end : end + 1] == [vocab.action_end]
+    well_formed = bool(before and action_ids and closed and after)
+    has_thought = well_formed and bool((before[1] or "").strip())
+    return ParsedAnswer(well_formed, has_thought, action_ids)
+
+
+def prefix_reward(generated: Sequence[int], target: Sequence[int]) -> float:
+    """r_a of the paper (section 3), in [0, 1]: length of the common prefix of two lists of action
+    ids over the length of the longer one; 0 when either is empty.
+
+        generated 4 9 2 7 7, target 4 9 5 7  ->  common prefix 4 9, longer list 5  ->  0.4
+
+    The paper divides by the target's length; here tokens after a full match cost something."""
+    common = 0
+    for generated_id, target_id in zip(generated, target, strict=False):
+        if generated_id != target_id:
+            break
+        common += 1
+    return common / max(len(generated), len(target), 1)
+
+
+# ---- Backbone and vocabulary ---------------------------------------------------------------------
 
 SPECIAL_TOKENS = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+    "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
+]  # fmt: skip
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 SYSTEM_PROMPT = "You are a helpful assistant."  # Qwen2.5-VL opens with it, Qwen3-VL with nothing
 
@@ -138,23 +181,25 @@ class ImageSpec:
     max_pixels: int
 
     @classmethod
-    def load(cls, path):
-        p = transformers.AutoImageProcessor.from_pretrained(path)
+    def load(cls, path: str | Path) -> "ImageSpec":
+        processor = transformers.AutoImageProcessor.from_pretrained(path)
         return cls(
-            p.patch_size,
-            p.merge_size,
-            p.temporal_patch_size,
-            tuple(p.image_mean),
-            tuple(p.image_std),
-            p.size["shortest_edge"],
-            p.size["longest_edge"],
+            patch=processor.patch_size,
+            merge=processor.merge_size,
+            temporal=processor.temporal_patch_size,
+            mean=tuple(processor.image_mean),
+            std=tuple(processor.image_std),
+            min_pixels=processor.size["shortest_edge"],
+            max_pixels=processor.size["longest_edge"],
         )
 
-    def bounded(self, pixels):
-        least = min(self.min_pixels, pixels or self.min_pixels)
-        return replace(self, min_pixels=least, max_pixels=pixels or self.max_pixels)
+    def bounded(self, max_pixels: int) -> "ImageSpec":
+        """The same with larger images shrunk to so many pixels; 0: as it is."""
+        if not max_pixels:
+            return self
+        return replace(self, min_pixels=min(self.min_pixels, max_pixels), max_pixels=max_pixels)
 
-    def save(self, folder):
+    def save(self, folder: str | Path) -> None:
         spec = {
             "image_processor_type": "Qwen2VLImageProcessor",
             "do_resize": True,
@@ -174,1013 +219,1330 @@ class ImageSpec:
 
 
 @dataclass
+class Vocabulary:
+    """Token ids by role."""
+
+    eos: int  # the end of a turn
+    pad: int
+    image: int
+    action_start: int | None  # None before the vocabulary has grown
+    action_end: int | None
+    fast: list[int]  # of the FAST tokens 0 .. n-1; empty before the vocabulary has grown
+    banned: list[int]  # never sampled: special tokens, and rows of the table without a token
+
+    @classmethod
+    def read(cls, net: nn.Module, tokenizer) -> "Vocabulary":
+        """ValueError when the tokenizer is of another family."""
+        known = tokenizer.get_vocab()
+        missing = [token for token in SPECIAL_TOKENS if token not in known]
+        if missing:
+            raise ValueError(f"tokenizer lacks {missing}; use a Qwen2.5-VL or Qwen3-VL checkpoint")
+        fast = []
+        while fast_token(len(fast)) in known:
+            fast.append(known[fast_token(len(fast))])
+        special = [known[token] for token in SPECIAL_TOKENS if token != "<|im_end|>"]
+        unused_rows = range(len(tokenizer), len(net.get_input_embeddings().weight))
+        return cls(
+            eos=known["<|im_end|>"],
+            pad=known["<|endoftext|>"],
+            image=known["<|image_pad|>"],
+            action_start=known.get(ACTION_START),
+            action_end=known.get(ACTION_END),
+            fast=fast,
+            banned=[*special, *unused_rows],
+        )
+
+
+@dataclass
 class Backbone:
     net: nn.Module
     tokenizer: transformers.PreTrainedTokenizerBase
     image_spec: ImageSpec
-    vocab: types.SimpleNamespace  # of vocab()
+    vocab: Vocabulary
     action_tokenizer: FastTokenizer | None = None
     run: dict = field(default_factory=dict)  # run.json of the checkpoint it came from
 
 
-def vocab(net, tok):
-    """Token ids by role; start and end are None and fast is empty before grow()."""
-    known, fast = tok.get_vocab(), map(fast_token, itertools.count())
-    if missing := [t for t in SPECIAL_TOKENS if t not in known]:
-        raise ValueError(f"tokenizer lacks {missing}; use a Qwen2.5-VL or Qwen3-VL checkpoint")
-    unused = range(len(tok), len(net.get_input_embeddings().weight))
-    return types.SimpleNamespace(
-        eos=known["<|im_end|>"],
-        pad=known["<|endoftext|>"],
-        image=known["<|image_pad|>"],
-        action_start=known.get(ACTION_START),
-        action_end=known.get(ACTION_END),
-        fast=[known[t] for t in itertools.takewhile(known.__contains__, fast)],
-        banned=[*(known[t] for t in SPECIAL_TOKENS if t != "<|im_end|>"), *unused],
-    )  # never sampled
-
-
-def find_checkpoint(path):
-    """A folder with config.json: `path` itself, else its final/, else its newest step_*."""
+def find_checkpoint(path: str | Path) -> str | Path:
+    """A folder with config.json: `path` itself, else its final/, else its newest step_*; or `path`
+    as it is when it can be a hub name. FileNotFoundError otherwise."""
     folder = Path(path)
-    for place in (folder, folder / "final", latest_checkpoint(folder)):
-        if place and (place / "config.json").exists():
-            return place
+    for candidate in (folder, folder / "final", latest_checkpoint(folder)):
+        if candidate and (candidate / "config.json").exists():
+            return candidate
     if folder.is_dir():
         raise FileNotFoundError(f"{path}: no checkpoint in this folder; run the stage before first")
     if str(path).count("/") != 1 or str(path).startswith(("runs/", "assets/", ".", "/")):
         raise FileNotFoundError(
             f"{path}: no such folder; run the stage that writes it, or name a hub model"
         )
-    return path  # a hub name
+    return path
 
 
-def load(path, device="cpu", dtype=torch.float32, stages=None, seed=0, max_pixels=0):
-    """-> Backbone. path: checkpoint or run folder, or hub name.
+def load(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    stages: Sequence[str] | None = None,
+    seed: int = 0,
+    max_pixels: int = 0,
+) -> Backbone:
+    """Reads a checkpoint, run folder or hub model.
 
     A folder with configuration and tokenizer but no weights (tools/backbones.py writes such) is
-    filled at random, a function of seed, and says so. stages: those that may have written it,
-    ValueError for another one; what no stage has written always passes. device META: shapes alone,
-    which shard() fills. max_pixels: of an image, 0: the backbone's own."""
+    filled at random, a function of seed, and that is printed. stages: those that may have written
+    the checkpoint, ValueError for another one; what no stage has written always passes. device
+    META: shapes alone, which shard() fills. max_pixels: of an image, 0: the backbone's own."""
+    # fork point: the backbone family. What is asked of another one: `net.model.visual`,
+    # `net.model.language_model.layers`, `net.lm_head`, M-RoPE positions, Qwen2-VL's patches.
     folder = find_checkpoint(path)
-    local = Path(folder)  # of a hub model: there is none
-    run = read_json(local / "run.json") if (local / "run.json").exists() else {}
+    local_folder = Path(folder)  # of a hub model: there is none
+    run = {}
+    if (local_folder / "run.json").exists():
+        run = read_json(local_folder / "run.json")
     if stages and run and run["stage"] not in stages:
         raise ValueError(
             f"{folder}: a checkpoint of stage {run['stage']!r}, expected "
             f"{' or '.join(stages)}; give the folder that such a stage wrote"
         )
-    weightless = local.is_dir() and not any(local.glob("*.safetensors"))
-    if device == META or weightless:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    net = _load_net(folder, device, dtype, seed)
+    vocab = Vocabulary.read(net, tokenizer)
+    image_spec = ImageSpec.load(folder).bounded(max_pixels)
+    action_tokenizer = None
+    if (local_folder / "fast").exists():
+        action_tokenizer = FastTokenizer.load(local_folder / "fast")
+        if action_tokenizer.vocab_size > len(vocab.fast):
+            raise ValueError(
+                f"{folder}: fast/ has {action_tokenizer.vocab_size} tokens but the text tokenizer "
+                f"knows {len(vocab.fast)} <FAST_i>; copy the whole folder again"
+            )
+    return Backbone(net, tokenizer, image_spec, vocab, action_tokenizer, run)
+
+
+def _load_net(folder, device, dtype, seed):
+    has_weights = not Path(folder).is_dir() or any(Path(folder).glob("*.safetensors"))
+    if device != META and has_weights:
+        net = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+    else:
         config = transformers.AutoConfig.from_pretrained(folder)
-        with torch.random.fork_rng(devices=[]), torch.device("meta" if device == META else "cpu"):
+        build_device = META if device == META else torch.device("cpu")
+        with torch.random.fork_rng(devices=[]), build_device:
             torch.manual_seed(seed)
             net = AutoModelForImageTextToText.from_config(config, dtype=dtype)
         if device != META:
             print(f"{folder} has no weights: filled at random, seed {seed}", flush=True)
-            net.to(device)
-    else:
-        net = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(device)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    fast_folder = local / "fast"
-    action_tokenizer = FastTokenizer.load(fast_folder) if fast_folder.exists() else None
-    image_spec = ImageSpec.load(folder).bounded(max_pixels)
-    words = vocab(net, tokenizer)
-    if action_tokenizer is not None and action_tokenizer.vocab_size > len(words.fast):
-        raise ValueError(
-            f"{folder}: fast/ has {action_tokenizer.vocab_size} tokens but the text tokenizer "
-            f"knows {len(words.fast)} <FAST_i>; copy the whole folder again"
-        )
-    return Backbone(net, tokenizer, image_spec, words, action_tokenizer, run)
+    use_own_attention(net)
+    return net.to(device) if device != META else net
 
 
-# Images and rows
+# ---- Images and rows -----------------------------------------------------------------------------
 
 
-def patchify(image, spec):
+class Row(TypedDict):
+    """One conversation as numpy arrays, before it is batched."""
+
+    ids: np.ndarray  # (T,) int64
+    target: np.ndarray  # (T,) bool: the assistant's turns, <|im_end|> among them
+    positions: np.ndarray  # (3, T) int64, M-RoPE
+    patches: np.ndarray | None  # (P, .) float32, of all its images
+    grid: np.ndarray  # (images, 3) int64: time, rows and columns of patches
+    sample_id: NotRequired[str]  # where it comes from, "file:row"
+
+
+class Batch(TypedDict):
+    """Rows as tensors: padded (collate), or one behind the other with B = 1 (sft.pack)."""
+
+    ids: torch.Tensor  # (B, T) long
+    mask: torch.Tensor  # (B, T) long
+    target: torch.Tensor  # (B, T) bool
+    positions: torch.Tensor  # (3, B, T) long
+    patches: torch.Tensor | None  # (P, .) float32, of all images of all rows
+    grid: torch.Tensor | None  # (images, 3) long
+    lengths: NotRequired[list[int]]  # of the rows in a pack, which do not see each other
+    sample_id: NotRequired[list[str]]
+
+
+def patchify(image: np.ndarray, spec: ImageSpec) -> tuple[np.ndarray, tuple[int, int, int]]:
     """image uint8 (H, W, 3) -> patches (P, 3 * temporal * patch * patch) float32, grid (1, h, w).
     Equals the Pillow image processor of transformers' Qwen2-VL, without its overhead."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"image is {image.dtype} {image.shape}; give uint8 (H, W, 3)")
-    p, m = spec.patch, spec.merge
-    H, W = smart_resize(*image.shape[:2], p * m, spec.min_pixels, spec.max_pixels)
-    if (H, W) != image.shape[:2]:
-        image = np.asarray(Image.fromarray(image).resize((W, H), Image.BICUBIC))
+    # 1. resize to whole tokens
+    unit = spec.patch * spec.merge  # pixels of a token's side
+    height, width = smart_resize(*image.shape[:2], unit, spec.min_pixels, spec.max_pixels)
+    if (height, width) != image.shape[:2]:
+        image = np.asarray(Image.fromarray(image).resize((width, height), Image.BICUBIC))
+    # 2. normalise
     mean, std = np.float32(spec.mean), np.float32(spec.std)
-    x = image * (1 / (255 * std)) - mean / std
-    h, w = H // p, W // p
+    x = image * (1 / (255 * std)) - mean / std  # (H, W, 3)
+    # 3. cut into patches, those of a token together
+    p, m = spec.patch, spec.merge
+    h, w = height // p, width // p
     x = x.reshape(h // m, m, p, w // m, m, p, 3)
-    x = x.transpose(0, 3, 1, 4, 6, 2, 5)[:, :, :, :, :, None]  # (h/m, w/m, m, m, 3, 1, p, p)
-    x = np.broadcast_to(x, (*x.shape[:5], spec.temporal, p, p)).reshape(h * w, -1)
-    return np.ascontiguousarray(x, np.float32), (1, h, w)
+    x = x.transpose(0, 3, 1, 4, 6, 2, 5)  # (h/m, w/m, m, m, 3, p, p)
+    x = np.broadcast_to(x[:, :, :, :, :, None], (*x.shape[:5], spec.temporal, p, p))
+    return np.ascontiguousarray(x.reshape(h * w, -1), np.float32), (1, h, w)
 
 
-def mrope_positions(ids, grid, image_id, merge):
-    """M-RoPE positions (3, T) of ids (T,): equals get_rope_index of transformers for images."""
-    pos = np.empty((3, len(ids)), np.int64)
-    i = start = 0
-    for _, h, w in grid:
-        h, w = h // merge, w // merge
-        j = i + int(np.argmax(ids[i:] == image_id))
-        pos[:, i:j] = np.arange(start, start + j - i)
-        start, i = start + j - i, j + h * w
-        pos[0, j:i] = start
-        pos[1, j:i] = start + np.repeat(np.arange(h), w)
-        pos[2, j:i] = start + np.tile(np.arange(w), h)
-        start += max(h, w)
-    pos[:, i:] = np.arange(start, start + len(ids) - i)
-    return pos
+def mrope_positions(ids: np.ndarray, grid: np.ndarray, image_id: int, merge: int) -> np.ndarray:
+    """Positions (3, T) of ids (T,): time, row and column of each token. Equals transformers'
+    get_rope_index for images. Text counts on in all three, an image holds the time and spans rows
+    and columns, and the text behind it goes on after the largest of these:
+
+        ids     a  b  [2 x 3 image tokens]  c
+        time    0  1  2  2  2  2  2  2      5
+        row     0  1  2  2  2  3  3  3      5
+        column  0  1  2  3  4  2  3  4      5
+    """
+    positions = np.empty((3, len(ids)), np.int64)
+    done = 0  # tokens that have a position
+    start = 0  # the next position
+    for _, patch_rows, patch_columns in grid:
+        rows, columns = patch_rows // merge, patch_columns // merge
+        image = done + int(np.argmax(ids[done:] == image_id))  # its first token
+        positions[:, done:image] = np.arange(start, start + image - done)
+        start += image - done
+        done = image + rows * columns
+        positions[0, image:done] = start
+        positions[1, image:done] = start + np.repeat(np.arange(rows), columns)
+        positions[2, image:done] = start + np.tile(np.arange(columns), rows)
+        start += max(rows, columns)
+    positions[:, done:] = np.arange(start, start + len(ids) - done)
+    return positions
 
 
-@functools.lru_cache(1 << 15)
-def _token_ids(tok, size, text):
-    """Most pieces of a conversation repeat. size: len(tok), because grow() changes the answer."""
-    return tok.backend_tokenizer.encode(text, add_special_tokens=False).ids
+@functools.lru_cache(1 << 15)  # most pieces of a conversation repeat
+def _token_ids(tokenizer, vocabulary_size, text):
+    """vocabulary_size: part of the key, because a vocabulary that grows changes the answer."""
+    return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def encode(backbone, messages, images=(), prompt_only=False):
-    """Conversation -> row: dict of numpy arrays for `collate`.
+def encode(
+    backbone: Backbone,
+    messages: Sequence[dict],
+    images: Sequence[np.ndarray] = (),
+    prompt_only: bool = False,
+) -> Row:
+    """Conversation -> Row.
+
     messages: [{"role", "content"}], "<image>" in a content stands for the next of `images` (uint8
-    (H, W, 3)). prompt_only: opens the assistant's turn instead of ending.
-    -> ids (T,) int64, target (T,) bool (the assistant's turns, <|im_end|> among them), pos (3, T),
-    patches (P, .) float32 or None, grid (N, 3) int64. ValueError when tags and images disagree."""
-    tags = sum(m["content"].count("<image>") for m in messages)
+    (H, W, 3)). prompt_only: opens the assistant's turn behind the last message.
+    ValueError when tags and images disagree."""
+    # 1. check, and open as the family does
+    tags = sum(message["content"].count("<image>") for message in messages)
     if tags != len(images):
         raise ValueError(f'{tags} "<image>" but {len(images)} images; write one tag for each image')
     if backbone.net.config.model_type == "qwen2_5_vl" and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": SYSTEM_PROMPT}, *messages]
-    texts, opening, size = (
-        [],
-        ("<|im_start|>assistant\n", False),
-        len(backbone.tokenizer),
-    )  # (text, target?)
-    for m in messages:
-        text = m["content"].replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>")
-        if m["role"] == "assistant":  # split where generation starts, so that both see the same ids
-            texts += [opening, (f"{text}<|im_end|>", True), ("\n", False)]
+    # 2. pieces of text, each with whether it is learned. The assistant's turns are split where
+    # generation starts, so that training and sampling see the same ids.
+    opening = ("<|im_start|>assistant\n", False)
+    pieces = []
+    for message in messages:
+        text = message["content"].replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>")
+        if message["role"] == "assistant":
+            pieces += [opening, (f"{text}<|im_end|>", True), ("\n", False)]
         else:
-            texts.append((f"<|im_start|>{m['role']}\n{text}<|im_end|>\n", False))
-    texts += [opening] * prompt_only
-    parts = [(_token_ids(backbone.tokenizer, size, text), counts) for text, counts in texts]
-    ids = np.array([i for part, _ in parts for i in part], np.int64)
-    target = np.array([counts for part, counts in parts for _ in part])
-    cut = [patchify(image, backbone.image_spec) for image in images]
-    grid = np.array([g for _, g in cut], np.int64).reshape(-1, 3)  # (N, 3)
-    at, times = ids == backbone.vocab.image, np.ones(len(ids), np.int64)
-    if at.sum() != len(images):
+            pieces.append((f"<|im_start|>{message['role']}\n{text}<|im_end|>\n", False))
+    if prompt_only:
+        pieces.append(opening)
+    # 3. token ids
+    id_list, target_list = [], []
+    for text, is_target in pieces:
+        piece_ids = _token_ids(backbone.tokenizer, len(backbone.tokenizer), text)
+        id_list += piece_ids
+        target_list += [is_target] * len(piece_ids)
+    ids = np.array(id_list, np.int64)
+    target = np.array(target_list)
+    # 4. images: the one token of each becomes as many as it has merged patches
+    cut_images = [patchify(image, backbone.image_spec) for image in images]
+    grid = np.array([image_grid for _, image_grid in cut_images], np.int64).reshape(-1, 3)
+    is_image = ids == backbone.vocab.image
+    if is_image.sum() != len(images):
         raise ValueError('"<|image_pad|>" in the text; write "<image>" for each image')
-    times[at] = grid.prod(1) // backbone.image_spec.merge**2
-    ids, target = ids.repeat(times), target.repeat(times)
+    repeats = np.ones(len(ids), np.int64)
+    repeats[is_image] = grid.prod(1) // backbone.image_spec.merge**2
+    ids, target = ids.repeat(repeats), target.repeat(repeats)
     return {
         "ids": ids,
         "target": target,
-        "patches": np.concatenate([p for p, _ in cut]) if cut else None,
-        "grid": grid,
         "positions": mrope_positions(ids, grid, backbone.vocab.image, backbone.image_spec.merge),
+        "patches": np.concatenate([patches for patches, _ in cut_images]) if cut_images else None,
+        "grid": grid,
     }
 
 
-def collate(rows, pad_id, left=False, images=None):
-    """Rows -> batch of tensors: ids (B, T), mask (B, T) long, target (B, T) bool, pos (3, B, T),
-    patches (P, .) and grid (N, 3) of all images (of the rows `images`, if those are not the rows)
-    in order, or None. Padded right, or left to sample."""
-    B, T = len(rows), max(len(r["ids"]) for r in rows)
-    ids, mask = np.full((B, T), pad_id), np.zeros((B, T), np.int64)
-    target, pos = np.zeros((B, T), bool), np.zeros((3, B, T), np.int64)
-    for b, r in enumerate(rows):
-        at = slice(T - len(r["ids"]), T) if left else slice(len(r["ids"]))
-        ids[b, at], mask[b, at] = r["ids"], 1
-        target[b, at], pos[:, b, at] = r["target"], r["positions"]
-    seen = [r for r in images or rows if r["patches"] is not None]
-    batch = {"ids": ids, "mask": mask, "target": target, "positions": pos}
-    batch |= {k: np.concatenate([r[k] for r in seen]) for k in ("patches", "grid") if seen}
-    return {"patches": None, "grid": None, **{k: torch.from_numpy(v) for k, v in batch.items()}}
+def collate(
+    rows: Sequence[Row],
+    pad_id: int,
+    left: bool = False,
+    images: Sequence[Row] | None = None,
+) -> Batch:
+    """Rows -> padded Batch; right for a forward, left to sample. images: the rows whose images go
+    in, if not `rows` themselves."""
+    B, T = len(rows), max(len(row["ids"]) for row in rows)
+    ids = np.full((B, T), pad_id)
+    mask = np.zeros((B, T), np.int64)
+    target = np.zeros((B, T), bool)
+    positions = np.zeros((3, B, T), np.int64)
+    for b, row in enumerate(rows):
+        length = len(row["ids"])
+        columns = slice(T - length, T) if left else slice(length)
+        ids[b, columns] = row["ids"]
+        mask[b, columns] = 1
+        target[b, columns] = row["target"]
+        positions[:, b, columns] = row["positions"]
+    arrays = {"ids": ids, "mask": mask, "target": target, "positions": positions}
+    with_images = [row for row in images or rows if row["patches"] is not None]
+    if with_images:
+        arrays["patches"] = np.concatenate([row["patches"] for row in with_images])
+        arrays["grid"] = np.concatenate([row["grid"] for row in with_images])
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return {"patches": None, "grid": None, **tensors}
 
 
-def to_device(batch, device):
-    return {
-        k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()
-    }
+def to_device(batch: Batch, device: str | torch.device) -> Batch:
+    moved = {}
+    for name, value in batch.items():
+        is_tensor = torch.is_tensor(value)
+        moved[name] = value.to(device, non_blocking=True) if is_tensor else value
+    return moved
 
 
-# Forward and losses
+# ---- Forward -------------------------------------------------------------------------------------
 
+ATTENTION = "robo_align"  # our name beside transformers' "sdpa" and "eager"
 LOGITS_AT_ONCE = 1 << 27  # with their gradients 16 bytes each: 2 GB; those of more tokens by slices
 
 
-def _attention(module, q, k, v, attention_mask, lengths=None, sampled=None, **kw):
-    """q, k, v (B, H, T, d) -> (B, T, H, d). With lengths, each row of a pack attends to itself;
-    with sampled, rows in generate() to their prompts too."""
-    if sampled is not None:
-        return _attend_prompt(q, k, v, *sampled[module.layer_idx].prompt, **sampled[-1]), None
+def use_own_attention(net: nn.Module) -> None:
+    """Lets the net attend by `_attention`: sdpa, but for packs and the sampler."""
+    transformers.AttentionInterface.register(ATTENTION, _attention)
+    transformers.AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    net.set_attn_implementation(ATTENTION)
+
+
+def _attention(module, q, k, v, attention_mask, lengths=None, decoding=None, **kwargs):
+    """q (B, H, T, d), k and v (B, h, T, d) -> (B, T, H, d), None. lengths: of the rows of a pack,
+    each of which attends to itself alone. decoding: what the sampler's step hands through."""
+    if decoding is not None:
+        prompt_keys, prompt_values = decoding.layers[module.layer_idx].prompt
+        return attend_with_prompt(q, k, v, prompt_keys, prompt_values, decoding), None
     if lengths is None or not module.is_causal:  # the vision tower cuts at its images by itself
-        return sdpa_attention_forward(module, q, k, v, attention_mask, **kw)
-    rows = zip(*(x.split(lengths, 2) for x in (q, k, v)), strict=True)
-    return torch.cat([sdpa_attention_forward(module, *row, None, **kw)[0] for row in rows], 1), None
+        return sdpa_attention_forward(module, q, k, v, attention_mask, **kwargs)
+    outputs = []
+    for row in zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), strict=True):
+        outputs.append(sdpa_attention_forward(module, *row, None, **kwargs)[0])
+    return torch.cat(outputs, 1), None
 
 
-transformers.AttentionInterface.register("sdpa", _attention)  # as before without lengths
+def as_forward(function: Callable, module: nn.Module, *args):
+    """function(module, *args), which FSDP treats as a forward of the module.
+
+    FSDP gathers parameters in hooks around `module.forward`. What enters a sharded module by
+    another door would meet shards, so such a function becomes a method of the module and is
+    registered with FSDP. Without FSDP it is a plain call."""
+    if not isinstance(module, fsdp.FSDPModule):
+        return function(module, *args)
+    name = function.__name__
+    if not hasattr(module, name):
+        setattr(module, name, types.MethodType(function, module))
+        fsdp.register_fsdp_forward_method(module, name)
+    return getattr(module, name)(*args)
 
 
-def hidden_states(net, batch, cache=None):
+def hidden_states(net: nn.Module, batch: Batch, cache: Cache | None = None) -> torch.Tensor:
     """Last hidden states (B, T, D), after the final norm."""
-    return getattr(net, "hidden_states", functools.partial(_hidden_states, net))(batch, cache)
+    return as_forward(_hidden_states, net, batch, cache)
 
 
-def _hidden_states(net, batch, cache=None):
-    ids, mask, more = batch["ids"], batch["mask"], {"input_ids": batch["ids"]}
+def _hidden_states(net, batch, cache):
+    # 1. what is seen
+    ids = batch["ids"]
     if batch.get("patches") is not None:
-        more |= {"pixel_values": batch["patches"], "image_grid_thw": batch["grid"]}
+        inputs = {
+            "input_ids": ids,
+            "pixel_values": batch["patches"],
+            "image_grid_thw": batch["grid"],
+        }
     elif isinstance(net, fsdp.FSDPModule) and cache is None:
         # Every rank must gather and reduce the same parameters in the same order, so a batch
         # without images looks at a blank one, with weight 0.
-        more = {"inputs_embeds": net.get_input_embeddings()(ids) + 0 * _blank(net, ids.device)}
+        embeddings = net.get_input_embeddings()(ids)
+        inputs = {"inputs_embeds": embeddings + 0 * _blank(net, ids.device)}
+    else:
+        inputs = {"input_ids": ids}
+    # 2. who sees whom
+    mask = batch["mask"]
     if batch.get("lengths"):
-        mask, more["lengths"] = None, batch["lengths"]
+        mask, inputs["lengths"] = None, batch["lengths"]
     elif cache is None and bool((mask[:, 1:] <= mask[:, :-1]).all()):
         mask = None  # padded right: the causal mask alone does it, with the faster kernel
-    return net.model(
+    output = net.model(
         attention_mask=mask,
         position_ids=batch["positions"],
         past_key_values=cache,
         use_cache=False,
-        **more,
-    ).last_hidden_state  # (B, T, D)
+        **inputs,
+    )
+    return output.last_hidden_state  # (B, T, D)
 
 
 def _blank(net, device):
-    c, m = net.config.vision_config, net.config.vision_config.spatial_merge_size
-    width = c.in_channels * c.temporal_patch_size * c.patch_size**2
-    grid = torch.tensor([[1, m, m]], device=device)
-    seen = net.model.visual(torch.zeros(m * m, width, device=device), grid_thw=grid)
-    parts = [seen.pooler_output, *(getattr(seen, "deepstack_features", None) or [])]
-    return sum(p.sum() for p in parts)
+    """A sum over all that the vision tower says about one blank image."""
+    config = net.config.vision_config
+    merge = config.spatial_merge_size
+    width = config.in_channels * config.temporal_patch_size * config.patch_size**2
+    grid = torch.tensor([[1, merge, merge]], device=device)
+    seen = net.model.visual(torch.zeros(merge * merge, width, device=device), grid_thw=grid)
+    outputs = [seen.pooler_output, *(getattr(seen, "deepstack_features", None) or [])]
+    return sum(output.sum() for output in outputs)
 
 
-def logits(net, rows):
-    return net.lm_head(rows).float()  # (N, V)
+def logits(net: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    """Hidden states (N, D) -> logits (N, V) fp32."""
+    return net.lm_head(rows).float()
 
 
-def score_in_slices(net, score, rows, ids):
+def score_in_slices(
+    net: nn.Module, score: Callable, rows: torch.Tensor, ids: torch.Tensor
+) -> list[torch.Tensor]:
     """score(logits (n, V), ids (n,)) -> two tensors (n,), over slices of rows (N, D), ids (N,). A
     slice is computed again in backward: else logits would be most of a rank's memory."""
-    head = net.lm_head
-    return getattr(head, "score_in_slices", functools.partial(_score_in_slices, head))(
-        score, rows, ids
-    )
+    return as_forward(_score_in_slices, net.lm_head, score, rows, ids)
 
 
 def _score_in_slices(head, score, rows, ids):
-    def one(rows, ids):
-        return score(head.forward(rows).float(), ids)  # not head(): FSDP has gathered it already
+    def score_slice(slice_rows, slice_ids):
+        # head.forward, not head(): FSDP has gathered it already
+        return score(head.forward(slice_rows).float(), slice_ids)
 
-    n = max(1, LOGITS_AT_ONCE // len(head.weight))
-    if len(rows) <= n:
-        return one(rows, ids)
-    parts = [
-        torch.utils.checkpoint.checkpoint(one, *part, use_reentrant=False)
-        for part in zip(rows.split(n), ids.split(n))
-    ]
-    return [torch.cat(x) for x in zip(*parts)]  # (N,) each
+    at_once = max(1, LOGITS_AT_ONCE // len(head.weight))
+    if len(rows) <= at_once:
+        return score_slice(rows, ids)
+    scores = []
+    for part in zip(rows.split(at_once), ids.split(at_once), strict=True):
+        scores.append(torch.utils.checkpoint.checkpoint(score_slice, *part, use_reentrant=False))
+    return [torch.cat(slices) for slices in zip(*scores, strict=True)]  # (N,) each
 
 
-# Sampler
+# ---- Sampler -------------------------------------------------------------------------------------
+
+
+class Samples(TypedDict):
+    """What generate() returns; sample g of prompt b is row b * n + g. T <= max_new_tokens."""
+
+    ids: torch.Tensor  # (B*n, T) long, padded right
+    mask: torch.Tensor  # (B*n, T) long, 1 on sampled tokens, the stop token among them
+    logp: torch.Tensor  # (B*n, T) fp32 nats at the temperature, before top_p; 0 where mask is 0
 
 
 class SampleKV(DynamicLayer):
-    """Keys and values of one layer: those of the prompts, (B, kv heads, T, head width), from the
-    first update, and those of n samples of each, (rows, kv heads, room, head width), written in
-    place at `at`, read up to `seen`: a DynamicLayer would copy all of K and V each time."""
+    """Keys and values of one layer while it samples: those of the prompts, (B, h, T, d), from the
+    first update, and those of n samples of each, (R, h, room, d), written in place. A DynamicLayer
+    would copy all of them at each step."""
 
-    def __init__(self, n, room):
+    def __init__(self, n: int, room: int):
         super().__init__()
-        self.n, self.room, self.at, self.seen, self.prompt = n, room, None, 0, None
+        self.n = n
+        self.room = room  # tokens of a sample
+        self.prompt = None  # (keys, values)
+        self.write_index = None  # where a step's token goes: slice, or a tensor in a CUDA graph
+        self.readable = 0  # tokens of a sample that a step reads
 
     def update(self, k, v, *args, **kwargs):
         if self.prompt is None:
             self.prompt = k, v
-            self.keys = k.new_zeros(len(k) * self.n, k.shape[1], self.room, k.shape[3])
+            B, h, _, d = k.shape
+            self.keys = k.new_zeros(B * self.n, h, self.room, d)
             self.values = torch.zeros_like(self.keys)
             return k, v
-        self.keys[:, :, self.at] = k
-        self.values[:, :, self.at] = v
-        return self.keys[:, :, : self.seen], self.values[:, :, : self.seen]
+        self.keys[:, :, self.write_index] = k
+        self.values[:, :, self.write_index] = v
+        return self.keys[:, :, : self.readable], self.values[:, :, : self.readable]
 
     def get_seq_length(self):
-        return 0 if self.prompt is None else self.prompt[0].shape[2] + self.seen
+        return 0 if self.prompt is None else self.prompt[0].shape[2] + self.readable
 
-    def drop(self, hole, tail, left):
-        """Rows `tail` take the places `hole` of finished ones, then the first `left` rows stay."""
-        for kv in self.keys, self.values:
-            kv[hole, :, : self.seen] = kv[tail, :, : self.seen]
-        self.keys, self.values = self.keys[:left], self.values[:left]
+    def compact(self, holes: torch.Tensor, movers: torch.Tensor, going: int) -> None:
+        """The rows `movers` take the places `holes` of finished ones; the first `going` stay."""
+        for cached in (self.keys, self.values):
+            cached[holes, :, : self.readable] = cached[movers, :, : self.readable]
+        self.keys, self.values = self.keys[:going], self.values[:going]
 
 
-def _attend_prompt(q, k, v, prompt_k, prompt_v, sample, N, bias, filled):
-    """One new token of R samples, q (R, H, 1, d), attends to their own tokens, k, v (R, h, t, d),
-    and to the B prompts, (B, h, T, d), which the n samples of each read together: a decoder is as
-    fast as the keys it reads. sample (R,): b * n + g of each row; bias (B, 1, 1, T); filled (t,):
-    which of their own tokens there are yet, None: all."""
-    (R, H, _, d), (B, h, T, _) = q.shape, prompt_k.shape
+@dataclass
+class Decoding:
+    """What attention must know of a step of the sampler."""
+
+    layers: list[SampleKV]
+    active: torch.Tensor  # (R,) which samples go on, b * n + g
+    total: int  # B * n
+    prompt_bias: torch.Tensor  # (B, 1, 1, T) 0 where the prompt has a token, else -1e9
+    filled: torch.Tensor | None  # (t,) which own tokens there are yet; None: all
+
+
+def attend_with_prompt(q, k, v, prompt_keys, prompt_values, decoding: Decoding) -> torch.Tensor:
+    """One new token of R samples attends to its prompt's tokens and to its sample's own.
+
+    A decoder is as fast as the keys it reads, so the n samples of a prompt read the prompt's keys
+    together: their queries stand side by side as if they were more heads.
+
+        q (R, H, 1, d), k and v (R, h, t, d) own tokens, prompt_keys and prompt_values (B, h, T, d)
+        -> (R, 1, H, d)"""
+    R, H, _, d = q.shape
+    B, h, T, _ = prompt_keys.shape
+    active, total = decoding.active, decoding.total
+    all_go_on = total == R
     q = q.view(R, h, H // h, d) * d**-0.5
 
     def by_prompt(x):  # (R, h, H/h, .) -> (B, h, n * H/h, .), 0 for samples that have finished
-        x = x if R == N else x.new_zeros(N, *x.shape[1:]).index_copy_(0, sample, x)
+        if not all_go_on:
+            x = x.new_zeros(total, *x.shape[1:]).index_copy_(0, active, x)  # (B*n, h, H/h, .)
         return x.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)
 
     def by_sample(x):  # and back
-        x = x.unflatten(2, (-1, H // h)).transpose(1, 2).flatten(0, 1)  # (N, h, H/h, .)
-        return x if R == N else x[sample]
+        x = x.unflatten(2, (-1, H // h)).transpose(1, 2).flatten(0, 1)  # (B*n, h, H/h, .)
+        return x if all_go_on else x[active]
 
-    score = by_sample(by_prompt(q) @ prompt_k.mT + bias)  # (R, h, H/h, T)
-    own = q @ k.mT if filled is None else (q @ k.mT).masked_fill(~filled, -1e9)  # (R, h, H/h, t)
-    p = torch.cat([score, own], -1).float().softmax(-1).to(v.dtype)
-    x = by_sample(by_prompt(p[..., :T]) @ prompt_v) + p[..., T:] @ v  # (R, h, H/h, d)
-    return x.reshape(R, 1, H, d)
+    # 1. scores, of the prompt's tokens and of the own ones
+    prompt_scores = by_sample(by_prompt(q) @ prompt_keys.mT + decoding.prompt_bias)
+    own_scores = q @ k.mT  # (R, h, H/h, t)
+    if decoding.filled is not None:
+        own_scores = own_scores.masked_fill(~decoding.filled, -1e9)
+    # 2. one softmax over both
+    scores = torch.cat([prompt_scores, own_scores], -1)  # (R, h, H/h, T + t)
+    p = scores.float().softmax(-1).to(v.dtype)
+    # 3. values
+    out = by_sample(by_prompt(p[..., :T]) @ prompt_values) + p[..., T:] @ v  # (R, h, H/h, d)
+    return out.reshape(R, 1, H, d)
 
 
-def draw_tokens(logp, u, top_p=1.0, wait=True):
+def draw_tokens(
+    logp: torch.Tensor, u: torch.Tensor, top_p: float = 1.0, may_wait: bool = True
+) -> torch.Tensor:
     """Inverse-CDF sampling: the first index whose cumulative probability reaches u. logp (N, V),
-    u (N,) in (0, 1], fp32 -> (N,). Some 10x faster than torch.multinomial on a CPU at 152K tokens,
-    and no row's draw depends on another. top_p < 1 leaves only the nucleus: the fewest most
-    probable tokens that reach top_p together, and all ties of the last. wait: not in a graph."""
+    u (N,) in (0, 1], fp32 -> (N,).
+
+    Some 10x faster than torch.multinomial on a CPU at 152K tokens, and no row's draw depends on
+    another. top_p < 1 leaves only the nucleus: the fewest most probable tokens that reach top_p
+    together, and all ties of the last. may_wait: False in a CUDA graph, which asks for no value."""
     p = logp.exp()
     if top_p < 1:
         ranked = p.sort(-1, descending=True).values
-        outside = ranked.cumsum(-1) - ranked >= top_p
-        p = p * (p >= ranked.masked_fill(outside, 2.0).amin(-1, keepdim=True))
+        is_outside = ranked.cumsum(-1) - ranked >= top_p
+        least = ranked.masked_fill(is_outside, 2.0).amin(-1, keepdim=True)  # p of the last inside
+        p = p * (p >= least)
     cdf = p.cumsum(-1)
-    ids = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:])  # (N, 1); u > 0: not where p is 0 ...
-    lost = p.gather(-1, ids) == 0  # ... but the parallel sum of a GPU can rise there by a rounding
-    return (p.argmax(-1, True).where(lost, ids) if not wait or lost.any() else ids)[:, 0]
+    ids = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:])  # (N, 1)
+    # u > 0, so that no token of probability 0 is drawn; but the parallel sum of a GPU can rise
+    # there by a rounding
+    is_lost = p.gather(-1, ids) == 0
+    if not may_wait or is_lost.any():
+        ids = torch.where(is_lost, p.argmax(-1, True), ids)
+    return ids[:, 0]
 
 
-def record(step, device):
+class Decoder:
+    """Samples n continuations of each of B prompts into the rows `slots` (B*n,) of `samples`.
+
+    1. prefill: the prompts and their images are forwarded once, each layer keeps their keys
+    2. choose the first token of each sample from its prompt's last hidden state
+    3. a step forwards the newest token of the samples that go on, and chooses the next one
+    4. samples that have ended leave; stop when none is left or there is no more room
+
+    choose(hidden (R, D), slots (R,), position (1,)) -> token and its logp, (R,) each. A sample ends
+    with a token of `stop`."""
+
+    # A CUDA graph is bound to its shapes. It reads the cache up to the end of a block; and finished
+    # rows, which are looked for every few steps, leave when they are a quarter.
+    GRAPH_STEPS, GRAPH_BLOCK, GRAPH_FULLNESS = 16, 128, 0.75
+
+    def __init__(self, backbone, rows, n, slots, samples, choose, stop, cuda_graphs):
+        net, device = backbone.net, slots.device
+        self.net, self.device = net, device
+        self.pad = backbone.vocab.pad
+        self.slots, self.samples = slots, samples
+        self.choose, self.stop = choose, stop
+        self.cuda_graphs = cuda_graphs
+        self.room = samples["ids"].shape[1]
+        # prefill
+        batch = to_device(collate(rows, backbone.vocab.pad, left=True), device)
+        layer_count = len(net.model.language_model.layers)
+        self.cache = Cache(layers=[SampleKV(n, self.room) for _ in range(layer_count)])
+        last = hidden_states(net, batch, self.cache)[:, -1]  # (B, D)
+        self.prompt_hidden = last.repeat_interleave(n, 0)  # (B*n, D)
+        self.first_position = (batch["positions"].amax((0, 2)) + 1).repeat_interleave(n)  # (B*n,)
+        self.prompt_bias = ((batch["mask"] - 1)[:, None, None] * 1e9).to(last.dtype)
+        # the samples that go on, and what each step changes in place
+        self.active = torch.arange(len(slots), device=device)  # (R,)
+        self.newest = torch.zeros_like(self.active)  # (R,) token
+        self.alive = torch.ones_like(self.active, dtype=torch.bool)  # (R,)
+        self.position = torch.zeros(1, dtype=torch.long, device=device)  # of the newest token
+
+    def choose_next(self, hidden):
+        """The next token of each active sample from hidden (R, D). Finished rows, which a graph
+        keeps for a while, write padding."""
+        slots = self.slots[self.active]
+        token, logp = self.choose(hidden, slots, self.position)
+        self.newest.copy_(token).masked_fill_(~self.alive, self.pad)
+        self.samples["ids"][slots, self.position] = self.newest
+        self.samples["mask"][slots, self.position] = self.alive.long()
+        self.samples["logp"][slots, self.position] = logp.masked_fill(~self.alive, 0)
+        self.alive.logical_and_((self.newest[:, None] != self.stop).all(1))
+
+    def step(self):
+        """Forwards the newest token of each active sample and chooses the next. Reads and writes
+        tensors that keep their place and never asks for a value, so that a GPU can replay it."""
+        language_model = self.net.model.language_model
+        filled = None
+        if self.cuda_graphs:
+            readable = self.cache.layers[0].readable
+            filled = torch.arange(readable, device=self.device) <= self.position
+        decoding = Decoding(
+            self.cache.layers, self.active, len(self.slots), self.prompt_bias, filled
+        )
+        positions = self.first_position[self.active] + self.position  # (R,)
+        output = language_model(
+            inputs_embeds=self.net.get_input_embeddings()(self.newest[:, None]),  # (R, 1, D)
+            past_key_values=self.cache,
+            use_cache=True,
+            position_ids=positions[None, :, None].expand(3, -1, -1),
+            decoding=decoding,
+        )
+        self.position.add_(1)
+        self.choose_next(output.last_hidden_state[:, 0])
+
+    def drop_finished(self, going):
+        """The `going` samples that go on move to the front, and the rest leaves."""
+        holes = (~self.alive[:going]).nonzero()[:, 0]
+        movers = self.alive[going:].nonzero()[:, 0] + going
+        for layer in self.cache.layers:
+            layer.compact(holes, movers, going)
+        order = torch.arange(going, device=self.device).index_copy_(0, holes, movers)
+        self.active, self.newest = self.active[order], self.newest[order]
+        self.alive = torch.ones_like(self.alive[:going])
+
+    def set_cache(self, write_index, readable):
+        for layer in self.cache.layers:
+            layer.write_index, layer.readable = write_index, readable
+
+    def run(self):
+        """The plain loop: finished samples leave at once."""
+        self.choose_next(self.prompt_hidden)
+        for position in range(1, self.room):
+            going = int(self.alive.sum())
+            if going == 0:
+                return
+            if going < len(self.active):
+                self.drop_finished(going)
+            self.set_cache(slice(position - 1, position), position)
+            self.step()
+
+    def run_as_graphs(self):
+        """The same loop for a GPU, where launching a step's kernels one by one would take longer
+        than to compute one token a row: a step is recorded once for each shape, then replayed."""
+        self.choose_next(self.prompt_hidden)
+        position, recorded_shape, replay = 1, None, None
+        while position < self.room:
+            going = int(self.alive.sum())
+            if going == 0:
+                return
+            if going < len(self.active) and going <= self.GRAPH_FULLNESS * len(self.active):
+                self.drop_finished(going)
+            steps = min(self.GRAPH_STEPS, self.room - position)
+            position += steps
+            blocks = -(-(position - 1) // self.GRAPH_BLOCK)
+            readable = min(blocks * self.GRAPH_BLOCK, self.room)
+            self.set_cache(self.position, readable)
+            shape = len(self.active), readable
+            if shape != recorded_shape:
+                # The old graph goes first: with it go workspaces that another would share. The
+                # first step is run plainly, as no graph may hold what libraries do at a first call.
+                recorded_shape, replay = shape, None
+                self.step()
+                steps -= 1
+                replay = record(self.step, self.device) if steps else self.step
+            for _ in range(steps):
+                replay()
+
+
+def record(step: Callable, device: torch.device) -> Callable:
     """What step() launches on the GPU, as a CUDA graph: -> a function that does it again, on the
-    same tensors, in one launch; at one token a row, launching would take longer than computing."""
+    same tensors, in one launch."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         step()
     return graph.replay
 
 
-def _decoding(net, loop):  # to FSDP a forward of the root: no block then waits for streams
-    return loop()
-
-
-def _decode(backbone, rows, n, at, out, choose, stop, graphs):
-    """Samples n continuations of each row into the rows `at` (B*n,) of out: ids, mask, logp (N, T).
-    choose(h (R, D), at (R,), t (1,)) -> token t of these samples and its logp, (R,) each."""
-    net, lm, embed = (
-        backbone.net,
-        backbone.net.model.language_model,
-        backbone.net.get_input_embeddings(),
-    )
-    batch, (ids, mask, logps) = (
-        to_device(collate(rows, backbone.vocab.pad, left=True), at.device),
-        out,
-    )
-    t = torch.zeros(1, dtype=torch.long, device=at.device)  # the token that is sampled next
-    cache = Cache(layers=[SampleKV(n, ids.shape[1]) for _ in lm.layers])
-    h = hidden_states(net, batch, cache)[:, -1].repeat_interleave(n, 0)  # (B*n, D)
-    first = (batch["positions"].amax((0, 2)) + 1).repeat_interleave(
-        n
-    )  # (B*n,) M-RoPE of sampled token 0
-    bias = ((batch["mask"] - 1)[:, None, None] * 1e9).to(h.dtype)  # (B, 1, 1, T) to attention
-    N, row = len(at), torch.arange(len(at), device=at.device)  # row: the samples that go on
-    new, alive = torch.zeros_like(row), torch.ones_like(row, dtype=torch.bool)
-
-    def sample(h):  # (R, D); finished rows, which a graph keeps for a while, write padding
-        token, logp = choose(h, place := at[row], t)
-        ids[place, t] = new.copy_(token).masked_fill(~alive, backbone.vocab.pad)
-        mask[place, t], logps[place, t] = alive.long(), logp.masked_fill(~alive, 0)
-        alive.logical_and_((new[:, None] != stop).all(1))
-
-    def step():
-        filled = torch.arange(cache.layers[0].seen, device=t.device) <= t if graphs else None
-        x = lm(
-            inputs_embeds=embed(new[:, None]),
-            past_key_values=cache,
-            use_cache=True,
-            position_ids=(first[row] + t)[None, :, None].expand(3, -1, -1),
-            sampled=[*cache.layers, {"sample": row, "N": N, "bias": bias, "filled": filled}],
-        )
-        t.add_(1)
-        sample(x.last_hidden_state[:, 0])
-
-    def loop():
-        nonlocal row, new, alive
-        sample(h)
-        # A graph is bound to its shapes: it reads the cache up to the end of a block, and loses
-        # finished rows, looked for every `span` steps, when they are a quarter. It goes before the
-        # next is recorded: with it go workspaces that another would share.
-        (span, block, most), T, shape = (16, 128, 0.75) if graphs else (1, 1, 1), 1, None
-        while T < ids.shape[1] and (left := int(alive.sum())):
-            if left < len(row) and left <= most * len(row):
-                hole, tail = (~alive[:left]).nonzero()[:, 0], alive[left:].nonzero()[:, 0] + left
-                for layer in cache.layers:
-                    layer.drop(hole, tail, left)
-                order = torch.arange(left, device=at.device).index_copy_(0, hole, tail)
-                row, new, alive = row[order], new[order], torch.ones_like(alive[:left])
-            ahead = min(span, ids.shape[1] - T)
-            for layer in cache.layers:
-                layer.at = t if graphs else slice(T - 1, T)  # on a CPU the faster of the two
-                layer.seen = min(-(-(T + ahead - 1) // block) * block, ids.shape[1])
-            T += ahead
-            if shape != (len(row), layer.seen):
-                shape, ahead, replay = (len(row), layer.seen), ahead - 1, None
-                step()  # also what a library does at its first call, which no graph may hold
-                replay = record(step, at.device) if graphs and ahead else step
-            for _ in range(ahead):
-                replay()
-
-    getattr(net, "decoding", functools.partial(_decoding, net))(loop)
+def _run_decoder(net, decoder):  # to FSDP a forward of the root: no block then waits for streams
+    if decoder.cuda_graphs:
+        decoder.run_as_graphs()
+    else:
+        decoder.run()
 
 
 @torch.no_grad()  # inference_mode would give tensors that the update cannot use
 def generate(
-    backbone,
-    rows,
-    n=1,
-    max_new_tokens=128,
-    temperature=1.0,
-    top_p=1.0,
-    greedy=False,
-    seed=0,
-    keys=None,
-    stop=None,
-    rollout_batch=0,
-    cuda_graphs=None,
-):
-    """Samples n continuations of each prompt; a prompt and its images are forwarded once.
+    backbone: Backbone,
+    rows: Sequence[Row],
+    n: int = 1,
+    max_new_tokens: int = 128,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    greedy: bool = False,
+    seed: int = 0,
+    keys: Sequence[int] | None = None,
+    stop: Iterable[int] | None = None,
+    rollout_batch: int = 0,
+    cuda_graphs: bool | None = None,
+) -> Samples:
+    """Samples n continuations of each of B prompt-only rows.
 
-    rows: B prompt-only rows of `encode`. keys: one int a prompt (default 0..B-1); the sample of
-    (seed, key, g) is the same in any batch and on any number of ranks, up to float noise. stop: ids
-    that end a sample (default the end of the turn). backbone.vocab.banned ids have probability 0.
-    rollout_batch: prompts at once, those of like length together; 0: all. cuda_graphs: replay decoding steps as
-    CUDA graphs (default: on a GPU).
-    -> ids (B*n, T), sample g of prompt b in row b*n + g, padded; mask (B*n, T) 1 on sampled tokens,
-    the stop token among them; logp (B*n, T) fp32 nats at this temperature, before top_p, 0 where
-    mask is 0. T <= max_new. ValueError for an impossible temperature or top_p.
+    keys: one int a prompt (default 0..B-1); the sample of (seed, key, g) is the same in any batch
+    and on any number of ranks, up to float noise. stop: ids that end a sample (default the end of
+    the turn). backbone.vocab.banned ids have probability 0. rollout_batch: prompts at once, those
+    of like length together; 0: all. cuda_graphs: replay decoding steps as CUDA graphs (default: on
+    a GPU). ValueError for an impossible temperature or top_p.
     Gather sharded parameters first: `with unsharded(net)`."""
     if temperature <= 0 or not 0 < top_p <= 1:
         raise ValueError(
             f"temperature {temperature} must be > 0 and top_p {top_p} in (0, 1]; "
             "for the most probable token pass greedy=True"
         )
-    net, device, N = backbone.net, backbone.net.device, len(rows) * n
-    ids = torch.full((N, max_new_tokens), backbone.vocab.pad, device=device)
-    mask, logps = torch.zeros_like(ids), torch.zeros(N, max_new_tokens, device=device)
-    u = [
-        1 - rng(seed, k, g).random(max_new_tokens)
-        for k in (range(len(rows)) if keys is None else keys)
-        for g in range(n)
-    ]
-    u = torch.tensor(np.array(u, np.float32), device=device)  # (B*n, T) in (0, 1]
+    # 1. what is to be filled, and the random numbers of each sample
+    net, device, B = backbone.net, backbone.net.device, len(rows)
+    ids = torch.full((B * n, max_new_tokens), backbone.vocab.pad, device=device)
+    mask = torch.zeros_like(ids)
+    logps = torch.zeros(B * n, max_new_tokens, device=device)
+    samples = {"ids": ids, "mask": mask, "logp": logps}
+    keys = range(B) if keys is None else keys
+    uniform = [1 - rng(seed, key, g).random(max_new_tokens) for key in keys for g in range(n)]
+    u = torch.tensor(np.array(uniform, np.float32), device=device)  # (B*n, T) in (0, 1]
+    # 2. how a token is chosen
     stop = torch.tensor([backbone.vocab.eos] if stop is None else list(stop), device=device)
     banned = torch.tensor(backbone.vocab.banned, dtype=torch.long, device=device)
-    graphs = device.type == "cuda" if cuda_graphs is None else cuda_graphs
+    if cuda_graphs is None:
+        cuda_graphs = device.type == "cuda"
 
-    def choose(h, at, t):
-        scaled = (logits(net, h) / temperature).index_fill_(-1, banned, -torch.inf)  # (R, V)
+    def choose(hidden, slots, position):
+        scaled = (logits(net, hidden) / temperature).index_fill_(-1, banned, -torch.inf)  # (R, V)
         logp = scaled.log_softmax(-1)
-        new = logp.argmax(-1) if greedy else draw_tokens(logp, u[at, t], top_p, not graphs)  # (R,)
-        return new, logp.gather(-1, new[:, None])[:, 0]
+        if greedy:
+            token = logp.argmax(-1)  # (R,)
+        else:
+            token = draw_tokens(logp, u[slots, position], top_p, not cuda_graphs)
+        return token, logp.gather(-1, token[:, None])[:, 0]
 
-    rollout_batch, was_training = (
-        rollout_batch or max(len(rows), 1),
-        net.training,
-    )  # a rank may have no prompt
-    order = sorted(
-        range(len(rows)), key=lambda b: rollout_batch < len(rows) and len(rows[b]["ids"])
-    )
+    # 3. sample, so many prompts at once
+    rollout_batch = rollout_batch or max(B, 1)  # a rank may have no prompt
+    order = list(range(B))
+    if rollout_batch < B:
+        order.sort(key=lambda b: len(rows[b]["ids"]))
+    was_training = net.training
     net.eval()
-    for k in range(0, len(rows), rollout_batch):
-        some = order[k : k + rollout_batch]
-        at = torch.tensor([b * n + g for b in some for g in range(n)], device=device)
-        _decode(backbone, [rows[b] for b in some], n, at, (ids, mask, logps), choose, stop, graphs)
+    for start in range(0, B, rollout_batch):
+        prompts = order[start : start + rollout_batch]
+        slots = torch.tensor([b * n + g for b in prompts for g in range(n)], device=device)
+        prompt_rows = [rows[b] for b in prompts]
+        decoder = Decoder(backbone, prompt_rows, n, slots, samples, choose, stop, cuda_graphs)
+        as_forward(_run_decoder, net, decoder)
     net.train(was_training)
+    # 4. cut to the longest
     T = int(mask.any(0).sum())
     return {"ids": ids[:, :T], "mask": mask[:, :T], "logp": logps[:, :T]}
 
 
 @contextlib.contextmanager
-def unsharded(net):
+def unsharded(net: nn.Module) -> Iterator[None]:
     """Gathers all parameters once, for rollouts: inside, forwards without gradient communicate
     nothing, so ranks may run different numbers of them. No-op when net is not sharded. All ranks
     enter and leave it together."""
-    parts = [m for m in net.modules() if isinstance(m, fsdp.FSDPModule)]
-    if not parts:
+    shards = fsdp_modules(net)
+    if not shards:
         yield
         return
     net._get_fsdp_state()._lazy_init()  # net is the root, also when no forward has run yet
-    for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
-        part.unshard()
+    for module in shards:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
     try:
         yield
     finally:
         # Reshards, and forgets the order of the forwards above. The next backward would prefetch by
         # it: a rank that had no prompt would then wait for another gather than the rest, forever.
         net.reset_iter_state()
-        for part in parts:
-            part.set_reshard_after_forward(part is not net, recurse=False)
+        for module in shards:
+            module.set_reshard_after_forward(module is not net, recurse=False)
 
 
-# Flow-matching action head
-
-
-# Distributed training
+# ---- Sharding ------------------------------------------------------------------------------------
 
 SMALL = 50_000_000  # parameters below which gathering all at once costs less than it saves memory
 
 
 @dataclass(frozen=True)
 class Dist:
+    """This process among those of the run."""
+
     rank: int
     world_size: int
     device: torch.device
     shards: int = 0  # ranks that share one copy of the weights; 0: all
 
     @property
-    def build(self):
+    def build(self) -> torch.device:
         """Where a backbone is loaded before shard(): only rank 0 reads weights."""
         return torch.device("cpu") if self.rank == 0 else META
 
 
-def setup(seed, shards=0, batch=0):
-    """Starts nccl (GPU) or gloo (CPU) under torchrun, one process otherwise; seeds torch."""
+def setup(seed: int, shards: int = 0, batch: int = 0) -> Dist:
+    """Starts nccl (GPU) or gloo (CPU) under torchrun, one process otherwise; seeds torch.
+    ValueError when batch or shards do not fit the number of ranks."""
+    quiet_libraries()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc: keep freed memory, a fifth faster on
-        libc.mallopt(-3, 1 << 30)  # CPU than faulting the same pages in at every step
-        libc.mallopt(-1, (1 << 31) - 1)
-    cuda, torchrun = torch.cuda.is_available(), "RANK" in os.environ
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else "cpu"
-    if cuda:
+    has_gpu, under_torchrun = torch.cuda.is_available(), "RANK" in os.environ
+    device = torch.device("cpu")
+    if has_gpu:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    if (torchrun or cuda) and not distributed.is_initialized():  # one GPU: FSDP brings bf16
-        kw = {} if torchrun else {"store": distributed.HashStore(), "rank": 0, "world_size": 1}
-        distributed.init_process_group("nccl" if cuda else "gloo", **kw)
-    torch.manual_seed(seed)
-    world = distributed.get_world_size() if distributed.is_initialized() else 1
-    if batch % world:
-        raise ValueError(f"--batch {batch} must be a multiple of {world} ranks")
-    if shards and world % shards:
-        raise ValueError(f"--shards {shards} must divide the {world} ranks")
-    return Dist(_rank(), world, torch.device(device), shards)
-
-
-def all_sum(x):
-    """Sums a number (-> float) or a list of numbers (-> list of floats) over the ranks."""
-    values = torch.tensor(x, dtype=torch.float64)
-    if distributed.is_initialized() and distributed.get_world_size() > 1:
-        values = values.cuda() if distributed.get_backend() == "nccl" else values
-        distributed.all_reduce(values)
-    return values.tolist()
-
-
-def fsdp_units(net):
-    """What is gathered at a time: each block, then each end of the vocabulary (unless both are one
-    table), then the root with the rest; all of a SMALL model."""
-    if (
-        not isinstance(net, transformers.PreTrainedModel)
-        or sum(p.numel() for p in net.parameters()) <= SMALL
-    ):
-        return [net]
-    ends = [net.get_input_embeddings(), net.get_output_embeddings()]
-    ends = ends if ends[0].weight is not ends[1].weight else []
-    return [*net.model.visual.blocks, *net.model.language_model.layers, *ends, net]
-
-
-def shard(net, dist, mp_dtype=None, offload=False):
-    """FSDP2 in place: fp32 masters, compute in mp_dtype (bf16 on GPU by default), mean gradients.
-    dist.shards: groups of so many ranks mirror each other (HSDP). Weights on META come from rank 0,
-    one of the fsdp_units() after the other. offload: the shards stay in the CPU's memory, for a model
-    without gradients. No-op for one CPU process."""
-    if dist.world_size == 1 and dist.device.type == "cpu":
-        return net
-    cuda = dist.device.type == "cuda"
-    mp_dtype = mp_dtype or (torch.bfloat16 if cuda else torch.float32)
-    n = dist.shards or dist.world_size
-    shape = (n,) if n == dist.world_size else (dist.world_size // n, n)
-    names = ("replicate", "shard")[-len(shape) :]
-    kw = {
-        "mesh": init_device_mesh(dist.device.type, shape, mesh_dim_names=names),
-        "mp_policy": fsdp.MixedPrecisionPolicy(param_dtype=mp_dtype, reduce_dtype=torch.float32),
-    }
-    kw |= {"offload_policy": fsdp.CPUOffloadPolicy(pin_memory=cuda)} if offload else {}
-    for unit in fsdp_units(net):
-        _receive(unit, dist)
-        fsdp.fully_shard(unit, reshard_after_forward=unit is not net, **kw)
-    if isinstance(net, transformers.PreTrainedModel):  # which methods are called like forward()
-        for part, method in (
-            (net, _hidden_states),
-            (net, _decoding),
-            (net.lm_head, _score_in_slices),
-        ):
-            setattr(part, name := method.__name__[1:], types.MethodType(method, part))
-            fsdp.register_fsdp_forward_method(part, name)
-    return net
-
-
-def _receive(unit, dist):
-    """Moves what is not sharded yet to the device, with the values that rank 0 has."""
-    new = {}  # a tied tensor stays one
-    for part in unit.modules():
-        for table in part._parameters, part._buffers:
-            for name, t in table.items():
-                if t is None or isinstance(t, DTensor):
-                    continue
-                if t not in new:
-                    x = torch.empty_like(t, device=dist.device) if t.is_meta else t.to(dist.device)
-                    if dist.world_size > 1:
-                        distributed.broadcast(x.detach(), 0)
-                    new[t] = (
-                        nn.Parameter(x.detach(), t.requires_grad)
-                        if isinstance(t, nn.Parameter)
-                        else x
-                    )
-                table[name] = new[t]
-
-
-def recompute_activations(net):
-    """Activation checkpointing of every block: less memory, a third more time."""
-    net.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-    for layer in net.model.language_model.layers:
-        layer._can_checkpoint_with_cache = True  # a SharedKV may be updated twice
-
-
-class Muon(torch.optim.AdamW):
-    """AdamW, except that in the group marked "hidden" the momentum of a matrix is replaced by
-    (nearly) the closest orthogonalize one before it is subtracted (kellerjordan.github.io/posts/muon),
-    scaled so that learning rate and decay mean what AdamW's do (arXiv 2502.16982, section 2.2)."""
-
-    @torch.no_grad()
-    def step(self):
-        group = next((g for g in self.param_groups if g["hidden"]), {"params": []})
-        shapes, jobs = {}, []
-        for p in group["params"]:
-            if p.grad is not None:
-                shapes.setdefault(p.shape, []).append(p)
-                if not self.state[p]:
-                    self.state[p]["exp_avg"] = torch.zeros_like(p)
-        for params in shapes.values():
-            means, grads = local(
-                [self.state[p]["exp_avg"] for p in params], [p.grad for p in params]
-            )
-            torch._foreach_lerp_(means, grads, 1 - group["betas"][0])
-            torch._foreach_lerp_(grads, means, group["betas"][0])  # Nesterov
-            jobs.append((params, torch.stack([p.grad for p in params])))  # (N, out, in)
-        whole = [m.full_tensor() if isinstance(m, DTensor) else m for _, m in jobs]
-        for (params, m), u in zip(jobs, orthogonalize_shared(whole)):
-            if isinstance(m, DTensor):
-                u = distribute_tensor(u, m.device_mesh, m.placements, src_data_rank=None).to_local()
-            torch._foreach_mul_(*local(params), 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(
-                *local(params), u.unbind(), alpha=-group["lr"] * 0.2 * max(m.shape[1:]) ** 0.5
-            )
-            for p in params:
-                p.grad = None  # AdamW passes over what has none
-        super().step()
-
-
-def local(*lists):
-    """This rank's shards of lists of tensors."""
-    return [[t.to_local() if isinstance(t, DTensor) else t for t in ts] for ts in lists]
-
-
-def orthogonalize(x, steps=5):
-    """Matrices (N, out, in) -> U V^T of their singular value decompositions, roughly: the singular
-    values come to lie around 1 (0.7 to 1.2) by `steps` of a quintic Newton-Schulz iteration."""
-    if x.shape[1] > x.shape[2]:
-        return orthogonalize(x.mT, steps).mT
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    gram, product = x @ x.mT, None  # of the steps' factors: small, where x may be long
-    for _ in range(steps):
-        factor = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
-        factor.diagonal(dim1=1, dim2=2).add_(3.4445)
-        gram, product = factor @ gram @ factor, factor if product is None else factor @ product
-    return product @ x
-
-
-def orthogonalize_shared(stacks):
-    """orthogonalize() of stacks that are the same on all ranks, each of which computes its share."""
     if not distributed.is_initialized():
-        return [orthogonalize(x) for x in stacks]
-    flat = stacks[0].new_zeros(sum(x.numel() for x in stacks))
-    out = [part.view_as(x) for x, part in zip(stacks, flat.split([x.numel() for x in stacks]))]
-    mine = slice(distributed.get_rank(), None, distributed.get_world_size())
-    for x, u in zip(stacks, out):
-        if len(x[mine]):
-            u[mine] = orthogonalize(x[mine])
-    distributed.all_reduce(flat)
-    return out
+        backend = "nccl" if has_gpu else "gloo"
+        if under_torchrun:
+            distributed.init_process_group(backend)
+        elif has_gpu:  # one GPU alone: FSDP brings bf16
+            store = distributed.HashStore()
+            distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    torch.manual_seed(seed)
+    world_size = distributed.get_world_size() if distributed.is_initialized() else 1
+    if batch % world_size:
+        raise ValueError(f"--batch {batch} must be a multiple of {world_size} ranks")
+    if shards and world_size % shards:
+        raise ValueError(f"--shards {shards} must divide the {world_size} ranks")
+    return Dist(_rank(), world_size, device, shards)
 
 
-def muon_matrices(net):
-    """What Muon updates: the weights of linear layers that train, but the last one's (lm_head)."""
-    return {
-        m.weight
-        for name, m in net.named_modules()
-        if isinstance(m, nn.Linear) and name != "lm_head" and m.weight.requires_grad
-    }
+def quiet_libraries() -> None:
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # of DCP in one process
 
 
-def make_optimizer(net, lr, weight_decay, betas, muon=False):
-    """AdamW over the trainable parameters of a module; norms and biases (1-D) are not decayed.
-    muon: Muon for the muon_matrices() matrices."""
-    hidden, kinds = muon_matrices(net) if muon else (), {}
-    for p in net.parameters():
-        if p.requires_grad:
-            kinds.setdefault((p in hidden, p.ndim > 1), []).append(p)
-    groups = [
-        {"params": some, "weight_decay": weight_decay * matrix, "hidden": in_hidden}
-        for (in_hidden, matrix), some in sorted(kinds.items(), reverse=True)
-    ]
-    return (Muon if muon else torch.optim.AdamW)(groups, lr=lr, betas=betas, fused=True)
-
-
-def learning_rate(step, steps, lr, warmup_ratio, schedule="cosine"):
-    """Learning rate of step 0..steps-1: linear warmup, then cosine to 0 or constant."""
-    warmup = round(warmup_ratio * steps)
-    if step < warmup:
-        return lr * (step + 1) / (warmup + 1)
-    if schedule == "constant":
-        return lr
-    return lr * 0.5 * (1 + np.cos(np.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def clip_gradients(params, max_norm):
-    """Scales the gradients in place to a global norm of at most max_norm (0: not). -> old norm."""
-    norm = nn.utils.clip_grad_norm_(params, max_norm if max_norm > 0 else float("inf"))
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-
-
-def stop_if_not_finite(out, where, dist, batches, name, value):
-    """Stops a run whose loss or gradient norm is not finite, after saving this rank's batches for
-    replay: dicts of arrays, whose samples are named under "sample_id"."""
-    if np.isfinite(value):
-        return
-    path = Path(out) / f"failed_{re.sub(r'[^0-9a-z]+', '_', where)}_rank_{dist.rank}.safetensors"
-    batches = list(batches)  # from a generator: made only when there is something to save
-    samples = [x for batch in batches for x in batch.get("sample_id", [])]
-    arrays = {
-        f"{i}.{k}": torch.as_tensor(x).detach().cpu().clone().contiguous()
-        for i, batch in enumerate(batches)
-        for k, x in batch.items()
-        if k != "sample_id" and isinstance(x, (list, np.ndarray, torch.Tensor))
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(arrays, path, {"samples": json.dumps(samples), "sample_id": where})
-    raise ValueError(
-        f"{where}, rank {dist.rank}: the {name} is {value}; look at its samples "
-        f"{', '.join(samples)}, which {path} holds, or lower --lr"
-    )
-
-
-def rng(seed, *keys):
-    """The generator of (seed, step, sample, ...): no state to save, resume is exact."""
-    keys = [zlib.crc32(k.encode()) if isinstance(k, str) else int(k) for k in keys]
-    return np.random.default_rng([seed, *keys])
-
-
-# Checkpoints
-
-STOP = threading.Event()  # SIGTERM has come
-MAY_CHANGE_ON_RESUME = [  # flags that --resume may change
-    "preset",
-    "out",
-    "steps",
-    "epochs",
-    "resume",
-    "keep",
-    "probe",
-    "micro_batch",
-    "chunk",
-    "graphs",
-    "recompute",
-    "shards",
-    "cpu_offload",
-    "cache",
-    "cache_dir",
-    "eval_rows",
-    "eval_prompts",
-    "eval_every",
-    "save_every",
-    "log_every",
-    "show_every",
-]
-
-
-def write_json(path, value):
-    part = Path(path).with_suffix(".tmp")  # whoever reads meanwhile sees the old one
-    part.write_text(json.dumps(value, indent=1) + "\n")
-    part.replace(path)
-
-
-def read_json(path):
-    return json.loads(Path(path).read_text())
+def keep_freed_memory() -> None:
+    """Tells glibc to keep freed memory, for the whole process: on a CPU a fifth faster than to
+    fault the same pages in at every step. No-op with another C library."""
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def _rank():
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
-def _weights(module):
+def all_sum(x: float | Sequence[float]) -> float | list[float]:
+    """Sums a number, or each of a list of numbers, over the ranks; in float64."""
+    values = torch.tensor(x, dtype=torch.float64)
+    if distributed.is_initialized() and distributed.get_world_size() > 1:
+        if distributed.get_backend() == "nccl":
+            values = values.cuda()
+        distributed.all_reduce(values)
+    return values.tolist()
+
+
+def fsdp_modules(net: nn.Module) -> list[nn.Module]:
+    return [module for module in net.modules() if isinstance(module, fsdp.FSDPModule)]
+
+
+def fsdp_units(net: nn.Module) -> list[nn.Module]:
+    """What is gathered at a time: each block, then each end of the vocabulary (unless both are one
+    table), then the root with the rest; all of a SMALL model."""
+    size = sum(p.numel() for p in net.parameters())
+    if not isinstance(net, transformers.PreTrainedModel) or size <= SMALL:
+        return [net]
+    ends = [net.get_input_embeddings(), net.get_output_embeddings()]
+    if ends[0].weight is ends[1].weight:
+        ends = []
+    return [*net.model.visual.blocks, *net.model.language_model.layers, *ends, net]
+
+
+def shard(
+    net: nn.Module, dist: Dist, compute_dtype: torch.dtype | None = None, offload: bool = False
+) -> nn.Module:
+    """FSDP2 in place: fp32 masters, compute in compute_dtype (bf16 on GPU by default), mean
+    gradients. No-op for one CPU process.
+
+    dist.shards: groups of so many ranks mirror each other (HSDP). Weights on META come from rank 0,
+    one of the fsdp_units() after the other. offload: the shards stay in the CPU's memory, for a
+    model without gradients."""
+    on_gpu = dist.device.type == "cuda"
+    if dist.world_size == 1 and not on_gpu:
+        return net
+    if compute_dtype is None:
+        compute_dtype = torch.bfloat16 if on_gpu else torch.float32
+    shards = dist.shards or dist.world_size
+    if shards == dist.world_size:
+        shape, names = (shards,), ("shard",)
+    else:
+        shape, names = (dist.world_size // shards, shards), ("replicate", "shard")
+    options = {
+        "mesh": init_device_mesh(dist.device.type, shape, mesh_dim_names=names),
+        "mp_policy": fsdp.MixedPrecisionPolicy(
+            param_dtype=compute_dtype, reduce_dtype=torch.float32
+        ),
+    }
+    if offload:
+        options["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=on_gpu)
+    for unit in fsdp_units(net):
+        _receive(unit, dist)
+        fsdp.fully_shard(unit, reshard_after_forward=unit is not net, **options)
+    return net
+
+
+def _receive(unit, dist):
+    """Moves what is not sharded yet to the device, with the values that rank 0 has."""
+    received = {}  # old tensor -> new one: a tied tensor stays one
+    for module in unit.modules():
+        for table in (module._parameters, module._buffers):
+            for name, old in table.items():
+                if old is None or isinstance(old, DTensor):
+                    continue
+                if old not in received:
+                    received[old] = _receive_tensor(old, dist)
+                table[name] = received[old]
+
+
+def _receive_tensor(old, dist):
+    new = torch.empty_like(old, device=dist.device) if old.is_meta else old.to(dist.device)
+    if dist.world_size > 1:
+        distributed.broadcast(new.detach(), 0)
+    if isinstance(old, nn.Parameter):
+        return nn.Parameter(new.detach(), old.requires_grad)
+    return new
+
+
+def recompute_activations(net: nn.Module) -> None:
+    """Activation checkpointing of every block: less memory, a third more time."""
+    net.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    for layer in net.model.language_model.layers:
+        layer._can_checkpoint_with_cache = True  # grpo.SharedKV may be updated twice
+
+
+# ---- Optimizers ----------------------------------------------------------------------------------
+
+
+def rng(seed: int, *keys: int | str) -> np.random.Generator:
+    """The generator of (seed, step, sample, ...): no state to save, resume is exact."""
+    numbers = [zlib.crc32(key.encode()) if isinstance(key, str) else int(key) for key in keys]
+    return np.random.default_rng([seed, *numbers])
+
+
+def make_optimizer(
+    net: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float], muon: bool = False
+) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters of a module; norms and biases (1-D) are not decayed.
+    muon: the muon_matrices() by Muon instead."""
+    by_muon = {id(p) for p in muon_matrices(net)} if muon else set()
+    muon_params, matrices, vectors = [], [], []
+    for p in net.parameters():
+        if not p.requires_grad:
+            continue
+        if id(p) in by_muon:
+            muon_params.append(p)
+        elif p.ndim > 1:
+            matrices.append(p)
+        else:
+            vectors.append(p)
+    groups = [
+        {"params": muon_params, "weight_decay": weight_decay, "muon": True},
+        {"params": matrices, "weight_decay": weight_decay, "muon": False},
+        {"params": vectors, "weight_decay": 0.0, "muon": False},
+    ]
+    groups = [group for group in groups if group["params"]]
+    kind = Muon if muon else torch.optim.AdamW
+    return kind(groups, lr=lr, betas=betas, fused=True)
+
+
+def learning_rate(
+    step: int, steps: int, lr: float, warmup_ratio: float, schedule: str = "cosine"
+) -> float:
+    """Learning rate of step 0..steps-1: linear warmup, then cosine to 0 or "constant"."""
+    warmup_steps = round(warmup_ratio * steps)
+    if step < warmup_steps:
+        return lr * (step + 1) / (warmup_steps + 1)
+    if schedule == "constant":
+        return lr
+    done = (step - warmup_steps) / max(1, steps - warmup_steps)  # share of the cosine
+    return lr * 0.5 * (1 + np.cos(np.pi * done))
+
+
+def clip_gradients(params: Iterable[nn.Parameter], max_grad_norm: float) -> float:
+    """Scales the gradients in place to a global norm of at most max_grad_norm (0: not). -> the norm
+    before."""
+    limit = max_grad_norm if max_grad_norm > 0 else float("inf")
+    norm = nn.utils.clip_grad_norm_(params, limit)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def stop_if_not_finite(
+    out: str | Path, when: str, dist: Dist, batches: Iterable[dict], name: str, value: float
+) -> None:
+    """ValueError when `value` (the loss, a gradient norm) is not finite, after saving this rank's
+    batches, to replay them: dicts of arrays, whose samples are named under "sample_id"."""
+    if np.isfinite(value):
+        return
+    batches = list(batches)  # from a generator: made only when there is something to save
+    sample_ids, arrays = [], {}
+    for i, batch in enumerate(batches):
+        for key, array in batch.items():
+            if key == "sample_id":
+                sample_ids += array
+            elif isinstance(array, (list, np.ndarray, torch.Tensor)):
+                tensor = torch.as_tensor(array).detach().cpu().clone()
+                arrays[f"{i}.{key}"] = tensor.contiguous()
+    label = re.sub(r"[^0-9a-z]+", "_", when)
+    path = Path(out) / f"failed_{label}_rank_{dist.rank}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(arrays, path, {"samples": json.dumps(sample_ids), "where": when})
+    raise ValueError(
+        f"{when}, rank {dist.rank}: the {name} is {value}; look at its samples "
+        f"{', '.join(sample_ids)}, which {path} holds, or lower --lr"
+    )
+
+
+# ---- Muon ----------------------------------------------------------------------------------------
+# Not torch.optim.Muon: on two ranks it works on shards through DTensor operations, one matrix after
+# the other and in bf16. That took 7.7 times as long, and after six steps the weights differed by
+# 2e-3 from those of one rank, where ours differ by 1.5e-5 (docs/log.md).
+
+
+def muon_matrices(net: nn.Module) -> list[nn.Parameter]:
+    """What Muon updates: the weights of linear layers that train, but the last one's (lm_head)."""
+    chosen = set()
+    for name, module in net.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head" and module.weight.requires_grad:
+            chosen.add(id(module.weight))
+    return [p for p in net.parameters() if id(p) in chosen]
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, except that in the group marked "muon" the momentum of a matrix is replaced by
+    (nearly) the closest orthogonal one before it is subtracted (kellerjordan.github.io/posts/muon),
+    scaled so that learning rate and decay mean what AdamW's do (arXiv 2502.16982, section 2.2).
+
+    1. momentum, on each rank's shards
+    2. whole matrices, equal shapes stacked; each rank orthogonalises its share of them
+    3. decay and subtract, on the shards again"""
+
+    @torch.no_grad()
+    def step(self):
+        group = next((group for group in self.param_groups if group["muon"]), {"params": []})
+        by_shape = {}
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            by_shape.setdefault(p.shape, []).append(p)
+            if not self.state[p]:
+                self.state[p]["exp_avg"] = torch.zeros_like(p)
+        stacks = []
+        for params in by_shape.values():
+            momenta = local_shards([self.state[p]["exp_avg"] for p in params])
+            grads = local_shards([p.grad for p in params])
+            torch._foreach_lerp_(momenta, grads, 1 - group["betas"][0])
+            torch._foreach_lerp_(grads, momenta, group["betas"][0])  # Nesterov
+            stacks.append(torch.stack([p.grad for p in params]))  # (N, out, in)
+        whole = [stack.full_tensor() if isinstance(stack, DTensor) else stack for stack in stacks]
+        updates = orthogonalize_shared(whole)
+        for params, stack, whole_update in zip(by_shape.values(), stacks, updates, strict=True):
+            update = whole_update
+            if isinstance(stack, DTensor):
+                mesh, placements = stack.device_mesh, stack.placements
+                update = distribute_tensor(update, mesh, placements, src_data_rank=None).to_local()
+            weights = local_shards(params)
+            scale = 0.2 * max(stack.shape[1:]) ** 0.5
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(weights, update.unbind(), alpha=-group["lr"] * scale)
+            for p in params:
+                p.grad = None  # AdamW passes over what has none
+        super().step()
+
+
+def local_shards(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """This rank's shards."""
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+
+
+def orthogonalize(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """Matrices (N, out, in) -> U V^T of their singular value decompositions, roughly: the singular
+    values come to lie around 1 (0.7 to 1.2) by `steps` of a quintic Newton-Schulz iteration."""
+    if x.shape[1] > x.shape[2]:
+        return orthogonalize(x.mT, steps).mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    # A step is x <- (a + b G + c G^2) x with G = x x^T. The factors are multiplied up first: they
+    # are small, where x may be long.
+    gram, product = x @ x.mT, None
+    for _ in range(steps):
+        factor = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)  # b G + c G^2
+        factor.diagonal(dim1=1, dim2=2).add_(3.4445)  # a
+        gram = factor @ gram @ factor
+        product = factor if product is None else factor @ product
+    return product @ x
+
+
+def orthogonalize_shared(stacks: list[torch.Tensor]) -> list[torch.Tensor]:
+    """orthogonalize() of stacks that all ranks have; each rank computes its share."""
+    if not distributed.is_initialized():
+        return [orthogonalize(stack) for stack in stacks]
+    sizes = [stack.numel() for stack in stacks]
+    flat = stacks[0].new_zeros(sum(sizes))
+    results = [part.view_as(stack) for part, stack in zip(flat.split(sizes), stacks, strict=True)]
+    share = slice(distributed.get_rank(), None, distributed.get_world_size())
+    for stack, result in zip(stacks, results, strict=True):
+        if len(stack[share]):
+            result[share] = orthogonalize(stack[share])
+    distributed.all_reduce(flat)
+    return results
+
+
+# ---- Plumbing: checkpoints -----------------------------------------------------------------------
+
+SIGTERM_CAME = threading.Event()  # set by the handler of stop_on_sigterm()
+MAY_CHANGE_ON_RESUME = [
+    "preset", "out", "steps", "epochs", "resume", "keep", "micro_batch", "rollout_batch",
+    "cuda_graphs", "recompute", "shards", "cpu_offload", "cache", "cache_dir", "probe_prompts",
+    "eval_rows", "eval_prompts", "eval_every", "save_every", "log_every", "show_every",
+]  # fmt: skip
+TENSORS_A_FILE = 64  # of train_state/: DCP puts each file together in memory
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
+
+
+def write_json(path: str | Path, value) -> None:
+    """Atomically: whoever reads meanwhile sees the old file."""
+    unfinished = Path(path).with_suffix(".tmp")
+    unfinished.write_text(json.dumps(value, indent=1) + "\n")
+    unfinished.replace(path)
+
+
+def read_json(path: str | Path):
+    return json.loads(Path(path).read_text())
+
+
+def _whole_weights(module):
     """Name -> whole tensor on the CPU of rank 0 (elsewhere None); all ranks call it. Tied ones are
     gathered once and stay one tensor."""
-    state, whole = module.state_dict(keep_vars=True), {}
-    for t in dict.fromkeys(state.values()):
-        full = t.detach().full_tensor() if isinstance(t, DTensor) else t.detach()
-        whole[t] = full.cpu().contiguous() if _rank() == 0 else None
-    return {name: whole[t] for name, t in state.items()}
+    state = module.state_dict(keep_vars=True)
+    whole = {}
+    for tensor in dict.fromkeys(state.values()):
+        full = tensor.detach()
+        if isinstance(tensor, DTensor):
+            full = full.full_tensor()
+        whole[tensor] = full.cpu().contiguous() if _rank() == 0 else None
+    return {name: whole[tensor] for name, tensor in state.items()}
 
 
-def _moments(module, optim):
+def _optimizer_tensors(module, optim):
     """ "parameter/exp_avg" and so on -> tensor of the optimizer, maybe sharded."""
     names = {p: name for name, p in module.named_parameters()}
-    return dict(
-        sorted(
-            (f"{names[p]}/{k}", t if t.ndim else t[None])
-            for p, state in optim.state.items()
-            for k, t in state.items()
-        )
-    )
+    tensors = {}
+    for p, state in optim.state.items():
+        for key, tensor in state.items():
+            tensors[f"{names[p]}/{key}"] = tensor if tensor.ndim else tensor[None]
+    return dict(sorted(tensors.items()))
 
 
 def _as_module(what):
     """The module whose parameters an optimizer may hold: the backbone's net, or a dict of parts."""
     if isinstance(what, dict):
-        return nn.ModuleDict({k: _as_module(v) for k, v in what.items()})
+        return nn.ModuleDict({name: _as_module(part) for name, part in what.items()})
     return what.net if isinstance(what, Backbone) else what
 
 
-def save(folder, what, run, optim=None):
+def save(
+    folder: Path,
+    what: "Backbone | dict[str, Backbone | nn.Module]",
+    run: dict,
+    optim: torch.optim.Optimizer | None = None,
+) -> None:
     """Writes a complete checkpoint, atomically; all ranks call it. ValueError if it cannot.
+
     what: a Backbone, or {name: Backbone or module}: the backbone goes into the folder in Hugging
     Face layout with fast/, each module into name.safetensors. run: {"stage", "step", "config",
     "parent"}, to which versions and commit are added. optim: with it, train_state/ for exact resume
     holds the optimizer, each rank its shard. safetensors and JSON only."""
-    part = folder.with_name(folder.name + ".tmp")
+    unfinished = folder.with_name(folder.name + ".tmp")
     parts = what if isinstance(what, dict) else {"backbone": what}
-    states, error = {k: _weights(_as_module(v)) for k, v in parts.items()}, None
+    # 1. gather the weights on rank 0
+    states = {name: _whole_weights(_as_module(part)) for name, part in parts.items()}
     if _rank() == 0:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
+    error = None
     try:
-        if optim:  # as safetensors, where DCP's own format has a pickle; 64 tensors a file, as each
-            moments = _moments(_as_module(what), optim)  # file is put together in memory
-            dcp.save(
-                moments,
-                storage_writer=dcp.HuggingFaceStorageWriter(
-                    part / "train_state",
-                    {k: i // 64 + 1 for i, k in enumerate(moments)},
-                    save_distributed=True,
-                ),
+        # 2. each rank writes its shard of the optimizer, in safetensors: DCP's own format pickles
+        if optim:
+            tensors = _optimizer_tensors(_as_module(what), optim)
+            file_numbers = {name: i // TENSORS_A_FILE + 1 for i, name in enumerate(tensors)}
+            writer = dcp.HuggingFaceStorageWriter(
+                unfinished / "train_state", file_numbers, save_distributed=True
             )
+            dcp.save(tensors, storage_writer=writer)
+        # 3. rank 0 writes the rest, and gives the folder its name
         if _rank() == 0:
-            part.mkdir(parents=True, exist_ok=True)
-            for name, v in parts.items():
-                if isinstance(v, Backbone):
-                    v.net.save_pretrained(part, state_dict=states[name])
-                    v.tokenizer.save_pretrained(part)
-                    v.image_spec.save(part)
-                    if v.action_tokenizer is not None:
-                        v.action_tokenizer.save(part / "fast")
+            unfinished.mkdir(parents=True, exist_ok=True)
+            for name, part in parts.items():
+                if isinstance(part, Backbone):
+                    part.net.save_pretrained(unfinished, state_dict=states[name])
+                    part.tokenizer.save_pretrained(unfinished)
+                    part.image_spec.save(unfinished)
+                    if part.action_tokenizer is not None:
+                        part.action_tokenizer.save(unfinished / "fast")
                 else:
-                    save_file(states[name], part / f"{name}.safetensors")
-            write_json(part / "run.json", {**run, "versions": versions(), "commit": commit()})
-            _swap(part, folder)
+                    save_file(states[name], unfinished / f"{name}.safetensors")
+            record = {**run, "versions": versions(), "commit": commit()}
+            write_json(unfinished / "run.json", record)
+            _swap_in(unfinished, folder)
     except dcp.api.CheckpointException as e:  # DCP tells all ranks what failed on one
         error = next(iter(e.failures.values()))[0]
     except (OSError, SafetensorError) as e:
         error = e
+    # 4. all ranks end together when one has failed
     if all_sum(error is not None):
         if _rank() > 0:
             raise SystemExit(1)  # rank 0 knows, and says it
-        shutil.rmtree(part, ignore_errors=True)  # it may fill the disk
+        shutil.rmtree(unfinished, ignore_errors=True)  # it may fill the disk
         raise ValueError(
-            f"{part}: could not be written ({error}); what was saved before is whole: "
+            f"{unfinished}: could not be written ({error}); what was saved before is whole: "
             "make room, then --resume"
         )
 
 
-def _swap(part, folder):
-    for path in [*part.rglob("*"), part]:  # on disk before the name is
-        fd = os.open(path, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
-    old = part.with_suffix(".old")
+def _swap_in(unfinished, folder):
+    """Gives the finished folder its name. At no moment is there none of that name."""
+    for path in [*unfinished.rglob("*"), unfinished]:  # on disk before the name is
+        file = os.open(path, os.O_RDONLY)
+        os.fsync(file)
+        os.close(file)
+    old = unfinished.with_suffix(".old")
     shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():  # at no moment there is none: RENAME_EXCHANGE (2), where Linux has it
-        exchange = getattr(ctypes.CDLL(None), "renameat2", lambda *_: -1)
-        if exchange(-100, os.fsencode(part), -100, os.fsencode(folder), 2) == 0:
-            return shutil.rmtree(part)
+    if folder.exists():
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "renameat2"):  # Linux: both change names in one moment
+            names = AT_FDCWD, os.fsencode(unfinished), AT_FDCWD, os.fsencode(folder)
+            if libc.renameat2(*names, RENAME_EXCHANGE) == 0:
+                shutil.rmtree(unfinished)
+                return
         folder.rename(old)
-    part.rename(folder)
+    unfinished.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def save_step(cfg, step, run, write, unlogged=()):
+def stop_on_sigterm() -> None:
+    """From here on SIGTERM does not end this process: save_step() saves, and ends the run."""
+    SIGTERM_CAME.clear()
+    signal.signal(signal.SIGTERM, lambda *_: SIGTERM_CAME.set())
+
+
+def save_step(cfg, step: int, run: dict, write: Callable, unlogged: Sequence[float] = ()) -> None:
     """All ranks call it at the end of each step. Every --save-every steps write(folder, run=...) is
-    to save out/step_000123, of which the newest --keep stay; SIGTERM saves too, and ends the run.
-    unlogged: this rank's sums since the last line of the log."""
-    out, stop = Path(cfg.out), all_sum(STOP.is_set()) > 0
+    to save out/step_000123, of which the newest --keep stay; SIGTERM saves too, and ends the
+    process. unlogged: this rank's sums since the last line of the log."""
+    out = Path(cfg.out)
     folder = out / f"step_{step:06d}"
-    if stop or (cfg.save_every and step % cfg.save_every == 0):
+    must_stop = all_sum(SIGTERM_CAME.is_set()) > 0
+    is_due = cfg.save_every and step % cfg.save_every == 0
+    if must_stop or is_due:
         write(folder, run={**run, "step": step, "unlogged": all_sum(unlogged)})
         if _rank() == 0:
-            done = [p for p in _steps(out) if p.name <= folder.name]  # later ones: another run's
-            for old in done[: -cfg.keep] if cfg.keep else []:
+            saved = [path for path in _saved_steps(out) if path.name <= folder.name]  # of this run
+            surplus = saved[: -cfg.keep] if cfg.keep else []
+            for old in surplus:
                 old.rename(old.with_suffix(".tmp"))  # one half deleted must not pass for whole
-            for part in out.glob("step_*.tmp"):
-                shutil.rmtree(part)
-    if stop:
+            for unfinished in out.glob("step_*.tmp"):
+                shutil.rmtree(unfinished)
+    if must_stop:
         if _rank() == 0:
             print(f"SIGTERM: stopped after step {step}, saved {folder}; go on with --resume")
         raise SystemExit(128 + signal.SIGTERM)
 
 
-def load_train_state(folder, what, optim):
-    """Restores the AdamW moments of a Backbone or module (or dict of parts, as saved) in place, on
-    as many ranks as there are now. The weights come from load(), the learning rate from the
-    schedule. folder None: a new run. -> step, and the sums since the last line of the log."""
+def load_train_state(
+    folder: Path | None, what, optim: torch.optim.Optimizer
+) -> tuple[int, np.ndarray]:
+    """Restores the optimizer's tensors of a Backbone or module (or dict of parts, as saved) in
+    place, on as many ranks as there are now. The weights come from load(), the learning rate from
+    the schedule. folder None: a new run. -> step, and the sums since the last line of the log."""
     if folder is None:
-        return 0, 0
+        return 0, np.zeros(())
     if not (folder / "train_state").exists():
         raise FileNotFoundError(f"{folder}: no state to resume; start from the weights with --init")
-    reader, module = dcp.HuggingFaceStorageReader(folder / "train_state"), _as_module(what)
-    names = dict(module.named_parameters())
+    reader = dcp.HuggingFaceStorageReader(folder / "train_state")
+    module = _as_module(what)
+    params = dict(module.named_parameters())
     for key in reader.read_metadata().state_dict_metadata:
-        name, k = key.split("/")  # "model.layer.weight/exp_avg"
-        p = names[name]
-        optim.state[p][k] = (
-            torch.zeros((), device=p.device)
-            if k == "step"
-            else torch.zeros_like(p, requires_grad=False)
-        )
-    dcp.load(_moments(module, optim), storage_reader=reader)
+        name, kind = key.split("/")  # "model.layer.weight/exp_avg"
+        p = params[name]
+        if kind == "step":
+            optim.state[p][kind] = torch.zeros((), device=p.device)
+        else:
+            optim.state[p][kind] = torch.zeros_like(p, requires_grad=False)
+    dcp.load(_optimizer_tensors(module, optim), storage_reader=reader)
     run = read_json(folder / "run.json")
-    return run["step"], np.array(run.get("unlogged", 0)) * (_rank() == 0)
+    unlogged = np.array(run.get("unlogged", 0))
+    if _rank() > 0:  # they are sums over all ranks
+        unlogged = np.zeros_like(unlogged)
+    return run["step"], unlogged
 
 
-def checkpoint_to_resume(cfg):
-    """The newest checkpoint if the run is to --resume it, or None. ValueError when it goes on with
-    another value of a flag that is not MAY_CHANGE_ON_RESUME to change, or would mix with an older run's files."""
-    if not cfg.resume and (latest_checkpoint(cfg.out) or (Path(cfg.out) / "final").exists()):
-        raise ValueError(
-            f"{cfg.out}: already holds a run; go on with --resume, name another --out, or delete it"
-        )
-    newest, new = latest_checkpoint(cfg.out) if cfg.resume else None, asdict(cfg)
-    old = read_json(newest / "run.json")["config"] if newest else new
-    for k in [k for k in new if k not in MAY_CHANGE_ON_RESUME and old.get(k) != new[k]]:
-        flag = "--" + k.replace("_", "-")
-        raise ValueError(
-            f"{newest}: was run with another {flag}; resume with {flag} {old.get(k)}, "
-            "or start anew in another --out"
-        )
+def checkpoint_to_resume(cfg) -> Path | None:
+    """The newest checkpoint if the run is to --resume it. ValueError when it goes on with another
+    value of a flag that may not change, or would mix with an older run's files."""
+    newest = latest_checkpoint(cfg.out)
+    if not cfg.resume:
+        if newest or (Path(cfg.out) / "final").exists():
+            raise ValueError(
+                f"{cfg.out}: already holds a run; go on with --resume, name another --out, "
+                "or delete it"
+            )
+        return None
+    if newest is None:
+        return None
+    old_config = read_json(newest / "run.json")["config"]
+    for name, value in asdict(cfg).items():
+        if name not in MAY_CHANGE_ON_RESUME and old_config.get(name) != value:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"{newest}: was run with another {flag}; resume with {flag} "
+                f"{old_config.get(name)}, or start anew in another --out"
+            )
     return newest
 
 
-def _steps(out):
+def _saved_steps(out):
     """The complete checkpoints out/step_000123, oldest first."""
-    found = [p for p in Path(out).glob("step_*") if p.name[5:].isdigit()]
-    return sorted(found, key=lambda p: int(p.name[5:]))
+    folders = [path for path in Path(out).glob("step_*") if path.name[5:].isdigit()]
+    return sorted(folders, key=lambda path: int(path.name[5:]))
 
 
-def latest_checkpoint(out):
-    """The newest complete checkpoint out/step_000123, or None."""
-    return next(reversed(_steps(out)), None)
+def latest_checkpoint(out: str | Path) -> Path | None:
+    """The newest complete checkpoint out/step_000123."""
+    saved = _saved_steps(out)
+    return saved[-1] if saved else None
 
 
-# Command line and log
+# ---- Plumbing: command line and log --------------------------------------------------------------
 
 
-def parse_config(Config, PRESETS, argv=None):
-    """`[PRESET] [--flag value]` from one flat dataclass: its trailing comments are the help. The
-    first preset is the default; the field `preset` receives its name."""
-    doc = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(Config), re.MULTILINE))
-    parser = argparse.ArgumentParser(
-        description=inspect.getmodule(Config).__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("preset", nargs="?", choices=list(PRESETS), default=next(iter(PRESETS)))
-    for f in fields(Config):
-        if f.name != "preset":
-            kind = (
-                {"action": argparse.BooleanOptionalAction}
-                if f.type is bool
-                else {"type": f.type, "metavar": f.type.__name__.upper()}
-            )
-            text = f"{doc.get(f.name, '')} ({f.default})".replace("%", "%%")
-            parser.add_argument(
-                "--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **kind
-            )
-    args = vars(parser.parse_args(argv))
-    return Config(**{**PRESETS[args["preset"]], **args})
+def parse_config(Config: type, PRESETS: dict[str, dict], argv: Sequence[str] | None = None):
+    """`[PRESET] [--flag value]` -> Config. The first preset is the default; a flag goes before the
+    preset's value, that before the field's. The field `preset` receives its name."""
+    parser = config_parser(inspect.getfile(Config))
+    given = vars(parser.parse_args(argv))
+    return Config(**{**PRESETS[given["preset"]], **given})
 
 
-def versions():
+def versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -1189,19 +1551,17 @@ def versions():
     }
 
 
-def commit():
+def commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
     done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        check=False,
+        command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False
     )
     return done.stdout.strip() or "unknown"
 
 
-def run_main(main, lower):
-    """Runs a script; what its user can cure ends it in one line. lower: the flag against OOM."""
+def run_main(main: Callable[[], None], lower: str) -> None:
+    """Runs a script; what its user can cure ends the process in one line. lower: the flag to lower
+    when a GPU's memory runs out."""
     try:
         main()
     except (ValueError, OSError) as e:
@@ -1211,37 +1571,38 @@ def run_main(main, lower):
 
 
 class Log:
-    """Rank 0: one aligned line a record on stdout, the same record as JSON in out/log.jsonl."""
+    """Rank 0: one aligned line a record on stdout, the same record as JSON in out/log.jsonl. A
+    resumed run appends."""
 
-    def __init__(self, out, cfg, dist):
-        self.file, self.start = None, time.time()
-        STOP.clear()
-        signal.signal(signal.SIGTERM, lambda *_: STOP.set())  # from here on, see save_step()
+    def __init__(self, out: str | Path, cfg, dist: Dist):
+        self.start = time.time()
+        self.file = None  # of other ranks: nothing is written
         if dist.rank == 0:
             Path(out).mkdir(parents=True, exist_ok=True)
-            self.file = Path(out) / "log.jsonl"  # a checkpoint_to_resume run appends
-            device = torch.cuda.get_device_name() if dist.device.type == "cuda" else "cpu"
-            self._record(
-                {
-                    "config": asdict(cfg),
-                    "commit": commit(),
-                    **versions(),
-                    "device": device,
-                    "world": dist.world_size,
-                }
-            )
+            self.file = Path(out) / "log.jsonl"
+            on_gpu = dist.device.type == "cuda"
+            head = {
+                "config": asdict(cfg),
+                "commit": commit(),
+                **versions(),
+                "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+                "world": dist.world_size,
+            }
+            self._append(head)
 
-    def _record(self, record):
-        with open(self.file, "a") as f:
-            f.write(json.dumps(record) + "\n")
+    def _append(self, record):
+        with open(self.file, "a") as file:
+            file.write(json.dumps(record) + "\n")
 
-    def write(self, **metrics):
+    def write(self, **metrics) -> None:
         if self.file is None:
             return
-        metrics = {k: float(v) if hasattr(v, "item") else v for k, v in metrics.items()}
-        self._record({**metrics, "seconds": round(time.time() - self.start, 1)})
-        cells = (
-            f"{k} {v:<9.4g}" if isinstance(v, float) else f"{k} {v!s:<6}"
-            for k, v in metrics.items()
-        )
+        for name, value in metrics.items():
+            if hasattr(value, "item"):  # of numpy or torch
+                metrics[name] = float(value)
+        self._append({**metrics, "seconds": round(time.time() - self.start, 1)})
+        cells = []
+        for name, value in metrics.items():
+            text = f"{value:<9.4g}" if isinstance(value, float) else f"{value!s:<6}"
+            cells.append(f"{name} {text}")
         print("  ".join(cells).rstrip(), flush=True)

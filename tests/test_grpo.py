@@ -311,9 +311,9 @@ def make_groups(backbone, n=3, G=4, max_new_tokens=6):
     targets = backbone.action_tokenizer.encode(chunks(n))
     groups, sums, _ = grpo.rollout(backbone, cfg, rows, targets, range(n), 0, G)
     for i, g in enumerate(groups):  # an untrained model earns nothing: rewards by hand
-        g.adv, g.zero_std = torch.linspace(-1, 1, G), False
+        g.advantages, g.zero_std = torch.linspace(-1, 1, G), False
         if i == 1:
-            g.adv, g.zero_std = torch.zeros(G), True
+            g.advantages, g.zero_std = torch.zeros(G), True
     return groups, sums
 
 
@@ -376,7 +376,7 @@ def test_non_finite_loss_stops(backbone, tmp_path):
     for i, g in enumerate(groups):  # all that the loss was made of, on every prompt of the update
         assert np.array_equal(saved[f"{i}.prompt_patches"], g.row["patches"])
         assert np.array_equal(saved[f"{i}.prompt_ids"], g.row["ids"])
-        for k in ("ids", "mask", "logp", "adv"):
+        for k in ("ids", "mask", "logp", "advantages"):
             assert torch.equal(saved[f"{i}.{k}"].nan_to_num(), getattr(g, k).nan_to_num())
 
 
@@ -548,7 +548,7 @@ def test_bad_input_is_one_line(world, tmp_path):
     error("--data", str(tmp_path), match="no episode_")
     error("--prompts", "3", match="--prompts 3 must be a multiple of --batch 2")
     error("--group", "1", match="at least 2 completions")
-    error("--reward", "exact", match="--reward exact.*prefix, l1 or lcs")
+    error("--reward", "exact", match="--reward exact.*prefix, l1, lcs")
     two = {
         "image": np.zeros((4, 32, 32, 3), np.uint8),
         "state": np.zeros((4, 2), np.float32),

@@ -349,7 +349,7 @@ def test_real_sizes_have_the_published_parameters_and_need_no_memory(
 def test_a_padded_table_neither_shrinks_nor_loses_its_padding(tmp_path, monkeypatch, tied):
     sizes = {
         **backbones.SIZES,
-        "padded": dataclasses.replace(backbones.SIZES[SIZES[0]], rows=640, tied=tied),
+        "padded": dataclasses.replace(backbones.SIZES[SIZES[0]], embedding_rows=640, tied=tied),
     }
     monkeypatch.setattr(backbones, "SIZES", sizes)
     backbone = backbones.random_backbone("padded")
@@ -621,16 +621,18 @@ class Config:
     out: str = "runs"
 
 
+PRESETS = {"small": {}, "large": {"lr": 1e-5, "fix": True}}
+
+
 def test_parse(capsys):
-    presets = {"small": {}, "large": {"lr": 1e-5, "fix": True}}
-    assert model.parse_config(Config, presets, []) == Config("small")
-    got = model.parse_config(Config, presets, ["large", "--big-batch", "8", "--no-fix"])
+    assert model.parse_config(Config, PRESETS, []) == Config("small")
+    got = model.parse_config(Config, PRESETS, ["large", "--big-batch", "8", "--no-fix"])
     assert got == Config("large", 1e-5, 8, False)
     for argv in (["--nope", "1"], ["huge"], ["--big", "3"]):
         with pytest.raises(SystemExit):
-            model.parse_config(Config, presets, argv)
+            model.parse_config(Config, PRESETS, argv)
     with pytest.raises(SystemExit):
-        model.parse_config(Config, presets, ["--help"])
+        model.parse_config(Config, PRESETS, ["--help"])
     assert "learning rate, 100% of it (0.001)" in capsys.readouterr().out
 
 

@@ -151,9 +151,9 @@ def traced(graphs):
 
     def record(step, device):
         assert device == torch.device("cpu")  # of the net, which need not be the current one
-        tensors = [x.cell_contents for x in step.__closure__]
+        tensors = vars(step.__self__).values()
         before = [(x, x.clone()) for x in tensors if isinstance(x, torch.Tensor)]
-        graph = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)()
+        graph = make_fx(lambda: step(), tracing_mode="fake", _allow_non_fake_inputs=True)()
         for x, was in before:  # tracing counts in t, recording a CUDA graph does not
             x.copy_(was)
         called = {str(node.target) for node in graph.graph.nodes}

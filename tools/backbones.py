@@ -325,10 +325,12 @@ def random_backbone(
         net = transformers.AutoModelForImageTextToText.from_config(config)
         if size.family == "qwen3_vl":  # where a patch is must weigh as much as its colour
             torch.nn.init.normal_(net.model.visual.pos_embed.weight, std=0.5)
+    model.use_own_attention(net)
     net.generation_config.update(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
-    return model.Backbone(net, tokenizer, image_spec(size), model.vocab(net, tokenizer))
+    vocab = model.Vocabulary.read(net, tokenizer)
+    return model.Backbone(net, tokenizer, image_spec(size), vocab)
 
 
 def write(name: str, folder: str | Path, seed: int = 0, texts: Iterable[str] = ()) -> None:
@@ -362,6 +364,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--texts", default="", help="conversations, .jsonl, that the tokenizer is trained on")
     add("--seed", type=int, default=0, help="of the weights")
     args = parser.parse_args(argv)
+    model.quiet_libraries()
     texts = training_texts(args.texts) if args.texts else ()
     write(args.size, args.out, args.seed, texts)
     print(f"{args.out}: {args.size}")
