@@ -1,0 +1,43 @@
+"""tools/same_numbers.py finds one changed digit, and nothing where only clocks and names differ."""
+
+import json
+
+import pytest
+
+from tools import same_numbers
+
+
+def tree(folder, r_a=0.25, log_key="grad_norm", grad_norm=1.5, seconds=3.0):
+    """What a speedrun leaves, as far as it is compared."""
+    metrics = {"think sampled r_a": {"mean": r_a, "low": 0.1, "high": 0.4, "n": 8}}
+    results = {"arms": {"SFT": {"metrics": metrics, "paired": {"success": [1, 0]}}}}
+    (folder / "results").mkdir(parents=True)
+    (folder / "results/speedrun.json").write_text(json.dumps(results))
+    for name in same_numbers.LOGS:
+        path = folder / "runs/speedrun" / name / "log.jsonl"
+        path.parent.mkdir(parents=True)
+        head = {"config": {"out": str(folder)}}
+        record = {"step": 1, log_key: grad_norm, "seconds": seconds}
+        path.write_text(f"{json.dumps(head)}\n{json.dumps(record)}\n")
+    return str(folder)
+
+
+def test_clocks_and_renamed_keys_are_no_difference(tmp_path, capsys):
+    before = tree(tmp_path / "a", log_key="norm")
+    after = tree(tmp_path / "b", seconds=9.0)
+    assert same_numbers.main([before, after, "--renamed", "norm=grad_norm"]) == 0
+    assert "the same: 7 metrics and records" in capsys.readouterr().out  # 2 and 5 logs of one
+    assert same_numbers.main([before, after]) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"r_a": 0.25000001}, "results/speedrun.json: SFT: metrics: think sampled r_a was"),
+        ({"grad_norm": 1.5000001}, "runs/speedrun/grpo/log.jsonl: step 1: grad_norm differ"),
+    ],
+)
+def test_one_digit_is_found(tmp_path, capsys, change, line):
+    before, after = tree(tmp_path / "a"), tree(tmp_path / "b", **change)
+    assert same_numbers.main([before, after]) == 1
+    assert line in capsys.readouterr().out
