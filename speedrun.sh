@@ -1,33 +1,29 @@
 #!/usr/bin/env bash
 # The whole of RoboAlign on Tabletop: data -> FAST -> SFT -> GRPO -> three action heads -> the table.
 # A fresh machine with Python 3.11+ and two CPU cores is enough; with a GPU the same script uses it.
+# RUN, DATA and SEED name other folders and another seed; tools/venv.sh explains VENV, PYTHON and
+# SKIP_INSTALL.
 set -euo pipefail
 cd "$(dirname "$0")"
-RUN=${RUN:-runs/speedrun} DATA=${DATA:-data/speedrun} SEED=${SEED:-0} RESULT=results/speedrun.json
+RUN=${RUN:-runs/speedrun}
+DATA=${DATA:-data/speedrun}
+SEED=${SEED:-0}
+RESULT=results/speedrun.json
 
-if [ -z "${SKIP_INSTALL:-}" ]; then
-  [ -d .venv ] || python3 -m venv .venv
-  .venv/bin/pip install -q --disable-pip-version-check -r requirements.txt
-  source .venv/bin/activate
-fi
+# ---- Set-up ----
+
+source tools/venv.sh
+use_venv -r requirements.txt
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-SECONDS=0
-say() { echo; echo "== $SECONDS s: $*"; }
+SECONDS=0  # bash counts on from here
 mkdir -p "$RUN" results
 if [ -e "$RUN/done" ] || [ -e "$DATA" ]; then
-  echo "error: $RUN or $DATA is from an earlier run; delete them or set RUN and DATA"; exit 1
+  echo "error: $RUN or $DATA is from an earlier run; delete them or set RUN and DATA"
+  exit 1
 fi
 rm -f "$RESULT"
 gpus=$(python -c "import torch; print(torch.cuda.device_count())")
 ranks=$([ "$gpus" -gt 0 ] && echo "$gpus" || echo 2)
-many() { torchrun --standalone --nproc_per_node "$ranks" "$@"; }
-arms=(base SFT SFT+RL)
-checkpoint() { case $1 in base) echo assets/tiny-vlm;; SFT) echo "$RUN/sft";; *) echo "$RUN/grpo";; esac; }
-each() {  # runs a line of shell for all arms side by side; one that fails stops the script
-  local jobs=()
-  for arm in "${arms[@]}"; do eval "$1" & jobs+=($!); done
-  for job in "${jobs[@]}"; do wait "$job" || return 1; done
-}
 
 # torch multiplies with MKL, which runs AMD processors at about half of their speed unless its check
 # of the vendor is answered with yes. Without a C compiler the run is only slower.
@@ -36,38 +32,101 @@ if [ "$gpus" = 0 ] && grep -q AuthenticAMD /proc/cpuinfo 2>/dev/null && command 
   export LD_PRELOAD=$(realpath "$RUN/mkl.so")
 fi
 
-say "demonstrations and conversations"
-python -m benchmarks.tabletop --out "$DATA/train" --episodes 1600 --conversations 3000 --single --thought-actions 3000 --seed $SEED
-python -m benchmarks.tabletop --out "$DATA/test" --episodes 120 --conversations 0 --seed 1000
+# ---- What the stages below share ----
 
-say "FAST tokenizer"
-python fast_tokenizer.py fit --data "$DATA/train" --out "$RUN/fast" --horizon 5 --scale 1 --vocab 18 --limit 400
+variants=(base SFT SFT+RL)  # the rows of the table
 
-say "stage 1: SFT"
-many sft.py speedrun --data "$DATA/train/conversations.jsonl:0.5,$DATA/train/episodes:3,$DATA/train/thought_actions.jsonl:0.4" \
-  --fast "$RUN/fast" --out "$RUN/sft" --seed $SEED
+announce() {
+  echo
+  echo "== $SECONDS s: $*"
+}
 
-say "stage 2: GRPO"
-many grpo.py speedrun --init "$RUN/sft" --data "$DATA/train/episodes" --out "$RUN/grpo" --seed $SEED
+on_all_ranks() {
+  torchrun --standalone --nproc_per_node "$ranks" "$@"
+}
 
-say "held-out action tokens of base, SFT and SFT+RL"
-each 'python evaluate.py actions --policy "$(checkpoint $arm)" --fast "$RUN/fast" --data "$DATA/test" --arm "$arm" \
-  --out "$RESULT" --preset speedrun --seed $SEED'
+backbone_of() {
+  case $1 in
+    base) echo assets/tiny-vlm ;;
+    SFT) echo "$RUN/sft" ;;
+    SFT+RL) echo "$RUN/grpo" ;;
+  esac
+}
 
-say "stage 3: an action head on each of the three, frozen; logs in $RUN/vla"
+# side_by_side FUNCTION: calls it with each variant, all at once; one that fails fails the whole
+side_by_side() {
+  local variant job jobs=()
+  for variant in "${variants[@]}"; do
+    "$1" "$variant" &
+    jobs+=($!)
+  done
+  for job in "${jobs[@]}"; do
+    wait "$job" || return 1
+  done
+}
+
+# ---- Data and action tokens ----
+
+announce "demonstrations and conversations"
+python -m benchmarks.tabletop_data --out "$DATA/train" --seed "$SEED" \
+  --episodes 1600 --conversations 3000 --single --thought-actions 3000
+python -m benchmarks.tabletop_data --out "$DATA/test" --seed 1000 --episodes 120 --conversations 0
+
+announce "FAST tokenizer"
+python fast_tokenizer.py fit --data "$DATA/train" --out "$RUN/fast" \
+  --horizon 5 --scale 1 --vocab-size 18 --max-episodes 400
+
+# ---- Stages 1 and 2: the backbone learns to see, to think and to act; then to think better ----
+
+announce "stage 1: SFT"
+mixture=$DATA/train/conversations.jsonl:0.5,$DATA/train/episodes:3
+mixture=$mixture,$DATA/train/thought_actions.jsonl:0.4
+on_all_ranks sft.py speedrun --data "$mixture" --action-tokenizer "$RUN/fast" \
+  --out "$RUN/sft" --seed "$SEED"
+
+announce "stage 2: GRPO"
+on_all_ranks grpo.py speedrun --init "$RUN/sft" --data "$DATA/train/episodes" \
+  --out "$RUN/grpo" --seed "$SEED"
+
+announce "held-out action tokens of base, SFT and SFT+RL"
+measure_action_tokens() {
+  python evaluate.py actions --policy "$(backbone_of "$1")" --action-tokenizer "$RUN/fast" \
+    --data "$DATA/test" --variant "$1" --out "$RESULT" --preset speedrun --seed "$SEED"
+}
+side_by_side measure_action_tokens
+
+# ---- Stage 3: the same action head on each of the three frozen backbones ----
+
+announce "stage 3: an action head on each of the three, frozen; logs in $RUN/vla"
 mkdir -p "$RUN/vla"
-head='vla.py speedrun --init "$(checkpoint $arm)" --data "$DATA/train/episodes" --out "$RUN/vla/$arm" --seed $SEED'
-if [ "$gpus" -gt 0 ]; then for arm in "${arms[@]}"; do eval "many $head"; done
-else each "python $head"' > "$RUN/vla/$arm.txt" 2>&1' || { tail -n 2 "$RUN"/vla/*.txt; exit 1; }
-fi  # on CPU side by side: no waiting for another rank
+train_head() {  # VARIANT COMMAND: the command is what runs vla.py
+  "$2" vla.py speedrun --init "$(backbone_of "$1")" --data "$DATA/train/episodes" \
+    --out "$RUN/vla/$1" --seed "$SEED"
+}
+train_head_on_one_core() {
+  train_head "$1" python > "$RUN/vla/$1.txt" 2>&1
+}
+if [ "$gpus" -gt 0 ]; then
+  for variant in "${variants[@]}"; do
+    train_head "$variant" on_all_ranks
+  done
+else  # on a CPU all three at once: none waits for another rank
+  side_by_side train_head_on_one_core || { tail -n 2 "$RUN"/vla/*.txt; exit 1; }
+fi
 rm -rf "$RUN"/vla/*/features
 
-say "closed loop of the three heads"
-each 'python evaluate.py tabletop --policy "$RUN/vla/$arm" --arm "$arm" --out "$RESULT" \
-  --preset speedrun --seed $SEED --execute 2 --trials 5 --chains 50 --gif "$RUN/gif/$arm"'
+announce "closed loop of the three heads"
+drive() {
+  python evaluate.py tabletop --policy "$RUN/vla/$1" --variant "$1" --out "$RESULT" \
+    --preset speedrun --seed "$SEED" --execute 2 --trials 5 --chains 50 --gif "$RUN/gif/$1"
+}
+side_by_side drive
+
+# ---- The table ----
 
 minutes=$(python -c "print(round($SECONDS / 60, 1))")
-say "results"
-python evaluate.py report "$RESULT" --arms base,SFT,SFT+RL --minutes "$minutes" --markdown results/speedrun.md
-say "done in $minutes minutes"
+announce "results"
+python evaluate.py report "$RESULT" --variants base,SFT,SFT+RL --minutes "$minutes" \
+  --markdown results/speedrun.md
+announce "done in $minutes minutes"
 touch "$RUN/done"
