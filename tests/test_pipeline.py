@@ -1,234 +1,133 @@
-"""The whole pipeline as a user runs it, on toy sizes: every command of speedrun.sh, file by file."""
+"""The whole pipeline as a user runs it, on toy sizes: the commands of speedrun.sh, file by file."""
 
 import json
 import os
-import pathlib
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import untrained
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = Path(__file__).parents[1]
 
 
-def run(*argv, ok=True):
-    """One command in the repository; returns what it printed. With ok=False it must fail, by one line."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, *map(str, argv)],
+def finished(command):
+    """Runs `python COMMAND` in the repository -> the finished process."""
+    return subprocess.run(
+        [sys.executable, *shlex.split(command)],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env=env,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         check=False,
     )
-    if ok:
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
-    assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
-    return done.stderr.strip().splitlines()[-1]
+
+
+def run(command):
+    """-> what the command printed; it must succeed."""
+    process = finished(command)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return process.stdout
+
+
+def refusal(command):
+    """-> the line with which the command ends; it must fail, and without a traceback."""
+    process = finished(command)
+    assert process.returncode != 0, process.stdout[-3000:]
+    assert "Traceback" not in process.stderr, process.stderr[-3000:]
+    return process.stderr.strip().splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Data, tokenizer and one toy checkpoint of each stage, made by the README's commands."""
-    at = tmp_path_factory.mktemp("pipeline")
+    """A folder with data, tokenizer and one toy checkpoint of each stage, made by the README's
+    commands."""
+    made = tmp_path_factory.mktemp("pipeline")
+    data = made / "data"
     run(
-        "-m",
-        "benchmarks.tabletop_data",
-        "--out",
-        at / "data",
-        "--episodes",
-        24,
-        "--conversations",
-        60,
-        "--thought-actions",
-        20,
-        "--seed",
-        1,
+        f"-m benchmarks.tabletop_data --out {data} --episodes 24 --conversations 60 "
+        "--thought-actions 20 --seed 1"
     )
     run(
-        "fast_tokenizer.py",
-        "fit",
-        "--data",
-        at / "data",
-        "--out",
-        at / "fast",
-        "--horizon",
-        5,
-        "--scale",
-        1.5,
-        "--vocab-size",
-        64,
+        f"fast_tokenizer.py fit --data {data} --out {made}/fast --horizon 5 --scale 1.5 "
+        "--vocab-size 64"
     )
-    mix = f"{at}/data/conversations.jsonl:1,{at}/data/episodes:3,{at}/data/thought_actions.jsonl:1"
+    mixture = f"{data}/conversations.jsonl:1,{data}/episodes:3,{data}/thought_actions.jsonl:1"
     run(
-        "sft.py",
-        "tabletop",
-        "--init",
-        untrained.folder("tiny-vlm"),
-        "--data",
-        mix,
-        "--action-tokenizer",
-        at / "fast",
-        "--out",
-        at / "sft",
-        "--steps",
-        3,
-        "--batch",
-        4,
-        "--holdout-rows",
-        8,
-        "--eval-rows",
-        8,
-        "--probe-prompts",
-        2,
+        f"sft.py tabletop --init {untrained.folder('tiny-vlm')} --data {mixture} "
+        f"--action-tokenizer {made}/fast --out {made}/sft --steps 3 --batch 4 --holdout-rows 8 "
+        "--eval-rows 8 --probe-prompts 2"
     )
     run(
-        "grpo.py",
-        "tabletop",
-        "--init",
-        at / "sft",
-        "--data",
-        at / "data/episodes",
-        "--out",
-        at / "grpo",
-        "--steps",
-        1,
-        "--prompts",
-        2,
-        "--batch",
-        2,
-        "--group",
-        2,
-        "--max-new-tokens",
-        12,
-        "--eval-prompts",
-        2,
+        f"grpo.py tabletop --init {made}/sft --data {data}/episodes --out {made}/grpo --steps 1 "
+        "--prompts 2 --batch 2 --group 2 --max-new-tokens 12 --eval-prompts 2"
     )
     run(
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "vla.py",
-        "tabletop",
-        "--init",
-        at / "grpo",
-        "--data",
-        at / "data/episodes",
-        "--out",
-        at / "vla",
-        "--steps",
-        3,
-        "--batch",
-        8,
-        "--eval-rows",
-        8,
+        "-m torch.distributed.run --standalone --nproc_per_node=2 vla.py tabletop "
+        f"--init {made}/grpo --data {data}/episodes --out {made}/vla --steps 3 --batch 8 "
+        "--eval-rows 8"
     )
-    return at
+    return made
 
 
 def test_stages_leave_checkpoints_that_name_their_stage(made):
     for stage in ("sft", "grpo", "vla"):
         run_json = json.loads((made / stage / "final" / "run.json").read_text())
-        assert run_json["stage"] == stage and run_json["versions"]["torch"]
+        assert run_json["stage"] == stage
+        assert run_json["versions"]["torch"]
         assert (made / stage / "log.jsonl").read_text().startswith('{"config"')
-    rows = [json.loads(line) for line in (made / "sft/log.jsonl").read_text().splitlines()]
-    assert {"probe_format", "probe_r_a"} <= rows[-1].keys(), (
-        "sft.py ends with thinking rollouts before RL"
-    )
+    last_line = (made / "sft/log.jsonl").read_text().splitlines()[-1]
+    last = json.loads(last_line)
+    assert {"probe_format", "probe_r_a"} <= last.keys(), "sft.py ends with thinking rollouts"
 
 
 def test_evaluate_writes_one_file_and_its_table(made):
     results = made / "results.json"
     run(
-        "evaluate.py",
-        "actions",
-        "--policy",
-        made / "grpo",
-        "--data",
-        made / "data/episodes",
-        "--variant",
-        "toy",
-        "--out",
-        results,
-        "--prompts",
-        4,
-        "--samples",
-        2,
-        "--max-new-tokens",
-        16,
+        f"evaluate.py actions --policy {made}/grpo --data {made}/data/episodes --variant toy "
+        f"--out {results} --prompts 4 --samples 2 --max-new-tokens 16"
     )
-    out = run(
-        "evaluate.py",
-        "tabletop",
-        "--policy",
-        made / "vla",
-        "--variant",
-        "toy",
-        "--out",
-        results,
-        "--suites",
-        "goal,chain",
-        "--trials",
-        1,
-        "--chains",
-        1,
-        "--gif",
-        made / "gif",
+    printed = run(
+        f"evaluate.py tabletop --policy {made}/vla --variant toy --out {results} "
+        f"--suites goal,chain --trials 1 --chains 1 --gif {made}/gif"
     )
-    assert "success goal" in out
-    arm = json.loads(results.read_text())["arms"]["toy"]["metrics"]
-    assert arm["success goal"]["n"] == 10 and arm["think sampled r_a"]["n"] == 4
-    assert all(m["low"] <= m["mean"] <= m["high"] for m in arm.values() if m["low"] is not None)
+    assert "success goal" in printed
+    metrics = json.loads(results.read_text())["arms"]["toy"]["metrics"]
+    assert metrics["success goal"]["n"] == 10
+    assert metrics["think sampled r_a"]["n"] == 4
+    for metric in metrics.values():
+        if metric["low"] is not None:
+            assert metric["low"] <= metric["mean"] <= metric["high"]
     assert list((made / "gif").glob("goal_*.gif"))
-    assert "| toy |" in run("evaluate.py", "report", results)
+    assert "| toy |" in run(f"evaluate.py report {results}")
 
 
 def test_questions_are_scored_by_kind(made):
-    rows = [json.loads(line) for line in (made / "data/conversations.jsonl").open()]
+    data = made / "data/conversations.jsonl"
     run(
-        "evaluate.py",
-        "vqa",
-        "--policy",
-        made / "sft",
-        "--data",
-        made / "data/conversations.jsonl",
-        "--rows",
-        12,
-        "--max-new-tokens",
-        8,
-        "--out",
-        made / "vqa.json",
+        f"evaluate.py vqa --policy {made}/sft --data {data} --rows 12 --max-new-tokens 8 "
+        f"--out {made}/vqa.json"
     )
     metrics = json.loads((made / "vqa.json").read_text())["arms"]["policy"]["metrics"]
-    assert sum(m["n"] for m in metrics.values()) == 12
-    assert f"exact {rows[0]['kind']}" in metrics
+    assert sum(metric["n"] for metric in metrics.values()) == 12
+    first_row = json.loads(data.read_text().splitlines()[0])
+    assert f"exact {first_row['kind']}" in metrics
 
 
 def test_wrong_stage_is_refused_in_one_line(made):
-    line = run(
-        "sft.py",
-        "--init",
-        made / "vla",
-        "--data",
-        made / "data/conversations.jsonl",
-        "--action-tokenizer",
-        "",
-        "--out",
-        made / "x",
-        ok=False,
-    )
-    assert "stage 'vla'" in line and "expected" in line
-    line = run("grpo.py", "--init", made / "vla", "--data", made / "data/episodes", ok=False)
-    assert "stage 'vla'" in line
-    line = run("vla.py", "--init", made / "vla", "--data", made / "data/episodes", ok=False)
-    assert "stage 'vla'" in line
-    line = run(
-        "evaluate.py", "actions", "--policy", made / "vla", "--data", made / "data", ok=False
+    data = made / "data"
+    line = refusal(
+        f"sft.py --init {made}/vla --data {data}/conversations.jsonl --action-tokenizer '' "
+        f"--out {made}/x"
     )
     assert "stage 'vla'" in line
-    line = run("evaluate.py", "tabletop", "--policy", made / "sft", ok=False)
-    assert "stage 'sft'" in line
+    assert "expected" in line
+    for command in (
+        f"grpo.py --init {made}/vla --data {data}/episodes",
+        f"vla.py --init {made}/vla --data {data}/episodes",
+        f"evaluate.py actions --policy {made}/vla --data {data}",
+    ):
+        assert "stage 'vla'" in refusal(command)
+    assert "stage 'sft'" in refusal(f"evaluate.py tabletop --policy {made}/sft")
