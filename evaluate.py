@@ -173,7 +173,8 @@ def closed_loop(args: argparse.Namespace):
     policy = vla.Policy.load(args.policy, device=args.device, seed=args.seed)
     outcome = simulator.evaluate(policy, args)
 
-    metrics, paired = {}, {}
+    metrics = {}
+    paired = {}
     if outcome.trials is not None:
         metrics |= success_metrics(outcome.trials)
         paired["success"] = [trial.solved for trial in outcome.trials]
@@ -224,7 +225,8 @@ def held_out_prompts(backbone, data: str, count: int, seed: int, think: bool) ->
     tokenizer = backbone.action_tokenizer
     episodes = fast_tokenizer.read_episodes(data, 0, tokenizer)
     rng = model.rng(seed, 11)
-    rows, chunks = [], []
+    rows = []
+    chunks = []
     for _ in range(count):
         episode = episodes[int(rng.integers(len(episodes)))]
         step = int(rng.integers(len(episode)))
@@ -292,7 +294,8 @@ def action_tokens(args: argparse.Namespace):
             )
         backbone.action_tokenizer = fast_tokenizer.FastTokenizer.load(args.action_tokenizer)
 
-    metrics, paired = {}, {}
+    metrics = {}
+    paired = {}
     for mode, think in (("think", True), ("direct", False)):
         prompts = held_out_prompts(backbone, args.data, args.prompts, args.seed, think)
         for style, n in (("sampled", args.samples), ("greedy", 1)):
@@ -340,16 +343,13 @@ def print_scores(mode: str, style: str, scores: Scores, completions: int, target
 # ---- Questions -----------------------------------------------------------------------------------
 
 
-def questions_module():
-    """benchmarks/questions.py, imported now: arguments(add), score_answers(backbone, args)."""
-    return importlib.import_module("benchmarks.questions")
-
-
 def vqa(args: argparse.Namespace):
     """`evaluate.py vqa`: scores of greedy answers, by kind of row."""
+    from benchmarks import questions
+
     started = time.time()
     backbone = model.load(args.policy, device=args.device, stages=("base", "sft", "grpo"))
-    scores_by_kind = questions_module().score_answers(backbone, args)
+    scores_by_kind = questions.score_answers(backbone, args)
     metrics = {}
     for kind, scores in sorted(scores_by_kind.items()):
         if args.score == "point":  # the share of points that hit, not a yes or no
@@ -531,7 +531,9 @@ def make_parser(asked: str) -> argparse.ArgumentParser:
     command = commands.add_parser("vqa", help="scored answers to questions")
     common_flags(command.add_argument)
     if asked == "vqa":
-        questions_module().arguments(command.add_argument)
+        from benchmarks import questions
+
+        questions.arguments(command.add_argument)
     command.set_defaults(run=vqa)
 
     command = commands.add_parser("report", help="results files -> Markdown")

@@ -53,14 +53,13 @@ def write(path, demos=2, steps=6, **changes):
         )
         data.attrs["macros_image_convention"] = changes.get("convention", "opengl")
         for i in range(demos):
-            demo, n = data.create_group(f"demo_{i}"), steps + i
+            n = steps + i
+            demo = data.create_group(f"demo_{i}")
             obs = demo.create_group("obs")
             obs["agentview_rgb"] = rng.integers(0, 255, (n, 8, 8, 3), np.uint8)
             obs["eye_in_hand_rgb"] = rng.integers(0, 255, (n, 8, 8, 3), np.uint8)
-            obs["ee_states"], obs["gripper_states"] = (
-                rng.normal(size=(n, 6)),
-                rng.normal(size=(n, 2)),
-            )
+            obs["ee_states"] = rng.normal(size=(n, 6))
+            obs["gripper_states"] = rng.normal(size=(n, 2))
             obs["joint_states"] = rng.normal(size=(n, 7))
             actions = rng.uniform(-1, 1, (n, 7))
             actions[:, 6] = -1
@@ -68,14 +67,15 @@ def write(path, demos=2, steps=6, **changes):
             actions[3:, 6] = 1  # the gripper closes
             demo["actions"] = actions
             demo.attrs["num_samples"] = n
-        if cut := changes.get("cut"):
-            part = data["demo_1/" + cut][:-1]
-            del data["demo_1/" + cut]
-            data["demo_1/" + cut] = part
-        if drop := changes.get("drop"):
-            del data["demo_1/" + drop]
-        if wrong := changes.get("wrong"):
-            data["demo_1/" + wrong][2] = np.nan
+        if "cut" in changes:
+            name = "demo_1/" + changes["cut"]
+            without_the_last = data[name][:-1]
+            del data[name]
+            data[name] = without_the_last
+        if "drop" in changes:
+            del data["demo_1/" + changes["drop"]]
+        if "wrong" in changes:
+            data["demo_1/" + changes["wrong"]][2] = np.nan
 
 
 def convert(monkeypatch, folder, out, *flags):
@@ -146,9 +146,11 @@ def test_a_file_written_from_the_real_simulator(tmp_path, monkeypatch):
     env = libero.Simulator("spatial/2", 64, 0)
     env.reset(1, "eval")
     write(tmp_path / "real_demo.hdf5", demos=1)
-    rows, ours = [], []
+    rows = []
+    ours = []
     for _ in range(4):
-        seen, action = env.seen, np.float64(env.expert())
+        seen = env.seen
+        action = np.float64(env.expert())
         hand = np.concatenate([seen["robot0_eef_pos"], quat2axisangle(seen["robot0_eef_quat"])])
         rows.append(
             {

@@ -15,6 +15,7 @@ from test_serve import FakePolicy
 from benchmarks import simulate
 from fast_tokenizer import read_episodes
 
+ROOT = pathlib.Path(__file__).parents[1]
 TOY = '''
 """A hand on a line: the state is its place, the goal 10 * (task + 1) steps of 1 to the right."""
 import os, pathlib
@@ -183,14 +184,23 @@ class PushesArm(Right):
         return np.ones((len(images), 4, 4), np.float32)
 
 
+def test_what_runs_beside_a_simulator_loads_no_torch():
+    """A simulator's Python may have none, and each of Tabletop's data workers would wait for it."""
+    names = ["simulate", "metaworld", "libero", "calvin", "tabletop", "tabletop_data"]
+    code = f"import sys; from benchmarks import {', '.join(names)}; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout == "False\n"
+
+
 @pytest.mark.sim
 def test_metaworld_records_and_evaluates(tmp_path):
     """Real physics: the expert records, and a policy that reaches no goal has two trials."""
     pytest.importorskip("metaworld", reason="pip install -r requirements-extras.txt")
     pytest.importorskip("websockets", reason="pip install -r requirements-extras.txt")
     command = "-W ignore -m benchmarks.metaworld --tasks reach-v3 --episodes 2 --size 32 --out"
-    root = pathlib.Path(__file__).parents[1]
-    subprocess.run([sys.executable, *command.split(), tmp_path], cwd=root, check=True)
+    subprocess.run([sys.executable, *command.split(), tmp_path], cwd=ROOT, check=True)
     first, second = read_episodes(tmp_path)
     assert first.task == "reach the red ball"
     assert first.action.shape[1] == first.state.shape[1] == 4
