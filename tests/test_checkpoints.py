@@ -200,7 +200,7 @@ def test_keep_deletes_what_is_older_and_unfinished(tmp_path):
     for name in "step_000100", "step_000001.tmp", "features":
         (tmp_path / name).mkdir()
     cfg = types.SimpleNamespace(out=tmp_path, save_every=2, keep=2)
-    model.STOP.clear()
+    model.SIGTERM_CAME.clear()
     for step in range(1, 8):
         model.save_step(cfg, step, {}, lambda folder, run: folder.mkdir())
     assert sorted(p.name for p in tmp_path.iterdir()) == [
@@ -218,7 +218,7 @@ def test_a_checkpoint_is_written_over_without_a_moment_without_one(tmp_path, mon
         for text in "old", "new":
             (tmp_path / "final.tmp").mkdir()
             (tmp_path / "final.tmp" / "run.json").write_text(text)
-            model._swap(tmp_path / "final.tmp", tmp_path / "final")
+            model._swap_in(tmp_path / "final.tmp", tmp_path / "final")
         assert (tmp_path / "final" / "run.json").read_text() == "new"
         assert [p.name for p in tmp_path.iterdir()] == ["final"]
         (tmp_path / "final.old").mkdir()
