@@ -23,12 +23,11 @@ Seconds on one CPU core. Legend: B batch, K chunk length, A action dims, S state
 import argparse
 import ast
 import contextlib
-import io
 import json
 import pickle
+import re
 import shutil
 import sys
-import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -785,33 +784,38 @@ def config_parser(path: str | Path) -> argparse.ArgumentParser:
     Config holds what can be no flag."""
     source = Path(path).read_text(encoding="utf-8")
     module = ast.parse(source)
-    comments = _comments_by_line(source)
-    constants = _module_constants(module)
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE))  # of each field
+    constants = {}  # of the module: name -> syntax tree of its value
+    fields = []
+    for node in module.body:
+        if isinstance(node, ast.Assign):
+            constants[ast.unparse(node.targets[0])] = node.value
+        if isinstance(node, ast.ClassDef) and node.name == "Config":
+            fields = [line for line in node.body if isinstance(line, ast.AnnAssign)]
     parser = argparse.ArgumentParser(
         description=ast.get_docstring(module),
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    presets = _dict_keys(constants["PRESETS"])
+    presets = [key.value for key in constants["PRESETS"].keys]
     parser.add_argument("preset", nargs="?", choices=presets, default=presets[0])
-    for field in _config_fields(module):
-        name = field.target.id
+    for field in fields:
+        name = ast.unparse(field.target)
+        annotation = ast.unparse(field.annotation)
         if name == "preset":
             continue
-        annotation = ast.unparse(field.annotation)
         if annotation == "bool":
             kind = {"action": argparse.BooleanOptionalAction}
         elif annotation in FLAG_TYPES:
             kind = {"type": FLAG_TYPES[annotation], "metavar": annotation.upper()}
         else:
             raise ValueError(f"{path}: Config.{name} is {annotation}; use int, float, str or bool")
-        choices = constants.get(name.upper() + "S")
-        if isinstance(choices, ast.Dict):
-            kind["metavar"] = "{" + ",".join(_dict_keys(choices)) + "}"
-        lines = range(field.lineno, field.end_lineno + 1)  # several, where the field is in brackets
-        comment = " ".join(comments[line] for line in lines if line in comments)
-        text = f"{comment} ({_shown_default(field.value, constants)})"
+        choices = constants.get(f"{name.upper()}S")
+        if choices:
+            kind["metavar"] = "{" + ",".join(key.value for key in choices.keys) + "}"
+        default = ast.literal_eval(constants.get(ast.unparse(field.value), field.value))
+        text = f"{comments.get(name, '')} ({default})"
         flag = "--" + name.replace("_", "-")
         parser.add_argument(flag, help=text.replace("%", "%%"), **kind)
     return parser
@@ -825,48 +829,6 @@ def answer_help(path: str | Path) -> None:
         parser = config_parser(path)
         parser.print_help()
         parser.exit()
-
-
-def _comments_by_line(source):
-    """Line number -> text of the comment on that line."""
-    comments = {}
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            comments[token.start[0]] = token.string.lstrip("# ")
-    return comments
-
-
-def _module_constants(module):
-    """Name -> syntax tree of the value, of what is assigned at the top level of a module."""
-    constants = {}
-    for node in module.body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            constants[node.targets[0].id] = node.value
-        elif isinstance(node, ast.AnnAssign):
-            constants[node.target.id] = node.value
-    return constants
-
-
-def _config_fields(module):
-    """The annotated assignments of the module's class Config, in order."""
-    for node in module.body:
-        if isinstance(node, ast.ClassDef) and node.name == "Config":
-            return [line for line in node.body if isinstance(line, ast.AnnAssign)]
-    return []
-
-
-def _dict_keys(node):
-    return [ast.literal_eval(key) for key in node.keys]
-
-
-def _shown_default(node, constants):
-    """The default of a field as the help shows it; a constant of the module by its value."""
-    if isinstance(node, ast.Name) and node.id in constants:
-        node = constants[node.id]
-    try:
-        return ast.literal_eval(node)
-    except ValueError:
-        return ast.unparse(node)
 
 
 # ---- Commands fit and report ---------------------------------------------------------------------

@@ -57,9 +57,7 @@ class Config:
     preset: str = ""
     # what is read and written
     init: str = "runs/sft/final"  # checkpoint of stage sft, or grpo to go on from it as a new run
-    data: str = (
-        "data/tabletop/episodes"  # folder of episodes; the last 5% are held out, as in sft.py
-    )
+    data: str = "data/tabletop/episodes"  # folder of episodes; the last 5% are held out
     out: str = "runs/grpo"  # folder of checkpoints and log
     # rollouts
     seed: int = 0  # prompts and samples are a function of (seed, step, index)
@@ -68,9 +66,7 @@ class Config:
     group: int = 8  # completions a prompt (G)
     max_new_tokens: int = 96  # longest completion
     temperature: float = 1.0  # of sampling and of the log-probabilities in the loss
-    dynamic_sampling: int = (
-        0  # rounds in which fresh prompts replace groups of equal rewards (DAPO)
-    )
+    dynamic_sampling: int = 0  # rounds of fresh prompts for groups with equal rewards (DAPO)
     max_pixels: int = 0  # larger images are shrunk to so many pixels; 0: as the backbone says
     # reward and objective
     reward: str = "prefix"  # r_a, one of REWARDS
