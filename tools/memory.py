@@ -226,7 +226,8 @@ def grpo_estimate(cfg: grpo.Config, net: nn.Module, load: Load) -> Estimate:
     fixed = resident_parts(cfg, net, load)
 
     # 1. an update: B prompts, and G completions of each, which share the prompt's keys and values
-    B, G = cfg.micro_batch, cfg.group
+    B = cfg.micro_batch
+    G = cfg.group
     new_tokens = B * G * cfg.max_new_tokens
     tokens = B * load.row_tokens + new_tokens
     work = {
@@ -317,8 +318,8 @@ def vla_estimate(cfg: vla.Config, net: nn.Module, load: Load) -> Estimate:
 
 
 def estimate(stage: str, cfg, net: nn.Module, load: Load) -> Estimate:
-    """What a run of `stage` needs. net: on META or real, in the type of compute; vla_estimate cuts it.
-    """
+    """What a run of `stage` needs. net: on META or real, in the type of compute; for vla.py it is
+    cut after the layer that the head reads."""
     by_stage = {"sft": sft_estimate, "grpo": grpo_estimate, "vla": vla_estimate}
     return by_stage[stage](cfg, net, load)
 
@@ -373,11 +374,11 @@ def tell(what: str, backbone: model.Backbone, stage: str, cfg, load: Load, gb: f
     )
     for name, size in needed.parts.items():
         print(f"  {name:16s} {size / 1e9:7.1f}")
-    free = f"{FREE_SHARE:.0%}"
     usable = (1 - FREE_SHARE) * gb * 1e9
     for name, size in needed.peaks.items():
         verdict = "fits" if size < usable else "does not fit"
-        print(f"{name + ', peak':18s} {size / 1e9:7.1f}   {verdict} in {gb:.4g} GB, {free} left free")
+        room = f"{verdict} in {gb:.4g} GB, {FREE_SHARE:.0%} left free"
+        print(f"{name + ', peak':18s} {size / 1e9:7.1f}   {room}")
     return all(size < usable for size in needed.peaks.values())
 
 

@@ -233,8 +233,8 @@ class Server:
 
     @contextlib.contextmanager
     def listen(self, host: str = "127.0.0.1", port: int = 0) -> Iterator[int]:
-        """Inside the block the server runs in threads, at the port that it yields (0: a free
-        one)."""
+        """Inside the block the server runs in threads, at the port that it yields: `port`, or for
+        0 a free one."""
         serve = network().server.serve
         with serve(self.client, host, port, max_size=LARGEST_MESSAGE, compression=None) as server:
             threading.Thread(target=server.serve_forever).start()
@@ -258,6 +258,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
 
+    model.quiet_libraries()
     policy = vla.Policy.load(args.policy, device=args.device, seed=args.seed)
     keys = {}
     for pair in args.keys:

@@ -6,8 +6,8 @@ run once unmeasured, and what they did is compared at each turn (tokens, losses,
 is an error. On CPU: one thread, process CPU seconds, which a busy machine disturbs less than wall
 time; on cuda wall seconds between synchronisations. In doubt the peer is favoured: its batches are
 made before the clock starts (rollout), gradient checkpointing is off (TRL). Both sides run in a
-process as it comes, without our scripts' setting of glibc (model.setup); --keep-memory gives it to
-both. In rollout and grpo the end of the turn is banned: all have --new-tokens tokens.
+process as it comes, without our scripts' setting of glibc (model.keep_freed_memory); --keep-memory
+gives it to both. In rollout and grpo the end of the turn is banned: all have --new-tokens tokens.
 
 python -m tools.speed rollout                       # transformers generate
 python -m tools.speed grpo --image 224              # a step of TRL; full rows in the update
@@ -103,7 +103,7 @@ def make_backbone(args: argparse.Namespace) -> model.Backbone:
     sft.grow_vocabulary(backbone, ACTION_TOKENS)
     # the end of the turn too; there are no unused rows
     banned = backbone.tokenizer.convert_tokens_to_ids(model.SPECIAL_TOKENS)
-    backbone.vocab.banned = banned
+    backbone.vocab = replace(backbone.vocab, banned=banned)
     return backbone
 
 
@@ -307,6 +307,7 @@ def training_step(
 def rollout(args: argparse.Namespace) -> Comparison:
     """model.generate against transformers' generate, which forwards a prompt once a completion; on
     a GPU also with its steps replayed as CUDA graphs against without."""
+    # 1. the same prompts for both
     backbone = make_backbone(args)
     rows = prompt_rows(backbone, questions(args.prompts, args.image))
     inputs, _ = plain_inputs(backbone, rows, args.device, left=True)
@@ -318,6 +319,7 @@ def rollout(args: argparse.Namespace) -> Comparison:
     prompt_length = inputs["input_ids"].shape[1]
     backbone.net.eval()
 
+    # 2. sample
     def ours(turn, cuda_graphs=None):  # None: the default, on a GPU with them
         samples = model.generate(
             backbone, rows, args.group, args.new_tokens, seed=turn, cuda_graphs=cuda_graphs
@@ -333,11 +335,12 @@ def rollout(args: argparse.Namespace) -> Comparison:
 
     pair = compare(ours, peer, same_tokens, args)
 
-    # Greedily both must give the same tokens, but for near ties, and in bf16.
+    # 3. greedily both must give the same tokens, but for near ties, and in bf16
     our_ids = model.generate(backbone, rows, 1, args.new_tokens, greedy=True)["ids"]
     peer_ids = backbone.net.generate(**inputs, do_sample=False)[:, prompt_length:]
     pair.more["greedy_agreement"] = (our_ids == peer_ids).float().mean().item()
 
+    # 4. what only a GPU has: a limit by its bandwidth, and graphs
     pairs = {"rollout": pair}
     if args.device != "cpu":
         pair.more |= decode_bound(backbone, rows, prompt_length, pair.ours.median, args)
@@ -433,7 +436,8 @@ class GrpoStep:
     """What a step of grpo.py is made of, with all prompts in one update, and KL."""
 
     def __init__(self, args: argparse.Namespace):
-        if args.ranks:
+        if args.ranks:  # as grpo.py runs
+            model.keep_freed_memory()
             self.dist = model.setup(0)
         else:
             self.dist = model.Dist(0, 1, torch.device(args.device))
@@ -489,6 +493,7 @@ class GrpoStep:
 def grpo_step(args: argparse.Namespace) -> Comparison:
     """A whole step (encode, sample, score, update) against TRL's, and the update alone against one
     on full rows."""
+    # 1. the update alone, on the same groups
     step = GrpoStep(args)
     groups = step.sample(0)
     ours = step.make_update()
@@ -509,6 +514,7 @@ def grpo_step(args: argparse.Namespace) -> Comparison:
         same_update,
         args,
     )
+    # 2. the whole step
     if importlib.util.find_spec("trl"):
         with tempfile.TemporaryDirectory() as folder:
             pairs["step"] = compare(
@@ -641,8 +647,8 @@ def sft_step(args: argparse.Namespace) -> Comparison:
 
     def packed(turn):
         batch = model.to_device(sft.pack(rows), args.device)
-        loss, count, _ = sft.token_loss(our_net, batch)
-        return training_step(loss / count, our_net, our_optimizer)
+        sums = sft.token_loss(our_net, batch)
+        return training_step(sums.loss / sums.tokens, our_net, our_optimizer)
 
     def padded(turn):
         inputs, is_target = plain_inputs(backbone, rows, args.device)
@@ -697,12 +703,14 @@ def write_noise_episodes(folder: str, side: int) -> None:
 def head_step(args: argparse.Namespace) -> Comparison:
     """The step of vla.py on cached features against the same with the frozen backbone in the loop;
     the head of the speedrun preset, at 3b and 7b that of the paper's."""
+    # 1. settings
     settings = dict(vla.PRESETS["paper" if args.size in ("3b", "7b") else "speedrun"])
     if args.batch is not None:
         settings["batch"] = args.batch
     if args.vl_layers is not None:
         settings["vl_layers"] = args.vl_layers
     with tempfile.TemporaryDirectory() as folder:
+        # 2. features, from the disk or from the backbone
         write_noise_episodes(folder, args.image)
         cfg = vla.Config(**{**settings, "data": folder, "out": f"{folder}/out"})
         backbone = make_backbone(args)
@@ -712,6 +720,7 @@ def head_step(args: argparse.Namespace) -> Comparison:
         cached = vla.build_cache(backbone, frames, cfg, dist)
         live = vla.LiveFeatures(backbone, frames, cfg, args.device)
 
+        # 3. twice the same head
         torch.manual_seed(0)
         head_config = vla.HeadConfig(
             vl_dim=backbone.net.config.text_config.hidden_size,
@@ -727,6 +736,7 @@ def head_step(args: argparse.Namespace) -> Comparison:
         our_head = vla.FlowHead(head_config).to(args.device)
         peer_head = copy.deepcopy(our_head)
 
+        # 4. train
         def make_step(head, source):
             betas = (cfg.beta1, cfg.beta2)
             optimizer = model.make_optimizer(head, cfg.lr, cfg.weight_decay, betas, cfg.muon)
@@ -955,11 +965,12 @@ def main(argv: list[str] | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    model.quiet_libraries()
     if args.device == "cpu":
         torch.set_num_threads(1)
     torch.manual_seed(0)
     if args.keep_memory:
-        model.setup(0)
+        model.keep_freed_memory()
     comparison = COMMANDS[args.command](args)
     record = make_record(argv, args, comparison)
     if not args.json:
