@@ -566,9 +566,9 @@ def greedy_answers(
     answers = []
     for k in range(0, len(samples), size):
         rows = []
-        for messages, images, _, sample_id in samples[k : k + size]:
-            pixels = [read_image(image, sample_id) for image in images]
-            rows.append(model.encode(backbone, messages[:1], pixels, prompt_only=True))
+        for sample in samples[k : k + size]:
+            images = [read_image(image, sample.sample_id) for image in sample.images]
+            rows.append(model.encode(backbone, sample.messages[:1], images, prompt_only=True))
         generated = model.generate(backbone, rows, max_new_tokens=max_new_tokens, greedy=True)
         for ids in generated["ids"]:
             text = backbone.tokenizer.decode(ids, skip_special_tokens=True)
