@@ -215,12 +215,14 @@ def chain_metrics(lengths: list[int]) -> dict[str, Interval]:
 class HeldOutPrompts(NamedTuple):
     """Prompts at random steps of held-out episodes, and what was done there."""
 
-    rows: list[dict]  # B rows, as model.encode gives them
+    rows: list[model.Row]  # B of them
     targets: list[list[int]]  # B lists of action ids
     chunks: np.ndarray  # (B, K, A), dataset units
 
 
-def held_out_prompts(backbone, data: str, count: int, seed: int, think: bool) -> HeldOutPrompts:
+def held_out_prompts(
+    backbone: model.Backbone, data: str, count: int, seed: int, think: bool
+) -> HeldOutPrompts:
     """`count` prompts at random steps of the episodes in `data`; the same for each checkpoint."""
     tokenizer = backbone.action_tokenizer
     episodes = fast_tokenizer.read_episodes(data, 0, tokenizer)
@@ -245,22 +247,47 @@ class Scores(NamedTuple):
     distinct_actions: int  # lists of action ids, of those that decode
 
 
+def complete(
+    backbone: model.Backbone, prompts: HeldOutPrompts, n: int, greedy: bool, args
+) -> list[list[int]]:
+    """B * n lists of token ids, those of a prompt side by side."""
+    samples = model.generate(
+        backbone,
+        prompts.rows,
+        n,
+        args.max_new_tokens,
+        greedy=greedy,
+        seed=args.seed,
+        rollout_batch=args.batch,
+    )
+    completions = []
+    for ids, mask in zip(samples["ids"], samples["mask"].bool(), strict=True):
+        completions.append(ids[mask].tolist())
+    return completions
+
+
 def score_completions(
-    backbone, ids: list[list[int]], n: int, prompts: HeldOutPrompts, kind: str, think: bool
+    backbone: model.Backbone,
+    completions: list[list[int]],
+    n: int,
+    prompts: HeldOutPrompts,
+    kind: str,
+    think: bool,
 ) -> Scores:
     """Scores of B * n completions, those of a prompt side by side. kind: one of grpo.REWARDS.
 
     "l1" is over the completions that decode, in normalised units (range 2), and leaves out prompts
-    without one; r_f says how many there are."""
+    without one; r_f says how many there are.
+    1. reward   2. distance of the decoded actions   3. means of each prompt   4. what differs"""
     # 1. reward
     targets = [target for target in prompts.targets for _ in range(n)]
-    reward, parts = grpo.reward(backbone, ids, targets, kind, think)
+    reward, parts = grpo.reward(backbone, completions, targets, kind, think)
 
-    # 2. distance of the decoded actions; a malformed completion decodes to NaN
+    # 2. distance of the decoded actions; a completion that is not in the format decodes to NaN
     action_ids = []
-    for completion, well_formed in zip(ids, parts["r_f"], strict=True):
+    for completion, r_f in zip(completions, parts["r_f"], strict=True):
         parsed = model.parse_actions(backbone, completion)
-        action_ids.append(parsed.action_ids if well_formed else [])
+        action_ids.append(parsed.action_ids if r_f else [])
     decoded, _ = backbone.action_tokenizer.decode(action_ids)  # (B * n, K, A)
     demonstrated = prompts.chunks.repeat(n, axis=0)  # (B * n, K, A)
     stats = backbone.action_tokenizer.stats
@@ -276,15 +303,20 @@ def score_completions(
     any_decodes = np.isfinite(l1).any(1)  # (B,)
     means["l1"] = np.nanmean(l1[any_decodes], 1) if any_decodes.any() else np.zeros(0)
 
-    # 4. has the policy collapsed?
-    thoughts = {backbone.tokenizer.decode(row).split("</think>")[0] for row in ids}
-    actions = {tuple(action) for action in action_ids if action}
+    # 4. what differs: few distinct actions to many prompts are a collapsed policy
+    thoughts = {backbone.tokenizer.decode(ids).split("</think>")[0] for ids in completions}
+    actions = {tuple(ids) for ids in action_ids if ids}
     return Scores(means, len(thoughts), len(actions))
 
 
 def action_tokens(args: argparse.Namespace):
-    """`evaluate.py actions`: format rate, r_a, L1; thinking and direct; sampled and greedy."""
+    """`evaluate.py actions`: format rate, r_a, L1; thinking and direct; sampled and greedy.
+
+    1. the model, with an action tokenizer for the targets   2. complete and score held-out prompts
+    3. metrics"""
     started = time.time()
+
+    # 1. the model, with an action tokenizer for the targets
     backbone = model.load(args.policy, device=args.device, stages=("base", "sft", "grpo"))
     if backbone.action_tokenizer is None:
         if not args.action_tokenizer:
@@ -299,20 +331,12 @@ def action_tokens(args: argparse.Namespace):
     for mode, think in (("think", True), ("direct", False)):
         prompts = held_out_prompts(backbone, args.data, args.prompts, args.seed, think)
         for style, n in (("sampled", args.samples), ("greedy", 1)):
-            samples = model.generate(
-                backbone,
-                prompts.rows,
-                n,
-                args.max_new_tokens,
-                greedy=style == "greedy",
-                seed=args.seed,
-                rollout_batch=args.batch,
-            )
-            ids = []
-            for completion, mask in zip(samples["ids"], samples["mask"].bool(), strict=True):
-                ids.append(completion[mask].tolist())
-            scores = score_completions(backbone, ids, n, prompts, args.reward, think)
+            # 2. complete and score held-out prompts
+            completions = complete(backbone, prompts, n, style == "greedy", args)
+            scores = score_completions(backbone, completions, n, prompts, args.reward, think)
+            print_scores(mode, style, scores, len(completions), prompts.targets)
 
+            # 3. metrics
             for name, values in scores.means.items():
                 metrics[f"{mode} {style} {name}"] = bootstrap(values)
                 if name in ("reward", "r_a"):
@@ -321,9 +345,8 @@ def action_tokens(args: argparse.Namespace):
                 ("distinct thoughts", scores.distinct_thoughts),
                 ("distinct actions", scores.distinct_actions),
             ):
-                total = {"mean": count, "low": None, "high": None, "n": len(ids)}
-                metrics[f"{mode} {style} {name}"] = total
-            print_scores(mode, style, scores, len(ids), prompts.targets)
+                of_all = {"mean": count, "low": None, "high": None, "n": len(completions)}
+                metrics[f"{mode} {style} {name}"] = of_all
     write_metrics(metrics, paired, args, started)
 
 
@@ -547,6 +570,7 @@ def main(argv: list[str] | None = None):
     asked = argv[0] if argv else ""
     args = make_parser(asked).parse_args(argv)
     args.argv = argv  # noted in the results file
+    model.quiet_libraries()
     args.run(args)
 
 
