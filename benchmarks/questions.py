@@ -69,6 +69,9 @@ def save_image(folder: Path, name: str, image) -> str:
 
 
 # ---- Scores --------------------------------------------------------------------------------------
+#
+# Each is a function (answer, right answer, row, its folder, unit of points) -> 0 .. 1, whatever of
+# these it needs.
 
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
 PAIR = rf"[(\[]\s*({NUMBER})\s*,\s*({NUMBER})\s*[)\]]"  # RoboPoint's and Qwen's way to point
