@@ -1175,8 +1175,8 @@ def learning_rate(
         return lr * (step + 1) / (warmup_steps + 1)
     if schedule == "constant":
         return lr
-    done = (step - warmup_steps) / max(1, steps - warmup_steps)  # share of the cosine
-    return lr * 0.5 * (1 + np.cos(np.pi * done))
+    angle = np.pi * (step - warmup_steps) / max(1, steps - warmup_steps)  # 0 .. pi
+    return lr * 0.5 * (1 + np.cos(angle))
 
 
 def clip_gradients(params: Iterable[nn.Parameter], max_grad_norm: float) -> float:
