@@ -13,20 +13,48 @@ Our deviations: the features of all frames are computed once and memory-mapped (
 several (time, noise) draws share a frame's features (--draws); averaged weights act (--ema-decay).
 
 Reads --init, --data. Writes runs/vla/{log.jsonl, features/, step_*/, final/}.
-OMP_NUM_THREADS=1 python vla.py speedrun            # one CPU core, 0.1 s a step
-torchrun --nproc_per_node 1 vla.py --batch 256     # one GPU
-torchrun --nproc_per_node 8 vla.py paper --init runs/grpo-paper --data data/libero     # 8 GPUs"""
+OMP_NUM_THREADS=1 python vla.py              # tabletop; 12 minutes on one CPU core. With torchrun
+                                             # --nproc_per_node N on N of them, or on N GPUs
+python vla.py speedrun --init I --data D     # I, D as in speedrun.sh; 6 minutes on one CPU core.
+                                 # After SFT and RL 76% of 1,000 trials succeed [73.7, 78.9]
+torchrun --nproc_per_node 8 vla.py paper --init runs/grpo-paper --data data/libero
+                                             # 8 GPUs; not run here at full size
+
+Read first: Config, "Flow-matching head", main. "Data" and "Features of the frozen backbone" can
+wait; "Policy" and "Carrying out chunks" are for who drives a robot.
+
+Legend: B frames of a batch, R draws of a frame, K chunk length, A action dimensions, S state
+dimensions, T tokens of a prompt, F future tokens, N frames of the data or tokens in a block,
+D width, H attention heads, d head width, L layers of the backbone. A mask is 1 where it counts.
+"""
 
 import copy
 import functools
 import hashlib
 import shutil
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple, TypedDict
 
 import numpy as np
+
+from fast_tokenizer import (
+    Stats,
+    action_chunks,
+    answer_help,
+    normalize,
+    read_episodes,
+    read_stats,
+    split_episodes,
+    unnormalize,
+)
+
+if __name__ == "__main__":
+    answer_help(__file__)  # --help need not wait for torch
+
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -37,42 +65,43 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import model
-from fast_tokenizer import (
-    action_chunks,
-    read_stats,
-    read_episodes,
-    normalize,
-    split_episodes,
-    unnormalize,
-)
+
+# ---- Config --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Config:
     preset: str = ""
-    init: str = "runs/grpo"  # checkpoint of stage base, sft or grpo; or hub name
+
+    # data
     data: str = "data/tabletop/episodes"  # folder of episodes and stats.json
+    cameras: str = "image"  # camera names of the episodes, separated by commas
     max_episodes: int = 0  # only the first episodes; 0: all
     stride: int = 1  # use every stride-th frame of an episode: neighbours say nearly the same
-    out: str = "runs/vla"  # run folder
-    seed: int = 0  # order of the frames, noise, initial weights of the head
+    holdout_share: float = 0.05  # share of the episodes, the last ones, for evaluation; 0: none
+    horizon: int = 8  # actions in a chunk, K
+
+    # features of the backbone
+    init: str = "runs/grpo"  # checkpoint of stage base, sft or grpo; or hub name
     layer: int = 0  # LLM layer whose output conditions the head; 0: 0.64 of the depth
     think: bool = False  # mode line of the prompt: think first, or answer directly
-    cameras: str = "image"  # camera names of the episodes, separated by commas
     max_pixels: int = 0  # larger images are shrunk to so many pixels; 0: as the backbone says
-    shards: int = 0  # ranks that share one copy of the weights, more nodes mirror it; 0: all ranks
-    horizon: int = 8  # actions in a chunk, K
+
+    # head
     dim: int = 128  # width of the head
     layers: int = 4  # blocks of the head; even ones read the features
     heads: int = 4  # attention heads
     vl_layers: int = 1  # self-attention blocks over the features; 0: none
     future_tokens: int = 4  # learned tokens between state and actions
     dropout: float = 0.0  # in the head
-    cache: str = "features"  # features: the backbone runs once, before training; none: in each step
-    cache_dir: str = ""  # folder of the cached features; empty: features/ in --out
+
+    # schedule
+    seed: int = 0  # order of the frames, noise, initial weights of the head
     steps: int = 2000  # optimizer steps
     batch: int = 64  # frames a step, over all ranks
     draws: int = 2  # (time, noise) pairs a frame and step, which share its features
+
+    # optimizer
     lr: float = 1e-3  # peak learning rate
     warmup_ratio: float = 0.05  # share of the steps; cosine to 0 after it
     beta1: float = 0.95  # AdamW
@@ -81,481 +110,169 @@ class Config:
     max_grad_norm: float = 1.0  # gradient norm; 0: no clipping
     muon: bool = False  # inner matrices by orthogonalised momentum (Muon) instead of AdamW
     ema_decay: float = 0.999  # decay of the averaged weights that the policy uses; 0: no average
-    holdout_share: float = (
-        0.05  # share of the episodes, the last ones, kept for evaluation; 0: none
-    )
-    eval_rows: int = 256  # held-out frames of one evaluation
+
+    # time and memory: the results are the same up to rounding
+    cache: str = "features"  # features: the backbone runs once, before training; none: in each step
+    shards: int = 0  # ranks that share one copy of the weights, more nodes mirror it; 0: all ranks
+
+    # does not affect results
+    out: str = "runs/vla"  # run folder
+    cache_dir: str = ""  # folder of the cached features; empty: features/ in --out
+    resume: bool = False  # continue from the newest step_* in --out
+    log_every: int = 50  # steps
     eval_every: int = 500  # steps; 0: only at the end
+    eval_rows: int = 256  # held-out frames of one evaluation
     save_every: int = 1000  # steps; 0: only at the end
     keep: int = 0  # newest checkpoints step_* that stay; 0: all
-    log_every: int = 50  # steps
-    resume: bool = False  # continue from the newest step_* in --out
 
 
 PRESETS = {
     "tabletop": {},
     "speedrun": {
-        "stride": 2,
-        "horizon": 5,
-        "vl_layers": 0,
-        "future_tokens": 0,
-        "steps": 2200,
-        "lr": 4e-3,
-        "muon": True,
-        "save_every": 0,
+        "stride": 2, "horizon": 5, "vl_layers": 0, "future_tokens": 0,
+        "steps": 2200, "lr": 4e-3, "muon": True, "save_every": 0,
     },
     "paper": {
-        "init": "runs/grpo-paper",
-        "data": "data/libero",
-        "out": "runs/vla-paper",
-        "horizon": 16,
-        "dim": 1536,
-        "layers": 16,
-        "heads": 32,
-        "vl_layers": 4,
-        "future_tokens": 32,
-        "dropout": 0.2,
-        "cache": "none",
-        "steps": 60000,
-        "batch": 32,
-        "draws": 1,
-        "lr": 1e-4,
-        "ema_decay": 0.0,
-        "eval_every": 2000,
-        "save_every": 10000,
+        "init": "runs/grpo-paper", "data": "data/libero", "out": "runs/vla-paper", "horizon": 16,
+        "dim": 1536, "layers": 16, "heads": 32, "vl_layers": 4, "future_tokens": 32, "dropout": 0.2,
+        "cache": "none", "steps": 60000, "batch": 32, "draws": 1, "lr": 1e-4, "ema_decay": 0.0,
+        "eval_every": 2000, "save_every": 10000,
     },
-}
+}  # fmt: skip
 
 
-# Data: numbers in memory, frames on disk
+def check_config(cfg: Config) -> None:
+    """ValueError for a flag whose value makes no sense."""
+    if cfg.cache not in ("features", "none"):
+        raise ValueError(f"--cache {cfg.cache}: choose features or none")
+    if min(cfg.draws, cfg.layers, cfg.stride) < 1 or not 0 <= cfg.ema_decay < 1:
+        raise ValueError(
+            f"--draws {cfg.draws}, --layers {cfg.layers}, --stride {cfg.stride}, "
+            f"--ema-decay {cfg.ema_decay}; the first three start at 1, ema lies in [0, 1)"
+        )
+
+
+# ---- Data: numbers in memory, frames on disk -----------------------------------------------------
+
+
+class Place(NamedTuple):
+    """Where a frame comes from."""
+
+    episode: int  # its number in FrameDataset.episodes
+    step: int  # of that episode, 0 .. T-1
 
 
 class FrameDataset:
-    """All frames of a folder of episodes, each with its state and the K actions that follow it.
+    """Every stride-th frame of a folder of episodes, each with its state and the K actions that
+    follow it. Frames are numbered through; of two episodes of 3 and 4 steps, with --stride 2 and
+    --horizon 2:
+
+        frame    0    1    2    3
+        episode  0    0    1    1
+        step     0    2    0    2
+        actions  0 1  2 2  0 1  2 3     their steps; past the end the last one repeats
+        mask     1 1  1 0  1 1  1 1
 
     state (N, S) and action (N, K, A) are normalised by q01/q99 -> [-1, 1], not clipped; mask (N, K)
-    is 0 past the end of the episode. train and held are ranges of frame numbers 0..N-1.
+    is 0 past the end of the episode. train and held are the ranges of frames to train on and to
+    evaluate on; frame_ranges those of each episode.
     ValueError naming what does not fit; FileNotFoundError without episodes."""
 
-    def __init__(self, cfg):
-        self.files, self.cameras = read_episodes(cfg.data, cfg.max_episodes), cfg.cameras.split(",")
-        self.stats = read_stats(cfg.data, self.files)
-        for f in self.files:
-            if missing := [c for c in self.cameras if c not in f.cameras]:
-                raise ValueError(
-                    f"{f.path}: no camera {missing[0]!r}; choose --cameras among "
-                    f"{', '.join(f.cameras)}"
-                )
-        longest = max(map(len, self.files))
+    def __init__(self, cfg: Config):
+        self.episodes = read_episodes(cfg.data, cfg.max_episodes)
+        self.cameras = cfg.cameras.split(",")
+        self.stats = read_stats(cfg.data, self.episodes)
+        self.stride = cfg.stride
+        self._check(cfg)
+
+        # 1. the numbers of each episode's frames
+        counts, states, chunks, masks = [], [], [], []
+        for episode in self.episodes:
+            steps = np.arange(0, len(episode), cfg.stride)
+            steps_left = len(episode) - steps  # to the end, this one among them
+            counts.append(len(steps))
+            states.append(episode.state[steps])
+            chunks.append(action_chunks(episode, cfg.horizon)[steps])
+            masks.append(np.arange(cfg.horizon) < steps_left[:, None])
+        state = normalize(np.concatenate(states), self.stats["state"])
+        action = normalize(np.concatenate(chunks), self.stats["action"])
+        self.state = state.astype(np.float32)  # (N, S)
+        self.action = action.astype(np.float32)  # (N, K, A)
+        self.mask = np.concatenate(masks)  # (N, K)
+
+        # 2. which frames are whose
+        self.ends = np.cumsum(counts)
+        self.frame_ranges = []
+        for end, count in zip(self.ends.tolist(), counts, strict=True):
+            self.frame_ranges.append(range(end - count, end))
+
+        # 3. which are held out
+        train_episodes = self.episodes
+        if cfg.holdout_share > 0:
+            train_episodes, _ = split_episodes(self.episodes, cfg.holdout_share)
+        train_count = self.frame_ranges[len(train_episodes) - 1].stop
+        self.train = range(train_count)
+        self.held = range(train_count, len(self.mask))
+
+    def _check(self, cfg):
+        for episode in self.episodes:
+            for camera in self.cameras:
+                if camera not in episode.cameras:
+                    raise ValueError(
+                        f"{episode.path}: no camera {camera!r}; choose --cameras among "
+                        f"{', '.join(episode.cameras)}"
+                    )
+        longest = max(len(episode) for episode in self.episodes)
         if not 0 < cfg.horizon <= longest:
             raise ValueError(
                 f"--horizon {cfg.horizon} is not in 1..{longest}, the length of the "
                 f"longest episode of {cfg.data}"
             )
-        left = [np.arange(len(f), 0, -cfg.stride) for f in self.files]  # steps to the episode's end
-        self.stride, self.ends = cfg.stride, np.cumsum([len(x) for x in left])
-        self.numbers = [range(end - len(x), end) for x, end in zip(left, self.ends.tolist())]
-        state = np.concatenate([f.state[:: cfg.stride] for f in self.files])
-        action = np.concatenate([action_chunks(f, cfg.horizon)[:: cfg.stride] for f in self.files])
-        self.state = normalize(state, self.stats["state"]).astype(np.float32)  # (N, S)
-        self.action = normalize(action, self.stats["action"]).astype(np.float32)  # (N, K, A)
-        self.mask = np.arange(cfg.horizon) < np.concatenate(left)[:, None]  # (N, K)
-        kept = (
-            split_episodes(self.files, cfg.holdout_share)[0]
-            if cfg.holdout_share > 0
-            else self.files
-        )
-        cut = int(self.ends[len(kept) - 1])
-        self.train, self.held = range(cut), range(cut, len(self.mask))
 
-    def at(self, i):
-        """Frame number -> (episode number, step)."""
-        e = int(np.searchsorted(self.ends, i, side="right"))
-        return e, (int(i) - self.numbers[e][0]) * self.stride
+    def locate(self, frame_id: int) -> Place:
+        """Number of a frame -> where it comes from."""
+        episode = int(np.searchsorted(self.ends, frame_id, side="right"))
+        index = int(frame_id) - self.frame_ranges[episode].start
+        return Place(episode, index * self.stride)
 
-    def batch(self, ids):
-        """FrameDataset as model.stop_if_not_finite saves them; what was seen in them follows from their numbers."""
-        where = [f"{self.files[e].path}:{t}" for e, t in map(self.at, ids)]
+    def observation(self, frame_id: int) -> tuple[list[np.ndarray], str]:
+        """-> the images of the cameras, each uint8 (H, W, 3), and the instruction."""
+        place = self.locate(frame_id)
+        episode = self.episodes[place.episode]
+        images = [episode.frame(place.step, camera) for camera in self.cameras]
+        return images, episode.task
+
+    def replay(self, frame_ids: np.ndarray) -> Iterator[dict]:
+        """A batch as model.stop_if_not_finite() saves it. What the model saw of it follows from the
+        numbers of the frames. A generator: nothing is looked up unless a step fails."""
+        sample_ids = []
+        for frame_id in frame_ids:
+            place = self.locate(frame_id)
+            sample_ids.append(f"{self.episodes[place.episode].path}:{place.step}")
         yield {
-            "sample_id": where,
-            "frame": ids,
-            "state": self.state[ids],
-            "action": self.action[ids],
+            "sample_id": sample_ids,
+            "frame": frame_ids,
+            "state": self.state[frame_ids],
+            "action": self.action[frame_ids],
         }
 
 
-@functools.lru_cache(2)
-def shuffled(seed, n, number):
-    """The order of pass `number` over n frames."""
-    return model.rng(seed, "pass", number).permutation(n)
+@functools.lru_cache(2)  # a step may begin in one pass and end in the next
+def pass_order(seed: int, frame_count: int, number: int) -> np.ndarray:
+    """The order of the frames in pass `number` over them."""
+    return model.rng(seed, "pass", number).permutation(frame_count)
 
 
-def sample_order(cfg, n, step):
-    """The `batch` frame numbers of a step: a function of (seed, step), each frame once a pass."""
-    at = range(step * cfg.batch, (step + 1) * cfg.batch)
-    return np.array([shuffled(cfg.seed, n, i // n)[i % n] for i in at])
+def sample_order(cfg: Config, frame_count: int, step: int) -> np.ndarray:
+    """Numbers of a step's frames (batch,): a function of (seed, step), each frame once a pass."""
+    frame_ids = []
+    for draw in range(step * cfg.batch, (step + 1) * cfg.batch):  # counted over the whole run
+        number, index = divmod(draw, frame_count)
+        frame_ids.append(pass_order(cfg.seed, frame_count, number)[index])
+    return np.array(frame_ids)
 
 
-# Features of the frozen backbone
-
-
-def prompt_row(backbone, images, instruction, think, memo):
-    """The action prompt as a row of model.collate, in training and evaluation alike. The same words
-    and image sizes give the same tokens, which `memo` (a dict) keeps; then only pixels are cut."""
-    key = (instruction, think, *(image.shape for image in images))
-    if key in memo:
-        patches = np.concatenate(
-            [model.patchify(image, backbone.image_spec)[0] for image in images]
-        )
-        return {**memo[key], "patches": patches}
-    messages = model.action_prompt(instruction, think, len(images))
-    row = model.encode(backbone, messages, images, prompt_only=True)
-    memo[key] = {**row, "patches": None}
-    return row
-
-
-def compute_dtype(device):
-    """The one place that names the compute type of backbone and head."""
-    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-
-
-def truncate(net, layer):
-    """Keeps the first `layer` LLM blocks; hidden() then gives what the last puts out, unnormed."""
-    lm = net.model.language_model
-    if not 0 < layer <= len(lm.layers):
-        raise ValueError(f"layer {layer} is not in 1..{len(lm.layers)}; choose one of these")
-    lm.layers, lm.norm = lm.layers[:layer], nn.Identity()
-    lm.config.num_hidden_layers = layer
-    if getattr(lm.config, "layer_types", None):
-        lm.config.layer_types = lm.config.layer_types[:layer]
-
-
-def freeze_backbone(backbone, layer):
-    """Cuts the backbone after `layer` of its L blocks (0: round(0.64 L)) and freezes it. -> its
-    final norm, which the features do without and save_policy() puts back."""
-    lm = backbone.net.model.language_model
-    norm = lm.norm
-    truncate(backbone.net, layer or round(0.64 * len(lm.layers)))
-    backbone.net.requires_grad_(False).eval()
-    return norm
-
-
-@torch.no_grad()
-def encode_prompts(backbone, rows, device):
-    """Rows -> features (B, T, D), mask (B, T), or None where no row is padded."""
-    batch = model.to_device(model.collate(rows, backbone.vocab.pad), device)
-    same = all(len(r["ids"]) == len(rows[0]["ids"]) for r in rows)
-    return model.hidden_states(backbone.net, batch), None if same else batch["mask"]
-
-
-class LiveFeatures:
-    """Features by running the backbone on each batch (--cache none)."""
-
-    def __init__(self, backbone, frames, cfg, device):
-        self.backbone, self.frames, self.think, self.device, self.memo = (
-            backbone,
-            frames,
-            cfg.think,
-            device,
-            {},
-        )
-
-    def read(self, ids):
-        """Frame numbers -> prompts."""
-        seen = [(self.frames.files[e], t) for e, t in map(self.frames.at, ids)]
-        return [
-            prompt_row(
-                self.backbone,
-                [file.frame(t, camera) for camera in self.frames.cameras],
-                file.task,
-                self.think,
-                self.memo,
-            )
-            for file, t in seen
-        ]
-
-    def features(self, rows):
-        return encode_prompts(self.backbone, rows, self.device)
-
-
-class CachedFeatures:
-    """Features from disk (--cache features): for each episode a file of its name with the tensor
-    "features" (frames, T, D), read by slice. fp16 on CPU; bf16 on GPU, the type they come in."""
-
-    def __init__(self, folder, frames, device):
-        self.frames, self.device, self.files = frames, device, []
-        for episode in frames.files:
-            path = folder / episode.path.name
-            try:
-                self.files.append(safe_open(path, "pt").get_slice("features"))
-            except (SafetensorError, OSError) as e:
-                raise ValueError(f"{path}: {e}; delete {folder} to compute it again") from e
-
-    def read(self, ids):
-        places = ((e, t // self.frames.stride) for e, t in map(self.frames.at, ids))
-        return [self.files[e][t : t + 1][0] for e, t in places]  # (T, D) each
-
-    def features(self, feats):
-        length = torch.tensor([len(f) for f in feats])
-        feats = pad_sequence(feats, batch_first=True)  # (B, T, D)
-        mask = torch.arange(feats.shape[1]) < length[:, None]  # (B, T)
-        return feats.to(self.device), None if mask.all() else mask.to(self.device)
-
-
-def digest(items):
-    sha = hashlib.sha256()
-    for item in items:
-        sha.update(item)
-    return sha.hexdigest()
-
-
-def fingerprint(backbone, frames, rows, cfg):
-    """What the features depend on: weights, prompts (words, mode, images), layer, files."""
-    stat = [(f.path.name, f.path.stat().st_size, f.path.stat().st_mtime_ns) for f in frames.files]
-    weights = sorted(backbone.net.model.state_dict().items())
-    return {
-        "backbone": digest(
-            w.contiguous().reshape(-1).view(torch.uint8).cpu().numpy() for _, w in weights
-        ),
-        "layer": len(backbone.net.model.language_model.layers),
-        "type": str(backbone.net.dtype),
-        "prompts": digest(row["ids"].tobytes() for row in rows),
-        "images": repr(backbone.image_spec),
-        "cameras": cfg.cameras,
-        "stride": cfg.stride,
-        "episodes": digest([repr(stat).encode()]),
-    }
-
-
-def build_cache(backbone, frames, cfg, dist, size=64):
-    """Runs the backbone over all frames, split over the ranks by episodes, unless the folder holds
-    the very same features already. -> CachedFeatures. ValueError when it holds other ones."""
-    folder, numbers = Path(cfg.cache_dir or Path(cfg.out) / "features"), frames.numbers
-    folder.mkdir(parents=True, exist_ok=True)
-    loop = LiveFeatures(backbone, frames, cfg, dist.device)
-    rows = loop.read([n[0] for n in numbers])  # the others of an episode are as long
-    made_from, path = fingerprint(backbone, frames, rows, cfg), folder / "fingerprint.json"
-    if path.exists():
-        stored = model.read_json(path)
-        if stale := [k for k in made_from if stored.get(k) != made_from[k]]:
-            raise ValueError(
-                f"{folder}: features of other {', '.join(stale)} than this run's; "
-                "delete the folder or name another --cache-dir"
-            )
-        return CachedFeatures(folder, frames, dist.device)
-    need = sum(len(n) * len(r["ids"]) for n, r in zip(numbers, rows)) * 2 / 1e9
-    need, free = (
-        need * backbone.net.config.text_config.hidden_size,
-        shutil.disk_usage(folder).free / 1e9,
-    )
-    if need > free:
-        raise ValueError(
-            f"{folder}: the features take {need:.1f} GB, {free:.1f} are free; name "
-            "another --cache-dir or use --cache none"
-        )
-    kind = torch.float16 if backbone.net.dtype == torch.float32 else backbone.net.dtype
-    mine = list(zip(frames.files, numbers))[dist.rank :: dist.world_size]
-    for file, n in tqdm(mine, "features", unit="episode", disable=None if dist.rank == 0 else True):
-        parts = (n[k : k + size] for k in range(0, len(n), size))
-        feats = torch.cat([loop.features(loop.read(part))[0].to(kind).cpu() for part in parts])
-        if not feats.isfinite().all():
-            raise ValueError(
-                f"{file.path}: its features are not finite as {kind}; check the "
-                "checkpoint, or use --cache none"
-            )
-        save_file({"features": feats}, folder / file.path.name)
-    if distributed.is_initialized():
-        distributed.barrier()
-    if dist.rank == 0:  # last and atomically: a folder without it is incomplete, and computed again
-        model.write_json(path, made_from)
-    return CachedFeatures(folder, frames, dist.device)
-
-
-# The policy
-
-
-class Policy:
-    """A trained checkpoint as a function (images, instruction, state) -> the next K actions.
-
-    Attributes: horizon K, action_dim A, cameras (names, in the order in which images are given).
-    Call n draws its noise from (seed, n): row b of a batch gets the same at any batch size."""
-
-    def __init__(self, backbone, head, spec, device, seed=0):
-        self.backbone, self.head, self.spec, self.device = (
-            backbone,
-            head.eval(),
-            spec,
-            torch.device(device),
-        )
-        self.horizon, self.action_dim = head.cfg.horizon, head.cfg.action_dim
-        self.cameras, self.seed, self.calls, self.memo = spec["cameras"], seed, 0, {}
-
-    @classmethod
-    def load(cls, path, device="cpu", seed=0):
-        """path: a checkpoint of vla.py, or its run folder. ValueError for one of another stage."""
-        folder = model.find_checkpoint(path)
-        backbone = model.load(folder, device, compute_dtype(device), stages=("vla",))
-        if "policy" not in backbone.run:
-            raise ValueError(f"{path}: no policy; train one from it with vla.py --init {path}")
-        spec = backbone.run["policy"]
-        freeze_backbone(backbone, spec["layer"])
-        head = FlowHead(HeadConfig(**spec["head"]))
-        head.load_state_dict(load_file(folder / "head.safetensors"))
-        return cls(backbone, head.to(device), spec, device, seed)
-
-    def act(self, images, instruction, state):
-        """One observation: uint8 image (H, W, 3), or a list with one for each camera; state (S,) in
-        dataset units -> (K, A) float32 in dataset units."""
-        return self.act_batch([images], [instruction], np.asarray(state)[None])[0]
-
-    @torch.no_grad()
-    def act_batch(self, images, instructions, states, keys=None):
-        """B observations: images a list of what `act` takes, instructions a list of texts, states
-        (B, S) -> (B, K, A) float32, not clipped. keys: numbers for each row, by which its noise is
-        drawn, whatever the batch. ValueError when sizes or values do not fit."""
-        states, size = np.asarray(states, np.float32), (len(images), self.head.cfg.state_dim)
-        if states.shape != size or len(instructions) != len(images):
-            raise ValueError(
-                f"{len(images)} images, {len(instructions)} instructions and states "
-                f"{states.shape}; give as many of each, states {size}"
-            )
-        if not np.isfinite(states).all():
-            row = np.flatnonzero(~np.isfinite(states).all(1))[0]
-            raise ValueError(f"state {row} is not finite; repair the observation")
-        rows = []
-        for views, instruction in zip(images, instructions):
-            views = [views] if getattr(views, "ndim", 0) == 3 else list(views)
-            if len(views) != len(self.cameras):
-                raise ValueError(
-                    f"{len(views)} images; the policy was trained with the cameras "
-                    f"{', '.join(self.cameras)}"
-                )
-            rows.append(
-                prompt_row(self.backbone, views, instruction, self.spec["think"], self.memo)
-            )
-        state = torch.from_numpy(normalize(states, self.spec["stats"]["state"]))  # (B, S)
-        shape = (len(rows), self.horizon, self.action_dim)
-        noise = (
-            np.stack(
-                [
-                    model.rng(self.seed, "row", *key).standard_normal(shape[1:], np.float32)
-                    for key in keys
-                ]
-            )
-            if keys
-            else model.rng(self.seed, "policy", self.calls).standard_normal(shape, np.float32)
-        )
-        self.calls += 1
-        feats, mask = encode_prompts(self.backbone, rows, self.device)
-        with autocast(self.device):
-            x = self.head.sample(
-                feats, mask, state.to(self.device), torch.from_numpy(noise).to(self.device)
-            )  # (B, K, A)
-        return unnormalize(x.cpu().numpy(), self.spec["stats"]["action"])
-
-
-class ChunkExecutor:
-    """What one robot carries out of the chunks predicted for it; in simulation and in the server.
-
-    execute: actions of a chunk before the next forward; 0: half of the horizon. ensemble: 0, the
-    newest chunk alone; m > 0, the mean of all chunks that reach a step, the oldest weighing 1, the
-    next exp(-m), and so on: temporal ensembling, as in ACT (arXiv 2304.13705, section IV-A).
-    """
-
-    def __init__(self, horizon, execute=0, ensemble=0.0):
-        self.execute, self.ensemble = execute or max(1, horizon // 2), ensemble
-        most = horizon - 1 if ensemble else horizon  # chunks must overlap for an ensemble
-        if not 0 < self.execute <= most or ensemble < 0:
-            raise ValueError(
-                f"--execute {execute} --ensemble {ensemble}: execute 1 to {most} of the "
-                f"{horizon} actions in a chunk; an ensemble is 0 or more"
-            )
-        self.reset()
-
-    def reset(self):
-        self.past, self.task = [], None
-
-    def __call__(self, chunk, task):
-        """Chunk (K, A) predicted now -> the actions to carry out (execute, A). ChunkExecutor that were
-        predicted for another instruction are forgotten."""
-        past = self.past if self.ensemble and task == self.task else []  # oldest first
-        past = [c[self.execute :] for c in past if len(c) > self.execute]
-        self.past, self.task = [*past, chunk], task
-        said = [[c[i] for c in self.past if i < len(c)] for i in range(self.execute)]
-        return np.stack(
-            [np.average(x, 0, np.exp(-self.ensemble * np.arange(len(x)))) for x in said]
-        ).astype(chunk.dtype)
-
-
-def autocast(device):
-    return torch.autocast(
-        device.type, torch.bfloat16, enabled=compute_dtype(device) != torch.float32
-    )
-
-
-# Training
-
-
-def training_targets(frames, ids, device):
-    """Frame numbers (B,) -> state (B, S), action (B, K, A), action mask (B, K, A)."""
-    mask = np.repeat(frames.mask[ids][..., None], frames.action.shape[2], axis=2)
-    return [torch.from_numpy(x).to(device) for x in (frames.state[ids], frames.action[ids], mask)]
-
-
-def flow_loss(head, source, frames, cfg, step, fetched, dist):
-    """This rank's part of a step's loss, such that the average over ranks is the mean over the
-    global batch. fetched: (global ids (batch,), source.read of this rank's) -> (loss, info)."""
-    ids, rows = fetched
-    part = slice(
-        dist.rank * cfg.batch // dist.world_size, (dist.rank + 1) * cfg.batch // dist.world_size
-    )
-    drawn = head.draw(model.rng(cfg.seed, "flow", step), cfg.batch, cfg.draws)
-    state, action, mask = training_targets(frames, ids[part], dist.device)
-    count = int(frames.mask[ids].sum()) * action.shape[2] * cfg.draws  # known without asking ranks
-    with autocast(dist.device):
-        return head.loss(
-            *source.features(rows),
-            state,
-            action,
-            mask,
-            drawn=[x[part] for x in drawn],
-            count=count / dist.world_size,
-        )
-
-
-@torch.no_grad()
-def evaluate(head, source, frames, cfg, dist):
-    """Held-out frames, evenly spaced: flow loss, L1 and squared error of sampled chunks, in
-    normalised units (range 2) a counted element. -> {name: value}, {} without held-out episodes."""
-    n = min(cfg.eval_rows, len(frames.held))
-    if n == 0:
-        return {}
-    ids = np.linspace(frames.held[0], frames.held[-1], n).astype(int)
-    drawn = head.draw(model.rng(cfg.seed, "held"), n)  # the same at each evaluation
-    first = head.draw(model.rng(cfg.seed, "sample"), n)[0][:, 0]  # (n, K, A)
-    share, size, total = -(-n // dist.world_size), cfg.batch // dist.world_size, np.zeros(4)
-    head.eval()
-    for k in range(0, share, size):  # the same number of forwards on each rank
-        at = dist.rank * share + np.arange(k, min(k + size, share))
-        real, at = torch.from_numpy(at < n).to(dist.device), np.minimum(at, n - 1)
-        state, action, mask = training_targets(frames, ids[at], dist.device)
-        mask = mask * real[:, None, None]
-        with autocast(dist.device):
-            seen = source.features(source.read(ids[at]))
-            info = head.loss(*seen, state, action, mask, drawn=[x[at] for x in drawn])[1]
-            x = head.sample(*seen, state, first[at].to(dist.device))
-        error = (x - action) * mask
-        total += [
-            float(v) for v in (info["sum"], info["count"], error.abs().sum(), error.square().sum())
-        ]
-    head.train()
-    if isinstance(head, FSDPModule):
-        head.reshard()  # else the gathered weights of before the next update would stay
-    loss, count, l1, mse = model.all_sum(total.tolist())
-    return {"held_loss": loss / count, "held_l1": l1 / count, "held_mse": mse / count}
-
-
-# Flow-matching action head
+# ---- Flow-matching head: the idea ----------------------------------------------------------------
 
 TIME_SCALE = 0.999  # s of t = (s - u) / s, u ~ Beta(1.5, 1)
 
@@ -578,10 +295,28 @@ class HeadConfig:
     dropout: float = 0.0  # after each attention and MLP of the DiT and VL blocks (0.2)
 
 
-def sinusoid(time, dim):
-    """Sines and cosines of `time` (...,), in buckets, at dim / 2 frequencies -> (..., dim) fp32."""
-    rate = torch.exp(torch.arange(dim // 2, device=time.device) * (-2 * np.log(1e4) / dim))
-    angle = time.float()[..., None] * rate  # (..., D / 2)
+class Context(NamedTuple):
+    """What the head reads of the features, computed once for all Euler steps and draws."""
+
+    keys_values: list[tuple[torch.Tensor, torch.Tensor]]  # (B, T, D) each, for blocks 0, 2, 4, ...
+    mask: torch.Tensor | None  # (B, 1, 1, T); None: all tokens count
+
+
+class Draws(NamedTuple):
+    """R (noise, time) pairs of each frame."""
+
+    noise: torch.Tensor  # (B, R, K, A), standard normal
+    time: torch.Tensor  # (B, R) in [0, 1]: 0 is pure noise, 1 the action
+
+    def rows(self, indices: slice | np.ndarray) -> "Draws":
+        """Those of some frames of the batch."""
+        return Draws(self.noise[indices], self.time[indices])
+
+
+def sinusoid(bucket: torch.Tensor, dim: int) -> torch.Tensor:
+    """Sines and cosines of time (...,), in buckets, at dim / 2 frequencies -> (..., dim) fp32."""
+    rate = torch.exp(torch.arange(dim // 2, device=bucket.device) * (-2 * np.log(1e4) / dim))
+    angle = bucket.float()[..., None] * rate  # (..., D / 2)
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
@@ -589,7 +324,7 @@ class FlowBlock(nn.Module):
     """Pre-norm attention and MLP. `ada`: scale and shift of the first norm come from the time, with
     no gates (N1.5's AdaLayerNorm). `cross`: keys and values are given, not made from x."""
 
-    def __init__(self, dim, heads, dropout=0.0, ada=False, cross=False):
+    def __init__(self, dim: int, heads: int, dropout: float = 0.0, ada=False, cross=False):
         super().__init__()
         self.heads = heads
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=not ada)
@@ -602,42 +337,63 @@ class FlowBlock(nn.Module):
         )
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x, time=None, kv=None, mask=None):
+    def forward(self, x, time=None, kv=None, mask=None) -> torch.Tensor:
         """x (B*R, N, D), time (B*R or 1, D), kv two (B, T, D), mask (B, 1, 1, T) -> like x."""
+        # 1. norm
         h = self.norm1(x)
         if self.ada is not None:
             scale, shift = self.ada(time)[:, None].chunk(2, dim=-1)  # (B*R, 1, D) each
             h = torch.addcmul(shift, h, 1 + scale)
-        # The R draws of a sample stand one behind the other on the query axis: attention treats
-        # queries independently, so one K/V serves them all without a copy.
-        q = self.qkv(h)
-        parts = q.chunk(3, dim=-1) if kv is None else (q.view(len(kv[0]), -1, q.shape[-1]), *kv)
-        q, k, v = (p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in parts)
+        # 2. attention. The R draws of a frame stand one behind the other on the query axis:
+        # attention treats queries independently, so one K/V serves them all without a copy.
+        if kv is None:
+            q, k, v = self.qkv(h).chunk(3, dim=-1)  # (B*R, N, D) each
+        else:
+            k, v = kv
+            q = self.qkv(h).view(len(k), -1, h.shape[-1])  # (B, R*N, D)
+        q = self._split_heads(q)
+        k = self._split_heads(k)
+        v = self._split_heads(v)
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, R*N, d)
-        x = x + self.drop(self.proj(h.transpose(1, 2).reshape(x.shape)))
+        h = h.transpose(1, 2).reshape(x.shape)  # (B*R, N, D)
+        x = x + self.drop(self.proj(h))
+        # 3. MLP
         return x + self.drop(self.mlp(self.norm2(x)))
 
+    def _split_heads(self, x):
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, N or T, d)
 
+
+# fork point: the action head. The rest calls draw(), loss() and sample(), and reads `cfg`.
 class FlowHead(nn.Module):
     """Flow-matching action head after GR00T N1.5 (arXiv 2503.14734 and its released source): tokens
-    [state | future tokens | noised actions] pass a DiT that reads the features of the backbone.
+    pass a DiT that reads the features of the backbone.
+
+        tokens            state | F future tokens | K noised actions
+        block 0, 2, ...   they read the features: cross-attention
+        block 1, 3, ...   they read each other: self-attention
+        decoder                                     K velocities
 
     Differences from N1.5: padding of the features is masked (its release leaves the mask unused);
     one embodiment; keys and values of all cross-attention blocks come from one matrix, once for all
     Euler steps and noise draws; no output projection of the DiT, which another linear map follows.
     """
 
-    def __init__(self, cfg):
+    def __init__(self, cfg: HeadConfig):
         super().__init__()
         for name, width in (("dim", cfg.dim), ("vl_dim", cfg.vl_dim)):
             if width % cfg.heads or width % 2:
                 raise ValueError(f"{name} {width} must be even and a multiple of {cfg.heads} heads")
-        self.cfg, dim = cfg, cfg.dim
-        self.vl_norm = nn.LayerNorm(cfg.vl_dim, elementwise_affine=cfg.vl_layers > 0)  # else: kv
+        self.cfg = cfg
+        dim = cfg.dim
+        # The order of what follows is that in which the initial weights are drawn.
+        # Without blocks between them, kv does all that an affine norm could.
+        self.vl_norm = nn.LayerNorm(cfg.vl_dim, elementwise_affine=cfg.vl_layers > 0)
         self.vl_blocks = nn.ModuleList(
             FlowBlock(cfg.vl_dim, cfg.heads, cfg.dropout) for _ in range(cfg.vl_layers)
         )
-        self.kv = nn.Linear(cfg.vl_dim, (cfg.layers + 1) // 2 * 2 * dim)
+        cross_blocks = (cfg.layers + 1) // 2
+        self.kv = nn.Linear(cfg.vl_dim, cross_blocks * 2 * dim)
         self.state_in = nn.Sequential(nn.Linear(cfg.state_dim, dim), nn.ReLU(), nn.Linear(dim, dim))
         self.action_in = nn.Linear(cfg.action_dim, dim)
         self.action_mix = nn.Sequential(nn.Linear(2 * dim, dim), nn.SiLU(), nn.Linear(dim, dim))
@@ -645,82 +401,692 @@ class FlowHead(nn.Module):
         self.future = nn.Parameter(torch.randn(cfg.future_tokens, dim) * 0.02)
         self.time_in = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
         self.blocks = nn.ModuleList(
-            FlowBlock(dim, cfg.heads, cfg.dropout, True, i % 2 == 0) for i in range(cfg.layers)
+            FlowBlock(dim, cfg.heads, cfg.dropout, ada=True, cross=i % 2 == 0)
+            for i in range(cfg.layers)
         )
         self.norm_out = nn.LayerNorm(dim, elementwise_affine=False)
         self.ada_out = nn.Linear(dim, 2 * dim)
         self.decoder = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, cfg.action_dim))
 
-    def context(self, feats, mask):
-        """Features (B, T, D) and mask (B, T), or None when all count -> what each block and Euler
-        step reads of them: k, v (B, T, dim) for each cross-attention block, mask (B, 1, 1, T)."""
-        mask = None if mask is None else mask.bool()[:, None, None]  # (B, 1, 1, T)
+    def context(self, feats: torch.Tensor, mask: torch.Tensor | None) -> Context:
+        """Features (B, T, vl_dim) and mask (B, T), or None when all count."""
+        if mask is not None:
+            mask = mask.bool()[:, None, None]  # (B, 1, 1, T)
         x = self.vl_norm(feats.float())
         for block in self.vl_blocks:
             x = block(x, mask=mask)  # (B, T, vl_dim)
         kv = self.kv(x).split(self.cfg.dim, dim=-1)  # k of block 0, v of block 0, k of block 2, ...
-        return list(zip(kv[::2], kv[1::2])), mask
+        return Context(list(zip(kv[::2], kv[1::2], strict=True)), mask)
 
-    def velocity(self, noised, time, state, context):
-        """noised (B*R, K, A), time (B*R or 1,) in [0, 1], state token (B*R, 1, D), context of B
-        samples -> velocity (B*R, K, A)."""
-        kv, mask = context
-        bucket = (time * self.cfg.buckets).long()  # (B*R,)
-        h = self.action_in(noised)  # (B*R, K, D)
-        pace = sinusoid(bucket, self.cfg.dim).to(h.dtype)  # (B*R, D)
-        paces = pace[:, None].expand(len(h), h.shape[1], -1)
-        h = self.action_mix(torch.cat([h, paces], dim=-1)) + self.position
-        x = torch.cat([state, self.future.expand(len(h), -1, -1), h], dim=1)  # (B*R, 1+F+K, D)
-        t = self.time_in(pace)  # (B*R, D)
+    def velocity(self, x_t, t, state, context: Context) -> torch.Tensor:
+        """Noised actions x_t (B*R, K, A), time t (B*R or 1,) in [0, 1], state token (B*R, 1, D),
+        context of B frames -> velocity v_t (B*R, K, A)."""
+        # 1. the time
+        bucket = (t * self.cfg.buckets).long()  # (B*R,)
+        actions = self.action_in(x_t)  # (B*R, K, D)
+        time_waves = sinusoid(bucket, self.cfg.dim).to(actions.dtype)  # (B*R, D)
+        time_embedding = self.time_in(time_waves)  # (B*R, D)
+        # 2. the tokens: each action knows the time and its place in the chunk
+        waves_each = time_waves[:, None].expand(len(actions), actions.shape[1], -1)  # (B*R, K, D)
+        actions = self.action_mix(torch.cat([actions, waves_each], dim=-1)) + self.position
+        future = self.future.expand(len(actions), -1, -1)  # (B*R, F, D)
+        x = torch.cat([state, future, actions], dim=1)  # (B*R, 1+F+K, D)
+        # 3. the blocks
         for i, block in enumerate(self.blocks):
-            x = block(x, t) if i % 2 else block(x, t, kv[i // 2], mask)
-        scale, shift = self.ada_out(t)[:, None].chunk(2, dim=-1)
-        x = torch.addcmul(shift, self.norm_out(x[:, -noised.shape[1] :]), 1 + scale)
-        return self.decoder(x)  # (B*R, K, A)
+            if i % 2 == 0:
+                x = block(x, time_embedding, context.keys_values[i // 2], context.mask)
+            else:
+                x = block(x, time_embedding)
+        # 4. the velocity, of the action tokens alone
+        x = self.norm_out(x[:, -x_t.shape[1] :])  # (B*R, K, D)
+        scale, shift = self.ada_out(time_embedding)[:, None].chunk(2, dim=-1)
+        return self.decoder(torch.addcmul(shift, x, 1 + scale))  # (B*R, K, A)
 
-    def draw(self, rng, batch, draws=1):
-        """Noise (B, R, K, A) ~ N(0, 1) and time (B, R) from a numpy generator; time is (s - u) / s
-        with u ~ Beta(1.5, 1) clamped at s, so that most of it lies near pure noise."""
+    def draw(self, rng: np.random.Generator, batch: int, draws: int = 1) -> Draws:
+        """Noise and time of `batch` frames, `draws` of each. Time is (s - u) / s with u ~
+        Beta(1.5, 1) clamped at s, so that most of it lies near pure noise."""
         u = np.minimum(rng.beta(1.5, 1.0, (batch, draws)), TIME_SCALE)
         shape = (batch, draws, self.cfg.horizon, self.cfg.action_dim)
-        noise = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
-        return noise, torch.from_numpy((TIME_SCALE - u) / TIME_SCALE).float()
+        noise = rng.standard_normal(shape, dtype=np.float32)
+        t = (TIME_SCALE - u) / TIME_SCALE
+        return Draws(torch.from_numpy(noise), torch.from_numpy(t).float())
 
-    def loss(self, feats, mask, state, action, action_mask, drawn, count=None):
-        """Masked flow-matching loss of one batch with R (noise, time) pairs a sample, which share
+    def loss(
+        self, feats, mask, state, action, action_mask, drawn: Draws, count: float | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Masked flow-matching loss of one batch with R (noise, time) pairs a frame, which share
         the VL path: at small sizes it costs more than the DiT. -> (loss fp32, {"sum", "count"}).
 
-        feats (B, T, D), mask (B, T) or None; state (B, S) and action (B, K, A) normalised;
+        feats (B, T, vl_dim), mask (B, T) or None; state (B, S) and action (B, K, A) normalised;
         action_mask (B, K, A) 0 past an episode's end and in padded dimensions. drawn: as draw()
         gives it. count: the divisor, None = the number of counted elements here (at least 1)."""
-        noise, time = (x.to(action.device) for x in drawn)
-        t, draws = time[:, :, None, None], time.shape[1]  # (B, R, 1, 1)
-        noised = (1 - t) * noise + t * action[:, None]  # (B, R, K, A)
-        target = action[:, None] - noise  # fork point: the path and its velocity
-        start = self.state_in(state)[:, None].repeat_interleave(draws, dim=0)  # (B*R, 1, D)
+        noise, time = drawn
+        noise = noise.to(action.device)
+        time = time.to(action.device)
+        draws = time.shape[1]
+        # fork point: the flow path, here straight from noise at t = 0 to the action at t = 1. How
+        # often each t is drawn: draw().
+        t = time[:, :, None, None]  # (B, R, 1, 1)
+        x_t = (1 - t) * noise + t * action[:, None]  # (B, R, K, A)
+        u_t = action[:, None] - noise  # its velocity, the target
+
+        state_token = self.state_in(state)[:, None].repeat_interleave(draws, dim=0)  # (B*R, 1, D)
         context = self.context(feats, mask)
-        v = self.velocity(noised.flatten(0, 1), time.flatten(), start, context)  # (B*R, K, A)
-        error = (v.float().view_as(target) - target).square() * action_mask[:, None]
-        total, here = error.sum(), action_mask.sum() * draws
-        loss = total / (here.clamp(min=1) if count is None else count)
-        return loss, {"sum": total.detach(), "count": here}
+        v_t = self.velocity(x_t.flatten(0, 1), time.flatten(), state_token, context)  # (B*R, K, A)
+        error = (v_t.float().view_as(u_t) - u_t).square() * action_mask[:, None]  # (B, R, K, A)
+        error_sum = error.sum()
+        counted = action_mask.sum() * draws
+        divisor = counted.clamp(min=1) if count is None else count
+        return error_sum / divisor, {"sum": error_sum.detach(), "count": counted}
 
     @torch.no_grad()
-    def sample(self, feats, mask, state, noise):
-        """Features (B, T, D), mask (B, T), normalised state (B, S), noise (B, K, A) -> normalised
-        chunks (B, K, A) fp32, by `steps` Euler steps."""
-        context, start = self.context(feats, mask), self.state_in(state)[:, None]  # (B, 1, D)
-        x = noise.float()
+    def sample(self, feats, mask, state, noise) -> torch.Tensor:
+        """Features (B, T, vl_dim), mask (B, T) or None, normalised state (B, S), noise (B, K, A) ->
+        normalised chunks (B, K, A) fp32, by `steps` Euler steps along the velocity."""
+        context = self.context(feats, mask)
+        state_token = self.state_in(state)[:, None]  # (B, 1, D)
+        x_t = noise.float()
         for i in range(self.cfg.steps):
-            time = torch.full((1,), i / self.cfg.steps, device=x.device)
-            x = x + self.velocity(x, time, start, context).float() / self.cfg.steps
-        return x
+            t = torch.full((1,), i / self.cfg.steps, device=x_t.device)
+            v_t = self.velocity(x_t, t, state_token, context).float()
+            x_t = x_t + v_t / self.cfg.steps
+        return x_t
 
 
-def make_heads(sizes, newest, cfg, dist):
+# ---- Features of the frozen backbone -------------------------------------------------------------
+
+
+class Features(NamedTuple):
+    """What the backbone puts out at the chosen layer, for each token of a prompt."""
+
+    feats: torch.Tensor  # (B, T, vl_dim)
+    mask: torch.Tensor | None  # (B, T); None: no row is padded
+
+
+def compute_dtype(device: str | torch.device) -> torch.dtype:
+    """The one place that names the compute type of backbone and head."""
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """The head computes in this type, its weights and the flow stay in fp32."""
+    lower = compute_dtype(device) != torch.float32
+    return torch.autocast(device.type, torch.bfloat16, enabled=lower)
+
+
+def truncate(net: nn.Module, layer: int) -> None:
+    """Keeps the first `layer` LLM blocks. model.hidden_states() then gives what the last one puts
+    out, without the final norm."""
+    language_model = net.model.language_model
+    blocks = language_model.layers
+    if not 0 < layer <= len(blocks):
+        raise ValueError(f"layer {layer} is not in 1..{len(blocks)}; choose one of these")
+    language_model.layers = blocks[:layer]
+    language_model.norm = nn.Identity()
+    config = language_model.config
+    config.num_hidden_layers = layer
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layer]
+
+
+def freeze_backbone(backbone: model.Backbone, layer: int) -> nn.Module:
+    """Cuts the backbone after `layer` of its L blocks (0: round(0.64 L)) and freezes it. -> its
+    final norm, which the features do without and save_policy() puts back."""
+    language_model = backbone.net.model.language_model
+    final_norm = language_model.norm
+    # fork point: the feature layer. Which tokens of it are read: encode_prompts().
+    layer = layer or round(0.64 * len(language_model.layers))
+    truncate(backbone.net, layer)
+    backbone.net.requires_grad_(False).eval()
+    return final_norm
+
+
+def prompt_row(
+    backbone: model.Backbone,
+    images: Sequence[np.ndarray],
+    instruction: str,
+    think: bool,
+    memo: dict,
+) -> model.Row:
+    """The action prompt as a row, in training and evaluation alike. The same words and image sizes
+    give the same tokens, which `memo` keeps from call to call; then only pixels are cut."""
+    key = (instruction, think, *(image.shape for image in images))
+    if key in memo:
+        patches = [model.patchify(image, backbone.image_spec)[0] for image in images]
+        return {**memo[key], "patches": np.concatenate(patches)}
+    messages = model.action_prompt(instruction, think, len(images))
+    row = model.encode(backbone, messages, images, prompt_only=True)
+    memo[key] = {**row, "patches": None}
+    return row
+
+
+@torch.no_grad()
+def encode_prompts(
+    backbone: model.Backbone, prompts: Sequence[model.Row], device: str | torch.device
+) -> Features:
+    """The features of all image and text tokens of the prompts."""
+    batch = model.to_device(model.collate(prompts, backbone.vocab.pad), device)
+    lengths = {len(prompt["ids"]) for prompt in prompts}
+    mask = None if len(lengths) == 1 else batch["mask"]
+    return Features(model.hidden_states(backbone.net, batch), mask)
+
+
+class LiveFeatures:
+    """Features by running the backbone on each batch (--cache none).
+
+    read(frame_ids) is what a thread may do ahead of training, on the CPU; features(what it gave)
+    is the rest. CachedFeatures has the same two."""
+
+    def __init__(
+        self, backbone: model.Backbone, frames: FrameDataset, cfg: Config, device: torch.device
+    ):
+        self.backbone = backbone
+        self.frames = frames
+        self.think = cfg.think
+        self.device = device
+        self.memo = {}
+
+    def read(self, frame_ids: Iterable[int]) -> list[model.Row]:
+        prompts = []
+        for frame_id in frame_ids:
+            images, instruction = self.frames.observation(frame_id)
+            prompts.append(prompt_row(self.backbone, images, instruction, self.think, self.memo))
+        return prompts
+
+    def features(self, prompts: list[model.Row]) -> Features:
+        return encode_prompts(self.backbone, prompts, self.device)
+
+
+class CachedFeatures:
+    """Features from disk (--cache features): for each episode a file of its name with the tensor
+    "features" (frames, T, vl_dim), read by slice. fp16 on CPU; bf16 on GPU, the type they come in.
+    """
+
+    def __init__(self, folder: Path, frames: FrameDataset, device: torch.device):
+        self.frames = frames
+        self.device = device
+        self.tensors = []  # of each episode, on disk
+        for episode in frames.episodes:
+            path = folder / episode.path.name
+            try:
+                self.tensors.append(safe_open(path, "pt").get_slice("features"))
+            except (SafetensorError, OSError) as e:
+                raise ValueError(f"{path}: {e}; delete {folder} to compute it again") from e
+
+    def read(self, frame_ids: Iterable[int]) -> list[torch.Tensor]:
+        stored = []
+        for frame_id in frame_ids:
+            place = self.frames.locate(frame_id)
+            index = place.step // self.frames.stride
+            stored.append(self.tensors[place.episode][index : index + 1][0])  # (T, vl_dim)
+        return stored
+
+    def features(self, stored: list[torch.Tensor]) -> Features:
+        lengths = torch.tensor([len(feats) for feats in stored])  # (B,)
+        feats = pad_sequence(stored, batch_first=True)  # (B, T, vl_dim)
+        mask = torch.arange(feats.shape[1]) < lengths[:, None]  # (B, T)
+        return Features(feats.to(self.device), None if mask.all() else mask.to(self.device))
+
+
+FeatureSource = LiveFeatures | CachedFeatures
+
+FRAMES_AT_ONCE = 64  # in a forward that fills the cache
+
+
+def build_cache(
+    backbone: model.Backbone, frames: FrameDataset, cfg: Config, dist: model.Dist
+) -> CachedFeatures:
+    """Runs the backbone over all frames, split over the ranks by episodes, unless the folder holds
+    the very same features already. ValueError when it holds other ones."""
+    folder = Path(cfg.cache_dir or Path(cfg.out) / "features")
+    folder.mkdir(parents=True, exist_ok=True)
+    live = LiveFeatures(backbone, frames, cfg, dist.device)
+    first_prompts = live.read([frame_range[0] for frame_range in frames.frame_ranges])
+
+    # 1. are they there already? The fingerprint is written last: a folder without it is incomplete
+    made_from = fingerprint(backbone, frames, first_prompts, cfg)
+    fingerprint_path = folder / "fingerprint.json"
+    if fingerprint_path.exists():
+        stored = model.read_json(fingerprint_path)
+        stale = [name for name in made_from if stored.get(name) != made_from[name]]
+        if stale:
+            raise ValueError(
+                f"{folder}: features of other {', '.join(stale)} than this run's; "
+                "delete the folder or name another --cache-dir"
+            )
+        return CachedFeatures(folder, frames, dist.device)
+
+    # 2. is there room for them?
+    tokens = 0
+    for frame_range, prompt in zip(frames.frame_ranges, first_prompts, strict=True):
+        tokens += len(frame_range) * len(prompt["ids"])  # all prompts of an episode are as long
+    width = backbone.net.config.text_config.hidden_size
+    needed_gb = tokens * width * 2 / 1e9  # 16 bits a number
+    free_gb = shutil.disk_usage(folder).free / 1e9
+    if needed_gb > free_gb:
+        raise ValueError(
+            f"{folder}: the features take {needed_gb:.1f} GB, {free_gb:.1f} are free; name "
+            "another --cache-dir or use --cache none"
+        )
+
+    # 3. each rank makes those of its episodes
+    fp32 = backbone.net.dtype == torch.float32
+    stored_dtype = torch.float16 if fp32 else backbone.net.dtype
+    all_episodes = list(zip(frames.episodes, frames.frame_ranges, strict=True))
+    local_episodes = all_episodes[dist.rank :: dist.world_size]
+    no_bar = None if dist.rank == 0 else True  # None: a bar where stdout is a terminal
+    for episode, frame_range in tqdm(local_episodes, "features", unit="episode", disable=no_bar):
+        slices = []
+        for first in range(0, len(frame_range), FRAMES_AT_ONCE):
+            frame_ids = frame_range[first : first + FRAMES_AT_ONCE]
+            feats = live.features(live.read(frame_ids)).feats  # (FRAMES_AT_ONCE, T, vl_dim)
+            slices.append(feats.to(stored_dtype).cpu())
+        episode_feats = torch.cat(slices)  # (frames, T, vl_dim)
+        if not episode_feats.isfinite().all():
+            raise ValueError(
+                f"{episode.path}: its features are not finite as {stored_dtype}; check the "
+                "checkpoint, or use --cache none"
+            )
+        save_file({"features": episode_feats}, folder / episode.path.name)
+
+    # 4. when all have, rank 0 says what the folder holds
+    if distributed.is_initialized():
+        distributed.barrier()
+    if dist.rank == 0:
+        model.write_json(fingerprint_path, made_from)
+    return CachedFeatures(folder, frames, dist.device)
+
+
+def fingerprint(
+    backbone: model.Backbone, frames: FrameDataset, prompts: Sequence[model.Row], cfg: Config
+) -> dict[str, str | int]:
+    """What the features depend on: weights, prompts (words, mode, images), layer, files."""
+    files = []
+    for episode in frames.episodes:
+        stat = episode.path.stat()
+        files.append((episode.path.name, stat.st_size, stat.st_mtime_ns))
+    return {
+        "backbone": sha256_of(weight_bytes(backbone.net.model)),
+        "layer": len(backbone.net.model.language_model.layers),
+        "type": str(backbone.net.dtype),
+        "prompts": sha256_of(prompt["ids"].tobytes() for prompt in prompts),
+        "images": repr(backbone.image_spec),
+        "cameras": cfg.cameras,
+        "stride": cfg.stride,
+        "episodes": sha256_of([repr(files).encode()]),
+    }
+
+
+def weight_bytes(module: nn.Module) -> Iterator[np.ndarray]:
+    for _, weight in sorted(module.state_dict().items()):
+        yield weight.contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
+
+
+def sha256_of(pieces: Iterable[bytes | np.ndarray]) -> str:
+    sha = hashlib.sha256()
+    for piece in pieces:
+        sha.update(piece)
+    return sha.hexdigest()
+
+
+# ---- Policy --------------------------------------------------------------------------------------
+
+
+class PolicySpec(TypedDict):
+    """What acting needs beside the weights: "policy" in a checkpoint's run.json."""
+
+    head: dict  # HeadConfig
+    layer: int  # blocks of the cut backbone
+    think: bool  # mode line of the prompt
+    cameras: list[str]  # in the order in which images are given
+    stats: dict[str, Stats]  # of "state" and "action"
+
+
+class Policy:
+    """A trained checkpoint as a function (images, instruction, state) -> the next K actions.
+
+    Attributes: horizon K, action_dim A, cameras (names, in the order in which images are given).
+    Call n draws its noise from (seed, n): row b of a batch gets the same at any batch size."""
+
+    def __init__(
+        self,
+        backbone: model.Backbone,
+        head: FlowHead,
+        spec: PolicySpec,
+        device: str | torch.device,
+        seed: int = 0,
+    ):
+        self.backbone = backbone
+        self.head = head.eval()
+        self.spec = spec
+        self.device = torch.device(device)
+        self.seed = seed
+        self.horizon = head.cfg.horizon
+        self.action_dim = head.cfg.action_dim
+        self.cameras = spec["cameras"]
+        self.calls = 0
+        self.memo = {}  # of prompt_row()
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "cpu", seed: int = 0) -> "Policy":
+        """path: a checkpoint of vla.py, or its run folder. ValueError for one of another stage."""
+        folder = model.find_checkpoint(path)
+        backbone = model.load(folder, device, compute_dtype(device), stages=("vla",))
+        if "policy" not in backbone.run:
+            raise ValueError(f"{path}: no policy; train one from it with vla.py --init {path}")
+        spec = backbone.run["policy"]
+        freeze_backbone(backbone, spec["layer"])
+        head = FlowHead(HeadConfig(**spec["head"]))
+        head.load_state_dict(load_file(folder / "head.safetensors"))
+        return cls(backbone, head.to(device), spec, device, seed)
+
+    def act(
+        self, images: np.ndarray | Sequence[np.ndarray], instruction: str, state: np.ndarray
+    ) -> np.ndarray:
+        """One observation: uint8 image (H, W, 3), or a list with one for each camera; state (S,) in
+        dataset units -> (K, A) float32 in dataset units."""
+        return self.act_batch([images], [instruction], np.asarray(state)[None])[0]
+
+    @torch.no_grad()
+    def act_batch(
+        self,
+        images: Sequence[np.ndarray | Sequence[np.ndarray]],
+        instructions: Sequence[str],
+        states: np.ndarray | Sequence[np.ndarray],
+        keys: Sequence[Sequence[int]] | None = None,
+    ) -> np.ndarray:
+        """B observations: images a list of what `act` takes, instructions a list of texts, states
+        (B, S) -> (B, K, A) float32, not clipped. keys: numbers for each row, by which its noise is
+        drawn, whatever the batch. ValueError when sizes or values do not fit."""
+        # 1. check
+        states = np.asarray(states, np.float32)
+        self._check_states(states, len(images), len(instructions))
+        # 2. prompts, states and noise
+        prompts = []
+        for row_images, instruction in zip(images, instructions, strict=True):
+            views = self._views(row_images)
+            prompts.append(
+                prompt_row(self.backbone, views, instruction, self.spec["think"], self.memo)
+            )
+        state = torch.from_numpy(normalize(states, self.spec["stats"]["state"])).to(self.device)
+        noise = torch.from_numpy(self._noise(len(prompts), keys)).to(self.device)  # (B, K, A)
+        # 3. features, then the flow
+        features = encode_prompts(self.backbone, prompts, self.device)
+        with autocast(self.device):
+            chunks = self.head.sample(*features, state, noise)  # (B, K, A)
+        return unnormalize(chunks.cpu().numpy(), self.spec["stats"]["action"])
+
+    def _check_states(self, states, image_count, instruction_count):
+        expected_shape = (image_count, self.head.cfg.state_dim)
+        if states.shape != expected_shape or instruction_count != image_count:
+            raise ValueError(
+                f"{image_count} images, {instruction_count} instructions and states "
+                f"{states.shape}; give as many of each, states {expected_shape}"
+            )
+        is_finite = np.isfinite(states).all(1)  # (B,)
+        if not is_finite.all():
+            row = np.flatnonzero(~is_finite)[0]
+            raise ValueError(f"state {row} is not finite; repair the observation")
+
+    def _views(self, images):
+        """One image, or one for each camera -> a list with one for each camera."""
+        is_one_image = getattr(images, "ndim", 0) == 3
+        views = [images] if is_one_image else list(images)
+        if len(views) != len(self.cameras):
+            raise ValueError(
+                f"{len(views)} images; the policy was trained with the cameras "
+                f"{', '.join(self.cameras)}"
+            )
+        return views
+
+    def _noise(self, batch, keys):
+        """-> (B, K, A) float32; by the keys of each row, else by the number of the call."""
+        shape = (self.horizon, self.action_dim)
+        call = self.calls
+        self.calls += 1
+        if not keys:
+            rng = model.rng(self.seed, "policy", call)
+            return rng.standard_normal((batch, *shape), np.float32)
+        rows = []
+        for key in keys:
+            rows.append(model.rng(self.seed, "row", *key).standard_normal(shape, np.float32))
+        return np.stack(rows)
+
+
+# ---- Carrying out chunks -------------------------------------------------------------------------
+
+
+class ChunkExecutor:
+    """What one robot carries out of the chunks predicted for it; in simulation and in the server.
+
+    execute: actions of a chunk before the next forward; 0: half of the horizon. ensemble: 0, the
+    newest chunk alone; m > 0, the mean of all chunks that reach a step, the oldest weighing 1, the
+    next exp(-m), and so on: temporal ensembling, as in ACT (arXiv 2304.13705, section IV-A).
+
+    Chunks a, b, c of K = 5 actions, execute = 2:
+
+        step                   0    1    2    3    4    5
+        a, predicted at 0      a0   a1   a2   a3   a4
+        b, predicted at 2                b0   b1   b2   b3   ...
+        c, predicted at 4                          c0   c1   ...
+        ensemble 0             a0   a1   b0   b1   c0   c1
+        ensemble m             a0   a1   w(a2, b0)   w(a3, b1)   w(a4, b2, c0)   w(b3, c1)
+
+    where w(x, y, z) = (x + exp(-m) y + exp(-2m) z) / (1 + exp(-m) + exp(-2m))."""
+
+    def __init__(self, horizon: int, execute: int = 0, ensemble: float = 0.0):
+        self.execute = execute or max(1, horizon // 2)
+        self.ensemble = ensemble
+        most = horizon - 1 if ensemble else horizon  # chunks must overlap for an ensemble
+        if not 0 < self.execute <= most or ensemble < 0:
+            raise ValueError(
+                f"--execute {execute} --ensemble {ensemble}: execute 1 to {most} of the "
+                f"{horizon} actions in a chunk; an ensemble is 0 or more"
+            )
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all chunks, as at the start of an episode."""
+        self.chunks = []  # what is left of the chunks, from now on; oldest first
+        self.instruction = None
+
+    def __call__(self, chunk: np.ndarray, instruction: str) -> np.ndarray:
+        """Chunk (K, A) predicted now -> the actions to carry out (execute, A). Chunks that were
+        predicted for another instruction are forgotten."""
+        # 1. what earlier chunks say of the steps from now on
+        earlier = []
+        if self.ensemble and instruction == self.instruction:
+            earlier = [old[self.execute :] for old in self.chunks if len(old) > self.execute]
+        self.chunks = [*earlier, chunk]
+        self.instruction = instruction
+        # 2. the weighted mean at each step
+        actions = []
+        for i in range(self.execute):
+            predictions = [c[i] for c in self.chunks if i < len(c)]  # (A,) each
+            weights = np.exp(-self.ensemble * np.arange(len(predictions)))
+            actions.append(np.average(predictions, 0, weights))
+        return np.stack(actions).astype(chunk.dtype)
+
+
+# ---- Training ------------------------------------------------------------------------------------
+
+
+class Targets(NamedTuple):
+    """The numbers of a batch of frames, normalised."""
+
+    state: torch.Tensor  # (B, S)
+    action: torch.Tensor  # (B, K, A)
+    mask: torch.Tensor  # (B, K, A): 0 past the end of the episode
+
+
+class Fetched(NamedTuple):
+    """A step's frames, fetched while the step before it is computed."""
+
+    frame_ids: np.ndarray  # (batch,), of all ranks
+    local_inputs: list  # FeatureSource.read() of this rank's
+
+
+def training_targets(
+    frames: FrameDataset, frame_ids: np.ndarray, device: str | torch.device
+) -> Targets:
+    action_dim = frames.action.shape[2]
+    mask = np.repeat(frames.mask[frame_ids][..., None], action_dim, axis=2)
+    return Targets(
+        torch.from_numpy(frames.state[frame_ids]).to(device),
+        torch.from_numpy(frames.action[frame_ids]).to(device),
+        torch.from_numpy(mask).to(device),
+    )
+
+
+def local_slice(cfg: Config, dist: model.Dist) -> slice:
+    """This rank's part of a batch."""
+    return slice(
+        dist.rank * cfg.batch // dist.world_size, (dist.rank + 1) * cfg.batch // dist.world_size
+    )
+
+
+def flow_loss(
+    head: FlowHead, source: FeatureSource, frames, cfg, step: int, fetched: Fetched, dist
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """This rank's part of a step's loss, such that the average over ranks is the mean over the
+    global batch. -> (loss, info), as FlowHead.loss()."""
+    frame_ids, local_inputs = fetched
+    local = local_slice(cfg, dist)
+    targets = training_targets(frames, frame_ids[local], dist.device)
+    drawn = head.draw(model.rng(cfg.seed, "flow", step), cfg.batch, cfg.draws)  # of all ranks
+    # Counted elements of the global batch: each rank knows them without asking the others.
+    count = int(frames.mask[frame_ids].sum()) * frames.action.shape[2] * cfg.draws
+    with autocast(dist.device):
+        features = source.features(local_inputs)
+        return head.loss(
+            *features, *targets, drawn=drawn.rows(local), count=count / dist.world_size
+        )
+
+
+class StepInfo(NamedTuple):
+    loss_sum: float  # of this rank, over its counted elements
+    count: float  # of these
+    grad_norm: float  # of all ranks, before clipping
+    lr: float
+
+
+def train_step(
+    head: FlowHead, optim, source: FeatureSource, frames, cfg, step: int, fetched: Fetched, dist
+) -> StepInfo:
+    """One optimizer step; all ranks call it. ValueError when a number is not finite."""
+    local_ids = fetched.frame_ids[local_slice(cfg, dist)]
+    stop_if_not_finite = functools.partial(
+        model.stop_if_not_finite, cfg.out, f"step {step + 1}", dist, frames.replay(local_ids)
+    )
+    lr = model.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup_ratio)
+    for group in optim.param_groups:
+        group["lr"] = lr
+    if cfg.dropout:  # what it drops is a function of (seed, step, rank): resume is exact
+        torch.manual_seed(int(model.rng(cfg.seed, step, dist.rank).integers(2**31)))
+    loss, info = flow_loss(head, source, frames, cfg, step, fetched, dist)
+    stop_if_not_finite("loss", loss.item())
+    loss.backward()
+    grad_norm = model.clip_gradients(head.parameters(), cfg.max_grad_norm)
+    stop_if_not_finite("gradient norm", grad_norm)
+    optim.step()
+    optim.zero_grad()
+    return StepInfo(float(info["sum"]), float(info["count"]), grad_norm, lr)
+
+
+@torch.no_grad()
+def update_average(heads: dict[str, FlowHead], decay: float, step: int) -> None:
+    """head <- decay * head + (1 - decay) * raw; faster at first, when raw still changes much."""
+    averaged = model.local_shards(heads["head"].parameters())
+    raw = model.local_shards(heads["raw"].parameters())
+    torch._foreach_lerp_(averaged, raw, 1 - min(decay, (1 + step) / (10 + step)))
+
+
+@torch.no_grad()
+def evaluate(
+    head: FlowHead, source: FeatureSource, frames: FrameDataset, cfg: Config, dist: model.Dist
+) -> dict[str, float]:
+    """Held-out frames, evenly spaced: flow loss, L1 and squared error of sampled chunks, in
+    normalised units (range 2) a counted element. -> {name: value}, {} without held-out episodes."""
+    # 1. the frames, and their draws: the same at each evaluation
+    frame_count = min(cfg.eval_rows, len(frames.held))
+    if frame_count == 0:
+        return {}
+    frame_ids = np.linspace(frames.held[0], frames.held[-1], frame_count).astype(int)
+    loss_draws = head.draw(model.rng(cfg.seed, "held"), frame_count)
+    start_noise = head.draw(model.rng(cfg.seed, "sample"), frame_count).noise[:, 0]  # (., K, A)
+
+    # 2. this rank's, in as many forwards as on any other: where frames are missing, the last one
+    # fills in, and is not counted
+    rank_count = -(-frame_count // dist.world_size)  # rounded up
+    local_batch = cfg.batch // dist.world_size
+    sums = np.zeros(4)  # flow loss, counted elements, |error|, error squared
+    head.eval()
+    for first in range(0, rank_count, local_batch):
+        last = min(first + local_batch, rank_count)
+        indices = dist.rank * rank_count + np.arange(first, last)  # (B,)
+        is_real = torch.from_numpy(indices < frame_count).to(dist.device)
+        indices = np.minimum(indices, frame_count - 1)
+        state, action, mask = training_targets(frames, frame_ids[indices], dist.device)
+        mask = mask * is_real[:, None, None]
+        with autocast(dist.device):
+            features = source.features(source.read(frame_ids[indices]))
+            drawn = loss_draws.rows(indices)
+            _, info = head.loss(*features, state, action, mask, drawn=drawn)
+            sampled = head.sample(*features, state, start_noise[indices].to(dist.device))
+        error = (sampled - action) * mask  # (B, K, A)
+        sums += [
+            info["sum"].item(),
+            info["count"].item(),
+            error.abs().sum().item(),
+            error.square().sum().item(),
+        ]
+    head.train()
+    if isinstance(head, FSDPModule):
+        head.reshard()  # else the gathered weights of before the next update would stay
+
+    # 3. means over all ranks
+    loss, count, l1, squared = model.all_sum(sums.tolist())
+    return {"held_loss": loss / count, "held_l1": l1 / count, "held_mse": squared / count}
+
+
+# ---- Main ----------------------------------------------------------------------------------------
+
+
+def load_backbone(
+    cfg: Config, newest: Path | None, dist: model.Dist
+) -> tuple[model.Backbone, nn.Module]:
+    """The backbone of --init, or of the checkpoint to resume, frozen. -> it, and its final norm."""
+    backbone = model.load(
+        newest or cfg.init,
+        dist.build if cfg.cache == "none" else dist.device,
+        compute_dtype(dist.device),
+        stages=("vla",) if newest else ("base", "sft", "grpo"),
+        seed=cfg.seed,
+        max_pixels=cfg.max_pixels,
+    )
+    layer = backbone.run["policy"]["layer"] if newest else cfg.layer
+    return backbone, freeze_backbone(backbone, layer)
+
+
+def open_features(
+    backbone: model.Backbone, frames: FrameDataset, cfg: Config, dist: model.Dist
+) -> FeatureSource:
+    """Where the features come from, as --cache says."""
+    if cfg.cache == "none":
+        model.shard(backbone.net, dist, compute_dtype(dist.device))
+        return LiveFeatures(backbone, frames, cfg, dist.device)
+    # The net is whole on each rank, which run unequal numbers of batches.
+    source = build_cache(backbone, frames, cfg, dist)
+    backbone.net.cpu()  # out of the GPU's way
+    return source
+
+
+def make_heads(
+    head_config: HeadConfig, newest: Path | None, cfg: Config, dist: model.Dist
+) -> dict[str, FlowHead]:
     """-> {"head": the head that acts, and with --ema-decay "raw": the one that is trained}."""
     torch.manual_seed(cfg.seed)
-    heads = {"head": FlowHead(sizes).to(dist.device)}
+    heads = {"head": FlowHead(head_config).to(dist.device)}
     if cfg.ema_decay:
         heads["raw"] = copy.deepcopy(heads["head"])
     for name, head in heads.items():
@@ -733,149 +1099,113 @@ def make_heads(sizes, newest, cfg, dist):
     return heads
 
 
-@torch.no_grad()
-def update_average(heads, decay, step):
-    """head <- decay * head + (1 - decay) * raw; faster at first, when raw still changes much."""
-    ours, new = (
-        [p.to_local() if hasattr(p, "to_local") else p for p in heads[k].parameters()]
-        for k in ("head", "raw")
-    )
-    torch._foreach_lerp_(ours, new, 1 - min(decay, (1 + step) / (10 + step)))
-
-
-def save_policy(folder, backbone, norm, heads, run, **state):
+def save_policy(
+    folder: Path,
+    backbone: model.Backbone,
+    final_norm: nn.Module,
+    heads: dict[str, FlowHead],
+    run: dict,
+    optim: torch.optim.Optimizer | None = None,
+) -> None:
     """Self-contained: the cut backbone with its final norm (it loads in plain transformers), the
     head in head.safetensors, and in run.json under "policy" all else that acting needs."""
-    lm = backbone.net.model.language_model
-    lm.norm, bare = norm, lm.norm
-    model.save(folder, {"backbone": backbone, **heads}, run, **state)
-    lm.norm = bare
+    language_model = backbone.net.model.language_model
+    identity = language_model.norm  # of truncate()
+    language_model.norm = final_norm
+    model.save(folder, {"backbone": backbone, **heads}, run, optim)
+    language_model.norm = identity
 
 
-def prepare(cfg, dist):
-    """-> FrameDataset, frozen Backbone, its final norm, feature source, checkpoint to resume or None."""
-    if cfg.cache not in ("features", "none"):
-        raise ValueError(f"--cache {cfg.cache}: choose features or none")
-    if min(cfg.draws, cfg.layers, cfg.stride) < 1 or not 0 <= cfg.ema_decay < 1:
-        raise ValueError(
-            f"--draws {cfg.draws}, --layers {cfg.layers}, --stride {cfg.stride}, "
-            f"--ema-decay {cfg.ema_decay}; the first three start at 1, ema lies in [0, 1)"
-        )
-    frames, newest = FrameDataset(cfg), model.checkpoint_to_resume(cfg)
-    backbone = model.load(
-        newest or cfg.init,
-        dist.build if cfg.cache == "none" else dist.device,
-        compute_dtype(dist.device),
-        ("vla",) if newest else ("base", "sft", "grpo"),
-        cfg.seed,
-        max_pixels=cfg.max_pixels,
-    )
-    norm = freeze_backbone(backbone, backbone.run["policy"]["layer"] if newest else cfg.layer)
-    if cfg.cache == "none":
-        model.shard(backbone.net, dist, compute_dtype(dist.device))
-        return frames, backbone, norm, LiveFeatures(backbone, frames, cfg, dist.device), newest
-    # Whole on each rank, which run unequal numbers of batches; then out of the GPU's way.
-    source = build_cache(backbone, frames, cfg, dist)
-    backbone.net.cpu()
-    return frames, backbone, norm, source, newest
-
-
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     cfg = model.parse_config(Config, PRESETS, argv)
+    model.keep_freed_memory()
     dist = model.setup(cfg.seed, cfg.shards, cfg.batch)
-    frames, backbone, norm, source, newest = prepare(cfg, dist)
-    sizes = HeadConfig(
-        backbone.net.config.text_config.hidden_size,
-        cfg.dim,
-        cfg.layers,
-        cfg.heads,
-        cfg.vl_layers,
-        frames.state.shape[1],
-        frames.action.shape[2],
-        cfg.horizon,
-        cfg.future_tokens,
+    check_config(cfg)
+
+    # 1. and 2. frames, the frozen backbone cut after a layer, and its features
+    frames = FrameDataset(cfg)
+    newest = model.checkpoint_to_resume(cfg)
+    backbone, final_norm = load_backbone(cfg, newest, dist)
+    source = open_features(backbone, frames, cfg, dist)
+
+    # 3. the head, which reads them and the state, and its optimizer
+    head_config = HeadConfig(
+        vl_dim=backbone.net.config.text_config.hidden_size,
+        dim=cfg.dim,
+        layers=cfg.layers,
+        heads=cfg.heads,
+        vl_layers=cfg.vl_layers,
+        state_dim=frames.state.shape[1],
+        action_dim=frames.action.shape[2],
+        horizon=cfg.horizon,
+        future_tokens=cfg.future_tokens,
         dropout=cfg.dropout,
     )
-    heads = make_heads(sizes, newest, cfg, dist)
-    trained = "raw" if cfg.ema_decay else "head"
-    head = heads[trained].train()
+    heads = make_heads(head_config, newest, cfg, dist)
+    trained_name = "raw" if cfg.ema_decay else "head"
+    head = heads[trained_name].train()
     optim = model.make_optimizer(head, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2), cfg.muon)
-    start, unlogged = model.load_train_state(newest, {trained: head}, optim)
-    run = {
-        "stage": "vla",
-        "config": asdict(cfg),
-        "parent": cfg.init,
-        "policy": {
-            "head": asdict(sizes),
-            "layer": len(backbone.net.model.language_model.layers),
-            "think": cfg.think,
-            "cameras": frames.cameras,
-            "stats": frames.stats,
-        },
+    start, unlogged = model.load_train_state(newest, {trained_name: head}, optim)
+    unlogged = np.zeros(2) + unlogged  # loss_sum and count since the last line of the log
+
+    spec: PolicySpec = {
+        "head": asdict(head_config),
+        "layer": len(backbone.net.model.language_model.layers),
+        "think": cfg.think,
+        "cameras": frames.cameras,
+        "stats": frames.stats,
     }
-    write = functools.partial(save_policy, backbone=backbone, norm=norm, heads=heads, optim=optim)
-    log = model.Log(cfg.out, cfg, dist)
-    part = slice(
-        dist.rank * cfg.batch // dist.world_size, (dist.rank + 1) * cfg.batch // dist.world_size
+    run = {"stage": "vla", "config": asdict(cfg), "parent": cfg.init, "policy": spec}
+    save = functools.partial(
+        save_policy, backbone=backbone, final_norm=final_norm, heads=heads, optim=optim
     )
-    seconds, since, total = time.perf_counter(), start, np.zeros(2) + unlogged
+    local = local_slice(cfg, dist)
 
     def fetch(step):
-        ids = sample_order(cfg, len(frames.train), step)
-        return ids, source.read(ids[part])
+        frame_ids = sample_order(cfg, len(frames.train), step)
+        return Fetched(frame_ids, source.read(frame_ids[local]))
 
-    with ThreadPoolExecutor(1) as pool:  # frames or features of the next step
-        ahead = pool.submit(fetch, start)
+    model.stop_on_sigterm()
+    log = model.Log(cfg.out, cfg, dist)
+    clock = time.perf_counter()
+    logged_step = start
+    with ThreadPoolExecutor(1) as pool:
+        next_fetched = pool.submit(fetch, start)
         for step in range(start, cfg.steps):
-            fetched, ahead = ahead.result(), pool.submit(fetch, step + 1)
-            lr = model.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup_ratio)
-            for group in optim.param_groups:
-                group["lr"] = lr
-            if cfg.dropout:
-                torch.manual_seed(int(model.rng(cfg.seed, step, dist.rank).integers(2**31)))
-            loss, info = flow_loss(head, source, frames, cfg, step, fetched, dist)
-            guard = functools.partial(
-                model.stop_if_not_finite,
-                cfg.out,
-                f"step {step + 1}",
-                dist,
-                frames.batch(fetched[0][part]),
-            )
-            guard("loss", loss.item())
-            loss.backward()
-            norm_g = model.clip_gradients(head.parameters(), cfg.max_grad_norm)
-            guard("gradient norm", norm_g)
-            optim.step()
-            optim.zero_grad()
+            fetched = next_fetched.result()
+            next_fetched = pool.submit(fetch, step + 1)
+            # 4. the error of the velocity, and an optimizer step
+            info = train_step(head, optim, source, frames, cfg, step, fetched, dist)
             if cfg.ema_decay:
                 update_average(heads, cfg.ema_decay, step)
-            total += [float(info["sum"]), float(info["count"])]
+            unlogged += [info.loss_sum, info.count]
             done = step + 1
             if done % cfg.log_every == 0 or done == cfg.steps:
                 # The loss keeps a floor, the variance of the velocity: watch held_l1 instead.
-                summed, count = model.all_sum(total.tolist())
+                loss_sum, count = model.all_sum(unlogged.tolist())
                 now = time.perf_counter()
                 log.write(
                     step=done,
-                    loss=summed / count,
-                    grad_norm=norm_g,
-                    lr=lr,
-                    steps_per_s=(done - since) / (now - seconds),
+                    loss=loss_sum / count,
+                    grad_norm=info.grad_norm,
+                    lr=info.lr,
+                    steps_per_s=(done - logged_step) / (now - clock),
                 )
-                seconds, since, total = now, done, np.zeros(2)
+                clock = now
+                logged_step = done
+                unlogged = np.zeros(2)
+            # 5. chunks of held-out frames, against the true ones
             if cfg.eval_every and done % cfg.eval_every == 0 and done < cfg.steps:
                 log.write(step=done, **evaluate(heads["head"], source, frames, cfg, dist))
-                seconds, since = time.perf_counter(), done
-            model.save_step(cfg, done, run, write, total.tolist())
+                clock = time.perf_counter()
+                logged_step = done
+            model.save_step(cfg, done, run, save, unlogged.tolist())
+
     metrics = evaluate(heads["head"], source, frames, cfg, dist)
     log.write(step=cfg.steps, **metrics)
-    save_policy(
-        Path(cfg.out) / "final",
-        backbone,
-        norm,
-        {"head": heads["head"]},
-        {**run, "step": cfg.steps, "metrics": metrics},
-    )
+    final_run = {**run, "step": cfg.steps, "metrics": metrics}
+    final = Path(cfg.out) / "final"
+    save_policy(final, backbone, final_norm, {"head": heads["head"]}, final_run)
 
 
 if __name__ == "__main__":

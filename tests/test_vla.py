@@ -13,22 +13,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import untrained
 from ranks import on_ranks
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
 import model
 import vla
-from vla import FlowBlock, FlowHead, HeadConfig
-import untrained
 from tools import backbones
+from vla import FlowBlock, FlowHead, HeadConfig
 
 ROOT = Path(__file__).parents[1]
-LENGTHS = (9, 5, 7, 12, 6)
+LENGTHS = (9, 5, 7, 12, 6)  # of the episodes of `data`
 TASKS = ("put the red block into the bowl", "open it")
 
 
-def small(**change):
+def small_head(**changes):
     sizes = {
         "vl_dim": 16,
         "dim": 32,
@@ -41,36 +41,41 @@ def small(**change):
         "future_tokens": 2,
     }
     torch.manual_seed(0)
-    return FlowHead(HeadConfig(**{**sizes, **change}))
+    return FlowHead(HeadConfig(**{**sizes, **changes}))
 
 
 def example(batch=2, tokens=6, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    shapes = ((batch, tokens, 16), (batch, 3), (batch, 5, 4))
-    feats, state, action = (torch.randn(s, generator=g) for s in shapes)
+    """Random feats, mask, state, action, action_mask for small_head()."""
+    generator = torch.Generator().manual_seed(seed)
+    feats = torch.randn(batch, tokens, 16, generator=generator)
+    state = torch.randn(batch, 3, generator=generator)
+    action = torch.randn(batch, 5, 4, generator=generator)
     return feats, torch.ones(batch, tokens), state, action, torch.ones(batch, 5, 4)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Five short episodes with two cameras and instructions of unequal length."""
-    folder, rng = tmp_path_factory.mktemp("episodes"), np.random.default_rng(0)
-    for e, n in enumerate(LENGTHS):
-        action = rng.normal(size=(n, 4)).astype(np.float32) * [1, 5, 0.1, 0]  # one is still
+    folder = tmp_path_factory.mktemp("episodes")
+    rng = np.random.default_rng(0)
+    for number, length in enumerate(LENGTHS):
+        action = rng.normal(size=(length, 4)).astype(np.float32)
+        action = action * [1, 5, 0.1, 0]  # one dimension is still
         save_file(
             {
-                "image": rng.integers(0, 256, (n, 32, 32, 3), np.uint8),
-                "image_wrist": rng.integers(0, 256, (n, 32, 32, 3), np.uint8),
-                "state": rng.normal(size=(n, 3)).astype(np.float32),
+                "image": rng.integers(0, 256, (length, 32, 32, 3), np.uint8),
+                "image_wrist": rng.integers(0, 256, (length, 32, 32, 3), np.uint8),
+                "state": rng.normal(size=(length, 3)).astype(np.float32),
                 "action": action.astype(np.float32),
             },
-            folder / f"episode_{e:06d}.safetensors",
-            metadata={"task": TASKS[e % 2]},
+            folder / f"episode_{number:06d}.safetensors",
+            metadata={"task": TASKS[number % 2]},
         )
     return folder
 
 
-def argv(data, out, **flags):
+def argv(data, out, **changes):
+    """The command line of a run of 4 small steps."""
     flags = {
         "init": untrained.folder("tiny-vlm"),
         "data": data,
@@ -83,9 +88,14 @@ def argv(data, out, **flags):
         "steps": 4,
         "eval-rows": 6,
         "log-every": 1,
-        **flags,
+        **changes,
     }
-    return [x for k, v in flags.items() for x in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
+    words = []
+    for name, value in flags.items():
+        words.append(f"--{name}")
+        if value is not True:
+            words.append(str(value))
+    return words
 
 
 @pytest.fixture(scope="module")
@@ -99,36 +109,38 @@ def records(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-# The head
+# ---- The head ------------------------------------------------------------------------------------
 
 
 def test_loss_by_hand(monkeypatch):
-    head = small()
-    action, noise = torch.full((1, 5, 4), 3.0), torch.full((1, 1, 5, 4), -1.0)
-    seen = []
+    head = small_head()
+    action = torch.full((1, 5, 4), 3.0)
+    noise = torch.full((1, 1, 5, 4), -1.0)
+    drawn = (noise, torch.tensor([[0.25]]))
+    seen = []  # x_t of each call
 
-    def velocity(noised, time, state, context):
-        seen.append((noised, time))
-        return torch.full_like(noised, 1.5)
+    def velocity(x_t, t, state, context):
+        seen.append(x_t)
+        return torch.full_like(x_t, 1.5)
 
     monkeypatch.setattr(head, "velocity", velocity)
-    feats, mask, state, _, counts = example(1)
-    counts[:, 2:] = 0  # three of five steps lie past the end
-    counts[:, :, 3] = 0  # and one dimension is padding
-    args = (feats, mask, state, action, counts)
-    loss, info = head.loss(*args, drawn=(noise, torch.tensor([[0.25]])))
-    assert torch.equal(seen[0][0], torch.zeros(1, 5, 4))  # 0.75 * -1 + 0.25 * 3
+    feats, mask, state, _, action_mask = example(1)
+    action_mask[:, 2:] = 0  # three of five steps lie past the end
+    action_mask[:, :, 3] = 0  # and one dimension is padding
+    args = (feats, mask, state, action, action_mask)
+    loss, info = head.loss(*args, drawn)
+    assert torch.equal(seen[0], torch.zeros(1, 5, 4))  # 0.75 * -1 + 0.25 * 3
     assert loss.item() == 6.25  # (3 - -1 - 1.5)^2
     assert info["count"] == 6 and info["sum"] == 37.5
-    assert head.loss(*args, drawn=(noise, torch.tensor([[0.25]])), count=75)[0].item() == 0.5
+    assert head.loss(*args, drawn, count=75)[0].item() == 0.5
     action[:, 2:] = 1e3  # what is masked has no influence
-    assert head.loss(*args, drawn=(noise, torch.tensor([[0.25]])))[0].item() == 6.25
-    counts[:] = 0
-    assert head.loss(*args, drawn=(noise, torch.tensor([[0.25]])))[0].item() == 0  # not NaN
+    assert head.loss(*args, drawn)[0].item() == 6.25
+    action_mask[:] = 0
+    assert head.loss(*args, drawn)[0].item() == 0  # not NaN
 
 
 def test_time_is_s_minus_u_over_s():
-    class Fixed:
+    class FixedRng:
         def beta(self, a, b, shape):
             assert (a, b) == (1.5, 1.0)
             return np.array([[0.0, 0.4995, 0.999, 1.0]])  # the last one is clamped at s
@@ -136,156 +148,181 @@ def test_time_is_s_minus_u_over_s():
         def standard_normal(self, shape, dtype):
             return np.zeros(shape, dtype)
 
-    noise, time = small().draw(Fixed(), 1, 4)
+    noise, time = small_head().draw(FixedRng(), 1, 4)
     assert noise.shape == (1, 4, 5, 4)
     torch.testing.assert_close(time, torch.tensor([[1.0, 0.5, 0.0, 0.0]]))
-    time = small().draw(model.rng(0), 200, 100)[1]
+    time = small_head().draw(model.rng(0), 200, 100).time
     assert abs(time.mean() - (1 - 0.6 / 0.999)) < 0.01  # E[u] = 1.5 / 2.5
     assert time.min() >= 0 and time.max() <= 1
 
 
 def test_sample_integrates_a_straight_flow_exactly(monkeypatch):
-    head, times = small(steps=4), []
+    head = small_head(steps=4)
     feats, mask, state, goal, _ = example()
+    times = []
 
-    def velocity(noised, time, state, context):
-        times.append(time.item())
-        return (goal - noised) / (1 - time)  # the field of straight paths that end in `goal`
+    def velocity(x_t, t, state, context):
+        times.append(t.item())
+        return (goal - x_t) / (1 - t)  # the field of straight paths that end in `goal`
 
     monkeypatch.setattr(head, "velocity", velocity)
     torch.testing.assert_close(head.sample(feats, mask, state, torch.randn_like(goal)), goal)
     assert times == [0, 0.25, 0.5, 0.75]
 
 
-def test_context_is_computed_once_and_equals_one_per_step(monkeypatch):
-    head = small()
+def test_context_is_computed_once_and_equals_one_per_step():
+    head = small_head()
     feats, mask, state, noise, _ = example()
     mask[1, 4:] = 0
     calls = []
     head.kv.register_forward_hook(lambda *_: calls.append(1))
-    x = head.sample(feats, mask, state, noise)
+    sampled = head.sample(feats, mask, state, noise)
     assert len(calls) == 1
     with torch.no_grad():
-        y = noise
+        x_t = noise
         for i in range(4):
-            start = head.state_in(state)[:, None]
-            time = torch.full((len(y),), i / 4)  # one time a sample here, one for all in sample()
-            y = y + head.velocity(y, time, start, head.context(feats, mask)) / 4
-    torch.testing.assert_close(x, y)
-    assert torch.equal(x, head.sample(feats, mask, state, noise))
-    assert not torch.allclose(x, head.sample(feats, mask, state, -noise))
+            state_token = head.state_in(state)[:, None]
+            t = torch.full((len(x_t),), i / 4)  # one time a frame here, one for all in sample()
+            x_t = x_t + head.velocity(x_t, t, state_token, head.context(feats, mask)) / 4
+    torch.testing.assert_close(sampled, x_t)
+    assert torch.equal(sampled, head.sample(feats, mask, state, noise))
+    assert not torch.allclose(sampled, head.sample(feats, mask, state, -noise))
 
 
-def test_blocks_equal_torchs_own_layers():
+def test_self_attention_block_equals_torchs_own_layer():
     torch.manual_seed(0)
-    ours, x = FlowBlock(16, 2), torch.randn(3, 6, 16)
+    ours = FlowBlock(16, 2)
+    x = torch.randn(3, 6, 16)
     mask = torch.arange(6) < torch.tensor([6, 4, 5])[:, None]  # (B, T)
     gelu = functools.partial(F.gelu, approximate="tanh")
     theirs = torch.nn.TransformerEncoderLayer(16, 2, 64, 0, gelu, batch_first=True, norm_first=True)
-    renamed = {
-        "qkv": "self_attn.in_proj",
-        "proj": "self_attn.out_proj",
-        "norm1": "norm1",
-        "norm2": "norm2",
-        "mlp.0": "linear1",
-        "mlp.3": "linear2",
+    their_names = {
+        "qkv.": "self_attn.in_proj_",
+        "proj.": "self_attn.out_proj.",
+        "norm1.": "norm1.",
+        "norm2.": "norm2.",
+        "mlp.0.": "linear1.",
+        "mlp.3.": "linear2.",
     }
-    theirs.load_state_dict(
-        {
-            f"{new}{'_' if 'in_proj' in new else '.'}{kind}": ours.get_parameter(f"{old}.{kind}")
-            for old, new in renamed.items()
-            for kind in ("weight", "bias")
-        }
-    )
+    weights = {}
+    for our_name, their_name in their_names.items():
+        for kind in ("weight", "bias"):
+            weights[their_name + kind] = ours.get_parameter(our_name + kind)
+    theirs.load_state_dict(weights)
     want = theirs(x, src_key_padding_mask=~mask)
     torch.testing.assert_close(ours(x, mask=mask[:, None, None])[mask], want[mask])
 
-    cross, ada = FlowBlock(16, 2, ada=True, cross=True), torch.randn(6, 16)  # two draws a sample
-    k, v, x = torch.randn(3, 2, 7, 8), torch.randn(3, 2, 7, 8), torch.randn(6, 4, 16)
-    scale, shift = cross.ada(ada)[:, None].chunk(2, -1)
-    q = cross.qkv(F.layer_norm(x, (16,)) * (1 + scale) + shift).view(6, 4, 2, 8).transpose(1, 2)
+
+def test_cross_attention_block_equals_the_formula():
+    torch.manual_seed(0)
+    block = FlowBlock(16, 2, ada=True, cross=True)
+    time = torch.randn(6, 16)  # B = 3 frames, R = 2 draws of each
+    k = torch.randn(3, 2, 7, 8)  # (B, H, T, d)
+    v = torch.randn(3, 2, 7, 8)
+    x = torch.randn(6, 4, 16)  # (B*R, N, D)
+
+    scale, shift = block.ada(time)[:, None].chunk(2, -1)
+    normed = F.layer_norm(x, (16,)) * (1 + scale) + shift
+    q = block.qkv(normed).view(6, 4, 2, 8).transpose(1, 2)  # (B*R, H, N, d)
     score = (q @ k.repeat_interleave(2, 0).mT / 8**0.5).softmax(-1)  # (B*R, H, N, T)
-    y = x + cross.proj((score @ v.repeat_interleave(2, 0)).transpose(1, 2).reshape(6, 4, 16))
-    y = y + cross.mlp(F.layer_norm(y, (16,)))
-    flat = [t.transpose(1, 2).reshape(3, 7, 16) for t in (k, v)]  # as they come: (B, T, D)
-    torch.testing.assert_close(cross(x, ada, flat), y)
+    attended = (score @ v.repeat_interleave(2, 0)).transpose(1, 2).reshape(6, 4, 16)
+    want = x + block.proj(attended)
+    want = want + block.mlp(F.layer_norm(want, (16,)))
+
+    kv = [tensor.transpose(1, 2).reshape(3, 7, 16) for tensor in (k, v)]  # (B, T, D)
+    torch.testing.assert_close(block(x, time, kv), want)
 
 
 def test_padding_of_the_features_changes_nothing():
-    head = small(vl_layers=2)
+    head = small_head(vl_layers=2)
     feats, mask, state, noise, _ = example()
-    x = head.sample(feats, mask, state, noise)
-    torch.testing.assert_close(x, head.sample(feats, None, state, noise))
-    long = torch.cat([feats, torch.randn(2, 3, 16) * 50], dim=1)
-    longer = torch.cat([mask, torch.zeros(2, 3)], dim=1)
-    torch.testing.assert_close(x, head.sample(long, longer, state, noise))
-    assert not torch.allclose(x, head.sample(long, None, state, noise))  # and the mask is needed
+    want = head.sample(feats, mask, state, noise)
+    torch.testing.assert_close(want, head.sample(feats, None, state, noise))
+    padded_feats = torch.cat([feats, torch.randn(2, 3, 16) * 50], dim=1)
+    padded_mask = torch.cat([mask, torch.zeros(2, 3)], dim=1)
+    torch.testing.assert_close(want, head.sample(padded_feats, padded_mask, state, noise))
+    unmasked = head.sample(padded_feats, None, state, noise)
+    assert not torch.allclose(want, unmasked)  # and the mask is needed
 
 
 def test_draws_share_features_and_equal_a_loop():
-    head = small()
-    args, drawn = example(), small().draw(model.rng(0), 2, 3)
-    args[1][0, 4:] = 0
-    args[4][1, 3:] = 0
-    many = head.loss(*args, drawn=drawn)[0]
-    grads = torch.autograd.grad(many, list(head.parameters()))
-    one = (
-        sum(
-            head.loss(*args, drawn=(drawn[0][:, r : r + 1], drawn[1][:, r : r + 1]))[0]
-            for r in range(3)
-        )
-        / 3
-    )
-    torch.testing.assert_close(many, one)
-    for a, b in zip(grads, torch.autograd.grad(one, list(head.parameters()))):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
-    assert all(g.abs().sum() > 0 for g in grads)  # every parameter takes part
-    again = small().draw(model.rng(0), 2, 3)
-    assert all(torch.equal(x, y) for x, y in zip(again, drawn))
+    head = small_head()
+    args = example()
+    _, mask, _, _, action_mask = args
+    mask[0, 4:] = 0
+    action_mask[1, 3:] = 0
+    noise, time = small_head().draw(model.rng(0), 2, 3)
+    together = head.loss(*args, drawn=(noise, time))[0]
+    losses = []
+    for r in range(3):
+        one_draw = (noise[:, r : r + 1], time[:, r : r + 1])
+        losses.append(head.loss(*args, drawn=one_draw)[0])
+    looped = sum(losses) / 3
+    torch.testing.assert_close(together, looped)
+    params = list(head.parameters())
+    grads = torch.autograd.grad(together, params)
+    looped_grads = torch.autograd.grad(looped, params)
+    for grad, looped_grad in zip(grads, looped_grads, strict=True):
+        torch.testing.assert_close(grad, looped_grad, atol=1e-5, rtol=1e-4)
+    assert all(grad.abs().sum() > 0 for grad in grads)  # every parameter takes part
+    again = small_head().draw(model.rng(0), 2, 3)
+    assert torch.equal(again.noise, noise) and torch.equal(again.time, time)
 
 
-def test_corner_sizes():
-    for change in ({"vl_layers": 0}, {"future_tokens": 0}, {"layers": 1}, {"horizon": 1}):
-        head = small(**change)
-        feats, mask, state, _, _ = example()
-        noise = torch.zeros(2, head.cfg.horizon, 4)
-        assert head.sample(feats, mask, state, noise).shape == noise.shape
+@pytest.mark.parametrize(
+    "change", [{"vl_layers": 0}, {"future_tokens": 0}, {"layers": 1}, {"horizon": 1}]
+)
+def test_corner_sizes(change):
+    head = small_head(**change)
+    feats, mask, state, _, _ = example()
+    noise = torch.zeros(2, head.cfg.horizon, 4)
+    assert head.sample(feats, mask, state, noise).shape == noise.shape
+
+
+def test_heads_must_divide_the_width():
     with pytest.raises(ValueError, match="multiple of 3 heads"):
-        small(heads=3)
+        small_head(heads=3)
 
 
 def test_head_overfits_8_samples():
-    head = small(dim=64)
-    feats, mask, state, action, counts = example(8)
+    head = small_head(dim=64)
+    feats, mask, state, action, action_mask = example(8)
     action = action.tanh()
     optim = torch.optim.Adam(head.parameters())
     for step in range(150):
         optim.param_groups[0]["lr"] = model.learning_rate(step, 150, 3e-3, 0.05)
-        loss, _ = head.loss(feats, mask, state, action, counts, head.draw(model.rng(0, step), 8, 8))
+        drawn = head.draw(model.rng(0, step), 8, 8)
+        loss, _ = head.loss(feats, mask, state, action, action_mask, drawn)
         optim.zero_grad()
         loss.backward()
         optim.step()
-    x = head.sample(feats, mask, state, torch.randn(action.shape, generator=torch.manual_seed(0)))
-    assert (x - action).square().mean() < 0.02  # 0.36 for the mean action
+    noise = torch.randn(action.shape, generator=torch.manual_seed(0))
+    sampled = head.sample(feats, mask, state, noise)
+    assert (sampled - action).square().mean() < 0.02  # 0.36 for the mean action
 
 
-# Frames and features
+# ---- Frames and features -------------------------------------------------------------------------
 
 
 def test_frames_mask_what_lies_past_the_end(data):
     frames = vla.FrameDataset(vla.Config(data=str(data), horizon=4))
     assert frames.ends.tolist() == [9, 14, 21, 33, 39]
-    assert (len(frames.train), frames.held) == (33, range(33, 39))  # at least one episode
-    assert frames.at(0) == (0, 0) and frames.at(13) == (1, 4) and frames.at(14) == (2, 0)
+    assert len(frames.train) == 33
+    assert frames.held == range(33, 39)  # at least one episode
+    assert frames.locate(0) == (0, 0)
+    assert frames.locate(13) == (1, 4)
+    assert frames.locate(14) == (2, 0)
     assert frames.mask[13].tolist() == [True, False, False, False]
     assert frames.mask[11].tolist() == [True, True, True, False]
-    raw = frames.files[1].action[[2, 3, 4, 4]]  # padded with the last action
-    q01, q99 = (np.array(frames.stats["action"][k]) for k in ("q01", "q99"))
+    raw = frames.episodes[1].action[[2, 3, 4, 4]]  # padded with the last action
+    q01 = np.array(frames.stats["action"]["q01"])
+    q99 = np.array(frames.stats["action"]["q99"])
     want = 2 * (raw[:, :3] - q01[:3]) / (q99 - q01)[:3] - 1
     np.testing.assert_allclose(frames.action[11][:, :3], want, rtol=1e-4, atol=1e-5)
     assert (frames.action[..., 3] == 0).all()  # the still dimension
-    _, action, mask = vla.training_targets(frames, np.array([11, 0]), "cpu")
-    assert mask.shape == action.shape == (2, 4, 4) and mask[0, 3].sum() == 0
+    targets = vla.training_targets(frames, np.array([11, 0]), "cpu")
+    assert targets.mask.shape == targets.action.shape == (2, 4, 4)
+    assert targets.mask[0, 3].sum() == 0
 
 
 def test_every_frame_is_seen_once_a_pass():
@@ -295,83 +332,88 @@ def test_every_frame_is_seen_once_a_pass():
     assert seen[:6].tolist() != seen[6:].tolist()
 
 
-def source_of(data, out, kind, **change):
-    cfg = vla.Config(data=str(data), out=str(out), horizon=4, **change)
-    frames, backbone = vla.FrameDataset(cfg), backbones.random_backbone("tiny-vlm")
+def source_of(data, out, kind, **changes):
+    """The features of `data` by a random backbone; kind: cached or live."""
+    cfg = vla.Config(data=str(data), out=str(out), horizon=4, **changes)
+    frames = vla.FrameDataset(cfg)
+    backbone = backbones.random_backbone("tiny-vlm")
     vla.freeze_backbone(backbone, cfg.layer)
     dist = model.Dist(0, 1, torch.device("cpu"))
-    return (
-        vla.build_cache(backbone, frames, cfg, dist)
-        if kind == "cache"
-        else vla.LiveFeatures(backbone, frames, cfg, dist.device)
-    )
+    if kind == "cached":
+        return vla.build_cache(backbone, frames, cfg, dist)
+    return vla.LiveFeatures(backbone, frames, cfg, dist.device)
+
+
+def features_of(source, frame_ids):
+    return source.features(source.read(frame_ids))
 
 
 def test_cached_features_equal_features_in_the_loop(data, tmp_path, monkeypatch):
-    change = {"cameras": "image,image_wrist"}
-    cached = source_of(data, tmp_path, "cache", **change)
-    loop = source_of(data, tmp_path, "loop", **change)
-    ids = np.array([0, 38, 12, 30])  # both instructions, so unequal lengths
-    (a, mask), (b, want) = (s.features(s.read(ids)) for s in (cached, loop))
-    assert torch.equal(mask, want.bool()) and not mask.all() and a.dtype == torch.float16
-    torch.testing.assert_close(a.float()[mask], b[mask], atol=2e-3, rtol=2e-3)
-    assert (
-        source_of(data, tmp_path, "loop", layer=4, **change)
-        .features(loop.read(ids))[0]
-        .sub(b)
-        .abs()
-        .max()
-        > 0.1
-    )  # the layer matters
+    both_cameras = {"cameras": "image,image_wrist"}
+    frame_ids = np.array([0, 38, 12, 30])  # both instructions, so unequal lengths
+    cached = features_of(source_of(data, tmp_path, "cached", **both_cameras), frame_ids)
+    live = features_of(source_of(data, tmp_path, "live", **both_cameras), frame_ids)
+    mask = cached.mask
+    assert torch.equal(mask, live.mask.bool())
+    assert not mask.all()
+    assert cached.feats.dtype == torch.float16
+    torch.testing.assert_close(cached.feats.float()[mask], live.feats[mask], atol=2e-3, rtol=2e-3)
+    other = features_of(source_of(data, tmp_path, "live", layer=4, **both_cameras), frame_ids)
+    assert (other.feats - live.feats).abs().max() > 0.1  # the layer matters
     tensors = load_file(tmp_path / "features" / "episode_000004.safetensors")  # an ordinary file
-    assert tensors["features"].shape == (6, *a[0][mask[0]].shape)
+    assert tensors["features"].shape == (6, *cached.feats[0][mask[0]].shape)
     monkeypatch.setattr(vla, "encode_prompts", None)  # a second run does not touch the backbone
-    again = source_of(data, tmp_path, "cache", **change)
-    assert torch.equal(again.features(again.read(ids))[0], a)
+    again = features_of(source_of(data, tmp_path, "cached", **both_cameras), frame_ids)
+    assert torch.equal(again.feats, cached.feats)
 
 
 def test_stride_keeps_every_third_frame(data, tmp_path):
     """Of episodes of unequal lengths: the same chunks, targets and features as without it."""
-    whole, thin = (source_of(data, tmp_path / k, "cache", stride=int(k)) for k in "13")
-    assert len(thin.frames.state) == sum(-(-len(f) // 3) for f in thin.frames.files)
-    places = list(map(thin.frames.at, range(len(thin.frames.state))))
-    assert all(t % 3 == 0 and t < len(thin.frames.files[e]) for e, t in places)
-    same = [i for i in range(len(whole.frames.state)) if whole.frames.at(i) in places]
+    every = source_of(data, tmp_path / "every", "cached", stride=1)
+    third = source_of(data, tmp_path / "third", "cached", stride=3)
+    count = len(third.frames.state)
+    assert count == sum(-(-len(episode) // 3) for episode in third.frames.episodes)
+    places = [third.frames.locate(i) for i in range(count)]
+    for place in places:
+        assert place.step % 3 == 0
+        assert place.step < len(third.frames.episodes[place.episode])
+    same = [i for i in range(len(every.frames.state)) if every.frames.locate(i) in places]
     for name in ("state", "action", "mask"):
-        assert np.array_equal(getattr(thin.frames, name), getattr(whole.frames, name)[same])
-    for a, b in zip(thin.read(range(len(same))), whole.read(same)):
+        assert np.array_equal(getattr(third.frames, name), getattr(every.frames, name)[same])
+    for a, b in zip(third.read(range(count)), every.read(same), strict=True):
         torch.testing.assert_close(a, b, atol=2e-3, rtol=2e-3)
-    assert whole.frames.at(whole.frames.held[0]) == thin.frames.at(thin.frames.held[0])
+    first_held = every.frames.locate(every.frames.held[0])
+    assert first_held == third.frames.locate(third.frames.held[0])
 
 
 def test_stale_cache_is_refused(data, tmp_path):
-    source_of(data, tmp_path, "cache")
+    source_of(data, tmp_path, "cached")
     for change, name in (
         ({"layer": 1}, "backbone, layer"),
         ({"think": True}, "prompts"),
         ({"cameras": "image_wrist"}, "cameras"),
     ):
         with pytest.raises(ValueError, match=f"features of other {name} than"):
-            source_of(data, tmp_path, "cache", **change)
+            source_of(data, tmp_path, "cached", **change)
     path = data / "episode_000000.safetensors"
     stat = path.stat()
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
     with pytest.raises(ValueError, match="other episodes than.*delete the folder"):
-        source_of(data, tmp_path, "cache")
+        source_of(data, tmp_path, "cached")
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     (tmp_path / "features" / "episode_000001.safetensors").write_bytes(b"short")
     with pytest.raises(ValueError, match="episode_000001.* to compute it again"):
-        source_of(data, tmp_path, "cache")
+        source_of(data, tmp_path, "cached")
     (tmp_path / "features" / "fingerprint.json").unlink()  # incomplete, so computed again
-    source_of(data, tmp_path, "cache")
+    source_of(data, tmp_path, "cached")
 
 
-# Training
+# ---- Training ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("some", [{"ema-decay": 0.999, "muon": True}, {"ema-decay": 0}])
-def test_resume_equals_uninterrupted(data, tmp_path, some):
-    flags = {"dropout": 0.1, "save-every": 3, "steps": 6, "log-every": 2, **some}
+@pytest.mark.parametrize("changes", [{"ema-decay": 0.999, "muon": True}, {"ema-decay": 0}])
+def test_resume_equals_uninterrupted(data, tmp_path, changes):
+    flags = {"dropout": 0.1, "save-every": 3, "steps": 6, "log-every": 2, **changes}
     vla.main(argv(data, tmp_path, **flags))
     want = load_file(tmp_path / "final" / "head.safetensors")
     first = records(tmp_path)
@@ -379,11 +421,12 @@ def test_resume_equals_uninterrupted(data, tmp_path, some):
     shutil.rmtree(tmp_path / "step_000006")  # as if killed in step 5, between two lines of the log
     vla.main(argv(data, tmp_path, **flags, resume=True))
     got = load_file(tmp_path / "final" / "head.safetensors")
-    assert all(torch.equal(got[k], want[k]) for k in want)
+    assert all(torch.equal(got[name], want[name]) for name in want)
     again = records(tmp_path)[len(first) + 1 :]
-    assert [r["step"] for r in again] == [4, 6, 6]
+    assert [record["step"] for record in again] == [4, 6, 6]
     for a, b in zip(first[2:], again, strict=True):
-        assert all(a[k] == b[k] for k in a.keys() - {"seconds", "steps_per_s"}), (a, b)
+        for key in a.keys() - {"seconds", "steps_per_s"}:
+            assert a[key] == b[key], (a, b)
     with pytest.raises(ValueError, match="another --lr; resume with --lr 0.001"):
         vla.main(argv(data, tmp_path, **flags, resume=True, lr=1e-2))
     with pytest.raises(ValueError, match="already holds a run; go on with --resume"):
@@ -391,29 +434,30 @@ def test_resume_equals_uninterrupted(data, tmp_path, some):
 
 
 def test_four_ranks_equal_one(data, tmp_path):
-    """Gradient norms, held-out error and weights; features written by one rank and by four; pairs of
-    ranks share one copy of the weights."""
-    flags = {
-        "batch": 8,
-        "eval-rows": 5,
-        "ema-decay": 0.9,
-        "muon": True,
-    }  # 5 rows on 4 ranks: 3 filled up
+    """Gradient norms, held-out error and weights. Features are written by one rank and by four;
+    pairs of ranks share one copy of the weights."""
+    flags = {"batch": 8, "ema-decay": 0.9, "muon": True}
+    flags["eval-rows"] = 5  # on 4 ranks: 3 are filled up
     vla.main(argv(data, tmp_path / "one", **flags))
-    on_ranks(vla.main, argv(data, tmp_path / "two", **flags, shards=2), 4)
-    one, two = records(tmp_path / "one")[1:], records(tmp_path / "two")[1:]
-    assert len(one) == len(two) == 5
-    for a, b in zip(one, two):
-        for k in set(a) - {"steps_per_s", "seconds"}:
-            # Adam divides by sqrt(v): rounding differences grow from step to step
-            assert a[k] == pytest.approx(b[k], rel=1e-5 if a["step"] == 1 else 1e-4), k
-    a, b = (load_file(tmp_path / k / "final" / "head.safetensors") for k in ("one", "two"))
-    for k in a:  # the gradient of a key's bias is 0 but for rounding, which Adam blows up
-        if not k.endswith("kv.bias"):
-            torch.testing.assert_close(a[k], b[k], atol=1e-5, rtol=1e-4)
-    vla.main(argv(data, tmp_path / "3", **flags, **{"cache-dir": tmp_path / "two" / "features"}))
-    again = records(tmp_path / "3")[1:]  # another world size reads the parts of four ranks
-    assert [r["loss"] for r in again[:4]] == pytest.approx([r["loss"] for r in one[:4]], rel=1e-4)
+    on_ranks(vla.main, argv(data, tmp_path / "four", **flags, shards=2), 4)
+    one = records(tmp_path / "one")[1:]
+    four = records(tmp_path / "four")[1:]
+    assert len(one) == len(four) == 5
+    for a, b in zip(one, four, strict=True):
+        # Adam divides by sqrt(v): rounding differences grow from step to step
+        rel = 1e-5 if a["step"] == 1 else 1e-4
+        for key in set(a) - {"steps_per_s", "seconds"}:
+            assert a[key] == pytest.approx(b[key], rel=rel), key
+    one_head = load_file(tmp_path / "one" / "final" / "head.safetensors")
+    four_head = load_file(tmp_path / "four" / "final" / "head.safetensors")
+    for name in one_head:  # the gradient of a key's bias is 0 but for rounding, which Adam blows up
+        if not name.endswith("kv.bias"):
+            torch.testing.assert_close(one_head[name], four_head[name], atol=1e-5, rtol=1e-4)
+    # another world size reads the features that four ranks wrote
+    cache = tmp_path / "four" / "features"
+    vla.main(argv(data, tmp_path / "again", **flags, **{"cache-dir": cache}))
+    again = [record["loss"] for record in records(tmp_path / "again")[1:5]]
+    assert again == pytest.approx([record["loss"] for record in one[:4]], rel=1e-4)
 
 
 def test_features_in_the_loop_train_alike(data, trained, tmp_path, monkeypatch):
@@ -421,22 +465,9 @@ def test_features_in_the_loop_train_alike(data, trained, tmp_path, monkeypatch):
     monkeypatch.setattr(model, "SMALL", 0)
     on_ranks(vla.main, argv(data, tmp_path, cache="none", **{"save-every": 2}), 2)
     assert not (tmp_path / "features").exists()
-    for a, b in zip(records(trained)[1:], records(tmp_path)[1:]):
-        for k in {"loss", "held_loss", "held_l1"} & set(a):
-            assert a[k] == pytest.approx(b[k], rel=2e-3)
-
-
-# The policy
-
-
-def observation(data):
-    frames = vla.FrameDataset(vla.Config(data=str(data), horizon=4))
-    places = [(0, 0), (1, 2), (0, 5)]
-    return (
-        [frames.files[e].frame(t) for e, t in places],
-        [TASKS[e] for e, _ in places],
-        np.stack([frames.files[e].state[t] for e, t in places]),
-    )
+    for a, b in zip(records(trained)[1:], records(tmp_path)[1:], strict=True):
+        for key in {"loss", "held_loss", "held_l1"} & set(a):
+            assert a[key] == pytest.approx(b[key], rel=2e-3)
 
 
 def test_a_gradient_that_is_not_finite_stops_with_its_batch(data, tmp_path, monkeypatch):
@@ -445,40 +476,72 @@ def test_a_gradient_that_is_not_finite_stops_with_its_batch(data, tmp_path, monk
         vla.main(argv(data, tmp_path))
     saved = load_file(tmp_path / "failed_step_1_rank_0.safetensors")
     frames = vla.FrameDataset(vla.Config(data=str(data), horizon=4))
-    ids = vla.sample_order(vla.Config(batch=8), len(frames.train), 0)
-    assert np.array_equal(saved["0.frame"], ids)
-    assert np.array_equal(saved["0.action"], frames.action[ids])
+    frame_ids = vla.sample_order(vla.Config(batch=8), len(frames.train), 0)
+    assert np.array_equal(saved["0.frame"], frame_ids)
+    assert np.array_equal(saved["0.action"], frames.action[frame_ids])
+
+
+def test_average_of_weights():
+    heads = {"head": small_head(), "raw": small_head()}
+    with torch.no_grad():
+        heads["raw"].kv.bias += 1
+    before = heads["head"].kv.bias.clone()
+    vla.update_average(heads, 0.9, 0)  # (1 + 0) / (10 + 0) is below 0.9
+    torch.testing.assert_close(heads["head"].kv.bias, before + 0.9)
+    vla.update_average(heads, 0.9, 10**6)
+    torch.testing.assert_close(heads["head"].kv.bias, before + 0.91)
+
+
+# ---- The policy ----------------------------------------------------------------------------------
+
+
+def observations(data):
+    """-> images, instructions, states of three frames."""
+    frames = vla.FrameDataset(vla.Config(data=str(data), horizon=4))
+    images, instructions, states = [], [], []
+    for number, step in [(0, 0), (1, 2), (0, 5)]:
+        episode = frames.episodes[number]
+        images.append(episode.frame(step))
+        instructions.append(TASKS[number])
+        states.append(episode.state[step])
+    return images, instructions, np.stack(states)
 
 
 def test_policy_round_trip(data, trained):
-    images, tasks, states = observation(data)
+    images, instructions, states = observations(data)
     policy = vla.Policy.load(trained)
     assert (policy.horizon, policy.action_dim, policy.cameras) == (4, 4, ["image"])
-    chunks = policy.act_batch(images, tasks, states)
+    chunks = policy.act_batch(images, instructions, states)
     assert chunks.shape == (3, 4, 4) and chunks.dtype == np.float32
-    again = vla.Policy.load(trained / "final").act_batch(images, tasks, states)
+    again = vla.Policy.load(trained / "final").act_batch(images, instructions, states)
     assert np.array_equal(chunks, again)
-    assert not np.array_equal(chunks, policy.act_batch(images, tasks, states))  # fresh noise
-    other = vla.Policy.load(trained, seed=1).act_batch(images, tasks, states)
-    assert not np.array_equal(chunks, other)
-    single = vla.Policy.load(trained).act([images[0]], tasks[0], states[0])
+    next_call = policy.act_batch(images, instructions, states)
+    assert not np.array_equal(chunks, next_call)  # fresh noise
+    other_seed = vla.Policy.load(trained, seed=1).act_batch(images, instructions, states)
+    assert not np.array_equal(chunks, other_seed)
+    single = vla.Policy.load(trained).act([images[0]], instructions[0], states[0])
     np.testing.assert_allclose(single, chunks[0], atol=1e-4)  # padded in the batch, alone here
-    # The same from the parts: backbone at --init, saved head, noise, statistics of the episodes.
-    backbone, frames = (
-        backbones.random_backbone("tiny-vlm"),
-        vla.FrameDataset(vla.Config(data=str(data), horizon=4)),
-    )
+    assert (chunks[..., 3] == 0).all()  # the still dimension stays where it is
+
+
+def test_policy_equals_its_parts(data, trained):
+    """Backbone at --init, saved head, noise, statistics of the episodes."""
+    images, instructions, states = observations(data)
+    policy = vla.Policy.load(trained)
+    chunks = policy.act_batch(images, instructions, states)
+
+    frames = vla.FrameDataset(vla.Config(data=str(data), horizon=4))
+    backbone = backbones.random_backbone("tiny-vlm")
     vla.freeze_backbone(backbone, 0)
     head = FlowHead(HeadConfig(**policy.spec["head"])).eval()
     head.load_state_dict(load_file(trained / "final" / "head.safetensors"))
-    seen = vla.encode_prompts(
-        backbone, [vla.prompt_row(backbone, [images[1]], tasks[1], False, {})], "cpu"
-    )
+    prompt = vla.prompt_row(backbone, [images[1]], instructions[1], False, {})
+    features = vla.encode_prompts(backbone, [prompt], "cpu")
+    state = torch.from_numpy(frames.state[11:12])  # step 2 of episode 1
     noise = model.rng(0, "policy", 0).standard_normal((3, 4, 4), np.float32)[1:2]
-    x = head.sample(*seen, torch.from_numpy(frames.state[11:12]), torch.from_numpy(noise))
-    want = vla.unnormalize(x.numpy(), frames.stats["action"])
+    sampled = head.sample(*features, state, torch.from_numpy(noise))
+    want = vla.unnormalize(sampled.numpy(), frames.stats["action"])
     np.testing.assert_allclose(chunks[1], want[0], atol=1e-4)
-    assert (chunks[..., 3] == 0).all()  # the still dimension stays where it is
 
 
 def test_checkpoint_loads_in_transformers_with_nothing_missing(trained):
@@ -492,23 +555,15 @@ def test_checkpoint_loads_in_transformers_with_nothing_missing(trained):
     base = backbones.random_backbone("tiny-vlm").net.model.language_model
     assert torch.equal(net.model.language_model.norm.weight, base.norm.weight)
     run = json.loads((trained / "final" / "run.json").read_text())
-    assert (
-        run["stage"] == "vla" and run["parent"] == untrained.folder("tiny-vlm") and run["step"] == 4
-    )
+    assert run["stage"] == "vla"
+    assert run["parent"] == untrained.folder("tiny-vlm")
+    assert run["step"] == 4
 
 
-def test_average_of_weights():
-    heads = {"head": small(), "raw": small()}
-    with torch.no_grad():
-        heads["raw"].kv.bias += 1
-    before = heads["head"].kv.bias.clone()
-    vla.update_average(heads, 0.9, 0)  # (1 + 0) / (10 + 0) is below 0.9
-    torch.testing.assert_close(heads["head"].kv.bias, before + 0.9)
-    vla.update_average(heads, 0.9, 10**6)
-    torch.testing.assert_close(heads["head"].kv.bias, before + 0.91)
+# ---- Bad input -----------------------------------------------------------------------------------
 
 
-def test_bad_input_stops_with_a_clear_line(data, trained, tmp_path):
+def test_bad_flags_stop_with_a_clear_line(data, trained, tmp_path):
     for flags, text in (
         ({"init": trained}, "stage 'vla', expected base or sft or grpo"),
         ({"horizon": 13}, "not in 1..12, the length of the longest episode"),
@@ -521,31 +576,41 @@ def test_bad_input_stops_with_a_clear_line(data, trained, tmp_path):
     ):
         with pytest.raises(ValueError, match=text):
             vla.main(argv(data, tmp_path, **flags))
-    images, tasks, states = observation(data)
+
+
+def test_bad_observations_stop_with_a_clear_line(data, trained):
+    images, instructions, states = observations(data)
     policy = vla.Policy.load(trained)
     with pytest.raises(ValueError, match="2 images; the policy was trained with the cameras image"):
-        policy.act(images[:2], tasks[0], states[0])
+        policy.act(images[:2], instructions[0], states[0])
     with pytest.raises(ValueError, match="give as many of each, states"):
-        policy.act_batch(images, tasks, states[:, :2])
+        policy.act_batch(images, instructions, states[:, :2])
+    states[1] = np.nan
     with pytest.raises(ValueError, match="state 1 is not finite"):
-        policy.act_batch(images, tasks, np.where(np.arange(3)[:, None] == 1, np.nan, states))
+        policy.act_batch(images, instructions, states)
+
+
+def test_a_checkpoint_of_another_stage_is_no_policy(tmp_path):
     backbone = backbones.random_backbone("tiny-vlm")
     model.save(tmp_path / "sft", backbone, {"stage": "sft", "step": 1})
     with pytest.raises(ValueError, match="stage 'sft', expected vla"):
         vla.Policy.load(tmp_path / "sft")
-    bad = tmp_path / "bad"
-    bad.mkdir()
+
+
+def test_damaged_episodes_end_the_command_in_one_line(tmp_path):
+    folder = tmp_path / "bad"
+    folder.mkdir()
     save_file(
         {
             "image": np.zeros((3, 32, 32, 3), np.uint8),
             "state": np.zeros((3, 3), np.float32),
             "action": np.full((3, 4), np.nan, np.float32),
         },
-        bad / "episode_000000.safetensors",
+        folder / "episode_000000.safetensors",
         metadata={"task": "wave"},
     )
     done = subprocess.run(
-        [sys.executable, ROOT / "vla.py", *argv(bad, tmp_path)],
+        [sys.executable, ROOT / "vla.py", *argv(folder, tmp_path)],
         cwd=ROOT,
         check=False,
         capture_output=True,
