@@ -784,14 +784,18 @@ def config_parser(path: str | Path) -> argparse.ArgumentParser:
     Config holds what can be no flag."""
     source = Path(path).read_text(encoding="utf-8")
     module = ast.parse(source)
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE))  # of each field
     constants = {}  # of the module: name -> syntax tree of its value
-    fields = []
     for node in module.body:
         if isinstance(node, ast.Assign):
             constants[ast.unparse(node.targets[0])] = node.value
         if isinstance(node, ast.ClassDef) and node.name == "Config":
             fields = [line for line in node.body if isinstance(line, ast.AnnAssign)]
+            config_lines = source.splitlines()[node.lineno : node.end_lineno]
+    comments = {}  # field -> the comment behind it
+    for line in config_lines:
+        match = re.match(r"    (\w+): .*?  # (.+)", line)
+        if match:
+            comments[match[1]] = match[2]
     parser = argparse.ArgumentParser(
         description=ast.get_docstring(module),
         allow_abbrev=False,
