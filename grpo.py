@@ -4,14 +4,15 @@ In: a checkpoint of sft.py (with its FAST tokenizer) and recorded episodes.
 Out: the same model with all weights trained, whose thoughts lead to better action tokens.
 1. draw prompts (image, instruction) at recorded steps; target: the FAST ids of the next K actions
 2. sample G completions of each: <think>words</think><answer>action tokens</answer>
-3. reward (r_f + r_a) / 2: r_f well-formed and decodable, r_a common prefix with target / max(m, n)
+3. reward (r_f + r_a) / 2: r_f well formed and decodable, r_a common prefix with target / max(m, n),
+   and 0 where r_f is 0
 4. advantage of a completion: (r - mean) / (std + 1e-6) in its group of G (GRPO, 2402.03300)
 5. a few updates a rollout, each on its own prompts: clipped ratio, dual clip, mean over tokens
 6. + 0.01 x KL (k3) to the model that RL started from, in the loss; repeat
 Our deviations: r_a is over max(m, n), the paper's over the target's m, so surplus tokens cost.
-Groups whose rewards are all equal are not forwarded (--no-skip-zero-std does), but their tokens are
-in the mean. The G completions of a prompt share its keys and values, in sampling and update: same
-gradients. A first reader may skip the section "Log-probabilities".
+Groups whose rewards are all equal are not forwarded (--no-skip-zero-std does), so they get no KL
+either, but their tokens are in the mean. The G completions of a prompt share its keys and values,
+in sampling and update: same gradients. A first reader may skip the section "Log-probabilities".
 
 Reads --init, --data. Writes runs/grpo/{log.jsonl, step_*/, final/}.
 python grpo.py                                   # tabletop, one CPU process
@@ -21,7 +22,7 @@ torchrun --nproc_per_node 8 grpo.py paper        # 8 GPUs; took the authors abou
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -73,7 +74,7 @@ class Config:
     advantage: str = "grpo"  # grpo, or drgrpo: no std, and a constant in place of the token count
     clip_low: float = 0.2  # ratio at least 1 - this
     clip_high: float = 0.3  # ratio at most 1 + this
-    dual_clip: float = 3.0  # bound of the loss at negative advantages, in advantages; 0: off
+    dual_clip: float = 3.0  # loss at most this x |A| where the advantage A < 0; 0: off
     kl_coef: float = 0.01  # weight of the KL to the initial model; 0: no reference model is kept
     skip_zero_std: bool = True  # do not forward groups whose rewards are all equal
     # optimizer
@@ -89,7 +90,7 @@ class Config:
     cuda_graphs: bool = True  # on a GPU, replay decoding steps as CUDA graphs
     recompute: bool = False  # activation checkpointing: less memory, a third more time an update
     cpu_offload: bool = False  # keep the reference model in the CPU's memory
-    shards: int = 0  # ranks that share one copy of the weights, more nodes mirror it; 0: all ranks
+    shards: int = 0  # ranks that share one copy of the weights, others mirror it; 0: all ranks
     eval_every: int = 25  # steps between held-out evaluations, also at the end; 0: never
     eval_prompts: int = 64  # held-out prompts, fixed over the run
     show_every: int = 10  # steps between printed rollouts; 0: never
@@ -115,14 +116,14 @@ PRESETS = {
 
 
 def prompt_rows(
-    backbone: Backbone, episodes: Sequence[EpisodeFile], steps: Sequence[int]
+    backbone: Backbone, episodes: Sequence[EpisodeFile], frames: Sequence[int]
 ) -> tuple[list[Row], list[list[int]]]:
-    """Thinking prompts at `steps`, counted through all episodes -> rows, targets (action ids of the
-    K actions that follow)."""
+    """Thinking prompts about `frames`, counted through all episodes -> rows, targets (action ids of
+    the K actions that follow). No frames, no prompts: a rank may have none."""
     episode_ends = np.cumsum([len(episode) for episode in episodes])
     rows, chunks = [], []
-    for step in steps:
-        episode, t = locate_step(episodes, episode_ends, step)
+    for frame in frames:
+        episode, t = locate_step(episodes, episode_ends, frame)
         prompt = model.action_prompt(episode.task, think=True)
         row = model.encode(backbone, prompt, [episode.frame(t)], prompt_only=True)
         rows.append(row | {"sample_id": f"{episode.path}:{t}"})
@@ -132,24 +133,32 @@ def prompt_rows(
     return rows, backbone.action_tokenizer.encode(np.stack(chunks))
 
 
-def sample_order(seed: int, n: int, numbers: Sequence[int]) -> list[int]:
-    """Which of n recorded steps the prompts `numbers` of the run are about: each step once,
-    shuffled, before any comes again, as in an epoch of the paper."""
-    epochs = {number // n for number in numbers}
+def prompt_frames(seed: int, n: int, prompt_numbers: Sequence[int]) -> list[int]:
+    """Which of n recorded frames each prompt is about. The prompts of a run are numbered: step *
+    cfg.prompts + index in the step. Each frame comes once, shuffled, before any comes again, as in
+    an epoch of the paper."""
+    epochs = {number // n for number in prompt_numbers}
     shuffled = {epoch: model.rng(seed, "prompts", epoch).permutation(n) for epoch in epochs}
-    return [int(shuffled[number // n][number % n]) for number in numbers]
+    return [int(shuffled[number // n][number % n]) for number in prompt_numbers]
 
 
 # ---- Reward --------------------------------------------------------------------------------------
 
 
-def prefix_rewards(action_tokenizer: FastTokenizer, generated: list, targets: list) -> np.ndarray:
-    """The paper's r_a: common prefix over the longer of the two. Brittle: one early coefficient
-    that is off by a rounding step, and nothing after it counts."""
+# fork point: the reward. r_a is a function (action tokenizer, N generated and N target lists of
+# action ids) -> (N,) in [0, 1], with a name in REWARDS, which --reward and evaluate.py take.
+IdLists = list[list[int]]
+
+
+def prefix_rewards(_: FastTokenizer, generated: IdLists, targets: IdLists) -> np.ndarray:
+    """Common prefix over the longer of the two (the paper: over the target). Brittle: one early
+    coefficient that is off by a rounding step, and nothing after it counts."""
     return np.array([model.prefix_reward(a, b) for a, b in zip(generated, targets, strict=True)])
 
 
-def action_closeness(action_tokenizer: FastTokenizer, generated: list, targets: list) -> np.ndarray:
+def action_closeness(
+    action_tokenizer: FastTokenizer, generated: IdLists, targets: IdLists
+) -> np.ndarray:
     """exp(-L1 / 0.1) of decoded actions, L1 the mean over K x A in normalised units (range 2); 0
     where they do not decode."""
     actions, decodes = action_tokenizer.decode(generated)
@@ -161,9 +170,7 @@ def action_closeness(action_tokenizer: FastTokenizer, generated: list, targets: 
     return np.where(decodes, np.exp(-l1 / 0.1), 0.0)
 
 
-def subsequence_rewards(
-    action_tokenizer: FastTokenizer, generated: list, targets: list
-) -> np.ndarray:
+def subsequence_rewards(_: FastTokenizer, generated: IdLists, targets: IdLists) -> np.ndarray:
     """Longest common subsequence over the longer of the two."""
     rewards = []
     for a, b in zip(generated, targets, strict=True):
@@ -183,8 +190,6 @@ def common_subsequence(a: Sequence[int], b: Sequence[int]) -> int:
     return best[-1]
 
 
-# fork point: a reward is a function (action tokenizer, N generated and N target lists of action
-# ids) -> (N,) in [0, 1]. Here it gets its name, which --reward takes.
 REWARDS = {"prefix": prefix_rewards, "l1": action_closeness, "lcs": subsequence_rewards}
 
 
@@ -198,7 +203,7 @@ def reward(
     """r = (r_f + r_a) / 2 in [0, 1] (2603.21341, "Reward").
 
     token_ids: N sampled sequences, without padding. targets: N lists of action ids. kind: one of
-    REWARDS. think=False scores direct answers, where r_f asks for no thought.
+    REWARDS. think=False scores direct answers (evaluate.py), where r_f asks for no thought.
     -> r (N,) float64, and {"r_f", "r_a", "tags", "markers", "decodes"}: (N,) float64 each."""
     if kind not in REWARDS:
         raise ValueError(f"reward {kind!r} is unknown; choose one of {', '.join(REWARDS)}")
@@ -206,8 +211,8 @@ def reward(
     generated = [answer.action_ids for answer in parsed]
     _, decodes = backbone.action_tokenizer.decode(generated)
     r_f = format_reward(parsed, decodes, think)
-    closeness = REWARDS[kind](backbone.action_tokenizer, generated, targets)
-    r_a = np.where(r_f, np.asarray(closeness, np.float64), 0.0)  # 0 where r_f is 0
+    r_a = np.asarray(REWARDS[kind](backbone.action_tokenizer, generated, targets), np.float64)
+    r_a = np.where(r_f, r_a, 0.0)  # ours: a malformed answer earns nothing, whatever its tokens
     diagnostics = format_diagnostics(backbone, token_ids, parsed, think)
     diagnostics["decodes"] = decodes.astype(np.float64)
     return (r_f + r_a) / 2, {"r_f": r_f, "r_a": r_a, **diagnostics}
@@ -216,6 +221,7 @@ def reward(
 def format_reward(parsed: list[model.ParsedAnswer], decodes: np.ndarray, think: bool) -> np.ndarray:
     """r_f (N,), 0 or 1: well formed, with a thought if one was asked for, and tokens that decode to
     K x A coefficients."""
+    # has_thought implies well_formed
     has_format = [answer.has_thought if think else answer.well_formed for answer in parsed]
     return (np.array(has_format, bool) & decodes).astype(np.float64)
 
@@ -227,7 +233,7 @@ WITHOUT_THOUGHT = re.compile(r".*<answer>.*</answer>\s*<\|im_end\|>", re.DOTALL)
 
 
 def format_diagnostics(backbone, token_ids, parsed, think) -> dict[str, np.ndarray]:
-    """What a format that fails still has right: "tags" in place, whatever they enclose; "markers",
+    """What a format that fails still has right: "tags" in place; "markers",
     one run of FAST tokens between ACTION_START and ACTION_END and none elsewhere. (N,) each."""
     vocab = backbone.vocab
     action_tokens = {*vocab.fast, vocab.action_start, vocab.action_end}
@@ -252,13 +258,15 @@ def advantage(r: torch.Tensor, kind: str = "grpo") -> tuple[torch.Tensor, torch.
 
     grpo: (r - mean) / (std + 1e-6), std over G - 1 as in the paper's framework; drgrpo: r - mean
     (2503.20783), since the std weighs up groups that are nearly all right or all wrong."""
-    # fork point: the advantage
+    # fork point: the advantage. A new kind also goes into check_config().
     zero_std = r.amax(1) - r.amin(1) < 1e-6
     advantages = r - r.mean(1, keepdim=True)
     if kind == "grpo":
-        variance = advantages.square().sum(1, keepdim=True) / max(r.shape[1] - 1, 1)
+        degrees = max(r.shape[1] - 1, 1)  # G = 1: greedy evaluation
+        variance = advantages.square().sum(1, keepdim=True) / degrees
         advantages = advantages / (variance.sqrt() + 1e-6)
-    return advantages.masked_fill(zero_std[:, None], 0.0), zero_std  # rounding is no signal
+    # else a rounding error over 1e-6 would pass for an advantage
+    return advantages.masked_fill(zero_std[:, None], 0.0), zero_std
 
 
 # ---- Objective -----------------------------------------------------------------------------------
@@ -278,11 +286,12 @@ def policy_loss(
     """Clipped policy gradient with KL, summed over tokens; fp32.
 
     logp, old_logp (at sampling), ref_logp (None: no KL), mask (1 on sampled tokens) (N, T);
-    advantages (N, 1) or (N, T). -> (loss summed over counted tokens, {"clip_fraction": tokens whose
-    gradient is clipped away, "kl": summed k3}), to be divided by the token count of all ranks."""
+    advantages (N, 1) or (N, T). -> (loss summed over counted tokens, to be divided by their number
+    on all ranks; {"clipped": number of tokens whose gradient is clipped away, "kl": summed k3})."""
+    # fork point: the objective
     mask = mask.bool()
     # clipped surrogate
-    log_ratio = (logp - old_logp).clamp(-20, 20)  # e^20 is finite, and long since clipped
+    log_ratio = (logp - old_logp).clamp(-20, 20)  # e^20 is finite
     ratio = log_ratio.exp()
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
@@ -300,7 +309,7 @@ def policy_loss(
         k3 = log_ref_ratio.exp() - log_ref_ratio - 1
     loss = torch.where(mask, loss + kl_coef * k3, 0.0).sum()
     sums = {
-        "clip_fraction": (is_clipped & mask).sum(),
+        "clipped": (is_clipped & mask).sum(),
         "kl": torch.where(mask, k3.detach(), 0.0).sum(),
     }
     return loss, sums
@@ -311,11 +320,10 @@ def policy_loss(
 
 class SharedKV(DynamicLayer):
     """Keys and values of one layer in an update with gradient. A pass over the prompts keeps
-    theirs; in a second one (given `prompt`) the n completions of each see them:
+    theirs; in a second one (given `prompt`) the n completions of each see them, so that a prompt is
+    forwarded once. What token 1 of a completion sees, of a prompt of 3 tokens padded to 4:
 
-        a completion's token sees   prompt, left-padded   its own tokens, causally
-        of completion 0             0 1 1 1               1 1 0
-        of completion 1             0 1 1 1               1 1 0   (the same keys, no copy of a pass)
+        prompt 0 1 1 1, own tokens 1 1 0
 
     Nothing else is stored, so that activation checkpointing may call update() again."""
 
@@ -326,7 +334,7 @@ class SharedKV(DynamicLayer):
 
     def update(self, k, v, *args, **kwargs):
         if self.prompt is None:
-            if self.keys is None:  # later ones are a recomputation's, which has no graph
+            if self.keys is None:  # the first pass's, through which gradients come back
                 self.keys, self.values = k, v
             return k, v
         prompt_k = self.prompt.keys.repeat_interleave(self.n, 0)
@@ -339,15 +347,15 @@ class SharedKV(DynamicLayer):
 
 def token_logp(
     net: nn.Module,
-    rows: torch.Tensor,
+    hidden: torch.Tensor,
     ids: torch.Tensor,
     temperature: float = 1.0,
     banned: Sequence[int] = (),
-) -> list[torch.Tensor]:
-    """rows (N, D) hidden states, ids (N,) -> logp (N,), entropy (N,), fp32 nats, no gradient in the
-    entropy. banned: ids of probability 0, as in model.generate."""
+) -> Sequence[torch.Tensor]:
+    """hidden (N, D), ids (N,) -> logp (N,), entropy (N,), fp32 nats, no gradient in the entropy.
+    banned: ids of probability 0, as in model.generate; here -1e9, as 0 * -inf has no entropy."""
 
-    def score(logits, ids):  # logits (n, V): each pass over them that can be spared is
+    def score(logits, ids):  # logits (n, V), in place where that spares a pass
         if temperature != 1:
             logits = logits / temperature
         if len(banned):
@@ -357,7 +365,7 @@ def token_logp(
             entropy = -(all_logp.exp() * all_logp).sum(-1)
         return all_logp.gather(-1, ids[:, None])[:, 0], entropy
 
-    return model.score_in_slices(net, score, rows, ids)
+    return model.score_in_slices(net, score, hidden, ids)
 
 
 def completion_logp(
@@ -411,7 +419,7 @@ class Group:
     row: Row
     ids: torch.Tensor  # (G, T) long
     mask: torch.Tensor  # (G, T) long
-    logp: torch.Tensor  # (G, T) fp32, at sampling
+    old_logp: torch.Tensor  # (G, T) fp32, at sampling
     advantages: torch.Tensor  # (G,) fp32
     zero_std: bool  # all rewards are equal: no advantage
 
@@ -437,7 +445,7 @@ def rollout(
     -> groups, sums of METRICS, a text to show."""
     if not rows:
         return [], {name: [0.0, 0] for name in METRICS}, ""
-    # 1. sample
+    # 2. sample
     samples = model.generate(
         backbone,
         rows,
@@ -448,18 +456,17 @@ def rollout(
         seed=seed,
         keys=keys,
         rollout_batch=cfg.rollout_batch,
-        cuda_graphs=None if cfg.cuda_graphs else False,
+        cuda_graphs=None if cfg.cuda_graphs else False,  # None: on a GPU
     )
     token_ids = []
     for ids, mask in zip(samples["ids"].cpu(), samples["mask"].bool().cpu(), strict=True):
         token_ids.append(ids[mask].tolist())
-    # 2. score
+    # 3. and 4. score, compare within groups
     repeated_targets = [target for target in targets for _ in range(G)]
     r, diagnostics = reward(backbone, token_ids, repeated_targets, cfg.reward)
     advantages, zero_std = advantage(
         torch.tensor(r, dtype=torch.float32).view(-1, G), cfg.advantage
     )
-    # 3. group
     groups = []
     for b, row in enumerate(rows):
         completions = slice(b * G, b * G + G)
@@ -468,7 +475,7 @@ def rollout(
             row,
             ids=samples["ids"][completions, :T],
             mask=samples["mask"][completions, :T],
-            logp=samples["logp"][completions, :T],
+            old_logp=samples["logp"][completions, :T],
             advantages=advantages[b].to(samples["ids"].device),
             zero_std=bool(zero_std[b]),
         )
@@ -517,15 +524,17 @@ def means(sums: Sums) -> dict[str, float]:
     return {name: total[2 * i] / max(total[2 * i + 1], 1) for i, name in enumerate(sums)}
 
 
-def replace_zero_std_groups(backbone, cfg, episodes, groups, numbers, sums) -> Sums:
+def replace_zero_std_groups(backbone, cfg, episodes, groups, prompt_numbers, sums) -> Sums:
     """Dynamic sampling (DAPO, 2503.14476, section 3.2): fresh prompts take the place of groups
-    with equal rewards, in `groups` itself, up to cfg.dynamic_sampling times. -> new sums."""
-    step_count = sum(len(episode) for episode in episodes)
+    with equal rewards, in `groups` itself, up to cfg.dynamic_sampling times. -> sums, in which the
+    replaced groups count too."""
+    frame_count = sum(len(episode) for episode in episodes)
     for again in range(1, cfg.dynamic_sampling + 1):
         places = [i for i, group in enumerate(groups) if group.zero_std]
-        fresh_numbers = [numbers[i] + (again << 40) for i in places]  # to which no step comes
-        steps = sample_order(cfg.seed, step_count, fresh_numbers)
-        rows, targets = prompt_rows(backbone, episodes, steps)
+        # prompt numbers that no step reaches: other shuffles and draws, so a frame may come again
+        fresh_numbers = [prompt_numbers[i] + (again << 40) for i in places]
+        frames = prompt_frames(cfg.seed, frame_count, fresh_numbers)
+        rows, targets = prompt_rows(backbone, episodes, frames)
         fresh, fresh_sums, _ = rollout(
             backbone, cfg, rows, targets, fresh_numbers, cfg.seed, cfg.group
         )
@@ -549,20 +558,29 @@ def group_loss(
         return torch.cat([pad(tensor, (0, T - tensor.shape[1])) for tensor in tensors])
 
     rows = [group.row for group in groups]
-    ids, mask, old_logp = stack("ids"), stack("mask"), stack("logp")
+    ids, mask, old_logp = stack("ids"), stack("mask"), stack("old_logp")
     advantages = torch.cat([group.advantages for group in groups])[:, None]  # (B*G, 1)
     ref_logp = None
     if reference is not None:
         with torch.no_grad():
             ref_logp, _ = completion_logp(reference, rows, ids, mask, cfg.temperature)
     logp, entropy = completion_logp(backbone, rows, ids, mask, cfg.temperature)
-    # fork point: the objective. old_logp is what the sampler said: the first update is on-policy.
-    limits = cfg.clip_low, cfg.clip_high, cfg.dual_clip, cfg.kl_coef
-    loss, sums = policy_loss(logp, old_logp, advantages, mask, ref_logp, *limits)
-    return loss, {**sums, "entropy": entropy.sum(), "forwarded": mask.sum()}
+    # old_logp is what the sampler said, so the first update of a rollout is on-policy
+    loss, logged = policy_loss(
+        logp,
+        old_logp,
+        advantages,
+        mask,
+        ref_logp,
+        clip_low=cfg.clip_low,
+        clip_high=cfg.clip_high,
+        dual_clip=cfg.dual_clip,
+        kl_coef=cfg.kl_coef,
+    )
+    return loss, {**logged, "entropy": entropy.sum(), "forwarded": mask.sum()}
 
 
-def update(
+def update_step(
     backbone: Backbone,
     reference: Backbone | None,
     optim: torch.optim.Optimizer,
@@ -571,8 +589,9 @@ def update(
     dist: Dist,
     when: str,
 ) -> dict[str, float]:
-    """One optimizer step on this rank's groups of an update batch. -> sums over all ranks; {} when
-    every group of every rank has equal rewards: nothing to learn from, and no weight decay either.
+    """One optimizer step on this rank's groups of an update batch. -> sums over the tokens of all
+    ranks, and this update's loss, grad_norm and updates = 1; {} when every group of every rank has
+    equal rewards: nothing to learn from, and no weight decay either.
 
     1. all tokens count in the mean, those of groups that are not forwarded too
     2. all ranks run as many forwards, since under FSDP each is collective
@@ -581,7 +600,9 @@ def update(
     # 1. what the sum of the loss is divided by: the token mean, or (Dr. GRPO) a constant, so that
     # long completions are not weighed down
     tokens = all_sum(sum(int(group.mask.sum()) for group in groups))
-    divisor = tokens if cfg.advantage == "grpo" else cfg.batch * cfg.group * cfg.max_new_tokens
+    divisor = tokens
+    if cfg.advantage == "drgrpo":
+        divisor = cfg.batch * cfg.group * cfg.max_new_tokens
     # 2. micro-batches; a rank that has none left forwards one token that does not count
     learning = [group for group in groups if not (group.zero_std and cfg.skip_zero_std)]
     micro_batches = [
@@ -622,7 +643,7 @@ def all_max(count: int) -> int:
 
 def idle_group(group: Group) -> Group:
     """The same prompt with one token a completion, which does not count."""
-    one_token = {"ids": group.ids[:, :1], "logp": group.logp[:, :1]}
+    one_token = {"ids": group.ids[:, :1], "old_logp": group.old_logp[:, :1]}
     return replace(group, **one_token, mask=torch.zeros_like(group.mask[:, :1]))
 
 
@@ -639,8 +660,9 @@ def arrays_of(groups: list[Group]) -> Iterator[dict]:
 def evaluate(
     backbone: Backbone, cfg: Config, rows: list[Row], targets: list[list[int]], dist: Dist
 ) -> dict[str, float]:
-    """Held-out reward, greedy and sampled; the same prompts and draws each time."""
-    keys = range(dist.rank, cfg.eval_prompts, dist.world_size)[: len(rows)]
+    """Held-out reward, greedy and sampled; the same prompts and draws each time, other draws than
+    in training (seed + 1)."""
+    keys = range(dist.rank, cfg.eval_prompts, dist.world_size)
     metrics = {}
     for style, G in (("greedy", 1), ("sampled", cfg.group)):
         is_greedy = style == "greedy"
@@ -680,9 +702,10 @@ class Prepared(NamedTuple):
 
 
 def prepare(cfg: Config, dist: Dist) -> Prepared:
-    """ValueError when checkpoint and data do not fit."""
-    newest = model.checkpoint_to_resume(cfg)
-    path = newest or cfg.init
+    """Loads policy and reference, shards them, and restores the optimizer of a run to resume.
+    ValueError when checkpoint and data do not fit."""
+    resume_from = model.checkpoint_to_resume(cfg)  # None: a new run
+    path = resume_from or cfg.init
     backbone = model.load(path, dist.build, stages=("sft", "grpo"), max_pixels=cfg.max_pixels)
     if backbone.action_tokenizer is None:
         raise ValueError(
@@ -701,7 +724,7 @@ def prepare(cfg: Config, dist: Dist) -> Prepared:
         model.shard(reference.net, dist, offload=cfg.cpu_offload)
     betas = (0.9, cfg.beta2)
     optim = model.make_optimizer(backbone.net, cfg.lr, cfg.weight_decay, betas)
-    first_step, _ = model.load_train_state(newest, backbone.net, optim)
+    first_step, _ = model.load_train_state(resume_from, backbone.net, optim)
     return Prepared(backbone, reference, optim, episodes, held_out, first_step)
 
 
@@ -711,13 +734,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     dist = model.setup(cfg.seed, cfg.shards, cfg.batch)
     check_config(cfg)
     backbone, reference, optim, episodes, held_out, first_step = prepare(cfg, dist)
-    step_count = sum(len(episode) for episode in episodes)
-    held_out_count = sum(len(episode) for episode in held_out)
-    eval_steps = np.linspace(0, held_out_count - 1, cfg.eval_prompts).astype(int)
-    local_eval_steps = eval_steps[dist.rank :: dist.world_size]
-    eval_rows, eval_targets = prompt_rows(backbone, held_out, local_eval_steps)
+    frame_count = sum(len(episode) for episode in episodes)
+    held_out_frame_count = sum(len(episode) for episode in held_out)
+    eval_frames = np.linspace(0, held_out_frame_count - 1, cfg.eval_prompts).astype(int)
+    local_eval_frames = eval_frames[dist.rank :: dist.world_size]
+    eval_rows, eval_targets = prompt_rows(backbone, held_out, local_eval_frames)
     run = {"stage": "grpo", "config": asdict(cfg), "parent": cfg.init}
-    write: Callable = partial(model.save, what=backbone, optim=optim)
+    save_checkpoint = partial(model.save, what=backbone, optim=optim)
     model.stop_on_sigterm()
     log = model.Log(cfg.out, cfg, dist)
 
@@ -732,16 +755,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         start_time = time.perf_counter()
 
         # 1. draw this rank's prompts
-        numbers = range(step * cfg.prompts + dist.rank, (step + 1) * cfg.prompts, dist.world_size)
-        steps_to_ask = sample_order(cfg.seed, step_count, numbers)
-        rows, targets = prompt_rows(backbone, episodes, steps_to_ask)
+        first_number = step * cfg.prompts
+        prompt_numbers = range(first_number, first_number + cfg.prompts)
+        local_numbers = prompt_numbers[dist.rank :: dist.world_size]
+        frames = prompt_frames(cfg.seed, frame_count, local_numbers)
+        rows, targets = prompt_rows(backbone, episodes, frames)
 
         # 2. to 4. sample, score, compare within groups
         with model.unsharded(backbone.net):
             groups, sums, shown = rollout(
-                backbone, cfg, rows, targets, numbers, cfg.seed, cfg.group
+                backbone, cfg, rows, targets, local_numbers, cfg.seed, cfg.group
             )
-            sums = replace_zero_std_groups(backbone, cfg, episodes, groups, numbers, sums)
+            if cfg.dynamic_sampling:
+                sums = replace_zero_std_groups(backbone, cfg, episodes, groups, local_numbers, sums)
         rollout_time = time.perf_counter()
 
         # 5. and 6. update, each time on other prompts of the rollout
@@ -755,7 +781,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for i in range(0, len(groups), local_batch):
             when = f"step {step}, update {i // local_batch}"
             batch = groups[i : i + local_batch]
-            total.update(update(backbone, reference, optim, batch, cfg, dist, when))
+            total.update(  # a Counter: it adds
+                update_step(backbone, reference, optim, batch, cfg, dist, when)
+            )
         update_time = time.perf_counter()
 
         # The loss is no sign of progress: at the first update of a rollout it is near 0 whatever
@@ -767,7 +795,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         log.write(
             step=done,
             **means(sums),
-            clip_fraction=total["clip_fraction"] / forwarded,
+            clip_fraction=total["clipped"] / forwarded,
             kl=total["kl"] / forwarded,
             entropy=total["entropy"] / forwarded,
             loss=total["loss"] / updates,
@@ -780,7 +808,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         if cfg.show_every and done % cfg.show_every == 0:
             log.write(step=done, rollout=shown)
-        model.save_step(cfg, done, run, write)
+        model.save_step(cfg, done, run, save_checkpoint)
     model.save(Path(cfg.out) / "final", backbone, {**run, "step": cfg.steps})
 
 
