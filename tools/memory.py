@@ -297,7 +297,7 @@ def vla_estimate(cfg: vla.Config, net: nn.Module, load: Load) -> Estimate:
             state=torch.empty(B, STATE_DIM),
             action=action,
             action_mask=action,
-            drawn=(torch.empty(B, R, *chunk_shape), torch.empty(B, R)),
+            drawn=vla.Draws(noise=torch.empty(B, R, *chunk_shape), time=torch.empty(B, R)),
             count=1,
         )
 

@@ -483,7 +483,7 @@ class GrpoStep:
         def update(groups, turn):
             with mock.patch.object(grpo, "completion_logp", completion_logp):
                 learner.net.train()
-                return grpo.update(
+                return grpo.update_step(
                     learner, self.reference, optimizer, groups, cfg, self.dist, f"turn {turn}"
                 )
 
@@ -718,7 +718,7 @@ def head_step(args: argparse.Namespace) -> Comparison:
         frames = vla.FrameDataset(cfg)
         vla.freeze_backbone(backbone, cfg.layer)
         cached = vla.build_cache(backbone, frames, cfg, dist)
-        live = vla.LiveFeatures(backbone, frames, cfg, args.device)
+        live = vla.LiveFeatures(backbone, frames, cfg, dist.device)
 
         # 3. twice the same head
         torch.manual_seed(0)
@@ -742,8 +742,8 @@ def head_step(args: argparse.Namespace) -> Comparison:
             optimizer = model.make_optimizer(head, cfg.lr, cfg.weight_decay, betas, cfg.muon)
 
             def step(turn):
-                ids = vla.sample_order(cfg, len(frames.train), turn)
-                fetched = ids, source.read(ids)
+                frame_ids = vla.sample_order(cfg, len(frames.train), turn)
+                fetched = vla.Fetched(frame_ids, source.read(frame_ids))
                 loss, _ = vla.flow_loss(head, source, frames, cfg, turn, fetched, dist)
                 return training_step(loss, head, optimizer)
 
