@@ -65,7 +65,8 @@ META = torch.device("meta")  # tensors with shapes but without values
 
 # ---- Prompts and answers -------------------------------------------------------------------------
 
-ACTION_START, ACTION_END = "<ACTION_START>", "<ACTION_END>"
+ACTION_START = "<ACTION_START>"
+ACTION_END = "<ACTION_END>"
 THINK = "Think in <think></think>, then answer in <answer></answer>."
 DIRECT = "Answer in <answer></answer>."
 
@@ -448,7 +449,8 @@ def encode(
     if prompt_only:
         pieces.append(opening)
     # 3. token ids
-    id_list, target_list = [], []
+    id_list = []
+    target_list = []
     for text, is_target in pieces:
         piece_ids = _token_ids(backbone.tokenizer, len(backbone.tokenizer), text)
         id_list += piece_ids
@@ -576,7 +578,8 @@ def _hidden_states(net, batch, cache):
     # 2. who sees whom
     mask = batch["mask"]
     if batch.get("lengths"):
-        mask, inputs["lengths"] = None, batch["lengths"]
+        mask = None
+        inputs["lengths"] = batch["lengths"]
     elif cache is None and bool((mask[:, 1:] <= mask[:, :-1]).all()):
         mask = None  # padded right: the causal mask alone does it, with the faster kernel
     output = net.model(
@@ -693,18 +696,18 @@ def attend_with_prompt(q, k, v, prompt_keys, prompt_values, decoding: Decoding) 
         -> (R, 1, H, d)"""
     R, H, _, d = q.shape
     B, h, T, _ = prompt_keys.shape
-    active, total = decoding.active, decoding.total
-    all_go_on = total == R
+    all_go_on = decoding.total == R
     q = q.view(R, h, H // h, d) * d**-0.5
 
     def by_prompt(x):  # (R, h, H/h, .) -> (B, h, n * H/h, .), 0 for samples that have finished
         if not all_go_on:
-            x = x.new_zeros(total, *x.shape[1:]).index_copy_(0, active, x)  # (B*n, h, H/h, .)
+            whole = x.new_zeros(decoding.total, *x.shape[1:])
+            x = whole.index_copy_(0, decoding.active, x)  # (B*n, h, H/h, .)
         return x.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)
 
     def by_sample(x):  # and back
         x = x.unflatten(2, (-1, H // h)).transpose(1, 2).flatten(0, 1)  # (B*n, h, H/h, .)
-        return x if all_go_on else x[active]
+        return x if all_go_on else x[decoding.active]
 
     # 1. scores, of the prompt's tokens and of the own ones
     prompt_scores = by_sample(by_prompt(q) @ prompt_keys.mT + decoding.prompt_bias)
@@ -757,14 +760,20 @@ class Decoder:
 
     # A CUDA graph is bound to its shapes. It reads the cache up to the end of a block; and finished
     # rows, which are looked for every few steps, leave when they are a quarter.
-    GRAPH_STEPS, GRAPH_BLOCK, GRAPH_FULLNESS = 16, 128, 0.75
+    GRAPH_STEPS = 16
+    GRAPH_BLOCK = 128
+    GRAPH_FULLNESS = 0.75
 
     def __init__(self, backbone, rows, n, slots, samples, choose, stop, cuda_graphs):
-        net, device = backbone.net, slots.device
-        self.net, self.device = net, device
+        net = backbone.net
+        device = slots.device
+        self.net = net
+        self.device = device
         self.pad = backbone.vocab.pad
-        self.slots, self.samples = slots, samples
-        self.choose, self.stop = choose, stop
+        self.slots = slots
+        self.samples = samples
+        self.choose = choose
+        self.stop = stop
         self.cuda_graphs = cuda_graphs
         self.room = samples["ids"].shape[1]
         # prefill
@@ -844,7 +853,9 @@ class Decoder:
         """The same loop for a GPU, where launching a step's kernels one by one would take longer
         than to compute one token a row: a step is recorded once for each shape, then replayed."""
         self.choose_next(self.prompt_hidden)
-        position, recorded_shape, replay = 1, None, None
+        position = 1
+        recorded_shape = None
+        replay = None
         while position < self.room:
             going = int(self.alive.sum())
             if going == 0:
@@ -860,7 +871,8 @@ class Decoder:
             if shape != recorded_shape:
                 # The old graph goes first: with it go workspaces that another would share. The
                 # first step is run plainly, as no graph may hold what libraries do at a first call.
-                recorded_shape, replay = shape, None
+                recorded_shape = shape
+                replay = None
                 self.step()
                 steps -= 1
                 replay = record(self.step, self.device) if steps else self.step
@@ -913,7 +925,9 @@ def generate(
             "for the most probable token pass greedy=True"
         )
     # 1. what is to be filled, and the random numbers of each sample
-    net, device, B = backbone.net, backbone.net.device, len(rows)
+    net = backbone.net
+    device = net.device
+    B = len(rows)
     ids = torch.full((B * n, max_new_tokens), backbone.vocab.pad, device=device)
     mask = torch.zeros_like(ids)
     logps = torch.zeros(B * n, max_new_tokens, device=device)
@@ -1003,7 +1017,8 @@ def setup(seed: int, shards: int = 0, batch: int = 0) -> Dist:
     ValueError when batch or shards do not fit the number of ranks."""
     quiet_libraries()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    has_gpu, under_torchrun = torch.cuda.is_available(), "RANK" in os.environ
+    has_gpu = torch.cuda.is_available()
+    under_torchrun = "RANK" in os.environ
     device = torch.device("cpu")
     if has_gpu:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -1032,7 +1047,8 @@ def quiet_libraries() -> None:
 def keep_freed_memory() -> None:
     """Tells glibc to keep freed memory, for the whole process: on a CPU a fifth faster than to
     fault the same pages in at every step. No-op with another C library."""
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+    M_TRIM_THRESHOLD = -1  # of malloc.h
+    M_MMAP_THRESHOLD = -3
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
@@ -1085,9 +1101,11 @@ def shard(
         compute_dtype = torch.bfloat16 if on_gpu else torch.float32
     shards = dist.shards or dist.world_size
     if shards == dist.world_size:
-        shape, names = (shards,), ("shard",)
+        shape = (shards,)
+        names = ("shard",)
     else:
-        shape, names = (dist.world_size // shards, shards), ("replicate", "shard")
+        shape = (dist.world_size // shards, shards)
+        names = ("replicate", "shard")
     options = {
         "mesh": init_device_mesh(dist.device.type, shape, mesh_dim_names=names),
         "mp_policy": fsdp.MixedPrecisionPolicy(
@@ -1146,7 +1164,9 @@ def make_optimizer(
     """AdamW over the trainable parameters of a module; norms and biases (1-D) are not decayed.
     muon: the muon_matrices() by Muon instead."""
     by_muon = {id(p) for p in muon_matrices(net)} if muon else set()
-    muon_params, matrices, vectors = [], [], []
+    muon_params = []
+    matrices = []
+    vectors = []
     for p in net.parameters():
         if not p.requires_grad:
             continue
@@ -1195,7 +1215,8 @@ def stop_if_not_finite(
     if np.isfinite(value):
         return
     batches = list(batches)  # from a generator: made only when there is something to save
-    sample_ids, arrays = [], {}
+    sample_ids = []
+    arrays = {}
     for i, batch in enumerate(batches):
         for key, array in batch.items():
             if key == "sample_id":
@@ -1283,7 +1304,8 @@ def orthogonalize(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     # A step is x <- (a + b G + c G^2) x with G = x x^T. The factors are multiplied up first: they
     # are small, where x may be long.
-    gram, product = x @ x.mT, None
+    gram = x @ x.mT
+    product = None
     for _ in range(steps):
         factor = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)  # b G + c G^2
         factor.diagonal(dim1=1, dim2=2).add_(3.4445)  # a
