@@ -1,5 +1,5 @@
-"""Checkpoints against what ends runs: SIGTERM, kill -9 at random moments, a full disk; and exact resume
-from where it left them, at any step."""
+"""Checkpoints against what ends runs: SIGTERM, kill -9 at random moments, a full disk; and exact
+resume from where it left them, at any step."""
 
 import contextlib
 import ctypes
@@ -35,22 +35,38 @@ def data(tmp_path):
 
 def at_step(monkeypatch, step, do):
     """do() in the middle of the given step of a run to come: each step clips its gradient once."""
-    clip, calls = model.clip_gradients, []
+    clip_gradients = model.clip_gradients
+    calls = []
 
-    def clip_grad(*a):
+    def watched(*a):
         calls.append(a)
         if len(calls) == step:
             do()
-        return clip(*a)
+        return clip_gradients(*a)
 
-    monkeypatch.setattr(model, "clip_gradients", clip_grad)
+    monkeypatch.setattr(model, "clip_gradients", watched)
 
 
-def sums(out):
-    """The records of a run without what a clock says; an interrupted step's may stand twice."""
-    return {
-        (r["step"], "loss" in r): {k: v for k, v in r.items() if k not in TIMES} for r in log(out)
-    }
+def terminate():
+    """SIGTERM to this process, if it is rank 1 or the only one."""
+    if os.environ.get("RANK", "1") == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def records(out):
+    """{(step, is of training): record} of a run without what a clock says; an interrupted step's
+    may stand twice in the log."""
+    by_step = {}
+    for record in log(out):
+        timeless = {k: v for k, v in record.items() if k not in TIMES}
+        by_step[record["step"], "loss" in record] = timeless
+    return by_step
+
+
+def assert_same_weights(folder, other):
+    ours = weights(folder)
+    theirs = weights(other)
+    assert all(np.array_equal(ours[k], theirs[k]) for k in ours)
 
 
 def whole(folder):
@@ -68,15 +84,12 @@ def whole(folder):
 def test_sigterm_saves_and_the_next_records_are_those_of_the_whole_run(
     tmp_path, data, monkeypatch, capfd, world
 ):
-    """The signal comes between two lines of the log, so that a part of the next one is before it. On two
-    ranks only one gets it: they must agree on the step, and not wait for each other forever."""
+    """The signal comes between two lines of the log, so that a part of the next one is before it.
+    On two ranks only one gets it: they must agree on the step, and not wait for each other
+    forever."""
     on_ranks(sft.main, args(tmp_path / "a", data, "--log-every", 4), world)
     with monkeypatch.context() as patch:
-        at_step(
-            patch,
-            3,
-            lambda: os.environ.get("RANK", "1") == "1" and os.kill(os.getpid(), signal.SIGTERM),
-        )
+        at_step(patch, 3, terminate)
         on_ranks(sft.main, args(tmp_path / "b", data, "--log-every", 4), world, 143)
     out = capfd.readouterr().out.splitlines()
     line = f"SIGTERM: stopped after step 3, saved {tmp_path}/b/step_000003; go on with --resume"
@@ -85,48 +98,57 @@ def test_sigterm_saves_and_the_next_records_are_those_of_the_whole_run(
     if world == 2:
         shutil.copytree(tmp_path / "b", tmp_path / "c")
     on_ranks(sft.main, args(tmp_path / "b", data, "--log-every", 4, "--resume"), world)
-    a, b = sums(tmp_path / "a"), sums(tmp_path / "b")
-    assert a == b and len(a) == 3  # steps 4 and 6, and the evaluation
-    one, two = weights(tmp_path / "a" / "final"), weights(tmp_path / "b" / "final")
-    assert all(np.array_equal(one[k], two[k]) for k in one)
+    a = records(tmp_path / "a")
+    assert a == records(tmp_path / "b") and len(a) == 3  # steps 4 and 6, and the evaluation
+    assert_same_weights(tmp_path / "a" / "final", tmp_path / "b" / "final")
     if world == 2:  # what two ranks left, one takes up
         sft.main(args(tmp_path / "c", data, "--log-every", 4, "--resume"))
-        c = sums(tmp_path / "c")
+        c = records(tmp_path / "c")
         assert c[4, True] == pytest.approx(a[4, True], rel=1e-5)
 
 
 def unfinished(out, since):
     """Folders that a save after the time `since` has not given their names yet."""
-    found = []
-    for part in out.glob("step_*.tmp"):
-        with contextlib.suppress(FileNotFoundError):
-            found += [part] if part.stat().st_mtime > since else []
-    return found
+    folders = []
+    for folder in out.glob("step_*.tmp"):
+        with contextlib.suppress(FileNotFoundError):  # it got its name in this moment
+            if folder.stat().st_mtime > since:
+                folders.append(folder)
+    return folders
 
 
 def series(out, data, monkeypatch, kills, world, seed):
-    """Kills a run, which saves at every third step, `kills` times and lets it go on: in turn in a step,
-    in a save, and while it starts. At the end it must be where a run that was never killed is at that
-    step. -> (kills that left a save unfinished, steps done)."""
-    moment, saving, newest = random.Random(seed), 0, 0
+    """Kills a run, which saves at every third step, `kills` times and lets it go on: in turn in a
+    step, in a save, and while it starts. At the end it must be where a run that was never killed is
+    at that step. -> (kills that left a save unfinished, steps done)."""
+    moment = random.Random(seed)
+    saving = 0  # kills that left a save unfinished
+    newest = 0  # step of the last checkpoint
 
     def argv(out, *more):
         return args(out, data, "--resume", *more, steps=2000)
 
-    for k in range(kills):
-        records, began = len(log(out)) if (out / "log.jsonl").exists() else 0, time.time()
-        ranks = start(sft.main, argv(out, "--save-every", 3, "--keep", 2), world)
-        steps = moment.randint(4, 7)
+    def records_so_far():
+        return len(log(out)) if (out / "log.jsonl").exists() else 0
 
-        def there(k=k, steps=steps + records, began=began):
-            if k % 3 == 0:
-                return (out / "log.jsonl").exists() and len(log(out)) >= steps
-            return k % 3 == 2 or unfinished(out, began)
+    for k in range(kills):
+        during = ("step", "save", "start")[k % 3]
+        records_before = records_so_far()
+        began = time.time()
+        ranks = start(sft.main, argv(out, "--save-every", 3, "--keep", 2), world)
+        enough = records_before + moment.randint(4, 7)
+
+        def there(during=during, enough=enough, began=began):
+            if during == "step":
+                return records_so_far() >= enough
+            if during == "save":
+                return bool(unfinished(out, began))
+            return True
 
         while not there():
             assert all(p.exitcode is None for p in ranks), "the run did not go on"
             time.sleep(0.005)
-        time.sleep(moment.random() * (0.1 if k % 3 == 1 else 0.4))
+        time.sleep(moment.random() * (0.1 if during == "save" else 0.4))
         for p in moment.sample(ranks, world):
             p.kill()
             p.join()
@@ -134,16 +156,14 @@ def series(out, data, monkeypatch, kills, world, seed):
         steps = [whole(folder) for folder in sorted(out.glob("step_??????"))]
         assert max(steps, default=0) >= newest and len(steps) <= 3, (steps, newest)
         newest = max(steps, default=0)
-    for step, folder in (1, out), (newest + 1, out.with_name("never_killed")):
+    never_killed = out.with_name("never_killed")
+    for step, folder in (1, out), (newest + 1, never_killed):
         with monkeypatch.context() as patch:
             at_step(patch, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
             on_ranks(sft.main, argv(folder, "--save-every", 0, "--keep", 2), world, 143)
     assert not list(out.glob("step_*.tmp")) and len(list(out.glob("step_*"))) == 2
-    one, two = (
-        weights(model.latest_checkpoint(out)),
-        weights(model.latest_checkpoint(out.with_name("never_killed"))),
-    )
-    assert newest and all(np.array_equal(one[k], two[k]) for k in one)
+    assert newest
+    assert_same_weights(model.latest_checkpoint(out), model.latest_checkpoint(never_killed))
     return saving, newest
 
 
@@ -163,8 +183,10 @@ def test_kill_9_thirty_times(tmp_path, data, monkeypatch, capsys, world):
 
 @pytest.mark.parametrize("what", ["train_state", "weights", "rank 1"])
 def test_a_full_disk_stops_with_the_old_checkpoint_intact(tmp_path, data, monkeypatch, capfd, what):
-    """A limit on the size of a file stands for the disk: writing fails in the same places, for real."""
-    out, world = tmp_path / "o", 2 if what == "rank 1" else 1
+    """A limit on the size of a file stands for the disk: writing fails in the same places, for
+    real."""
+    out = tmp_path / "o"
+    world = 2 if what == "rank 1" else 1
     more = ["--save-every", 2]
     on_ranks(sft.main, args(out, data, *more, steps=6), world)
     whole_run = weights(out / "final")
@@ -196,7 +218,8 @@ def test_a_full_disk_stops_with_the_old_checkpoint_intact(tmp_path, data, monkey
 
 
 def test_keep_deletes_what_is_older_and_unfinished(tmp_path):
-    """And not the folders of another run that went further, nor what it has just written instead."""
+    """And not the folders of another run that went further, nor what it has just written
+    instead."""
     for name in "step_000100", "step_000001.tmp", "features":
         (tmp_path / name).mkdir()
     cfg = types.SimpleNamespace(out=tmp_path, save_every=2, keep=2)
@@ -227,9 +250,11 @@ def test_a_checkpoint_is_written_over_without_a_moment_without_one(tmp_path, mon
 @pytest.mark.slow
 def test_a_disk_that_is_really_full(tmp_path, data):
     """A small file system in memory, where mounting one is allowed."""
-    disk, here = tmp_path / "disk", Path(__file__).parents[1]
+    disk = tmp_path / "disk"
     disk.mkdir()
-    command = [sys.executable, here / "sft.py", *args(disk / "o", data, "--save-every", 1, steps=9)]
+    sft_py = Path(__file__).parents[1] / "sft.py"
+    argv = args(disk / "o", data, "--save-every", 1, steps=9)
+    command = [sys.executable, sft_py, *argv]
     script = (
         f"mount -t tmpfs -o size=8m none {disk} && {shlex.join(map(str, command))}; ls {disk}/o"
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+import untrained
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
@@ -15,10 +16,9 @@ from transformers.cache_utils import DynamicCache
 import grpo
 import model
 import sft
-import untrained
 import vla
-from tools import backbones
 from fast_tokenizer import FastTokenizer
+from tools import backbones
 
 SIZES = ["tiny-qwen3-vl", "tiny-qwen2.5-vl", "tiny-vlm"]
 
@@ -99,9 +99,10 @@ IMAGE = (
 )
 PUBLISHED = {
     "qwen2_5_vl": (
-        "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>"
-        "system\nYou are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}"
-        "\n{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
+        "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+        "<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
+        "{{ message['content'] }}<|im_end|>\n{% else %}"
         "{% for content in message['content'] %}" + IMAGE + "{% endfor %}<|im_end|>\n{% endif %}"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     ),
@@ -110,7 +111,8 @@ PUBLISHED = {
         "{%- if messages[0].content is string %}{{- messages[0].content }}{%- else %}"
         "{%- for content in messages[0].content %}{%- if 'text' in content %}{{- content.text }}"
         "{%- endif %}{%- endfor %}{%- endif %}{{- '<|im_end|>\n' }}{%- endif %}"
-        "{%- for message in messages %}{%- if message.role == 'user' or message.role == 'assistant' %}"
+        "{%- for message in messages %}"
+        "{%- if message.role == 'user' or message.role == 'assistant' %}"
         "{{- '<|im_start|>' + message.role + '\n' }}{%- if message.content is string %}"
         "{{- message.content }}{%- else %}{%- for content in message.content %}"
         + IMAGE
@@ -134,12 +136,12 @@ def test_encode_equals_the_chat_template(backbone, prompt_only, system, publishe
         messages = [{"role": "system", "content": "Be brief."}, *messages]
     row = model.encode(backbone, messages, [image(64, 64)] * 3, prompt_only)
     parts = []
-    for m in messages:
-        cut = m["content"].split("<image>")
-        content = [{"type": "text", "text": cut[0]}]
-        for text in cut[1:]:
+    for message in messages:
+        before, *after_images = message["content"].split("<image>")
+        content = [{"type": "text", "text": before}]
+        for text in after_images:
             content += [{"type": "image"}, {"type": "text", "text": text}]
-        parts.append({"role": m["role"], "content": content})
+        parts.append({"role": message["role"], "content": content})
     text = backbone.tokenizer.apply_chat_template(
         parts, tokenize=False, add_generation_prompt=prompt_only
     )
@@ -172,13 +174,19 @@ def test_token_loss_equals_transformers_labels(backbone):
 
 
 def test_logits_by_slices_are_the_logits(backbone, monkeypatch):
-    """Losses of both stages and their gradients, from 7 tokens at a time; backward makes them again, and
-    at no time are there those of more."""
-    batch, results, seen = model.collate(rows_of(backbone), backbone.vocab.pad), [], []
-    V, forward = len(backbone.net.lm_head.weight), backbone.net.lm_head.forward
-    monkeypatch.setattr(
-        backbone.net.lm_head, "forward", lambda x: seen.append(len(x)) or forward(x)
-    )
+    """Losses of both stages and their gradients, from 7 tokens at a time; backward makes them
+    again, and at no time are there those of more."""
+    batch = model.collate(rows_of(backbone), backbone.vocab.pad)
+    V = len(backbone.net.lm_head.weight)
+    forward = backbone.net.lm_head.forward
+    results = []
+    seen = []  # tokens of each forward
+
+    def watched(x):
+        seen.append(len(x))
+        return forward(x)
+
+    monkeypatch.setattr(backbone.net.lm_head, "forward", watched)
     for at_once in 10**9, 7 * V + 1:
         monkeypatch.setattr(model, "LOGITS_AT_ONCE", at_once)
         values = list(sft.token_loss(backbone.net, batch))
@@ -200,9 +208,8 @@ def test_logits_by_slices_are_the_logits(backbone, monkeypatch):
 
 def test_packed_rows_equal_padded_rows(backbone):
     rows = rows_of(backbone, 4)
-    rows.insert(
-        1, model.encode(backbone, [{"role": "user", "content": "Hello"}])
-    )  # one without images
+    without_images = model.encode(backbone, [{"role": "user", "content": "Hello"}])
+    rows.insert(1, without_images)
     results = []
     for batch in (model.collate(rows, backbone.vocab.pad), sft.pack(rows)):
         backbone.net.zero_grad()
@@ -210,21 +217,21 @@ def test_packed_rows_equal_padded_rows(backbone):
         (loss / count).backward()
         results.append((loss.detach(), count, right, [p.grad for p in backbone.net.parameters()]))
         backbone.net.zero_grad()
-    (a, n, right, g), (b, m, same, h) = results
-    assert n == m and right == same
-    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
-    for x, y in zip(g, h):
-        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
+    padded, packed = results
+    assert padded[1:3] == packed[1:3]
+    torch.testing.assert_close(padded[0], packed[0], rtol=1e-5, atol=1e-4)
+    for a, b in zip(padded[3], packed[3], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 def test_hidden_does_not_depend_on_padding_or_on_the_cache(backbone):
     rows = rows_of(backbone)
-    right, left = (model.collate(rows, backbone.vocab.pad, side) for side in (False, True))
     with torch.no_grad():
-        a, b = model.hidden_states(backbone.net, right), model.hidden_states(backbone.net, left)
+        right = model.hidden_states(backbone.net, model.collate(rows, backbone.vocab.pad))
+        left = model.hidden_states(backbone.net, model.collate(rows, backbone.vocab.pad, True))
     for k, row in enumerate(rows):
         T = len(row["ids"])
-        torch.testing.assert_close(a[k, :T], b[k, -T:], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(right[k, :T], left[k, -T:], rtol=1e-4, atol=1e-4)
     # the last 5 tokens, which are text, through a cache
     whole = model.collate(rows[:1], backbone.vocab.pad)
     cache = DynamicCache(config=backbone.net.config.text_config)
@@ -265,27 +272,27 @@ def test_truncated_features_are_the_hidden_states_of_that_layer():
     with torch.no_grad():
         theirs = backbone.net(**extra(backbone, batch), output_hidden_states=True).hidden_states[2]
         vla.truncate(backbone.net, 2)
-        ours, mask = model.hidden_states(backbone.net, batch), batch["mask"]
-    count = mask.bool()
-    torch.testing.assert_close(ours[count], theirs[count], rtol=1e-4, atol=1e-4)
+        ours = model.hidden_states(backbone.net, batch)
+    mask = batch["mask"].bool()
+    torch.testing.assert_close(ours[mask], theirs[mask], rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match=r"1\.\.2"):
         vla.truncate(backbone.net, 3)
 
 
 def test_grow_adds_once_keeps_old_rows_and_ties(backbone):
     backbone = backbones.random_backbone(SIZES[0])
-    table, old = backbone.net.get_input_embeddings().weight, len(backbone.tokenizer)
-    before, rows = table[:old].clone(), len(table)
+    table = backbone.net.get_input_embeddings().weight
+    rows = len(table)
+    old = len(backbone.tokenizer)
+    before = table[:old].clone()
     assert backbone.vocab.action_start is None and backbone.vocab.fast == []
     sft.grow_vocabulary(backbone, 3)  # fits into the padding rows: the table stays
     assert len(backbone.net.get_input_embeddings().weight) == rows
     sft.grow_vocabulary(backbone, 100)
     table = backbone.net.get_input_embeddings().weight
     assert len(table) >= len(backbone.tokenizer) == old + 102 and len(table) % 64 == 0
-    assert (
-        backbone.net.lm_head.weight is table
-        and backbone.net.config.text_config.vocab_size == len(table)
-    )
+    assert backbone.net.lm_head.weight is table
+    assert backbone.net.config.text_config.vocab_size == len(table)
     assert torch.equal(table[:old], before)
     assert backbone.vocab.action_start == backbone.tokenizer.convert_tokens_to_ids("<ACTION_START>")
     assert backbone.tokenizer.convert_ids_to_tokens(backbone.vocab.fast) == [
@@ -357,20 +364,20 @@ def test_a_padded_table_neither_shrinks_nor_loses_its_padding(tmp_path, monkeypa
         backbone.net.get_input_embeddings().weight,
         backbone.net.get_output_embeddings().weight,
     ]
-    before, old = [w.detach().clone() for w in tables], len(backbone.tokenizer)
+    before = [w.detach().clone() for w in tables]
+    old = len(backbone.tokenizer)
     sft.grow_vocabulary(backbone, 20)
-    for w, was in zip(tables, before):
+    for w, was in zip(tables, before, strict=True):
         assert len(w) == 640 and torch.equal(w[:old], was[:old])
-        assert torch.equal(w[old + 22 :], was[old + 22 :])  # 2 marks and 20 tokens
+        assert torch.equal(w[old + 22 :], was[old + 22 :])  # 2 markers and 20 tokens
         assert (w[old : old + 22] - was[:old].mean(0)).abs().max() < was[:old].std()
     assert backbone.net.lm_head.weight is tables[1] and (tables[0] is tables[1]) == tied
     model.save(tmp_path / "a", backbone, {"stage": "sft", "step": 0})
     again = model.load(tmp_path / "a")
     sft.grow_vocabulary(again, 20)  # knows them all
     model.save(tmp_path / "b", again, {"stage": "sft", "step": 0})
-    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (
-        tmp_path / "b" / "model.safetensors"
-    ).read_bytes()
+    saved = (tmp_path / "a" / "model.safetensors").read_bytes()
+    assert saved == (tmp_path / "b" / "model.safetensors").read_bytes()
     assert (again.net.lm_head.weight is again.net.get_input_embeddings().weight) == tied
     shapes = model.load(tmp_path / "a", device=model.META)  # and without weights it is the same net
     same = {k: p.shape for k, p in shapes.net.named_parameters()}
@@ -382,9 +389,8 @@ def test_a_padded_table_neither_shrinks_nor_loses_its_padding(tmp_path, monkeypa
 def test_max_pixels_bounds_images_and_stays_in_the_checkpoint(backbone, tmp_path, pixels):
     one = model.load(untrained.folder(backbone.run["size"]), max_pixels=pixels)
     _, (_, h, w) = model.patchify(image(90, 120), one.image_spec)
-    unit = (
-        one.image_spec.patch * one.image_spec.merge
-    ) ** 2  # one token is the least that an image has
+    # one token is the least that an image has
+    unit = (one.image_spec.patch * one.image_spec.merge) ** 2
     if pixels:
         assert h * w * one.image_spec.patch**2 <= max(pixels, unit) < 90 * 120
     else:
@@ -394,14 +400,14 @@ def test_max_pixels_bounds_images_and_stays_in_the_checkpoint(backbone, tmp_path
     assert model.ImageSpec.load(tmp_path) == one.image_spec
 
 
-def fast(dim=3):
+def action_tokenizer(dim=3):
     chunks = model.rng(0).uniform(-1, 1, (50, 4, dim)).astype(np.float32)
     return FastTokenizer.fit(chunks, 64, 4)
 
 
 def test_save_load_save_is_bit_identical_and_loads_in_plain_transformers(backbone, tmp_path):
     one = backbones.random_backbone(backbone.run["size"])
-    one.action_tokenizer = fast()
+    one.action_tokenizer = action_tokenizer()
     sft.grow_vocabulary(one, one.action_tokenizer.vocab_size)
     optim = model.make_optimizer(one.net, 1e-3, 0.1, (0.9, 0.95))
     batch = model.collate(rows_of(one), one.vocab.pad)
@@ -411,27 +417,25 @@ def test_save_load_save_is_bit_identical_and_loads_in_plain_transformers(backbon
     model.save(tmp_path / "a" / "step_000001", one, run, optim=optim)
     assert model.find_checkpoint(tmp_path / "a") == tmp_path / "a" / "step_000001"
     two = model.load(tmp_path / "a", stages=("sft",))
-    assert (
-        two.run["parent"] == "random"
-        and two.vocab == one.vocab
-        and two.image_spec == one.image_spec
-    )
+    assert two.run["parent"] == "random"
+    assert two.vocab == one.vocab and two.image_spec == one.image_spec
     new = model.make_optimizer(two.net, 1e-3, 0.1, (0.9, 0.95))
     assert model.load_train_state(tmp_path / "a" / "step_000001", two.net, new) == (1, 0)
     model.save(tmp_path / "b", two, run, optim=new)
     for name in "model.safetensors", "config.json", "tokenizer.json", "fast/fast.json", "run.json":
         a = tmp_path / "a" / "step_000001" / name
         assert a.read_bytes() == (tmp_path / "b" / name).read_bytes(), name
-    old, new = (
-        {
-            k: x
-            for file in sorted((tmp_path / at / "train_state").iterdir())
-            for k, x in load_file(file).items()
-        }
-        for at in ("a/step_000001", "b")
-    )
-    assert old.keys() == new.keys() and all(torch.equal(old[k], new[k]) for k in old)
-    assert sum(k.endswith("/exp_avg") for k in old) == len(list(one.net.parameters()))
+
+    def train_state(folder):
+        tensors = {}
+        for file in sorted((folder / "train_state").iterdir()):
+            tensors.update(load_file(file))
+        return tensors
+
+    first = train_state(tmp_path / "a" / "step_000001")
+    second = train_state(tmp_path / "b")
+    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    assert sum(k.endswith("/exp_avg") for k in first) == len(list(one.net.parameters()))
     assert {p.suffix for p in tmp_path.rglob("*.*") if p.is_file()} <= {
         ".safetensors",
         ".json",
@@ -439,7 +443,9 @@ def test_save_load_save_is_bit_identical_and_loads_in_plain_transformers(backbon
     }, "no pickle, nothing unfinished"
     # plain transformers: the same weights, ids and patches
     net = AutoModelForImageTextToText.from_pretrained(tmp_path / "b")
-    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), one.net.parameters()))
+    assert all(
+        torch.equal(p, q) for p, q in zip(net.parameters(), one.net.parameters(), strict=True)
+    )
     text = "Where is it?<think></think>" + model.action_answer([3, 1])
     assert AutoTokenizer.from_pretrained(tmp_path / "b")(text) == one.tokenizer(text)
     with pytest.raises(ValueError, match="stage 'sft', expected base"):
@@ -501,7 +507,8 @@ GOOD = "<think>left, then down</think>" + model.action_answer([4, 0, 7]) + "<|im
     [
         (GOOD, (True, True, [4, 0, 7])),
         (
-            "\n<think>a\nb</think>\n<answer> <ACTION_START><FAST_1><ACTION_END>\n</answer>\n<|im_end|>",
+            "\n<think>a\nb</think>\n"
+            "<answer> <ACTION_START><FAST_1><ACTION_END>\n</answer>\n<|im_end|>",
             (True, True, [1]),
         ),
         (GOOD + "<|endoftext|>" * 3, (True, True, [4, 0, 7])),
@@ -521,17 +528,14 @@ GOOD = "<think>left, then down</think>" + model.action_answer([4, 0, 7]) + "<|im
 )
 def test_parse_actions(text, expected):
     backbone = backbones.random_backbone(SIZES[0])
-    assert model.parse_actions(backbone, []) == (
-        False,
-        False,
-        [],
-    )  # before growth there is no START
+    # before growth there is no START
+    assert model.parse_actions(backbone, []) == (False, False, [])
     sft.grow_vocabulary(backbone, 8)
     assert model.parse_actions(backbone, backbone.tokenizer(text)["input_ids"]) == expected
 
 
 @pytest.mark.parametrize(
-    ("gen", "tgt", "expected"),
+    ("generated", "target", "expected"),
     [
         ([1, 2, 3], [1, 2, 3], 1),
         ([1, 2], [1, 2, 3, 4], 0.5),
@@ -542,8 +546,8 @@ def test_parse_actions(text, expected):
         ([], [], 0),
     ],
 )
-def test_prefix_reward(gen, tgt, expected):
-    assert model.prefix_reward(gen, tgt) == pytest.approx(expected)
+def test_prefix_reward(generated, target, expected):
+    assert model.prefix_reward(generated, target) == pytest.approx(expected)
 
 
 def test_learning_rate_by_hand():
@@ -555,7 +559,8 @@ def test_learning_rate_by_hand():
 
 def test_clip_and_groups():
     net = torch.nn.Linear(2, 1)
-    net.weight.grad, net.bias.grad = torch.tensor([[3.0, 0.0]]), torch.tensor([4.0])
+    net.weight.grad = torch.tensor([[3.0, 0.0]])
+    net.bias.grad = torch.tensor([4.0])
     assert model.clip_gradients(net.parameters(), 0) == pytest.approx(5)
     assert net.bias.grad.item() == 4
     assert model.clip_gradients(net.parameters(), 1.0) == pytest.approx(5)
@@ -570,7 +575,7 @@ def test_clip_and_groups():
 def test_muon_without_inner_matrices_is_adamw():
     """It used to end in a StopIteration when nothing was left for Muon."""
     nets = [torch.nn.LayerNorm(4), torch.nn.LayerNorm(4)]
-    for net, muon in zip(nets, (True, False)):
+    for net, muon in zip(nets, (True, False), strict=True):
         optim = model.make_optimizer(net, 0.01, 0.1, (0.9, 0.95), muon)
         net(torch.arange(8.0).view(2, 4) ** 2).sum().backward()
         optim.step()
@@ -594,7 +599,7 @@ def test_muon_by_hand():
     ]
     nets[1].load_state_dict(nets[0].state_dict())
     before = nets[0]["inner"].weight.detach().clone()
-    for net, muon in zip(nets, (True, False)):
+    for net, muon in zip(nets, (True, False), strict=True):
         optim = model.make_optimizer(net, 0.01, 0.1, (0.9, 0.95), muon)
         net["lm_head"](net["inner"](net["words"](torch.tensor([0, 2])))).square().sum().backward()
         grad = net["inner"].weight.grad.clone()

@@ -5,6 +5,7 @@ import datetime
 import numpy as np
 import pytest
 import torch
+import untrained
 from scipy.stats import chisquare
 from torch import distributed, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,7 +15,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import grpo
 import model
 import sft
-import untrained
 
 FAMILIES = [untrained.folder("tiny-qwen3-vl"), untrained.folder("tiny-qwen2.5-vl")]
 
@@ -32,7 +32,10 @@ def small():
 def prompts(backbone, few=False):
     """Four prompts of unequal length: one image, none, two images, one of another size."""
     rng = np.random.default_rng(0)
-    image = lambda h, w: rng.integers(0, 256, (h, w, 3), dtype=np.uint8)
+
+    def image(h, w):
+        return rng.integers(0, 256, (h, w, 3), dtype=np.uint8)
+
     asked = [
         ("<image>Where is the red block?", [image(32, 32)]),
         ("The robot moves down and closes the gripper.", []),
@@ -47,15 +50,15 @@ def prompts(backbone, few=False):
 
 def samples(out):
     """-> the sampled ids of each row, without padding."""
-    return [i[m.bool()].tolist() for i, m in zip(out["ids"], out["mask"])]
+    return [i[m.bool()].tolist() for i, m in zip(out["ids"], out["mask"], strict=True)]
 
 
 def reference(backbone, row, max_new, stop):
     """transformers' greedy continuation of one prompt, unpadded and alone."""
     ids = torch.from_numpy(row["ids"])[None]
-    seen = {}
+    images = {}
     if row["patches"] is not None:
-        seen = {
+        images = {
             "pixel_values": torch.from_numpy(row["patches"]),
             "image_grid_thw": torch.from_numpy(row["grid"]),
             "mm_token_type_ids": (ids == backbone.vocab.image).int(),
@@ -64,7 +67,7 @@ def reference(backbone, row, max_new, stop):
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=max_new,
-        **seen,
+        **images,
         do_sample=False,
         suppress_tokens=backbone.vocab.banned,
         eos_token_id=stop,
@@ -74,31 +77,29 @@ def reference(backbone, row, max_new, stop):
 
 
 def test_greedy_equals_transformers(backbone):
-    rows, usual = prompts(backbone), [backbone.vocab.eos]
-    want = [reference(backbone, row, 24, usual) for row in rows]
+    rows = prompts(backbone)
+    want = [reference(backbone, row, 24, [backbone.vocab.eos]) for row in rows]
     got = model.generate(backbone, rows, max_new_tokens=24, greedy=True)
     assert samples(got) == want
     # the same with rows that end at different steps, two of them before the others
     stop = [want[0][2], want[2][5]]
     early = [reference(backbone, row, 24, stop) for row in rows]
     assert 2 <= len({len(i) for i in early}) and min(map(len, early)) <= 3
-    assert (
-        samples(model.generate(backbone, rows, max_new_tokens=24, greedy=True, stop=stop)) == early
-    )
+    once = samples(model.generate(backbone, rows, max_new_tokens=24, greedy=True, stop=stop))
+    assert once == early
     twice = samples(model.generate(backbone, rows, n=2, max_new_tokens=24, greedy=True, stop=stop))
     assert twice[0::2] == twice[1::2] == early
 
 
 def test_greedy_without_padding(backbone):  # no padding takes the path without an attention mask
-    rows = [prompts(backbone)[3]] * 2
-    assert (
-        samples(model.generate(backbone, rows, max_new_tokens=12, greedy=True))
-        == [reference(backbone, rows[0], 12, [backbone.vocab.eos])] * 2
-    )
+    row = prompts(backbone)[3]
+    got = samples(model.generate(backbone, [row] * 2, max_new_tokens=12, greedy=True))
+    assert got == [reference(backbone, row, 12, [backbone.vocab.eos])] * 2
 
 
 def test_logp_equals_a_full_forward(backbone):
-    rows, n, temperature = prompts(backbone), 3, 0.7
+    rows = prompts(backbone)
+    n, temperature = 3, 0.7
     ends = range(0, len(backbone.tokenizer), 9)
     out = model.generate(backbone, rows, n, 20, temperature, seed=1, stop=ends)
     assert out["mask"].sum(1).unique().numel() > 3  # rows left the batch at many steps
@@ -125,21 +126,18 @@ def test_logp_equals_a_full_forward(backbone):
 
 
 def test_the_batch_does_not_change_the_samples(backbone):
-    rows, kw = (
-        prompts(backbone),
-        {"n": 3, "max_new_tokens": 16, "seed": 5, "stop": range(0, 300, 11)},
-    )
+    rows = prompts(backbone)
+    kw = {"n": 3, "max_new_tokens": 16, "seed": 5, "stop": range(0, 300, 11)}
     whole = samples(model.generate(backbone, rows, **kw))
     assert len({tuple(i) for i in whole}) == len(whole)  # every prompt and sample draws its own
-    split = [
-        samples(model.generate(backbone, rows[a:b], keys=range(a, b), **kw))
-        for a, b in [(0, 1), (1, 4)]
-    ]
-    assert split[0] + split[1] == whole
+    first = samples(model.generate(backbone, rows[:1], keys=range(1), **kw))
+    others = samples(model.generate(backbone, rows[1:], keys=range(1, 4), **kw))
+    assert first + others == whole
     back = samples(model.generate(backbone, rows[::-1], keys=[3, 2, 1, 0], **kw))
     assert [back[9 - 3 * b + g] for b in range(4) for g in range(3)] == whole
     same = samples(model.generate(backbone, rows[:1] * 2, keys=[0, 9], **kw))
-    assert same[:3] == whole[:3] and all(a != b for a, b in zip(same[:3], same[3:]))
+    assert same[:3] == whole[:3]
+    assert all(a != b for a, b in zip(same[:3], same[3:], strict=True))
     assert samples(model.generate(backbone, rows, **{**kw, "n": 2}))[:2] == whole[:2]
     assert samples(model.generate(backbone, rows, **{**kw, "seed": 6})) != whole
 
@@ -153,7 +151,11 @@ def traced(graphs):
         assert device == torch.device("cpu")  # of the net, which need not be the current one
         tensors = vars(step.__self__).values()
         before = [(x, x.clone()) for x in tensors if isinstance(x, torch.Tensor)]
-        graph = make_fx(lambda: step(), tracing_mode="fake", _allow_non_fake_inputs=True)()
+
+        def without_self():  # make_fx takes a method's self for an input
+            step()
+
+        graph = make_fx(without_self, tracing_mode="fake", _allow_non_fake_inputs=True)()
         for x, was in before:  # tracing counts in t, recording a CUDA graph does not
             x.copy_(was)
         called = {str(node.target) for node in graph.graph.nodes}
@@ -171,7 +173,8 @@ def traced(graphs):
 
 @pytest.mark.parametrize("greedy", [False, True])
 def test_replayed_steps_sample_the_same(backbone, monkeypatch, greedy):
-    rows, graphs = prompts(backbone), []
+    rows = prompts(backbone)
+    graphs = []  # how often each was replayed
     monkeypatch.setattr(model, "record", traced(graphs))
     for stop, top_p in (([], 1.0), (range(0, 300, 40), 0.9)):
         kw = {"n": 3, "max_new_tokens": 150, "stop": stop, "top_p": top_p, "greedy": greedy}
@@ -181,9 +184,8 @@ def test_replayed_steps_sample_the_same(backbone, monkeypatch, greedy):
         assert samples(got) == samples(want) and got["ids"].shape == want["ids"].shape
         assert torch.equal(got["ids"], want["ids"]) and torch.equal(got["mask"], want["mask"])
         torch.testing.assert_close(got["logp"], want["logp"], atol=1e-5, rtol=0)
-        if (
-            not stop
-        ):  # token 0 from the prompt; two blocks of the cache, the first step of each plain
+        if not stop:
+            # token 0 from the prompt; two blocks of the cache, the first step of each plain
             assert graphs == [127, 20]
         graphs.clear()
 
@@ -197,18 +199,18 @@ def test_a_step_that_looks_at_values_cannot_be_recorded(small, monkeypatch):
 
 
 def test_tensors_stay_on_their_device(small, monkeypatch):
-    """Shapes and types alone, in bf16 on a pretended device, whose tensors must not meet a CPU's."""
-    rows, n = prompts(small)[1:2] * 4, 8  # no image: transformers' tower asks for values there
+    """Shapes and types alone, in bf16 on a pretended device, whose tensors must not meet those of a
+    CPU."""
+    rows = prompts(small)[1:2] * 4  # no image: transformers' tower asks for values there
+    n = 8
     monkeypatch.setattr(model, "record", lambda step, device: step)
     monkeypatch.setattr(model, "int", lambda x: 32 if torch.is_tensor(x) else int(x), raising=False)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         for module in small.net.modules():
             for name, p in module._parameters.items():
-                module._parameters[name] = (
-                    nn.Parameter(fake.from_tensor(p.detach()).to("lazy:0", torch.bfloat16))
-                    if p is not None
-                    else p
-                )
+                if p is not None:
+                    there = fake.from_tensor(p.detach()).to("lazy:0", torch.bfloat16)
+                    module._parameters[name] = nn.Parameter(there)
             for name, b in module._buffers.items():
                 module._buffers[name] = fake.from_tensor(b).to("lazy:0")
         for kw in {"greedy": True}, {"top_p": 0.5}:
@@ -224,42 +226,49 @@ def test_tensors_stay_on_their_device(small, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda_graphs(small):
     small.net.cuda()
-    rows, kw = prompts(small), {"n": 3, "max_new_tokens": 150, "stop": range(0, 300, 40)}
-    want, got = (model.generate(small, rows, **kw, cuda_graphs=graphs) for graphs in (False, True))
-    same = sum(a == b for a, b in zip(samples(got), samples(want)))
+    rows = prompts(small)
+    kw = {"n": 3, "max_new_tokens": 150, "stop": range(0, 300, 40)}
+    want = model.generate(small, rows, **kw, cuda_graphs=False)
+    got = model.generate(small, rows, **kw, cuda_graphs=True)
+    same = sum(a == b for a, b in zip(samples(got), samples(want), strict=True))
     assert same >= 11  # of 12: a near tie may fall otherwise, and what follows it
     assert samples(model.generate(small, rows, **kw, cuda_graphs=True)) == samples(got)
 
 
 def test_chunks_of_like_length(small, monkeypatch):
-    rows, seen = prompts(small), []
-    whole, collate = model.generate(small, rows, 2, 9, stop=[]), model.collate
-    monkeypatch.setattr(
-        model,
-        "collate",
-        lambda rows, *a, **kw: (
-            seen.append([len(row["ids"]) for row in rows]) or collate(rows, *a, **kw)
-        ),
-    )
+    rows = prompts(small)
+    whole = model.generate(small, rows, 2, 9, stop=[])
+    collate = model.collate
+    seen = []  # the lengths of each batch
+
+    def watched(rows, *a, **kw):
+        seen.append([len(row["ids"]) for row in rows])
+        return collate(rows, *a, **kw)
+
+    monkeypatch.setattr(model, "collate", watched)
     got = model.generate(small, rows, 2, 9, stop=[], rollout_batch=3)
-    lengths = sorted(len(row["ids"]) for row in rows)
-    assert seen == [lengths[:3], lengths[3:]] and lengths != [len(row["ids"]) for row in rows]
+    lengths = [len(row["ids"]) for row in rows]
+    by_length = sorted(lengths)
+    assert seen == [by_length[:3], by_length[3:]] and by_length != lengths
     assert torch.equal(got["ids"], whole["ids"])
     torch.testing.assert_close(got["logp"], whole["logp"], atol=1e-5, rtol=0)
 
 
 def test_finished_rows_stop_and_leave(small):
-    stop, seen = list(range(0, len(small.tokenizer), 5)), []
+    stop = list(range(0, len(small.tokenizer), 5))
+    seen = []  # rows in each forward
     small.net.lm_head.register_forward_pre_hook(lambda m, args: seen.append(len(args[0])))
     small.net.train()
     out = model.generate(small, prompts(small), n=8, max_new_tokens=99, seed=2, stop=stop)
     assert small.net.training  # as before
     length = out["mask"].sum(1)
     assert out["ids"].shape[1] == length.max() < 99 and length.min() < 3
-    for i, m, k in zip(out["ids"].tolist(), out["mask"].tolist(), length.tolist()):
-        assert m == [1] * k + [0] * (len(i) - k)
-        assert i[k - 1] in stop and not set(i[: k - 1]) & set(stop)
-        assert set(i[k:]) <= {small.vocab.pad}
+    for ids, mask, k in zip(
+        out["ids"].tolist(), out["mask"].tolist(), length.tolist(), strict=True
+    ):
+        assert mask == [1] * k + [0] * (len(ids) - k)
+        assert ids[k - 1] in stop and not set(ids[: k - 1]) & set(stop)
+        assert set(ids[k:]) <= {small.vocab.pad}
     assert sum(seen) == out["mask"].sum()  # no row is computed after its end
 
 
@@ -276,31 +285,36 @@ def test_banned_ids_are_never_sampled(small):
 
 
 def test_frequencies_are_the_probabilities(small):
-    row, N = prompts(small, few=True)[:1], 4000
+    rows = prompts(small, few=True)[:1]
+    N = 4000
     with torch.no_grad():
-        batch = model.collate(row, small.vocab.pad)
+        batch = model.collate(rows, small.vocab.pad)
         logits = model.logits(small.net, model.hidden_states(small.net, batch)[0, -1:])[0] / 1.5
     logits[small.vocab.banned] = -torch.inf
     want = N * logits.softmax(-1).double().numpy()
-    out = model.generate(small, row, N, 1, temperature=1.5, stop=[])
+    out = model.generate(small, rows, N, 1, temperature=1.5, stop=[])
     got = np.bincount(out["ids"][:, 0].numpy(), minlength=len(want))
     often = want >= 5  # the chi-square rule of thumb; the rest is one class
     assert often.sum() > 20
-    got, want = ([*x[often], x[~often].sum()] for x in (got, want))
-    assert chisquare(got, np.array(want) * N / sum(want)).pvalue > 0.01
+    observed = [*got[often], got[~often].sum()]
+    expected = np.array([*want[often], want[~often].sum()])
+    assert chisquare(observed, expected * N / sum(expected)).pvalue > 0.01
 
 
 def test_draw_by_hand():
     p = torch.tensor([0.0, 0.3, 0.0, 0.5, 0.05, 0.15, 0.0])
     u = torch.tensor([1e-30, 0.29, 0.31, 0.79, 0.81, 0.84, 0.86, 1.0])
-    at = lambda u, **kw: model.draw_tokens(p.log().expand(len(u), -1), u, **kw).tolist()
-    assert at(u) == [1, 1, 3, 3, 4, 4, 5, 5]  # ids 0, 2 and 6 have no probability
+
+    def draw(u, **kw):
+        return model.draw_tokens(p.log().expand(len(u), -1), u, **kw).tolist()
+
+    assert draw(u) == [1, 1, 3, 3, 4, 4, 5, 5]  # ids 0, 2 and 6 have no probability
     even = (torch.arange(1000) + 0.5) / 1000
-    assert np.bincount(at(even)).tolist() == [0, 300, 0, 500, 50, 150]
+    assert np.bincount(draw(even)).tolist() == [0, 300, 0, 500, 50, 150]
     # .5 alone reaches .4; .5 + .3 reach .75, and are drawn as 5 : 3; the tail is out
-    assert np.bincount(at(even, top_p=0.4)).tolist() == [0, 0, 0, 1000]
-    assert np.bincount(at(even, top_p=0.75)).tolist() == [0, 375, 0, 625]
-    assert set(at(even, top_p=0.9)) == {1, 3, 5}
+    assert np.bincount(draw(even, top_p=0.4)).tolist() == [0, 0, 0, 1000]
+    assert np.bincount(draw(even, top_p=0.75)).tolist() == [0, 375, 0, 625]
+    assert set(draw(even, top_p=0.9)) == {1, 3, 5}
 
 
 def test_top_p_in_generate(small):
@@ -341,28 +355,28 @@ def two_ranks(rank, folder):
     sft.token_loss(backbone.net, batch)[0].backward()
     grads = {k: p.grad.clone() for k, p in backbone.net.named_parameters() if p.grad is not None}
     backbone.net.zero_grad()
-    for (
-        block
-    ) in backbone.net.model.language_model.layers:  # shard() leaves so small a model in one unit
+    blocks = backbone.net.model.language_model.layers
+    for block in blocks:  # shard() leaves so small a model in one unit
         fully_shard(block)
     model.shard(backbone.net, model.Dist(rank, 2, torch.device("cpu")))
-    root, roots = backbone.net._get_fsdp_state(), []
-    block = backbone.net.model.language_model.layers[0]
-    block.register_forward_pre_hook(lambda *_: roots.append(root._state_ctx.iter_forward_root))
-    for mine in [range(4), range(0)][rank], [range(1), range(1, 4)][rank]:
+    root = backbone.net._get_fsdp_state()
+    roots = []  # whom each forward of the first block takes for the root
+    blocks[0].register_forward_pre_hook(lambda *_: roots.append(root._state_ctx.iter_forward_root))
+    for of_ranks in [range(4), range(0)], [range(1), range(1, 4)]:
+        local_prompts = of_ranks[rank]
         with model.unsharded(backbone.net):
             got = model.generate(
                 backbone,
-                [rows[i] for i in mine],
+                [rows[i] for i in local_prompts],
                 n=2,
                 max_new_tokens=9,
                 seed=4,
-                keys=mine,
+                keys=local_prompts,
                 stop=range(0, 300, 7),
             )
-        assert samples(got) == [samples(want)[2 * i + g] for i in mine for g in range(2)]
+        assert samples(got) == [samples(want)[2 * i + g] for i in local_prompts for g in range(2)]
         # a block that takes itself for the root waits for streams, which no CUDA graph may hold
-        assert all(r is root for r in roots) and (len(roots) > 2 or not mine)
+        assert all(r is root for r in roots) and (len(roots) > 2 or not local_prompts)
         roots.clear()
         sft.token_loss(backbone.net, batch)[0].backward()
         for k, p in backbone.net.named_parameters():

@@ -146,7 +146,8 @@ def diagram():
     """The whole picture as the text of an SVG file."""
     head = (
         "<defs><marker id='head' viewBox='0 0 8 8' refX='6' refY='4' markerWidth='5' "
-        f"markerHeight='5' orient='auto'><path d='M0,0 L8,4 L0,8 z' fill='{ARROW}'/></marker></defs>"
+        "markerHeight='5' orient='auto'>"
+        f"<path d='M0,0 L8,4 L0,8 z' fill='{ARROW}'/></marker></defs>"
     )
     elements = [head]
     for number, stage in enumerate(STAGES):
