@@ -5,8 +5,8 @@ In: a checkpoint of stage base, sft or grpo, and episodes (images, state, action
 Out: a policy (images, instruction, state) -> the next K actions. It writes no text at run time:
 reasoning acts through the features that RL shaped.
 1. cut the frozen backbone after layer 0.64 L (18 of 28)
-2. its hidden states over all image and text tokens of the action prompt condition the head
-3. the normalised state enters the head alone, as one token
+2. its hidden states over all image and text tokens of the action prompt are the features
+3. the head reads them, and as one token the normalised state, which the backbone does not see
 4. x_t = (1 - t) noise + t action; the head learns the velocity action - noise, masked past the end
 5. 4 Euler steps from seeded noise give the chunk; q01/q99 statistics turn it into dataset units
 Our deviations: the features of all frames are computed once and memory-mapped (--cache features);
@@ -24,7 +24,7 @@ Read first: Config, "Flow-matching head", main. "Data" and "Features of the froz
 wait; "Policy" and "Carrying out chunks" are for who drives a robot.
 
 Legend: B frames of a batch, R draws of a frame, K chunk length, A action dimensions, S state
-dimensions, T tokens of a prompt, F future tokens, N frames of the data or tokens in a block,
+dimensions, T tokens of a prompt, F future tokens, Q query tokens of a block, N frames of the data,
 D width, H attention heads, d head width, L layers of the backbone. A mask is 1 where it counts.
 """
 
@@ -65,6 +65,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import model
+from model import Backbone, Dist, Row
 
 # ---- Config --------------------------------------------------------------------------------------
 
@@ -84,12 +85,12 @@ class Config:
     # features of the backbone
     init: str = "runs/grpo"  # checkpoint of stage base, sft or grpo; or hub name
     layer: int = 0  # LLM layer whose output conditions the head; 0: 0.64 of the depth
-    think: bool = False  # mode line of the prompt: think first, or answer directly
+    think: bool = False  # the prompt asks to think first; the head acts without any text either way
     max_pixels: int = 0  # larger images are shrunk to so many pixels; 0: as the backbone says
 
     # head
     dim: int = 128  # width of the head
-    layers: int = 4  # blocks of the head; even ones read the features
+    layers: int = 4  # blocks of the head; 0, 2, ... read the features
     heads: int = 4  # attention heads
     vl_layers: int = 1  # self-attention blocks over the features; 0: none
     future_tokens: int = 4  # learned tokens between state and actions
@@ -155,13 +156,6 @@ def check_config(cfg: Config) -> None:
 # ---- Data: numbers in memory, frames on disk -----------------------------------------------------
 
 
-class Place(NamedTuple):
-    """Where a frame comes from."""
-
-    episode: int  # its number in FrameDataset.episodes
-    step: int  # of that episode, 0 .. T-1
-
-
 class FrameDataset:
     """Every stride-th frame of a folder of episodes, each with its state and the K actions that
     follow it. Frames are numbered through; of two episodes of 3 and 4 steps, with --stride 2 and
@@ -186,11 +180,11 @@ class FrameDataset:
         self._check(cfg)
 
         # 1. the numbers of each episode's frames
-        counts, states, chunks, masks = [], [], [], []
+        lengths, states, chunks, masks = [], [], [], []
         for episode in self.episodes:
             steps = np.arange(0, len(episode), cfg.stride)
             steps_left = len(episode) - steps  # to the end, this one among them
-            counts.append(len(steps))
+            lengths.append(len(steps))
             states.append(episode.state[steps])
             chunks.append(action_chunks(episode, cfg.horizon)[steps])
             masks.append(np.arange(cfg.horizon) < steps_left[:, None])
@@ -201,10 +195,10 @@ class FrameDataset:
         self.mask = np.concatenate(masks)  # (N, K)
 
         # 2. which frames are whose
-        self.ends = np.cumsum(counts)
+        self.ends = np.cumsum(lengths)
         self.frame_ranges = []
-        for end, count in zip(self.ends.tolist(), counts, strict=True):
-            self.frame_ranges.append(range(end - count, end))
+        for end, length in zip(self.ends.tolist(), lengths, strict=True):
+            self.frame_ranges.append(range(end - length, end))
 
         # 3. which are held out
         train_episodes = self.episodes
@@ -229,26 +223,25 @@ class FrameDataset:
                 f"longest episode of {cfg.data}"
             )
 
-    def locate(self, frame_id: int) -> Place:
-        """Number of a frame -> where it comes from."""
-        episode = int(np.searchsorted(self.ends, frame_id, side="right"))
-        index = int(frame_id) - self.frame_ranges[episode].start
-        return Place(episode, index * self.stride)
+    def locate(self, frame_id: int) -> tuple[int, int]:
+        """Number of a frame -> number of its episode, and its step there (0 .. T-1)."""
+        number = int(np.searchsorted(self.ends, frame_id, side="right"))
+        index = int(frame_id) - self.frame_ranges[number].start
+        return number, index * self.stride
 
     def observation(self, frame_id: int) -> tuple[list[np.ndarray], str]:
         """-> the images of the cameras, each uint8 (H, W, 3), and the instruction."""
-        place = self.locate(frame_id)
-        episode = self.episodes[place.episode]
-        images = [episode.frame(place.step, camera) for camera in self.cameras]
-        return images, episode.task
+        number, step = self.locate(frame_id)
+        episode = self.episodes[number]
+        return [episode.frame(step, camera) for camera in self.cameras], episode.task
 
     def replay(self, frame_ids: np.ndarray) -> Iterator[dict]:
-        """A batch as model.stop_if_not_finite() saves it. What the model saw of it follows from the
-        numbers of the frames. A generator: nothing is looked up unless a step fails."""
+        """What model.stop_if_not_finite() saves of a batch. A generator: it runs only if a step
+        fails. No images: "frame" and the data folder give them back."""
         sample_ids = []
         for frame_id in frame_ids:
-            place = self.locate(frame_id)
-            sample_ids.append(f"{self.episodes[place.episode].path}:{place.step}")
+            number, step = self.locate(frame_id)
+            sample_ids.append(f"{self.episodes[number].path}:{step}")
         yield {
             "sample_id": sample_ids,
             "frame": frame_ids,
@@ -258,33 +251,33 @@ class FrameDataset:
 
 
 @functools.lru_cache(2)  # a step may begin in one pass and end in the next
-def pass_order(seed: int, frame_count: int, number: int) -> np.ndarray:
-    """The order of the frames in pass `number` over them."""
-    return model.rng(seed, "pass", number).permutation(frame_count)
+def pass_order(seed: int, frame_count: int, pass_number: int) -> np.ndarray:
+    return model.rng(seed, "pass", pass_number).permutation(frame_count)
 
 
 def sample_order(cfg: Config, frame_count: int, step: int) -> np.ndarray:
     """Numbers of a step's frames (batch,): a function of (seed, step), each frame once a pass."""
     frame_ids = []
-    for draw in range(step * cfg.batch, (step + 1) * cfg.batch):  # counted over the whole run
-        number, index = divmod(draw, frame_count)
-        frame_ids.append(pass_order(cfg.seed, frame_count, number)[index])
+    for i in range(step * cfg.batch, (step + 1) * cfg.batch):  # counted over the whole run
+        pass_number, index = divmod(i, frame_count)
+        frame_ids.append(pass_order(cfg.seed, frame_count, pass_number)[index])
     return np.array(frame_ids)
 
 
 # ---- Flow-matching head: the idea ----------------------------------------------------------------
 
-TIME_SCALE = 0.999  # s of t = (s - u) / s, u ~ Beta(1.5, 1)
+TIME_SCALE = 0.999  # s of FlowHead.draw()
 
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """Sizes of a FlowHead; the numbers in the comments are GR00T N1.5's own."""
+    """Sizes of a FlowHead, in a checkpoint's run.json; in brackets those of GR00T N1.5. DiT: the
+    blocks over state and actions; VL (vision-language): those over the features before it."""
 
-    vl_dim: int  # width of the vision-language features
-    dim: int  # width of the DiT (N1.5: 1536)
-    layers: int  # DiT blocks; even ones cross-attend the features, odd ones self-attend (16)
-    heads: int  # attention heads of the DiT and of the VL path (32)
+    vl_dim: int  # width of the features
+    dim: int  # width of the DiT (1536)
+    layers: int  # DiT blocks (16)
+    heads: int  # attention heads of DiT and VL blocks (32)
     vl_layers: int  # self-attention blocks over the features, 0 = LayerNorm alone (4)
     state_dim: int  # proprioceptive dimensions S
     action_dim: int  # action dimensions A
@@ -296,7 +289,7 @@ class HeadConfig:
 
 
 class Context(NamedTuple):
-    """What the head reads of the features, computed once for all Euler steps and draws."""
+    """What the DiT reads of the features, computed once for all Euler steps and draws."""
 
     keys_values: list[tuple[torch.Tensor, torch.Tensor]]  # (B, T, D) each, for blocks 0, 2, 4, ...
     mask: torch.Tensor | None  # (B, 1, 1, T); None: all tokens count
@@ -321,8 +314,9 @@ def sinusoid(bucket: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 class FlowBlock(nn.Module):
-    """Pre-norm attention and MLP. `ada`: scale and shift of the first norm come from the time, with
-    no gates (N1.5's AdaLayerNorm). `cross`: keys and values are given, not made from x."""
+    """Pre-norm attention and MLP. `ada`: scale and shift of the first norm come from the time, the
+    second has none, nothing is gated (N1.5's AdaLayerNorm). `cross`: keys and values are given, and
+    qkv makes queries alone."""
 
     def __init__(self, dim: int, heads: int, dropout: float = 0.0, ada=False, cross=False):
         super().__init__()
@@ -338,36 +332,32 @@ class FlowBlock(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x, time=None, kv=None, mask=None) -> torch.Tensor:
-        """x (B*R, N, D), time (B*R or 1, D), kv two (B, T, D), mask (B, 1, 1, T) -> like x."""
+        """x (B*R, Q, D), time (B*R or 1, D), kv two (B, T, D), mask (B, 1, 1, T) -> like x."""
         # 1. norm
         h = self.norm1(x)
         if self.ada is not None:
-            scale, shift = self.ada(time)[:, None].chunk(2, dim=-1)  # (B*R, 1, D) each
+            scale, shift = self.ada(time)[:, None].chunk(2, dim=-1)  # (B*R or 1, 1, D) each
             h = torch.addcmul(shift, h, 1 + scale)
         # 2. attention. The R draws of a frame stand one behind the other on the query axis:
         # attention treats queries independently, so one K/V serves them all without a copy.
         if kv is None:
-            q, k, v = self.qkv(h).chunk(3, dim=-1)  # (B*R, N, D) each
+            q, k, v = self.qkv(h).chunk(3, dim=-1)  # (B*R, Q, D) each
         else:
             k, v = kv
-            q = self.qkv(h).view(len(k), -1, h.shape[-1])  # (B, R*N, D)
-        q = self._split_heads(q)
-        k = self._split_heads(k)
-        v = self._split_heads(v)
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, R*N, d)
-        h = h.transpose(1, 2).reshape(x.shape)  # (B*R, N, D)
+            q = self.qkv(h).view(len(k), -1, h.shape[-1])  # (B, R*Q, D)
+        # split the heads: q (B, H, R*Q, d), k and v (B, H, T, d)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, R*Q, d)
+        h = h.transpose(1, 2).reshape(x.shape)  # (B*R, Q, D)
         x = x + self.drop(self.proj(h))
         # 3. MLP
         return x + self.drop(self.mlp(self.norm2(x)))
-
-    def _split_heads(self, x):
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, N or T, d)
 
 
 # fork point: the action head. The rest calls draw(), loss() and sample(), and reads `cfg`.
 class FlowHead(nn.Module):
     """Flow-matching action head after GR00T N1.5 (arXiv 2503.14734 and its released source): tokens
-    pass a DiT that reads the features of the backbone.
+    pass a DiT (diffusion transformer) that reads the features of the backbone.
 
         tokens            state | F future tokens | K noised actions
         block 0, 2, ...   they read the features: cross-attention
@@ -386,8 +376,8 @@ class FlowHead(nn.Module):
                 raise ValueError(f"{name} {width} must be even and a multiple of {cfg.heads} heads")
         self.cfg = cfg
         dim = cfg.dim
-        # The order of what follows is that in which the initial weights are drawn.
-        # Without blocks between them, kv does all that an affine norm could.
+        # Initial weights are drawn in this order: another order gives other weights.
+        # Without VL blocks kv follows the norm, and does all that its affine part could.
         self.vl_norm = nn.LayerNorm(cfg.vl_dim, elementwise_affine=cfg.vl_layers > 0)
         self.vl_blocks = nn.ModuleList(
             FlowBlock(cfg.vl_dim, cfg.heads, cfg.dropout) for _ in range(cfg.vl_layers)
@@ -418,19 +408,19 @@ class FlowHead(nn.Module):
         kv = self.kv(x).split(self.cfg.dim, dim=-1)  # k of block 0, v of block 0, k of block 2, ...
         return Context(list(zip(kv[::2], kv[1::2], strict=True)), mask)
 
-    def velocity(self, x_t, t, state, context: Context) -> torch.Tensor:
-        """Noised actions x_t (B*R, K, A), time t (B*R or 1,) in [0, 1], state token (B*R, 1, D),
+    def velocity(self, x_t, t, state_token, context: Context) -> torch.Tensor:
+        """Noised actions x_t (B*R, K, A), time t (B*R or 1,) in [0, 1], state_token (B*R, 1, D),
         context of B frames -> velocity v_t (B*R, K, A)."""
-        # 1. the time
-        bucket = (t * self.cfg.buckets).long()  # (B*R,)
+        # 1. the time, in the type to which autocast takes the actions
         actions = self.action_in(x_t)  # (B*R, K, D)
-        time_waves = sinusoid(bucket, self.cfg.dim).to(actions.dtype)  # (B*R, D)
-        time_embedding = self.time_in(time_waves)  # (B*R, D)
+        bucket = (t * self.cfg.buckets).long()  # (B*R or 1,)
+        time_waves = sinusoid(bucket, self.cfg.dim).to(actions.dtype)  # (B*R or 1, D)
+        time_embedding = self.time_in(time_waves)  # (B*R or 1, D)
         # 2. the tokens: each action knows the time and its place in the chunk
         waves_each = time_waves[:, None].expand(len(actions), actions.shape[1], -1)  # (B*R, K, D)
         actions = self.action_mix(torch.cat([actions, waves_each], dim=-1)) + self.position
         future = self.future.expand(len(actions), -1, -1)  # (B*R, F, D)
-        x = torch.cat([state, future, actions], dim=1)  # (B*R, 1+F+K, D)
+        x = torch.cat([state_token, future, actions], dim=1)  # (B*R, 1+F+K, D)
         # 3. the blocks
         for i, block in enumerate(self.blocks):
             if i % 2 == 0:
@@ -439,12 +429,12 @@ class FlowHead(nn.Module):
                 x = block(x, time_embedding)
         # 4. the velocity, of the action tokens alone
         x = self.norm_out(x[:, -x_t.shape[1] :])  # (B*R, K, D)
-        scale, shift = self.ada_out(time_embedding)[:, None].chunk(2, dim=-1)
+        scale, shift = self.ada_out(time_embedding)[:, None].chunk(2, dim=-1)  # (B*R or 1, 1, D)
         return self.decoder(torch.addcmul(shift, x, 1 + scale))  # (B*R, K, A)
 
     def draw(self, rng: np.random.Generator, batch: int, draws: int = 1) -> Draws:
-        """Noise and time of `batch` frames, `draws` of each. Time is (s - u) / s with u ~
-        Beta(1.5, 1) clamped at s, so that most of it lies near pure noise."""
+        """Noise and time of `batch` frames, `draws` of each. Time is (s - u) / s, s = TIME_SCALE,
+        u ~ Beta(1.5, 1) clamped at s, so that most of it lies near pure noise."""
         u = np.minimum(rng.beta(1.5, 1.0, (batch, draws)), TIME_SCALE)
         shape = (batch, draws, self.cfg.horizon, self.cfg.action_dim)
         noise = rng.standard_normal(shape, dtype=np.float32)
@@ -455,17 +445,17 @@ class FlowHead(nn.Module):
         self, feats, mask, state, action, action_mask, drawn: Draws, count: float | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Masked flow-matching loss of one batch with R (noise, time) pairs a frame, which share
-        the VL path: at small sizes it costs more than the DiT. -> (loss fp32, {"sum", "count"}).
+        the context: at small sizes it costs more than the DiT. -> (loss fp32, {"sum", "count"}).
 
         feats (B, T, vl_dim), mask (B, T) or None; state (B, S) and action (B, K, A) normalised;
-        action_mask (B, K, A) 0 past an episode's end and in padded dimensions. drawn: as draw()
-        gives it. count: the divisor, None = the number of counted elements here (at least 1)."""
+        action_mask (B, K, A); drawn: as draw() gives it. count: what the summed error is divided
+        by, None = the number of counted elements here (at least 1), which is also info's."""
         noise, time = drawn
         noise = noise.to(action.device)
         time = time.to(action.device)
         draws = time.shape[1]
-        # fork point: the flow path, here straight from noise at t = 0 to the action at t = 1. How
-        # often each t is drawn: draw().
+        # fork point: the flow path, here straight from noise at t = 0 to the action at t = 1. The
+        # distribution of t: draw().
         t = time[:, :, None, None]  # (B, R, 1, 1)
         x_t = (1 - t) * noise + t * action[:, None]  # (B, R, K, A)
         u_t = action[:, None] - noise  # its velocity, the target
@@ -497,21 +487,21 @@ class FlowHead(nn.Module):
 
 
 class Features(NamedTuple):
-    """What the backbone puts out at the chosen layer, for each token of a prompt."""
+    """What the backbone puts out at --layer for each token of a prompt."""
 
     feats: torch.Tensor  # (B, T, vl_dim)
     mask: torch.Tensor | None  # (B, T); None: no row is padded
 
 
 def compute_dtype(device: str | torch.device) -> torch.dtype:
-    """The one place that names the compute type of backbone and head."""
+    """The type in which backbone and head compute; no other place names it."""
     return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """The head computes in this type, its weights and the flow stay in fp32."""
-    lower = compute_dtype(device) != torch.float32
-    return torch.autocast(device.type, torch.bfloat16, enabled=lower)
+    """For the head: matmuls in compute_dtype(), its weights and the flow in fp32."""
+    dtype = compute_dtype(device)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def truncate(net: nn.Module, layer: int) -> None:
@@ -529,7 +519,7 @@ def truncate(net: nn.Module, layer: int) -> None:
         config.layer_types = config.layer_types[:layer]
 
 
-def freeze_backbone(backbone: model.Backbone, layer: int) -> nn.Module:
+def freeze_backbone(backbone: Backbone, layer: int) -> nn.Module:
     """Cuts the backbone after `layer` of its L blocks (0: round(0.64 L)) and freezes it. -> its
     final norm, which the features do without and save_policy() puts back."""
     language_model = backbone.net.model.language_model
@@ -542,14 +532,10 @@ def freeze_backbone(backbone: model.Backbone, layer: int) -> nn.Module:
 
 
 def prompt_row(
-    backbone: model.Backbone,
-    images: Sequence[np.ndarray],
-    instruction: str,
-    think: bool,
-    memo: dict,
-) -> model.Row:
+    backbone: Backbone, images: Sequence[np.ndarray], instruction: str, think: bool, memo: dict
+) -> Row:
     """The action prompt as a row, in training and evaluation alike. The same words and image sizes
-    give the same tokens, which `memo` keeps from call to call; then only pixels are cut."""
+    give the same tokens: the caller's `memo` keeps them, and only the patches are made anew."""
     key = (instruction, think, *(image.shape for image in images))
     if key in memo:
         patches = [model.patchify(image, backbone.image_spec)[0] for image in images]
@@ -561,9 +547,7 @@ def prompt_row(
 
 
 @torch.no_grad()
-def encode_prompts(
-    backbone: model.Backbone, prompts: Sequence[model.Row], device: str | torch.device
-) -> Features:
+def encode_prompts(backbone: Backbone, prompts: list[Row], device: str | torch.device) -> Features:
     """The features of all image and text tokens of the prompts."""
     batch = model.to_device(model.collate(prompts, backbone.vocab.pad), device)
     lengths = {len(prompt["ids"]) for prompt in prompts}
@@ -577,48 +561,45 @@ class LiveFeatures:
     read(frame_ids) is what a thread may do ahead of training, on the CPU; features(what it gave)
     is the rest. CachedFeatures has the same two."""
 
-    def __init__(
-        self, backbone: model.Backbone, frames: FrameDataset, cfg: Config, device: torch.device
-    ):
+    def __init__(self, backbone: Backbone, frames: FrameDataset, cfg: Config, device: torch.device):
         self.backbone = backbone
         self.frames = frames
         self.think = cfg.think
         self.device = device
         self.memo = {}
 
-    def read(self, frame_ids: Iterable[int]) -> list[model.Row]:
+    def read(self, frame_ids: Iterable[int]) -> list[Row]:
         prompts = []
         for frame_id in frame_ids:
             images, instruction = self.frames.observation(frame_id)
             prompts.append(prompt_row(self.backbone, images, instruction, self.think, self.memo))
         return prompts
 
-    def features(self, prompts: list[model.Row]) -> Features:
+    def features(self, prompts: list[Row]) -> Features:
         return encode_prompts(self.backbone, prompts, self.device)
 
 
 class CachedFeatures:
     """Features from disk (--cache features): for each episode a file of its name with the tensor
-    "features" (frames, T, vl_dim), read by slice. fp16 on CPU; bf16 on GPU, the type they come in.
-    """
+    "features" (frames, T, vl_dim), read by slice. fp16 on CPU, bf16 on GPU."""
 
     def __init__(self, folder: Path, frames: FrameDataset, device: torch.device):
         self.frames = frames
         self.device = device
-        self.tensors = []  # of each episode, on disk
+        self.on_disk = []  # of each episode: (frames, T, vl_dim)
         for episode in frames.episodes:
             path = folder / episode.path.name
             try:
-                self.tensors.append(safe_open(path, "pt").get_slice("features"))
+                self.on_disk.append(safe_open(path, "pt").get_slice("features"))
             except (SafetensorError, OSError) as e:
                 raise ValueError(f"{path}: {e}; delete {folder} to compute it again") from e
 
     def read(self, frame_ids: Iterable[int]) -> list[torch.Tensor]:
         stored = []
         for frame_id in frame_ids:
-            place = self.frames.locate(frame_id)
-            index = place.step // self.frames.stride
-            stored.append(self.tensors[place.episode][index : index + 1][0])  # (T, vl_dim)
+            number, step = self.frames.locate(frame_id)
+            index = step // self.frames.stride
+            stored.append(self.on_disk[number][index : index + 1][0])  # (T, vl_dim)
         return stored
 
     def features(self, stored: list[torch.Tensor]) -> Features:
@@ -634,10 +615,11 @@ FRAMES_AT_ONCE = 64  # in a forward that fills the cache
 
 
 def build_cache(
-    backbone: model.Backbone, frames: FrameDataset, cfg: Config, dist: model.Dist
+    backbone: Backbone, frames: FrameDataset, cfg: Config, dist: Dist
 ) -> CachedFeatures:
     """Runs the backbone over all frames, split over the ranks by episodes, unless the folder holds
-    the very same features already. ValueError when it holds other ones."""
+    the very same features already. ValueError when it holds other ones or has no room, or when a
+    feature is not finite."""
     folder = Path(cfg.cache_dir or Path(cfg.out) / "features")
     folder.mkdir(parents=True, exist_ok=True)
     live = LiveFeatures(backbone, frames, cfg, dist.device)
@@ -659,7 +641,7 @@ def build_cache(
     # 2. is there room for them?
     tokens = 0
     for frame_range, prompt in zip(frames.frame_ranges, first_prompts, strict=True):
-        tokens += len(frame_range) * len(prompt["ids"])  # all prompts of an episode are as long
+        tokens += len(frame_range) * len(prompt["ids"])  # one length in all of an episode
     width = backbone.net.config.text_config.hidden_size
     needed_gb = tokens * width * 2 / 1e9  # 16 bits a number
     free_gb = shutil.disk_usage(folder).free / 1e9
@@ -674,14 +656,14 @@ def build_cache(
     stored_dtype = torch.float16 if fp32 else backbone.net.dtype
     all_episodes = list(zip(frames.episodes, frames.frame_ranges, strict=True))
     local_episodes = all_episodes[dist.rank :: dist.world_size]
-    no_bar = None if dist.rank == 0 else True  # None: a bar where stdout is a terminal
+    no_bar = None if dist.rank == 0 else True  # None: a bar where stderr is a terminal
     for episode, frame_range in tqdm(local_episodes, "features", unit="episode", disable=no_bar):
-        slices = []
+        batches = []
         for first in range(0, len(frame_range), FRAMES_AT_ONCE):
             frame_ids = frame_range[first : first + FRAMES_AT_ONCE]
-            feats = live.features(live.read(frame_ids)).feats  # (FRAMES_AT_ONCE, T, vl_dim)
-            slices.append(feats.to(stored_dtype).cpu())
-        episode_feats = torch.cat(slices)  # (frames, T, vl_dim)
+            feats = live.features(live.read(frame_ids)).feats  # (B, T, vl_dim)
+            batches.append(feats.to(stored_dtype).cpu())
+        episode_feats = torch.cat(batches)  # (frames, T, vl_dim)
         if not episode_feats.isfinite().all():
             raise ValueError(
                 f"{episode.path}: its features are not finite as {stored_dtype}; check the "
@@ -689,7 +671,7 @@ def build_cache(
             )
         save_file({"features": episode_feats}, folder / episode.path.name)
 
-    # 4. when all have, rank 0 says what the folder holds
+    # 4. when all ranks are done, rank 0 writes what the folder holds
     if distributed.is_initialized():
         distributed.barrier()
     if dist.rank == 0:
@@ -698,28 +680,25 @@ def build_cache(
 
 
 def fingerprint(
-    backbone: model.Backbone, frames: FrameDataset, prompts: Sequence[model.Row], cfg: Config
+    backbone: Backbone, frames: FrameDataset, first_prompts: list[Row], cfg: Config
 ) -> dict[str, str | int]:
-    """What the features depend on: weights, prompts (words, mode, images), layer, files."""
+    """What the features depend on. first_prompts: of each episode, for words, mode, image sizes."""
+    weights = sorted(backbone.net.model.state_dict().items())
+    weight_bytes = (w.contiguous().reshape(-1).view(torch.uint8).cpu().numpy() for _, w in weights)
     files = []
     for episode in frames.episodes:
         stat = episode.path.stat()
         files.append((episode.path.name, stat.st_size, stat.st_mtime_ns))
     return {
-        "backbone": sha256_of(weight_bytes(backbone.net.model)),
+        "backbone": sha256_of(weight_bytes),
         "layer": len(backbone.net.model.language_model.layers),
         "type": str(backbone.net.dtype),
-        "prompts": sha256_of(prompt["ids"].tobytes() for prompt in prompts),
+        "prompts": sha256_of(prompt["ids"].tobytes() for prompt in first_prompts),
         "images": repr(backbone.image_spec),
         "cameras": cfg.cameras,
         "stride": cfg.stride,
         "episodes": sha256_of([repr(files).encode()]),
     }
-
-
-def weight_bytes(module: nn.Module) -> Iterator[np.ndarray]:
-    for _, weight in sorted(module.state_dict().items()):
-        yield weight.contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
 
 
 def sha256_of(pieces: Iterable[bytes | np.ndarray]) -> str:
@@ -737,7 +716,7 @@ class PolicySpec(TypedDict):
 
     head: dict  # HeadConfig
     layer: int  # blocks of the cut backbone
-    think: bool  # mode line of the prompt
+    think: bool  # Config.think
     cameras: list[str]  # in the order in which images are given
     stats: dict[str, Stats]  # of "state" and "action"
 
@@ -748,14 +727,7 @@ class Policy:
     Attributes: horizon K, action_dim A, cameras (names, in the order in which images are given).
     Call n draws its noise from (seed, n): row b of a batch gets the same at any batch size."""
 
-    def __init__(
-        self,
-        backbone: model.Backbone,
-        head: FlowHead,
-        spec: PolicySpec,
-        device: str | torch.device,
-        seed: int = 0,
-    ):
+    def __init__(self, backbone: Backbone, head: FlowHead, spec: PolicySpec, device, seed: int = 0):
         self.backbone = backbone
         self.head = head.eval()
         self.spec = spec
@@ -780,34 +752,36 @@ class Policy:
         head.load_state_dict(load_file(folder / "head.safetensors"))
         return cls(backbone, head.to(device), spec, device, seed)
 
-    def act(
-        self, images: np.ndarray | Sequence[np.ndarray], instruction: str, state: np.ndarray
-    ) -> np.ndarray:
+    def act(self, images: np.ndarray | list, instruction: str, state: np.ndarray) -> np.ndarray:
         """One observation: uint8 image (H, W, 3), or a list with one for each camera; state (S,) in
         dataset units -> (K, A) float32 in dataset units."""
         return self.act_batch([images], [instruction], np.asarray(state)[None])[0]
 
     @torch.no_grad()
     def act_batch(
-        self,
-        images: Sequence[np.ndarray | Sequence[np.ndarray]],
-        instructions: Sequence[str],
-        states: np.ndarray | Sequence[np.ndarray],
-        keys: Sequence[Sequence[int]] | None = None,
+        self, images: list, instructions: list[str], states: np.ndarray, keys: list | None = None
     ) -> np.ndarray:
-        """B observations: images a list of what `act` takes, instructions a list of texts, states
-        (B, S) -> (B, K, A) float32, not clipped. keys: numbers for each row, by which its noise is
-        drawn, whatever the batch. ValueError when sizes or values do not fit."""
+        """B observations: images what `act` takes for each, states (B, S) -> (B, K, A) float32, not
+        clipped. keys: a list of integers for each row, by which its noise is drawn, whatever the
+        batch. ValueError when sizes or values do not fit."""
         # 1. check
         states = np.asarray(states, np.float32)
-        self._check_states(states, len(images), len(instructions))
+        expected_shape = (len(images), self.head.cfg.state_dim)
+        if states.shape != expected_shape or len(instructions) != len(images):
+            raise ValueError(
+                f"{len(images)} images, {len(instructions)} instructions and states "
+                f"{states.shape}; give as many of each, states {expected_shape}"
+            )
+        is_finite = np.isfinite(states).all(1)  # (B,)
+        if not is_finite.all():
+            row = np.flatnonzero(~is_finite)[0]
+            raise ValueError(f"state {row} is not finite; repair the observation")
         # 2. prompts, states and noise
+        think = self.spec["think"]
         prompts = []
         for row_images, instruction in zip(images, instructions, strict=True):
             views = self._views(row_images)
-            prompts.append(
-                prompt_row(self.backbone, views, instruction, self.spec["think"], self.memo)
-            )
+            prompts.append(prompt_row(self.backbone, views, instruction, think, self.memo))
         state = torch.from_numpy(normalize(states, self.spec["stats"]["state"])).to(self.device)
         noise = torch.from_numpy(self._noise(len(prompts), keys)).to(self.device)  # (B, K, A)
         # 3. features, then the flow
@@ -815,18 +789,6 @@ class Policy:
         with autocast(self.device):
             chunks = self.head.sample(*features, state, noise)  # (B, K, A)
         return unnormalize(chunks.cpu().numpy(), self.spec["stats"]["action"])
-
-    def _check_states(self, states, image_count, instruction_count):
-        expected_shape = (image_count, self.head.cfg.state_dim)
-        if states.shape != expected_shape or instruction_count != image_count:
-            raise ValueError(
-                f"{image_count} images, {instruction_count} instructions and states "
-                f"{states.shape}; give as many of each, states {expected_shape}"
-            )
-        is_finite = np.isfinite(states).all(1)  # (B,)
-        if not is_finite.all():
-            row = np.flatnonzero(~is_finite)[0]
-            raise ValueError(f"state {row} is not finite; repair the observation")
 
     def _views(self, images):
         """One image, or one for each camera -> a list with one for each camera."""
@@ -887,7 +849,7 @@ class ChunkExecutor:
 
     def reset(self) -> None:
         """Forgets all chunks, as at the start of an episode."""
-        self.chunks = []  # what is left of the chunks, from now on; oldest first
+        self.chunks = []  # what was left of the chunks at the last call; oldest first
         self.instruction = None
 
     def __call__(self, chunk: np.ndarray, instruction: str) -> np.ndarray:
@@ -911,14 +873,6 @@ class ChunkExecutor:
 # ---- Training ------------------------------------------------------------------------------------
 
 
-class Targets(NamedTuple):
-    """The numbers of a batch of frames, normalised."""
-
-    state: torch.Tensor  # (B, S)
-    action: torch.Tensor  # (B, K, A)
-    mask: torch.Tensor  # (B, K, A): 0 past the end of the episode
-
-
 class Fetched(NamedTuple):
     """A step's frames, fetched while the step before it is computed."""
 
@@ -926,23 +880,17 @@ class Fetched(NamedTuple):
     local_inputs: list  # FeatureSource.read() of this rank's
 
 
-def training_targets(
-    frames: FrameDataset, frame_ids: np.ndarray, device: str | torch.device
-) -> Targets:
-    action_dim = frames.action.shape[2]
-    mask = np.repeat(frames.mask[frame_ids][..., None], action_dim, axis=2)
-    return Targets(
-        torch.from_numpy(frames.state[frame_ids]).to(device),
-        torch.from_numpy(frames.action[frame_ids]).to(device),
-        torch.from_numpy(mask).to(device),
-    )
+def training_targets(frames: FrameDataset, frame_ids: np.ndarray, device) -> list[torch.Tensor]:
+    """-> normalised state (B, S) and action (B, K, A), and action_mask (B, K, A)."""
+    mask = np.repeat(frames.mask[frame_ids][..., None], frames.action.shape[2], axis=2)
+    arrays = [frames.state[frame_ids], frames.action[frame_ids], mask]
+    return [torch.from_numpy(array).to(device) for array in arrays]
 
 
-def local_slice(cfg: Config, dist: model.Dist) -> slice:
+def local_slice(cfg: Config, dist: Dist) -> slice:
     """This rank's part of a batch."""
-    return slice(
-        dist.rank * cfg.batch // dist.world_size, (dist.rank + 1) * cfg.batch // dist.world_size
-    )
+    local_batch = cfg.batch // dist.world_size
+    return slice(dist.rank * local_batch, (dist.rank + 1) * local_batch)
 
 
 def flow_loss(
@@ -952,15 +900,14 @@ def flow_loss(
     global batch. -> (loss, info), as FlowHead.loss()."""
     frame_ids, local_inputs = fetched
     local = local_slice(cfg, dist)
-    targets = training_targets(frames, frame_ids[local], dist.device)
+    state, action, action_mask = training_targets(frames, frame_ids[local], dist.device)
     drawn = head.draw(model.rng(cfg.seed, "flow", step), cfg.batch, cfg.draws)  # of all ranks
     # Counted elements of the global batch: each rank knows them without asking the others.
     count = int(frames.mask[frame_ids].sum()) * frames.action.shape[2] * cfg.draws
+    count_per_rank = count / dist.world_size
     with autocast(dist.device):
-        features = source.features(local_inputs)
-        return head.loss(
-            *features, *targets, drawn=drawn.rows(local), count=count / dist.world_size
-        )
+        feats, mask = source.features(local_inputs)
+        return head.loss(feats, mask, state, action, action_mask, drawn.rows(local), count_per_rank)
 
 
 class StepInfo(NamedTuple):
@@ -975,7 +922,7 @@ def train_step(
 ) -> StepInfo:
     """One optimizer step; all ranks call it. ValueError when a number is not finite."""
     local_ids = fetched.frame_ids[local_slice(cfg, dist)]
-    stop_if_not_finite = functools.partial(
+    check = functools.partial(  # check(name, value)
         model.stop_if_not_finite, cfg.out, f"step {step + 1}", dist, frames.replay(local_ids)
     )
     lr = model.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup_ratio)
@@ -984,10 +931,10 @@ def train_step(
     if cfg.dropout:  # what it drops is a function of (seed, step, rank): resume is exact
         torch.manual_seed(int(model.rng(cfg.seed, step, dist.rank).integers(2**31)))
     loss, info = flow_loss(head, source, frames, cfg, step, fetched, dist)
-    stop_if_not_finite("loss", loss.item())
+    check("loss", loss.item())
     loss.backward()
     grad_norm = model.clip_gradients(head.parameters(), cfg.max_grad_norm)
-    stop_if_not_finite("gradient norm", grad_norm)
+    check("gradient norm", grad_norm)
     optim.step()
     optim.zero_grad()
     return StepInfo(float(info["sum"]), float(info["count"]), grad_norm, lr)
@@ -995,7 +942,7 @@ def train_step(
 
 @torch.no_grad()
 def update_average(heads: dict[str, FlowHead], decay: float, step: int) -> None:
-    """head <- decay * head + (1 - decay) * raw; faster at first, when raw still changes much."""
+    """head <- decay * head + (1 - decay) * raw, the decay at first smaller: raw still moves far."""
     averaged = model.local_shards(heads["head"].parameters())
     raw = model.local_shards(heads["raw"].parameters())
     torch._foreach_lerp_(averaged, raw, 1 - min(decay, (1 + step) / (10 + step)))
@@ -1003,20 +950,20 @@ def update_average(heads: dict[str, FlowHead], decay: float, step: int) -> None:
 
 @torch.no_grad()
 def evaluate(
-    head: FlowHead, source: FeatureSource, frames: FrameDataset, cfg: Config, dist: model.Dist
+    head: FlowHead, source: FeatureSource, frames: FrameDataset, cfg: Config, dist: Dist
 ) -> dict[str, float]:
-    """Held-out frames, evenly spaced: flow loss, L1 and squared error of sampled chunks, in
-    normalised units (range 2) a counted element. -> {name: value}, {} without held-out episodes."""
+    """Held-out frames, evenly spaced: flow loss, L1 and squared error of sampled chunks, each the
+    mean over counted elements, in normalised units (q01 to q99 is 2). {} without held-out ones."""
     # 1. the frames, and their draws: the same at each evaluation
     frame_count = min(cfg.eval_rows, len(frames.held))
     if frame_count == 0:
         return {}
     frame_ids = np.linspace(frames.held[0], frames.held[-1], frame_count).astype(int)
     loss_draws = head.draw(model.rng(cfg.seed, "held"), frame_count)
-    start_noise = head.draw(model.rng(cfg.seed, "sample"), frame_count).noise[:, 0]  # (., K, A)
+    start_noise = head.draw(model.rng(cfg.seed, "sample"), frame_count).noise[:, 0]
 
-    # 2. this rank's, in as many forwards as on any other: where frames are missing, the last one
-    # fills in, and is not counted
+    # 2. this rank's, in as many forwards as on any other (FSDP needs it): where frames are missing,
+    # the last one fills in, and is not counted
     rank_count = -(-frame_count // dist.world_size)  # rounded up
     local_batch = cfg.batch // dist.world_size
     sums = np.zeros(4)  # flow loss, counted elements, |error|, error squared
@@ -1026,23 +973,20 @@ def evaluate(
         indices = dist.rank * rank_count + np.arange(first, last)  # (B,)
         is_real = torch.from_numpy(indices < frame_count).to(dist.device)
         indices = np.minimum(indices, frame_count - 1)
-        state, action, mask = training_targets(frames, frame_ids[indices], dist.device)
-        mask = mask * is_real[:, None, None]
+        state, action, action_mask = training_targets(frames, frame_ids[indices], dist.device)
+        action_mask = action_mask * is_real[:, None, None]
+        drawn = loss_draws.rows(indices)
+        noise = start_noise[indices].to(dist.device)  # (B, K, A)
         with autocast(dist.device):
-            features = source.features(source.read(frame_ids[indices]))
-            drawn = loss_draws.rows(indices)
-            _, info = head.loss(*features, state, action, mask, drawn=drawn)
-            sampled = head.sample(*features, state, start_noise[indices].to(dist.device))
-        error = (sampled - action) * mask  # (B, K, A)
-        sums += [
-            info["sum"].item(),
-            info["count"].item(),
-            error.abs().sum().item(),
-            error.square().sum().item(),
-        ]
+            feats, mask = source.features(source.read(frame_ids[indices]))
+            _, info = head.loss(feats, mask, state, action, action_mask, drawn)
+            sampled = head.sample(feats, mask, state, noise)
+        error = (sampled - action) * action_mask  # (B, K, A)
+        totals = [info["sum"], info["count"], error.abs().sum(), error.square().sum()]
+        sums += [total.item() for total in totals]
     head.train()
     if isinstance(head, FSDPModule):
-        head.reshard()  # else the gathered weights of before the next update would stay
+        head.reshard()  # else the next evaluation reads the weights gathered for this one
 
     # 3. means over all ranks
     loss, count, l1, squared = model.all_sum(sums.tolist())
@@ -1052,13 +996,12 @@ def evaluate(
 # ---- Main ----------------------------------------------------------------------------------------
 
 
-def load_backbone(
-    cfg: Config, newest: Path | None, dist: model.Dist
-) -> tuple[model.Backbone, nn.Module]:
-    """The backbone of --init, or of the checkpoint to resume, frozen. -> it, and its final norm."""
+def load_backbone(cfg: Config, newest: Path | None, dist: Dist) -> tuple[Backbone, nn.Module]:
+    """The backbone of --init, or of the checkpoint to resume (already cut), frozen. -> it, and its
+    final norm."""
     backbone = model.load(
         newest or cfg.init,
-        dist.build if cfg.cache == "none" else dist.device,
+        dist.build if cfg.cache == "none" else dist.device,  # see open_features()
         compute_dtype(dist.device),
         stages=("vla",) if newest else ("base", "sft", "grpo"),
         seed=cfg.seed,
@@ -1069,22 +1012,23 @@ def load_backbone(
 
 
 def open_features(
-    backbone: model.Backbone, frames: FrameDataset, cfg: Config, dist: model.Dist
+    backbone: Backbone, frames: FrameDataset, cfg: Config, dist: Dist
 ) -> FeatureSource:
     """Where the features come from, as --cache says."""
     if cfg.cache == "none":
         model.shard(backbone.net, dist, compute_dtype(dist.device))
         return LiveFeatures(backbone, frames, cfg, dist.device)
-    # The net is whole on each rank, which run unequal numbers of batches.
+    # Not sharded: the ranks fill the cache by unequal numbers of forwards.
     source = build_cache(backbone, frames, cfg, dist)
     backbone.net.cpu()  # out of the GPU's way
     return source
 
 
 def make_heads(
-    head_config: HeadConfig, newest: Path | None, cfg: Config, dist: model.Dist
+    head_config: HeadConfig, newest: Path | None, cfg: Config, dist: Dist
 ) -> dict[str, FlowHead]:
-    """-> {"head": the head that acts, and with --ema-decay "raw": the one that is trained}."""
+    """-> {"head": the one that acts}, which is also trained; with --ema-decay it is the average of
+    "raw", which is trained in its stead. The keys are the names of their files in a checkpoint."""
     torch.manual_seed(cfg.seed)
     heads = {"head": FlowHead(head_config).to(dist.device)}
     if cfg.ema_decay:
@@ -1092,7 +1036,7 @@ def make_heads(
     for name, head in heads.items():
         if newest:
             head.load_state_dict(load_file(newest / f"{name}.safetensors"))
-        # fp32 gathers: autocast does the mixing, as inputs (time!) must not be rounded to bf16
+        # fp32: in bf16 FSDP would round the inputs, time among them. autocast() lowers the matmuls.
         model.shard(head, dist, torch.float32)
         for method in ("loss", "sample"):
             register_fsdp_forward_method(head, method)
@@ -1100,12 +1044,7 @@ def make_heads(
 
 
 def save_policy(
-    folder: Path,
-    backbone: model.Backbone,
-    final_norm: nn.Module,
-    heads: dict[str, FlowHead],
-    run: dict,
-    optim: torch.optim.Optimizer | None = None,
+    folder: Path, backbone: Backbone, final_norm: nn.Module, heads: dict, run: dict, optim=None
 ) -> None:
     """Self-contained: the cut backbone with its final norm (it loads in plain transformers), the
     head in head.safetensors, and in run.json under "policy" all else that acting needs."""
@@ -1122,13 +1061,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     dist = model.setup(cfg.seed, cfg.shards, cfg.batch)
     check_config(cfg)
 
-    # 1. and 2. frames, the frozen backbone cut after a layer, and its features
+    # 1. the frozen backbone, cut after a layer
     frames = FrameDataset(cfg)
     newest = model.checkpoint_to_resume(cfg)
     backbone, final_norm = load_backbone(cfg, newest, dist)
+    # 2. its features
     source = open_features(backbone, frames, cfg, dist)
 
-    # 3. the head, which reads them and the state, and its optimizer
+    # 3. the head, which reads them and the state
     head_config = HeadConfig(
         vl_dim=backbone.net.config.text_config.hidden_size,
         dim=cfg.dim,
@@ -1142,11 +1082,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         dropout=cfg.dropout,
     )
     heads = make_heads(head_config, newest, cfg, dist)
-    trained_name = "raw" if cfg.ema_decay else "head"
-    head = heads[trained_name].train()
-    optim = model.make_optimizer(head, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2), cfg.muon)
-    start, unlogged = model.load_train_state(newest, {trained_name: head}, optim)
-    unlogged = np.zeros(2) + unlogged  # loss_sum and count since the last line of the log
+    name = "raw" if cfg.ema_decay else "head"
+    trained = heads[name].train()
+    betas = (cfg.beta1, cfg.beta2)
+    optim = model.make_optimizer(trained, cfg.lr, cfg.weight_decay, betas, cfg.muon)
+    start, unlogged = model.load_train_state(newest, {name: trained}, optim)
+    unlogged = np.zeros(2) + unlogged  # loss_sum and count since the last line; a new run gives 0
 
     spec: PolicySpec = {
         "head": asdict(head_config),
@@ -1167,15 +1108,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     model.stop_on_sigterm()
     log = model.Log(cfg.out, cfg, dist)
+    timed_step = start  # steps_per_s counts from it, and from clock, when it ended
     clock = time.perf_counter()
-    logged_step = start
     with ThreadPoolExecutor(1) as pool:
         next_fetched = pool.submit(fetch, start)
         for step in range(start, cfg.steps):
             fetched = next_fetched.result()
             next_fetched = pool.submit(fetch, step + 1)
             # 4. the error of the velocity, and an optimizer step
-            info = train_step(head, optim, source, frames, cfg, step, fetched, dist)
+            info = train_step(trained, optim, source, frames, cfg, step, fetched, dist)
             if cfg.ema_decay:
                 update_average(heads, cfg.ema_decay, step)
             unlogged += [info.loss_sum, info.count]
@@ -1183,29 +1124,25 @@ def main(argv: Sequence[str] | None = None) -> None:
             if done % cfg.log_every == 0 or done == cfg.steps:
                 # The loss keeps a floor, the variance of the velocity: watch held_l1 instead.
                 loss_sum, count = model.all_sum(unlogged.tolist())
-                now = time.perf_counter()
+                loss = loss_sum / count
+                speed = (done - timed_step) / (time.perf_counter() - clock)
                 log.write(
-                    step=done,
-                    loss=loss_sum / count,
-                    grad_norm=info.grad_norm,
-                    lr=info.lr,
-                    steps_per_s=(done - logged_step) / (now - clock),
+                    step=done, loss=loss, grad_norm=info.grad_norm, lr=info.lr, steps_per_s=speed
                 )
-                clock = now
-                logged_step = done
+                timed_step = done
+                clock = time.perf_counter()
                 unlogged = np.zeros(2)
             # 5. chunks of held-out frames, against the true ones
             if cfg.eval_every and done % cfg.eval_every == 0 and done < cfg.steps:
                 log.write(step=done, **evaluate(heads["head"], source, frames, cfg, dist))
+                timed_step = done
                 clock = time.perf_counter()
-                logged_step = done
             model.save_step(cfg, done, run, save, unlogged.tolist())
 
     metrics = evaluate(heads["head"], source, frames, cfg, dist)
     log.write(step=cfg.steps, **metrics)
-    final_run = {**run, "step": cfg.steps, "metrics": metrics}
-    final = Path(cfg.out) / "final"
-    save_policy(final, backbone, final_norm, {"head": heads["head"]}, final_run)
+    run |= {"step": cfg.steps, "metrics": metrics}
+    save_policy(Path(cfg.out) / "final", backbone, final_norm, {"head": heads["head"]}, run)
 
 
 if __name__ == "__main__":

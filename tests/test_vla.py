@@ -219,12 +219,12 @@ def test_cross_attention_block_equals_the_formula():
     time = torch.randn(6, 16)  # B = 3 frames, R = 2 draws of each
     k = torch.randn(3, 2, 7, 8)  # (B, H, T, d)
     v = torch.randn(3, 2, 7, 8)
-    x = torch.randn(6, 4, 16)  # (B*R, N, D)
+    x = torch.randn(6, 4, 16)  # (B*R, Q, D)
 
     scale, shift = block.ada(time)[:, None].chunk(2, -1)
     normed = F.layer_norm(x, (16,)) * (1 + scale) + shift
-    q = block.qkv(normed).view(6, 4, 2, 8).transpose(1, 2)  # (B*R, H, N, d)
-    score = (q @ k.repeat_interleave(2, 0).mT / 8**0.5).softmax(-1)  # (B*R, H, N, T)
+    q = block.qkv(normed).view(6, 4, 2, 8).transpose(1, 2)  # (B*R, H, Q, d)
+    score = (q @ k.repeat_interleave(2, 0).mT / 8**0.5).softmax(-1)  # (B*R, H, Q, T)
     attended = (score @ v.repeat_interleave(2, 0)).transpose(1, 2).reshape(6, 4, 16)
     want = x + block.proj(attended)
     want = want + block.mlp(F.layer_norm(want, (16,)))
@@ -320,9 +320,9 @@ def test_frames_mask_what_lies_past_the_end(data):
     want = 2 * (raw[:, :3] - q01[:3]) / (q99 - q01)[:3] - 1
     np.testing.assert_allclose(frames.action[11][:, :3], want, rtol=1e-4, atol=1e-5)
     assert (frames.action[..., 3] == 0).all()  # the still dimension
-    targets = vla.training_targets(frames, np.array([11, 0]), "cpu")
-    assert targets.mask.shape == targets.action.shape == (2, 4, 4)
-    assert targets.mask[0, 3].sum() == 0
+    _, action, action_mask = vla.training_targets(frames, np.array([11, 0]), "cpu")
+    assert action_mask.shape == action.shape == (2, 4, 4)
+    assert action_mask[0, 3].sum() == 0
 
 
 def test_every_frame_is_seen_once_a_pass():
@@ -374,9 +374,9 @@ def test_stride_keeps_every_third_frame(data, tmp_path):
     count = len(third.frames.state)
     assert count == sum(-(-len(episode) // 3) for episode in third.frames.episodes)
     places = [third.frames.locate(i) for i in range(count)]
-    for place in places:
-        assert place.step % 3 == 0
-        assert place.step < len(third.frames.episodes[place.episode])
+    for number, step in places:
+        assert step % 3 == 0
+        assert step < len(third.frames.episodes[number])
     same = [i for i in range(len(every.frames.state)) if every.frames.locate(i) in places]
     for name in ("state", "action", "mask"):
         assert np.array_equal(getattr(third.frames, name), getattr(every.frames, name)[same])
