@@ -413,7 +413,7 @@ def report(args: argparse.Namespace):
             raise ValueError(
                 f"{path}: no variant {', '.join(unknown)}; it has {', '.join(results['arms'])}"
             )
-        variants = {name: results["arms"][name] for name in names}
+        variants = [(name, results["arms"][name]) for name in names]  # one may come twice
         lines = [
             heading(results),
             "",
@@ -442,13 +442,13 @@ def heading(results: dict) -> str:
     )
 
 
-def table(variants: dict[str, dict]) -> list[str]:
+def table(variants: list[tuple[str, dict]]) -> list[str]:
     """Lines of the Markdown table: a row for each variant."""
     lines = [
         "| model | " + " | ".join(COLUMNS) + " |",
         "|---" * (len(COLUMNS) + 1) + "|",
     ]
-    for name, variant in variants.items():
+    for name, variant in variants:
         cells = [cell(metric, variant["metrics"].get(metric)) for metric in COLUMNS.values()]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
@@ -465,10 +465,10 @@ def cell(metric: str, value: Interval | None) -> str:
     return f"{mean} [{low}, {high}]"
 
 
-def paired_differences(variants: dict[str, dict]) -> list[str]:
+def paired_differences(variants: list[tuple[str, dict]]) -> list[str]:
     """Each variant minus the one above it, for the columns that both measured on as many items."""
     lines = []
-    for (old_name, old), (new_name, new) in itertools.pairwise(variants.items()):
+    for (old_name, old), (new_name, new) in itertools.pairwise(variants):
         for metric in COLUMNS.values():
             before = old["paired"].get(metric)
             after = new["paired"].get(metric)
@@ -479,11 +479,11 @@ def paired_differences(variants: dict[str, dict]) -> list[str]:
     return lines
 
 
-def distinct_actions(variants: dict[str, dict]) -> list[str]:
+def distinct_actions(variants: list[tuple[str, dict]]) -> list[str]:
     """One line with the counts of all variants, none when nobody counted."""
     metric = "think sampled distinct actions"
     counts = []
-    for name, variant in variants.items():
+    for name, variant in variants:
         if metric in variant["metrics"]:
             counts.append(f"{name} {variant['metrics'][metric]['mean']}")
     if not counts:

@@ -290,10 +290,11 @@ def load(
 ) -> Backbone:
     """Reads a checkpoint, run folder or hub model.
 
-    A folder with configuration and tokenizer but no weights (tools/backbones.py writes such) is
-    filled at random, a function of seed, and that is printed. stages: those that may have written
-    the checkpoint, ValueError for another one; what no stage has written always passes. device
-    META: shapes alone, which shard() fills. max_pixels: of an image, 0: the backbone's own."""
+    A folder with configuration and tokenizer alone, as tools/backbones.py writes for a published
+    size, is filled at random, a function of seed, and that is printed. stages: those that may have
+    written the checkpoint, ValueError for another one; what no stage has written always passes.
+    device META: shapes alone, which shard() fills. max_pixels: of an image, 0: the backbone's
+    own."""
     # fork point: the backbone family. What is asked of another one: `net.model.visual`,
     # `net.model.language_model.layers`, `net.lm_head`, M-RoPE positions, Qwen2-VL's patches.
     folder = find_checkpoint(path)
@@ -322,8 +323,10 @@ def load(
 
 
 def _load_net(folder, device, dtype, seed):
-    has_weights = not Path(folder).is_dir() or any(Path(folder).glob("*.safetensors"))
-    if device != META and has_weights:
+    # of a checkpoint that has lost its weights, from_pretrained says what is missing
+    traces = ("run.json", "*.safetensors", "*.bin", "*.index.json")
+    is_bare = Path(folder).is_dir() and not any(any(Path(folder).glob(name)) for name in traces)
+    if device != META and not is_bare:
         net = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
     else:
         config = transformers.AutoConfig.from_pretrained(folder)
@@ -331,7 +334,9 @@ def _load_net(folder, device, dtype, seed):
         with torch.random.fork_rng(devices=[]), build_device:
             torch.manual_seed(seed)
             net = AutoModelForImageTextToText.from_config(config, dtype=dtype)
-        if device != META:
+        if is_bare and device != META:
+            if (Path(folder) / "generation_config.json").exists():
+                net.generation_config = transformers.GenerationConfig.from_pretrained(folder)
             print(f"{folder} has no weights: filled at random, seed {seed}", flush=True)
     use_own_attention(net)
     return net.to(device) if device != META else net
@@ -963,6 +968,7 @@ def generate(
         prompt_rows = [rows[b] for b in prompts]
         decoder = Decoder(backbone, prompt_rows, n, slots, samples, choose, stop, cuda_graphs)
         as_forward(_run_decoder, net, decoder)
+        del decoder  # its cache, before the next prompts are forwarded
     net.train(was_training)
     # 4. cut to the longest
     T = int(mask.any(0).sum())
@@ -1532,11 +1538,15 @@ def checkpoint_to_resume(cfg) -> Path | None:
         return None
     old_config = read_json(newest / "run.json")["config"]
     for name, value in asdict(cfg).items():
-        if name not in MAY_CHANGE_ON_RESUME and old_config.get(name) != value:
-            flag = "--" + name.replace("_", "-")
+        if name in MAY_CHANGE_ON_RESUME:
+            continue
+        flag = "--" + name.replace("_", "-")
+        if name not in old_config:
+            raise ValueError(f"{newest}: of a version without {flag}; start anew in another --out")
+        if old_config[name] != value:
             raise ValueError(
                 f"{newest}: was run with another {flag}; resume with {flag} "
-                f"{old_config.get(name)}, or start anew in another --out"
+                f"{old_config[name]}, or start anew in another --out"
             )
     return newest
 

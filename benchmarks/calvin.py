@@ -25,7 +25,7 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
-from benchmarks.simulate import Outcome
+from benchmarks.simulate import Outcome, render_headless
 from fast_tokenizer import reading, write_episodes
 from tools.extras import require
 
@@ -247,6 +247,7 @@ class World(NamedTuple):
 
 def open_world(data: str) -> World:
     """CALVIN's environment for a dataset. ValueError when the package is missing."""
+    render_headless()
     package, envs, oracles = require(
         "-e calvin/calvin_env, after git clone --recursive https://github.com/mees/calvin",
         "calvin_env",

@@ -124,6 +124,11 @@ def test_report_table_and_paired_differences(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "SFT - SFT+RL = -0.050" in out and "the whole run 19.5 min" in out
     assert out.index("| SFT+RL |") < out.index("| SFT |")
+    evaluate.main(
+        ["report", str(path), "--variants", "SFT,SFT+RL,SFT"]
+    )  # to compare with one again
+    out = capsys.readouterr().out
+    assert out.count("| SFT |") == 2 and "SFT - SFT+RL = -0.050" in out
     with pytest.raises(ValueError, match="no variant base; it has SFT, SFT"):
         evaluate.main(["report", str(path), "--variants", "base,SFT"])
 

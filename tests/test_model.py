@@ -385,6 +385,29 @@ def test_a_padded_table_neither_shrinks_nor_loses_its_padding(tmp_path, monkeypa
     assert all(p.is_meta for p in shapes.net.parameters()) and shapes.vocab == again.vocab
 
 
+def test_a_bare_folder_is_filled_at_random_and_says_so(tmp_path, monkeypatch, capsys):
+    """As tools.backbones leaves that of a published size."""
+    small = dataclasses.replace(backbones.SIZES[SIZES[0]], embedding_rows=640)
+    monkeypatch.setitem(backbones.SIZES, "bare", small)
+    backbones.write("bare", tmp_path / "bare")
+    assert not list((tmp_path / "bare").glob("*.safetensors"))
+    first, again = (model.load(tmp_path / "bare", seed=3) for _ in range(2))
+    other = model.load(tmp_path / "bare", seed=4)
+    weights = [one.net.get_input_embeddings().weight for one in (first, again, other)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert first.net.generation_config.eos_token_id == first.vocab.eos
+    assert "has no weights: filled at random, seed 3" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_lost_its_weights_is_refused(backbone, tmp_path):
+    """It was taken for a bare folder and filled at random."""
+    run = {"stage": "sft", "step": 1, "config": {}, "parent": ""}
+    model.save(tmp_path / "sft", backbone, run)
+    (tmp_path / "sft" / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="no file named model.safetensors"):
+        model.load(tmp_path / "sft")
+
+
 @pytest.mark.parametrize("pixels", [0, 100, 5000])
 def test_max_pixels_bounds_images_and_stays_in_the_checkpoint(backbone, tmp_path, pixels):
     one = model.load(untrained.folder(backbone.run["size"]), max_pixels=pixels)

@@ -1,6 +1,7 @@
 """The sampler against transformers' generate, a full forward, and the probabilities themselves."""
 
 import datetime
+import weakref
 
 import numpy as np
 import pytest
@@ -331,6 +332,23 @@ def test_wrong_arguments_and_no_prompts(small):
     with pytest.raises(ValueError, match="top_p 0"):
         model.generate(small, prompts(small), top_p=0)
     assert model.generate(small, [])["ids"].shape == (0, 0)
+
+
+def test_one_cache_at_a_time(small, monkeypatch):
+    """The cache of the prompts before was still alive while the next ones were forwarded: at the
+    paper's size 9 GB of a GPU."""
+    alive, most = weakref.WeakSet(), []
+
+    class Counted(model.SampleKV):
+        def __init__(self, *args):
+            super().__init__(*args)
+            alive.add(self)
+            most.append(len(alive))
+
+    monkeypatch.setattr(model, "SampleKV", Counted)
+    model.generate(small, prompts(small), n=2, max_new_tokens=4, stop=[], rollout_batch=2)
+    layers = len(small.net.model.language_model.layers)
+    assert len(most) == 2 * layers and max(most) == layers
 
 
 def two_ranks(rank, folder):

@@ -361,7 +361,11 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("size", choices=SIZES, help="which configuration")
     add("--out", required=True, help="folder to write")
-    add("--texts", default="", help="conversations, .jsonl, that the tokenizer is trained on")
+    add(
+        "--texts",
+        default="",
+        help="conversations, .jsonl: the tokenizer learns from the first 20,000 rows",
+    )
     add("--seed", type=int, default=0, help="of the weights")
     args = parser.parse_args(argv)
     model.quiet_libraries()

@@ -253,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--keys", nargs="*", default=[], help="what clients call inputs: state=joints+grip")
     add("--execute", type=int, default=0, help="steps of a chunk that are carried out; 0: all")
     add("--ensemble", type=float, default=0, help="decay of temporal ensembling; 0: none")
-    add("--batch", type=int, default=64, help="clients a forward")
+    add("--batch", type=int, default=256, help="clients a forward")
     add("--seed", type=int, default=0, help="seed of the policy's noise")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
