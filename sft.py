@@ -50,7 +50,6 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
-from torch.distributed import fsdp
 from transformers import AddedToken
 
 import model
@@ -505,8 +504,7 @@ def prefetch(
 def set_gradient_sync(net: torch.nn.Module, last: bool) -> None:
     """Call before each micro-batch. A small sharded model gathers and reduces once a step; a large
     one has no memory for that and does so for each micro-batch."""
-    sharded = [module for module in net.modules() if isinstance(module, fsdp.FSDPModule)]
-    if sharded == [net]:  # a small model is one unit, see model.fsdp_units()
+    if model.fsdp_modules(net) == [net]:  # a small model is one unit, see model.fsdp_units()
         net.set_requires_gradient_sync(last)
         net.set_reshard_after_backward(last)
 
