@@ -23,10 +23,12 @@ Seconds on one CPU core. Legend: B batch, K chunk length, A action dims, S state
 import argparse
 import ast
 import contextlib
+import io
 import json
 import pickle
 import re
 import shutil
+import struct
 import sys
 import zipfile
 import zlib
@@ -38,6 +40,7 @@ from pathlib import Path
 from typing import NamedTuple, TypedDict, TypeVar
 
 import numpy as np
+from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from scipy.fft import dct, idct
@@ -206,6 +209,34 @@ def action_chunks(episode: EpisodeFile, horizon: int) -> np.ndarray:
         raise ValueError(f"horizon {horizon}; a chunk has at least 1 step")
     steps = np.arange(len(episode))[:, None] + np.arange(horizon)  # (T, K)
     return episode.action[np.minimum(steps, len(episode) - 1)]  # (T, K, A)
+
+
+# ---- Images --------------------------------------------------------------------------------------
+
+
+def read_image(file: str | Path | bytes, source: object = None) -> np.ndarray:
+    """Any image that Pillow opens, a path or the bytes of one -> (H, W, 3) uint8.
+
+    It is turned as its EXIF tag says, 16 bits become 8, what is transparent becomes white.
+    Damaged naming `source` (default the path) when it does not open."""
+    source = source or file
+    stream = io.BytesIO(file) if isinstance(file, bytes) else file
+    try:
+        with Image.open(stream) as opened:
+            image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith(("I", "F")):  # one channel of 16 bits or more
+            values = np.asarray(image)
+            if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
+                raise ValueError(f"mode {image.mode}, not 8 or 16 bits")
+            image = Image.fromarray((values // 257).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            paper = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(paper, image)
+        return np.asarray(image.convert("RGB"))
+    except (*DAMAGE, SyntaxError, Image.DecompressionBombError) as e:
+        why = str(e).replace("\n", " ")
+        raise Damaged(f"{source}: image does not open ({why}); replace or delete it") from e
 
 
 # ---- Statistics and normalisation ----------------------------------------------------------------
@@ -398,6 +429,7 @@ DAMAGE = (  # what readers of files raise when a file is not what it should be
     pickle.UnpicklingError,
     zipfile.BadZipFile,
     zlib.error,
+    struct.error,
 )
 
 
@@ -769,7 +801,55 @@ def _require_size(path, name, stored, given):
 
 # ---- Command line of the stages ------------------------------------------------------------------
 
-FLAG_TYPES = {"int": int, "float": float, "str": str}  # annotation of a field -> type of its flag
+# What a field of a Config may be, beside int, str and bool. The flags of all commands read their
+# numbers by the functions below, so that one out of range ends the process before anything starts.
+Count = int  # at least 1
+Natural = int  # at least 0; often 0 means none, or all
+Positive = float  # above 0
+NonNegative = float
+Share = float  # 0 .. 1
+
+
+def _number(text, kind, is_allowed, range_text):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not np.isfinite(value) or not is_allowed(value):
+        raise argparse.ArgumentTypeError(f"{text} is not {range_text}")
+    return value
+
+
+def count(text: str) -> Count:
+    return _number(text, int, lambda value: value >= 1, "a whole number of at least 1")
+
+
+def natural(text: str) -> Natural:
+    return _number(text, int, lambda value: value >= 0, "a whole number of at least 0")
+
+
+def positive(text: str) -> Positive:
+    return _number(text, float, lambda value: value > 0, "a number above 0")
+
+
+def non_negative(text: str) -> NonNegative:
+    return _number(text, float, lambda value: value >= 0, "a number of at least 0")
+
+
+def share(text: str) -> Share:
+    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+
+FLAG_TYPES = {  # annotation of a field -> type of its flag
+    "int": int,
+    "float": float,
+    "str": str,
+    "Count": count,
+    "Natural": natural,
+    "Positive": positive,
+    "NonNegative": non_negative,
+    "Share": share,
+}
 
 
 def config_parser(path: str | Path) -> argparse.ArgumentParser:
@@ -812,9 +892,11 @@ def config_parser(path: str | Path) -> argparse.ArgumentParser:
         if annotation == "bool":
             kind = {"action": argparse.BooleanOptionalAction}
         elif annotation in FLAG_TYPES:
-            kind = {"type": FLAG_TYPES[annotation], "metavar": annotation.upper()}
+            read = FLAG_TYPES[annotation]
+            kind = {"type": read, "metavar": read.__name__.upper()}
         else:
-            raise ValueError(f"{path}: Config.{name} is {annotation}; use int, float, str or bool")
+            allowed = ", ".join(FLAG_TYPES)
+            raise ValueError(f"{path}: Config.{name} is {annotation}; use bool or one of {allowed}")
         choices = constants.get(f"{name.upper()}S")
         if choices:
             kind["metavar"] = "{" + ",".join(key.value for key in choices.keys) + "}"

@@ -31,8 +31,13 @@ from typing import NamedTuple
 import numpy as np
 
 from fast_tokenizer import (
+    Count,
     EpisodeFile,
     FastTokenizer,
+    Natural,
+    NonNegative,
+    Positive,
+    Share,
     action_chunks,
     answer_help,
     locate_step,
@@ -61,41 +66,41 @@ class Config:
     data: str = "data/tabletop/episodes"  # folder of episodes; the last 5% are held out
     out: str = "runs/grpo"  # folder of checkpoints and log
     # rollouts
-    seed: int = 0  # prompts and samples are a function of (seed, step, index)
-    steps: int = 100  # rollout steps
-    prompts: int = 32  # prompts a rollout step, all ranks together
-    group: int = 8  # completions a prompt (G)
-    max_new_tokens: int = 96  # longest completion
-    temperature: float = 1.0  # of sampling and of the log-probabilities in the loss
-    dynamic_sampling: int = 0  # rounds of fresh prompts for groups with equal rewards (DAPO)
-    max_pixels: int = 0  # larger images are shrunk to so many pixels; 0: as the backbone says
+    seed: Natural = 0  # prompts and samples are a function of (seed, step, index)
+    steps: Natural = 100  # rollout steps
+    prompts: Count = 32  # prompts a rollout step, all ranks together
+    group: Count = 8  # completions a prompt (G)
+    max_new_tokens: Count = 96  # longest completion
+    temperature: Positive = 1.0  # of sampling and of the log-probabilities in the loss
+    dynamic_sampling: Natural = 0  # rounds of fresh prompts for groups with equal rewards (DAPO)
+    max_pixels: Natural = 0  # larger images are shrunk to so many pixels; 0: as the backbone says
     # reward and objective
     reward: str = "prefix"  # r_a, one of REWARDS
     advantage: str = "grpo"  # grpo, or drgrpo: no std, and a constant in place of the token count
-    clip_low: float = 0.2  # ratio at least 1 - this
-    clip_high: float = 0.3  # ratio at most 1 + this
-    dual_clip: float = 3.0  # loss at most this x |A| where the advantage A < 0; 0: off
-    kl_coef: float = 0.01  # weight of the KL to the initial model; 0: no reference model is kept
+    clip_low: NonNegative = 0.2  # ratio at least 1 - this
+    clip_high: NonNegative = 0.3  # ratio at most 1 + this
+    dual_clip: NonNegative = 3.0  # loss at most this x |A| where the advantage A < 0; 0: off
+    kl_coef: NonNegative = 0.01  # weight of the KL to the initial model; 0: none is kept
     skip_zero_std: bool = True  # do not forward groups whose rewards are all equal
     # optimizer
-    batch: int = 16  # prompts an update, all ranks together; prompts / batch updates a step
-    lr: float = 3e-5  # AdamW, constant
-    warmup_ratio: float = 0.0  # share of the steps
-    weight_decay: float = 0.01  # not on norms and biases
-    beta2: float = 0.999  # of AdamW; beta1 is 0.9
-    max_grad_norm: float = 1.0  # gradients are clipped to this global norm; 0: not
+    batch: Count = 16  # prompts an update, all ranks together; prompts / batch updates a step
+    lr: Positive = 3e-5  # AdamW, constant
+    warmup_ratio: Share = 0.0  # share of the steps
+    weight_decay: NonNegative = 0.01  # not on norms and biases
+    beta2: Share = 0.999  # of AdamW; beta1 is 0.9
+    max_grad_norm: NonNegative = 1.0  # gradients are clipped to this global norm; 0: not
     # does not affect results, but for rounding
-    micro_batch: int = 8  # prompts a rank forwards and backwards at once; lower it for memory
-    rollout_batch: int = 0  # prompts a rank samples at once, of like length together; 0: all it has
+    micro_batch: Count = 8  # prompts a rank forwards and backwards at once; lower it for memory
+    rollout_batch: Natural = 0  # prompts a rank samples at once, of like length; 0: all it has
     cuda_graphs: bool = True  # on a GPU, replay decoding steps as CUDA graphs
     recompute: bool = False  # activation checkpointing: less memory, a third more time an update
     cpu_offload: bool = False  # keep the reference model in the CPU's memory
-    shards: int = 0  # ranks that share one copy of the weights, others mirror it; 0: all ranks
-    eval_every: int = 25  # steps between held-out evaluations, also at the end; 0: never
-    eval_prompts: int = 64  # held-out prompts, fixed over the run
-    show_every: int = 10  # steps between printed rollouts; 0: never
-    save_every: int = 50  # steps between checkpoints with optimizer; 0: only the final one
-    keep: int = 0  # newest of these that stay; 0: all
+    shards: Natural = 0  # ranks that share a copy of the weights, others mirror it; 0: all
+    eval_every: Natural = 25  # steps between held-out evaluations, also at the end; 0: never
+    eval_prompts: Count = 64  # held-out prompts, fixed over the run
+    show_every: Natural = 10  # steps between printed rollouts; 0: never
+    save_every: Natural = 50  # steps between checkpoints with optimizer; 0: only the final one
+    keep: Natural = 0  # newest of these that stay; 0: all
     resume: bool = False  # go on from the newest checkpoint in OUT
 
 

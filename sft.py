@@ -34,14 +34,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from fast_tokenizer import (
+    Count,
     FastTokenizer,
+    Natural,
+    NonNegative,
+    Positive,
+    Share,
     action_chunks,
     answer_help,
     locate_step,
     read_episodes,
+    read_image,
     split_episodes,
 )
 
@@ -71,39 +76,39 @@ class Config:
     # data
     data: str = TABLETOP  # path:weight,...: relative share of samples; no weight: number of rows
     action_tokenizer: str = ""  # FAST tokenizer folder; empty: the one inside --init, if any
-    max_length: int = 1024  # tokens; a longer row is an error
-    max_pixels: int = 0  # larger images are shrunk to so many pixels; 0: as the backbone says
-    holdout_rows: int = 256  # last rows of each .jsonl kept for evaluation; of episodes the last 5%
+    max_length: Count = 1024  # tokens; a longer row is an error
+    max_pixels: Natural = 0  # larger images are shrunk to so many pixels; 0: as the backbone says
+    holdout_rows: Natural = 256  # rows of each .jsonl kept for evaluation, the last; of episodes 5%
 
     # schedule
-    seed: int = 0  # order of the samples
-    steps: int = 0  # optimizer steps; 0: from --epochs
-    epochs: float = 1.0  # passes over as many samples as there are rows
-    batch: int = 24  # samples a step, over all ranks
+    seed: Natural = 0  # order of the samples
+    steps: Natural = 0  # optimizer steps; 0: from --epochs
+    epochs: Positive = 1.0  # passes over as many samples as there are rows
+    batch: Count = 24  # samples a step, over all ranks
 
     # optimizer
-    lr: float = 6e-4  # peak learning rate
-    warmup_ratio: float = 0.03  # share of the steps
-    beta1: float = 0.9  # AdamW
-    beta2: float = 0.98  # AdamW
-    weight_decay: float = 0.01  # AdamW, not on norms and biases
-    max_grad_norm: float = 1.0  # gradient norm; 0: no clipping
+    lr: Positive = 6e-4  # peak learning rate
+    warmup_ratio: Share = 0.03  # share of the steps
+    beta1: Share = 0.9  # AdamW
+    beta2: Share = 0.98  # AdamW
+    weight_decay: NonNegative = 0.01  # AdamW, not on norms and biases
+    max_grad_norm: NonNegative = 1.0  # gradient norm; 0: no clipping
     muon: bool = False  # inner matrices by orthogonalised momentum (Muon) instead of AdamW
 
     # memory: the results are the same up to rounding
-    micro_batch: int = 0  # samples a forward on one rank; 0: all of its share
+    micro_batch: Natural = 0  # samples a forward on one rank; 0: all of its share
     recompute: bool = False  # activation checkpointing: less memory, a third more time
-    shards: int = 0  # ranks that share one copy of the weights, more nodes mirror it; 0: all ranks
+    shards: Natural = 0  # ranks that share a copy of the weights, more nodes mirror it; 0: all
 
     # does not affect results
     out: str = "runs/sft"  # run folder
     resume: bool = False  # continue from the newest step_* in --out
-    log_every: int = 20  # steps
-    eval_every: int = 500  # steps; 0: only at the end
-    eval_rows: int = 128  # held-out rows of each source in one evaluation
-    probe_prompts: int = 64  # held-out action prompts, 4 thinking rollouts each at the end; 0: none
-    save_every: int = 1000  # steps; 0: only at the end
-    keep: int = 0  # newest checkpoints step_* that stay; 0: all
+    log_every: Count = 20  # steps
+    eval_every: Natural = 500  # steps; 0: only at the end
+    eval_rows: Natural = 128  # held-out rows of each source in one evaluation
+    probe_prompts: Natural = 64  # held-out action prompts, 4 thoughts each, at the end; 0: none
+    save_every: Natural = 1000  # steps; 0: only at the end
+    keep: Natural = 0  # newest checkpoints step_* that stay; 0: all
 
 
 PRESETS = {
@@ -334,23 +339,22 @@ def add_mode_lines(messages: list[dict]) -> list[dict]:
     return out
 
 
-def read_image(image: Path | np.ndarray, sample_id: str) -> np.ndarray:
-    """-> uint8 (H, W, 3). ValueError naming the sample when the file does not open."""
-    if isinstance(image, np.ndarray):
-        return image
-    try:
-        return np.asarray(Image.open(image).convert("RGB"))
-    except (OSError, ValueError) as e:
-        raise ValueError(
-            f"{sample_id}: image {image} does not open ({e}); add the file or delete the row"
-        ) from e
+def open_images(sample: Sample) -> list[np.ndarray]:
+    """The images of a sample, (H, W, 3) uint8 each: those in memory as they are, files opened."""
+    images = []
+    for image in sample.images:
+        if isinstance(image, np.ndarray):
+            images.append(image)
+        else:
+            images.append(read_image(image, f"{sample.sample_id}: {image}"))
+    return images
 
 
 def load_row(backbone: model.Backbone, source, i: int, max_length: int) -> model.Row:
     """Sample i of a source, tokenized; "sample_id" says where it comes from. ValueError naming that
     when the row is malformed or longer than max_length tokens."""
     sample = source[i]
-    images = [read_image(image, sample.sample_id) for image in sample.images]
+    images = open_images(sample)
     try:
         row = model.encode(backbone, sample.messages, images)
     except ValueError as e:
@@ -565,7 +569,7 @@ def greedy_answers(
     for k in range(0, len(samples), size):
         rows = []
         for sample in samples[k : k + size]:
-            images = [read_image(image, sample.sample_id) for image in sample.images]
+            images = open_images(sample)
             rows.append(model.encode(backbone, sample.messages[:1], images, prompt_only=True))
         generated = model.generate(backbone, rows, max_new_tokens=max_new_tokens, greedy=True)
         for ids in generated["ids"]:

@@ -42,6 +42,11 @@ from typing import NamedTuple, TypedDict
 import numpy as np
 
 from fast_tokenizer import (
+    Count,
+    Natural,
+    NonNegative,
+    Positive,
+    Share,
     Stats,
     action_chunks,
     answer_help,
@@ -77,54 +82,54 @@ class Config:
     # data
     data: str = "data/tabletop/episodes"  # folder of episodes and stats.json
     cameras: str = "image"  # camera names of the episodes, separated by commas
-    max_episodes: int = 0  # only the first episodes; 0: all
-    stride: int = 1  # use every stride-th frame of an episode: neighbours say nearly the same
-    holdout_share: float = 0.05  # share of the episodes, the last ones, for evaluation; 0: none
-    horizon: int = 8  # actions in a chunk, K
+    max_episodes: Natural = 0  # only the first episodes; 0: all
+    stride: Count = 1  # use every stride-th frame of an episode: neighbours say nearly the same
+    holdout_share: Share = 0.05  # share of the episodes, the last ones, for evaluation; 0: none
+    horizon: Count = 8  # actions in a chunk, K
 
     # features of the backbone
     init: str = "runs/grpo"  # checkpoint of stage base, sft or grpo; or hub name
-    layer: int = 0  # LLM layer whose output conditions the head; 0: 0.64 of the depth
+    layer: Natural = 0  # LLM layer whose output conditions the head; 0: 0.64 of the depth
     think: bool = False  # the prompt asks to think first; the head acts without any text either way
-    max_pixels: int = 0  # larger images are shrunk to so many pixels; 0: as the backbone says
+    max_pixels: Natural = 0  # larger images are shrunk to so many pixels; 0: as the backbone says
 
     # head
-    dim: int = 128  # width of the head
-    layers: int = 4  # blocks of the head; 0, 2, ... read the features
-    heads: int = 4  # attention heads
-    vl_layers: int = 1  # self-attention blocks over the features; 0: none
-    future_tokens: int = 4  # learned tokens between state and actions
-    dropout: float = 0.0  # in the head
+    dim: Count = 128  # width of the head
+    layers: Count = 4  # blocks of the head; 0, 2, ... read the features
+    heads: Count = 4  # attention heads
+    vl_layers: Natural = 1  # self-attention blocks over the features; 0: none
+    future_tokens: Natural = 4  # learned tokens between state and actions
+    dropout: Share = 0.0  # in the head
 
     # schedule
-    seed: int = 0  # order of the frames, noise, initial weights of the head
-    steps: int = 2000  # optimizer steps
-    batch: int = 64  # frames a step, over all ranks
-    draws: int = 2  # (time, noise) pairs a frame and step, which share its features
+    seed: Natural = 0  # order of the frames, noise, initial weights of the head
+    steps: Natural = 2000  # optimizer steps
+    batch: Count = 64  # frames a step, over all ranks
+    draws: Count = 2  # (time, noise) pairs a frame and step, which share its features
 
     # optimizer
-    lr: float = 1e-3  # peak learning rate
-    warmup_ratio: float = 0.05  # share of the steps; cosine to 0 after it
-    beta1: float = 0.95  # AdamW
-    beta2: float = 0.999  # AdamW
-    weight_decay: float = 1e-5  # AdamW, not on norms and biases
-    max_grad_norm: float = 1.0  # gradient norm; 0: no clipping
+    lr: Positive = 1e-3  # peak learning rate
+    warmup_ratio: Share = 0.05  # share of the steps; cosine to 0 after it
+    beta1: Share = 0.95  # AdamW
+    beta2: Share = 0.999  # AdamW
+    weight_decay: NonNegative = 1e-5  # AdamW, not on norms and biases
+    max_grad_norm: NonNegative = 1.0  # gradient norm; 0: no clipping
     muon: bool = False  # inner matrices by orthogonalised momentum (Muon) instead of AdamW
-    ema_decay: float = 0.999  # decay of the averaged weights that the policy uses; 0: no average
+    ema_decay: Share = 0.999  # decay of the averaged weights that the policy uses; 0: no average
 
     # time and memory: the results are the same up to rounding
     cache: str = "features"  # features: the backbone runs once, before training; none: in each step
-    shards: int = 0  # ranks that share one copy of the weights, more nodes mirror it; 0: all ranks
+    shards: Natural = 0  # ranks that share a copy of the weights, more nodes mirror it; 0: all
 
     # does not affect results
     out: str = "runs/vla"  # run folder
     cache_dir: str = ""  # folder of the cached features; empty: features/ in --out
     resume: bool = False  # continue from the newest step_* in --out
-    log_every: int = 50  # steps
-    eval_every: int = 500  # steps; 0: only at the end
-    eval_rows: int = 256  # held-out frames of one evaluation
-    save_every: int = 1000  # steps; 0: only at the end
-    keep: int = 0  # newest checkpoints step_* that stay; 0: all
+    log_every: Count = 50  # steps
+    eval_every: Natural = 500  # steps; 0: only at the end
+    eval_rows: Natural = 256  # held-out frames of one evaluation
+    save_every: Natural = 1000  # steps; 0: only at the end
+    keep: Natural = 0  # newest checkpoints step_* that stay; 0: all
 
 
 PRESETS = {

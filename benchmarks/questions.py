@@ -28,7 +28,7 @@ from PIL import Image
 
 import model
 import sft
-from fast_tokenizer import reading
+from fast_tokenizer import read_image, reading
 
 # ---- Rows ----------------------------------------------------------------------------------------
 
@@ -45,7 +45,7 @@ def write(folder: str | Path, rows):
             names = []
             for k, image in enumerate(images):
                 if image is not None:
-                    names.append(save_image(folder, f"{i}_{k}.png", image))
+                    names.append(save_image(folder, f"{i}_{k}.png", image, i))
             row = {"images": names, "kind": kind}
             for further in more:
                 row.update(further)
@@ -54,15 +54,15 @@ def write(folder: str | Path, rows):
                 {"role": "assistant", "content": answer},
             ]
             if "mask" in row:
-                row["mask"] = save_image(folder, f"{i}_mask.png", row["mask"])
+                row["mask"] = save_image(folder, f"{i}_mask.png", row["mask"], i)
             lines.append(json.dumps(row) + "\n")
     (folder / "questions.jsonl").write_text("".join(lines))
 
 
-def save_image(folder: Path, name: str, image) -> str:
+def save_image(folder: Path, name: str, image, row_number: int) -> str:
     """Save an image, or a copy of the file that a path names -> its path below the folder."""
     if not isinstance(image, Image.Image):
-        image = Image.open(image)
+        image = Image.fromarray(read_image(image, f"row {row_number}: {image}"))
     path = f"images/{name}"
     image.convert("RGB").save(folder / path)
     return path

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.numpy import save_file
 from scipy.fft import dct, idct
 from tokenizers import ByteLevelBPETokenizer
@@ -569,5 +570,92 @@ def test_config_parser_returns_what_was_given(tmp_path, capsys):
         with pytest.raises(SystemExit):
             parser.parse_args(wrong)
     path.write_text(STAGE.replace("steps: int", "steps: list[int]"))
-    with pytest.raises(ValueError, match=r"Config.steps is list\[int\]; use int, float"):
+    with pytest.raises(
+        ValueError, match=r"Config.steps is list\[int\]; use bool or one of int, float"
+    ):
         ft.config_parser(path)
+
+
+# ---- Images --------------------------------------------------------------------------------------
+
+
+def test_any_image_is_turned_scaled_to_8_bits_and_made_rgb(tmp_path):
+    """Phone photos lay sideways, so that boxes missed; 16-bit gray came out white."""
+    pixels = np.zeros((4, 6, 3), np.uint8)
+    pixels[0, 0] = 250, 100, 50  # top left
+    sideways = Image.fromarray(pixels)
+    exif = sideways.getexif()
+    exif[0x0112] = 6  # the camera was turned: show it a quarter to the right
+    sideways.save(tmp_path / "phone.png", exif=exif)
+    turned = ft.read_image(tmp_path / "phone.png")
+    assert turned.shape == (6, 4, 3) and turned[0, 3].tolist() == [250, 100, 50]
+    Image.fromarray(np.array([[0, 257 * 100, 65535]], np.uint16)).save(tmp_path / "deep.png")
+    assert ft.read_image(tmp_path / "deep.png")[0, :, 1].tolist() == [0, 100, 255]
+    Image.new("CMYK", (2, 2), (0, 255, 255, 0)).save(tmp_path / "print.tif")
+    assert ft.read_image(tmp_path / "print.tif")[0, 0].tolist() == [255, 0, 0]
+    Image.new("RGBA", (2, 2), (9, 9, 9, 0)).save(tmp_path / "glass.png")
+    data = (tmp_path / "glass.png").read_bytes()
+    assert ft.read_image(data)[0, 0].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize(
+    "fault", ["missing", "text", "cut short", "broken chunk", "too many pixels"]
+)
+def test_an_image_that_does_not_open_is_one_line(tmp_path, monkeypatch, fault):
+    """Pillow also raises SyntaxError and DecompressionBombError, which passed as tracebacks."""
+    path = tmp_path / "picture.png"
+    if fault != "missing":
+        Image.fromarray(np.arange(3000, dtype=np.uint32).astype(np.uint8).reshape(25, 40, 3)).save(
+            path
+        )
+        data = path.read_bytes()
+    if fault == "text":
+        path.write_text("no picture")
+    if fault == "cut short":
+        path.write_bytes(data[:100])
+    if fault == "broken chunk":
+        path.write_bytes(data.replace(b"IDAT", b"ID\0T"))
+    if fault == "too many pixels":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+    with pytest.raises(
+        ValueError, match="row 3: image does not open .*replace or delete it"
+    ) as error:
+        ft.read_image(path, "row 3")
+    assert "\n" not in str(error.value)
+
+
+# ---- Ranges of flags -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo", "vla"])
+@pytest.mark.parametrize(
+    ("flag", "value", "says"),
+    [
+        ("--batch", "0", "0 is not a whole number of at least 1"),
+        ("--steps", "-1", "-1 is not a whole number of at least 0"),
+        ("--lr", "nan", "nan is not a number above 0"),
+        ("--lr", "0", "0 is not a number above 0"),
+        ("--warmup-ratio", "1.5", "1.5 is not a number from 0 to 1"),
+        ("--max-grad-norm", "inf", "inf is not a number of at least 0"),
+        ("--keep", "two", "two is not a whole number"),
+    ],
+)
+def test_a_flag_out_of_range_stops_a_stage_before_it_loads(stage, flag, value, says, capsys):
+    """`--log-every 0` divided by zero at the first line of the log, `--batch 0` later."""
+    parser = ft.config_parser(ROOT / f"{stage}.py")
+    with pytest.raises(SystemExit) as stopped:
+        parser.parse_args([flag, value])
+    assert stopped.value.code == 2
+    assert f"argument {flag}: {says}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo", "vla"])
+def test_the_presets_of_a_stage_are_in_range(stage):
+    parser = ft.config_parser(ROOT / f"{stage}.py")
+    module = importlib.import_module(stage)
+    for preset in module.PRESETS.values():
+        for name, value in preset.items():
+            flag = "--" + name.replace("_", "-")
+            if isinstance(value, bool):
+                continue
+            assert getattr(parser.parse_args([flag, str(value)]), name) == value

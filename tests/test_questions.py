@@ -197,7 +197,8 @@ def scripted(monkeypatch, answer):
         for messages, images, _, where in items:
             seen.append(messages[0]["content"])
             assert messages[0]["content"].count("<image>") == len(images)
-            assert all(sft.read_image(x, where).ndim == 3 for x in images)
+            opened = sft.open_images(sft.Sample(messages, images, None, where))
+            assert all(image.ndim == 3 for image in opened)
         return [answer(text) for text in seen[-len(items) :]]
 
     monkeypatch.setattr(sft, "greedy_answers", answers)
@@ -335,6 +336,6 @@ def test_truncated_rows_and_unreadable_images(tmp_path, monkeypatch):
     scripted(monkeypatch, lambda text: "A")
     with pytest.raises(ValueError, match=r"d.jsonl:2: not a row"):
         vqa(data, tmp_path / "r.json")
-    with pytest.raises(ValueError, match="row 0: FileNotFoundError"):
+    with pytest.raises(ValueError, match="row 0: .*none.png: image does not open"):
         questions.write(tmp_path / "q", [("q", "a", "k", [tmp_path / "none.png"])])
     assert not (tmp_path / "q/questions.jsonl").exists()

@@ -13,7 +13,6 @@ parquet, videos/ the images as MP4. v2.1 has a file a recording, v3.0 joins reco
 
 import argparse
 import functools
-import io
 import itertools
 import json
 from collections.abc import Iterator
@@ -21,9 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from fast_tokenizer import reading, write_episodes
+from fast_tokenizer import read_image, reading, write_episodes
 from tools.extras import require
 
 IS_V3 = {"v2.1": False, "v3.0": True}
@@ -116,8 +114,7 @@ def read_images(cells: list[dict]) -> list[np.ndarray]:
     """Cells of an image column, each a PNG or JPEG -> list of (H, W, 3) uint8."""
     images = []
     for cell in cells:
-        image = Image.open(io.BytesIO(cell["bytes"]))
-        images.append(np.asarray(image.convert("RGB")))
+        images.append(read_image(cell["bytes"], cell.get("path") or "image"))
     return images
 
 
