@@ -736,11 +736,14 @@ def slow_rank_0(argv):
     limits of hours, once with one of a second."""
     hours = float(argv[0])
     dist = model.setup(0, shards=1, timeout_hours=hours)
-    limits = [dist.timeout]
-    net = model.shard(nn.Linear(2, 2), dist)  # one mesh dimension has groups of its own
-    for group in net.weight.device_mesh.get_all_groups():
-        limits.append(group._get_backend(dist.device).options._timeout)
-    assert [limit.total_seconds() for limit in limits] == pytest.approx([hours * 3600] * 3)
+
+    def limit(group):
+        return group._get_backend(dist.device).options._timeout.total_seconds()
+
+    limits = [limit(distributed.group.WORLD)]
+    net = model.shard(nn.Linear(2, 2), dist)  # one of its mesh's groups is not that of all ranks
+    limits += [limit(group) for group in net.weight.device_mesh.get_all_groups()]
+    assert limits == pytest.approx([hours * 3600] * 3)
     if dist.rank == 0:
         time.sleep(3)
     model.all_sum(1)
