@@ -520,15 +520,22 @@ def to_device(batch: Batch, device: str | torch.device) -> Batch:
 
 # ---- Forward -------------------------------------------------------------------------------------
 
-ATTENTION = "robo_align"  # our name beside transformers' "sdpa" and "eager"
+ATTENTION = "robo_align"  # our names beside transformers' "sdpa" and "eager"
+# A vision tower hands over its segments (images, or Qwen2.5-VL's windows) one by one, unless there
+# is "flash" in the name: then all of them, and where each ends.
+VISION_ATTENTION = "robo_align_flash"
 LOGITS_AT_ONCE = 1 << 27  # with their gradients 16 bytes each: 2 GB; those of more tokens by slices
 
 
 def use_own_attention(net: nn.Module) -> None:
-    """Lets the net attend by `_attention`: sdpa, but for packs and the sampler."""
+    """Lets the net attend by `_attention` and `_vision_attention`: sdpa, but for packs, the sampler
+    and segments."""
     transformers.AttentionInterface.register(ATTENTION, _attention)
     transformers.AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    net.set_attn_implementation(ATTENTION)
+    transformers.AttentionInterface.register(VISION_ATTENTION, _vision_attention)
+    net.set_attn_implementation(
+        {"": ATTENTION, "text_config": ATTENTION, "vision_config": VISION_ATTENTION}
+    )
 
 
 def _attention(module, q, k, v, attention_mask, lengths=None, decoding=None, **kwargs):
@@ -537,12 +544,61 @@ def _attention(module, q, k, v, attention_mask, lengths=None, decoding=None, **k
     if decoding is not None:
         prompt_keys, prompt_values = decoding.layers[module.layer_idx].prompt
         return attend_with_prompt(q, k, v, prompt_keys, prompt_values, decoding), None
-    if lengths is None or not module.is_causal:  # the vision tower cuts at its images by itself
+    if lengths is None:
         return sdpa_attention_forward(module, q, k, v, attention_mask, **kwargs)
     outputs = []
     for row in zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), strict=True):
         outputs.append(sdpa_attention_forward(module, *row, None, **kwargs)[0])
     return torch.cat(outputs, 1), None
+
+
+def _vision_attention(module, q, k, v, attention_mask, cu_seq_lens_q, scaling, **kwargs):
+    """q, k, v (1, H, P, d) of P patches -> (1, P, H, d), None. A segment attends to itself alone,
+    those of one length as one batch. cu_seq_lens_q (segments + 1,): where they begin and end."""
+    segments = _segments(cu_seq_lens_q)
+    outputs = []
+    if segments.order is not None:
+        q, k, v = (x[:, :, segments.order] for x in (q, k, v))
+    sizes = [n * length for n, length in segments.batches]
+    split = zip(q.split(sizes, 2), k.split(sizes, 2), v.split(sizes, 2), strict=True)
+    for (n, length), same_length in zip(segments.batches, split, strict=True):
+        # (1, H, n * length, d) -> (n, H, length, d)
+        batch = (x[0].unflatten(1, (n, length)).transpose(0, 1) for x in same_length)
+        output, _ = sdpa_attention_forward(module, *batch, None, scaling=scaling, is_causal=False)
+        outputs.append(output.flatten(0, 1))  # (n * length, H, d)
+    joined = torch.cat(outputs)
+    if segments.order is not None:
+        joined = joined[segments.back]
+    return joined[None], None
+
+
+class Segments(NamedTuple):
+    """Segments of patches, sorted by their length; see _segments()."""
+
+    batches: list[tuple[int, int]]  # of each length: how many, and the length
+    order: torch.Tensor | None  # (P,) patches in this order; None: they are
+    back: torch.Tensor | None  # (P,) and the way back
+
+
+def _segments(ends: torch.Tensor) -> Segments:
+    """Of segments of 4, 2 and 4 patches, ends (segments + 1,) = 0 4 6 10:
+
+        batches  (1, 2), (2, 4)
+        order    4 5  0 1 2 3  6 7 8 9
+
+    The blocks share `ends`, which keeps the answer: a GPU is waited for once, not in each."""
+    if not hasattr(ends, "segments"):
+        lengths = torch.diff(ends.cpu()).long()  # (segments,)
+        distinct, counts = lengths.unique(return_counts=True)
+        batches = list(zip(counts.tolist(), distinct.tolist(), strict=True))
+        order = back = None
+        if len(batches) > 1:
+            length_of_patch = lengths.repeat_interleave(lengths)  # (P,)
+            order = length_of_patch.argsort(stable=True)
+            back = order.argsort().to(ends.device)
+            order = order.to(ends.device)
+        ends.segments = Segments(batches, order, back)
+    return ends.segments
 
 
 def as_forward(function: Callable, module: nn.Module, *args):

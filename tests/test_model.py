@@ -17,6 +17,7 @@ from torch import distributed, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from transformers.cache_utils import DynamicCache
+from transformers.vision_utils import get_vision_window_index
 
 import grpo
 import model
@@ -257,6 +258,51 @@ def test_packed_rows_equal_padded_rows(backbone):
     torch.testing.assert_close(padded[0], packed[0], rtol=1e-5, atol=1e-4)
     for a, b in zip(padded[3], packed[3], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+SQUARES = [(64, 64)] * 5
+MIXED = [(64, 64), (250, 96), (48, 80), (64, 64), (250, 96)]
+
+
+@pytest.mark.parametrize("sizes", [SQUARES, MIXED])
+def test_vision_segments_of_one_length_are_one_batch(backbone, sizes, monkeypatch):
+    """transformers' sdpa ran once for each window of Qwen2.5-VL, 2,804 times for an image of 1,024
+    pixels, and asked the GPU for their lengths in each block."""
+    calls = []
+    asked = []
+    forward, diff = model.sdpa_attention_forward, torch.diff
+    monkeypatch.setattr(
+        model, "sdpa_attention_forward", lambda *args, **kw: calls.append(1) or forward(*args, **kw)
+    )
+    monkeypatch.setattr(torch, "diff", lambda ends: asked.append(1) or diff(ends))
+    images = [image(*size, seed) for seed, size in enumerate(sizes)]
+    row = model.encode(backbone, [{"role": "user", "content": "<image>" * len(images)}], images)
+    batch = model.collate([row], backbone.vocab.pad)
+    visual = backbone.net.model.visual
+
+    def outputs_and_gradients():
+        visual.zero_grad()
+        seen = visual(batch["patches"], grid_thw=batch["grid"])
+        seen.pooler_output.square().sum().backward()
+        gradients = [p.grad for p in visual.parameters() if p.grad is not None]
+        return [seen.pooler_output, *gradients]
+
+    ours = outputs_and_gradients()
+    lengths = [batch["grid"].prod(1)] * len(visual.blocks)  # of the segments, for each block
+    if hasattr(visual, "fullatt_block_indexes"):
+        sides = visual.spatial_merge_size, visual.window_size, visual.patch_size
+        _, ends = get_vision_window_index(batch["grid"], *sides)
+        of_windows = diff(ends)
+        for i in set(range(len(visual.blocks))) - set(visual.fullatt_block_indexes):
+            lengths[i] = of_windows
+    assert len(calls) == sum(len(of_block.unique()) for of_block in lengths)
+    assert len(asked) == len({id(of_block) for of_block in lengths}), "not in each block"
+    for theirs in "sdpa", "eager":
+        backbone.net.set_attn_implementation(theirs)
+        rtol = 1e-4 if theirs == "eager" else 0
+        for a, b in zip(ours, outputs_and_gradients(), strict=True):
+            torch.testing.assert_close(a, b, rtol=rtol, atol=rtol * 10)
+    model.use_own_attention(backbone.net)
 
 
 def test_hidden_does_not_depend_on_padding_or_on_the_cache(backbone):
