@@ -124,6 +124,7 @@ class Config:
 
     # does not affect results
     out: str = "runs/vla"  # run folder
+    timeout_hours: Positive = 6.0  # ranks wait so long for the slowest, as when it downloads
     cache_dir: str = ""  # folder of the cached features; empty: features/ in --out
     resume: bool = False  # continue from the newest step_* in --out
     log_every: Count = 50  # steps
@@ -542,14 +543,14 @@ def prompt_row(
     backbone: Backbone, images: Sequence[np.ndarray], instruction: str, think: bool, memo: dict
 ) -> Row:
     """The action prompt as a row, in training and evaluation alike. The same words and image sizes
-    give the same tokens: the caller's `memo` keeps them, and only the patches are made anew."""
+    give the same tokens: the caller's `memo` keeps them, and only the pixels are made anew."""
     key = (instruction, think, *(image.shape for image in images))
     if key in memo:
-        patches = [model.patchify(image, backbone.image_spec)[0] for image in images]
-        return {**memo[key], "patches": np.concatenate(patches)}
+        pixels = [model.fit_image(image, backbone.image_spec)[0] for image in images]
+        return {**memo[key], "pixels": np.concatenate(pixels)}
     messages = model.action_prompt(instruction, think, len(images))
     row = model.encode(backbone, messages, images, prompt_only=True)
-    memo[key] = {**row, "patches": None}
+    memo[key] = {**row, "pixels": None}
     return row
 
 
@@ -1066,7 +1067,7 @@ def save_policy(
 def main(argv: Sequence[str] | None = None) -> None:
     cfg = model.parse_config(Config, PRESETS, argv)
     model.keep_freed_memory()
-    dist = model.setup(cfg.seed, cfg.shards, cfg.batch)
+    dist = model.setup(cfg.seed, cfg.shards, cfg.batch, cfg.timeout_hours)
     check_config(cfg)
 
     # 1. the frozen backbone, cut after a layer
