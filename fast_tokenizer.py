@@ -356,7 +356,7 @@ def read_image(file: str | Path | bytes, source: object = None) -> np.ndarray:
             image = Image.alpha_composite(paper, image)
         return np.asarray(image.convert("RGB"))
     except (*DAMAGE, SyntaxError, Image.DecompressionBombError) as e:
-        why = str(e).replace("\n", " ")
+        why = str(e).replace(f" {stream!r}", "").replace("\n", " ")  # an address, or the path
         raise Damaged(f"{source}: image does not open ({why}); replace or delete it") from e
 
 

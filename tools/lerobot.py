@@ -33,15 +33,19 @@ from tqdm import tqdm
 from fast_tokenizer import (
     Damaged,
     count,
+    encode_frames,
     natural,
     non_negative,
     read_image,
     reading,
+    unfinished_episodes,
+    unfinished_folder,
     write_episodes,
 )
 from tools.extras import require
 
 IS_V3 = {"v2.0": False, "v2.1": False, "v3.0": True}  # the versions that are read
+CODECS = {"raw": None, "png": "png", "jpeg": "jpeg 95"}  # --image-format -> fast_tokenizer's codec
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ class Job:
     columns: Columns
     every: int  # recorded steps from one that is kept to the next
     deltas: int  # first dimensions of the action that are movements
+    codec: str | None  # of the images in an episode; None: as they are
 
     @property
     def fps(self) -> float:
@@ -149,11 +154,11 @@ def read_rows(path: Path) -> list[dict]:
     return rows
 
 
-def read_images(cells: list[dict]) -> list[np.ndarray]:
+def read_images(cells: list[dict], source: str) -> list[np.ndarray]:
     """Cells of an image column, each a PNG or JPEG -> list of (H, W, 3) uint8."""
     images = []
-    for cell in cells:
-        images.append(read_image(cell["bytes"], cell.get("path") or "image"))
+    for t, cell in enumerate(cells):
+        images.append(read_image(cell["bytes"], f"{source}: image {t}"))
     return images
 
 
@@ -269,10 +274,10 @@ def frame_numbers(
     # 3. times agree with it
     drift = (times[first:end] - start.begin - timestamps) * fps  # (T,)
     if abs(drift[0]) >= 1 or np.ptp(drift) >= 0.5:
-        worst = abs(drift).argmax()
+        step = 0 if abs(drift[0]) >= 1 else int(abs(drift - drift[0]).argmax())
         raise ValueError(
-            f"step {worst} is at {start.begin + timestamps[worst]:.3f} s, by count of the frames "
-            f"at {times[first + worst]:.3f} s"
+            f"step {step} is at {start.begin + timestamps[step]:.3f} s, by count of the frames "
+            f"at {times[first + step]:.3f} s"
         )
     return np.arange(first, end), float(abs(drift[0]))
 
@@ -432,9 +437,9 @@ def check_stats(stats: dict[str, dict], found: dict[str, Moments]) -> None:
     """ValueError unless the numbers of each key that stats describes are as many, and their least,
     largest and mean ones the same, as stats says.
 
-    Their tolerance: a float32 is rounded by up to |x| / 2^24. To add up N of them one by one, as
-    publishers do for the mean, rounds N times: where a joint stands still at -87 degrees for 300
-    steps, the mean is off by 0.0003. Twice that, and 1e-3 of the range."""
+    Their tolerance: 1e-4, 1e-3 of the range, and what float32 rounds off, |x| / 2^24 a time. To add
+    up N numbers one after the other, as publishers do for the mean, rounds N times: where a joint
+    stands still at -87 degrees for 300 steps, the mean is off by 0.0002."""
     for key, numbers in found.items():
         if key not in stats:
             continue
@@ -442,7 +447,7 @@ def check_stats(stats: dict[str, dict], found: dict[str, Moments]) -> None:
         if stored_count != numbers.count:
             raise ValueError(f"{numbers.count} steps of {key}, meta/ counts {stored_count}")
         base = 1e-3 * (numbers.high - numbers.low) + 1e-4  # (D,)
-        rounding = np.maximum(abs(numbers.low), abs(numbers.high)) / 2**23  # (D,)
+        rounding = np.maximum(abs(numbers.low), abs(numbers.high)) / 2**24  # (D,)
         mean = numbers.total / numbers.count
         for name, have, roundings in (
             ("min", numbers.low, 1),
@@ -455,16 +460,23 @@ def check_stats(stats: dict[str, dict], found: dict[str, Moments]) -> None:
                 raise ValueError(f"{name} of {key} is {have.round(4)}, meta/ says {want.round(4)}")
 
 
+def is_blank(task: str | int | None) -> bool:
+    return task is None or (isinstance(task, str) and not task.strip())
+
+
 def check_tasks(numbers: list[int], row: dict, tasks: dict[int, str]) -> None:
     """ValueError unless the task numbers of a recording's steps are in tasks, and their sentences
     among those that the recording's row of meta/ lists: else its data are mislabelled."""
     listed = row.get("tasks") or []
     if isinstance(listed, str):
         listed = [listed]
+    listed = [task for task in listed if not is_blank(task)]
     for number in sorted(set(numbers)):
         if number not in tasks:
             raise ValueError(f"task_index {number} does not stand in meta/tasks")
-        if listed and tasks[number] not in listed and number not in listed:
+        if is_blank(tasks[number]) or not listed:
+            continue
+        if tasks[number] not in listed and number not in listed:
             raise ValueError(
                 f"its steps are labelled {tasks[number]!r} (task_index {number}), but "
                 f"meta/episodes says {', '.join(map(repr, listed))}"
@@ -560,7 +572,8 @@ def read_views(job: Job, entry: RecordingEntry, table) -> tuple[list[np.ndarray]
             largest_drift = max(largest_drift, drift)
             view = read_frames(path, numbers[:: job.every])
         else:
-            view = read_images(table[key].to_pylist()[:: job.every])
+            cells = table[key].to_pylist()[:: job.every]
+            view = read_images(cells, f"{entry.source}: {key}")
         check_view(view, key, job.info)
         views.append(np.stack(view))
     return views, largest_drift
@@ -583,6 +596,11 @@ class Plan(NamedTuple):
 
     entry: RecordingEntry
     pieces: list[Piece]
+
+    @property
+    def episodes(self) -> list[tuple[str, int]]:
+        """Instruction and steps of each episode that it becomes."""
+        return [(instruction, end - start) for instruction, start, end in self.pieces]
 
 
 class Converted(NamedTuple):
@@ -616,6 +634,10 @@ def convert(job: Job, plan: Plan) -> Converted:
                 "source": entry.source,
             }
             piece = {name: array[start:end] for name, array in arrays.items()}
+            for name in columns.image_names if job.codec else ():
+                blob, described = encode_frames(piece[name], name, job.codec)
+                piece |= blob
+                header |= described
             episodes.append((piece, header))
         return Converted(episodes, drift)
 
@@ -661,6 +683,20 @@ def result_or_damaged(function: Callable[[Item], Result], item: Item) -> Result 
 # ---- Conversion ---------------------------------------------------------------------------------
 
 
+# Flags that a run must have in common with the one that it goes on from.
+SAME_ON_RESUME = (
+    "data",
+    "camera",
+    "action",
+    "state",
+    "fps",
+    "deltas",
+    "max_episodes",
+    "image_format",
+    "episodes_per_file",
+)
+
+
 class Skipped:
     """What is left out: rows for skipped.jsonl. Without its flag the first ends the conversion."""
 
@@ -674,8 +710,11 @@ class Skipped:
             raise Damaged(f"{why}; or leave such recordings out: --skip-{kind}")
         self.rows.append({"episode": entry.number, "kind": kind, "steps": steps, "why": why})
 
-    def report(self) -> None:
-        """A line for each kind, that says how much it is."""
+    def write(self, folder: Path) -> None:
+        """folder/skipped.jsonl, if anything was, and a line for each kind that says how much."""
+        lines = [json.dumps(row) + "\n" for row in self.rows]
+        if lines:
+            (folder / "skipped.jsonl").write_text("".join(lines))
         for kind in self.allowed:
             steps = [row["steps"] for row in self.rows if row["kind"] == kind]
             if steps:
@@ -701,11 +740,11 @@ def make_plans(job: Job, dataset: Dataset, skipped: Skipped, workers: int) -> li
             continue
         kept = []
         for piece in pieces:
-            if piece.instruction.strip():
-                kept.append(piece)
-            else:
+            if is_blank(piece.instruction):
                 why = f"{entry.source}: an empty instruction in meta/tasks"
                 skipped.add("blank", entry, piece.end - piece.start, why)
+            else:
+                kept.append(piece)
         if kept:
             plans.append(Plan(entry, kept))
 
@@ -717,31 +756,64 @@ def make_plans(job: Job, dataset: Dataset, skipped: Skipped, workers: int) -> li
             for key in job.columns.numbers if all_moments else ():
                 whole[key] = join_moments([moments[key] for moments in all_moments])
             check_stats(dataset.stats, whole)
+    for key in job.columns.numbers:
+        if key not in dataset.stats and not all(key in entry.stats for entry in dataset.entries):
+            print(f"meta/ has no statistics of {key}, or not of all recordings: not checked")
     return plans
 
 
-def episodes_of(args: argparse.Namespace) -> Iterator[tuple[dict, dict]]:
-    """A dataset's episodes as (arrays, header), for write_episodes; args: flags of main().
-    Damaged, naming what is wrong with it, and the flag that leaves such recordings out."""
+def begin(args: argparse.Namespace) -> dict[str, list[tuple[str, int]]]:
+    """Writes the flags that make the episodes into conversion.json beside them. -> source of each
+    recording that a run before this has written: its episodes. ValueError if its flags differ."""
+    path = unfinished_folder(args.out) / "conversion.json"
+    kept = {name: value for name, value in vars(args).items() if name in SAME_ON_RESUME}
+    if path.exists():
+        with reading(path):
+            before = json.loads(path.read_text())
+        for name, value in kept.items():
+            if before.get(name) != value:
+                flag = name.replace("_", "-")
+                raise ValueError(
+                    f"{path.parent} was begun with --{flag} {before.get(name)}, not {value}; "
+                    "give the same again, or delete it"
+                )
+    path.write_text(json.dumps(kept, indent=1) + "\n")
+    episodes = {}
+    for file in unfinished_episodes(args.out):
+        episodes.setdefault(file.source, []).append((file.task, len(file)))
+    return episodes
+
+
+def episodes_of(args: argparse.Namespace) -> Iterator[tuple[dict, dict] | None]:
+    """A dataset's episodes as (arrays, header), for write_episodes, None for one that stands there;
+    args: flags of main(). Damaged, naming what is wrong with it, and the flag that leaves such
+    recordings out."""
     require("-r requirements-extras.txt", "av", "pyarrow.parquet")
+    begun = begin(args)
     # 1. meta/
     folder = Path(args.data)
     columns = Columns(args.camera.split(","), args.action.split(","), args.state.split(","))
     info = read_info(folder)
     with reading(folder / "meta/info.json"):
         check_flags(info, columns, args.fps)
-        job = Job(folder, info, columns, steps_apart(info["fps"], args.fps), args.deltas)
+        every = steps_apart(info["fps"], args.fps)
+        job = Job(folder, info, columns, every, args.deltas, CODECS[args.image_format])
     dataset = read_dataset(job, args.max_episodes)
 
     # 2. all numbers and instructions
     skipped = Skipped(args.skip_blank, args.skip_damaged)
     plans = make_plans(job, dataset, skipped, args.workers)
 
-    # 3. images, a recording at a time
+    # 3. images, a recording at a time, but for those that a run before this has written
+    is_written = [plan.episodes == begun.get(plan.entry.source) for plan in plans]
+    missing = [plan for plan, written in zip(plans, is_written, strict=True) if not written]
+    conversions = in_order(functools.partial(convert, job), missing, args.workers)
     drifts = []
-    for plan, converted in zip(
-        plans, in_order(functools.partial(convert, job), plans, args.workers), strict=True
-    ):
+    for plan, written in zip(plans, is_written, strict=True):
+        if written:
+            yield from [None] * len(plan.pieces)
+            continue
+        converted = next(conversions)
         if isinstance(converted, Damaged):
             skipped.add("damaged", plan.entry, plan.entry.row["length"], str(converted))
             continue
@@ -749,7 +821,7 @@ def episodes_of(args: argparse.Namespace) -> Iterator[tuple[dict, dict]]:
         yield from converted.episodes
 
     # 4. what was done otherwise than meta/ says
-    skipped.report()
+    skipped.write(unfinished_folder(args.out))
     moved = [drift for drift in drifts if drift >= DRIFT]
     if moved:
         print(
@@ -783,9 +855,21 @@ def main(argv: list[str] | None = None) -> None:
     )
     add("--skip-blank", action="store_true", help="leave out steps without an instruction")
     add("--skip-damaged", action="store_true", help="leave out recordings that do not read")
+    add(
+        "--image-format",
+        choices=CODECS,
+        default="raw",
+        help="how episodes hold images; png: loses nothing; jpeg: quality 95, full colour (raw)",
+    )
+    add("--episodes-per-file", type=count, default=1, help="more where there are very many")
     add("--workers", type=count, default=1, help="processes that read; files are the same")
+    add(
+        "--resume",
+        action="store_true",
+        help="keep what is written when it stops, and go on there the next time",
+    )
     args = parser.parse_args(argv)
-    write_episodes(args.out, episodes_of(args))
+    write_episodes(args.out, episodes_of(args), args.episodes_per_file, args.resume)
 
 
 if __name__ == "__main__":
