@@ -1149,7 +1149,7 @@ def config_parser(path: str | Path) -> argparse.ArgumentParser:
             constants[ast.unparse(node.targets[0])] = node.value
         if isinstance(node, ast.ClassDef) and node.name == "Config":
             fields = [line for line in node.body if isinstance(line, ast.AnnAssign)]
-            config_lines = source.splitlines()[node.lineno : node.end_lineno]
+            config_lines = source.split("\n")[node.lineno : node.end_lineno]
     comments = {}  # field -> the comment behind it
     for line in config_lines:
         match = re.match(r"    (\w+): .*?  # (.+)", line)

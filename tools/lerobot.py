@@ -298,6 +298,8 @@ def read_frames(path: Path, numbers: np.ndarray) -> list[np.ndarray]:
             raise ValueError("no key frame before its first frame")
         file.seek(int(index.key_dts[key]), stream=stream)
         for frame in file.decode(stream):
+            if frame.is_corrupt and frame.pts >= index.key_pts[key]:
+                raise ValueError(f"the frame at {frame.time:.3f} s is damaged")
             if frame.pts == wanted[len(images)]:
                 images.append(frame.to_ndarray(format="rgb24"))
             if len(images) == len(wanted):
