@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -424,7 +425,7 @@ def test_numbers_are_checked_before_any_image(tmp_path):
     of 50 thousand recordings in its last second."""
     write(tmp_path / "in", "v2.0", True, wrong_action)
     (tmp_path / "in" / VIDEO_V2.replace("000001", "000000")).unlink()
-    with pytest.raises(SystemExit, match="stats.json .*of action is .* meta/ says"):
+    with pytest.raises(SystemExit, match="stats.json: .*of action is .* meta/ says"):
         convert(tmp_path / "in", tmp_path / "out")
 
 
@@ -700,6 +701,12 @@ def test_several_workers_write_the_same_bytes(tmp_path, image_format, episodes_p
     assert len(list((tmp_path / "one").glob("*.safetensors"))) == 2 / int(episodes_per_file)
     assert_right_frames(files)
     assert (files[1].frame(3, "image_wrist") == 255 - pictures(1)[3]).all()  # one grey: exact
+
+
+def test_a_worker_that_is_killed_is_one_line():
+    with pytest.raises(ValueError, match="a worker was killed.*lower --workers"):
+        with lerobot.processes(2) as run:
+            list(run(os._exit, [1, 1, 1]))
 
 
 def test_a_conversion_goes_on_after_a_stop(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ files. Which frame of a video belongs to a step: see "Videos".
 """
 
 import argparse
+import contextlib
 import functools
 import itertools
 import json
@@ -104,6 +105,7 @@ class RecordingEntry:
 
     source: str  # its name in messages
     row: dict  # of meta/episodes
+    length: int  # T
     video_starts: dict[str, VideoStart]  # camera -> where it begins in the video
     stats: dict[str, dict]  # key -> {"min", "max", "mean", "count"}; {}: not for single recordings
 
@@ -273,7 +275,7 @@ def frame_numbers(
 
     # 3. times agree with it
     drift = (times[first:end] - start.begin - timestamps) * fps  # (T,)
-    if abs(drift[0]) >= 1 or np.ptp(drift) >= 0.5:
+    if not (abs(drift[0]) < 1 and np.ptp(drift) < 0.5):  # so that NaN does not pass
         step = 0 if abs(drift[0]) >= 1 else int(abs(drift - drift[0]).argmax())
         raise ValueError(
             f"step {step} is at {start.begin + timestamps[step]:.3f} s, by count of the frames "
@@ -319,7 +321,7 @@ def read_info(folder: Path) -> dict:
     with reading(path):
         info = read_rows(path)[0]
         version = info.get("codebase_version")
-    if version not in IS_V3:
+    if str(version) not in IS_V3:
         raise Damaged(f"{path}: codebase_version is {version!r}; {', '.join(IS_V3)} are supported")
     return info
 
@@ -328,8 +330,8 @@ def read_dataset(job: Job, max_episodes: int) -> Dataset:
     """Reads meta/. Damaged, naming what does not fit."""
     meta = job.folder / "meta"
     is_v3 = IS_V3[job.info["codebase_version"]]
-    # 1. rows
     with reading(meta):
+        # 1. rows
         kind = "parquet" if is_v3 else "jsonl"
         tasks = read_tasks(meta / f"tasks.{kind}")
         rows = []
@@ -339,29 +341,29 @@ def read_dataset(job: Job, max_episodes: int) -> Dataset:
         if is_v3:
             starts = {key: video_starts(rows, key, job.fps) for key in job.videos}
 
-    # 2. statistics: v2.1 has those of each recording, the others of the whole
-    stats = {}
-    stats_of = {}
-    if (meta / "episodes_stats.jsonl").exists():
-        with reading(meta / "episodes_stats.jsonl"):
+        # 2. statistics: v2.1 has those of each recording, the others of the whole
+        stats = {}
+        stats_of = {}
+        if (meta / "episodes_stats.jsonl").exists():
             for row in read_rows(meta / "episodes_stats.jsonl"):
                 stats_of[row["episode_index"]] = row["stats"]
-    elif (meta / "stats.json").exists():
-        stats = read_rows(meta / "stats.json")[0]
+        elif (meta / "stats.json").exists():
+            stats = read_rows(meta / "stats.json")[0]
 
-    # 3. an entry a recording
-    entries = []
-    for row in rows[: max_episodes or None]:
-        number = row["episode_index"]
-        entry = RecordingEntry(
-            source=f"{job.folder}: episode {number}",
-            row={key: value for key, value in row.items() if not key.startswith("stats/")},
-            video_starts={
-                key: starts[key][number] if is_v3 else VideoStart(0, 0, 0) for key in job.videos
-            },
-            stats=stats_of.get(number, {}),
-        )
-        entries.append(entry)
+        # 3. an entry a recording
+        entries = []
+        for row in rows[: max_episodes or None]:
+            number = row["episode_index"]
+            entry = RecordingEntry(
+                source=f"{job.folder}: episode {number}",
+                row={key: value for key, value in row.items() if not key.startswith("stats/")},
+                length=int(row["length"]),
+                video_starts={
+                    key: starts[key][number] if is_v3 else VideoStart(0, 0, 0) for key in job.videos
+                },
+                stats=stats_of.get(number, {}),
+            )
+            entries.append(entry)
     return Dataset(tasks, entries, len(entries) == len(rows), stats)
 
 
@@ -400,6 +402,8 @@ def steps_apart(recorded_fps: float, fps: float) -> int:
 def check_flags(info: dict, columns: Columns, fps: float) -> None:
     """ValueError when the dataset lacks a column, or --fps does not divide its own."""
     recorded_fps = info["fps"]
+    if not recorded_fps > 0:
+        raise ValueError(f"fps is {recorded_fps}")
     missing = {*columns.cameras, *columns.numbers} - set(info["features"])
     if missing:
         raise ValueError(f"no {', '.join(missing)} among {', '.join(info['features'])}")
@@ -502,9 +506,8 @@ def read_steps(job: Job, entry: RecordingEntry, columns: list[str]):
     table = read_parquet(file_of(job, entry.row), names)
     is_ours = np.array(table["episode_index"]) == entry.number
     table = table.take(np.flatnonzero(is_ours))
-    length = entry.row["length"]
-    if not length or table["frame_index"].to_pylist() != list(range(length)):
-        raise ValueError(f"{len(table)} rows, not frames 0 to {length - 1} as meta/ says")
+    if not entry.length or table["frame_index"].to_pylist() != list(range(entry.length)):
+        raise ValueError(f"{len(table)} rows, not frames 0 to {entry.length - 1} as meta/ says")
     return table
 
 
@@ -650,29 +653,49 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def in_order(
-    function: Callable[[Item], Result], items: Iterable[Item], workers: int
-) -> Iterator[Result | Damaged]:
-    """function(item) for each item, in their order whatever the number of processes, or the Damaged
-    that it raised."""
-    attempt = functools.partial(result_or_damaged, function)
+# run(function, items) yields function(item) of each item, in their order, or the Damaged it raised.
+Run = Callable[[Callable[[Item], Result], Iterable[Item]], Iterator[Result | Damaged]]
+
+
+@contextlib.contextmanager
+def processes(workers: int) -> Iterator[Run]:
+    """`with processes(2) as run`: run() has so many processes, and yields the same whatever their
+    number. ValueError when one was killed."""
     if workers == 1:
-        yield from map(attempt, items)
+        yield run_here
         return
     # spawn: pyarrow has threads, which a fork would not copy
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
-    waiting = deque()
     try:
-        for item in items:
-            waiting.append(pool.submit(attempt, item))
-            if len(waiting) > 2 * workers:  # no more, or they fill the memory of a slow writer
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        # not more ahead, or they fill the memory where writing is slower
+        yield functools.partial(run_in_pool, pool, 2 * workers)
     except BrokenProcessPool as e:
         raise ValueError("a worker was killed, perhaps for memory; lower --workers") from e
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def run_here(
+    function: Callable[[Item], Result], items: Iterable[Item]
+) -> Iterator[Result | Damaged]:
+    for item in items:
+        yield result_or_damaged(function, item)
+
+
+def run_in_pool(
+    pool: ProcessPoolExecutor,
+    ahead: int,
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+) -> Iterator[Result | Damaged]:
+    """ahead: items that are begun before the result of the first is taken."""
+    waiting = deque()
+    for item in items:
+        waiting.append(pool.submit(result_or_damaged, function, item))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def result_or_damaged(function: Callable[[Item], Result], item: Item) -> Result | Damaged:
@@ -723,13 +746,13 @@ class Skipped:
                 print(f"left out as {kind}: {len(steps)} recordings or parts, {sum(steps)} steps")
 
 
-def make_plans(job: Job, dataset: Dataset, skipped: Skipped, workers: int) -> list[Plan]:
+def make_plans(job: Job, dataset: Dataset, skipped: Skipped, run: Run) -> list[Plan]:
     """Reads all numbers and instructions, before any image. Damaged where a recording is not as
     meta/ says, or its instruction is blank, and `skipped` does not allow it."""
     # 1. each recording
     plans = []
     all_moments = []
-    surveys = in_order(functools.partial(survey, job), dataset.entries, workers)
+    surveys = run(functools.partial(survey, job), dataset.entries)
     surveys = tqdm(surveys, "checking", len(dataset.entries), disable=None)
     for entry, surveyed in zip(dataset.entries, surveys, strict=True):
         pieces = surveyed
@@ -738,7 +761,7 @@ def make_plans(job: Job, dataset: Dataset, skipped: Skipped, workers: int) -> li
             cut = functools.partial(cut_by_task, entry, surveyed.task_numbers)
             pieces = result_or_damaged(cut, dataset.tasks)
         if isinstance(pieces, Damaged):
-            skipped.add("damaged", entry, entry.row["length"], str(pieces))
+            skipped.add("damaged", entry, entry.length, str(pieces))
             continue
         kept = []
         for piece in pieces:
@@ -753,11 +776,14 @@ def make_plans(job: Job, dataset: Dataset, skipped: Skipped, workers: int) -> li
     # 2. the whole, if it is the one that meta/ describes
     if dataset.is_whole and len(all_moments) == len(dataset.entries):
         path = job.folder / "meta/stats.json"
-        with reading(f"{path} (deleted, it is not checked)"):
-            whole = {}
-            for key in job.columns.numbers if all_moments else ():
-                whole[key] = join_moments([moments[key] for moments in all_moments])
-            check_stats(dataset.stats, whole)
+        whole = {}
+        for key in job.columns.numbers if all_moments else ():
+            whole[key] = join_moments([moments[key] for moments in all_moments])
+        try:
+            with reading(path):
+                check_stats(dataset.stats, whole)
+        except Damaged as e:
+            raise Damaged(f"{e}; without this file the numbers are not checked") from e
     for key in job.columns.numbers:
         if key not in dataset.stats and not all(key in entry.stats for entry in dataset.entries):
             print(f"meta/ has no statistics of {key}, or not of all recordings: not checked")
@@ -804,31 +830,32 @@ def episodes_of(args: argparse.Namespace) -> Iterator[tuple[dict, dict] | None]:
 
     # 2. all numbers and instructions
     skipped = Skipped(args.skip_blank, args.skip_damaged)
-    plans = make_plans(job, dataset, skipped, args.workers)
-
-    # 3. images, a recording at a time, but for those that a run before this has written
-    is_written = [plan.episodes == begun.get(plan.entry.source) for plan in plans]
-    missing = [plan for plan, written in zip(plans, is_written, strict=True) if not written]
-    conversions = in_order(functools.partial(convert, job), missing, args.workers)
     drifts = []
-    for plan, written in zip(plans, is_written, strict=True):
-        if written:
-            yield from [None] * len(plan.pieces)
-            continue
-        converted = next(conversions)
-        if isinstance(converted, Damaged):
-            skipped.add("damaged", plan.entry, plan.entry.row["length"], str(converted))
-            continue
-        drifts.append(converted.drift)
-        yield from converted.episodes
+    with processes(args.workers) as run:
+        plans = make_plans(job, dataset, skipped, run)
+
+        # 3. images, a recording at a time, but for those that a run before this has written
+        is_written = [plan.episodes == begun.get(plan.entry.source) for plan in plans]
+        missing = [plan for plan, written in zip(plans, is_written, strict=True) if not written]
+        conversions = run(functools.partial(convert, job), missing)
+        for plan, written in zip(plans, is_written, strict=True):
+            if written:
+                yield from [None] * len(plan.pieces)
+                continue
+            converted = next(conversions)
+            if isinstance(converted, Damaged):
+                skipped.add("damaged", plan.entry, plan.entry.length, str(converted))
+                continue
+            drifts.append(converted.drift)
+            yield from converted.episodes
 
     # 4. what was done otherwise than meta/ says
     skipped.write(unfinished_folder(args.out))
     moved = [drift for drift in drifts if drift >= DRIFT]
     if moved:
         print(
-            f"{len(moved)} recordings begin up to {max(moved):.2f} frames away from the "
-            "from_timestamp of meta/; their frames were counted"
+            f"{len(moved)} recordings begin up to {max(moved):.2f} frames away from where meta/ "
+            "has them (from_timestamp); their frames were counted"
         )
 
 
