@@ -371,7 +371,7 @@ def read_image(file: str | Path | bytes, source: object = None) -> np.ndarray:
             image = Image.alpha_composite(paper, image)
         return np.asarray(image.convert("RGB"))
     except (*DAMAGE, SyntaxError, Image.DecompressionBombError) as e:
-        why = str(e).replace("\n", " ")
+        why = str(e).replace(f" {stream!r}", "").replace("\n", " ")  # an address, or the path
         raise Damaged(f"{source}: image does not open ({why}); replace or delete it") from e
 
 
@@ -1241,7 +1241,7 @@ def config_parser(path: str | Path) -> argparse.ArgumentParser:
             constants[ast.unparse(node.targets[0])] = node.value
         if isinstance(node, ast.ClassDef) and node.name == "Config":
             fields = [line for line in node.body if isinstance(line, ast.AnnAssign)]
-            config_lines = source.splitlines()[node.lineno : node.end_lineno]
+            config_lines = source.split("\n")[node.lineno : node.end_lineno]
     comments = {}  # field -> the comment behind it
     for line in config_lines:
         match = re.match(r"    (\w+): .*?  # (.+)", line)
