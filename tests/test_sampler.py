@@ -372,19 +372,11 @@ def test_a_step_attends_as_sdpa():
 
 def test_a_gpu_multiplies_bf16_into_fp32():
     """Shapes alone, of pretended tensors: what only a GPU can multiply."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-
-        def on_gpu(x):
-            return torch.empty(x.shape, dtype=x.dtype, device="cuda")
-
-        *tensors, decoding = step_inputs(torch.bfloat16, 80.0)
-        q, k, v, prompt_keys, prompt_values = [on_gpu(x) for x in tensors]
-        decoding.prompt_bias = on_gpu(decoding.prompt_bias)
-        decoding.total = 12  # all go on: without a GPU even pretended tensors are not indexed
-        scores = model.multiply(prompt_keys, prompt_keys.mT)
-        assert (scores.dtype, scores.shape) == (torch.float32, (3, 2, 40, 40))
-        out = model.attend_with_prompt(q, k, v, prompt_keys, prompt_values, decoding)
-        assert (out.dtype, out.shape) == (torch.bfloat16, (12, 1, 4, 64))
+    with FakeTensorMode():
+        a = torch.empty(3, 2, 5, 64, dtype=torch.bfloat16, device="cuda")
+        b = torch.empty(3, 2, 40, 64, dtype=torch.bfloat16, device="cuda")
+        scores = model.multiply(a, b.mT)
+    assert (scores.dtype, scores.shape) == (torch.float32, (3, 2, 5, 40))
 
 
 @pytest.mark.parametrize("name", ["tiny-qwen3-vl", "tiny-qwen2.5-vl"])
