@@ -1,4 +1,5 @@
 """stub to be written"""
+
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,10 @@ def sampler_gap(backbone, rows, n, new_tokens):
     cfg = grpo.Config()
     out = model.generate(backbone, rows, n, new_tokens, seed=3, stop=[])
     with torch.no_grad():
-        logp = grpo.completion_logp(backbone, rows, out["ids"], out["mask"])[0]
+        logp = grpo.completion_logp(backbone, rows, out["ids"], out["mask"])
     d = logp - out["logp"]
     r = d.exp()
-    return Gap(d.abs().mean().item(), ((r < 1 - cfg.clip_low) | (r > 1 + cfg.clip_high)).float().mean().item())
+    return Gap(
+        d.abs().mean().item(),
+        ((r < 1 - cfg.clip_low) | (r > 1 + cfg.clip_high)).float().mean().item(),
+    )
