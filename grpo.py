@@ -648,6 +648,9 @@ def recompute_old_logp(
     return dict(zip(sums, all_sum(list(sums.values())), strict=True))
 
 
+LARGE_GAP = 0.01  # share of the sampled tokens
+
+
 def gap_metrics(sums: dict[str, float], step: int, dist: Dist) -> dict[str, float]:
     """What is logged of gap_sums() at a rollout's first update; a line where they are too large."""
     if not sums:  # nothing was forwarded, so nothing was measured
@@ -661,9 +664,6 @@ def gap_metrics(sums: dict[str, float], step: int, dist: Dist) -> dict[str, floa
             "--recompute-old-logp"
         )
     return {"sampler_gap": gap, "sampler_outside_clip": outside}
-
-
-LARGE_GAP = 0.01  # share of tokens
 
 
 def update_step(
