@@ -424,6 +424,15 @@ def _token_ids(tokenizer, vocabulary_size, text):
     return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
+def check_tags(messages: Sequence[dict], n_images: int) -> None:
+    """ValueError unless there is an "<image>" in the messages for each image."""
+    tags = sum(message["content"].count("<image>") for message in messages)
+    if tags != n_images:
+        raise ValueError(f'{tags} "<image>" but {n_images} images; write one tag for each image')
+    if any("<|image_pad|>" in message["content"] for message in messages):
+        raise ValueError('"<|image_pad|>" in the text; write "<image>" for each image')
+
+
 def encode(
     backbone: Backbone,
     messages: Sequence[dict],
@@ -436,9 +445,7 @@ def encode(
     (H, W, 3)). prompt_only: opens the assistant's turn behind the last message.
     ValueError when tags and images disagree."""
     # 1. check, and open as the family does
-    tags = sum(message["content"].count("<image>") for message in messages)
-    if tags != len(images):
-        raise ValueError(f'{tags} "<image>" but {len(images)} images; write one tag for each image')
+    check_tags(messages, len(images))
     if backbone.net.config.model_type == "qwen2_5_vl" and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": SYSTEM_PROMPT}, *messages]
     # 2. pieces of text, each with whether it is learned. The assistant's turns are split where
@@ -466,8 +473,6 @@ def encode(
     cut_images = [patchify(image, backbone.image_spec) for image in images]
     grid = np.array([image_grid for _, image_grid in cut_images], np.int64).reshape(-1, 3)
     is_image = ids == backbone.vocab.image
-    if is_image.sum() != len(images):
-        raise ValueError('"<|image_pad|>" in the text; write "<image>" for each image')
     repeats = np.ones(len(ids), np.int64)
     repeats[is_image] = grid.prod(1) // backbone.image_spec.merge**2
     ids, target = ids.repeat(repeats), target.repeat(repeats)
@@ -914,15 +919,15 @@ def generate(
     keys: Sequence[int] | None = None,
     stop: Iterable[int] | None = None,
     rollout_batch: int = 0,
-    cuda_graphs: bool | None = None,
+    cuda_graphs: bool = True,
 ) -> Samples:
     """Samples n continuations of each of B prompt-only rows.
 
     keys: one int a prompt (default 0..B-1); the sample of (seed, key, g) is the same in any batch
     and on any number of ranks, up to float noise. stop: ids that end a sample (default the end of
     the turn). backbone.vocab.banned ids have probability 0. rollout_batch: prompts at once, those
-    of like length together; 0: all. cuda_graphs: replay decoding steps as CUDA graphs (default: on
-    a GPU). ValueError for an impossible temperature or top_p.
+    of like length together; 0: all. cuda_graphs: on a GPU, replay decoding steps as CUDA
+    graphs. ValueError for an impossible temperature or top_p.
     Gather sharded parameters first: `with unsharded(net)`."""
     if temperature <= 0 or not 0 < top_p <= 1:
         raise ValueError(
@@ -943,8 +948,7 @@ def generate(
     # 2. how a token is chosen
     stop = torch.tensor([backbone.vocab.eos] if stop is None else list(stop), device=device)
     banned = torch.tensor(backbone.vocab.banned, dtype=torch.long, device=device)
-    if cuda_graphs is None:
-        cuda_graphs = device.type == "cuda"
+    cuda_graphs = cuda_graphs and device.type == "cuda"
 
     def choose(hidden, slots, position):
         scaled = (logits(net, hidden) / temperature).index_fill_(-1, banned, -torch.inf)  # (R, V)
@@ -1340,6 +1344,7 @@ def orthogonalize_shared(stacks: list[torch.Tensor]) -> list[torch.Tensor]:
 SIGTERM_CAME = threading.Event()  # set by the handler of stop_on_sigterm()
 MAY_CHANGE_ON_RESUME = [
     "preset", "out", "steps", "epochs", "resume", "keep", "micro_batch", "rollout_batch",
+    "max_length", "max_pixels", "too_long", "outside_images", "changed_data", "loader_threads",
     "cuda_graphs", "recompute", "shards", "cpu_offload", "cache", "cache_dir", "probe_prompts",
     "eval_rows", "eval_prompts", "eval_every", "save_every", "log_every", "show_every",
 ]  # fmt: skip
@@ -1444,6 +1449,13 @@ def save(
             f"{unfinished}: could not be written ({error}); what was saved before is whole: "
             "make room, then --resume"
         )
+
+
+def add_metrics(folder: Path, metrics: dict[str, float]) -> None:
+    """Writes what a finished run was worth into run.json of its saved checkpoint, on rank 0."""
+    if _rank() == 0:
+        path = folder / "run.json"
+        write_json(path, {**read_json(path), "metrics": metrics})
 
 
 def _swap_in(unfinished, folder):
