@@ -57,6 +57,8 @@ from fast_tokenizer import (
     read_episodes,
     read_image,
     split_episodes,
+    split_record,
+    warn_of_other_split,
 )
 
 if __name__ == "__main__":
@@ -243,6 +245,14 @@ class Sample(NamedTuple):
     max_pixels: int = 0  # bound on its images under --too-long shrink; 0: none
 
 
+class Outline(NamedTuple):
+    """The longest sample of a unit, without pixels. A unit is what is checked and measured once: a
+    row of a .jsonl, an episode of a folder."""
+
+    messages: list[dict[str, str]]
+    image_sizes: list[tuple[int, int]]  # (H, W)
+
+
 ACTION_ANSWER = re.compile(r"<answer>\s*<ACTION>\s*</answer>")
 
 
@@ -250,8 +260,7 @@ class ConversationDataset:
     """Rows of a .jsonl file, each checked when it is asked for; check_rows() asks for all of them.
 
     name: in the log. train, held: indices to train on and to evaluate on. source[i] is a Sample,
-    of a row that is none a ValueError naming the file and the line. What is checked and measured
-    once is a unit: here a row, of episodes an episode."""
+    of a row that is none a ValueError naming the file and the line."""
 
     def __init__(
         self,
@@ -325,6 +334,11 @@ class ConversationDataset:
                     "write <answer><ACTION></answer>"
                 )
         return Sample(messages, images, row.get("kind"), sample_id, self.max_pixels.get(i, 0))
+
+    def outline(self, unit: int) -> Outline:
+        sample = self[unit]
+        sizes = [image_size(path, f"{sample.sample_id}: {path}") for path in sample.images]
+        return Outline(sample.messages, sizes)
 
     def _action_answer(self, row, sample_id):
         """The "chunk" (K x A) of a row as an answer; "" for a row without actions."""
@@ -406,17 +420,19 @@ class EpisodeDataset:
         self.path = Path(folder)
         self.name = "action"
         self.action_tokenizer = action_tokenizer
-        self.episodes = read_episodes(folder, action_tokenizer=action_tokenizer)
+        all_episodes = read_episodes(folder, action_tokenizer=action_tokenizer)
+        train_episodes, held_out = split_episodes(all_episodes)
+        self.episodes = [*train_episodes, *held_out]
         self.ends = np.cumsum([len(episode) for episode in self.episodes])
         self.units = len(self.episodes)
         self.max_pixels = {}  # episode -> bound on its images; set by check_rows()
         content = hashlib.sha256()
         for episode in self.episodes:
-            content.update(f"{episode.path.name}\n{episode.task}\n".encode())
+            content.update(f"{episode.name}\n{episode.task}\n".encode())
             content.update(np.ascontiguousarray(episode.action))
         self.fingerprint = content.hexdigest()
+        self.split = split_record(all_episodes, held_out)
 
-        train_episodes, _ = split_episodes(self.episodes)
         n_train = sum(len(episode) for episode in train_episodes)
         self.train = range(n_train)
         self.held = range(n_train, int(self.ends[-1]))
@@ -426,7 +442,7 @@ class EpisodeDataset:
         return int(np.searchsorted(self.ends, i, side="right"))
 
     def sample_id(self, unit: int) -> str:
-        return str(self.episodes[unit].path)
+        return str(self.episodes[unit])
 
     def target_ids(self, i: int) -> list[int]:
         """The true FAST ids of the K actions from step i on."""
@@ -439,22 +455,19 @@ class EpisodeDataset:
         episode, t = locate_step(self.episodes, self.ends, i)
         messages = model.action_prompt(episode.task, think)
         max_pixels = self.max_pixels.get(self.unit(i), 0)
-        sample_id = f"{episode.path}:{t}"
-        return Sample(messages, [episode.frame(t)], "action", sample_id, max_pixels)
+        return Sample(messages, [episode.frame(t)], "action", f"{episode}:{t}", max_pixels)
 
     def __getitem__(self, i: int) -> Sample:
-        return self._answered(i, self.target_ids(i))
-
-    def longest(self, unit: int) -> Sample:
-        """The first step of an episode, with an id for each of the K x A coefficients."""
-        tokenizer = self.action_tokenizer
-        first = int(self.ends[unit]) - len(self.episodes[unit])
-        return self._answered(first, [0] * tokenizer.horizon * tokenizer.action_dim)
-
-    def _answered(self, i, action_ids):
         question = self.question(i)
-        answer = {"role": "assistant", "content": model.action_answer(action_ids)}
+        answer = {"role": "assistant", "content": model.action_answer(self.target_ids(i))}
         return question._replace(messages=[*question.messages, answer])
+
+    def outline(self, unit: int) -> Outline:
+        episode = self.episodes[unit]
+        most_ids = self.action_tokenizer.horizon * self.action_tokenizer.action_dim
+        answer = {"role": "assistant", "content": model.action_answer([0] * most_ids)}
+        messages = [*model.action_prompt(episode.task, think=False), answer]
+        return Outline(messages, [episode.image_sizes["image"]])
 
 
 def open_sources(mixture: list[MixtureItem], action_tokenizer, cfg: Config) -> list:
@@ -548,32 +561,30 @@ def image_tokens(spec: model.ImageSpec, height: int, width: int) -> int:
     return rows * columns // unit**2
 
 
-def row_size(backbone: model.Backbone, sample: Sample, max_length: int) -> RowSize:
-    """Measures a sample without reading its pixels. ValueError when it cannot be encoded."""
-    # 1. its images
-    model.check_tags(sample.messages, len(sample.images))
-    sizes = []
-    for image in sample.images:
-        size = image.shape[:2] if isinstance(image, np.ndarray) else image_size(image)
-        sizes.append(size)
+def row_size(backbone: model.Backbone, outline: Outline, max_length: int) -> RowSize:
+    """ValueError when it cannot be encoded."""
+    messages, image_sizes = outline
+    spec = backbone.image_spec
+    model.check_tags(messages, len(image_sizes))
 
     def tokens_of_images(spec):
-        return sum(image_tokens(spec, *size) for size in sizes)
+        return sum(image_tokens(spec, *size) for size in image_sizes)
 
-    # 2. its text: no token is shorter than a byte, so that most rows need not be tokenized
-    spec = backbone.image_spec
+    # 1. no token is shorter than a byte, so that most rows need not be tokenized
     text_bytes = 0
-    for message in sample.messages:
+    for message in messages:
         text = message["content"]
         longest = 1 if text.isascii() else 3  # Unicode normalisation may lengthen it so much
         text_bytes += longest * len(text.encode()) + TURN_TOKENS
     text_bytes += len(model.SYSTEM_PROMPT) + TURN_TOKENS
     if text_bytes + tokens_of_images(spec) <= max_length:
         return RowSize(text_bytes // 4 + tokens_of_images(spec), 0)  # English: 4 bytes a token
+
+    # 2. the others are, with images of one token each
     unit = spec.patch * spec.merge
-    blanks = [np.zeros((unit, unit, 3), np.uint8)] * len(sizes)  # one token each
+    blanks = [np.zeros((unit, unit, 3), np.uint8)] * len(image_sizes)
     small = replace(backbone, image_spec=replace(spec, min_pixels=1))
-    text_tokens = len(model.encode(small, sample.messages, blanks)["ids"]) - len(blanks)
+    text_tokens = len(model.encode(small, messages, blanks)["ids"]) - len(blanks)
     tokens = text_tokens + tokens_of_images(spec)
     if tokens <= max_length:
         return RowSize(tokens, 0)
@@ -584,7 +595,7 @@ def row_size(backbone: model.Backbone, sample: Sample, max_length: int) -> RowSi
 
     room = max_length - text_tokens
     choices = range(1, spec.max_pixels // unit**2 + 1)
-    per_image = bisect.bisect_right(choices, room, key=tokens_bounded) if sizes else 0
+    per_image = bisect.bisect_right(choices, room, key=tokens_bounded) if blanks else 0
     return RowSize(tokens, per_image * unit**2 or NEVER_FITS)
 
 
@@ -602,9 +613,9 @@ def check_rows(backbone: model.Backbone, source, cfg: Config, dist: model.Dist) 
 
     def measure(units):
         for unit in units:
-            sample = source.longest(unit) if isinstance(source, EpisodeDataset) else source[unit]
+            outline = source.outline(unit)
             try:
-                sizes[unit] = row_size(backbone, sample, cfg.max_length)
+                sizes[unit] = row_size(backbone, outline, cfg.max_length)
             except ValueError as e:
                 raise ValueError(f"{source.sample_id(unit)}: {e}") from e
         return len(units)
@@ -1075,6 +1086,9 @@ def main(argv: list[str] | None = None) -> None:
     data = {str(source.path): check_rows(backbone, source, cfg, dist) for source in sources}
     if newest and not cfg.changed_data:
         check_unchanged(data, newest)
+    splits = [source.split for source in sources if isinstance(source, EpisodeDataset)]
+    if dist.rank == 0:
+        warn_of_other_split(backbone.run.get("split", []), splits)
     net = model.shard(backbone.net, dist)
     net.train()
     optim = model.make_optimizer(net, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2), cfg.muon)
@@ -1092,6 +1106,7 @@ def main(argv: list[str] | None = None) -> None:
         "config": asdict(cfg),
         "parent": cfg.init,
         "data": data,
+        "split": splits,
     }
     save = functools.partial(model.save, what=backbone, optim=optim)
     model.stop_on_sigterm()
