@@ -23,6 +23,7 @@ dimensions, V vocabulary, L layer. A mask is 1 where it counts.
 
 import contextlib
 import ctypes
+import datetime
 import functools
 import inspect
 import json
@@ -524,15 +525,22 @@ def to_device(batch: Batch, device: str | torch.device) -> Batch:
 
 # ---- Forward -------------------------------------------------------------------------------------
 
-ATTENTION = "robo_align"  # our name beside transformers' "sdpa" and "eager"
+ATTENTION = "robo_align"  # our names beside transformers' "sdpa" and "eager"
+# A vision tower hands over its segments (images, or Qwen2.5-VL's windows) one by one, unless there
+# is "flash" in the name: then all of them, and where each ends.
+VISION_ATTENTION = "robo_align_flash"
 LOGITS_AT_ONCE = 1 << 27  # with their gradients 16 bytes each: 2 GB; those of more tokens by slices
 
 
 def use_own_attention(net: nn.Module) -> None:
-    """Lets the net attend by `_attention`: sdpa, but for packs and the sampler."""
+    """Lets the net attend by `_attention` and `_vision_attention`: sdpa, but for packs, the sampler
+    and segments."""
     transformers.AttentionInterface.register(ATTENTION, _attention)
     transformers.AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    net.set_attn_implementation(ATTENTION)
+    transformers.AttentionInterface.register(VISION_ATTENTION, _vision_attention)
+    net.set_attn_implementation(
+        {"": ATTENTION, "text_config": ATTENTION, "vision_config": VISION_ATTENTION}
+    )
 
 
 def _attention(module, q, k, v, attention_mask, lengths=None, decoding=None, **kwargs):
@@ -541,12 +549,61 @@ def _attention(module, q, k, v, attention_mask, lengths=None, decoding=None, **k
     if decoding is not None:
         prompt_keys, prompt_values = decoding.layers[module.layer_idx].prompt
         return attend_with_prompt(q, k, v, prompt_keys, prompt_values, decoding), None
-    if lengths is None or not module.is_causal:  # the vision tower cuts at its images by itself
+    if lengths is None:
         return sdpa_attention_forward(module, q, k, v, attention_mask, **kwargs)
     outputs = []
     for row in zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), strict=True):
         outputs.append(sdpa_attention_forward(module, *row, None, **kwargs)[0])
     return torch.cat(outputs, 1), None
+
+
+def _vision_attention(module, q, k, v, attention_mask, cu_seq_lens_q, scaling, **kwargs):
+    """q, k, v (1, H, P, d) of P patches -> (1, P, H, d), None. A segment attends to itself alone,
+    those of one length as one batch. cu_seq_lens_q (segments + 1,): where they begin and end."""
+    segments = _segments(cu_seq_lens_q)
+    outputs = []
+    if segments.order is not None:
+        q, k, v = (x[:, :, segments.order] for x in (q, k, v))
+    sizes = [n * length for n, length in segments.batches]
+    split = zip(q.split(sizes, 2), k.split(sizes, 2), v.split(sizes, 2), strict=True)
+    for (n, length), same_length in zip(segments.batches, split, strict=True):
+        # (1, H, n * length, d) -> (n, H, length, d)
+        batch = (x[0].unflatten(1, (n, length)).transpose(0, 1) for x in same_length)
+        output, _ = sdpa_attention_forward(module, *batch, None, scaling=scaling, is_causal=False)
+        outputs.append(output.flatten(0, 1))  # (n * length, H, d)
+    joined = torch.cat(outputs)
+    if segments.order is not None:
+        joined = joined[segments.back]
+    return joined[None], None
+
+
+class Segments(NamedTuple):
+    """Segments of patches, sorted by their length; see _segments()."""
+
+    batches: list[tuple[int, int]]  # of each length: how many, and the length
+    order: torch.Tensor | None  # (P,) patches in this order; None: they are
+    back: torch.Tensor | None  # (P,) and the way back
+
+
+def _segments(ends: torch.Tensor) -> Segments:
+    """Of segments of 4, 2 and 4 patches, ends (segments + 1,) = 0 4 6 10:
+
+        batches  (1, 2), (2, 4)
+        order    4 5  0 1 2 3  6 7 8 9
+
+    The blocks share `ends`, which keeps the answer: a GPU is waited for once, not in each."""
+    if not hasattr(ends, "segments"):
+        lengths = torch.diff(ends.cpu()).long()  # (segments,)
+        distinct, counts = lengths.unique(return_counts=True)
+        batches = list(zip(counts.tolist(), distinct.tolist(), strict=True))
+        order = back = None
+        if len(batches) > 1:
+            length_of_patch = lengths.repeat_interleave(lengths)  # (P,)
+            order = length_of_patch.argsort(stable=True)
+            back = order.argsort().to(ends.device)
+            order = order.to(ends.device)
+        ends.segments = Segments(batches, order, back)
+    return ends.segments
 
 
 def as_forward(function: Callable, module: nn.Module, *args):
@@ -566,7 +623,21 @@ def as_forward(function: Callable, module: nn.Module, *args):
 
 def hidden_states(net: nn.Module, batch: Batch, cache: Cache | None = None) -> torch.Tensor:
     """Last hidden states (B, T, D), after the final norm."""
-    return as_forward(_hidden_states, net, batch, cache)
+    hidden = as_forward(_hidden_states, net, batch, cache)
+    if isinstance(net, fsdp.FSDPModule) and not torch.is_grad_enabled():
+        forget_forwards(net)
+    return hidden
+
+
+def forget_forwards(net: nn.Module) -> None:
+    """Empties FSDP's record of forwards, which only a backward does: that of a frozen net grew by
+    44 bytes a unit and forward, 150 MB in 60,000 steps. A backward that comes prefetches by the
+    record of its own forward; without one it gathers each unit when it gets there."""
+    for module in fsdp_modules(net):
+        state = module._get_fsdp_state()
+        state._comm_ctx.post_forward_order.clear()
+        for group in state._fsdp_param_groups:
+            group._post_forward_indices.clear()
 
 
 def _hidden_states(net, batch, cache):
@@ -578,9 +649,10 @@ def _hidden_states(net, batch, cache):
             "pixel_values": batch["patches"],
             "image_grid_thw": batch["grid"],
         }
-    elif isinstance(net, fsdp.FSDPModule) and cache is None:
-        # Every rank must gather and reduce the same parameters in the same order, so a batch
-        # without images looks at a blank one, with weight 0.
+    elif cache is None and (isinstance(net, fsdp.FSDPModule) or _trains(net.model.visual)):
+        # A batch without images looks at a blank one, with weight 0. FSDP's ranks must gather and
+        # reduce the same parameters in the same order; and the vision tower then has a gradient of
+        # 0, not none, on any number of ranks: for AdamW, whose averages decay by it, they differ.
         embeddings = net.get_input_embeddings()(ids)
         inputs = {"inputs_embeds": embeddings + 0 * _blank(net, ids.device)}
     else:
@@ -600,6 +672,10 @@ def _hidden_states(net, batch, cache):
         **inputs,
     )
     return output.last_hidden_state  # (B, T, D)
+
+
+def _trains(module):
+    return torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
 
 
 def _blank(net, device):
@@ -1015,6 +1091,7 @@ class Dist:
     world_size: int
     device: torch.device
     shards: int = 0  # ranks that share one copy of the weights; 0: all
+    timeout: datetime.timedelta = datetime.timedelta(hours=6)  # that ranks wait for the slowest
 
     @property
     def build(self) -> torch.device:
@@ -1022,13 +1099,16 @@ class Dist:
         return torch.device("cpu") if self.rank == 0 else META
 
 
-def setup(seed: int, shards: int = 0, batch: int = 0) -> Dist:
+def setup(seed: int, shards: int = 0, batch: int = 0, timeout_hours: float = 6.0) -> Dist:
     """Starts nccl (GPU) or gloo (CPU) under torchrun, one process otherwise; seeds torch.
+    timeout_hours: that ranks wait for the slowest. NCCL's 10 minutes would end a job while rank 0
+    downloads 16 GB or writes 33 GB.
     ValueError when batch or shards do not fit the number of ranks."""
     quiet_libraries()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     has_gpu = torch.cuda.is_available()
     under_torchrun = "RANK" in os.environ
+    timeout = datetime.timedelta(hours=timeout_hours)
     device = torch.device("cpu")
     if has_gpu:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -1036,7 +1116,7 @@ def setup(seed: int, shards: int = 0, batch: int = 0) -> Dist:
     if not distributed.is_initialized():
         backend = "nccl" if has_gpu else "gloo"
         if under_torchrun:
-            distributed.init_process_group(backend)
+            distributed.init_process_group(backend, timeout=timeout)
         elif has_gpu:  # one GPU alone: FSDP brings bf16
             store = distributed.HashStore()
             distributed.init_process_group(backend, store=store, rank=0, world_size=1)
@@ -1046,7 +1126,7 @@ def setup(seed: int, shards: int = 0, batch: int = 0) -> Dist:
         raise ValueError(f"--batch {batch} must be a multiple of {world_size} ranks")
     if shards and world_size % shards:
         raise ValueError(f"--shards {shards} must divide the {world_size} ranks")
-    return Dist(_rank(), world_size, device, shards)
+    return Dist(_rank(), world_size, device, shards, timeout)
 
 
 def quiet_libraries() -> None:
@@ -1056,7 +1136,10 @@ def quiet_libraries() -> None:
 
 def keep_freed_memory() -> None:
     """Tells glibc to keep freed memory, for the whole process: on a CPU a fifth faster than to
-    fault the same pages in at every step. No-op with another C library."""
+    fault the same pages in at every step. No-op with another C library, and with a GPU, where it
+    would only keep the weights that rank 0 has read or gathered: 33 GB."""
+    if torch.cuda.is_available():
+        return
     M_TRIM_THRESHOLD = -1  # of malloc.h
     M_MMAP_THRESHOLD = -3
     libc = ctypes.CDLL(None)
@@ -1116,8 +1199,11 @@ def shard(
     else:
         shape = (dist.world_size // shards, shards)
         names = ("replicate", "shard")
+    mesh = init_device_mesh(dist.device.type, shape, mesh_dim_names=names)
+    for group in mesh.get_all_groups():  # new ones would wait for 10 minutes
+        distributed.distributed_c10d._set_pg_timeout(dist.timeout, group)
     options = {
-        "mesh": init_device_mesh(dist.device.type, shape, mesh_dim_names=names),
+        "mesh": mesh,
         "mp_policy": fsdp.MixedPrecisionPolicy(
             param_dtype=compute_dtype, reduce_dtype=torch.float32
         ),
@@ -1326,7 +1412,7 @@ def orthogonalize(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 def orthogonalize_shared(stacks: list[torch.Tensor]) -> list[torch.Tensor]:
     """orthogonalize() of stacks that all ranks have; each rank computes its share."""
-    if not distributed.is_initialized():
+    if not stacks or not distributed.is_initialized():
         return [orthogonalize(stack) for stack in stacks]
     sizes = [stack.numel() for stack in stacks]
     flat = stacks[0].new_zeros(sum(sizes))
@@ -1347,6 +1433,7 @@ MAY_CHANGE_ON_RESUME = [
     "max_length", "max_pixels", "too_long", "outside_images", "changed_data", "loader_threads",
     "cuda_graphs", "recompute", "shards", "cpu_offload", "cache", "cache_dir", "probe_prompts",
     "eval_rows", "eval_prompts", "eval_every", "save_every", "log_every", "show_every",
+    "timeout_hours",
 ]  # fmt: skip
 TENSORS_A_FILE = 64  # of train_state/: DCP puts each file together in memory
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2

@@ -124,6 +124,7 @@ class Config:
 
     # does not affect results
     out: str = "runs/sft"  # run folder
+    timeout_hours: Positive = 6.0  # ranks wait so long for the slowest, as when it downloads
     resume: bool = False  # continue from the newest step_* in --out
     log_every: Count = 20  # steps
     eval_every: Natural = 500  # steps; 0: only at the end
@@ -1076,7 +1077,7 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.too_long not in TOO_LONG:
         raise ValueError(f"--too-long {cfg.too_long}: give one of {', '.join(TOO_LONG)}")
     model.keep_freed_memory()
-    dist = model.setup(cfg.seed, cfg.shards, cfg.batch)
+    dist = model.setup(cfg.seed, cfg.shards, cfg.batch, cfg.timeout_hours)
 
     # 1. the backbone, its vocabulary grown, its data, and its optimizer
     mixture = parse_mixture(cfg.data)
