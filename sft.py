@@ -50,6 +50,7 @@ from fast_tokenizer import (
     Share,
     action_chunks,
     answer_help,
+    chunk_ends,
     count,
     image_size,
     locate_step,
@@ -424,7 +425,7 @@ class EpisodeDataset:
         all_episodes = read_episodes(folder, action_tokenizer=action_tokenizer)
         train_episodes, held_out = split_episodes(all_episodes)
         self.episodes = [*train_episodes, *held_out]
-        self.ends = np.cumsum([len(episode) for episode in self.episodes])
+        self.ends = chunk_ends(self.episodes, action_tokenizer.horizon)
         self.units = len(self.episodes)
         self.max_pixels = {}  # episode -> bound on its images; set by check_rows()
         content = hashlib.sha256()
@@ -434,7 +435,7 @@ class EpisodeDataset:
         self.fingerprint = content.hexdigest()
         self.split = split_record(all_episodes, held_out)
 
-        n_train = sum(len(episode) for episode in train_episodes)
+        n_train = int(self.ends[len(train_episodes) - 1])
         self.train = range(n_train)
         self.held = range(n_train, int(self.ends[-1]))
 
