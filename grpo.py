@@ -464,7 +464,7 @@ def rollout(
         seed=seed,
         keys=keys,
         rollout_batch=cfg.rollout_batch,
-        cuda_graphs=None if cfg.cuda_graphs else False,  # None: on a GPU
+        cuda_graphs=cfg.cuda_graphs,
     )
     token_ids = []
     for ids, mask in zip(samples["ids"].cpu(), samples["mask"].bool().cpu(), strict=True):

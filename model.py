@@ -730,12 +730,12 @@ class Samples(TypedDict):
 class SampleKV(DynamicLayer):
     """Keys and values of one layer while it samples: those of the prompts, (B, h, T, d), from the
     first update, and those of n samples of each, (R, h, room, d), written in place. A DynamicLayer
-    would copy all of them at each step."""
+    would copy all of them at each step; here they are copied when the room grows."""
 
     def __init__(self, n: int, room: int):
         super().__init__()
         self.n = n
-        self.room = room  # tokens of a sample
+        self.room = room  # tokens of a sample that can be written
         self.prompt = None  # (keys, values)
         self.write_index = None  # where a step's token goes: slice, or a tensor in a CUDA graph
         self.readable = 0  # tokens of a sample that a step reads
@@ -754,6 +754,13 @@ class SampleKV(DynamicLayer):
     def get_seq_length(self):
         return 0 if self.prompt is None else self.prompt[0].shape[2] + self.readable
 
+    def grow(self, room: int) -> None:
+        """Room for so many tokens of a sample. Samples that have left take none of it."""
+        if room > self.room:
+            self.keys = nn.functional.pad(self.keys, (0, 0, 0, room - self.room))
+            self.values = nn.functional.pad(self.values, (0, 0, 0, room - self.room))
+            self.room = room
+
     def compact(self, holes: torch.Tensor, movers: torch.Tensor, going: int) -> None:
         """The rows `movers` take the places `holes` of finished ones; the first `going` stay."""
         for cached in (self.keys, self.values):
@@ -768,8 +775,16 @@ class Decoding:
     layers: list[SampleKV]
     active: torch.Tensor  # (R,) which samples go on, b * n + g
     total: int  # B * n
-    prompt_bias: torch.Tensor  # (B, 1, 1, T) 0 where the prompt has a token, else -1e9
+    prompt_bias: torch.Tensor  # (B, 1, 1, T) fp32, 0 where the prompt has a token, else -1e9
     filled: torch.Tensor | None  # (t,) which own tokens there are yet; None: all
+
+
+def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """(B, h, N, K) @ (B, h, K, M) -> (B, h, N, M) fp32, also of bf16: the sums are not rounded."""
+    if a.device.type == "cuda" and a.dtype != torch.float32:  # no other device can do so
+        product = torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32)
+        return product.unflatten(0, a.shape[:2])
+    return a.float() @ b.float()
 
 
 def attend_with_prompt(q, k, v, prompt_keys, prompt_values, decoding: Decoding) -> torch.Tensor:
@@ -779,11 +794,15 @@ def attend_with_prompt(q, k, v, prompt_keys, prompt_values, decoding: Decoding) 
     together: their queries stand side by side as if they were more heads.
 
         q (R, H, 1, d), k and v (R, h, t, d) own tokens, prompt_keys and prompt_values (B, h, T, d)
-        -> (R, 1, H, d)"""
+        -> (R, 1, H, d)
+
+    In bf16 it rounds where SDPA does, which the update calls, and nowhere else: exp(score) before
+    it weighs the values, and the result. Qwen2.5's keys are so large that scores rounded to bf16
+    gave every fourth sampled token another probability than the update's, by 20% and more."""
     R, H, _, d = q.shape
     B, h, T, _ = prompt_keys.shape
     all_go_on = decoding.total == R
-    q = q.view(R, h, H // h, d) * d**-0.5
+    q = q.view(R, h, H // h, d)
 
     def by_prompt(x):  # (R, h, H/h, .) -> (B, h, n * H/h, .), 0 for samples that have finished
         if not all_go_on:
@@ -795,17 +814,20 @@ def attend_with_prompt(q, k, v, prompt_keys, prompt_values, decoding: Decoding) 
         x = x.unflatten(2, (-1, H // h)).transpose(1, 2).flatten(0, 1)  # (B*n, h, H/h, .)
         return x if all_go_on else x[decoding.active]
 
-    # 1. scores, of the prompt's tokens and of the own ones
-    prompt_scores = by_sample(by_prompt(q) @ prompt_keys.mT + decoding.prompt_bias)
-    own_scores = q @ k.mT  # (R, h, H/h, t)
+    # 1. scores in fp32, of the prompt's tokens and of the own ones
+    scale = d**-0.5
+    prompt_scores = multiply(by_prompt(q), prompt_keys.mT) * scale + decoding.prompt_bias
+    own_scores = multiply(q, k.mT) * scale  # (R, h, H/h, t)
     if decoding.filled is not None:
         own_scores = own_scores.masked_fill(~decoding.filled, -1e9)
-    # 2. one softmax over both
-    scores = torch.cat([prompt_scores, own_scores], -1)  # (R, h, H/h, T + t)
-    p = scores.float().softmax(-1).to(v.dtype)
+    # 2. one softmax over both, divided by its sum at the end
+    scores = torch.cat([by_sample(prompt_scores), own_scores], -1)  # (R, h, H/h, T + t)
+    p = (scores - scores.amax(-1, keepdim=True)).exp()
+    total = p.sum(-1, keepdim=True)
+    p = p.to(v.dtype)
     # 3. values
-    out = by_sample(by_prompt(p[..., :T]) @ prompt_values) + p[..., T:] @ v  # (R, h, H/h, d)
-    return out.reshape(R, 1, H, d)
+    out = by_sample(multiply(by_prompt(p[..., :T]), prompt_values)) + multiply(p[..., T:], v)
+    return (out / total).to(v.dtype).reshape(R, 1, H, d)
 
 
 def draw_tokens(
@@ -844,10 +866,10 @@ class Decoder:
     choose(hidden (R, D), slots (R,), position (1,)) -> token and its logp, (R,) each. A sample ends
     with a token of `stop`."""
 
+    CACHE_BLOCK = 128  # tokens by which the cache grows: few completions reach max_new_tokens
     # A CUDA graph is bound to its shapes. It reads the cache up to the end of a block; and finished
     # rows, which are looked for every few steps, leave when they are a quarter.
     GRAPH_STEPS = 16
-    GRAPH_BLOCK = 128
     GRAPH_FULLNESS = 0.75
 
     def __init__(self, backbone, rows, n, slots, samples, choose, stop, cuda_graphs):
@@ -861,15 +883,15 @@ class Decoder:
         self.choose = choose
         self.stop = stop
         self.cuda_graphs = cuda_graphs
-        self.room = samples["ids"].shape[1]
+        self.max_new_tokens = samples["ids"].shape[1]
         # prefill
         batch = to_device(collate(rows, backbone.vocab.pad, left=True), device)
         layer_count = len(net.model.language_model.layers)
-        self.cache = Cache(layers=[SampleKV(n, self.room) for _ in range(layer_count)])
+        self.cache = Cache(layers=[SampleKV(n, self.room_for(1)) for _ in range(layer_count)])
         last = hidden_states(net, batch, self.cache)[:, -1]  # (B, D)
         self.prompt_hidden = last.repeat_interleave(n, 0)  # (B*n, D)
         self.first_position = (batch["positions"].amax((0, 2)) + 1).repeat_interleave(n)  # (B*n,)
-        self.prompt_bias = ((batch["mask"] - 1)[:, None, None] * 1e9).to(last.dtype)
+        self.prompt_bias = (batch["mask"] - 1)[:, None, None] * 1e9  # (B, 1, 1, T) fp32
         # the samples that go on, and what each step changes in place
         self.active = torch.arange(len(slots), device=device)  # (R,)
         self.newest = torch.zeros_like(self.active)  # (R,) token
@@ -919,51 +941,79 @@ class Decoder:
         self.active, self.newest = self.active[order], self.newest[order]
         self.alive = torch.ones_like(self.alive[:going])
 
+    def room_for(self, tokens):
+        """Room of the cache for so many tokens of a sample: whole blocks."""
+        blocks = -(-tokens // self.CACHE_BLOCK)
+        return min(blocks * self.CACHE_BLOCK, self.max_new_tokens)
+
     def set_cache(self, write_index, readable):
         for layer in self.cache.layers:
+            layer.grow(self.room_for(readable))
             layer.write_index, layer.readable = write_index, readable
 
     def run(self):
-        """The plain loop: finished samples leave at once."""
         self.choose_next(self.prompt_hidden)
-        for position in range(1, self.room):
+        length = 1  # tokens of a sample
+        if self.cuda_graphs:
+            length = self.run_as_graphs(length)
+        self.run_plainly(length)
+
+    def run_plainly(self, length):
+        """Finished samples leave at once."""
+        while length < self.max_new_tokens:
             going = int(self.alive.sum())
             if going == 0:
                 return
             if going < len(self.active):
                 self.drop_finished(going)
-            self.set_cache(slice(position - 1, position), position)
+            self.set_cache(slice(length - 1, length), length)
             self.step()
+            length += 1
 
-    def run_as_graphs(self):
+    def run_as_graphs(self, length):
         """The same loop for a GPU, where launching a step's kernels one by one would take longer
-        than to compute one token a row: a step is recorded once for each shape, then replayed."""
-        self.choose_next(self.prompt_hidden)
-        position = 1
+        than to compute one token a row: a step is recorded once for each shape, then replayed. ->
+        tokens of a sample at the end, or when recording has failed."""
         recorded_shape = None
         replay = None
-        while position < self.room:
+        while length < self.max_new_tokens:
             going = int(self.alive.sum())
             if going == 0:
-                return
+                break
             if going < len(self.active) and going <= self.GRAPH_FULLNESS * len(self.active):
                 self.drop_finished(going)
-            steps = min(self.GRAPH_STEPS, self.room - position)
-            position += steps
-            blocks = -(-(position - 1) // self.GRAPH_BLOCK)
-            readable = min(blocks * self.GRAPH_BLOCK, self.room)
-            self.set_cache(self.position, readable)
+            steps = min(self.GRAPH_STEPS, self.max_new_tokens - length)
+            readable = self.room_for(length + steps - 1)
             shape = len(self.active), readable
             if shape != recorded_shape:
                 # The old graph goes first: with it go workspaces that another would share. The
                 # first step is run plainly, as no graph may hold what libraries do at a first call.
                 recorded_shape = shape
                 replay = None
+                self.set_cache(self.position, readable)
                 self.step()
+                length += 1
                 steps -= 1
-                replay = record(self.step, self.device) if steps else self.step
+                if steps:
+                    try:
+                        replay = record(self.step, self.device)
+                    except RuntimeError as e:
+                        RECORDING_FAILED.set()
+                        reason = str(e).partition("\n")[0]
+                        print(f"warning: no CUDA graphs, they cannot be recorded: {reason}")
+                        self.cuda_graphs = False
+                        break
             for _ in range(steps):
                 replay()
+            length += steps
+        return length
+
+
+RECORDING_FAILED = threading.Event()  # set by the first failure: it would be the same again
+
+
+def can_record(device: torch.device) -> bool:
+    return device.type == "cuda" and not RECORDING_FAILED.is_set()
 
 
 def record(step: Callable, device: torch.device) -> Callable:
@@ -976,10 +1026,7 @@ def record(step: Callable, device: torch.device) -> Callable:
 
 
 def _run_decoder(net, decoder):  # to FSDP a forward of the root: no block then waits for streams
-    if decoder.cuda_graphs:
-        decoder.run_as_graphs()
-    else:
-        decoder.run()
+    decoder.run()
 
 
 @torch.no_grad()  # inference_mode would give tensors that the update cannot use
@@ -1002,8 +1049,9 @@ def generate(
     keys: one int a prompt (default 0..B-1); the sample of (seed, key, g) is the same in any batch
     and on any number of ranks, up to float noise. stop: ids that end a sample (default the end of
     the turn). backbone.vocab.banned ids have probability 0. rollout_batch: prompts at once, those
-    of like length together; 0: all. cuda_graphs: on a GPU, replay decoding steps as CUDA
-    graphs. ValueError for an impossible temperature or top_p.
+    of like length together; 0: all. cuda_graphs: on a GPU, replay decoding steps as CUDA graphs;
+    where recording one fails a line says so, and this process samples without them from there on.
+    ValueError for an impossible temperature or top_p.
     Gather sharded parameters first: `with unsharded(net)`."""
     if temperature <= 0 or not 0 < top_p <= 1:
         raise ValueError(
@@ -1024,7 +1072,7 @@ def generate(
     # 2. how a token is chosen
     stop = torch.tensor([backbone.vocab.eos] if stop is None else list(stop), device=device)
     banned = torch.tensor(backbone.vocab.banned, dtype=torch.long, device=device)
-    cuda_graphs = cuda_graphs and device.type == "cuda"
+    cuda_graphs = cuda_graphs and can_record(device)
 
     def choose(hidden, slots, position):
         scaled = (logits(net, hidden) / temperature).index_fill_(-1, banned, -torch.inf)  # (R, V)

@@ -320,7 +320,7 @@ def rollout(args: argparse.Namespace) -> Comparison:
     backbone.net.eval()
 
     # 2. sample
-    def ours(turn, cuda_graphs=None):  # None: the default, on a GPU with them
+    def ours(turn, cuda_graphs=True):
         samples = model.generate(
             backbone, rows, args.group, args.new_tokens, seed=turn, cuda_graphs=cuda_graphs
         )
