@@ -1,4 +1,5 @@
 """stub to be written"""
+
 from typing import NamedTuple
 
 import torch
@@ -34,4 +35,7 @@ def sampler_gap(backbone, rows, n, new_tokens):
         logp = grpo.completion_logp(backbone, rows, out["ids"], out["mask"])[0]
     d = logp - out["logp"]
     r = d.exp()
-    return Gap(d.abs().mean().item(), ((r < 1 - cfg.clip_low) | (r > 1 + cfg.clip_high)).float().mean().item())
+    return Gap(
+        d.abs().mean().item(),
+        ((r < 1 - cfg.clip_low) | (r > 1 + cfg.clip_high)).float().mean().item(),
+    )
