@@ -355,11 +355,8 @@ def read_image(file: str | Path | bytes, source: object = None) -> np.ndarray:
 
     It is turned as its EXIF tag says, 16 bits become 8, what is transparent becomes white.
     Damaged naming `source` (default the path) when it does not open."""
-    source = source or file
-    stream = io.BytesIO(file) if isinstance(file, bytes) else file
-    try:
-        with Image.open(stream) as opened:
-            image = ImageOps.exif_transpose(opened)
+    with _opened_image(file, source) as opened:
+        image = ImageOps.exif_transpose(opened)
         if image.mode.startswith(("I", "F")):  # one channel of 16 bits or more
             values = np.asarray(image)
             if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
@@ -370,6 +367,22 @@ def read_image(file: str | Path | bytes, source: object = None) -> np.ndarray:
             paper = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(paper, image)
         return np.asarray(image.convert("RGB"))
+
+
+def image_size(file: str | Path, source: object = None) -> tuple[int, int]:
+    """(H, W) of an image by its header alone, in tens of microseconds; not turned by EXIF.
+    Damaged as read_image()."""
+    with _opened_image(file, source) as opened:
+        return opened.height, opened.width
+
+
+@contextlib.contextmanager
+def _opened_image(file, source):
+    """An image that is open; whatever goes wrong with it inside is Damaged."""
+    source = source or file
+    try:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as opened:
+            yield opened
     except (*DAMAGE, SyntaxError, Image.DecompressionBombError) as e:
         why = str(e).replace(f" {stream!r}", "").replace("\n", " ")  # an address, or the path
         raise Damaged(f"{source}: image does not open ({why}); replace or delete it") from e

@@ -449,6 +449,15 @@ def _token_ids(tokenizer, vocabulary_size, text):
     return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
+def check_tags(messages: Sequence[dict], n_images: int) -> None:
+    """ValueError unless there is an "<image>" in the messages for each image."""
+    tags = sum(message["content"].count("<image>") for message in messages)
+    if tags != n_images:
+        raise ValueError(f'{tags} "<image>" but {n_images} images; write one tag for each image')
+    if any("<|image_pad|>" in message["content"] for message in messages):
+        raise ValueError('"<|image_pad|>" in the text; write "<image>" for each image')
+
+
 def encode(
     backbone: Backbone,
     messages: Sequence[dict],
@@ -461,9 +470,7 @@ def encode(
     (H, W, 3)). prompt_only: opens the assistant's turn behind the last message.
     ValueError when tags and images disagree."""
     # 1. check, and open as the family does
-    tags = sum(message["content"].count("<image>") for message in messages)
-    if tags != len(images):
-        raise ValueError(f'{tags} "<image>" but {len(images)} images; write one tag for each image')
+    check_tags(messages, len(images))
     if backbone.net.config.model_type == "qwen2_5_vl" and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": SYSTEM_PROMPT}, *messages]
     # 2. pieces of text, each with whether it is learned. The assistant's turns are split where
@@ -491,8 +498,6 @@ def encode(
     fitted = [fit_image(image, backbone.image_spec) for image in images]
     grid = np.array([grid_of_image for _, grid_of_image in fitted], np.int64).reshape(-1, 3)
     is_image = ids == backbone.vocab.image
-    if is_image.sum() != len(images):
-        raise ValueError('"<|image_pad|>" in the text; write "<image>" for each image')
     repeats = np.ones(len(ids), np.int64)
     repeats[is_image] = grid.prod(1) // backbone.image_spec.merge**2
     ids, target = ids.repeat(repeats), target.repeat(repeats)
@@ -1497,6 +1502,7 @@ def orthogonalize_shared(stacks: list[torch.Tensor]) -> list[torch.Tensor]:
 SIGTERM_CAME = threading.Event()  # set by the handler of stop_on_sigterm()
 MAY_CHANGE_ON_RESUME = [
     "preset", "out", "steps", "epochs", "resume", "keep", "micro_batch", "rollout_batch",
+    "max_length", "max_pixels", "too_long", "outside_images", "changed_data", "loader_threads",
     "cuda_graphs", "recompute", "shards", "cpu_offload", "cache", "cache_dir", "probe_prompts",
     "eval_rows", "eval_prompts", "eval_every", "save_every", "log_every", "show_every",
     "timeout_hours",
