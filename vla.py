@@ -33,11 +33,11 @@ import functools
 import hashlib
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 
@@ -62,6 +62,7 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import distributed, nn
@@ -148,14 +149,22 @@ PRESETS = {
 
 
 def check_config(cfg: Config) -> None:
-    """ValueError for a flag whose value makes no sense."""
+    """ValueError for what the types of the flags let pass and makes no sense."""
     if cfg.cache not in ("features", "none"):
         raise ValueError(f"--cache {cfg.cache}: choose features or none")
-    if min(cfg.draws, cfg.layers, cfg.stride) < 1 or not 0 <= cfg.ema_decay < 1:
-        raise ValueError(
-            f"--draws {cfg.draws}, --layers {cfg.layers}, --stride {cfg.stride}, "
-            f"--ema-decay {cfg.ema_decay}; the first three start at 1, ema lies in [0, 1)"
-        )
+    cameras = cfg.cameras.split(",")
+    if len(set(cameras)) < len(cameras):
+        raise ValueError(f"--cameras {cfg.cameras}: name each of them once")
+    for name in ("dropout", "beta1", "beta2", "ema_decay"):
+        if getattr(cfg, name) == 1:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} 1: nothing would be learned; give a share below 1")
+    check_width("--dim", cfg.dim, cfg.heads)
+
+
+def check_width(name: str, width: int, heads: int) -> None:
+    if width % heads or width % 2:
+        raise ValueError(f"{name} {width} must be even and a multiple of --heads {heads}")
 
 
 # ---- Data: numbers in memory, frames on disk -----------------------------------------------------
@@ -173,8 +182,9 @@ class FrameDataset:
         mask     1 1  1 0  1 1  1 1
 
     state (N, S) and action (N, K, A) are normalised by q01/q99 -> [-1, 1], not clipped; mask (N, K)
-    is 0 past the end of the episode. train and held are the ranges of frames to train on and to
-    evaluate on; frame_ranges those of each episode.
+    is 0 past the end of the episode. train and held are the numbers of the frames to train on and
+    to evaluate on; frame_ranges holds those of each episode. image_sizes and action_range go into
+    the PolicySpec.
     ValueError naming what does not fit; FileNotFoundError without episodes."""
 
     def __init__(self, cfg: Config):
@@ -207,11 +217,36 @@ class FrameDataset:
 
         # 3. which are held out
         train_episodes = self.episodes
+        self.held_out = []  # episodes
         if cfg.holdout_share > 0:
-            train_episodes, _ = split_episodes(self.episodes, cfg.holdout_share)
-        train_count = self.frame_ranges[len(train_episodes) - 1].stop
-        self.train = range(train_count)
-        self.held = range(train_count, len(self.mask))
+            train_episodes, self.held_out = split_episodes(self.episodes, cfg.holdout_share)
+        self.train = self._frames_of(train_episodes)  # numbers of frames
+        self.held = self._frames_of(self.held_out)
+
+        # 4. what a policy that has learned from them should know
+        self.image_sizes = {camera: self._image_size(camera) for camera in self.cameras}
+        actions = np.concatenate([episode.action for episode in train_episodes])  # (., A)
+        self.action_range = {"low": actions.min(0).tolist(), "high": actions.max(0).tolist()}
+
+    def _frames_of(self, episodes):
+        """Episodes -> the numbers of their frames."""
+        chosen = set(episodes)
+        frame_ids = []
+        for episode, frame_range in zip(self.episodes, self.frame_ranges, strict=True):
+            if episode in chosen:
+                frame_ids.extend(frame_range)
+        return np.array(frame_ids, int)
+
+    def _image_size(self, camera):
+        """[H, W] of a camera's images, the same in all episodes."""
+        sizes = [list(episode.frame(0, camera).shape[:2]) for episode in self.episodes]
+        for episode, size in zip(self.episodes, sizes, strict=True):
+            if size != sizes[0]:
+                raise ValueError(
+                    f"{episode.path}: {camera} is {pixels(size)}, in {self.episodes[0].path.name} "
+                    f"{pixels(sizes[0])}; record or convert all episodes at one size"
+                )
+        return sizes[0]
 
     def _check(self, cfg):
         for episode in self.episodes:
@@ -260,13 +295,14 @@ def pass_order(seed: int, frame_count: int, pass_number: int) -> np.ndarray:
     return model.rng(seed, "pass", pass_number).permutation(frame_count)
 
 
-def sample_order(cfg: Config, frame_count: int, step: int) -> np.ndarray:
-    """Numbers of a step's frames (batch,): a function of (seed, step), each frame once a pass."""
-    frame_ids = []
+def sample_order(cfg: Config, train: np.ndarray, step: int) -> np.ndarray:
+    """Those of the frames `train` that a step learns from (batch,): a function of (seed, step),
+    each frame once a pass."""
+    indices = []
     for i in range(step * cfg.batch, (step + 1) * cfg.batch):  # counted over the whole run
-        pass_number, index = divmod(i, frame_count)
-        frame_ids.append(pass_order(cfg.seed, frame_count, pass_number)[index])
-    return np.array(frame_ids)
+        pass_number, index = divmod(i, len(train))
+        indices.append(pass_order(cfg.seed, len(train), pass_number)[index])
+    return train[indices]
 
 
 # ---- Flow-matching head: the idea ----------------------------------------------------------------
@@ -291,6 +327,10 @@ class HeadConfig:
     buckets: int = 1000  # time is rounded down to 1/buckets
     steps: int = 4  # Euler steps when sampling
     dropout: float = 0.0  # after each attention and MLP of the DiT and VL blocks (0.2)
+
+    def __post_init__(self):
+        check_width("head width", self.dim, self.heads)
+        check_width("backbone width", self.vl_dim, self.heads)
 
 
 class Context(NamedTuple):
@@ -376,9 +416,6 @@ class FlowHead(nn.Module):
 
     def __init__(self, cfg: HeadConfig):
         super().__init__()
-        for name, width in (("dim", cfg.dim), ("vl_dim", cfg.vl_dim)):
-            if width % cfg.heads or width % 2:
-                raise ValueError(f"{name} {width} must be even and a multiple of {cfg.heads} heads")
         self.cfg = cfg
         dim = cfg.dim
         # Initial weights are drawn in this order: another order gives other weights.
@@ -724,13 +761,37 @@ class PolicySpec(TypedDict):
     think: bool  # Config.think
     cameras: list[str]  # in the order in which images are given
     stats: dict[str, Stats]  # of "state" and "action"
+    # Checkpoints of before November 2026 lack these: nothing is compared then.
+    image_sizes: NotRequired[dict[str, list[int]]]  # camera -> [H, W] of the images of training
+    # "low", "high": least and largest training action, dataset units, (A,) each
+    action_range: NotRequired[dict[str, list[float]]]
+
+
+def pixels(size: Sequence[int]) -> str:
+    """[H, W] in words."""
+    return f"{size[0]} x {size[1]}"
+
+
+def check_view(camera: str, image: np.ndarray, size: Sequence[int] | None = None) -> None:
+    """ValueError unless a camera's image is uint8 (H, W, 3), and has, within a pixel, the aspect of
+    `size` [H, W], that of training: only then can it be resized to it."""
+    if image.dtype != np.uint8 or image.shape[2:] != (3,) or not image.size:
+        raise ValueError(f"{camera} is {image.dtype} {image.shape}; give uint8 (H, W, 3)")
+    height, width = image.shape[:2]
+    if size is not None and abs(height * size[1] / size[0] - width) >= 1:
+        raise ValueError(
+            f"{camera} is {pixels(image.shape)} (height x width), the policy was trained at "
+            f"{pixels(size)}; give images of this size, or of another of the same aspect"
+        )
 
 
 class Policy:
     """A trained checkpoint as a function (images, instruction, state) -> the next K actions.
 
     Attributes: horizon K, action_dim A, cameras (names, in the order in which images are given).
-    Call n draws its noise from (seed, n): row b of a batch gets the same at any batch size."""
+    Call n draws its noise from (seed, n): row b of a batch gets the same at any batch size.
+    Images of another size than in training are resized to it: else they would be other tokens, on
+    which the head has never been trained. That is printed once."""
 
     def __init__(self, backbone: Backbone, head: FlowHead, spec: PolicySpec, device, seed: int = 0):
         self.backbone = backbone
@@ -741,6 +802,8 @@ class Policy:
         self.horizon = head.cfg.horizon
         self.action_dim = head.cfg.action_dim
         self.cameras = spec["cameras"]
+        self.image_sizes = spec.get("image_sizes", {})
+        self.has_told_of_resizing = False
         self.calls = 0
         self.memo = {}  # of prompt_row()
 
@@ -758,8 +821,8 @@ class Policy:
         return cls(backbone, head.to(device), spec, device, seed)
 
     def act(self, images: np.ndarray | list, instruction: str, state: np.ndarray) -> np.ndarray:
-        """One observation: uint8 image (H, W, 3), or a list with one for each camera; state (S,) in
-        dataset units -> (K, A) float32 in dataset units."""
+        """One observation: uint8 image (H, W, 3), a list with one for each camera, or a dict of
+        them by name; state (S,) in dataset units -> (K, A) float32 in dataset units."""
         return self.act_batch([images], [instruction], np.asarray(state)[None])[0]
 
     @torch.no_grad()
@@ -796,7 +859,10 @@ class Policy:
         return unnormalize(chunks.cpu().numpy(), self.spec["stats"]["action"])
 
     def _views(self, images):
-        """One image, or one for each camera -> a list with one for each camera."""
+        """What `act` takes -> a list with an image for each camera, of the size of training."""
+        # 1. one for each camera
+        if isinstance(images, Mapping):
+            images = [images[camera] for camera in self.cameras if camera in images]
         is_one_image = getattr(images, "ndim", 0) == 3
         views = [images] if is_one_image else list(images)
         if len(views) != len(self.cameras):
@@ -804,6 +870,22 @@ class Policy:
                 f"{len(views)} images; the policy was trained with the cameras "
                 f"{', '.join(self.cameras)}"
             )
+        # 2. at its size
+        for i, camera in enumerate(self.cameras):
+            size = self.image_sizes.get(camera)
+            check_view(camera, views[i], size)
+            if size is None or list(views[i].shape[:2]) == size:
+                continue
+            if not self.has_told_of_resizing:
+                given = pixels(views[i].shape)
+                print(
+                    f"{camera}: images of {given} pixels are resized to {pixels(size)}, "
+                    "as in training",
+                    flush=True,
+                )
+                self.has_told_of_resizing = True
+            resized = Image.fromarray(views[i]).resize((size[1], size[0]), Image.BICUBIC)
+            views[i] = np.asarray(resized)
         return views
 
     def _noise(self, batch, keys):
@@ -963,7 +1045,7 @@ def evaluate(
     frame_count = min(cfg.eval_rows, len(frames.held))
     if frame_count == 0:
         return {}
-    frame_ids = np.linspace(frames.held[0], frames.held[-1], frame_count).astype(int)
+    frame_ids = frames.held[np.linspace(0, len(frames.held) - 1, frame_count).astype(int)]
     loss_draws = head.draw(model.rng(cfg.seed, "held"), frame_count)
     start_noise = head.draw(model.rng(cfg.seed, "sample"), frame_count).noise[:, 0]
 
@@ -1062,18 +1144,14 @@ def save_policy(
 
 def main(argv: Sequence[str] | None = None) -> None:
     cfg = model.parse_config(Config, PRESETS, argv)
+    check_config(cfg)
     model.keep_freed_memory()
     dist = model.setup(cfg.seed, cfg.shards, cfg.batch)
-    check_config(cfg)
 
     # 1. the frozen backbone, cut after a layer
     frames = FrameDataset(cfg)
     newest = model.checkpoint_to_resume(cfg)
     backbone, final_norm = load_backbone(cfg, newest, dist)
-    # 2. its features
-    source = open_features(backbone, frames, cfg, dist)
-
-    # 3. the head, which reads them and the state
     head_config = HeadConfig(
         vl_dim=backbone.net.config.text_config.hidden_size,
         dim=cfg.dim,
@@ -1086,6 +1164,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         future_tokens=cfg.future_tokens,
         dropout=cfg.dropout,
     )
+    # 2. its features
+    source = open_features(backbone, frames, cfg, dist)
+
+    # 3. the head, which reads them and the state
     heads = make_heads(head_config, newest, cfg, dist)
     name = "raw" if cfg.ema_decay else "head"
     trained = heads[name].train()
@@ -1100,6 +1182,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "think": cfg.think,
         "cameras": frames.cameras,
         "stats": frames.stats,
+        "image_sizes": frames.image_sizes,
+        "action_range": frames.action_range,
     }
     run = {"stage": "vla", "config": asdict(cfg), "parent": cfg.init, "policy": spec}
     save = functools.partial(
@@ -1108,7 +1192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     local = local_slice(cfg, dist)
 
     def fetch(step):
-        frame_ids = sample_order(cfg, len(frames.train), step)
+        frame_ids = sample_order(cfg, frames.train, step)
         return Fetched(frame_ids, source.read(frame_ids[local]))
 
     model.stop_on_sigterm()

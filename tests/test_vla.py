@@ -280,8 +280,9 @@ def test_corner_sizes(change):
 
 
 def test_heads_must_divide_the_width():
-    with pytest.raises(ValueError, match="multiple of 3 heads"):
-        small_head(heads=3)
+    for sizes in ({"heads": 3}, {"dim": 48, "heads": 3}):
+        with pytest.raises(ValueError, match="width .* multiple of --heads 3"):
+            small_head(**sizes)
 
 
 def test_head_overfits_8_samples():
@@ -308,7 +309,7 @@ def test_frames_mask_what_lies_past_the_end(data):
     frames = vla.FrameDataset(vla.Config(data=str(data), horizon=4))
     assert frames.ends.tolist() == [9, 14, 21, 33, 39]
     assert len(frames.train) == 33
-    assert frames.held == range(33, 39)  # at least one episode
+    assert frames.held.tolist() == list(range(33, 39))  # at least one episode
     assert frames.locate(0) == (0, 0)
     assert frames.locate(13) == (1, 4)
     assert frames.locate(14) == (2, 0)
@@ -327,7 +328,7 @@ def test_frames_mask_what_lies_past_the_end(data):
 
 def test_every_frame_is_seen_once_a_pass():
     cfg = vla.Config(batch=4, seed=3)
-    seen = np.concatenate([vla.sample_order(cfg, 6, step) for step in range(3)])
+    seen = np.concatenate([vla.sample_order(cfg, np.arange(6), step) for step in range(3)])
     assert sorted(seen[:6]) == sorted(seen[6:]) == list(range(6))
     assert seen[:6].tolist() != seen[6:].tolist()
 
@@ -476,7 +477,7 @@ def test_a_gradient_that_is_not_finite_stops_with_its_batch(data, tmp_path, monk
         vla.main(argv(data, tmp_path))
     saved = load_file(tmp_path / "failed_step_1_rank_0.safetensors")
     frames = vla.FrameDataset(vla.Config(data=str(data), horizon=4))
-    frame_ids = vla.sample_order(vla.Config(batch=8), len(frames.train), 0)
+    frame_ids = vla.sample_order(vla.Config(batch=8), frames.train, 0)
     assert np.array_equal(saved["0.frame"], frame_ids)
     assert np.array_equal(saved["0.action"], frames.action[frame_ids])
 
@@ -570,12 +571,21 @@ def test_bad_flags_stop_with_a_clear_line(data, trained, tmp_path):
         ({"cameras": "image,top"}, "no camera 'top'; choose --cameras among image, image_wrist"),
         ({"layer": 5}, "layer 5 is not in 1..4"),
         ({"cache": "ram"}, "choose features or none"),
-        ({"heads": 5}, "must be even and a multiple of 5 heads"),
-        ({"draws": 0}, "the first three start at 1"),
+        ({"heads": 5}, "--dim 32 must be even and a multiple of --heads 5"),
+        (
+            {"dim": 30, "heads": 10},
+            "backbone width .* multiple of --heads 10",
+        ),
+        ({"cameras": "image,image"}, "name each of them once"),
+        ({"dropout": 1}, "--dropout 1: nothing would be learned"),
+        ({"beta1": 1}, "--beta1 1: nothing"),
+        ({"beta2": 1}, "--beta2 1: nothing"),
+        ({"ema-decay": 1}, "--ema-decay 1: nothing"),
         ({"holdout-share": 1.0}, "all of them held out"),
     ):
         with pytest.raises(ValueError, match=text):
             vla.main(argv(data, tmp_path, **flags))
+    assert not list(tmp_path.rglob("*.safetensors")), "refused before any feature is made"
 
 
 def test_bad_observations_stop_with_a_clear_line(data, trained):
@@ -588,6 +598,76 @@ def test_bad_observations_stop_with_a_clear_line(data, trained):
     states[1] = np.nan
     with pytest.raises(ValueError, match="state 1 is not finite"):
         policy.act_batch(images, instructions, states)
+
+
+def test_the_size_of_the_images_travels_in_the_checkpoint(data, trained, capsys):
+    """An image of twice the size gave other tokens, 64 instead of 16 of them, and other actions,
+    without a word. Each pixel doubled and brought back to the size of training, it means the same,
+    within what a cubic filter changes; what cannot be brought back is refused by its camera."""
+    images, instructions, states = observations(data)
+    spec = json.loads((trained / "final" / "run.json").read_text())["policy"]
+    assert spec["image_sizes"] == {"image": [32, 32]}
+    policy = vla.Policy.load(trained)
+    flat = [np.full_like(image, 100 + 20 * i) for i, image in enumerate(images)]
+    twice = [image.repeat(2, 0).repeat(2, 1) for image in flat]
+    keys = [[0], [1], [2]]
+    want = policy.act_batch(flat, instructions, states, keys)
+    assert "resized" not in capsys.readouterr().out
+    for _ in range(2):
+        assert np.array_equal(policy.act_batch(twice, instructions, states, keys), want)
+    line = "image: images of 64 x 64 pixels are resized to 32 x 32, as in training\n"
+    assert capsys.readouterr().out == line, "said once"
+    with pytest.raises(ValueError, match=r"image is 48 x 32 \(height x width\), .* at 32 x 32"):
+        policy.act(np.zeros((48, 32, 3), np.uint8), instructions[0], states[0])
+    with pytest.raises(ValueError, match=r"image is float32 \(64, 64, 3\); give uint8"):
+        policy.act(twice[0].astype(np.float32), instructions[0], states[0])
+    for height, width in ((719, 1279), (360, 640)):  # within a pixel of 16:9
+        vla.check_view("image", np.zeros((height, width, 3), np.uint8), [720, 1280])
+    policy.image_sizes = {}  # of a checkpoint of before: as it was
+    assert not np.array_equal(policy.act_batch(twice, instructions, states, keys), want)
+
+
+def test_episodes_of_two_image_sizes_are_refused(data, tmp_path):
+    """They trained silently, on prompts of two lengths, and no size was the policy's."""
+    for number, side in enumerate((32, 32, 16)):
+        save_file(
+            {
+                "image": np.zeros((9, side, side, 3), np.uint8),
+                "state": np.zeros((9, 3), np.float32),
+                "action": np.zeros((9, 4), np.float32),
+            },
+            tmp_path / f"episode_{number:06d}.safetensors",
+            metadata={"task": "wave"},
+        )
+    words = "episode_000002.*image is 16 x 16, in episode_000000.safetensors 32 x 32"
+    with pytest.raises(ValueError, match=words):
+        vla.FrameDataset(vla.Config(data=str(tmp_path), horizon=4))
+
+
+def test_views_go_by_name(data, tmp_path):
+    """A list in the wrong order is two images of one size: no one can tell. A dict cannot be in the
+    wrong order; what it has besides is not looked at, what it lacks is named."""
+    vla.main(argv(data, tmp_path, cameras="image_wrist,image", steps=1))
+    policy = vla.Policy.load(tmp_path)
+    frames = vla.FrameDataset(vla.Config(data=str(data), cameras="image_wrist,image", horizon=4))
+    (wrist, front), instruction = frames.observation(0)
+    state = frames.episodes[0].state[:1]
+    by_order = policy.act_batch([[wrist, front]], [instruction], state, [[0]])
+    views = {"image": front, "image_wrist": wrist, "image_top": front}
+    by_name = policy.act_batch([views], [instruction], state, [[0]])
+    assert np.array_equal(by_name, by_order)
+    with pytest.raises(ValueError, match="1 images; .* the cameras image_wrist, image"):
+        policy.act({"image": front}, instruction, state[0])
+
+
+def test_the_range_of_the_actions_travels_in_the_checkpoint(data, trained):
+    """Least and largest of the episodes trained on, in dataset units: simulators compare it with
+    what they take. The held-out ones do not count."""
+    spec = json.loads((trained / "final" / "run.json").read_text())["policy"]
+    frames = vla.FrameDataset(vla.Config(data=str(data), horizon=4))
+    actions = np.concatenate([e.action for e in frames.episodes if e not in frames.held_out])
+    assert len(actions) == len(frames.train) < sum(LENGTHS)
+    assert spec["action_range"] == {"low": actions.min(0).tolist(), "high": actions.max(0).tolist()}
 
 
 def test_a_checkpoint_of_another_stage_is_no_policy(tmp_path):

@@ -129,9 +129,9 @@ class Server:
 
         if not isinstance(prompt, str) or not 0 < len(prompt) <= LONGEST_PROMPT:
             raise ValueError(f"prompt must be text of 1 to {LONGEST_PROMPT} characters")
+        sizes = self.policy.spec.get("image_sizes", {})
         for camera, image in zip(cameras, images, strict=True):
-            if image.dtype != np.uint8 or image.shape[2:] != (3,) or not image.size:
-                raise ValueError(f"{camera} is {image.dtype} {image.shape}; send uint8 (H, W, 3)")
+            vla.check_view(camera, image, sizes.get(camera))
         state = state.astype(np.float32)
         state_dim = self.metadata["state_dim"]
         if state.shape != (state_dim,) or not np.isfinite(state).all():

@@ -742,7 +742,7 @@ def head_step(args: argparse.Namespace) -> Comparison:
             optimizer = model.make_optimizer(head, cfg.lr, cfg.weight_decay, betas, cfg.muon)
 
             def step(turn):
-                frame_ids = vla.sample_order(cfg, len(frames.train), turn)
+                frame_ids = vla.sample_order(cfg, frames.train, turn)
                 fetched = vla.Fetched(frame_ids, source.read(frame_ids))
                 loss, _ = vla.flow_loss(head, source, frames, cfg, turn, fetched, dist)
                 return training_step(loss, head, optimizer)
