@@ -418,7 +418,7 @@ def mrope_positions(ids: np.ndarray, grid: np.ndarray, image_id: int, merge: int
     return positions
 
 
-@functools.lru_cache(1 << 15)  # most pieces of a conversation repeat
+@functools.lru_cache(1 << 12)  # most pieces of a conversation repeat; a server keeps all its life
 def _token_ids(tokenizer, vocabulary_size, text):
     """vocabulary_size: part of the key, because a vocabulary that grows changes the answer."""
     return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids

@@ -250,6 +250,10 @@ class FrameDataset:
 
     def _check(self, cfg):
         for episode in self.episodes:
+            if not episode.task.strip():
+                raise ValueError(
+                    f"{episode.path}: its instruction is blank; write one, or delete the episode"
+                )
             for camera in self.cameras:
                 if camera not in episode.cameras:
                     raise ValueError(
@@ -574,18 +578,11 @@ def freeze_backbone(backbone: Backbone, layer: int) -> nn.Module:
 
 
 def prompt_row(
-    backbone: Backbone, images: Sequence[np.ndarray], instruction: str, think: bool, memo: dict
+    backbone: Backbone, images: Sequence[np.ndarray], instruction: str, think: bool
 ) -> Row:
-    """The action prompt as a row, in training and evaluation alike. The same words and image sizes
-    give the same tokens: the caller's `memo` keeps them, and only the patches are made anew."""
-    key = (instruction, think, *(image.shape for image in images))
-    if key in memo:
-        patches = [model.patchify(image, backbone.image_spec)[0] for image in images]
-        return {**memo[key], "patches": np.concatenate(patches)}
+    """The action prompt as a row, in training and evaluation alike."""
     messages = model.action_prompt(instruction, think, len(images))
-    row = model.encode(backbone, messages, images, prompt_only=True)
-    memo[key] = {**row, "patches": None}
-    return row
+    return model.encode(backbone, messages, images, prompt_only=True)
 
 
 @torch.no_grad()
@@ -608,13 +605,12 @@ class LiveFeatures:
         self.frames = frames
         self.think = cfg.think
         self.device = device
-        self.memo = {}
 
     def read(self, frame_ids: Iterable[int]) -> list[Row]:
         prompts = []
         for frame_id in frame_ids:
             images, instruction = self.frames.observation(frame_id)
-            prompts.append(prompt_row(self.backbone, images, instruction, self.think, self.memo))
+            prompts.append(prompt_row(self.backbone, images, instruction, self.think))
         return prompts
 
     def features(self, prompts: list[Row]) -> Features:
@@ -805,7 +801,6 @@ class Policy:
         self.image_sizes = spec.get("image_sizes", {})
         self.has_told_of_resizing = False
         self.calls = 0
-        self.memo = {}  # of prompt_row()
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu", seed: int = 0) -> "Policy":
@@ -844,12 +839,15 @@ class Policy:
         if not is_finite.all():
             row = np.flatnonzero(~is_finite)[0]
             raise ValueError(f"state {row} is not finite; repair the observation")
+        for row, instruction in enumerate(instructions):
+            if not instruction.strip():
+                raise ValueError(f"instruction {row} is blank; say what the robot should do")
         # 2. prompts, states and noise
         think = self.spec["think"]
         prompts = []
         for row_images, instruction in zip(images, instructions, strict=True):
             views = self._views(row_images)
-            prompts.append(prompt_row(self.backbone, views, instruction, think, self.memo))
+            prompts.append(prompt_row(self.backbone, views, instruction, think))
         state = torch.from_numpy(normalize(states, self.spec["stats"]["state"])).to(self.device)
         noise = torch.from_numpy(self._noise(len(prompts), keys)).to(self.device)  # (B, K, A)
         # 3. features, then the flow
@@ -926,6 +924,8 @@ class ChunkExecutor:
     def __init__(self, horizon: int, execute: int = 0, ensemble: float = 0.0):
         self.execute = execute or max(1, horizon // 2)
         self.ensemble = ensemble
+        if ensemble and horizon == 1:
+            raise ValueError(f"--ensemble {ensemble}: chunks of one action do not overlap; use 0")
         most = horizon - 1 if ensemble else horizon  # chunks must overlap for an ensemble
         if not 0 < self.execute <= most or ensemble < 0:
             raise ValueError(

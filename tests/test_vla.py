@@ -536,7 +536,7 @@ def test_policy_equals_its_parts(data, trained):
     vla.freeze_backbone(backbone, 0)
     head = FlowHead(HeadConfig(**policy.spec["head"])).eval()
     head.load_state_dict(load_file(trained / "final" / "head.safetensors"))
-    prompt = vla.prompt_row(backbone, [images[1]], instructions[1], False, {})
+    prompt = vla.prompt_row(backbone, [images[1]], instructions[1], False)
     features = vla.encode_prompts(backbone, [prompt], "cpu")
     state = torch.from_numpy(frames.state[11:12])  # step 2 of episode 1
     noise = model.rng(0, "policy", 0).standard_normal((3, 4, 4), np.float32)[1:2]
@@ -595,6 +595,8 @@ def test_bad_observations_stop_with_a_clear_line(data, trained):
         policy.act(images[:2], instructions[0], states[0])
     with pytest.raises(ValueError, match="give as many of each, states"):
         policy.act_batch(images, instructions, states[:, :2])
+    with pytest.raises(ValueError, match="instruction 1 is blank"):
+        policy.act_batch(images, [instructions[0], " ", instructions[2]], states)
     states[1] = np.nan
     with pytest.raises(ValueError, match="state 1 is not finite"):
         policy.act_batch(images, instructions, states)
@@ -668,6 +670,21 @@ def test_the_range_of_the_actions_travels_in_the_checkpoint(data, trained):
     actions = np.concatenate([e.action for e in frames.episodes if e not in frames.held_out])
     assert len(actions) == len(frames.train) < sum(LENGTHS)
     assert spec["action_range"] == {"low": actions.min(0).tolist(), "high": actions.max(0).tolist()}
+
+
+def test_a_policy_does_not_grow_with_what_it_is_asked(data, trained):
+    """Policy.memo kept the tokens of each new instruction for ever, a leak in a server."""
+
+    def lengths():
+        held = {**vars(policy), **{f"backbone.{k}": v for k, v in vars(policy.backbone).items()}}
+        return {name: len(value) for name, value in held.items() if hasattr(value, "__len__")}
+
+    images, _, states = observations(data)
+    policy = vla.Policy.load(trained)
+    before = lengths()
+    for i in range(5):
+        policy.act(images[0], f"say {i}", states[0])
+    assert lengths() == before and "image_sizes" in before
 
 
 def test_a_checkpoint_of_another_stage_is_no_policy(tmp_path):
