@@ -96,6 +96,7 @@ class Config:
     recompute: bool = False  # activation checkpointing: less memory, a third more time an update
     cpu_offload: bool = False  # keep the reference model in the CPU's memory
     shards: Natural = 0  # ranks that share a copy of the weights, others mirror it; 0: all
+    timeout_hours: Positive = 6.0  # ranks wait so long for the slowest, as when it downloads
     eval_every: Natural = 25  # steps between held-out evaluations, also at the end; 0: never
     eval_prompts: Count = 64  # held-out prompts, fixed over the run
     show_every: Natural = 10  # steps between printed rollouts; 0: never
@@ -736,7 +737,7 @@ def prepare(cfg: Config, dist: Dist) -> Prepared:
 def main(argv: Sequence[str] | None = None) -> None:
     cfg = model.parse_config(Config, PRESETS, argv)
     model.keep_freed_memory()
-    dist = model.setup(cfg.seed, cfg.shards, cfg.batch)
+    dist = model.setup(cfg.seed, cfg.shards, cfg.batch, cfg.timeout_hours)
     check_config(cfg)
     backbone, reference, optim, episodes, held_out, first_step = prepare(cfg, dist)
     frame_count = sum(len(episode) for episode in episodes)

@@ -23,6 +23,7 @@ dimensions, V vocabulary, L layer. A mask is 1 where it counts.
 
 import contextlib
 import ctypes
+import datetime
 import functools
 import inspect
 import json
@@ -561,7 +562,21 @@ def as_forward(function: Callable, module: nn.Module, *args):
 
 def hidden_states(net: nn.Module, batch: Batch, cache: Cache | None = None) -> torch.Tensor:
     """Last hidden states (B, T, D), after the final norm."""
-    return as_forward(_hidden_states, net, batch, cache)
+    hidden = as_forward(_hidden_states, net, batch, cache)
+    if isinstance(net, fsdp.FSDPModule) and not torch.is_grad_enabled():
+        forget_forwards(net)
+    return hidden
+
+
+def forget_forwards(net: nn.Module) -> None:
+    """Empties FSDP's record of forwards, which only a backward does: that of a frozen net grew by
+    44 bytes a unit and forward, 150 MB in 60,000 steps. A backward that comes prefetches by the
+    record of its own forward; without one it gathers each unit when it gets there."""
+    for module in fsdp_modules(net):
+        state = module._get_fsdp_state()
+        state._comm_ctx.post_forward_order.clear()
+        for group in state._fsdp_param_groups:
+            group._post_forward_indices.clear()
 
 
 def _hidden_states(net, batch, cache):
@@ -573,9 +588,10 @@ def _hidden_states(net, batch, cache):
             "pixel_values": batch["patches"],
             "image_grid_thw": batch["grid"],
         }
-    elif isinstance(net, fsdp.FSDPModule) and cache is None:
-        # Every rank must gather and reduce the same parameters in the same order, so a batch
-        # without images looks at a blank one, with weight 0.
+    elif cache is None and (isinstance(net, fsdp.FSDPModule) or _trains(net.model.visual)):
+        # A batch without images looks at a blank one, with weight 0. FSDP's ranks must gather and
+        # reduce the same parameters in the same order; and the vision tower then has a gradient of
+        # 0, not none, on any number of ranks: for AdamW, whose averages decay by it, they differ.
         embeddings = net.get_input_embeddings()(ids)
         inputs = {"inputs_embeds": embeddings + 0 * _blank(net, ids.device)}
     else:
@@ -595,6 +611,10 @@ def _hidden_states(net, batch, cache):
         **inputs,
     )
     return output.last_hidden_state  # (B, T, D)
+
+
+def _trains(module):
+    return torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
 
 
 def _blank(net, device):
@@ -1011,6 +1031,7 @@ class Dist:
     world_size: int
     device: torch.device
     shards: int = 0  # ranks that share one copy of the weights; 0: all
+    timeout: datetime.timedelta = datetime.timedelta(hours=6)  # that ranks wait for the slowest
 
     @property
     def build(self) -> torch.device:
@@ -1018,13 +1039,16 @@ class Dist:
         return torch.device("cpu") if self.rank == 0 else META
 
 
-def setup(seed: int, shards: int = 0, batch: int = 0) -> Dist:
+def setup(seed: int, shards: int = 0, batch: int = 0, timeout_hours: float = 6.0) -> Dist:
     """Starts nccl (GPU) or gloo (CPU) under torchrun, one process otherwise; seeds torch.
+    timeout_hours: that ranks wait for the slowest. NCCL's 10 minutes would end a job while rank 0
+    downloads 16 GB or writes 33 GB.
     ValueError when batch or shards do not fit the number of ranks."""
     quiet_libraries()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     has_gpu = torch.cuda.is_available()
     under_torchrun = "RANK" in os.environ
+    timeout = datetime.timedelta(hours=timeout_hours)
     device = torch.device("cpu")
     if has_gpu:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -1032,7 +1056,7 @@ def setup(seed: int, shards: int = 0, batch: int = 0) -> Dist:
     if not distributed.is_initialized():
         backend = "nccl" if has_gpu else "gloo"
         if under_torchrun:
-            distributed.init_process_group(backend)
+            distributed.init_process_group(backend, timeout=timeout)
         elif has_gpu:  # one GPU alone: FSDP brings bf16
             store = distributed.HashStore()
             distributed.init_process_group(backend, store=store, rank=0, world_size=1)
@@ -1042,7 +1066,7 @@ def setup(seed: int, shards: int = 0, batch: int = 0) -> Dist:
         raise ValueError(f"--batch {batch} must be a multiple of {world_size} ranks")
     if shards and world_size % shards:
         raise ValueError(f"--shards {shards} must divide the {world_size} ranks")
-    return Dist(_rank(), world_size, device, shards)
+    return Dist(_rank(), world_size, device, shards, timeout)
 
 
 def quiet_libraries() -> None:
@@ -1052,7 +1076,10 @@ def quiet_libraries() -> None:
 
 def keep_freed_memory() -> None:
     """Tells glibc to keep freed memory, for the whole process: on a CPU a fifth faster than to
-    fault the same pages in at every step. No-op with another C library."""
+    fault the same pages in at every step. No-op with another C library, and with a GPU, where it
+    would only keep the weights that rank 0 has read or gathered: 33 GB."""
+    if torch.cuda.is_available():
+        return
     M_TRIM_THRESHOLD = -1  # of malloc.h
     M_MMAP_THRESHOLD = -3
     libc = ctypes.CDLL(None)
@@ -1112,8 +1139,11 @@ def shard(
     else:
         shape = (dist.world_size // shards, shards)
         names = ("replicate", "shard")
+    mesh = init_device_mesh(dist.device.type, shape, mesh_dim_names=names)
+    for group in mesh.get_all_groups():  # new ones would wait for 10 minutes
+        distributed.distributed_c10d._set_pg_timeout(dist.timeout, group)
     options = {
-        "mesh": init_device_mesh(dist.device.type, shape, mesh_dim_names=names),
+        "mesh": mesh,
         "mp_policy": fsdp.MixedPrecisionPolicy(
             param_dtype=compute_dtype, reduce_dtype=torch.float32
         ),
@@ -1322,7 +1352,7 @@ def orthogonalize(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 def orthogonalize_shared(stacks: list[torch.Tensor]) -> list[torch.Tensor]:
     """orthogonalize() of stacks that all ranks have; each rank computes its share."""
-    if not distributed.is_initialized():
+    if not stacks or not distributed.is_initialized():
         return [orthogonalize(stack) for stack in stacks]
     sizes = [stack.numel() for stack in stacks]
     flat = stacks[0].new_zeros(sum(sizes))
@@ -1342,6 +1372,7 @@ MAY_CHANGE_ON_RESUME = [
     "preset", "out", "steps", "epochs", "resume", "keep", "micro_batch", "rollout_batch",
     "cuda_graphs", "recompute", "shards", "cpu_offload", "cache", "cache_dir", "probe_prompts",
     "eval_rows", "eval_prompts", "eval_every", "save_every", "log_every", "show_every",
+    "timeout_hours",
 ]  # fmt: skip
 TENSORS_A_FILE = 64  # of train_state/: DCP puts each file together in memory
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2

@@ -102,6 +102,7 @@ class Config:
 
     # does not affect results
     out: str = "runs/sft"  # run folder
+    timeout_hours: Positive = 6.0  # ranks wait so long for the slowest, as when it downloads
     resume: bool = False  # continue from the newest step_* in --out
     log_every: Count = 20  # steps
     eval_every: Natural = 500  # steps; 0: only at the end
@@ -722,7 +723,7 @@ def train_step(net, optim, batches: list[model.Batch], step: int, lr: float, cfg
 def main(argv: list[str] | None = None) -> None:
     cfg = model.parse_config(Config, PRESETS, argv)
     model.keep_freed_memory()
-    dist = model.setup(cfg.seed, cfg.shards, cfg.batch)
+    dist = model.setup(cfg.seed, cfg.shards, cfg.batch, cfg.timeout_hours)
 
     # 1. the backbone, its vocabulary grown, and its optimizer
     mixture = parse_mixture(cfg.data)

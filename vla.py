@@ -124,6 +124,7 @@ class Config:
 
     # does not affect results
     out: str = "runs/vla"  # run folder
+    timeout_hours: Positive = 6.0  # ranks wait so long for the slowest, as when it downloads
     cache_dir: str = ""  # folder of the cached features; empty: features/ in --out
     resume: bool = False  # continue from the newest step_* in --out
     log_every: Count = 50  # steps
@@ -1146,7 +1147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg = model.parse_config(Config, PRESETS, argv)
     check_config(cfg)
     model.keep_freed_memory()
-    dist = model.setup(cfg.seed, cfg.shards, cfg.batch)
+    dist = model.setup(cfg.seed, cfg.shards, cfg.batch, cfg.timeout_hours)
 
     # 1. the frozen backbone, cut after a layer
     frames = FrameDataset(cfg)
