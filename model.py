@@ -1477,6 +1477,13 @@ def save(
         )
 
 
+def add_metrics(folder: Path, metrics: dict[str, float]) -> None:
+    """Writes what a finished run was worth into run.json of its saved checkpoint, on rank 0."""
+    if _rank() == 0:
+        path = folder / "run.json"
+        write_json(path, {**read_json(path), "metrics": metrics})
+
+
 def _swap_in(unfinished, folder):
     """Gives the finished folder its name. At no moment is there none of that name."""
     for path in [*unfinished.rglob("*"), unfinished]:  # on disk before the name is

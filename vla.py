@@ -1095,6 +1095,8 @@ def load_backbone(cfg: Config, newest: Path | None, dist: Dist) -> tuple[Backbon
         seed=cfg.seed,
         max_pixels=cfg.max_pixels,
     )
+    if newest and backbone.image_spec != model.ImageSpec.load(newest):
+        raise ValueError(f"{newest}: was run with another --max-pixels; leave it out to go on")
     layer = backbone.run["policy"]["layer"] if newest else cfg.layer
     return backbone, freeze_backbone(backbone, layer)
 
@@ -1224,15 +1226,20 @@ def main(argv: Sequence[str] | None = None) -> None:
                 unlogged = np.zeros(2)
             # 5. chunks of held-out frames, against the true ones
             if cfg.eval_every and done % cfg.eval_every == 0 and done < cfg.steps:
-                log.write(step=done, **evaluate(heads["head"], source, frames, cfg, dist))
+                metrics = evaluate(heads["head"], source, frames, cfg, dist)
+                if metrics:
+                    log.write(step=done, **metrics)
                 timed_step = done
                 clock = time.perf_counter()
             model.save_step(cfg, done, run, save, unlogged.tolist())
 
+    final = Path(cfg.out) / "final"
+    run |= {"step": cfg.steps}
+    save_policy(final, backbone, final_norm, {"head": heads["head"]}, run)
     metrics = evaluate(heads["head"], source, frames, cfg, dist)
-    log.write(step=cfg.steps, **metrics)
-    run |= {"step": cfg.steps, "metrics": metrics}
-    save_policy(Path(cfg.out) / "final", backbone, final_norm, {"head": heads["head"]}, run)
+    if metrics:
+        log.write(step=cfg.steps, **metrics)
+    model.add_metrics(final, metrics)
 
 
 if __name__ == "__main__":

@@ -482,6 +482,42 @@ def test_a_gradient_that_is_not_finite_stops_with_its_batch(data, tmp_path, monk
     assert np.array_equal(saved["0.action"], frames.action[frame_ids])
 
 
+@pytest.mark.parametrize("flags", [{"holdout-share": 0}, {"eval-rows": 0}])
+def test_a_run_without_held_out_frames_ends_whole(data, tmp_path, flags):
+    """Nothing is evaluated, nothing is logged as if it had been."""
+    vla.main(argv(data, tmp_path, **flags, **{"eval-every": 2}))
+    assert [set(record) >= {"loss"} for record in records(tmp_path)[1:]] == [True] * 4
+    run = json.loads((tmp_path / "final" / "run.json").read_text())
+    assert run["metrics"] == {} and run["step"] == 4
+    everything = vla.FrameDataset(vla.Config(data=str(data), horizon=4, holdout_share=0))
+    assert everything.train.tolist() == list(range(sum(LENGTHS))) and len(everything.held) == 0
+
+
+def test_what_fails_in_the_last_evaluation_leaves_the_policy(data, tmp_path, monkeypatch):
+    """It was saved after the evaluation, so that a fault there lost the whole run."""
+
+    def broken(*args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(vla, "evaluate", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        vla.main(argv(data, tmp_path))
+    images, instructions, states = observations(data)
+    assert vla.Policy.load(tmp_path).act(images[0], instructions[0], states[0]).shape == (4, 4)
+    run = json.loads((tmp_path / "final" / "run.json").read_text())
+    assert "metrics" not in run and run["step"] == 4
+
+
+def test_the_bound_of_the_images_stays_on_resume(data, tmp_path):
+    """It decides the features."""
+    flags = {"cache": "none", "save-every": 2, "steps": 2, "max-pixels": 256}
+    vla.main(argv(data, tmp_path, **flags))
+    flags |= {"resume": True, "steps": 3}
+    with pytest.raises(ValueError, match="another --max-pixels"):
+        vla.main(argv(data, tmp_path, **{**flags, "max-pixels": 1024}))
+    vla.main(argv(data, tmp_path, **flags))
+
+
 def test_average_of_weights():
     heads = {"head": small_head(), "raw": small_head()}
     with torch.no_grad():
@@ -673,7 +709,8 @@ def test_the_range_of_the_actions_travels_in_the_checkpoint(data, trained):
 
 
 def test_a_policy_does_not_grow_with_what_it_is_asked(data, trained):
-    """Policy.memo kept the tokens of each new instruction for ever, a leak in a server."""
+    """Policy.memo kept the row of each new prompt for ever, a leak in a server: 64 KB for one of
+    2,000 characters."""
 
     def lengths():
         held = {**vars(policy), **{f"backbone.{k}": v for k, v in vars(policy.backbone).items()}}
