@@ -1156,6 +1156,12 @@ def shard(
     return net
 
 
+def replicate(net: nn.Module, dist: Dist) -> None:
+    """All of a net on the device of each rank, with the weights that rank 0 has read. For one that
+    is not trained: its gradients would stay each rank's own."""
+    _receive(net, dist)
+
+
 def _receive(unit, dist):
     """Moves what is not sharded yet to the device, with the values that rank 0 has."""
     received = {}  # old tensor -> new one: a tied tensor stays one
@@ -1372,7 +1378,7 @@ MAY_CHANGE_ON_RESUME = [
     "preset", "out", "steps", "epochs", "resume", "keep", "micro_batch", "rollout_batch",
     "cuda_graphs", "recompute", "shards", "cpu_offload", "cache", "cache_dir", "probe_prompts",
     "eval_rows", "eval_prompts", "eval_every", "save_every", "log_every", "show_every",
-    "timeout_hours",
+    "timeout_hours", "shard_backbone",
 ]  # fmt: skip
 TENSORS_A_FILE = 64  # of train_state/: DCP puts each file together in memory
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2

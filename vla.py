@@ -31,6 +31,7 @@ D width, H attention heads, d head width, L layers of the backbone. A mask is 1 
 import copy
 import functools
 import hashlib
+import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -120,6 +121,7 @@ class Config:
 
     # time and memory: the results are the same up to rounding
     cache: str = "features"  # features: the backbone runs once, before training; none: in each step
+    shard_backbone: bool = False  # with cache none: shard it even where each rank has room for it
     shards: Natural = 0  # ranks that share a copy of the weights, more nodes mirror it; 0: all
 
     # does not affect results
@@ -1083,13 +1085,15 @@ def evaluate(
 
 # ---- Main ----------------------------------------------------------------------------------------
 
+ROOM_SHARE = 0.5  # of a rank's free memory that a whole backbone may take; the head needs the rest
+
 
 def load_backbone(cfg: Config, newest: Path | None, dist: Dist) -> tuple[Backbone, nn.Module]:
     """The backbone of --init, or of the checkpoint to resume (already cut), frozen. -> it, and its
     final norm."""
     backbone = model.load(
         newest or cfg.init,
-        dist.build if cfg.cache == "none" else dist.device,  # see open_features()
+        dist.build,  # open_features() gives it to all ranks
         compute_dtype(dist.device),
         stages=("vla",) if newest else ("base", "sft", "grpo"),
         seed=cfg.seed,
@@ -1104,14 +1108,34 @@ def load_backbone(cfg: Config, newest: Path | None, dist: Dist) -> tuple[Backbon
 def open_features(
     backbone: Backbone, frames: FrameDataset, cfg: Config, dist: Dist
 ) -> FeatureSource:
-    """Where the features come from, as --cache says."""
+    """Where the features come from, as --cache says; the backbone goes to where they are made."""
     if cfg.cache == "none":
-        model.shard(backbone.net, dist, compute_dtype(dist.device))
+        if cfg.shard_backbone or not has_room(backbone.net, dist):
+            model.shard(backbone.net, dist, compute_dtype(dist.device))
+        else:
+            model.replicate(backbone.net, dist)
         return LiveFeatures(backbone, frames, cfg, dist.device)
     # Not sharded: the ranks fill the cache by unequal numbers of forwards.
+    model.replicate(backbone.net, dist)
     source = build_cache(backbone, frames, cfg, dist)
-    backbone.net.cpu()  # out of the GPU's way
+    backbone.net.to(dist.build)  # out of the GPU's way; rank 0 alone saves it
     return source
+
+
+def has_room(net: nn.Module, dist: Dist) -> bool:
+    """Whether a whole copy of the net takes at most ROOM_SHARE of the memory that each rank has
+    free. Then it is not sharded: that gathers all of it in each step, 10.8 GB of a cut 7B."""
+    needed = sum(p.numel() * p.itemsize for p in net.parameters())
+    has_less = needed > ROOM_SHARE * free_memory(dist)
+    return model.all_sum(has_less) == 0  # all ranks do the same
+
+
+def free_memory(dist: Dist) -> float:
+    """Bytes: of this rank's GPU, or its part of the whole memory of a CPU."""
+    if dist.device.type == "cuda":
+        return torch.cuda.mem_get_info(dist.device)[0]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return memory / int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size))
 
 
 def make_heads(

@@ -462,13 +462,50 @@ def test_four_ranks_equal_one(data, tmp_path):
 
 
 def test_features_in_the_loop_train_alike(data, trained, tmp_path, monkeypatch):
-    """Also on two ranks, of which the second builds no weights, with a unit for each block."""
+    """Also on two ranks, of which the second builds no weights: with a whole backbone on each, as
+    where there is room for it, and with a sharded one, a unit for each block, which gathers all of
+    it in each step (10.8 GB of a cut 7B)."""
     monkeypatch.setattr(model, "SMALL", 0)
-    on_ranks(vla.main, argv(data, tmp_path, cache="none", **{"save-every": 2}), 2)
-    assert not (tmp_path / "features").exists()
-    for a, b in zip(records(trained)[1:], records(tmp_path)[1:], strict=True):
-        for key in {"loss", "held_loss", "held_l1"} & set(a):
-            assert a[key] == pytest.approx(b[key], rel=2e-3)
+    shard = model.shard
+
+    def no_backbone_here(net, *args):
+        assert isinstance(net, FlowHead)
+        return shard(net, *args)
+
+    for kind, free in (("whole", 1e9), ("sharded", 1e9), ("no room", 1e5)):
+        flags = {"save-every": 2}
+        if kind == "sharded":
+            flags["shard-backbone"] = True
+        with monkeypatch.context() as patched:
+            patched.setattr(vla, "free_memory", lambda dist, free=free: free)
+            if kind == "whole":
+                patched.setattr(model, "shard", no_backbone_here)
+            on_ranks(vla.main, argv(data, tmp_path / kind, cache="none", **flags), 2)
+        assert not (tmp_path / kind / "features").exists()
+    whole = records(tmp_path / "whole")[1:]
+    for kind, rel in (("sharded", 1e-6), ("no room", 1e-6), (trained, 2e-3)):  # fp16 features
+        for a, b in zip(whole, records(tmp_path / kind)[1:], strict=True):
+            for key in {"loss", "held_loss", "held_l1"} & set(a):
+                assert a[key] == pytest.approx(b[key], rel=rel), (kind, key)
+    saved = [
+        load_file(tmp_path / kind / "final/model.safetensors") for kind in ("whole", "no room")
+    ]
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[1])
+
+
+def test_a_backbone_is_whole_where_it_takes_half_of_the_free_memory(monkeypatch):
+    """On the rank with the least: all must do the same."""
+    net = torch.nn.Linear(10, 10, bias=False).to(torch.bfloat16)  # 200 bytes
+    cpu = torch.device("cpu")
+    for free, want in ((400, True), (399, False)):
+        monkeypatch.setattr(vla, "free_memory", lambda dist, free=free: free)
+        assert vla.has_room(net, model.Dist(0, 1, cpu)) is want
+    monkeypatch.undo()
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    memory = vla.free_memory(model.Dist(0, 1, cpu))
+    assert vla.free_memory(model.Dist(1, 4, cpu)) == memory / 4
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # two nodes
+    assert vla.free_memory(model.Dist(1, 4, cpu)) == memory / 2
 
 
 def test_a_gradient_that_is_not_finite_stops_with_its_batch(data, tmp_path, monkeypatch):
