@@ -52,10 +52,13 @@ from fast_tokenizer import (
     action_chunks,
     answer_help,
     normalize,
+    open_arrays,
     read_episodes,
     read_stats,
     split_episodes,
+    split_record,
     unnormalize,
+    warn_of_other_split,
 )
 
 if __name__ == "__main__":
@@ -64,7 +67,7 @@ if __name__ == "__main__":
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import distributed, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
@@ -86,7 +89,7 @@ class Config:
     cameras: str = "image"  # camera names of the episodes, separated by commas
     max_episodes: Natural = 0  # only the first episodes; 0: all
     stride: Count = 1  # use every stride-th frame of an episode: neighbours say nearly the same
-    holdout_share: Share = 0.05  # share of the episodes, the last ones, for evaluation; 0: none
+    holdout_share: Share = 0.05  # share of the episodes, drawn at random, for evaluation; 0: none
     horizon: Count = 8  # actions in a chunk, K
 
     # features of the backbone
@@ -227,7 +230,8 @@ class FrameDataset:
         self.held = self._frames_of(self.held_out)
 
         # 4. what a policy that has learned from them should know
-        self.image_sizes = {camera: self._image_size(camera) for camera in self.cameras}
+        sizes = self.episodes[0].image_sizes
+        self.image_sizes = {camera: list(sizes[camera]) for camera in self.cameras}
         actions = np.concatenate([episode.action for episode in train_episodes])  # (., A)
         self.action_range = {"low": actions.min(0).tolist(), "high": actions.max(0).tolist()}
 
@@ -240,28 +244,24 @@ class FrameDataset:
                 frame_ids.extend(frame_range)
         return np.array(frame_ids, int)
 
-    def _image_size(self, camera):
-        """[H, W] of a camera's images, the same in all episodes."""
-        sizes = [list(episode.frame(0, camera).shape[:2]) for episode in self.episodes]
-        for episode, size in zip(self.episodes, sizes, strict=True):
-            if size != sizes[0]:
-                raise ValueError(
-                    f"{episode.path}: {camera} is {pixels(size)}, in {self.episodes[0].path.name} "
-                    f"{pixels(sizes[0])}; record or convert all episodes at one size"
-                )
-        return sizes[0]
-
     def _check(self, cfg):
         for episode in self.episodes:
             if not episode.task.strip():
                 raise ValueError(
-                    f"{episode.path}: its instruction is blank; write one, or delete the episode"
+                    f"{episode}: its instruction is blank; write one, or delete the episode"
                 )
             for camera in self.cameras:
                 if camera not in episode.cameras:
                     raise ValueError(
-                        f"{episode.path}: no camera {camera!r}; choose --cameras among "
+                        f"{episode}: no camera {camera!r}; choose --cameras among "
                         f"{', '.join(episode.cameras)}"
+                    )
+                size = episode.image_sizes[camera]
+                first_size = self.episodes[0].image_sizes[camera]
+                if size != first_size:
+                    raise ValueError(
+                        f"{episode}: {camera} is {pixels(size)}, in {self.episodes[0].name} "
+                        f"{pixels(first_size)}; record or convert all episodes at one size"
                     )
         longest = max(len(episode) for episode in self.episodes)
         if not 0 < cfg.horizon <= longest:
@@ -288,7 +288,7 @@ class FrameDataset:
         sample_ids = []
         for frame_id in frame_ids:
             number, step = self.locate(frame_id)
-            sample_ids.append(f"{self.episodes[number].path}:{step}")
+            sample_ids.append(f"{self.episodes[number]}:{step}")
         yield {
             "sample_id": sample_ids,
             "frame": frame_ids,
@@ -627,11 +627,11 @@ class CachedFeatures:
     def __init__(self, folder: Path, frames: FrameDataset, device: torch.device):
         self.frames = frames
         self.device = device
-        self.on_disk = []  # of each episode: (frames, T, vl_dim)
-        for episode in frames.episodes:
-            path = folder / episode.path.name
+        self.paths = [folder / f"{episode.name}.safetensors" for episode in frames.episodes]
+        open_arrays.cache_clear()  # they may have been written anew
+        for path in self.paths:
             try:
-                self.on_disk.append(safe_open(path, "pt").get_slice("features"))
+                open_arrays(path, "pt")
             except (SafetensorError, OSError) as e:
                 raise ValueError(f"{path}: {e}; delete {folder} to compute it again") from e
 
@@ -640,7 +640,8 @@ class CachedFeatures:
         for frame_id in frame_ids:
             number, step = self.frames.locate(frame_id)
             index = step // self.frames.stride
-            stored.append(self.on_disk[number][index : index + 1][0])  # (T, vl_dim)
+            on_disk = open_arrays(self.paths[number], "pt").get_slice("features")
+            stored.append(on_disk[index : index + 1][0])  # (T, vl_dim)
         return stored
 
     def features(self, stored: list[torch.Tensor]) -> Features:
@@ -707,10 +708,10 @@ def build_cache(
         episode_feats = torch.cat(batches)  # (frames, T, vl_dim)
         if not episode_feats.isfinite().all():
             raise ValueError(
-                f"{episode.path}: its features are not finite as {stored_dtype}; check the "
+                f"{episode}: its features are not finite as {stored_dtype}; check the "
                 "checkpoint, or use --cache none"
             )
-        save_file({"features": episode_feats}, folder / episode.path.name)
+        save_file({"features": episode_feats}, folder / f"{episode.name}.safetensors")
 
     # 4. when all ranks are done, rank 0 writes what the folder holds
     if distributed.is_initialized():
@@ -727,9 +728,9 @@ def fingerprint(
     weights = sorted(backbone.net.model.state_dict().items())
     weight_bytes = (w.contiguous().reshape(-1).view(torch.uint8).cpu().numpy() for _, w in weights)
     files = []
-    for episode in frames.episodes:
-        stat = episode.path.stat()
-        files.append((episode.path.name, stat.st_size, stat.st_mtime_ns))
+    for path in sorted({episode.path for episode in frames.episodes}):
+        stat = path.stat()
+        files.append((path.name, stat.st_size, stat.st_mtime_ns))
     return {
         "backbone": sha256_of(weight_bytes),
         "layer": len(backbone.net.model.language_model.layers),
@@ -1212,7 +1213,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         "image_sizes": frames.image_sizes,
         "action_range": frames.action_range,
     }
-    run = {"stage": "vla", "config": asdict(cfg), "parent": cfg.init, "policy": spec}
+    split = [split_record(frames.episodes, frames.held_out)]
+    if dist.rank == 0 and frames.held_out:
+        warn_of_other_split(backbone.run.get("split", []), split)
+    run = {
+        "stage": "vla",
+        "config": asdict(cfg),
+        "parent": cfg.init,
+        "split": split,
+        "policy": spec,
+    }
     save = functools.partial(
         save_policy, backbone=backbone, final_norm=final_norm, heads=heads, optim=optim
     )

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 import model
 import vla
+from fast_tokenizer import read_episodes, split_episodes, split_record
 from tools import backbones
 from vla import FlowBlock, FlowHead, HeadConfig
 
@@ -308,8 +309,6 @@ def test_head_overfits_8_samples():
 def test_frames_mask_what_lies_past_the_end(data):
     frames = vla.FrameDataset(vla.Config(data=str(data), horizon=4))
     assert frames.ends.tolist() == [9, 14, 21, 33, 39]
-    assert len(frames.train) == 33
-    assert frames.held.tolist() == list(range(33, 39))  # at least one episode
     assert frames.locate(0) == (0, 0)
     assert frames.locate(13) == (1, 4)
     assert frames.locate(14) == (2, 0)
@@ -324,6 +323,18 @@ def test_frames_mask_what_lies_past_the_end(data):
     _, action, action_mask = vla.training_targets(frames, np.array([11, 0]), "cpu")
     assert action_mask.shape == action.shape == (2, 4, 4)
     assert action_mask[0, 3].sum() == 0
+
+
+def test_held_out_frames_are_those_of_the_held_out_episodes(data):
+    """They were the last frames. Episodes are drawn, and frames keep their numbers."""
+    frames = vla.FrameDataset(vla.Config(data=str(data), horizon=4, holdout_share=0.4))
+    _, held_out = split_episodes(read_episodes(data), 0.4)
+    assert [episode.name for episode in held_out] == ["episode_000002", "episode_000004"]
+    held_names = {frames.episodes[frames.locate(i)[0]].name for i in frames.held}
+    assert held_names == {episode.name for episode in held_out}
+    assert sorted([*frames.train, *frames.held]) == list(range(39))
+    batch = vla.sample_order(vla.Config(batch=len(frames.train)), frames.train, 3)
+    assert sorted(batch) == frames.train.tolist(), "a pass"
 
 
 def test_every_frame_is_seen_once_a_pass():
@@ -555,6 +566,24 @@ def test_the_bound_of_the_images_stays_on_resume(data, tmp_path):
     vla.main(argv(data, tmp_path, **flags))
 
 
+def test_the_split_is_recorded_and_another_one_is_told(data, tmp_path, capsys):
+    """A stage before that held out other episodes of this folder may have trained on those that are
+    evaluated here. A run that holds out none evaluates none."""
+    backbone = backbones.random_backbone("tiny-vlm")
+    episodes = read_episodes(data)
+    _, held_out = split_episodes(episodes)
+    split = [split_record(episodes, held_out)]
+    model.save(tmp_path / "sft", backbone, {"stage": "sft", "step": 1, "split": split})
+    flags = {"init": tmp_path / "sft", "steps": 1}
+    for share, is_told in ((0.05, False), (0.4, True), (0, False)):
+        out = tmp_path / str(share)
+        vla.main(argv(data, out, **flags, **{"holdout-share": share}))
+        assert ("an earlier stage held out others (1 of 5)" in capsys.readouterr().err) == is_told
+        run = json.loads((out / "final" / "run.json").read_text())
+        assert run["split"][0]["held_out"] == {0.05: 1, 0.4: 2, 0: 0}[share]
+        assert (run["split"] == split) == (share == 0.05)
+
+
 def test_average_of_weights():
     heads = {"head": small_head(), "raw": small_head()}
     with torch.no_grad():
@@ -714,7 +743,7 @@ def test_episodes_of_two_image_sizes_are_refused(data, tmp_path):
             tmp_path / f"episode_{number:06d}.safetensors",
             metadata={"task": "wave"},
         )
-    words = "episode_000002.*image is 16 x 16, in episode_000000.safetensors 32 x 32"
+    words = "episode_000002.*image is 16 x 16, in episode_000000 32 x 32"
     with pytest.raises(ValueError, match=words):
         vla.FrameDataset(vla.Config(data=str(tmp_path), horizon=4))
 
