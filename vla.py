@@ -18,7 +18,9 @@ OMP_NUM_THREADS=1 python vla.py              # tabletop; 12 minutes on one CPU c
 python vla.py speedrun --init I --data D     # I, D as in speedrun.sh; 6 minutes on one CPU core.
                                  # After SFT and RL 76% of 1,000 trials succeed [73.7, 78.9]
 torchrun --nproc_per_node 8 vla.py paper --init runs/grpo-paper --data data/libero
-                                             # 8 GPUs; not run here at full size
+                                 # 8 GPUs, both cameras; not run here at full size. An image of
+                                 # 128 px (LIBERO as published) is 25 tokens for Qwen2.5-VL, one
+                                 # of 256 px 81; for Qwen3-VL either is 64
 
 Read first: Config, "Flow-matching head", main. "Data" and "Features of the frozen backbone" can
 wait; "Policy" and "Carrying out chunks" are for who drives a robot.
@@ -146,7 +148,8 @@ PRESETS = {
         "steps": 2200, "lr": 4e-3, "muon": True, "save_every": 0,
     },
     "paper": {
-        "init": "runs/grpo-paper", "data": "data/libero", "out": "runs/vla-paper", "horizon": 16,
+        "init": "runs/grpo-paper", "data": "data/libero", "out": "runs/vla-paper",
+        "cameras": "image,image_wrist", "horizon": 16,
         "dim": 1536, "layers": 16, "heads": 32, "vl_layers": 4, "future_tokens": 32, "dropout": 0.2,
         "cache": "none", "steps": 60000, "batch": 32, "draws": 1, "lr": 1e-4, "ema_decay": 0.0,
         "eval_every": 2000, "save_every": 10000,

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 import model
 import vla
+from benchmarks import libero
 from fast_tokenizer import read_episodes, split_episodes, split_record
 from tools import backbones
 from vla import FlowBlock, FlowHead, HeadConfig
@@ -418,6 +419,19 @@ def test_stale_cache_is_refused(data, tmp_path):
         source_of(data, tmp_path, "cached")
     (tmp_path / "features" / "fingerprint.json").unlink()  # incomplete, so computed again
     source_of(data, tmp_path, "cached")
+
+
+def test_image_tokens_of_libero():
+    """What is said beside the command: published LIBERO, 128 px, is a third of what 256 px are for
+    Qwen2.5-VL. The preset looks by both cameras; by one, as it did, the gripper is seldom seen."""
+    sides = {"qwen2.5-vl-7b": (25, 81), "qwen3-vl-8b": (64, 64)}
+    for size, tokens in sides.items():
+        spec = backbones.image_spec(backbones.SIZES[size])
+        for side, want in zip((128, 256), tokens, strict=True):
+            _, grid = model.patchify(np.zeros((side, side, 3), np.uint8), spec)
+            assert np.prod(grid) // spec.merge**2 == want
+            assert str(want) in vla.__doc__
+    assert vla.PRESETS["paper"]["cameras"].split(",") == list(libero.VIEWS)
 
 
 # ---- Training ------------------------------------------------------------------------------------

@@ -712,7 +712,8 @@ def head_step(args: argparse.Namespace) -> Comparison:
     with tempfile.TemporaryDirectory() as folder:
         # 2. features, from the disk or from the backbone
         write_noise_episodes(folder, args.image)
-        cfg = vla.Config(**{**settings, "data": folder, "out": f"{folder}/out"})
+        one_camera = {"data": folder, "out": f"{folder}/out", "cameras": "image"}
+        cfg = vla.Config(**{**settings, **one_camera})
         backbone = make_backbone(args)
         dist = model.Dist(0, 1, torch.device(args.device))
         frames = vla.FrameDataset(cfg)
