@@ -428,7 +428,7 @@ def test_image_tokens_of_libero():
     for size, tokens in sides.items():
         spec = backbones.image_spec(backbones.SIZES[size])
         for side, want in zip((128, 256), tokens, strict=True):
-            _, grid = model.patchify(np.zeros((side, side, 3), np.uint8), spec)
+            grid = model.image_grid(side, side, spec)
             assert np.prod(grid) // spec.merge**2 == want
             assert str(want) in vla.__doc__
     assert vla.PRESETS["paper"]["cameras"].split(",") == list(libero.VIEWS)
