@@ -443,7 +443,7 @@ def mrope_positions(ids: np.ndarray, grid: np.ndarray, image_id: int, merge: int
     return positions
 
 
-@functools.lru_cache(1 << 15)  # most pieces of a conversation repeat
+@functools.lru_cache(1 << 12)  # most pieces of a conversation repeat; a server keeps all its life
 def _token_ids(tokenizer, vocabulary_size, text):
     """vocabulary_size: part of the key, because a vocabulary that grows changes the answer."""
     return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
@@ -1288,6 +1288,12 @@ def shard(
     return net
 
 
+def replicate(net: nn.Module, dist: Dist) -> None:
+    """All of a net on the device of each rank, with the weights that rank 0 has read. For one that
+    is not trained: its gradients would stay each rank's own."""
+    _receive(net, dist)
+
+
 def _receive(unit, dist):
     """Moves what is not sharded yet to the device, with the values that rank 0 has."""
     received = {}  # old tensor -> new one: a tied tensor stays one
@@ -1505,7 +1511,7 @@ MAY_CHANGE_ON_RESUME = [
     "max_length", "max_pixels", "too_long", "outside_images", "changed_data", "loader_threads",
     "cuda_graphs", "recompute", "shards", "cpu_offload", "cache", "cache_dir", "probe_prompts",
     "eval_rows", "eval_prompts", "eval_every", "save_every", "log_every", "show_every",
-    "timeout_hours",
+    "timeout_hours", "shard_backbone",
 ]  # fmt: skip
 TENSORS_A_FILE = 64  # of train_state/: DCP puts each file together in memory
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2

@@ -710,7 +710,8 @@ def head_step(args: argparse.Namespace) -> Comparison:
     with tempfile.TemporaryDirectory() as folder:
         # 2. features, from the disk or from the backbone
         write_noise_episodes(folder, args.image)
-        cfg = vla.Config(**{**settings, "data": folder, "out": f"{folder}/out"})
+        one_camera = {"data": folder, "out": f"{folder}/out", "cameras": "image"}
+        cfg = vla.Config(**{**settings, **one_camera})
         backbone = make_backbone(args)
         dist = model.Dist(0, 1, torch.device(args.device))
         frames = vla.FrameDataset(cfg)
@@ -740,7 +741,7 @@ def head_step(args: argparse.Namespace) -> Comparison:
             optimizer = model.make_optimizer(head, cfg.lr, cfg.weight_decay, betas, cfg.muon)
 
             def step(turn):
-                frame_ids = vla.sample_order(cfg, len(frames.train), turn)
+                frame_ids = vla.sample_order(cfg, frames.train, turn)
                 fetched = vla.Fetched(frame_ids, source.read(frame_ids))
                 loss, _ = vla.flow_loss(head, source, frames, cfg, turn, fetched, dist)
                 return training_step(loss, head, optimizer)
