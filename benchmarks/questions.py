@@ -61,10 +61,12 @@ def write(folder: str | Path, rows):
 
 def save_image(folder: Path, name: str, image, row_number: int) -> str:
     """Save an image, or a copy of the file that a path names -> its path below the folder."""
-    if not isinstance(image, Image.Image):
-        image = Image.fromarray(read_image(image, f"row {row_number}: {image}"))
+    if isinstance(image, Image.Image):
+        pixels = to_rgb(image)
+    else:
+        pixels = read_image(image, f"row {row_number}: {image}")
     path = f"images/{name}"
-    image.convert("RGB").save(folder / path)
+    Image.fromarray(pixels).save(folder / path)
     return path
 
 
@@ -73,7 +75,8 @@ def save_image(folder: Path, name: str, image, row_number: int) -> str:
 # Each is a function (answer, right answer, row, its folder, unit of points) -> 0 .. 1, whatever of
 # these it needs.
 
-NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
+NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+THOUSANDS = r"(?<![\d.,])\d{1,3}(?:([, '\u2019])\d{3})(?:\1\d{3})*(?![\d,'\u2019]|\.\d+[,.])"
 PAIR = rf"[(\[]\s*({NUMBER})\s*,\s*({NUMBER})\s*[)\]]"  # RoboPoint's and Qwen's way to point
 LETTER = r"\(([A-H])\)|\b([A-H])(?=[.):]|$)|(?i:answer|option|choice)(?i: is)?:? ?([A-H])\b"
 
