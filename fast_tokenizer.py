@@ -23,8 +23,12 @@ Seconds on one CPU core. Legend: B batch, K chunk length, A action dims, S state
 import argparse
 import ast
 import contextlib
+import fcntl
+import functools
+import hashlib
 import io
 import json
+import os
 import pickle
 import re
 import shutil
@@ -49,51 +53,83 @@ from tqdm import tqdm
 
 # ---- Episodes on disk: reading -------------------------------------------------------------------
 
+# A process may hold some 65,000 memory maps, and DROID has more episodes: files are opened again.
+OPEN_FILES = 256
+
+
+@functools.lru_cache(OPEN_FILES)
+def open_arrays(path: Path, framework: str = "numpy") -> safe_open:
+    """A safetensors file to read slices from ("numpy" or "pt"); the last OPEN_FILES stay open."""
+    return safe_open(path, framework)
+
 
 @dataclass(eq=False)
 class EpisodeFile:
     """One recorded episode; frames stay on disk (memory-mapped) until they are asked for."""
 
-    path: Path
+    path: Path  # a file holds one episode or several
+    name: str  # its own in the folder, the same each time: "episode_000003", "pack_000000_0003"
     task: str  # the instruction
     fps: float  # 0: not recorded
     source: str  # where it comes from
     action: np.ndarray  # (T, A) float32, dataset units
     state: np.ndarray  # (T, S) float32
-    cameras: tuple[str, ...]  # "image" and any "image_<name>"
-    handle: object = None  # safe_open, made at the first frame
+    image_sizes: dict[str, tuple[int, int]]  # camera, "image" and any "image_<name>" -> (H, W)
+    ends: dict[str, np.ndarray]  # camera with encoded frames -> where each ends in the file's blob
+    first_row: int = 0  # of the file's arrays
 
     def __len__(self) -> int:
         return len(self.action)
+
+    def __str__(self) -> str:
+        return str(self.path.with_name(self.name))
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        return tuple(self.image_sizes)
 
     def frame(self, t: int, name: str = "image") -> np.ndarray:
         """Frame of a camera at step t (0 .. T-1): (H, W, 3) uint8. ValueError if there is none."""
         if name not in self.cameras or not 0 <= t < len(self):
             raise ValueError(
-                f"{self.path}: no frame {t} of {name!r}; it has {len(self)} steps of "
+                f"{self}: no frame {t} of {name!r}; it has {len(self)} steps of "
                 f"{', '.join(self.cameras)}"
             )
-        if self.handle is None:
-            self.handle = safe_open(self.path, "numpy")
-        frames = self.handle.get_slice(name)  # (T, H, W, 3), on disk
-        return frames[t : t + 1][0]
+        on_disk = open_arrays(self.path).get_slice(name)  # (rows, H, W, 3), or (bytes,)
+        row = self.first_row + t
+        if name not in self.ends:
+            return on_disk[row : row + 1][0]
+        ends = self.ends[name]
+        start = int(ends[row - 1]) if row else 0
+        image = read_image(on_disk[start : int(ends[row])].tobytes(), f"{self}: step {t}, {name}")
+        if image.shape[:2] != self.image_sizes[name]:
+            raise ValueError(f"{self}: step {t} of {name} is {image.shape}; convert it again")
+        return image
 
 
-def read_episode(path: str | Path) -> EpisodeFile:
-    """Open and check one episode. ValueError naming the file, the row, the cure."""
+def read_episode_file(path: str | Path) -> list[EpisodeFile]:
+    """Open and check the episodes of a file. ValueError naming the file, the row, the cure."""
     path = Path(path)
-    # 1. the file, and the type of each array
-    header, arrays, shapes = _open_episode(path)
-    # 2. nothing is missing, and all have the same steps
+    open_arrays.cache_clear()  # the file may be a new one of the same name
+    # 1. arrays, frames left on disk
+    header, arrays, shapes = _open_episodes(path)
     for name in ("image", "state", "action"):
         if name not in shapes:
             raise ValueError(f"{path}: {name} is missing; convert or record the episode again")
-    if "task" not in header:
-        raise ValueError(f"{path}: task is missing; convert or record the episode again")
+    # 2. encoded frames
+    image_sizes = {}
+    ends = {}
+    for name in sorted(set(shapes) - {"action", "state"}):
+        if len(shapes[name]) == 4:
+            image_sizes[name] = tuple(shapes[name][1:3])
+            continue
+        image_sizes[name], ends[name] = _encoded_frames(path, name, header, arrays, shapes[name])
+        shapes[name] = [len(ends[name])]
+    # 3. all have the same steps
     lengths = {shape[0] for shape in shapes.values()}
     if len(lengths) != 1 or lengths == {0}:
         raise ValueError(f"{path}: steps differ or are none ({shapes}); record it again")
-    # 3. the numbers are finite
+    # 4. the numbers are finite
     for name in ("action", "state"):
         bad_rows = np.flatnonzero(~np.isfinite(arrays[name]).all(1))
         if len(bad_rows):
@@ -101,39 +137,55 @@ def read_episode(path: str | Path) -> EpisodeFile:
                 f"{path}: {name} row {bad_rows[0]} is not finite; "
                 "repair that row or delete the episode"
             )
-    fps = header.get("fps", "0")
-    if not fps.replace(".", "", 1).isdigit():
-        raise ValueError(f"{path}: fps {fps!r} is not a number; convert the episode again")
-    return EpisodeFile(
-        path=path,
-        task=header["task"],
-        fps=float(fps),
-        source=header.get("source", ""),
-        action=arrays["action"],
-        state=arrays["state"],
-        cameras=tuple(sorted(set(shapes) - set(arrays))),
-    )
+    # 5. which rows are whose
+    files = []
+    end = 0
+    for entry in _episode_entries(path, header, lengths.pop()):
+        start = end
+        end = start + entry["steps"]
+        file = EpisodeFile(
+            path=path,
+            name=f"{path.stem}_{len(files):04d}" if "episodes" in header else path.stem,
+            task=entry["task"],
+            fps=float(entry.get("fps", "0")),
+            source=entry.get("source", ""),
+            action=arrays["action"][start:end],
+            state=arrays["state"][start:end],
+            image_sizes=image_sizes,
+            ends=ends,
+            first_row=start,
+        )
+        files.append(file)
+    return files
 
 
-def _open_episode(path):
-    """-> header {key: text}, {"action", "state"}: arrays, {name: shape} of these and the cameras.
-    Other arrays of the file are passed over."""
+def _open_episodes(path):
+    """-> header {key: text}, {name: array} of all but frames, {name: shape} of action, state and
+    the cameras. Other arrays of the file are passed over."""
     arrays = {}
     shapes = {}
     try:
         with safe_open(path, "numpy") as file:
             header = file.metadata() or {}
             for name in sorted(file.keys()):
+                if name.endswith(".ends"):
+                    arrays[name] = file.get_tensor(name)
+                    continue
                 is_camera = name == "image" or name.startswith("image_")
                 if not is_camera and name not in ("action", "state"):
                     continue
                 on_disk = file.get_slice(name)
                 dtype = on_disk.get_dtype()
                 shape = on_disk.get_shape()
-                if (dtype, len(shape)) != (("U8", 4) if is_camera else ("F32", 2)):
+                wanted = "F32 (T, D)"
+                fits = (dtype, len(shape)) == ("F32", 2)
+                if is_camera:
+                    wanted = "U8 (T, H, W, 3), nor U8 (N,) with its codec"
+                    encoded = f"{name}.codec" in header
+                    fits = dtype == "U8" and (len(shape) == 1 if encoded else len(shape) == 4)
+                if not fits:
                     raise ValueError(
-                        f"{path}: {name} is {dtype} {shape}, not "
-                        f"{'U8 (T, H, W, 3)' if is_camera else 'F32 (T, D)'}; convert it again"
+                        f"{path}: {name} is {dtype} {shape}, not {wanted}; convert it again"
                     )
                 shapes[name] = shape
                 if not is_camera:
@@ -145,6 +197,34 @@ def _open_episode(path):
             f"{path}: not a complete safetensors file ({e}); record it again or delete it"
         ) from e
     return header, arrays, shapes
+
+
+def _encoded_frames(path, name, header, arrays, shape):
+    """Of a camera whose frames are a blob of `shape` (N,) -> (H, W), where each frame ends (T,)."""
+    ends = arrays.get(f"{name}.ends", np.empty(0))
+    size = header.get(f"{name}.shape", "").split()
+    ascends = ends.ndim == 1 and ends.dtype.kind == "i" and (np.diff(ends, prepend=0) > 0).all()
+    if not ascends or list(ends[-1:]) != shape or len(size) != 2 or not "".join(size).isdigit():
+        raise ValueError(f"{path}: {name}.ends or {name}.shape do not fit it; convert it again")
+    return (int(size[0]), int(size[1])), ends
+
+
+def _episode_entries(path, header, rows):
+    """Task, fps, source and steps of each episode in a file of so many rows."""
+    try:
+        entries = json.loads(header.get("episodes", "null")) or [{**header, "steps": rows}]
+        for entry in entries:
+            if not isinstance(entry["task"], str) or entry["steps"] < 1:
+                raise ValueError(f"task {entry['task']!r} of {entry['steps']} steps")
+            if not 0 <= float(entry.get("fps", "0")) < np.inf:
+                raise ValueError(f"fps {entry['fps']!r} is not a number")
+        if sum(entry["steps"] for entry in entries) != rows:
+            raise ValueError(f"its episodes have not {rows} steps")
+    except KeyError as e:
+        raise ValueError(f"{path}: {e} is missing; convert or record the episode again") from e
+    except (ValueError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path}: {e}; convert the episode again") from e
+    return entries
 
 
 def _episode_folder(folder):
@@ -160,19 +240,15 @@ def read_episodes(
 
     FileNotFoundError when there are none; ValueError when A or S differs between files, or A from
     that of `action_tokenizer`."""
-    paths = sorted(_episode_folder(folder).glob("*.safetensors"))[: max_episodes or None]
-    if not paths:
+    files = []
+    for path in sorted(_episode_folder(folder).glob("*.safetensors")):
+        files += read_episode_file(path)
+        if max_episodes and len(files) >= max_episodes:
+            files = files[:max_episodes]
+            break
+    if not files:
         raise FileNotFoundError(f"{folder}: no episode_*.safetensors here; record or convert some")
-    files = [read_episode(path) for path in paths]
-    for file in files:
-        for name in ("action", "state"):
-            dims = getattr(file, name).shape[1]
-            first_dims = getattr(files[0], name).shape[1]
-            if dims != first_dims:
-                raise ValueError(
-                    f"{file.path}: {dims} {name} dimensions, {paths[0].name} has "
-                    f"{first_dims}; keep different robots in different folders"
-                )
+    _check_same_robot(files)
     action_dim = files[0].action.shape[1]
     if action_tokenizer is not None and action_dim != action_tokenizer.action_dim:
         raise ValueError(
@@ -182,25 +258,70 @@ def read_episodes(
     return files
 
 
+def _check_same_robot(files):
+    for file in files:
+        for name in ("action", "state"):
+            dims = getattr(file, name).shape[1]
+            first_dims = getattr(files[0], name).shape[1]
+            if dims != first_dims:
+                raise ValueError(
+                    f"{file.path}: {dims} {name} dimensions, {files[0].path.name} has "
+                    f"{first_dims}; keep different robots in different folders"
+                )
+
+
 def locate_step(files: list[EpisodeFile], ends: np.ndarray, i: int) -> tuple[EpisodeFile, int]:
     """Step i of all files, counted through (`ends`: the cumulated lengths) -> (file, its step)."""
     index = int(np.searchsorted(ends, i, side="right"))
-    file = files[index]
-    first = int(ends[index]) - len(file)
-    return file, int(i) - first
+    first = int(ends[index - 1]) if index else 0
+    return files[index], int(i) - first
+
+
+SPLIT_SEED = 0  # one for all stages of all runs: what one holds out no other trains on
 
 
 def split_episodes(
-    files: list[EpisodeFile], share: float = 0.05
+    files: list[EpisodeFile], share: float = 0.05, seed: int = SPLIT_SEED
 ) -> tuple[list[EpisodeFile], list[EpisodeFile]]:
-    """Episodes -> (to train on, held out): the last share of them, at least one. All stages split
-    so. ValueError when none would be left to train on."""
-    held_out = max(1, int(share * len(files) + 1e-9))
-    if held_out >= len(files):
+    """Episodes -> (to train on, held out), each in the order of `files`.
+
+    Held out is a share of them drawn at random, at least one: neighbours by name are often of the
+    same scene. ValueError when none would be left to train on."""
+    held_count = max(1, int(share * len(files) + 1e-9))
+    if held_count >= len(files):
         raise ValueError(
             f"{files[0].path.parent}: {len(files)} episodes, all of them held out; record more"
         )
-    return files[:-held_out], files[-held_out:]
+    shuffled = np.random.default_rng(seed).permutation(len(files))
+    is_held = np.zeros(len(files), bool)
+    is_held[shuffled[:held_count]] = True
+    return list(compress(files, ~is_held)), list(compress(files, is_held))
+
+
+def split_record(files: list[EpisodeFile], held_out: list[EpisodeFile]) -> dict[str, str | int]:
+    """What a stage writes into run.json of a folder's episodes and those that it held out."""
+    names = "\n".join(file.name for file in held_out)
+    return {
+        "folder": str(files[0].path.parent),
+        "episodes": len(files),
+        "held_out": len(held_out),
+        "sha256": hashlib.sha256(names.encode()).hexdigest(),
+    }
+
+
+def warn_of_other_split(earlier: list[dict], records: list[dict]) -> None:
+    """One line for each folder of which an `earlier` stage held out other episodes than this one.
+
+    Both are lists of split_record()."""
+    for record in records:
+        for other in earlier:
+            if other["folder"] == record["folder"] and other["sha256"] != record["sha256"]:
+                print(
+                    f"warning: {record['folder']}: {record['held_out']} of {record['episodes']} "
+                    f"episodes are held out, an earlier stage held out others ({other['held_out']} "
+                    f"of {other['episodes']}): it may have trained on them",
+                    file=sys.stderr,
+                )
 
 
 def action_chunks(episode: EpisodeFile, horizon: int) -> np.ndarray:
@@ -341,10 +462,7 @@ def read_stats(folder: str | Path, files: list[EpisodeFile]) -> dict[str, Stats]
     """{"action", "state"} -> statistics: stats.json beside the episodes, else made from files."""
     path = _episode_folder(folder) / "stats.json"
     if not path.exists():
-        return {
-            name: statistics(np.concatenate([getattr(file, name) for file in files]))
-            for name in ("action", "state")
-        }
+        return _statistics_of(files)
     try:
         stored = json.loads(path.read_text())
         return {
@@ -355,69 +473,230 @@ def read_stats(folder: str | Path, files: list[EpisodeFile]) -> dict[str, Stats]
         raise ValueError(f"{path}: no statistics ({e!r}); delete it to have them computed") from e
 
 
+def _statistics_of(files):
+    stats = {}
+    for name in ("action", "state"):
+        stats[name] = statistics(np.concatenate([getattr(file, name) for file in files]))
+    return stats
+
+
 # ---- Episodes on disk: writing -------------------------------------------------------------------
 
 # What a converter yields for an episode: its arrays ("action" (T, A), "state" (T, S), "image" and
-# any "image_<name>" (T, H, W, 3) uint8), and its header ("task", "fps", "source", all text).
+# any "image_<name>" (T, H, W, 3) uint8 or what encode_frames() makes of it), and its header
+# ("task", "fps", "source", and what encode_frames() adds, all text).
 Recording = tuple[dict[str, np.ndarray], dict[str, str]]
 
+CODECS = {  # codec -> how Pillow writes it
+    "jpeg 95": {"format": "JPEG", "quality": 95, "subsampling": 0},
+    "png": {"format": "PNG"},  # loses nothing
+}
 
-def write_episodes(folder: str | Path, recordings: Iterable[Recording]) -> None:
+
+def encode_frames(
+    frames: np.ndarray, name: str, codec: str
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Frames (T, H, W, 3) uint8 of camera `name` -> what takes their place in a recording: arrays
+    {name: all files in a row (N,) uint8, name.ends: where each ends (T,) int64}, and its header."""
+    if codec not in CODECS:
+        raise ValueError(f"codec {codec!r}; choose among {', '.join(CODECS)}")
+    pieces = []
+    for frame in frames:
+        stream = io.BytesIO()
+        Image.fromarray(frame).save(stream, **CODECS[codec])
+        pieces.append(stream.getvalue())
+    arrays = {
+        name: np.frombuffer(b"".join(pieces), np.uint8),  # (N,)
+        f"{name}.ends": np.cumsum([len(piece) for piece in pieces], dtype=np.int64),  # (T,)
+    }
+    return arrays, {f"{name}.shape": f"{frames.shape[1]} {frames.shape[2]}", f"{name}.codec": codec}
+
+
+def write_episodes(
+    folder: str | Path,
+    recordings: Iterable[Recording | None],
+    episodes_per_file: int = 1,
+    resume: bool = False,
+) -> None:
     """Write recordings, as they come, into the new folder `folder`, with its stats.json.
 
-    Data that cannot be used ends the process in one line (SystemExit) and leaves nothing behind."""
+    Data that cannot be used ends the process in one line (SystemExit) and leaves nothing behind.
+    With resume, complete files stay in unfinished_folder(folder) whatever ends the process, and the
+    next call goes on there: it passes over as many recordings as unfinished_episodes(folder) has.
+    A converter need not read those again: it may yield None for each."""
     folder = Path(folder)
-    unfinished = folder.with_name(folder.name + ".part")
-    # 1. a folder beside it, which takes its name when all is done
+    unfinished = unfinished_folder(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SystemExit(f"error: {folder} already holds data; name another --out or delete it")
-    try:
-        unfinished.mkdir(parents=True)
-    except OSError as e:
-        raise SystemExit(f"error: {e}; another command writes there, or delete it") from e
-    try:
-        # 2. an episode at a time
-        written = {"action": [], "state": []}  # (T, A) and (T, S) of each episode
-        progress = tqdm(recordings, "episodes", disable=None)
-        for number, (arrays, header) in enumerate(progress):
-            for name in ("action", "state"):
-                arrays[name] = _finite_rows(arrays[name], name, header)
-                written[name].append(arrays[name])
-            write_episode(unfinished / f"episode_{number:06d}.safetensors", arrays, header)
-        if not written["action"]:
+    with _only_writer(unfinished, resume):
+        # 1. what a run that was stopped has written
+        for partial in unfinished.glob("*.tmp"):
+            partial.unlink()
+        written = unfinished_episodes(folder)
+        kind = "episode" if episodes_per_file == 1 else "pack"
+        if any(not file.name.startswith(kind) for file in written):
+            raise ValueError(f"{unfinished}: begun with other episodes a file; ask for as many")
+        file_count = len({file.path for file in written})
+        # 2. a file at a time
+        missing = _missing_recordings(tqdm(recordings, "episodes", disable=None), list(written))
+        for group in _groups(missing, episodes_per_file):
+            files = _write_file(unfinished, f"{kind}_{file_count:06d}", group)
+            _check_same_robot([*written[:1], *files])
+            written += files
+            file_count += 1
+        if not written:
             raise ValueError(f"no episodes for {folder}; give a folder with some as --data")
         # 3. statistics of all
-        stats = {name: statistics(np.concatenate(rows)) for name, rows in written.items()}
+        stats = _statistics_of(written)
         (unfinished / "stats.json").write_text(json.dumps(stats, indent=1))
         unfinished.replace(folder)
+    print(f"{folder}: {len(written)} episodes of {stats['action']['count']} steps")
+
+
+def unfinished_folder(folder: str | Path) -> Path:
+    """The folder beside `folder` that takes its name when all is written."""
+    return Path(folder).with_name(Path(folder).name + ".part")
+
+
+def unfinished_episodes(folder: str | Path) -> list[EpisodeFile]:
+    """The episodes that a write_episodes(folder, ..., resume=True) wrote before it was stopped."""
+    paths = sorted(unfinished_folder(folder).glob("*.safetensors"))
+    return [file for path in paths for file in read_episode_file(path)]
+
+
+@contextlib.contextmanager
+def _only_writer(unfinished, resume):
+    """Makes and locks the folder. Bad data inside ends the process in a line; what was written is
+    kept for the next run with resume, else deleted."""
+    try:
+        unfinished.mkdir(parents=True, exist_ok=resume)
+        lock = os.open(unfinished, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        raise SystemExit(
+            f"error: {unfinished}: {e.strerror}; another command writes there, or delete it"
+        ) from e
+    try:
+        yield
     except ValueError as e:
-        raise SystemExit(f"error: {e}") from e
+        kept = f" (what was written stays in {unfinished})" if resume else ""
+        raise SystemExit(f"error: {e}{kept}") from e
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    print(f"{folder}: {len(written['action'])} episodes of {stats['action']['count']} steps")
+        if not resume:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        os.close(lock)
 
 
-def _finite_rows(array, name, header):
-    """(T, D) as float32. ValueError naming the episode's source and the step that is not finite."""
-    array = array.astype(np.float32)
-    bad_rows = np.flatnonzero(~np.isfinite(array).all(1))
-    if len(bad_rows):
+def _missing_recordings(recordings, written):
+    """Passes over the first recordings, which are `written`. ValueError if they are other ones."""
+    passed = 0
+    for recording in recordings:
+        if passed == len(written):
+            yield _checked_recording(*recording)
+            continue
+        file = written[passed]
+        passed += 1
+        if recording is None:
+            continue
+        arrays, header = recording
+        given = (header["task"], header.get("source", ""), len(arrays["action"]))
+        if given != (file.task, file.source, len(file)):
+            raise ValueError(
+                f"{file} was written from {(file.task, file.source, len(file))}, now {given} comes "
+                f"in its place; delete {file.path.parent} to begin again"
+            )
+    if passed < len(written):
         raise ValueError(
-            f"{header['source']}: {name} of step {bad_rows[0]} is not finite; "
-            "repair it or copy the dataset again"
+            f"{written[0].path.parent} has {len(written)} episodes, now only {passed} recordings "
+            "come; delete it to begin again"
         )
-    return array
 
 
-def write_episode(path: Path, arrays: dict[str, np.ndarray], header: dict[str, str]) -> None:
-    """safetensors with the header's keys sorted: the library leaves them in random order, and the
-    same episode should be the same file."""
+def _groups(recordings, size):
+    """Yields lists of at most `size` recordings that one file can hold."""
+    group = []
+    for recording in recordings:
+        if group and _layout(*recording) != _layout(*group[0]):
+            yield group
+            group = []
+        group.append(recording)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _checked_recording(arrays, header):
+    """A recording, numbers as float32. ValueError naming its source and the step that is wrong."""
+    arrays = dict(arrays)
+    source = header.get("source", "a recording without source")
+    for name in ("action", "state"):
+        arrays[name] = arrays[name].astype(np.float32)  # (T, D)
+        bad_rows = np.flatnonzero(~np.isfinite(arrays[name]).all(1))
+        if len(bad_rows):
+            raise ValueError(
+                f"{source}: {name} of step {bad_rows[0]} is not finite; "
+                "repair it or copy the dataset again"
+            )
+    lengths = {}
+    for name, array in arrays.items():
+        if f"{name}.ends" not in arrays:  # else a blob, whose steps are its ends
+            lengths[name] = len(array)
+    if len(set(lengths.values())) != 1:
+        raise ValueError(f"{source}: steps differ ({lengths}); copy the dataset again")
+    return arrays, header
+
+
+def _layout(arrays, header):
+    """What recordings of one file have in common: arrays that can be joined, and their codecs."""
+    shapes = {name: array.shape[1:] for name, array in arrays.items()}
+    codecs = {key: text for key, text in header.items() if "." in key}
+    return shapes, codecs
+
+
+def _write_file(folder, name, recordings):
+    """Writes recordings of one layout as folder/name.safetensors, complete or not at all; several
+    are joined, and what is said of each stands in the header's list "episodes". -> its episodes."""
+    # 1. one set of arrays, one header
+    arrays, header = recordings[0]
+    if name.startswith("pack"):
+        joined = {key: [] for key in arrays}
+        entries = []
+        blob_ends = dict.fromkeys(arrays, 0)
+        for one_arrays, one_header in recordings:
+            for key, array in one_arrays.items():
+                joined[key].append(array + blob_ends[key] if key.endswith(".ends") else array)
+                if key.endswith(".ends"):
+                    blob_ends[key] += array[-1]
+            entry = {key: text for key, text in one_header.items() if "." not in key}
+            entries.append(entry | {"steps": len(one_arrays["action"])})
+        arrays = {key: np.concatenate(pieces) for key, pieces in joined.items()}
+        codecs = {key: text for key, text in header.items() if "." in key}
+        header = codecs | {"episodes": json.dumps(entries, ensure_ascii=False)}
+    # 2. the file takes its name when it is complete and can be read
+    path = folder / f"{name}.safetensors"
+    partial = path.with_suffix(".tmp")
+    partial.write_bytes(_safetensors(arrays, header))
+    try:
+        files = read_episode_file(partial)
+    except ValueError as e:
+        raise ValueError(f"{recordings[0][1].get('source', '')}: {e}") from e
+    partial.replace(path)
+    for file in files:
+        file.path = path
+    return files
+
+
+def _safetensors(arrays, header):
+    """The bytes of a file, the header's keys sorted: the library leaves them in random order, and
+    the same episode should be the same file."""
     data = save(arrays, header)  # 8 bytes: length of the JSON; the JSON; the arrays
     arrays_start = 8 + int.from_bytes(data[:8], "little")
     record = json.loads(data[8:arrays_start])
     record["__metadata__"] = dict(sorted(header.items()))
     text = json.dumps(record, separators=(",", ":"), ensure_ascii=False).encode()
-    path.write_bytes(data[:8] + text.ljust(arrays_start - 8) + data[arrays_start:])
+    return data[:8] + text.ljust(arrays_start - 8) + data[arrays_start:]
 
 
 class Damaged(ValueError):

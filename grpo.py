@@ -63,7 +63,7 @@ class Config:
     preset: str = ""
     # what is read and written
     init: str = "runs/sft/final"  # checkpoint of stage sft, or grpo to go on from it as a new run
-    data: str = "data/tabletop/episodes"  # folder of episodes; the last 5% are held out
+    data: str = "data/tabletop/episodes"  # folder of episodes; 5% of them are held out
     out: str = "runs/grpo"  # folder of checkpoints and log
     # rollouts
     seed: Natural = 0  # prompts and samples are a function of (seed, step, index)
@@ -131,7 +131,7 @@ def prompt_rows(
         episode, t = locate_step(episodes, episode_ends, frame)
         prompt = model.action_prompt(episode.task, think=True)
         row = model.encode(backbone, prompt, [episode.frame(t)], prompt_only=True)
-        rows.append(row | {"sample_id": f"{episode.path}:{t}"})
+        rows.append(row | {"sample_id": f"{episode}:{t}"})
         chunks.append(action_chunks(episode, backbone.action_tokenizer.horizon)[t])  # (K, A)
     if not rows:
         return [], []

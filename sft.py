@@ -277,10 +277,11 @@ class EpisodeDataset:
             )
         self.name = "action"
         self.action_tokenizer = action_tokenizer
-        self.episodes = read_episodes(folder, action_tokenizer=action_tokenizer)
+        all_episodes = read_episodes(folder, action_tokenizer=action_tokenizer)
+        train_episodes, held_out = split_episodes(all_episodes)
+        self.episodes = [*train_episodes, *held_out]
         self.ends = np.cumsum([len(episode) for episode in self.episodes])
 
-        train_episodes, _ = split_episodes(self.episodes)
         n_train = sum(len(episode) for episode in train_episodes)
         self.train = range(n_train)
         self.held = range(n_train, int(self.ends[-1]))
@@ -299,7 +300,7 @@ class EpisodeDataset:
         """The prompt alone."""
         episode, t = locate_step(self.episodes, self.ends, i)
         messages = model.action_prompt(episode.task, think)
-        return Sample(messages, [episode.frame(t)], "action", f"{episode.path}:{t}")
+        return Sample(messages, [episode.frame(t)], "action", f"{episode}:{t}")
 
     def __getitem__(self, i: int) -> Sample:
         question = self.question(i)

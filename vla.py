@@ -51,6 +51,7 @@ from fast_tokenizer import (
     action_chunks,
     answer_help,
     normalize,
+    open_arrays,
     read_episodes,
     read_stats,
     split_episodes,
@@ -62,7 +63,7 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import distributed, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
@@ -84,7 +85,7 @@ class Config:
     cameras: str = "image"  # camera names of the episodes, separated by commas
     max_episodes: Natural = 0  # only the first episodes; 0: all
     stride: Count = 1  # use every stride-th frame of an episode: neighbours say nearly the same
-    holdout_share: Share = 0.05  # share of the episodes, the last ones, for evaluation; 0: none
+    holdout_share: Share = 0.05  # share of the episodes, drawn at random, for evaluation; 0: none
     horizon: Count = 8  # actions in a chunk, K
 
     # features of the backbone
@@ -179,6 +180,10 @@ class FrameDataset:
 
     def __init__(self, cfg: Config):
         self.episodes = read_episodes(cfg.data, cfg.max_episodes)
+        train_episodes = self.episodes
+        if cfg.holdout_share > 0:
+            train_episodes, held_out = split_episodes(self.episodes, cfg.holdout_share)
+            self.episodes = [*train_episodes, *held_out]
         self.cameras = cfg.cameras.split(",")
         self.stats = read_stats(cfg.data, self.episodes)
         self.stride = cfg.stride
@@ -206,9 +211,6 @@ class FrameDataset:
             self.frame_ranges.append(range(end - length, end))
 
         # 3. which are held out
-        train_episodes = self.episodes
-        if cfg.holdout_share > 0:
-            train_episodes, _ = split_episodes(self.episodes, cfg.holdout_share)
         train_count = self.frame_ranges[len(train_episodes) - 1].stop
         self.train = range(train_count)
         self.held = range(train_count, len(self.mask))
@@ -218,7 +220,7 @@ class FrameDataset:
             for camera in self.cameras:
                 if camera not in episode.cameras:
                     raise ValueError(
-                        f"{episode.path}: no camera {camera!r}; choose --cameras among "
+                        f"{episode}: no camera {camera!r}; choose --cameras among "
                         f"{', '.join(episode.cameras)}"
                     )
         longest = max(len(episode) for episode in self.episodes)
@@ -246,7 +248,7 @@ class FrameDataset:
         sample_ids = []
         for frame_id in frame_ids:
             number, step = self.locate(frame_id)
-            sample_ids.append(f"{self.episodes[number].path}:{step}")
+            sample_ids.append(f"{self.episodes[number]}:{step}")
         yield {
             "sample_id": sample_ids,
             "frame": frame_ids,
@@ -591,11 +593,11 @@ class CachedFeatures:
     def __init__(self, folder: Path, frames: FrameDataset, device: torch.device):
         self.frames = frames
         self.device = device
-        self.on_disk = []  # of each episode: (frames, T, vl_dim)
-        for episode in frames.episodes:
-            path = folder / episode.path.name
+        self.paths = [folder / f"{episode.name}.safetensors" for episode in frames.episodes]
+        open_arrays.cache_clear()  # they may have been written anew
+        for path in self.paths:
             try:
-                self.on_disk.append(safe_open(path, "pt").get_slice("features"))
+                open_arrays(path, "pt")
             except (SafetensorError, OSError) as e:
                 raise ValueError(f"{path}: {e}; delete {folder} to compute it again") from e
 
@@ -604,7 +606,8 @@ class CachedFeatures:
         for frame_id in frame_ids:
             number, step = self.frames.locate(frame_id)
             index = step // self.frames.stride
-            stored.append(self.on_disk[number][index : index + 1][0])  # (T, vl_dim)
+            on_disk = open_arrays(self.paths[number], "pt").get_slice("features")
+            stored.append(on_disk[index : index + 1][0])  # (T, vl_dim)
         return stored
 
     def features(self, stored: list[torch.Tensor]) -> Features:
@@ -671,10 +674,10 @@ def build_cache(
         episode_feats = torch.cat(batches)  # (frames, T, vl_dim)
         if not episode_feats.isfinite().all():
             raise ValueError(
-                f"{episode.path}: its features are not finite as {stored_dtype}; check the "
+                f"{episode}: its features are not finite as {stored_dtype}; check the "
                 "checkpoint, or use --cache none"
             )
-        save_file({"features": episode_feats}, folder / episode.path.name)
+        save_file({"features": episode_feats}, folder / f"{episode.name}.safetensors")
 
     # 4. when all ranks are done, rank 0 writes what the folder holds
     if distributed.is_initialized():
@@ -691,14 +694,14 @@ def fingerprint(
     weights = sorted(backbone.net.model.state_dict().items())
     weight_bytes = (w.contiguous().reshape(-1).view(torch.uint8).cpu().numpy() for _, w in weights)
     files = []
-    for episode in frames.episodes:
-        stat = episode.path.stat()
-        files.append((episode.path.name, stat.st_size, stat.st_mtime_ns))
+    for path in sorted({episode.path for episode in frames.episodes}):
+        stat = path.stat()
+        files.append((path.name, stat.st_size, stat.st_mtime_ns))
     return {
         "backbone": sha256_of(weight_bytes),
         "layer": len(backbone.net.model.language_model.layers),
         "type": str(backbone.net.dtype),
-        "prompts": sha256_of(prompt["ids"].tobytes() for prompt in first_prompts),
+        "prompts": sha256_of(sorted(prompt["ids"].tobytes() for prompt in first_prompts)),
         "images": repr(backbone.image_spec),
         "cameras": cfg.cameras,
         "stride": cfg.stride,

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 import model
 import vla
+from fast_tokenizer import read_episodes, split_episodes
 from tools import backbones
 from vla import FlowBlock, FlowHead, HeadConfig
 
@@ -305,10 +306,15 @@ def test_head_overfits_8_samples():
 
 
 def test_frames_mask_what_lies_past_the_end(data):
-    frames = vla.FrameDataset(vla.Config(data=str(data), horizon=4))
+    shuffled = vla.FrameDataset(vla.Config(data=str(data), horizon=4))
+    train_episodes, held_out = split_episodes(read_episodes(data))
+    assert [len(episode) for episode in shuffled.episodes[-1:]] == [len(held_out[0])]
+    assert shuffled.train == range(39 - len(held_out[0]))
+    assert shuffled.held == range(39 - len(held_out[0]), 39)  # at least one episode
+    assert len(train_episodes) == 4
+    frames = vla.FrameDataset(vla.Config(data=str(data), horizon=4, holdout_share=0))
     assert frames.ends.tolist() == [9, 14, 21, 33, 39]
-    assert len(frames.train) == 33
-    assert frames.held == range(33, 39)  # at least one episode
+    assert frames.train == range(39)
     assert frames.locate(0) == (0, 0)
     assert frames.locate(13) == (1, 4)
     assert frames.locate(14) == (2, 0)
