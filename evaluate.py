@@ -320,7 +320,8 @@ def draw_prompts(
     drawn = []
     for _ in range(args.prompts):
         episode = episodes[int(rng.integers(len(episodes)))]
-        drawn.append((episode, int(rng.integers(len(episode)))))
+        starts = fast_tokenizer.chunk_starts(episode, tokenizer.horizon)
+        drawn.append((episode, starts[int(rng.integers(len(starts)))]))
 
     rows = []
     chunks = []

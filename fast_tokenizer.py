@@ -271,7 +271,7 @@ def _check_same_robot(files):
 
 
 def locate_step(files: list[EpisodeFile], ends: np.ndarray, i: int) -> tuple[EpisodeFile, int]:
-    """Step i of all files, counted through (`ends`: the cumulated lengths) -> (file, its step)."""
+    """Step i of those that `ends` counts through all files, see chunk_ends -> (file, its step)."""
     index = int(np.searchsorted(ends, i, side="right"))
     first = int(ends[index - 1]) if index else 0
     return files[index], int(i) - first
@@ -330,6 +330,19 @@ def action_chunks(episode: EpisodeFile, horizon: int) -> np.ndarray:
         raise ValueError(f"horizon {horizon}; a chunk has at least 1 step")
     steps = np.arange(len(episode))[:, None] + np.arange(horizon)  # (T, K)
     return episode.action[np.minimum(steps, len(episode) - 1)]  # (T, K, A)
+
+
+def chunk_starts(episode: EpisodeFile, horizon: int) -> range:
+    """The steps whose `horizon` actions all lie inside the episode: what action tokens are made of.
+
+    A chunk that goes on past the end would repeat the last movement, and whoever learned from it
+    would move on after the task is done. An episode that is shorter has step 0 alone."""
+    return range(max(1, len(episode) - horizon + 1))
+
+
+def chunk_ends(files: Sequence[EpisodeFile], horizon: int) -> np.ndarray:
+    """Such steps counted through all files: how many there are up to the end of each (files,)."""
+    return np.cumsum([len(chunk_starts(file, horizon)) for file in files])
 
 
 # ---- Images --------------------------------------------------------------------------------------
@@ -1251,8 +1264,12 @@ def _characters(piece):
 
 
 def all_chunks(files: list[EpisodeFile], horizon: int, stride: int) -> np.ndarray:
-    """Every `stride`-th chunk of each episode (B, K, A)."""
-    return np.concatenate([action_chunks(file, horizon)[::stride] for file in files])
+    """Every `stride`-th chunk of each episode (B, K, A), of those that SFT and GRPO learn from."""
+    chunks = []
+    for file in files:
+        starts = chunk_starts(file, horizon)[::stride]
+        chunks.append(action_chunks(file, horizon)[starts])
+    return np.concatenate(chunks)
 
 
 def fit_command(args: argparse.Namespace) -> None:

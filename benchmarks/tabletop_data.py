@@ -430,17 +430,20 @@ def make_thought_action(args, number: int) -> str:
     """A line of thought_actions.jsonl: a thought followed by the expert's next actions.
 
     Not in the paper's data, see sft.py."""
-    env = random_state(np.random.default_rng([5, args.seed, number]), args.size, args.tilt)
-    image = env.render()
-    _, plan = env.expert()
-    text = f"Instruction: {env.instruction}\n{ACTION_QUESTION}"
-    question = Question(text, thought(env, plan), "<ACTION>")
+    rng = np.random.default_rng([5, args.seed, number])
     chunk = []
-    while len(chunk) < args.horizon:
-        action = env.expert()[0].round(4).tolist()
-        chunk.append(action)
-        if env.advance(action):  # past the end an episode's last action repeats
-            chunk += [action] * (args.horizon - len(chunk))
+    while len(chunk) < args.horizon:  # again where a task is done before the chunk is
+        env = random_state(rng, args.size, args.tilt)
+        image = env.render()
+        _, plan = env.expert()
+        text = f"Instruction: {env.instruction}\n{ACTION_QUESTION}"
+        question = Question(text, thought(env, plan), "<ACTION>")
+        chunk = []
+        is_done = False
+        while len(chunk) < args.horizon and not is_done:
+            action = env.expert()[0].round(4).tolist()
+            chunk.append(action)
+            is_done = env.advance(action)
     frame = save_frame(args, "thought_frames", number, image)
     return json_row(frame, [question], chunk=chunk)
 

@@ -378,6 +378,12 @@ def test_read_episode(tmp_path):
     assert chunks.shape == (20, 5, 3)
     np.testing.assert_array_equal(chunks[3], arrays["action"][3:8])
     np.testing.assert_array_equal(chunks[18], arrays["action"][[18, 19, 19, 19, 19]])
+    assert ft.chunk_starts(episode, 5) == range(16) and ft.chunk_starts(episode, 20) == range(1)
+    assert ft.chunk_starts(episode, 30) == range(1)  # shorter than the chunk
+    assert ft.all_chunks([episode], 5, 1).shape == (16, 5, 3)
+    ends = ft.chunk_ends([episode, episode], 5)
+    assert ends.tolist() == [16, 32]
+    assert [ft.locate_step([0, 1], ends, i) for i in (15, 16, 31)] == [(0, 15), (1, 0), (1, 15)]
 
 
 def test_wrong_episodes_are_refused(tmp_path):
@@ -617,7 +623,7 @@ def test_command(tmp_path):
     out = tmp_path / "fast"
     done = command("fit", "--data", data, "--out", out)
     assert done.returncode == 0, done.stderr
-    assert "round trip of 20 held-out chunks" in done.stdout  # episode 9 of 12
+    assert "round trip of 16 held-out chunks" in done.stdout  # episode 9 of 12
     result = json.loads((out / "report.json").read_text())
     assert result["malformed"] == 0 and result["naive_tokens"] == 15 > result["tokens_mean"]
     assert result["mse"][2] == 0 and 0 < result["mse"][0] < result["max_error"][0] ** 2 < 0.01
