@@ -914,15 +914,15 @@ def generate(
     keys: Sequence[int] | None = None,
     stop: Iterable[int] | None = None,
     rollout_batch: int = 0,
-    cuda_graphs: bool | None = None,
+    cuda_graphs: bool = True,
 ) -> Samples:
     """Samples n continuations of each of B prompt-only rows.
 
     keys: one int a prompt (default 0..B-1); the sample of (seed, key, g) is the same in any batch
     and on any number of ranks, up to float noise. stop: ids that end a sample (default the end of
     the turn). backbone.vocab.banned ids have probability 0. rollout_batch: prompts at once, those
-    of like length together; 0: all. cuda_graphs: replay decoding steps as CUDA graphs (default: on
-    a GPU). ValueError for an impossible temperature or top_p.
+    of like length together; 0: all. cuda_graphs: on a GPU, replay decoding steps as CUDA graphs.
+    ValueError for an impossible temperature or top_p.
     Gather sharded parameters first: `with unsharded(net)`."""
     if temperature <= 0 or not 0 < top_p <= 1:
         raise ValueError(
@@ -943,8 +943,7 @@ def generate(
     # 2. how a token is chosen
     stop = torch.tensor([backbone.vocab.eos] if stop is None else list(stop), device=device)
     banned = torch.tensor(backbone.vocab.banned, dtype=torch.long, device=device)
-    if cuda_graphs is None:
-        cuda_graphs = device.type == "cuda"
+    cuda_graphs = cuda_graphs and device.type == "cuda"
 
     def choose(hidden, slots, position):
         scaled = (logits(net, hidden) / temperature).index_fill_(-1, banned, -torch.inf)  # (R, V)

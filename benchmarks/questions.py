@@ -79,7 +79,9 @@ def save_image(folder: Path, name: str, image, row_number: int) -> str:
 
 BOXED = r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}"  # LaTeX, with at most one pair of braces inside
 LATEX_WORDS = r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}"
-INTRODUCTION = r"(?i)^(?:so,? |therefore,? )?(?:the )?(?:final |correct )?answer(?: is)?(?:\s*:\s*|\s+)"
+INTRODUCTION = (
+    r"(?i)^(?:so,? |therefore,? )?(?:the )?(?:final |correct )?answer(?: is)?(?:\s*:\s*|\s+)"
+)
 DECORATION = " \t\n\"'\u201c\u201d\u2018\u2019*_.,;!"  # around an answer
 
 
