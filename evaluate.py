@@ -86,10 +86,10 @@ def bootstrap(values, resamples: int = 2000) -> Interval:
 # ---- Results file --------------------------------------------------------------------------------
 #
 # One JSON file a run. The key of the variants on disk is "arms", as in files of earlier versions:
-#   {"preset", "arms": {variant: {"metrics": {name: Interval}, "paired": {name: values},
-#    "checkpoints": {command: path}, "prompts": where those of `actions` come from}},
+#   {"preset", "arms": {variant: {"metrics": {name: Interval}, "paired": {name: values}, ...}},
 #    "commands", "seeds", "hardware", "minutes", "versions"}
-# "paired" holds a metric's value of each prompt, trial or chain, in an order that all share.
+# "paired" holds a metric's value of each prompt, trial or chain, in an order that all share. Beside
+# it a variant has "checkpoints" {command: path} and "prompts": where those of `actions` come from.
 
 
 def read_results(path: str | Path) -> dict:
