@@ -20,7 +20,6 @@ Another way to score is a function and a line in SCORES.
 
 import json
 import re
-import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,10 +84,17 @@ INTRODUCTION = (
 DECORATION = " \t\n\"'\u201c\u201d\u2018\u2019*_.,;!"  # around an answer
 
 
+AS_ASCII = {  # full-width forms, minus and spaces; not "\u00b2", which would make m\u00b2 a number
+    **{0xFF00 + code: 0x20 + code for code in range(1, 0x5F)},
+    **dict.fromkeys(map(ord, "\u00a0\u2009\u202f\u3000"), " "),
+    ord("\u2212"): "-",
+}
+
+
 def plain(text: str) -> str:
     """What an answer says, without how it is dressed: "**Yes**" -> "Yes", "$12$" -> "12",
-    "The answer is \\\\boxed{B}." -> "B.". Compatible characters are unified, as "\uff22" -> "B"."""
-    text = unicodedata.normalize("NFKC", text).replace("\u2212", "-")
+    "The answer is \\\\boxed{B}." -> "B"."""
+    text = text.translate(AS_ASCII)
     boxes = re.findall(BOXED, text)
     if boxes:
         text = boxes[-1]  # the last one: what stands before it is the working
@@ -128,6 +134,7 @@ def choice(answer: str, right: str, row: dict, folder: Path, unit: float) -> flo
 LETTER = (
     r"[(\[]([A-H])[)\]]"  # (B)  [B]
     r"|\b([A-H])(?=[.):]|,\s|\s+[-\u2013\u2014]\s|\s*$)"  # B.  B)  B: the ball  B - the ball  B
+    r"|\b([A-H])(?=\s*(?:/|or\b|and\b|&)\s*[A-H]\b)"  # A or B: two, whatever else is said
     r"|^([A-H])\s*\n"  # alone in the first line
     r"|(?i:answer|option|choice)(?i: is)?:?\s?([A-H])\b"  # Option B
 )
@@ -174,18 +181,24 @@ def point(answer: str, right: str, row: dict, folder: Path, unit: float) -> floa
     """The share of the answer's points inside the row's "mask" (white) or "box" [left, top, right,
     bottom], 0 .. 1 of the image. unit: what points are divided by to be fractions too; 0: the
     image's pixels. ValueError for a box that is none, and for a mask without white."""
-    scale = unit or read_image(folder / row["images"][0]).shape[1::-1]  # width, height
+    scale = unit or open_of_row(row, row["images"][0], folder).shape[1::-1]  # width, height
     points = np.array(re.findall(PAIR, answer), float).reshape(-1, 2) / scale  # (N, 2) x, y
     if "box" in row:
         inside = in_box(points, row["box"])
     else:
-        mask = read_image(folder / row["mask"]).mean(2) > 127  # (H, W)
+        mask = open_of_row(row, row["mask"], folder).mean(2) > 127  # (H, W)
         if not mask.any():
             raise ValueError(
                 f"{row['mask']}: nothing is white in it, so that every answer is wrong"
             )
         inside = in_mask(points, mask)
     return float(np.mean(inside)) if len(points) else 0.0
+
+
+def open_of_row(row: dict, name: str, folder: Path) -> np.ndarray:
+    """An image that a row names, (H, W, 3) uint8 as training sees it. Damaged naming the row."""
+    path = folder / name
+    return read_image(path, f"{row.get('sample_id', '')}: {path}")
 
 
 def in_box(points: np.ndarray, box: list[float]) -> np.ndarray:
@@ -260,8 +273,8 @@ def questions_to_ask(source: sft.ConversationDataset, args) -> list[Asked]:
     folder = source.path.parent
     asked = []
     for i in source.train[: args.rows or None]:
-        row = source.row(i)
         sample = source[i]
+        row = {**source.row(i), "sample_id": sample.sample_id}
         roles = [message["role"] for message in sample.messages]
         answered = roles.index("assistant")
         right = sft.answer_text(sample.messages[answered]["content"])
