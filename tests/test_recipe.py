@@ -17,6 +17,8 @@ import test_libero
 import untrained
 from PIL import Image
 
+import sft
+
 pa = pytest.importorskip("pyarrow", reason="pip install pyarrow: see requirements-extras.txt")
 pq = pytest.importorskip("pyarrow.parquet")
 pytest.importorskip("h5py", reason="pip install h5py: see requirements-extras.txt")
@@ -107,23 +109,23 @@ def row(image, question, answer, system=None):
 
 
 def write_questions(folder):
-    """vqa.jsonl and reasoning.jsonl, with the pictures that public instruction sets hold."""
-    folder.mkdir(exist_ok=True)
+    """The ten files of the paper's mixture, with the pictures that public instruction sets hold."""
+    folder.mkdir(parents=True)
     rng = np.random.default_rng(1)
     Image.new("RGB", (2400, 1600), "green").save(folder / "large.png")  # 3.84 megapixels
     Image.fromarray(rng.integers(0, 255, (60, 80), np.uint8)).save(folder / "gray.jpg")
     Image.new("CMYK", (80, 60), (0, 200, 200, 0)).save(folder / "print.jpg")
     pictures = ["large.png", "gray.jpg", "print.jpg"]
-    questions = [
-        row(pictures[i % 3], f"What is {i}?", f"It is {i}.", "You see well." if i % 2 else None)
-        for i in range(12)
-    ]
-    write_lines(folder / "vqa.jsonl", questions)
-    thoughts = [
-        row(pictures[i % 3], "Where?", "<think>I look.</think><answer>left</answer>")
-        for i in range(8)
-    ]
-    write_lines(folder / "reasoning.jsonl", thoughts)
+    questions, thoughts = [], []
+    for i in range(12):
+        system = "You see well." if i % 2 else None
+        questions.append(row(pictures[i % 3], f"What is {i}?", f"It is {i}.", system))
+        answer = "<think>I look.</think><answer>left</answer>"
+        thoughts.append(row(pictures[i % 3], "Where?", answer))
+    for item in sft.PAPER_MIXTURE.split(","):
+        path = Path(item.strip().partition("#")[0])
+        if path.suffix == ".jsonl":
+            write_lines(folder / path.name, thoughts if path.stem == "reasoning" else questions)
 
 
 def recipe():
@@ -138,7 +140,7 @@ def recipe():
 
 def test_the_readmes_recipe_runs_on_public_layouts(tmp_path):
     write_bridge(tmp_path / "bridge")
-    write_questions(tmp_path)
+    write_questions(tmp_path / "data/paper")
     demonstrations = tmp_path / "LIBERO_DATASETS"
     demonstrations.mkdir()
     for name in ("first_demo.hdf5", "second_demo.hdf5"):
