@@ -764,7 +764,7 @@ class PolicySpec(TypedDict):
     think: bool  # Config.think
     cameras: list[str]  # in the order in which images are given
     stats: dict[str, Stats]  # of "state" and "action"
-    # Checkpoints of before November 2026 lack these: nothing is compared then.
+    # Older checkpoints lack these: nothing is compared then.
     image_sizes: NotRequired[dict[str, list[int]]]  # camera -> [H, W] of the images of training
     # "low", "high": least and largest training action, dataset units, (A,) each
     action_range: NotRequired[dict[str, list[float]]]

@@ -301,7 +301,7 @@ def vla_estimate(cfg: vla.Config, net: nn.Module, load: Load) -> Estimate:
             count=1,
         )
 
-    # 2. the backbone: whole on each rank (vla.py shards one that would take half of the memory)
+    # 2. the backbone: whole on each rank (vla.py shards one that takes over half of the memory)
     backbone = count(net.parameters()) * load.dtype.itemsize
     parts = {"backbone": backbone}
     if cfg.cache == "none" and cfg.shard_backbone:
