@@ -29,7 +29,7 @@ import torch
 
 import model
 import vla
-from fast_tokenizer import count, natural, non_negative
+from fast_tokenizer import count, natural, non_negative, value_range
 from tools.protocol import network, pack, unpack
 
 LARGEST_MESSAGE = 1 << 24  # bytes; a larger one closes its connection
@@ -113,9 +113,10 @@ class Server:
 
         stats = policy.spec["stats"]
         self.image_sizes = policy.spec.get("image_sizes", {})  # camera -> [H, W]; others: any size
-        # q01 .. q99: what the policy knows as -1 .. 1, and what a robot is sent at most
-        self.lowest = np.float32(stats["action"]["q01"])  # (A,)
-        self.highest = np.float32(stats["action"]["q99"])  # (A,)
+        # what the policy knows as -1 .. 1, and what a robot is sent at most, (A,) each
+        lowest, highest = value_range(stats["action"])
+        self.lowest = lowest.astype(np.float32)
+        self.highest = highest.astype(np.float32)
         self.metadata = {
             "cameras": list(policy.cameras),
             "state_dim": len(stats["state"]["q01"]),
