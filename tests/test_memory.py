@@ -163,6 +163,38 @@ def test_real_sizes_are_told_without_memory(argv, size, capsys):
         assert weights == pytest.approx(size * 4 / 8, abs=0.06)  # fp32, over the shards
 
 
+@pytest.mark.parametrize("gb", [0.02, 0.05, 0.2, 10])
+def test_the_flags_are_the_largest_that_fit(gb, capsys):
+    """Against one estimate for each value; of 12 rows by at most 7, 6 and 6 are printed."""
+    argv = ["grpo", "--init", untrained.folder("tiny-qwen3-vl"), "--batch", "12", "--prompts", "24"]
+    argv += ["--ranks", "1", "--gb", str(gb)]
+    memory.main(argv)
+    told = capsys.readouterr().out
+    for option, most, phase in ("--micro-batch", 12, "update"), ("--rollout-batch", 24, "rollout"):
+        fitting = []
+        for rows in range(1, most + 1):
+            memory.main([*argv, option, str(rows)])
+            peak = capsys.readouterr().out.split(f"{phase}, peak")[1].splitlines()[0]
+            if "does not fit" not in peak:
+                fitting.append(rows)
+        if fitting:
+            forwards = -(-most // max(fitting))
+            assert f"{option} {-(-most // forwards)}" in told.splitlines()[-1]
+        else:
+            assert (
+                f"{option} 1 is too much for {gb:.4g} GB: --recompute, " in told
+                or phase != "update"
+            )
+            assert f"{option} 1 is too much for {gb:.4g} GB: " in told
+
+
+def test_the_flags_that_are_printed_are_flags_of_the_stage(capsys):
+    memory.main(["sft", "paper", "--size", "qwen2.5-vl-7b", "--ranks", "8", "--gb", "80"])
+    flags = capsys.readouterr().out.splitlines()[-1].partition(": ")[2].split()
+    cfg = model.parse_config(sft.Config, sft.PRESETS, ["paper", *flags])
+    assert cfg.micro_batch > 2, "two rows leave most of the card empty"
+
+
 @pytest.mark.parametrize("stage", ["sft", "grpo", "vla"])
 def test_this_machine_is_the_default_and_nothing_is_run(stage, capsys, tmp_path, monkeypatch):
     out = tmp_path / "out"
