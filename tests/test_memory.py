@@ -163,33 +163,35 @@ def test_real_sizes_are_told_without_memory(argv, size, capsys):
         assert weights == pytest.approx(size * 4 / 8, abs=0.06)  # fp32, over the shards
 
 
-@pytest.mark.parametrize("gb", [0.02, 0.05, 0.2, 10])
-def test_the_flags_are_the_largest_that_fit(gb, capsys):
-    """Against one estimate for each value; of 12 rows by at most 7, 6 and 6 are printed."""
-    argv = ["grpo", "--init", untrained.folder("tiny-qwen3-vl"), "--batch", "12", "--prompts", "24"]
-    argv += ["--ranks", "1", "--gb", str(gb)]
-    memory.main(argv)
-    told = capsys.readouterr().out
-    for option, most, phase in ("--micro-batch", 12, "update"), ("--rollout-batch", 24, "rollout"):
-        fitting = []
-        for rows in range(1, most + 1):
-            memory.main([*argv, option, str(rows)])
-            peak = capsys.readouterr().out.split(f"{phase}, peak")[1].splitlines()[0]
-            if "does not fit" not in peak:
-                fitting.append(rows)
-        if fitting:
-            forwards = -(-most // max(fitting))
-            assert f"{option} {-(-most // forwards)}" in told.splitlines()[-1]
-        else:
-            assert (
-                f"{option} 1 is too much for {gb:.4g} GB: --recompute, " in told
-                or phase != "update"
-            )
-            assert f"{option} 1 is too much for {gb:.4g} GB: " in told
+@pytest.mark.parametrize("flag", memory.ROWS_FLAGS["grpo"])
+def test_the_flags_are_the_largest_that_fit(flag):
+    """Against an estimate for each value; of 12 rows by 7 at most, 6 and 6 are forwarded."""
+    net = backbones.random_backbone("tiny-qwen3-vl", device="meta").net
+    cfg = grpo.Config(batch=12, prompts=12)
+    load = memory.Load(ranks=1, row_tokens=256, row_patches=64, dtype=torch.float32)
+    peaks = []
+    for rows in range(1, 13):
+        estimate = memory.estimate("grpo", dataclasses.replace(cfg, **{flag.name: rows}), net, load)
+        peaks.append(estimate.peaks[flag.phase])
+    assert peaks == sorted(peaks)
+    expected = [0, 1, 2, 3, 4, 4, 6, 6, 6, 6, 6, 6, 12]  # by how many rows fit
+    for fitting, peak in enumerate([*peaks, 2 * peaks[-1]]):
+        usable = peak  # not quite enough for one more
+        value = memory.largest_that_fits(flag, "grpo", cfg, net, load, usable)
+        assert value == expected[fitting], fitting
+
+
+def test_what_fits_no_card_is_told_its_cures(capsys):
+    argv = ["grpo", "paper", "--size", "qwen2.5-vl-7b", "--ranks", "8", "--gb", "60"]
+    assert memory.main([*argv, "--compute", "bf16", "--no-recompute"]) == 1
+    *_, cure, flags = capsys.readouterr().out.splitlines()
+    assert cure.startswith("--micro-batch 1 is too much for 60 GB: --recompute, --cpu-offload, ")
+    assert flags.startswith("fastest that fits in 60 GB: --rollout-batch ")
 
 
 def test_the_flags_that_are_printed_are_flags_of_the_stage(capsys):
-    memory.main(["sft", "paper", "--size", "qwen2.5-vl-7b", "--ranks", "8", "--gb", "80"])
+    argv = ["sft", "paper", "--size", "qwen2.5-vl-7b", "--ranks", "8", "--gb", "80"]
+    memory.main([*argv, "--compute", "bf16"])
     flags = capsys.readouterr().out.splitlines()[-1].partition(": ")[2].split()
     cfg = model.parse_config(sft.Config, sft.PRESETS, ["paper", *flags])
     assert cfg.micro_batch > 2, "two rows leave most of the card empty"
