@@ -400,7 +400,7 @@ def to_rgb(opened: Image.Image) -> np.ndarray:
 STILL = 1e-6  # a dimension whose range is below this never moves: it maps to 0 and back to q01
 # A gripper that closes in 0.8% of the steps has q01 = q99, and would decode to "open" for ever. In
 # BridgeV2 least and largest value lie up to 39 times as far apart as q01 and q99.
-RARE = 100
+RARE = 50
 
 Array = TypeVar("Array")  # np.ndarray or torch.Tensor
 

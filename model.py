@@ -443,6 +443,17 @@ def mrope_positions(ids: np.ndarray, grid: np.ndarray, image_id: int, merge: int
     return positions
 
 
+def check_text(text: str) -> None:
+    """ValueError when a string is no Unicode text and cannot be tokenized: JSON may hold half of an
+    emoji, a lone surrogate. All other characters are kept (in the tokenizer's NFC)."""
+    half = re.search("[\ud800-\udfff]", text)
+    if half:
+        raise ValueError(
+            f"half a character, {half[0]!r}, in {text[max(0, half.start() - 20) :][:40]!r}; write "
+            "the whole one, or delete it"
+        )
+
+
 @functools.lru_cache(1 << 12)  # most pieces of a conversation repeat; a server keeps all its life
 def _token_ids(tokenizer, vocabulary_size, text):
     """vocabulary_size: part of the key, because a vocabulary that grows changes the answer."""
@@ -468,8 +479,10 @@ def encode(
 
     messages: [{"role", "content"}], "<image>" in a content stands for the next of `images` (uint8
     (H, W, 3)). prompt_only: opens the assistant's turn behind the last message.
-    ValueError when tags and images disagree."""
+    ValueError when tags and images disagree, or a content is no text."""
     # 1. check, and open as the family does
+    for message in messages:
+        check_text(message["content"])
     check_tags(messages, len(images))
     if backbone.net.config.model_type == "qwen2_5_vl" and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": SYSTEM_PROMPT}, *messages]

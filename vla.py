@@ -55,6 +55,7 @@ from fast_tokenizer import (
     answer_help,
     normalize,
     open_arrays,
+    rare_lines,
     read_episodes,
     read_stats,
     split_episodes,
@@ -571,14 +572,17 @@ def truncate(net: nn.Module, layer: int) -> None:
         config.layer_types = config.layer_types[:layer]
 
 
-def freeze_backbone(backbone: Backbone, layer: int) -> nn.Module:
-    """Cuts the backbone after `layer` of its L blocks (0: round(0.64 L)) and freezes it. -> its
-    final norm, which the features do without and save_policy() puts back."""
-    language_model = backbone.net.model.language_model
-    final_norm = language_model.norm
+def feature_layer(net: nn.Module, layer: int) -> int:
+    """--layer, where 0 means 0.64 L of the L blocks: 18 of 28."""
     # fork point: the feature layer. Which tokens of it are read: encode_prompts().
-    layer = layer or round(0.64 * len(language_model.layers))
-    truncate(backbone.net, layer)
+    return layer or round(0.64 * len(net.model.language_model.layers))
+
+
+def freeze_backbone(backbone: Backbone, layer: int) -> nn.Module:
+    """Cuts the backbone after feature_layer() and freezes it. -> its final norm, which the features
+    do without and save_policy() puts back."""
+    final_norm = backbone.net.model.language_model.norm
+    truncate(backbone.net, feature_layer(backbone.net, layer))
     backbone.net.requires_grad_(False).eval()
     return final_norm
 
@@ -764,7 +768,7 @@ class PolicySpec(TypedDict):
     think: bool  # Config.think
     cameras: list[str]  # in the order in which images are given
     stats: dict[str, Stats]  # of "state" and "action"
-    # Checkpoints of before November 2026 lack these: nothing is compared then.
+    # Older checkpoints lack these: nothing is compared then.
     image_sizes: NotRequired[dict[str, list[int]]]  # camera -> [H, W] of the images of training
     # "low", "high": least and largest training action, dataset units, (A,) each
     action_range: NotRequired[dict[str, list[float]]]
@@ -1181,6 +1185,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # 1. the frozen backbone, cut after a layer
     frames = FrameDataset(cfg)
+    for name, stats in frames.stats.items():
+        for line in rare_lines(stats, name) if dist.rank == 0 else []:
+            print(f"{cfg.data}: {line}")
     newest = model.checkpoint_to_resume(cfg)
     backbone, final_norm = load_backbone(cfg, newest, dist)
     head_config = HeadConfig(

@@ -632,15 +632,22 @@ def test_a_stopped_writer_goes_on_to_the_same_bytes(tmp_path, per_file, yields_n
         yield from itertools.islice(recordings(9), count)
         raise KeyboardInterrupt
 
+    def killed(count):
+        yield from itertools.islice(recordings(9), count)
+        os._exit(9)
+
     def rest():
         for number, recording in enumerate(recordings(9)):
             yield None if yields_none and number < there else recording
 
     ft.write_episodes(tmp_path / "whole", recordings(9), per_file)
-    for count in (5, 7):
-        with pytest.raises(KeyboardInterrupt):
-            ft.write_episodes(tmp_path / "out", stopping(count), per_file, resume=True)
-        assert not (tmp_path / "out").exists()
+    with pytest.raises(KeyboardInterrupt):
+        ft.write_episodes(tmp_path / "out", stopping(5), per_file, resume=True)
+    child = os.fork()
+    if child == 0:  # killed, so that nothing can be tidied up
+        ft.write_episodes(tmp_path / "out", killed(7), per_file, resume=True)
+    os.waitpid(child, 0)
+    assert not (tmp_path / "out").exists()
     (ft.unfinished_folder(tmp_path / "out") / "pack_000009.tmp").write_bytes(b"half a file")
     there = len(ft.unfinished_episodes(tmp_path / "out"))
     assert there == (7 if per_file == 1 else 6)

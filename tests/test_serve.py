@@ -24,7 +24,8 @@ network = pytest.mark.skipif(
 class FakePolicy:
     """vla.Policy's interface: chunk step k of a row is its state plus k, 3 actions, range +-5.
 
-    While the gate is closed its forwards wait. The prompt "explode" fails, "nan" answers NaN."""
+    While the gate is closed its forwards wait. The prompts "explode" and "trip" fail, "nan" answers
+    NaN."""
 
     horizon = 4
     action_dim = 3
@@ -51,6 +52,8 @@ class FakePolicy:
         self.noise_keys += [tuple(key) for key in keys]
         if "explode" in instructions:
             raise RuntimeError("boom")
+        if "trip" in instructions:
+            raise TypeError("boom")
         steps = np.arange(self.horizon)[:, None]  # (K, 1)
         chunks = np.stack([steps + np.full(3, state[0]) for state in states])  # (B, K, A)
         is_nan = np.array(instructions) == "nan"
@@ -219,7 +222,8 @@ def test_malformed_messages_leave_the_server_alive():
 @network
 def test_eight_clients_share_a_forward():
     """While the first forward is held, eight more clients ask: one forward answers them all, each
-    with its own state. One that the policy cannot take fails alone."""
+    with its own state. One that the policy cannot take fails alone, whatever the error: a TypeError
+    left the seven others waiting for ever, and with the lock all who came later."""
     policy = FakePolicy()
     server = serve.Server(policy, execute=1)
     with (
@@ -247,10 +251,11 @@ def test_eight_clients_share_a_forward():
         answers = together([seen(state=np.array([i / 2, 0])) for i in range(8)])
         assert [a.result(20)["actions"][0, 0] for a in answers] == [i / 2 for i in range(8)]
         assert policy.batch_sizes == [1, 8]
-        answers = together([seen(prompt="explode" if i == 3 else "go") for i in range(8)])
-        errors = [a.exception(20) for a in answers]
-        assert [i for i, e in enumerate(errors) if e] == [3] and "boom" in str(errors[3])
-    assert "17 requests" in str(server) and "1 refused" in str(server) and "p95" in str(server)
+        for prompt in ("explode", "trip"):
+            answers = together([seen(prompt=prompt if i == 3 else "go") for i in range(8)])
+            errors = [a.exception(20) for a in answers]
+            assert [i for i, e in enumerate(errors) if e] == [3] and "boom" in str(errors[3])
+    assert "25 requests" in str(server) and "2 refused" in str(server) and "p95" in str(server)
 
 
 @network

@@ -390,7 +390,8 @@ def test_demonstrations_are_the_experts():
             env.advance([*move, *action[3:]])
 
 
-def test_a_second_writer_leaves_the_first_ones_work_alone(tmp_path):
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_second_writer_leaves_the_first_ones_work_alone(tmp_path, resume):
     """It used to fail and to delete the other's episodes on its way out."""
     episode = {
         "image": np.zeros((2, 4, 4, 3), np.uint8),
@@ -403,8 +404,8 @@ def test_a_second_writer_leaves_the_first_ones_work_alone(tmp_path):
         with pytest.raises(
             SystemExit, match="out.part.*another command writes there, or delete it"
         ):
-            fast_tokenizer.write_episodes(tmp_path / "out", iter([]))
+            fast_tokenizer.write_episodes(tmp_path / "out", iter([]), resume=resume)
         yield dict(episode), {"task": "t", "source": "s"}
 
-    fast_tokenizer.write_episodes(tmp_path / "out", slow())
+    fast_tokenizer.write_episodes(tmp_path / "out", slow(), resume=resume)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 2

@@ -159,7 +159,7 @@ class Server:
                 [observation.state for observation in observations],
                 keys=[[job.noise_seed] for job in jobs],
             )  # (B, K, A)
-        except (ValueError, RuntimeError) as e:
+        except ANSWERABLE as e:
             if len(jobs) == 1:
                 return [e]
             return [self.forward([job])[0] for job in jobs]
