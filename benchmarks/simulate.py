@@ -139,7 +139,7 @@ def check_action_range(
         refuse(int(beyond.argmax()), "what is beyond would be cut off", "convert this dimension")
 
     # 3. a gripper of one side
-    moves = trained_high - trained_low > 0.05 * width
+    moves = trained_high - trained_low > 0.01 * width
     one_sided = (trained_low > middle - 0.05 * width) | (trained_high < middle + 0.05 * width)
     for i in np.flatnonzero(is_gripper & moves & one_sided):
         end = low[i] if trained_low[i] > middle[i] - 0.05 * width[i] else high[i]
