@@ -353,20 +353,10 @@ def chunk_ends(files: Sequence[EpisodeFile], horizon: int) -> np.ndarray:
 def read_image(file: str | Path | bytes, source: object = None) -> np.ndarray:
     """Any image that Pillow opens, a path or the bytes of one -> (H, W, 3) uint8.
 
-    It is turned as its EXIF tag says, 16 bits become 8, what is transparent becomes white.
-    Damaged naming `source` (default the path) when it does not open."""
+    It becomes what to_rgb() says. Damaged naming `source` (default the path) when it does not
+    open."""
     with _opened_image(file, source) as opened:
-        image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith(("I", "F")):  # one channel of 16 bits or more
-            values = np.asarray(image)
-            if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
-                raise ValueError(f"mode {image.mode}, not 8 or 16 bits")
-            image = Image.fromarray((values // 257).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            paper = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(paper, image)
-        return np.asarray(image.convert("RGB"))
+        return to_rgb(opened)
 
 
 def image_size(file: str | Path, source: object = None) -> tuple[int, int]:
@@ -386,6 +376,22 @@ def _opened_image(file, source):
     except (*DAMAGE, SyntaxError, Image.DecompressionBombError) as e:
         why = str(e).replace("\n", " ")
         raise Damaged(f"{source}: image does not open ({why}); replace or delete it") from e
+
+
+def to_rgb(opened: Image.Image) -> np.ndarray:
+    """An image of any mode -> (H, W, 3) uint8, turned as its EXIF tag says; 16 bits become 8, what
+    is transparent becomes white. ValueError for values that are neither 8 nor 16 bits."""
+    image = ImageOps.exif_transpose(opened)
+    if image.mode.startswith(("I", "F")):  # one channel of 16 bits or more
+        values = np.asarray(image)
+        if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"mode {image.mode}, not 8 or 16 bits")
+        image = Image.fromarray((values // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        paper = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(paper, image)
+    return np.asarray(image.convert("RGB"))
 
 
 # ---- Statistics and normalisation ----------------------------------------------------------------

@@ -893,20 +893,35 @@ def answer_text(text: str) -> str:
     return after_tag.partition("</answer>")[0].strip()
 
 
+def first_question(sample: Sample) -> Sample:
+    """All that stands before the first answer, a system message too, with the images in it."""
+    roles = [message["role"] for message in sample.messages]
+    answered = roles.index("assistant") if "assistant" in roles else len(roles)
+    prompt = sample.messages[:answered]
+    n_images = sum(message["content"].count("<image>") for message in prompt)
+    if answered == len(roles) - 1:
+        n_images = len(sample.images)  # all, so that tags and images that disagree are noticed
+    return sample._replace(messages=prompt, images=sample.images[:n_images])
+
+
+class GreedyAnswer(NamedTuple):
+    text: str  # what stands in <answer></answer>, else all
+    truncated: bool  # cut off by the limit of tokens
+
+
 def greedy_answers(
     backbone: model.Backbone,
     samples: list[Sample],
     max_new_tokens: int,
     size: int = 64,
     cuda_graphs: bool = True,
-) -> list[str]:
-    """Greedy answers, as text, to the first question of each sample; `size` of them at once."""
+) -> list[GreedyAnswer]:
+    """Greedy answers to the first question of each sample; `size` of them at once."""
     answers = []
     for k in range(0, len(samples), size):
         rows = []
         for sample in samples[k : k + size]:
-            question = sample._replace(messages=sample.messages[:1])
-            rows.append(encode_sample(backbone, question, prompt_only=True))
+            rows.append(encode_sample(backbone, first_question(sample), prompt_only=True))
         generated = model.generate(
             backbone,
             rows,
@@ -914,9 +929,9 @@ def greedy_answers(
             greedy=True,
             cuda_graphs=cuda_graphs,
         )
-        for ids in generated["ids"]:
+        for ids in generated["ids"].tolist():
             text = backbone.tokenizer.decode(ids, skip_special_tokens=True)
-            answers.append(answer_text(text))
+            answers.append(GreedyAnswer(answer_text(text), backbone.vocab.eos not in ids))
     return answers
 
 
@@ -941,7 +956,7 @@ def greedy_accuracy(backbone, sources, cfg, dist) -> dict[str, float]:
     sums = np.zeros((len(kinds), 2))  # right answers, answers
     for sample, answer in zip(local_samples, answers, strict=True):
         kind = kinds.index(sample.kind)
-        if answer == answer_text(sample.messages[1]["content"]):
+        if answer.text == answer_text(sample.messages[1]["content"]):
             sums[kind, 0] += 1
         sums[kind, 1] += 1
     accuracy = {}

@@ -20,6 +20,7 @@ from unittest import mock
 import torch
 from torch import nn
 
+import fast_tokenizer
 import grpo
 import model
 import sft
@@ -394,10 +395,15 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("stage", choices=STAGES)
     add("--size", default="", help="a published backbone in place of --init, as in tools.backbones")
-    add("--ranks", type=int, default=machine.ranks, help=f"processes, one a GPU ({machine.ranks})")
+    add(
+        "--ranks",
+        type=fast_tokenizer.count,
+        default=machine.ranks,
+        help=f"processes, one a GPU ({machine.ranks})",
+    )
     add(
         "--gb",
-        type=float,
+        type=fast_tokenizer.positive,
         help=f"memory of one, 10^9 bytes ({machine.gb:.4g} over the ranks of a CPU)",
     )
     add(
@@ -406,8 +412,18 @@ def main(argv: list[str] | None = None) -> int:
         default="bf16" if machine.has_gpu else "fp32",
         help="type",
     )
-    add("--row", type=int, default=0, help="tokens of a row; 0: sft --max-length, else 256")
-    add("--image", type=int, default=256, help="side of the one image of a row, pixels")
+    add(
+        "--row",
+        type=fast_tokenizer.natural,
+        default=0,
+        help="tokens of a row; 0: sft --max-length, else 256",
+    )
+    add(
+        "--image",
+        type=fast_tokenizer.count,
+        default=256,
+        help="side of the one image of a row, pixels",
+    )
     args, stage_argv = parser.parse_known_args(argv)
     if args.size not in ("", *backbones.SIZES):
         parser.error(f"--size {args.size}: choose one of {', '.join(backbones.SIZES)}")

@@ -53,7 +53,7 @@ import grpo
 import model
 import sft
 import vla
-from fast_tokenizer import FastTokenizer
+from fast_tokenizer import FastTokenizer, count, natural, positive
 from tools import backbones
 
 HORIZON = 16  # steps of a chunk, K
@@ -902,17 +902,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("command", choices=COMMANDS)
     add("--device", default="cpu", choices=["cpu", "cuda"])
     add("--size", choices=SIZES, help="backbone (head: tiny-vlm, else tiny)")
-    add("--repeats", type=int, default=9, help="measured turns")
+    add("--repeats", type=count, default=9, help="measured turns")
     add("--json", action="store_true", help="print the JSON line alone")
     add("--keep-memory", action="store_true", help="glibc keeps freed memory, for both sides")
-    add("--prompts", type=int, default=4, help="rollout, grpo: prompts")
-    add("--group", type=int, default=8, help="rollout, grpo: completions a prompt")
-    add("--new-tokens", type=int, default=64, help="rollout, grpo: tokens a completion")
-    add("--image", type=int, help="side of the images, pixels (tiny-vlm: 64, else 112)")
-    add("--batch", type=int, help="sft: rows (24); head: frames (that of the preset)")
-    add("--vl-layers", type=int, help="head: self-attention over the features (the preset's)")
-    add("--chunks", type=int, default=4096, help="fast: chunks a batch")
-    add("--peak-tflops", type=float, default=989.0, help="cuda: peak of the GPU in bf16")
+    add("--prompts", type=count, default=4, help="rollout, grpo: prompts")
+    add("--group", type=count, default=8, help="rollout, grpo: completions a prompt")
+    add("--new-tokens", type=count, default=64, help="rollout, grpo: tokens a completion")
+    add("--image", type=count, help="side of the images, pixels (tiny-vlm: 64, else 112)")
+    add("--batch", type=count, help="sft: rows (24); head: frames (that of the preset)")
+    add("--vl-layers", type=natural, help="head: self-attention over the features (the preset's)")
+    add("--chunks", type=count, default=4096, help="fast: chunks a batch")
+    add("--peak-tflops", type=positive, default=989.0, help="cuda: peak of the GPU in bf16")
     args = parser.parse_args(argv)
     args.ranks = int(os.environ.get("WORLD_SIZE", "0"))  # 0: not under torchrun
     args.size = args.size or ("tiny-vlm" if args.command == "head" else "tiny")
