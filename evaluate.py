@@ -287,8 +287,6 @@ def episodes_to_ask(backbone: model.Backbone, data: str, split: str) -> tuple[li
     # 1. what the checkpoint says of this folder
     episodes = fast_tokenizer.read_episodes(data, 0, backbone.action_tokenizer)
     records = backbone.run.get("split", [])
-    if isinstance(records, dict):
-        records = [records]
     folder = episodes[0].path.parent
     own = [record for record in records if Path(record["folder"]).resolve() == folder.resolve()]
 

@@ -57,12 +57,16 @@ def rows_of(backbone, n=3):
     ]
 
 
+def patches_of(backbone, batch):
+    return model.cut_patches(batch["pixels"], batch["grid"], backbone.image_spec)
+
+
 def extra(backbone, batch):
     """The arguments of transformers' own forward."""
     return {
         "input_ids": batch["ids"],
         "attention_mask": batch["mask"],
-        "pixel_values": batch["patches"],
+        "pixel_values": patches_of(backbone, batch),
         "image_grid_thw": batch["grid"],
         "mm_token_type_ids": (batch["ids"] == backbone.vocab.image).int(),
     }
@@ -81,20 +85,50 @@ def test_positions_equal_get_rope_index(backbone, left):
 
 
 @pytest.mark.parametrize("size", [(64, 64), (37, 101), (250, 31), (16, 16), (9, 300), (700, 650)])
-def test_patchify_equals_the_image_processor(backbone, size, tmp_path):
+def test_patches_equal_those_of_the_image_processor(backbone, size, tmp_path):
     backbone.image_spec.save(tmp_path)
     processor = AutoImageProcessor.from_pretrained(tmp_path)
     assert model.ImageSpec.load(tmp_path) == backbone.image_spec
     theirs = processor(images=[image(*size)], return_tensors="np")
-    patches, grid = model.patchify(image(*size), backbone.image_spec)
+    pixels, grid = model.fit_image(image(*size), backbone.image_spec)
     assert tuple(theirs["image_grid_thw"][0]) == grid
+    assert pixels.dtype == np.uint8
+    patches = model.cut_patches(
+        torch.from_numpy(pixels), torch.tensor([grid]), backbone.image_spec
+    ).numpy()
     np.testing.assert_allclose(patches, theirs["pixel_values"], atol=1e-6)
+    # and to the bit what numpy gave when it did this on the CPU
+    mean, std = np.float32(backbone.image_spec.mean), np.float32(backbone.image_spec.std)
+    by_numpy = pixels.reshape(-1, 3) * (1 / (255 * std)) - mean / std
+    assert np.array_equal(np.unique(by_numpy), np.unique(patches))
+
+
+def test_images_of_several_sizes_are_cut_as_one_by_one(backbone):
+    spec = backbone.image_spec
+    images = [image(*size, seed) for seed, size in enumerate([(64, 64), (64, 64), (48, 80)])]
+    fitted = [model.fit_image(one, spec) for one in images]
+    grid = torch.tensor([grid for _, grid in fitted])
+    alone = [
+        model.cut_patches(torch.from_numpy(pixels), grid[i : i + 1], spec)
+        for i, (pixels, _) in enumerate(fitted)
+    ]
+    pixels = torch.from_numpy(np.concatenate([pixels for pixels, _ in fitted]))
+    assert torch.equal(model.cut_patches(pixels, grid, spec), torch.cat(alone))
+
+
+def test_images_travel_as_bytes(backbone):
+    """They went to the GPU as float32, repeated in time: eight times the bytes, and rank 0's thread
+    took 20 ms a megapixel to cut them."""
+    batch = model.collate(rows_of(backbone), backbone.vocab.pad)
+    patch = backbone.image_spec.patch
+    assert batch["pixels"].dtype == torch.uint8
+    assert batch["pixels"].nbytes == 3 * patch**2 * int(batch["grid"].prod(1).sum())
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (64, 64, 4)])
-def test_patchify_rejects_other_arrays(backbone, shape):
+def test_fit_image_rejects_other_arrays(backbone, shape):
     with pytest.raises(ValueError, match="give uint8"):
-        model.patchify(np.zeros(shape, np.uint8), backbone.image_spec)
+        model.fit_image(np.zeros(shape, np.uint8), backbone.image_spec)
 
 
 # The templates that the families publish, but for their branches about tools and videos.
@@ -282,7 +316,7 @@ def test_vision_segments_of_one_length_are_one_batch(backbone, sizes, monkeypatc
 
     def outputs_and_gradients():
         visual.zero_grad()
-        seen = visual(batch["patches"], grid_thw=batch["grid"])
+        seen = visual(patches_of(backbone, batch), grid_thw=batch["grid"])
         seen.pooler_output.square().sum().backward()
         gradients = [p.grad for p in visual.parameters() if p.grad is not None]
         return [seen.pooler_output, *gradients]
@@ -321,7 +355,7 @@ def test_hidden_does_not_depend_on_padding_or_on_the_cache(backbone):
         **whole,
         "ids": whole["ids"][:, -5:],
         "positions": whole["positions"][..., -5:],
-        "patches": None,
+        "pixels": None,
     }
     with torch.no_grad():
         parts = (
@@ -492,7 +526,7 @@ def test_a_checkpoint_that_lost_its_weights_is_refused(backbone, tmp_path):
 @pytest.mark.parametrize("pixels", [0, 100, 5000])
 def test_max_pixels_bounds_images_and_stays_in_the_checkpoint(backbone, tmp_path, pixels):
     one = model.load(untrained.folder(backbone.run["size"]), max_pixels=pixels)
-    _, (_, h, w) = model.patchify(image(90, 120), one.image_spec)
+    _, (_, h, w) = model.fit_image(image(90, 120), one.image_spec)
     # one token is the least that an image has
     unit = (one.image_spec.patch * one.image_spec.merge) ** 2
     if pixels:

@@ -302,10 +302,10 @@ def vla_estimate(cfg: vla.Config, net: nn.Module, load: Load) -> Estimate:
             count=1,
         )
 
-    # 2. the backbone: in the loop it is sharded; for --cache features whole, while they are made
+    # 2. the backbone: whole on each rank (vla.py shards one that would take half of the memory)
     backbone = count(net.parameters()) * load.dtype.itemsize
     parts = {"backbone": backbone}
-    if cfg.cache == "none":
+    if cfg.cache == "none" and cfg.shard_backbone:
         parts["backbone"] = backbone / shards
         parts["gathered units"] = gathered_bytes(net, load.dtype)
 
@@ -351,10 +351,8 @@ def load_shapes(cfg, size: str) -> model.Backbone:
 
 def patches_of(spec: model.ImageSpec, side: int) -> int:
     """Patches of a square image of so many pixels a side."""
-    height, width = model.smart_resize(
-        side, side, spec.patch * spec.merge, spec.min_pixels, spec.max_pixels
-    )
-    return (height // spec.patch) * (width // spec.patch)
+    _, rows, columns = model.image_grid(side, side, spec)
+    return rows * columns
 
 
 def tell(what: str, backbone: model.Backbone, stage: str, cfg, load: Load, gb: float) -> bool:
