@@ -192,6 +192,9 @@ def test_images_are_rendered_as_in_training(toy):
     assert policy.shapes == {((6, 10), (4, 4))}
     policy.shapes.clear()
     toy.size = 8
+    with pytest.raises(ValueError, match="--size 8: a square, .* on image of 6 x 10"):
+        simulate.run_trials("toy", policy, toy, ALL)
+    policy.spec["image_sizes"] = {"image": [6, 6], "image_wrist": [4, 4]}
     simulate.run_trials("toy", policy, toy, ALL)
     assert policy.shapes == {((8, 8), (8, 8))}, "and no trial of the other size was taken for it"
     del policy.spec["image_sizes"]
