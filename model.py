@@ -8,7 +8,7 @@ is RoboAlign, arXiv 2603.21341. A checkpoint is a folder that plain transformers
 |-------------------------|------------------------------------------------------------------|
 | Prompts and answers     | all stages                                                       |
 | Backbone and vocabulary | all stages                                                       |
-| Images and rows         | all stages; `patchify` and `mrope_positions` may be skipped      |
+| Images and rows         | all stages; `cut_patches`, `mrope_positions` may be skipped      |
 | Forward                 | all stages                                                       |
 | Sampler                 | grpo.py; `generate`, then `Decoder`; CUDA graphs may be skipped  |
 | Sharding                | who runs on several GPUs                                         |
@@ -26,6 +26,7 @@ import ctypes
 import datetime
 import functools
 import inspect
+import itertools
 import json
 import os
 import platform
@@ -264,6 +265,9 @@ class Backbone:
     action_tokenizer: FastTokenizer | None = None
     run: dict = field(default_factory=dict)  # run.json of the checkpoint it came from
 
+    def __post_init__(self):
+        self.net.image_spec = self.image_spec  # by which a forward cuts and normalises images
+
 
 def find_checkpoint(path: str | Path) -> str | Path:
     """A folder with config.json: `path` itself, else its final/, else its newest step_*; or `path`
@@ -352,7 +356,7 @@ class Row(TypedDict):
     ids: np.ndarray  # (T,) int64
     target: np.ndarray  # (T,) bool: the assistant's turns, <|im_end|> among them
     positions: np.ndarray  # (3, T) int64, M-RoPE
-    patches: np.ndarray | None  # (P, .) float32, of all its images
+    pixels: np.ndarray | None  # (N,) uint8, of all its images one after the other
     grid: np.ndarray  # (images, 3) int64: time, rows and columns of patches
     sample_id: NotRequired[str]  # where it comes from, "file:row"
 
@@ -364,32 +368,52 @@ class Batch(TypedDict):
     mask: torch.Tensor  # (B, T) long
     target: torch.Tensor  # (B, T) bool
     positions: torch.Tensor  # (3, B, T) long
-    patches: torch.Tensor | None  # (P, .) float32, of all images of all rows
+    pixels: torch.Tensor | None  # (N,) uint8, of all images of all rows
     grid: torch.Tensor | None  # (images, 3) long
     lengths: NotRequired[list[int]]  # of the rows in a pack, which do not see each other
     sample_id: NotRequired[list[str]]
 
 
-def patchify(image: np.ndarray, spec: ImageSpec) -> tuple[np.ndarray, tuple[int, int, int]]:
-    """image uint8 (H, W, 3) -> patches (P, 3 * temporal * patch * patch) float32, grid (1, h, w).
-    Equals the Pillow image processor of transformers' Qwen2-VL, without its overhead."""
+def image_grid(height: int, width: int, spec: ImageSpec) -> tuple[int, int, int]:
+    """Size of an image in pixels -> its grid (1, h, w) of patches, once resized to whole tokens."""
+    unit = spec.patch * spec.merge  # pixels of a token's side
+    height, width = smart_resize(height, width, unit, spec.min_pixels, spec.max_pixels)
+    return 1, height // spec.patch, width // spec.patch
+
+
+def fit_image(image: np.ndarray, spec: ImageSpec) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """image uint8 (H, W, 3) -> its pixels (N,) uint8, resized to whole tokens, and grid (1, h, w).
+    The rest is left to the GPU, which receives an eighth of the bytes: cut_patches()."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"image is {image.dtype} {image.shape}; give uint8 (H, W, 3)")
-    # 1. resize to whole tokens
-    unit = spec.patch * spec.merge  # pixels of a token's side
-    height, width = smart_resize(*image.shape[:2], unit, spec.min_pixels, spec.max_pixels)
+    grid = image_grid(*image.shape[:2], spec)
+    height, width = grid[1] * spec.patch, grid[2] * spec.patch
     if (height, width) != image.shape[:2]:
         image = np.asarray(Image.fromarray(image).resize((width, height), Image.BICUBIC))
+    return image.reshape(-1), grid
+
+
+def cut_patches(pixels: torch.Tensor, grid: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
+    """Pixels (N,) uint8 of images of grid (images, 3) -> patches (P, 3 * temporal * patch * patch)
+    fp32, on the same device. Equals the Pillow image processor of transformers' Qwen2-VL."""
+    # 1. cut into patches, those of a token together; neighbours of one size at once
+    p, m = spec.patch, spec.merge
+    cut = []
+    start = 0
+    for (_, h, w), same_size in itertools.groupby(grid.tolist()):
+        n = len(list(same_size))
+        end = start + n * h * w * p * p * 3
+        x = pixels[start:end].view(n, h // m, m, p, w // m, m, p, 3)
+        x = x.permute(0, 1, 4, 2, 5, 7, 3, 6)  # (n, h/m, w/m, m, m, 3, p, p)
+        cut.append(x.reshape(n * h * w, 3, p * p))
+        start = end
     # 2. normalise
     mean, std = np.float32(spec.mean), np.float32(spec.std)
-    x = image * (1 / (255 * std)) - mean / std  # (H, W, 3)
-    # 3. cut into patches, those of a token together
-    p, m = spec.patch, spec.merge
-    h, w = height // p, width // p
-    x = x.reshape(h // m, m, p, w // m, m, p, 3)
-    x = x.transpose(0, 3, 1, 4, 6, 2, 5)  # (h/m, w/m, m, m, 3, p, p)
-    x = np.broadcast_to(x[:, :, :, :, :, None], (*x.shape[:5], spec.temporal, p, p))
-    return np.ascontiguousarray(x.reshape(h * w, -1), np.float32), (1, h, w)
+    scale = torch.from_numpy(1 / (255 * std)).to(pixels.device)
+    shift = torch.from_numpy(mean / std).to(pixels.device)
+    patches = torch.cat(cut) * scale[:, None] - shift[:, None]  # (P, 3, p * p)
+    # 3. repeat a still image in time
+    return patches[:, :, None].expand(-1, -1, spec.temporal, -1).flatten(1)
 
 
 def mrope_positions(ids: np.ndarray, grid: np.ndarray, image_id: int, merge: int) -> np.ndarray:
@@ -464,8 +488,8 @@ def encode(
     ids = np.array(id_list, np.int64)
     target = np.array(target_list)
     # 4. images: the one token of each becomes as many as it has merged patches
-    cut_images = [patchify(image, backbone.image_spec) for image in images]
-    grid = np.array([image_grid for _, image_grid in cut_images], np.int64).reshape(-1, 3)
+    fitted = [fit_image(image, backbone.image_spec) for image in images]
+    grid = np.array([grid_of_image for _, grid_of_image in fitted], np.int64).reshape(-1, 3)
     is_image = ids == backbone.vocab.image
     if is_image.sum() != len(images):
         raise ValueError('"<|image_pad|>" in the text; write "<image>" for each image')
@@ -476,7 +500,7 @@ def encode(
         "ids": ids,
         "target": target,
         "positions": mrope_positions(ids, grid, backbone.vocab.image, backbone.image_spec.merge),
-        "patches": np.concatenate([patches for patches, _ in cut_images]) if cut_images else None,
+        "pixels": np.concatenate([pixels for pixels, _ in fitted]) if fitted else None,
         "grid": grid,
     }
 
@@ -502,12 +526,12 @@ def collate(
         target[b, columns] = row["target"]
         positions[:, b, columns] = row["positions"]
     arrays = {"ids": ids, "mask": mask, "target": target, "positions": positions}
-    with_images = [row for row in images or rows if row["patches"] is not None]
+    with_images = [row for row in images or rows if row["pixels"] is not None]
     if with_images:
-        arrays["patches"] = np.concatenate([row["patches"] for row in with_images])
+        arrays["pixels"] = np.concatenate([row["pixels"] for row in with_images])
         arrays["grid"] = np.concatenate([row["grid"] for row in with_images])
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return {"patches": None, "grid": None, **tensors}
+    return {"pixels": None, "grid": None, **tensors}
 
 
 def to_device(batch: Batch, device: str | torch.device) -> Batch:
@@ -520,15 +544,22 @@ def to_device(batch: Batch, device: str | torch.device) -> Batch:
 
 # ---- Forward -------------------------------------------------------------------------------------
 
-ATTENTION = "robo_align"  # our name beside transformers' "sdpa" and "eager"
+ATTENTION = "robo_align"  # our names beside transformers' "sdpa" and "eager"
+# A vision tower hands over its segments (images, or Qwen2.5-VL's windows) one by one, unless there
+# is "flash" in the name: then all of them, and where each ends.
+VISION_ATTENTION = "robo_align_flash"
 LOGITS_AT_ONCE = 1 << 27  # with their gradients 16 bytes each: 2 GB; those of more tokens by slices
 
 
 def use_own_attention(net: nn.Module) -> None:
-    """Lets the net attend by `_attention`: sdpa, but for packs and the sampler."""
+    """Lets the net attend by `_attention` and `_vision_attention`: sdpa, but for packs, the sampler
+    and segments."""
     transformers.AttentionInterface.register(ATTENTION, _attention)
     transformers.AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    net.set_attn_implementation(ATTENTION)
+    transformers.AttentionInterface.register(VISION_ATTENTION, _vision_attention)
+    net.set_attn_implementation(
+        {"": ATTENTION, "text_config": ATTENTION, "vision_config": VISION_ATTENTION}
+    )
 
 
 def _attention(module, q, k, v, attention_mask, lengths=None, decoding=None, **kwargs):
@@ -537,12 +568,61 @@ def _attention(module, q, k, v, attention_mask, lengths=None, decoding=None, **k
     if decoding is not None:
         prompt_keys, prompt_values = decoding.layers[module.layer_idx].prompt
         return attend_with_prompt(q, k, v, prompt_keys, prompt_values, decoding), None
-    if lengths is None or not module.is_causal:  # the vision tower cuts at its images by itself
+    if lengths is None:
         return sdpa_attention_forward(module, q, k, v, attention_mask, **kwargs)
     outputs = []
     for row in zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), strict=True):
         outputs.append(sdpa_attention_forward(module, *row, None, **kwargs)[0])
     return torch.cat(outputs, 1), None
+
+
+def _vision_attention(module, q, k, v, attention_mask, cu_seq_lens_q, scaling, **kwargs):
+    """q, k, v (1, H, P, d) of P patches -> (1, P, H, d), None. A segment attends to itself alone,
+    those of one length as one batch. cu_seq_lens_q (segments + 1,): where they begin and end."""
+    segments = _segments(cu_seq_lens_q)
+    outputs = []
+    if segments.order is not None:
+        q, k, v = (x[:, :, segments.order] for x in (q, k, v))
+    sizes = [n * length for n, length in segments.batches]
+    split = zip(q.split(sizes, 2), k.split(sizes, 2), v.split(sizes, 2), strict=True)
+    for (n, length), same_length in zip(segments.batches, split, strict=True):
+        # (1, H, n * length, d) -> (n, H, length, d)
+        batch = (x[0].unflatten(1, (n, length)).transpose(0, 1) for x in same_length)
+        output, _ = sdpa_attention_forward(module, *batch, None, scaling=scaling, is_causal=False)
+        outputs.append(output.flatten(0, 1))  # (n * length, H, d)
+    joined = torch.cat(outputs)
+    if segments.order is not None:
+        joined = joined[segments.back]
+    return joined[None], None
+
+
+class Segments(NamedTuple):
+    """Segments of patches, sorted by their length; see _segments()."""
+
+    batches: list[tuple[int, int]]  # of each length: how many, and the length
+    order: torch.Tensor | None  # (P,) patches in this order; None: they are
+    back: torch.Tensor | None  # (P,) and the way back
+
+
+def _segments(ends: torch.Tensor) -> Segments:
+    """Of segments of 4, 2 and 4 patches, ends (segments + 1,) = 0 4 6 10:
+
+        batches  (1, 2), (2, 4)
+        order    4 5  0 1 2 3  6 7 8 9
+
+    The blocks share `ends`, which keeps the answer: a GPU is waited for once, not in each."""
+    if not hasattr(ends, "segments"):
+        lengths = torch.diff(ends.cpu()).long()  # (segments,)
+        distinct, counts = lengths.unique(return_counts=True)
+        batches = list(zip(counts.tolist(), distinct.tolist(), strict=True))
+        order = back = None
+        if len(batches) > 1:
+            length_of_patch = lengths.repeat_interleave(lengths)  # (P,)
+            order = length_of_patch.argsort(stable=True)
+            back = order.argsort().to(ends.device)
+            order = order.to(ends.device)
+        ends.segments = Segments(batches, order, back)
+    return ends.segments
 
 
 def as_forward(function: Callable, module: nn.Module, *args):
@@ -582,10 +662,10 @@ def forget_forwards(net: nn.Module) -> None:
 def _hidden_states(net, batch, cache):
     # 1. what is seen
     ids = batch["ids"]
-    if batch.get("patches") is not None:
+    if batch.get("pixels") is not None:
         inputs = {
             "input_ids": ids,
-            "pixel_values": batch["patches"],
+            "pixel_values": cut_patches(batch["pixels"], batch["grid"], net.image_spec),
             "image_grid_thw": batch["grid"],
         }
     elif cache is None and (isinstance(net, fsdp.FSDPModule) or _trains(net.model.visual)):

@@ -543,14 +543,14 @@ def prompt_row(
     backbone: Backbone, images: Sequence[np.ndarray], instruction: str, think: bool, memo: dict
 ) -> Row:
     """The action prompt as a row, in training and evaluation alike. The same words and image sizes
-    give the same tokens: the caller's `memo` keeps them, and only the patches are made anew."""
+    give the same tokens: the caller's `memo` keeps them, and only the pixels are made anew."""
     key = (instruction, think, *(image.shape for image in images))
     if key in memo:
-        patches = [model.patchify(image, backbone.image_spec)[0] for image in images]
-        return {**memo[key], "patches": np.concatenate(patches)}
+        pixels = [model.fit_image(image, backbone.image_spec)[0] for image in images]
+        return {**memo[key], "pixels": np.concatenate(pixels)}
     messages = model.action_prompt(instruction, think, len(images))
     row = model.encode(backbone, messages, images, prompt_only=True)
-    memo[key] = {**row, "patches": None}
+    memo[key] = {**row, "pixels": None}
     return row
 
 

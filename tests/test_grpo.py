@@ -448,7 +448,7 @@ def test_non_finite_loss_stops(backbone, tmp_path):
         step_once(groups, out=str(tmp_path))
     saved = load_file(tmp_path / "failed_step_7_rank_0.safetensors")
     for i, g in enumerate(groups):  # all that the loss was made of, on every prompt of the update
-        assert np.array_equal(saved[f"{i}.prompt_patches"], g.row["patches"])
+        assert np.array_equal(saved[f"{i}.prompt_pixels"], g.row["pixels"])
         assert np.array_equal(saved[f"{i}.prompt_ids"], g.row["ids"])
         for k in ("ids", "mask", "old_logp", "advantages"):
             assert torch.equal(saved[f"{i}.{k}"].nan_to_num(), getattr(g, k).nan_to_num())
@@ -472,8 +472,8 @@ def test_prompts_match_their_targets(backbone, world):
     assert targets[1] == backbone.action_tokenizer.encode(files[0].action[None, 2:])[0]  # the last
     text = backbone.tokenizer.decode(rows[4]["ids"])
     assert files[2].task in text and model.THINK in text and text.endswith("assistant\n")
-    patches, _ = model.patchify(files[1].frame(3), backbone.image_spec)
-    assert np.array_equal(rows[3]["patches"], patches)
+    pixels, _ = model.fit_image(files[1].frame(3), backbone.image_spec)
+    assert np.array_equal(rows[3]["pixels"], pixels)
     with pytest.raises(IndexError):  # 12 steps begin a whole chunk
         grpo.prompt_rows(backbone, files, [12])
 
@@ -643,7 +643,8 @@ def test_dynamic_sampling_puts_fresh_prompts_in_the_place_of_equal_rewards(world
 
 
 @pytest.mark.parametrize(
-    ("ranks", "more"), [(2, []), (4, ["--shards", "2", "--recompute", "--cpu-offload"])]
+    ("ranks", "more"),
+    [(2, []), (4, ["--shards", "2", "--recompute", "--cpu-offload", "--recompute-old-logp"])],
 )
 def test_ranks_equal_one(world, monkeypatch, ranks, more):
     """Blocks are sharded one by one, as large models are. Samples are a function of (seed, prompt),

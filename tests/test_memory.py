@@ -45,7 +45,7 @@ def rows_of(backbone, n, prompt_only):
 
 
 def load_of(rows, ranks=1):
-    return memory.Load(ranks, len(rows[0]["ids"]), len(rows[0]["patches"]), torch.float32)
+    return memory.Load(ranks, len(rows[0]["ids"]), int(rows[0]["grid"].prod()), torch.float32)
 
 
 def total_bytes(tensors):
@@ -72,7 +72,7 @@ def test_sft(backbone, recompute, muon):
     keeps = memory.kept(backbone.net, lambda: model.hidden_states(backbone.net, sft.pack(rows)))
     if recompute:  # a block is computed again when autograd has let go of much
         tokens = 3 * len(rows[0]["ids"])
-        patches = 3 * len(rows[0]["patches"])
+        patches = 3 * int(rows[0]["grid"].prod())
         without = memory.activations(meta(backbone), sft.Config(), tokens, patches, torch.float32)
         assert keeps < told.parts["activations"] < 0.6 * without
     else:

@@ -17,6 +17,7 @@ from torch import distributed, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from transformers.cache_utils import DynamicCache
+from transformers.vision_utils import get_vision_window_index
 
 import grpo
 import model
@@ -56,12 +57,16 @@ def rows_of(backbone, n=3):
     ]
 
 
+def patches_of(backbone, batch):
+    return model.cut_patches(batch["pixels"], batch["grid"], backbone.image_spec)
+
+
 def extra(backbone, batch):
     """The arguments of transformers' own forward."""
     return {
         "input_ids": batch["ids"],
         "attention_mask": batch["mask"],
-        "pixel_values": batch["patches"],
+        "pixel_values": patches_of(backbone, batch),
         "image_grid_thw": batch["grid"],
         "mm_token_type_ids": (batch["ids"] == backbone.vocab.image).int(),
     }
@@ -80,20 +85,50 @@ def test_positions_equal_get_rope_index(backbone, left):
 
 
 @pytest.mark.parametrize("size", [(64, 64), (37, 101), (250, 31), (16, 16), (9, 300), (700, 650)])
-def test_patchify_equals_the_image_processor(backbone, size, tmp_path):
+def test_patches_equal_those_of_the_image_processor(backbone, size, tmp_path):
     backbone.image_spec.save(tmp_path)
     processor = AutoImageProcessor.from_pretrained(tmp_path)
     assert model.ImageSpec.load(tmp_path) == backbone.image_spec
     theirs = processor(images=[image(*size)], return_tensors="np")
-    patches, grid = model.patchify(image(*size), backbone.image_spec)
+    pixels, grid = model.fit_image(image(*size), backbone.image_spec)
     assert tuple(theirs["image_grid_thw"][0]) == grid
+    assert pixels.dtype == np.uint8
+    patches = model.cut_patches(
+        torch.from_numpy(pixels), torch.tensor([grid]), backbone.image_spec
+    ).numpy()
     np.testing.assert_allclose(patches, theirs["pixel_values"], atol=1e-6)
+    # and to the bit what numpy gave when it did this on the CPU
+    mean, std = np.float32(backbone.image_spec.mean), np.float32(backbone.image_spec.std)
+    by_numpy = pixels.reshape(-1, 3) * (1 / (255 * std)) - mean / std
+    assert np.array_equal(np.unique(by_numpy), np.unique(patches))
+
+
+def test_images_of_several_sizes_are_cut_as_one_by_one(backbone):
+    spec = backbone.image_spec
+    images = [image(*size, seed) for seed, size in enumerate([(64, 64), (64, 64), (48, 80)])]
+    fitted = [model.fit_image(one, spec) for one in images]
+    grid = torch.tensor([grid for _, grid in fitted])
+    alone = [
+        model.cut_patches(torch.from_numpy(pixels), grid[i : i + 1], spec)
+        for i, (pixels, _) in enumerate(fitted)
+    ]
+    pixels = torch.from_numpy(np.concatenate([pixels for pixels, _ in fitted]))
+    assert torch.equal(model.cut_patches(pixels, grid, spec), torch.cat(alone))
+
+
+def test_images_travel_as_bytes(backbone):
+    """They went to the GPU as float32, repeated in time: eight times the bytes, and rank 0's thread
+    took 20 ms a megapixel to cut them."""
+    batch = model.collate(rows_of(backbone), backbone.vocab.pad)
+    patch = backbone.image_spec.patch
+    assert batch["pixels"].dtype == torch.uint8
+    assert batch["pixels"].nbytes == 3 * patch**2 * int(batch["grid"].prod(1).sum())
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (64, 64, 4)])
-def test_patchify_rejects_other_arrays(backbone, shape):
+def test_fit_image_rejects_other_arrays(backbone, shape):
     with pytest.raises(ValueError, match="give uint8"):
-        model.patchify(np.zeros(shape, np.uint8), backbone.image_spec)
+        model.fit_image(np.zeros(shape, np.uint8), backbone.image_spec)
 
 
 # The templates that the families publish, but for their branches about tools and videos.
@@ -258,6 +293,51 @@ def test_packed_rows_equal_padded_rows(backbone):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
+SQUARES = [(64, 64)] * 5
+MIXED = [(64, 64), (250, 96), (48, 80), (64, 64), (250, 96)]
+
+
+@pytest.mark.parametrize("sizes", [SQUARES, MIXED])
+def test_vision_segments_of_one_length_are_one_batch(backbone, sizes, monkeypatch):
+    """transformers' sdpa ran once for each window of Qwen2.5-VL, 2,804 times for an image of 1,024
+    pixels, and asked the GPU for their lengths in each block."""
+    calls = []
+    asked = []
+    forward, diff = model.sdpa_attention_forward, torch.diff
+    monkeypatch.setattr(
+        model, "sdpa_attention_forward", lambda *args, **kw: calls.append(1) or forward(*args, **kw)
+    )
+    monkeypatch.setattr(torch, "diff", lambda ends: asked.append(1) or diff(ends))
+    images = [image(*size, seed) for seed, size in enumerate(sizes)]
+    row = model.encode(backbone, [{"role": "user", "content": "<image>" * len(images)}], images)
+    batch = model.collate([row], backbone.vocab.pad)
+    visual = backbone.net.model.visual
+
+    def outputs_and_gradients():
+        visual.zero_grad()
+        seen = visual(patches_of(backbone, batch), grid_thw=batch["grid"])
+        seen.pooler_output.square().sum().backward()
+        gradients = [p.grad for p in visual.parameters() if p.grad is not None]
+        return [seen.pooler_output, *gradients]
+
+    ours = outputs_and_gradients()
+    lengths = [batch["grid"].prod(1)] * len(visual.blocks)  # of the segments, for each block
+    if hasattr(visual, "fullatt_block_indexes"):
+        sides = visual.spatial_merge_size, visual.window_size, visual.patch_size
+        _, ends = get_vision_window_index(batch["grid"], *sides)
+        of_windows = diff(ends)
+        for i in set(range(len(visual.blocks))) - set(visual.fullatt_block_indexes):
+            lengths[i] = of_windows
+    assert len(calls) == sum(len(of_block.unique()) for of_block in lengths)
+    assert len(asked) == len({id(of_block) for of_block in lengths}), "not in each block"
+    for theirs in "sdpa", "eager":
+        backbone.net.set_attn_implementation(theirs)
+        rtol = 1e-4 if theirs == "eager" else 0
+        for a, b in zip(ours, outputs_and_gradients(), strict=True):
+            torch.testing.assert_close(a, b, rtol=rtol, atol=rtol * 10)
+    model.use_own_attention(backbone.net)
+
+
 def test_hidden_does_not_depend_on_padding_or_on_the_cache(backbone):
     rows = rows_of(backbone)
     with torch.no_grad():
@@ -274,7 +354,7 @@ def test_hidden_does_not_depend_on_padding_or_on_the_cache(backbone):
         **whole,
         "ids": whole["ids"][:, -5:],
         "positions": whole["positions"][..., -5:],
-        "patches": None,
+        "pixels": None,
     }
     with torch.no_grad():
         parts = (
@@ -441,7 +521,7 @@ def test_a_checkpoint_that_lost_its_weights_is_refused(backbone, tmp_path):
 @pytest.mark.parametrize("pixels", [0, 100, 5000])
 def test_max_pixels_bounds_images_and_stays_in_the_checkpoint(backbone, tmp_path, pixels):
     one = model.load(untrained.folder(backbone.run["size"]), max_pixels=pixels)
-    _, (_, h, w) = model.patchify(image(90, 120), one.image_spec)
+    _, (_, h, w) = model.fit_image(image(90, 120), one.image_spec)
     # one token is the least that an image has
     unit = (one.image_spec.patch * one.image_spec.merge) ** 2
     if pixels:

@@ -350,10 +350,8 @@ def load_shapes(cfg, size: str) -> model.Backbone:
 
 def patches_of(spec: model.ImageSpec, side: int) -> int:
     """Patches of a square image of so many pixels a side."""
-    height, width = model.smart_resize(
-        side, side, spec.patch * spec.merge, spec.min_pixels, spec.max_pixels
-    )
-    return (height // spec.patch) * (width // spec.patch)
+    _, rows, columns = model.image_grid(side, side, spec)
+    return rows * columns
 
 
 def tell(what: str, backbone: model.Backbone, stage: str, cfg, load: Load, gb: float) -> bool:

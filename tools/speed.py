@@ -163,7 +163,7 @@ def plain_inputs(
         "input_ids": batch["ids"],
         "attention_mask": batch["mask"],
         "mm_token_type_ids": (batch["ids"] == backbone.vocab.image).int(),
-        "pixel_values": batch["patches"],
+        "pixel_values": model.cut_patches(batch["pixels"], batch["grid"], backbone.image_spec),
         "image_grid_thw": batch["grid"],
     }
     return inputs, batch["target"]
@@ -674,7 +674,7 @@ def training_flop(net: torch.nn.Module, rows: list[dict]) -> int:
     seen = [
         (net.model.language_model.layers, sum(lengths(rows))),
         (net.lm_head, sum(int(row["target"].sum()) for row in rows)),
-        (net.model.visual, sum(len(row["patches"]) for row in rows)),
+        (net.model.visual, sum(int(row["grid"].prod(1).sum()) for row in rows)),
     ]
     total = 0
     for part, tokens in seen:
