@@ -426,10 +426,8 @@ def full_rows_logp(backbone, rows, ids, mask, temperature=1.0):
     hidden = model.hidden_states(backbone.net, batch)  # (B*G, longest, D)
     predicts = batch["target"][:, 1:]  # a position predicts the token after it
     hidden = hidden[:, :-1][predicts]  # (B*G*T, D), ordered as the ids
-    logp, entropy = grpo.token_logp(
-        backbone.net, hidden, ids.flatten(), temperature, backbone.vocab.banned
-    )
-    return logp.view_as(ids), entropy.view_as(ids)
+    logp = grpo.token_logp(backbone.net, hidden, ids.flatten(), temperature, backbone.vocab.banned)
+    return logp.view_as(ids)
 
 
 class GrpoStep:
