@@ -298,7 +298,7 @@ def episodes_to_ask(backbone: model.Backbone, data: str, split: str) -> tuple[li
             trained_on = ", ".join(record["folder"] for record in records)
             why = f"which the checkpoint was not trained on (but on {trained_on})"
         else:
-            why = "the checkpoint does not say what it was trained on"
+            why = "the checkpoint names no episodes that it was trained on"
         return episodes, f"all {len(episodes)} episodes of {folder}: {why}"
     _, held_out = fast_tokenizer.split_episodes(episodes)
     words = f"the {len(held_out)} held-out ones of {len(episodes)} episodes of {folder}"

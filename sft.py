@@ -53,6 +53,7 @@ from fast_tokenizer import (
     chunk_ends,
     count,
     image_size,
+    join_splits,
     locate_step,
     non_negative,
     read_episodes,
@@ -1123,7 +1124,7 @@ def main(argv: list[str] | None = None) -> None:
         "config": asdict(cfg),
         "parent": cfg.init,
         "data": data,
-        "split": splits,
+        "split": join_splits(backbone.run.get("split", []), splits),
     }
     save = functools.partial(model.save, what=backbone, optim=optim)
     model.stop_on_sigterm()

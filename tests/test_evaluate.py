@@ -18,10 +18,11 @@ import evaluate
 import fast_tokenizer
 import model
 import sft
+from benchmarks import simulate, tabletop_data
 from benchmarks import tabletop as tt
-from benchmarks import tabletop_data
 from benchmarks.simulate import Outcome, TrialResult
 from benchmarks.tabletop import drive
+from tools import backbones, memory, speed
 
 
 def test_wilson_against_a_worked_example():
@@ -378,10 +379,14 @@ def test_prompts_are_called_held_out_only_when_they_are(written, tmp_path, monke
     assert len(asked(tmp_path / "test", "held-out")[0]) == 1
 
     (record,) = backbone.run["split"]
+    elsewhere = {**record, "folder": "elsewhere"}
+    backbone.run["split"] = fast_tokenizer.join_splits([record, elsewhere], [elsewhere])
+    assert len(backbone.run["split"]) == 2, "what SFT saw is not forgotten in GRPO"
+    assert asked(folder)[0] == [episode.name for episode in held_out]
     record["sha256"] = "of other episodes"
     assert "held out others, and may have been trained on these" in asked(folder)[1]
     backbone.run = {}
-    assert "does not say what it was trained on" in asked(folder)[1]
+    assert "the checkpoint names no episodes" in asked(folder)[1]
 
     out = tmp_path / "r.json"
     evaluate.main(actions(written, out))
@@ -429,3 +434,33 @@ def test_flags_out_of_range_stop_before_anything_loads(flags, capsys):
         evaluate.main([command, "--policy", "x", "--data", "x", flag, value])
     assert stop.value.code == 2
     assert f"argument {flag}: {value} is not a" in capsys.readouterr().err
+
+
+def record_metaworld(argv):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["metaworld", *argv])
+        simulate.record("metaworld")
+
+
+@pytest.mark.parametrize(
+    ("main", "argv"),
+    [
+        (tabletop_data.main, "--out x --workers 0"),
+        (tabletop_data.main, "--out x --size 0"),
+        (tabletop_data.main, "--out x --noise 2"),
+        (backbones.main, "tiny-vlm --out x --seed -1"),
+        (speed.main, "grpo --batch 0"),
+        (speed.main, "grpo --peak-tflops 0"),
+        (memory.main, "sft --ranks 0"),
+        (memory.main, "sft --gb 0"),
+        (record_metaworld, "record --out x --size 0"),
+        (record_metaworld, "record --out x --episodes 0"),
+    ],
+)
+def test_flags_of_tools_and_benchmarks_have_ranges(main, argv, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = argv.split()
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2 and not list(tmp_path.iterdir())
+    assert f"argument {words[-2]}: {words[-1]} is not" in capsys.readouterr().err

@@ -90,6 +90,7 @@ def test_evaluate_writes_one_file_and_its_table(made):
         f"--out {results} --prompts 4 --samples 2 --max-new-tokens 16"
     )
     printed = run(
+        "-m torch.distributed.run --standalone --nproc_per_node=2 "
         f"evaluate.py tabletop --policy {made}/vla --variant toy --out {results} "
         f"--suites goal,chain --trials 1 --chains 1 --gif {made}/gif"
     )
