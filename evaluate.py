@@ -481,9 +481,8 @@ def action_metrics(
     for kind in ("thoughts", "actions"):
         distinct = set().union(*[getattr(score, kind) for score in scores])
         total = len(scores) * n
-        metrics[f"distinct {kind}"] = {
-            "mean": len(distinct), "low": None, "high": None, "n": total
-        }  # fmt: skip
+        of_all = {"mean": len(distinct), "low": None, "high": None, "n": total}
+        metrics[f"distinct {kind}"] = of_all
     return metrics, values
 
 
