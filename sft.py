@@ -936,7 +936,8 @@ def greedy_answers(
 
 
 def greedy_accuracy(backbone, sources, cfg, dist) -> dict[str, float]:
-    """Exact-match accuracy of greedy answers to held-out single-turn rows, by their "kind"."""
+    """Exact-match accuracy of greedy answers to held-out single-turn rows, by their "kind"; and
+    greedy_truncated, the share cut off at cfg.max_new_tokens."""
     samples = []
     for source in sources:
         for i in evenly_spaced(source.held, cfg.eval_rows):
@@ -953,13 +954,14 @@ def greedy_accuracy(backbone, sources, cfg, dist) -> dict[str, float]:
             backbone, local_samples, cfg.max_new_tokens, cuda_graphs=cfg.cuda_graphs
         )
 
+    n_truncated = all_sum(sum(answer.truncated for answer in answers))
     sums = np.zeros((len(kinds), 2))  # right answers, answers
     for sample, answer in zip(local_samples, answers, strict=True):
         kind = kinds.index(sample.kind)
         if answer.text == answer_text(sample.messages[1]["content"]):
             sums[kind, 0] += 1
         sums[kind, 1] += 1
-    accuracy = {}
+    accuracy = {"greedy_truncated": n_truncated / len(samples)}
     for kind, (n_right, n) in zip(kinds, all_sum(sums.tolist()), strict=True):
         accuracy[f"greedy_{kind}"] = n_right / n
     return accuracy
