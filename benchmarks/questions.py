@@ -298,9 +298,7 @@ def questions_to_ask(source: sft.ConversationDataset, args) -> list[Asked]:
 def score_answers(backbone, args, local: slice) -> list[Answer]:
     """Greedy answers to the share `local` of the rows of args.data. Damaged when a row, of any
     share, cannot be scored."""
-    source = sft.ConversationDataset(
-        args.data, backbone.action_tokenizer, 0, args.outside_images
-    )
+    source = sft.ConversationDataset(args.data, backbone.action_tokenizer, 0, args.outside_images)
     asked = questions_to_ask(source, args)[local]
     samples = [one.sample for one in asked]
     answers = sft.greedy_answers(
