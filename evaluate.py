@@ -5,17 +5,20 @@
     python evaluate.py vqa --policy assets/tiny-vlm --data data/test/conversations.jsonl
     python evaluate.py metaworld|libero --policy runs/vla
     python evaluate.py calvin --policy runs/vla --data task_ABC_D --out results/calvin.json
+    torchrun --nproc_per_node 8 evaluate.py libero --policy runs/vla      # or any but report
     python evaluate.py report results/run.json
 
 Each command but `report` measures one model and writes its metrics to a results file, under the
 name of a variant; `report` makes one Markdown table of such a file, a row for each variant, with
-the paired differences between consecutive ones. Every success rate carries its n and a 95% Wilson
+the paired differences between consecutive ones. Under torchrun each rank takes its share of the
+trials, prompts or questions, rank 0 writes the results of all, and those are what one process finds
+(up to rounding in batches of other sizes). Every success rate carries its n and a 95% Wilson
 interval; means carry a 95% bootstrap interval over prompts or chains (2,000 resamples, seed 0).
 
-In the order of the file: intervals, the results file, then what is measured (closed loop, action
-tokens, questions), the report, the command line. tabletop, metaworld, libero and calvin are modules
-of benchmarks/, and so are the questions; only the one that was asked for is imported. Who wants to
-know what a number means reads the three sections of what is measured."""
+In the order of the file: intervals, the results file, ranks, then what is measured (closed loop,
+action tokens, questions), the report, the command line. tabletop, metaworld, libero and calvin are
+modules of benchmarks/, and so are the questions; only the one that was asked for is imported. Who
+wants to know what a number means reads the three sections of what is measured."""
 
 import argparse
 import fcntl
@@ -28,15 +31,17 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, TypedDict, TypeVar
 
 import numpy as np
 import torch
+from torch import distributed
 
 import fast_tokenizer
 import grpo
 import model
 import vla
+from fast_tokenizer import count, natural, non_negative
 
 # ---- Intervals -----------------------------------------------------------------------------------
 
@@ -81,9 +86,10 @@ def bootstrap(values, resamples: int = 2000) -> Interval:
 # ---- Results file --------------------------------------------------------------------------------
 #
 # One JSON file a run. The key of the variants on disk is "arms", as in files of earlier versions:
-#   {"preset", "arms": {variant: {"metrics": {name: Interval}, "paired": {name: values},
-#    "checkpoints": {command: path}}}, "commands", "seeds", "hardware", "minutes", "versions"}
-# "paired" holds a metric's value of each prompt, trial or chain, in an order that all share.
+#   {"preset", "arms": {variant: {"metrics": {name: Interval}, "paired": {name: values}, ...}},
+#    "commands", "seeds", "hardware", "minutes", "versions"}
+# "paired" holds a metric's value of each prompt, trial or chain, in an order that all share. Beside
+# it a variant has "checkpoints" {command: path} and "prompts": where those of `actions` come from.
 
 
 def read_results(path: str | Path) -> dict:
@@ -102,11 +108,13 @@ def write_metrics(
     paired: dict[str, list[float]],
     args: argparse.Namespace,
     started: float,
+    prompts: str = "",
 ):
     """Add metrics to the variant args.variant of the file args.out, and print them.
 
     paired: the values of each prompt, trial or chain, by metric. started: when the evaluation
-    began, time.time(). Evaluations may write to one file at once: each takes the lock beside it."""
+    began, time.time(). prompts: of action tokens, where they come from. Evaluations may write to
+    one file at once: each takes the lock beside it."""
     path = Path(args.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "a") as lock:
@@ -122,6 +130,8 @@ def write_metrics(
         variant["metrics"].update(metrics)
         variant["paired"].update(paired)
         variant["checkpoints"][args.command] = str(args.policy)
+        if prompts:
+            variant["prompts"] = prompts
 
         # 2. how the numbers came about
         results["seeds"] = sorted({*results.get("seeds", []), args.seed})
@@ -149,6 +159,40 @@ def hardware() -> str:
     return f"{os.cpu_count()} CPU cores ({platform.machine()}), {threads} threads"
 
 
+# ---- Ranks ---------------------------------------------------------------------------------------
+
+T = TypeVar("T")
+
+
+def start_ranks(args: argparse.Namespace) -> model.Dist:
+    """This process among those of torchrun, one alone without; puts args.device right, and checks
+    before hours are spent that the results can be written."""
+    dist = model.setup(args.seed)
+    args.device = args.device or str(dist.device)
+    path = Path(args.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        read_results(path)
+    return dist
+
+
+def local_share(dist: model.Dist) -> slice:
+    """all_items[local_share(dist)] are this rank's: of 5 on 2 ranks 0, 2, 4 and 1, 3."""
+    return slice(dist.rank, None, dist.world_size)
+
+
+def gather(local_items: list[T], dist: model.Dist) -> list[T]:
+    """The items of all ranks in their order before local_share(); all ranks call it."""
+    if dist.world_size == 1:
+        return local_items
+    shares = [None] * dist.world_size
+    distributed.all_gather_object(shares, local_items)
+    items = [None] * sum(len(share) for share in shares)
+    for rank, share in enumerate(shares):
+        items[rank :: dist.world_size] = share
+    return items
+
+
 # ---- Closed loop ---------------------------------------------------------------------------------
 
 SIMULATORS = {  # modules of benchmarks/
@@ -160,8 +204,8 @@ SIMULATORS = {  # modules of benchmarks/
 
 
 def simulator_module(name: str):
-    """benchmarks/NAME.py, imported now: arguments(add), check(args), and evaluate(policy, args),
-    which gives a benchmarks.simulate.Outcome."""
+    """benchmarks/NAME.py, imported now: arguments(add), check(args), and evaluate(policy, args,
+    local), which gives a benchmarks.simulate.Outcome of the share `local` of all trials."""
     return importlib.import_module(f"benchmarks.{name}")
 
 
@@ -170,18 +214,22 @@ def closed_loop(args: argparse.Namespace):
     started = time.time()
     simulator = simulator_module(args.command)
     simulator.check(args)
+    dist = start_ranks(args)
     policy = vla.Policy.load(args.policy, device=args.device, seed=args.seed)
-    outcome = simulator.evaluate(policy, args)
+    local_outcome = simulator.evaluate(policy, args, local_share(dist))
 
     metrics = {}
     paired = {}
-    if outcome.trials is not None:
-        metrics |= success_metrics(outcome.trials)
-        paired["success"] = [trial.solved for trial in outcome.trials]
-    if outcome.chain_lengths is not None:
-        metrics |= chain_metrics(outcome.chain_lengths)
-        paired["chain length"] = outcome.chain_lengths
-    write_metrics(metrics, paired, args, started)
+    if local_outcome.trials is not None:
+        trials = gather(local_outcome.trials, dist)
+        metrics |= success_metrics(trials)
+        paired["success"] = [trial.solved for trial in trials]
+    if local_outcome.chain_lengths is not None:
+        chain_lengths = gather(local_outcome.chain_lengths, dist)
+        metrics |= chain_metrics(chain_lengths)
+        paired["chain length"] = chain_lengths
+    if dist.rank == 0:
+        write_metrics(metrics, paired, args, started)
 
 
 def success_metrics(trials) -> dict[str, Interval]:
@@ -207,50 +255,99 @@ def chain_metrics(lengths: list[int]) -> dict[str, Interval]:
     return metrics
 
 
+# ---- Models that write ---------------------------------------------------------------------------
+
+
+def load_backbone(args: argparse.Namespace) -> model.Backbone:
+    """The checkpoint args.policy of a stage that writes text, in the type in which a policy head
+    computes: bf16 on a GPU."""
+    dtype = vla.compute_dtype(args.device)
+    return model.load(args.policy, args.device, dtype, stages=("base", "sft", "grpo"))
+
+
 # ---- Action tokens -------------------------------------------------------------------------------
 #
 # B prompts, n completions of each, K steps of a chunk, A action dimensions.
 
 
-class HeldOutPrompts(NamedTuple):
-    """Prompts at random steps of held-out episodes, and what was done there."""
+class Prompts(NamedTuple):
+    """This rank's prompts at random steps of episodes, and what was done there."""
 
+    keys: list[int]  # B numbers among the prompts of all ranks
     rows: list[model.Row]  # B of them
     targets: list[list[int]]  # B lists of action ids
     chunks: np.ndarray  # (B, K, A), dataset units
 
 
-def held_out_prompts(
-    backbone: model.Backbone, data: str, count: int, seed: int, think: bool
-) -> HeldOutPrompts:
-    """`count` prompts at random steps of the episodes in `data`; the same for each checkpoint."""
+def episodes_to_ask(backbone: model.Backbone, data: str, split: str) -> tuple[list, str]:
+    """The episodes of `data` that prompts are drawn from -> (they, in words which they are).
+
+    split: "all", "held-out" (those that every stage holds out of such a folder), or "auto": held
+    out when the checkpoint says that it was trained on this folder, else all."""
+    # 1. what the checkpoint says of this folder
+    episodes = fast_tokenizer.read_episodes(data, 0, backbone.action_tokenizer)
+    records = backbone.run.get("split", [])
+    if isinstance(records, dict):
+        records = [records]
+    folder = episodes[0].path.parent
+    own = [record for record in records if Path(record["folder"]).resolve() == folder.resolve()]
+
+    # 2. which episodes
+    if split == "all" or (split == "auto" and not own):
+        if split == "all":
+            why = "as --split all asks"
+        elif records:
+            trained_on = ", ".join(record["folder"] for record in records)
+            why = f"which the checkpoint was not trained on (but on {trained_on})"
+        else:
+            why = "the checkpoint does not say what it was trained on"
+        return episodes, f"all {len(episodes)} episodes of {folder}: {why}"
+    _, held_out = fast_tokenizer.split_episodes(episodes)
+    words = f"the {len(held_out)} held-out ones of {len(episodes)} episodes of {folder}"
+    record = fast_tokenizer.split_record(episodes, held_out)
+    if any(other["sha256"] != record["sha256"] for other in own):
+        words += "; the checkpoint held out others, and may have been trained on these"
+    return held_out, words
+
+
+def draw_prompts(
+    backbone: model.Backbone, episodes: list, args: argparse.Namespace, think: bool, local: slice
+) -> Prompts:
+    """This rank's share of args.prompts prompts at random steps of the episodes; the same for each
+    checkpoint."""
     tokenizer = backbone.action_tokenizer
-    episodes = fast_tokenizer.read_episodes(data, 0, tokenizer)
-    rng = model.rng(seed, 11)
+    rng = model.rng(args.seed, 11)
+    drawn = []
+    for _ in range(args.prompts):
+        episode = episodes[int(rng.integers(len(episodes)))]
+        starts = fast_tokenizer.chunk_starts(episode, tokenizer.horizon)
+        drawn.append((episode, starts[int(rng.integers(len(starts)))]))
+
     rows = []
     chunks = []
-    for _ in range(count):
-        episode = episodes[int(rng.integers(len(episodes)))]
-        step = int(rng.integers(len(episode)))
+    for episode, step in drawn[local]:
         prompt = model.action_prompt(episode.task, think)
         rows.append(model.encode(backbone, prompt, [episode.frame(step)], prompt_only=True))
         chunks.append(fast_tokenizer.action_chunks(episode, tokenizer.horizon)[step])  # (K, A)
-    chunks = np.stack(chunks)
-    return HeldOutPrompts(rows, tokenizer.encode(chunks), chunks)
+    chunks = np.reshape(chunks, (-1, tokenizer.horizon, tokenizer.action_dim)).astype(np.float32)
+    targets = tokenizer.encode(chunks) if rows else []
+    return Prompts(list(range(args.prompts)[local]), rows, targets, chunks)
 
 
-class Scores(NamedTuple):
-    """What B prompts' completions are worth."""
+class Score(NamedTuple):
+    """What a prompt's n completions are worth."""
 
-    means: dict[str, np.ndarray]  # "reward", "r_f", "r_a", "l1": (B,) means over the completions
-    distinct_thoughts: int
-    distinct_actions: int  # lists of action ids, of those that decode
+    means: dict[str, float]  # "reward", "r_f", "r_a", "l1" (NaN: none decodes), "truncated"
+    thoughts: set[str]  # those that differ
+    actions: set[tuple[int, ...]]  # lists of action ids that decode
 
 
 def complete(
-    backbone: model.Backbone, prompts: HeldOutPrompts, n: int, greedy: bool, args
+    backbone: model.Backbone, prompts: Prompts, n: int, greedy: bool, args
 ) -> list[list[int]]:
     """B * n lists of token ids, those of a prompt side by side."""
+    if not prompts.rows:  # a rank may have none
+        return []
     samples = model.generate(
         backbone,
         prompts.rows,
@@ -258,7 +355,9 @@ def complete(
         args.max_new_tokens,
         greedy=greedy,
         seed=args.seed,
+        keys=prompts.keys,
         rollout_batch=args.batch,
+        cuda_graphs=args.cuda_graphs,
     )
     completions = []
     for ids, mask in zip(samples["ids"], samples["mask"].bool(), strict=True):
@@ -270,15 +369,18 @@ def score_completions(
     backbone: model.Backbone,
     completions: list[list[int]],
     n: int,
-    prompts: HeldOutPrompts,
+    prompts: Prompts,
     kind: str,
     think: bool,
-) -> Scores:
-    """Scores of B * n completions, those of a prompt side by side. kind: one of grpo.REWARDS.
+) -> list[Score]:
+    """Scores of B prompts with n completions each, those of a prompt side by side. kind: one of
+    grpo.REWARDS.
 
-    "l1" is over the completions that decode, in normalised units (range 2), and leaves out prompts
-    without one; r_f says how many there are.
-    1. reward   2. distance of the decoded actions   3. means of each prompt   4. what differs"""
+    "l1" is over the completions that decode, in normalised units (range 2); r_f says how many there
+    are. "truncated" is the share that the limit of tokens cut off: it is never in the format.
+    1. reward   2. distance of the decoded actions   3. each prompt"""
+    if not completions:
+        return []
     # 1. reward
     targets = [target for target in prompts.targets for _ in range(n)]
     reward, parts = grpo.reward(backbone, completions, targets, kind, think)
@@ -294,30 +396,43 @@ def score_completions(
     if stats is not None:
         decoded = fast_tokenizer.normalize(decoded, stats)
         demonstrated = fast_tokenizer.normalize(demonstrated, stats)
-    l1 = np.abs(decoded - demonstrated).mean((1, 2)).reshape(-1, n)  # (B, n)
+    l1 = np.abs(decoded - demonstrated).mean((1, 2))  # (B * n,)
 
-    # 3. means of each prompt
-    means = {}
-    for name, values in (("reward", reward), ("r_f", parts["r_f"]), ("r_a", parts["r_a"])):
-        means[name] = values.reshape(-1, n).mean(1)  # (B,)
-    any_decodes = np.isfinite(l1).any(1)  # (B,)
-    means["l1"] = np.nanmean(l1[any_decodes], 1) if any_decodes.any() else np.zeros(0)
+    # 3. each prompt
+    truncated = np.array([backbone.vocab.eos not in ids for ids in completions], float)
+    scores = []
+    for b in range(len(prompts.rows)):
+        of_prompt = slice(b * n, (b + 1) * n)
+        means = {}
+        for name, values in (("reward", reward), ("r_f", parts["r_f"]), ("r_a", parts["r_a"])):
+            means[name] = float(values[of_prompt].mean())
+        finite = l1[of_prompt][np.isfinite(l1[of_prompt])]
+        means["l1"] = float(finite.mean()) if len(finite) else float("nan")
+        means["truncated"] = float(truncated[of_prompt].mean())
+        texts = [backbone.tokenizer.decode(ids) for ids in completions[of_prompt]]
+        thoughts = {text.split("</think>")[0] for text in texts}
+        actions = {tuple(ids) for ids in action_ids[of_prompt] if ids}
+        scores.append(Score(means, thoughts, actions))
+    return scores
 
-    # 4. what differs: few distinct actions to many prompts are a collapsed policy
-    thoughts = {backbone.tokenizer.decode(ids).split("</think>")[0] for ids in completions}
-    actions = {tuple(ids) for ids in action_ids if ids}
-    return Scores(means, len(thoughts), len(actions))
+
+def token_limit(given: int | None, backbone: model.Backbone, default: int) -> int:
+    """Tokens of a completion at most: as --max-new-tokens says, else as many as the checkpoint's
+    own run allowed, else the default."""
+    return given or backbone.run.get("config", {}).get("max_new_tokens") or default
 
 
 def action_tokens(args: argparse.Namespace):
     """`evaluate.py actions`: format rate, r_a, L1; thinking and direct; sampled and greedy.
 
-    1. the model, with an action tokenizer for the targets   2. complete and score held-out prompts
-    3. metrics"""
+    1. the model, with an action tokenizer for the targets   2. this rank's prompts
+    3. complete and score them   4. metrics, of the prompts of all ranks"""
     started = time.time()
+    dist = start_ranks(args)
 
     # 1. the model, with an action tokenizer for the targets
-    backbone = model.load(args.policy, device=args.device, stages=("base", "sft", "grpo"))
+    backbone = load_backbone(args)
+    args.max_new_tokens = token_limit(args.max_new_tokens, backbone, 96)
     if backbone.action_tokenizer is None:
         if not args.action_tokenizer:
             raise ValueError(
@@ -325,41 +440,68 @@ def action_tokens(args: argparse.Namespace):
                 "--action-tokenizer"
             )
         backbone.action_tokenizer = fast_tokenizer.FastTokenizer.load(args.action_tokenizer)
+    episodes, words = episodes_to_ask(backbone, args.data, args.split)
+    if dist.rank == 0:
+        print(f"{args.prompts} prompts from {words}; {args.max_new_tokens} tokens at most")
 
     metrics = {}
     paired = {}
     for mode, think in (("think", True), ("direct", False)):
-        prompts = held_out_prompts(backbone, args.data, args.prompts, args.seed, think)
+        # 2. this rank's prompts
+        prompts = draw_prompts(backbone, episodes, args, think, local_share(dist))
+        targets = gather(prompts.targets, dist)
         for style, n in (("sampled", args.samples), ("greedy", 1)):
-            # 2. complete and score held-out prompts
+            # 3. complete and score them
             completions = complete(backbone, prompts, n, style == "greedy", args)
-            scores = score_completions(backbone, completions, n, prompts, args.reward, think)
-            print_scores(mode, style, scores, len(completions), prompts.targets)
+            local_scores = score_completions(backbone, completions, n, prompts, args.reward, think)
 
-            # 3. metrics
-            for name, values in scores.means.items():
-                metrics[f"{mode} {style} {name}"] = bootstrap(values)
-                if name in ("reward", "r_a"):
-                    paired[f"{mode} {style} {name}"] = [round(float(v), 5) for v in values]
-            for name, count in (
-                ("distinct thoughts", scores.distinct_thoughts),
-                ("distinct actions", scores.distinct_actions),
-            ):
-                of_all = {"mean": count, "low": None, "high": None, "n": len(completions)}
-                metrics[f"{mode} {style} {name}"] = of_all
-    write_metrics(metrics, paired, args, started)
+            # 4. metrics, of the prompts of all ranks
+            new_metrics, values = action_metrics(gather(local_scores, dist), n)
+            if dist.rank == 0:
+                print_scores(mode, style, new_metrics, targets)
+            for name, interval in new_metrics.items():
+                metrics[f"{mode} {style} {name}"] = interval
+            for name in ("reward", "r_a"):
+                paired[f"{mode} {style} {name}"] = [round(value, 5) for value in values[name]]
+    if dist.rank == 0:
+        write_metrics(metrics, paired, args, started, prompts=f"{args.prompts} from {words}")
 
 
-def print_scores(mode: str, style: str, scores: Scores, completions: int, targets):
+def action_metrics(
+    scores: list[Score], n: int
+) -> tuple[dict[str, Interval], dict[str, list[float]]]:
+    """Scores of all prompts, n completions each -> metrics, and each prompt's values by metric.
+
+    "l1" leaves out prompts without a completion that decodes. Few distinct actions to many prompts
+    are a collapsed policy."""
+    metrics = {}
+    values = {}
+    for name in scores[0].means:
+        of_prompts = [score.means[name] for score in scores]
+        values[name] = [value for value in of_prompts if not np.isnan(value)]
+        metrics[name] = bootstrap(values[name])
+    for kind in ("thoughts", "actions"):
+        distinct = set().union(*[getattr(score, kind) for score in scores])
+        total = len(scores) * n
+        metrics[f"distinct {kind}"] = {
+            "mean": len(distinct), "low": None, "high": None, "n": total
+        }  # fmt: skip
+    return metrics, values
+
+
+def print_scores(mode: str, style: str, metrics: dict[str, Interval], targets: list[list[int]]):
     """One line of `evaluate.py actions`; a dash where no completion decodes."""
     words = []
-    for name, values in scores.means.items():
-        words.append(f"{name} {values.mean():.3f}" if len(values) else f"{name} -")
+    for name in ("reward", "r_f", "r_a", "l1", "truncated"):
+        mean = metrics[name]["mean"]
+        words.append(f"{name} -" if mean is None else f"{name} {mean:.3f}")
+    thoughts = metrics["distinct thoughts"]
+    actions = metrics["distinct actions"]
     distinct_targets = len({tuple(target) for target in targets})
     print(
         f"{mode:6s} {style:7s}  {'  '.join(words)}  "
-        f"distinct thoughts {scores.distinct_thoughts}, actions {scores.distinct_actions} "
-        f"of {completions} (targets {distinct_targets} of {len(targets)})"
+        f"distinct thoughts {thoughts['mean']}, actions {actions['mean']} "
+        f"of {thoughts['n']} (targets {distinct_targets} of {len(targets)})"
     )
 
 
@@ -367,18 +509,30 @@ def print_scores(mode: str, style: str, scores: Scores, completions: int, target
 
 
 def vqa(args: argparse.Namespace):
-    """`evaluate.py vqa`: scores of greedy answers, by kind of row."""
+    """`evaluate.py vqa`: scores of greedy answers, by kind of row, and how many were cut off."""
     from benchmarks import questions
 
     started = time.time()
-    backbone = model.load(args.policy, device=args.device, stages=("base", "sft", "grpo"))
-    scores_by_kind = questions.score_answers(backbone, args)
+    dist = start_ranks(args)
+    backbone = load_backbone(args)
+    args.max_new_tokens = token_limit(args.max_new_tokens, backbone, 128)
+    local_answers = questions.score_answers(backbone, args, local_share(dist))
+    answers = gather(local_answers, dist)
+    if dist.rank > 0:
+        return
+    if args.answers:
+        questions.write_answers(args.answers, answers)
+    scores_by_kind = {}
+    for answer in answers:
+        scores_by_kind.setdefault(answer.kind, []).append(answer.score)
     metrics = {}
     for kind, scores in sorted(scores_by_kind.items()):
         if args.score == "point":  # the share of points that hit, not a yes or no
             metrics[f"{args.score} {kind}"] = bootstrap(scores)
         else:
             metrics[f"{args.score} {kind}"] = wilson(sum(scores), len(scores))
+    truncated = sum(answer.truncated for answer in answers)
+    metrics["truncated"] = wilson(truncated, len(answers))
     write_metrics(metrics, {}, args, started)
 
 
@@ -496,41 +650,60 @@ def distinct_actions(variants: list[tuple[str, dict]]) -> list[str]:
 
 def common_flags(add):
     """Flags of all commands that measure a model."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--policy", required=True, help="checkpoint: vla in a closed loop; base, sft, grpo else")
     add("--variant", default="policy", help="name of the model: its row of the results table")
     add("--out", default="results/results.json", help="results file; the variant is added to it")
     add("--preset", default="tabletop", help="name of the run, noted in the results file")
-    add("--seed", type=int, default=0, help="seed of sampling and of the policy's noise")
-    add("--device", default=device, help=f"cuda, cuda:1, ... or cpu; here {device} if not given")
+    add("--seed", type=natural, default=0, help="seed of sampling and of the policy's noise")
+    add("--device", default="", help="cuda, cuda:1, ... or cpu; empty: this rank's GPU, else cpu")
 
 
 def closed_loop_flags(add):
     """Flags of all simulators; each has more in its module."""
-    add("--execute", type=int, default=0, help="steps of a chunk that are carried out; 0: half")
-    add("--ensemble", type=float, default=0, help="decay of temporal ensembling; 0: none")
-    add("--batch", type=int, default=256, help="environments or clients a forward")
+    add("--execute", type=natural, default=0, help="steps of a chunk that are carried out; 0: half")
+    add("--ensemble", type=non_negative, default=0, help="decay of temporal ensembling; 0: none")
+    add("--batch", type=count, default=256, help="environments or clients a forward")
+
+
+def writing_flags(add):
+    """Flags of what lets a model write."""
+    add(
+        "--max-new-tokens",
+        type=count,
+        help="tokens an answer at most; as in the checkpoint's own run if not given",
+    )
+    add("--batch", type=count, default=64, help="prompts a forward")
+    add(
+        "--cuda-graphs",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="on a GPU, replay the sampler's steps as CUDA graphs",
+    )
 
 
 def action_token_flags(add):
-    add("--data", required=True, help="folder of held-out episodes")
+    add("--data", required=True, help="folder of episodes")
+    add(
+        "--split",
+        default="auto",
+        choices=["auto", "held-out", "all"],
+        help="which of them; auto: held-out if the checkpoint was trained on this folder, else all",
+    )
     add(
         "--action-tokenizer",
         default="",
         help="action tokenizer for checkpoints that have none (base)",
     )
     add("--reward", default="prefix", choices=list(grpo.REWARDS), help="measure of r_a")
-    add("--prompts", type=int, default=512, help="held-out prompts")
-    add("--samples", type=int, default=4, help="samples a prompt at temperature 1")
-    add("--max-new-tokens", type=int, default=96, help="tokens a completion at most")
-    add("--batch", type=int, default=64, help="prompts a forward")
+    add("--prompts", type=count, default=512, help="prompts, at random steps")
+    add("--samples", type=count, default=4, help="samples a prompt at temperature 1")
 
 
 def report_flags(add):
     add("files", nargs="+", help="results files")
     add("--markdown", default="", help="also write the table here")
     add("--variants", default="", help="rows of the table, in this order; empty: all")
-    add("--minutes", type=float, default=0, help="of the whole run, to be noted in the file")
+    add("--minutes", type=non_negative, default=0, help="of the whole run, to be noted in the file")
 
 
 def make_parser(asked: str) -> argparse.ArgumentParser:
@@ -546,13 +719,15 @@ def make_parser(asked: str) -> argparse.ArgumentParser:
             simulator_module(name).arguments(command.add_argument)
         command.set_defaults(run=closed_loop)
 
-    command = commands.add_parser("actions", help="action tokens on held-out prompts")
+    command = commands.add_parser("actions", help="action tokens on prompts from episodes")
     common_flags(command.add_argument)
+    writing_flags(command.add_argument)
     action_token_flags(command.add_argument)
     command.set_defaults(run=action_tokens)
 
     command = commands.add_parser("vqa", help="scored answers to questions")
     common_flags(command.add_argument)
+    writing_flags(command.add_argument)
     if asked == "vqa":
         from benchmarks import questions
 

@@ -3,13 +3,15 @@ all stages read: episodes on disk, normalisation, the command line of a stage. F
 
 In: episodes (folder/*.safetensors: image (T, H, W, 3) uint8, state (T, S), action (T, A) float32).
 Out: fast.json, one file that holds all that decoding needs, and report.json beside it.
-1. normalise each action dimension: its 1% / 99% quantiles -> -1 / +1 (outliers go beyond)
+1. normalise each action dimension: its 1% / 99% quantiles -> -1 / +1; outliers go beyond, to at
+   most -3 / +3 (--clip), and what was beyond is counted
 2. orthonormal DCT-II along time: K actions -> K frequencies a dimension
 3. quantise: round(scale * c); clipped to the range met in fitting, and counted
 4. flatten (K, A) row-major, low frequencies first; one character chr(c - min_coef) a coefficient
 5. byte-pair encoding over those characters: a token is a run of coefficients
-Our deviations: no byte level and no regex under the BPE; ids that do not decode to exactly K x A
-coefficients are reported (ok False, NaN rows), never zeros; horizon and dimensions are stored.
+Our deviations: outliers are clipped; no byte level and no regex under the BPE; ids that do not
+decode to exactly K x A coefficients are reported (ok False, NaN rows), never zeros; horizon and
+dimensions are stored.
 
 Read "FAST tokenizer" first, for numbers see the docstring of its class, then "Statistics and
 normalisation". A first reader may skip the rest: episodes on disk are arrays with a header, checked
@@ -23,8 +25,12 @@ Seconds on one CPU core. Legend: B batch, K chunk length, A action dims, S state
 import argparse
 import ast
 import contextlib
+import fcntl
+import functools
+import hashlib
 import io
 import json
+import os
 import pickle
 import re
 import shutil
@@ -49,51 +55,83 @@ from tqdm import tqdm
 
 # ---- Episodes on disk: reading -------------------------------------------------------------------
 
+# A process may hold some 65,000 memory maps, and DROID has more episodes: files are opened again.
+OPEN_FILES = 256
+
+
+@functools.lru_cache(OPEN_FILES)
+def open_arrays(path: Path, framework: str = "numpy") -> safe_open:
+    """A safetensors file to read slices from ("numpy" or "pt"); the last OPEN_FILES stay open."""
+    return safe_open(path, framework)
+
 
 @dataclass(eq=False)
 class EpisodeFile:
     """One recorded episode; frames stay on disk (memory-mapped) until they are asked for."""
 
-    path: Path
+    path: Path  # a file holds one episode or several
+    name: str  # its own in the folder, the same each time: "episode_000003", "pack_000000_0003"
     task: str  # the instruction
     fps: float  # 0: not recorded
     source: str  # where it comes from
     action: np.ndarray  # (T, A) float32, dataset units
     state: np.ndarray  # (T, S) float32
-    cameras: tuple[str, ...]  # "image" and any "image_<name>"
-    handle: object = None  # safe_open, made at the first frame
+    image_sizes: dict[str, tuple[int, int]]  # camera, "image" and any "image_<name>" -> (H, W)
+    ends: dict[str, np.ndarray]  # camera with encoded frames -> where each ends in the file's blob
+    first_row: int = 0  # of the file's arrays
 
     def __len__(self) -> int:
         return len(self.action)
+
+    def __str__(self) -> str:
+        return str(self.path.with_name(self.name))
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        return tuple(self.image_sizes)
 
     def frame(self, t: int, name: str = "image") -> np.ndarray:
         """Frame of a camera at step t (0 .. T-1): (H, W, 3) uint8. ValueError if there is none."""
         if name not in self.cameras or not 0 <= t < len(self):
             raise ValueError(
-                f"{self.path}: no frame {t} of {name!r}; it has {len(self)} steps of "
+                f"{self}: no frame {t} of {name!r}; it has {len(self)} steps of "
                 f"{', '.join(self.cameras)}"
             )
-        if self.handle is None:
-            self.handle = safe_open(self.path, "numpy")
-        frames = self.handle.get_slice(name)  # (T, H, W, 3), on disk
-        return frames[t : t + 1][0]
+        on_disk = open_arrays(self.path).get_slice(name)  # (rows, H, W, 3), or (bytes,)
+        row = self.first_row + t
+        if name not in self.ends:
+            return on_disk[row : row + 1][0]
+        ends = self.ends[name]
+        start = int(ends[row - 1]) if row else 0
+        image = read_image(on_disk[start : int(ends[row])].tobytes(), f"{self}: step {t}, {name}")
+        if image.shape[:2] != self.image_sizes[name]:
+            raise ValueError(f"{self}: step {t} of {name} is {image.shape}; convert it again")
+        return image
 
 
-def read_episode(path: str | Path) -> EpisodeFile:
-    """Open and check one episode. ValueError naming the file, the row, the cure."""
+def read_episode_file(path: str | Path) -> list[EpisodeFile]:
+    """Open and check the episodes of a file. ValueError naming the file, the row, the cure."""
     path = Path(path)
-    # 1. the file, and the type of each array
-    header, arrays, shapes = _open_episode(path)
-    # 2. nothing is missing, and all have the same steps
+    open_arrays.cache_clear()  # the file may be a new one of the same name
+    # 1. arrays, frames left on disk
+    header, arrays, shapes = _open_episodes(path)
     for name in ("image", "state", "action"):
         if name not in shapes:
             raise ValueError(f"{path}: {name} is missing; convert or record the episode again")
-    if "task" not in header:
-        raise ValueError(f"{path}: task is missing; convert or record the episode again")
+    # 2. encoded frames
+    image_sizes = {}
+    ends = {}
+    for name in sorted(set(shapes) - {"action", "state"}):
+        if len(shapes[name]) == 4:
+            image_sizes[name] = tuple(shapes[name][1:3])
+            continue
+        image_sizes[name], ends[name] = _encoded_frames(path, name, header, arrays, shapes[name])
+        shapes[name] = [len(ends[name])]
+    # 3. all have the same steps
     lengths = {shape[0] for shape in shapes.values()}
     if len(lengths) != 1 or lengths == {0}:
         raise ValueError(f"{path}: steps differ or are none ({shapes}); record it again")
-    # 3. the numbers are finite
+    # 4. the numbers are finite
     for name in ("action", "state"):
         bad_rows = np.flatnonzero(~np.isfinite(arrays[name]).all(1))
         if len(bad_rows):
@@ -101,39 +139,55 @@ def read_episode(path: str | Path) -> EpisodeFile:
                 f"{path}: {name} row {bad_rows[0]} is not finite; "
                 "repair that row or delete the episode"
             )
-    fps = header.get("fps", "0")
-    if not fps.replace(".", "", 1).isdigit():
-        raise ValueError(f"{path}: fps {fps!r} is not a number; convert the episode again")
-    return EpisodeFile(
-        path=path,
-        task=header["task"],
-        fps=float(fps),
-        source=header.get("source", ""),
-        action=arrays["action"],
-        state=arrays["state"],
-        cameras=tuple(sorted(set(shapes) - set(arrays))),
-    )
+    # 5. which rows are whose
+    files = []
+    end = 0
+    for entry in _episode_entries(path, header, lengths.pop()):
+        start = end
+        end = start + entry["steps"]
+        file = EpisodeFile(
+            path=path,
+            name=f"{path.stem}_{len(files):04d}" if "episodes" in header else path.stem,
+            task=entry["task"],
+            fps=float(entry.get("fps", "0")),
+            source=entry.get("source", ""),
+            action=arrays["action"][start:end],
+            state=arrays["state"][start:end],
+            image_sizes=image_sizes,
+            ends=ends,
+            first_row=start,
+        )
+        files.append(file)
+    return files
 
 
-def _open_episode(path):
-    """-> header {key: text}, {"action", "state"}: arrays, {name: shape} of these and the cameras.
-    Other arrays of the file are passed over."""
+def _open_episodes(path):
+    """-> header {key: text}, {name: array} of all but frames, {name: shape} of action, state and
+    the cameras. Other arrays of the file are passed over."""
     arrays = {}
     shapes = {}
     try:
         with safe_open(path, "numpy") as file:
             header = file.metadata() or {}
             for name in sorted(file.keys()):
+                if name.endswith(".ends"):
+                    arrays[name] = file.get_tensor(name)
+                    continue
                 is_camera = name == "image" or name.startswith("image_")
                 if not is_camera and name not in ("action", "state"):
                     continue
                 on_disk = file.get_slice(name)
                 dtype = on_disk.get_dtype()
                 shape = on_disk.get_shape()
-                if (dtype, len(shape)) != (("U8", 4) if is_camera else ("F32", 2)):
+                wanted = "F32 (T, D)"
+                fits = (dtype, len(shape)) == ("F32", 2)
+                if is_camera:
+                    wanted = "U8 (T, H, W, 3), nor U8 (N,) with its codec"
+                    encoded = f"{name}.codec" in header
+                    fits = dtype == "U8" and (len(shape) == 1 if encoded else len(shape) == 4)
+                if not fits:
                     raise ValueError(
-                        f"{path}: {name} is {dtype} {shape}, not "
-                        f"{'U8 (T, H, W, 3)' if is_camera else 'F32 (T, D)'}; convert it again"
+                        f"{path}: {name} is {dtype} {shape}, not {wanted}; convert it again"
                     )
                 shapes[name] = shape
                 if not is_camera:
@@ -145,6 +199,34 @@ def _open_episode(path):
             f"{path}: not a complete safetensors file ({e}); record it again or delete it"
         ) from e
     return header, arrays, shapes
+
+
+def _encoded_frames(path, name, header, arrays, shape):
+    """Of a camera whose frames are a blob of `shape` (N,) -> (H, W), where each frame ends (T,)."""
+    ends = arrays.get(f"{name}.ends", np.empty(0))
+    size = header.get(f"{name}.shape", "").split()
+    ascends = ends.ndim == 1 and ends.dtype.kind == "i" and (np.diff(ends, prepend=0) > 0).all()
+    if not ascends or list(ends[-1:]) != shape or len(size) != 2 or not "".join(size).isdigit():
+        raise ValueError(f"{path}: {name}.ends or {name}.shape do not fit it; convert it again")
+    return (int(size[0]), int(size[1])), ends
+
+
+def _episode_entries(path, header, rows):
+    """Task, fps, source and steps of each episode in a file of so many rows."""
+    try:
+        entries = json.loads(header.get("episodes", "null")) or [{**header, "steps": rows}]
+        for entry in entries:
+            if not isinstance(entry["task"], str) or entry["steps"] < 1:
+                raise ValueError(f"task {entry['task']!r} of {entry['steps']} steps")
+            if not 0 <= float(entry.get("fps", "0")) < np.inf:
+                raise ValueError(f"fps {entry['fps']!r} is not a number")
+        if sum(entry["steps"] for entry in entries) != rows:
+            raise ValueError(f"its episodes have not {rows} steps")
+    except KeyError as e:
+        raise ValueError(f"{path}: {e} is missing; convert or record the episode again") from e
+    except (ValueError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path}: {e}; convert the episode again") from e
+    return entries
 
 
 def _episode_folder(folder):
@@ -160,19 +242,15 @@ def read_episodes(
 
     FileNotFoundError when there are none; ValueError when A or S differs between files, or A from
     that of `action_tokenizer`."""
-    paths = sorted(_episode_folder(folder).glob("*.safetensors"))[: max_episodes or None]
-    if not paths:
+    files = []
+    for path in sorted(_episode_folder(folder).glob("*.safetensors")):
+        files += read_episode_file(path)
+        if max_episodes and len(files) >= max_episodes:
+            files = files[:max_episodes]
+            break
+    if not files:
         raise FileNotFoundError(f"{folder}: no episode_*.safetensors here; record or convert some")
-    files = [read_episode(path) for path in paths]
-    for file in files:
-        for name in ("action", "state"):
-            dims = getattr(file, name).shape[1]
-            first_dims = getattr(files[0], name).shape[1]
-            if dims != first_dims:
-                raise ValueError(
-                    f"{file.path}: {dims} {name} dimensions, {paths[0].name} has "
-                    f"{first_dims}; keep different robots in different folders"
-                )
+    _check_same_robot(files)
     action_dim = files[0].action.shape[1]
     if action_tokenizer is not None and action_dim != action_tokenizer.action_dim:
         raise ValueError(
@@ -182,25 +260,70 @@ def read_episodes(
     return files
 
 
+def _check_same_robot(files):
+    for file in files:
+        for name in ("action", "state"):
+            dims = getattr(file, name).shape[1]
+            first_dims = getattr(files[0], name).shape[1]
+            if dims != first_dims:
+                raise ValueError(
+                    f"{file.path}: {dims} {name} dimensions, {files[0].path.name} has "
+                    f"{first_dims}; keep different robots in different folders"
+                )
+
+
 def locate_step(files: list[EpisodeFile], ends: np.ndarray, i: int) -> tuple[EpisodeFile, int]:
-    """Step i of all files, counted through (`ends`: the cumulated lengths) -> (file, its step)."""
+    """Step i of those that `ends` counts through all files, see chunk_ends -> (file, its step)."""
     index = int(np.searchsorted(ends, i, side="right"))
-    file = files[index]
-    first = int(ends[index]) - len(file)
-    return file, int(i) - first
+    first = int(ends[index - 1]) if index else 0
+    return files[index], int(i) - first
+
+
+SPLIT_SEED = 0  # one for all stages of all runs: what one holds out no other trains on
 
 
 def split_episodes(
-    files: list[EpisodeFile], share: float = 0.05
+    files: list[EpisodeFile], share: float = 0.05, seed: int = SPLIT_SEED
 ) -> tuple[list[EpisodeFile], list[EpisodeFile]]:
-    """Episodes -> (to train on, held out): the last share of them, at least one. All stages split
-    so. ValueError when none would be left to train on."""
-    held_out = max(1, int(share * len(files) + 1e-9))
-    if held_out >= len(files):
+    """Episodes -> (to train on, held out), each in the order of `files`.
+
+    Held out is a share of them drawn at random, at least one: neighbours by name are often of the
+    same scene. ValueError when none would be left to train on."""
+    held_count = max(1, int(share * len(files) + 1e-9))
+    if held_count >= len(files):
         raise ValueError(
             f"{files[0].path.parent}: {len(files)} episodes, all of them held out; record more"
         )
-    return files[:-held_out], files[-held_out:]
+    shuffled = np.random.default_rng(seed).permutation(len(files))
+    is_held = np.zeros(len(files), bool)
+    is_held[shuffled[:held_count]] = True
+    return list(compress(files, ~is_held)), list(compress(files, is_held))
+
+
+def split_record(files: list[EpisodeFile], held_out: list[EpisodeFile]) -> dict[str, str | int]:
+    """What a stage writes into run.json of a folder's episodes and those that it held out."""
+    names = "\n".join(file.name for file in held_out)
+    return {
+        "folder": str(files[0].path.parent),
+        "episodes": len(files),
+        "held_out": len(held_out),
+        "sha256": hashlib.sha256(names.encode()).hexdigest(),
+    }
+
+
+def warn_of_other_split(earlier: list[dict], records: list[dict]) -> None:
+    """One line for each folder of which an `earlier` stage held out other episodes than this one.
+
+    Both are lists of split_record()."""
+    for record in records:
+        for other in earlier:
+            if other["folder"] == record["folder"] and other["sha256"] != record["sha256"]:
+                print(
+                    f"warning: {record['folder']}: {record['held_out']} of {record['episodes']} "
+                    f"episodes are held out, an earlier stage held out others ({other['held_out']} "
+                    f"of {other['episodes']}): it may have trained on them",
+                    file=sys.stderr,
+                )
 
 
 def action_chunks(episode: EpisodeFile, horizon: int) -> np.ndarray:
@@ -211,37 +334,73 @@ def action_chunks(episode: EpisodeFile, horizon: int) -> np.ndarray:
     return episode.action[np.minimum(steps, len(episode) - 1)]  # (T, K, A)
 
 
+def chunk_starts(episode: EpisodeFile, horizon: int) -> range:
+    """The steps whose `horizon` actions all lie inside the episode: what action tokens are made of.
+
+    A chunk that goes on past the end would repeat the last movement, and whoever learned from it
+    would move on after the task is done. An episode that is shorter has step 0 alone."""
+    return range(max(1, len(episode) - horizon + 1))
+
+
+def chunk_ends(files: Sequence[EpisodeFile], horizon: int) -> np.ndarray:
+    """Such steps counted through all files: how many there are up to the end of each (files,)."""
+    return np.cumsum([len(chunk_starts(file, horizon)) for file in files])
+
+
 # ---- Images --------------------------------------------------------------------------------------
 
 
 def read_image(file: str | Path | bytes, source: object = None) -> np.ndarray:
     """Any image that Pillow opens, a path or the bytes of one -> (H, W, 3) uint8.
 
-    It is turned as its EXIF tag says, 16 bits become 8, what is transparent becomes white.
-    Damaged naming `source` (default the path) when it does not open."""
+    It becomes what to_rgb() says. Damaged naming `source` (default the path) when it does not
+    open."""
+    with _opened_image(file, source) as opened:
+        return to_rgb(opened)
+
+
+def image_size(file: str | Path, source: object = None) -> tuple[int, int]:
+    """(H, W) of an image by its header alone, in tens of microseconds; not turned by EXIF.
+    Damaged as read_image()."""
+    with _opened_image(file, source) as opened:
+        return opened.height, opened.width
+
+
+@contextlib.contextmanager
+def _opened_image(file, source):
+    """An image that is open; whatever goes wrong with it inside is Damaged."""
     source = source or file
     stream = io.BytesIO(file) if isinstance(file, bytes) else file
     try:
         with Image.open(stream) as opened:
-            image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith(("I", "F")):  # one channel of 16 bits or more
-            values = np.asarray(image)
-            if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
-                raise ValueError(f"mode {image.mode}, not 8 or 16 bits")
-            image = Image.fromarray((values // 257).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            paper = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(paper, image)
-        return np.asarray(image.convert("RGB"))
+            yield opened
     except (*DAMAGE, SyntaxError, Image.DecompressionBombError) as e:
-        why = str(e).replace("\n", " ")
+        why = str(e).replace(f" {stream!r}", "").replace("\n", " ")  # an address, or the path
         raise Damaged(f"{source}: image does not open ({why}); replace or delete it") from e
+
+
+def to_rgb(opened: Image.Image) -> np.ndarray:
+    """An image of any mode -> (H, W, 3) uint8, turned as its EXIF tag says; 16 bits become 8, what
+    is transparent becomes white. ValueError for values that are neither 8 nor 16 bits."""
+    image = ImageOps.exif_transpose(opened)
+    if image.mode.startswith(("I", "F")):  # one channel of 16 bits or more
+        values = np.asarray(image)
+        if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"mode {image.mode}, not 8 or 16 bits")
+        image = Image.fromarray((values // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        paper = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(paper, image)
+    return np.asarray(image.convert("RGB"))
 
 
 # ---- Statistics and normalisation ----------------------------------------------------------------
 
-STILL = 1e-6  # a dimension whose q99 - q01 is below this never moves: it maps to 0 and back to q01
+STILL = 1e-6  # a dimension whose range is below this never moves: it maps to 0 and back to q01
+# A gripper that closes in 0.8% of the steps has q01 = q99, and would decode to "open" for ever. In
+# BridgeV2 least and largest value lie up to 39 times as far apart as q01 and q99.
+RARE = 100
 
 Array = TypeVar("Array")  # np.ndarray or torch.Tensor
 
@@ -251,6 +410,8 @@ class Stats(TypedDict):
 
     q01: list[float]  # 1% quantile
     q99: list[float]  # 99% quantile
+    min: list[float]  # old files and published statistics may lack these two
+    max: list[float]
     mean: list[float]
     std: list[float]
     count: int  # N
@@ -265,14 +426,48 @@ def statistics(x: np.ndarray) -> Stats:
     return {
         "q01": q01.tolist(),
         "q99": q99.tolist(),
+        "min": x.min(0).tolist(),
+        "max": x.max(0).tolist(),
         "mean": x.mean(0).tolist(),
         "std": x.std(0).tolist(),
         "count": len(x),
     }
 
 
+def value_range(stats: Stats) -> tuple[np.ndarray, np.ndarray]:
+    """The values (A,) that are -1 and +1 when normalised: q01 and q99, but least and largest value
+    of a dimension that moves so rarely that its quantiles say nothing of it."""
+    low = np.asarray(stats["q01"], np.float64)
+    high = np.asarray(stats["q99"], np.float64)
+    rare = rare_dimensions(stats)
+    low[rare] = np.asarray(stats.get("min", low))[rare]
+    high[rare] = np.asarray(stats.get("max", high))[rare]
+    return low, high
+
+
+def rare_dimensions(stats: Stats) -> list[int]:
+    """Those whose least and largest value lie over RARE times as far apart as q01 and q99."""
+    if "min" not in stats or "max" not in stats:
+        return []
+    reach = np.subtract(stats["max"], stats["min"])
+    quantile_reach = np.subtract(stats["q99"], stats["q01"])
+    return np.flatnonzero((reach >= STILL) & (reach > RARE * quantile_reach)).tolist()
+
+
+def rare_lines(stats: Stats, name: str) -> list[str]:
+    """A line for each of them, of the "action" or the "state"."""
+    lines = []
+    for i in rare_dimensions(stats):
+        q01, q99, low, high = (stats[key][i] for key in ("q01", "q99", "min", "max"))
+        lines.append(
+            f"{name} dimension {i} hardly moves (q01 {q01:g}, q99 {q99:g}) and then reaches "
+            f"{low:g} .. {high:g}: normalised by least and largest value"
+        )
+    return lines
+
+
 def normalize(x: Array, stats: Stats) -> Array:
-    """x (..., A) in dataset units -> q01 at -1, q99 at +1, not clipped. numpy or torch."""
+    """x (..., A) in dataset units -> value_range(stats) at -1 and +1, not clipped. numpy, torch."""
     x = _floating(x)
     line = _line(x, stats)
     return (x - line.low) * line.gain - line.moves
@@ -288,15 +483,14 @@ def unnormalize(x: Array, stats: Stats) -> Array:
 class _Line(NamedTuple):
     """The straight line between dataset units and -1 .. 1, each (A,), in the type of the data."""
 
-    low: Array  # q01
-    half_width: Array  # (q99 - q01) / 2; 0 where nothing moves
+    low: Array  # what is -1
+    half_width: Array  # half of what lies between -1 and +1; 0 where nothing moves
     gain: Array  # 1 / half_width; 0 where nothing moves
     moves: Array  # 1 where the dimension moves, 0 where not
 
 
 def _line(x, stats):
-    low = np.asarray(stats["q01"])
-    high = np.asarray(stats["q99"])
+    low, high = value_range(stats)
     moves = high - low >= STILL  # (A,)
     half_width = np.where(moves, (high - low) / 2, 0.0)
     gain = np.divide(1, half_width, out=np.zeros_like(half_width), where=moves)
@@ -319,99 +513,274 @@ def check_stats(stats: Stats, dims: int, source: str | Path = "stats") -> Stats:
     if not isinstance(stats, dict) or not {"q01", "q99"} <= set(stats):
         raise ValueError(f"{source}: no q01 and q99; make it with fast_tokenizer.statistics")
     stats = {name: np.asarray(value).tolist() for name, value in stats.items()}
-    for name in ("mean", "q01", "q99", "std"):
-        if name not in stats:  # mean and std may be missing
+    for name in ("mean", "q01", "q99", "min", "max", "std"):
+        if name not in stats:  # all but the quantiles may be missing
             continue
         if np.shape(stats[name]) != (dims,) or not np.isfinite(stats[name]).all():
             raise ValueError(
                 f"{source}: {name} is not {dims} finite numbers; recompute the statistics"
             )
-    if (np.asarray(stats["q99"]) < stats["q01"]).any():
-        raise ValueError(f"{source}: q99 lies below q01; recompute the statistics")
+    for low, high in (("q01", "q99"), ("min", "max")):
+        if low in stats and high in stats and (np.asarray(stats[high]) < stats[low]).any():
+            raise ValueError(f"{source}: {high} lies below {low}; recompute the statistics")
     return stats
 
 
 def read_stats(folder: str | Path, files: list[EpisodeFile]) -> dict[str, Stats]:
-    """{"action", "state"} -> statistics: stats.json beside the episodes, else made from files."""
+    """{"action", "state"} -> statistics: stats.json beside the episodes, else made from files.
+
+    ValueError when it counts other steps than the folder has. Least and largest value, which old
+    ones lack, are those of files."""
     path = _episode_folder(folder) / "stats.json"
+    computed = _statistics_of(files)
     if not path.exists():
-        return {
-            name: statistics(np.concatenate([getattr(file, name) for file in files]))
-            for name in ("action", "state")
-        }
+        return computed
+    stats = {}
     try:
         stored = json.loads(path.read_text())
-        return {
-            name: check_stats(stored[name], getattr(files[0], name).shape[1], f"{path}: {name}")
-            for name in ("action", "state")
-        }
+        for name, of_files in computed.items():
+            with_range = {"min": of_files["min"], "max": of_files["max"]} | stored[name]
+            stats[name] = check_stats(with_range, len(of_files["q01"]), f"{path}: {name}")
     except (json.JSONDecodeError, KeyError, TypeError) as e:
         raise ValueError(f"{path}: no statistics ({e!r}); delete it to have them computed") from e
+    counts = {name: stats[name].get("count") for name in stats}
+    if set(counts.values()) - {None, computed["action"]["count"]}:
+        steps = sum(len(file) for file in read_episodes(folder))  # files may be the first of many
+        if set(counts.values()) - {None, steps}:
+            raise ValueError(
+                f"{path} counts {counts} steps, the episodes there have {steps}; delete it to have "
+                "the statistics computed"
+            )
+    return stats
+
+
+def _statistics_of(files):
+    stats = {}
+    for name in ("action", "state"):
+        stats[name] = statistics(np.concatenate([getattr(file, name) for file in files]))
+    return stats
 
 
 # ---- Episodes on disk: writing -------------------------------------------------------------------
 
 # What a converter yields for an episode: its arrays ("action" (T, A), "state" (T, S), "image" and
-# any "image_<name>" (T, H, W, 3) uint8), and its header ("task", "fps", "source", all text).
+# any "image_<name>" (T, H, W, 3) uint8 or what encode_frames() makes of it), and its header
+# ("task", "fps", "source", and what encode_frames() adds, all text).
 Recording = tuple[dict[str, np.ndarray], dict[str, str]]
 
+CODECS = {  # codec -> how Pillow writes it
+    "jpeg 95": {"format": "JPEG", "quality": 95, "subsampling": 0},
+    "png": {"format": "PNG"},  # loses nothing
+}
 
-def write_episodes(folder: str | Path, recordings: Iterable[Recording]) -> None:
+
+def encode_frames(
+    frames: np.ndarray, name: str, codec: str
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Frames (T, H, W, 3) uint8 of camera `name` -> what takes their place in a recording: arrays
+    {name: all files in a row (N,) uint8, name.ends: where each ends (T,) int64}, and its header."""
+    if codec not in CODECS:
+        raise ValueError(f"codec {codec!r}; choose among {', '.join(CODECS)}")
+    pieces = []
+    for frame in frames:
+        stream = io.BytesIO()
+        Image.fromarray(frame).save(stream, **CODECS[codec])
+        pieces.append(stream.getvalue())
+    arrays = {
+        name: np.frombuffer(b"".join(pieces), np.uint8),  # (N,)
+        f"{name}.ends": np.cumsum([len(piece) for piece in pieces], dtype=np.int64),  # (T,)
+    }
+    return arrays, {f"{name}.shape": f"{frames.shape[1]} {frames.shape[2]}", f"{name}.codec": codec}
+
+
+def write_episodes(
+    folder: str | Path,
+    recordings: Iterable[Recording | None],
+    episodes_per_file: int = 1,
+    resume: bool = False,
+) -> None:
     """Write recordings, as they come, into the new folder `folder`, with its stats.json.
 
-    Data that cannot be used ends the process in one line (SystemExit) and leaves nothing behind."""
+    Data that cannot be used ends the process in one line (SystemExit) and leaves nothing behind.
+    With resume, complete files stay in unfinished_folder(folder) whatever ends the process, and the
+    next call goes on there: it passes over as many recordings as unfinished_episodes(folder) has.
+    A converter need not read those again: it may yield None for each."""
     folder = Path(folder)
-    unfinished = folder.with_name(folder.name + ".part")
-    # 1. a folder beside it, which takes its name when all is done
+    unfinished = unfinished_folder(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SystemExit(f"error: {folder} already holds data; name another --out or delete it")
-    try:
-        unfinished.mkdir(parents=True)
-    except OSError as e:
-        raise SystemExit(f"error: {e}; another command writes there, or delete it") from e
-    try:
-        # 2. an episode at a time
-        written = {"action": [], "state": []}  # (T, A) and (T, S) of each episode
-        progress = tqdm(recordings, "episodes", disable=None)
-        for number, (arrays, header) in enumerate(progress):
-            for name in ("action", "state"):
-                arrays[name] = _finite_rows(arrays[name], name, header)
-                written[name].append(arrays[name])
-            write_episode(unfinished / f"episode_{number:06d}.safetensors", arrays, header)
-        if not written["action"]:
+    with _only_writer(unfinished, resume):
+        # 1. what a run that was stopped has written
+        for partial in unfinished.glob("*.tmp"):
+            partial.unlink()
+        written = unfinished_episodes(folder)
+        kind = "episode" if episodes_per_file == 1 else "pack"
+        if any(not file.name.startswith(kind) for file in written):
+            raise ValueError(f"{unfinished}: begun with other episodes a file; ask for as many")
+        file_count = len({file.path for file in written})
+        # 2. a file at a time
+        missing = _missing_recordings(tqdm(recordings, "episodes", disable=None), list(written))
+        for group in _groups(missing, episodes_per_file):
+            files = _write_file(unfinished, f"{kind}_{file_count:06d}", group)
+            _check_same_robot([*written[:1], *files])
+            written += files
+            file_count += 1
+        if not written:
             raise ValueError(f"no episodes for {folder}; give a folder with some as --data")
         # 3. statistics of all
-        stats = {name: statistics(np.concatenate(rows)) for name, rows in written.items()}
+        stats = _statistics_of(written)
         (unfinished / "stats.json").write_text(json.dumps(stats, indent=1))
         unfinished.replace(folder)
+    for name in stats:
+        for line in rare_lines(stats[name], name):
+            print(f"{folder}: {line}")
+    print(f"{folder}: {len(written)} episodes of {stats['action']['count']} steps")
+
+
+def unfinished_folder(folder: str | Path) -> Path:
+    """The folder beside `folder` that takes its name when all is written."""
+    return Path(folder).with_name(Path(folder).name + ".part")
+
+
+def unfinished_episodes(folder: str | Path) -> list[EpisodeFile]:
+    """The episodes that a write_episodes(folder, ..., resume=True) wrote before it was stopped."""
+    paths = sorted(unfinished_folder(folder).glob("*.safetensors"))
+    return [file for path in paths for file in read_episode_file(path)]
+
+
+@contextlib.contextmanager
+def _only_writer(unfinished, resume):
+    """Makes and locks the folder. Bad data inside ends the process in a line; what was written is
+    kept for the next run with resume, else deleted."""
+    try:
+        unfinished.mkdir(parents=True, exist_ok=resume)
+        lock = os.open(unfinished, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        raise SystemExit(
+            f"error: {unfinished}: {e.strerror}; another command writes there, or delete it"
+        ) from e
+    try:
+        yield
     except ValueError as e:
-        raise SystemExit(f"error: {e}") from e
+        kept = f" (what was written stays in {unfinished})" if resume else ""
+        raise SystemExit(f"error: {e}{kept}") from e
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    print(f"{folder}: {len(written['action'])} episodes of {stats['action']['count']} steps")
+        if not resume:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        os.close(lock)
 
 
-def _finite_rows(array, name, header):
-    """(T, D) as float32. ValueError naming the episode's source and the step that is not finite."""
-    array = array.astype(np.float32)
-    bad_rows = np.flatnonzero(~np.isfinite(array).all(1))
-    if len(bad_rows):
+def _missing_recordings(recordings, written):
+    """Passes over the first recordings, which are `written`. ValueError if they are other ones."""
+    passed = 0
+    for recording in recordings:
+        if passed == len(written):
+            yield _checked_recording(*recording)
+            continue
+        file = written[passed]
+        passed += 1
+        if recording is None:
+            continue
+        arrays, header = recording
+        given = (header["task"], header.get("source", ""), len(arrays["action"]))
+        if given != (file.task, file.source, len(file)):
+            raise ValueError(
+                f"{file} was written from {(file.task, file.source, len(file))}, now {given} comes "
+                f"in its place; delete {file.path.parent} to begin again"
+            )
+    if passed < len(written):
         raise ValueError(
-            f"{header['source']}: {name} of step {bad_rows[0]} is not finite; "
-            "repair it or copy the dataset again"
+            f"{written[0].path.parent} has {len(written)} episodes, now only {passed} recordings "
+            "come; delete it to begin again"
         )
-    return array
 
 
-def write_episode(path: Path, arrays: dict[str, np.ndarray], header: dict[str, str]) -> None:
-    """safetensors with the header's keys sorted: the library leaves them in random order, and the
-    same episode should be the same file."""
+def _groups(recordings, size):
+    """Yields lists of at most `size` recordings that one file can hold."""
+    group = []
+    for recording in recordings:
+        if group and _layout(*recording) != _layout(*group[0]):
+            yield group
+            group = []
+        group.append(recording)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _checked_recording(arrays, header):
+    """A recording, numbers as float32. ValueError naming its source and the step that is wrong."""
+    arrays = dict(arrays)
+    source = header.get("source", "a recording without source")
+    for name in ("action", "state"):
+        arrays[name] = arrays[name].astype(np.float32)  # (T, D)
+        bad_rows = np.flatnonzero(~np.isfinite(arrays[name]).all(1))
+        if len(bad_rows):
+            raise ValueError(
+                f"{source}: {name} of step {bad_rows[0]} is not finite; "
+                "repair it or copy the dataset again"
+            )
+    lengths = {}
+    for name, array in arrays.items():
+        if f"{name}.ends" not in arrays:  # else a blob, whose steps are its ends
+            lengths[name] = len(array)
+    if len(set(lengths.values())) != 1:
+        raise ValueError(f"{source}: steps differ ({lengths}); copy the dataset again")
+    return arrays, header
+
+
+def _layout(arrays, header):
+    """What recordings of one file have in common: arrays that can be joined, and their codecs."""
+    shapes = {name: array.shape[1:] for name, array in arrays.items()}
+    codecs = {key: text for key, text in header.items() if "." in key}
+    return shapes, codecs
+
+
+def _write_file(folder, name, recordings):
+    """Writes recordings of one layout as folder/name.safetensors, complete or not at all; several
+    are joined, and what is said of each stands in the header's list "episodes". -> its episodes."""
+    # 1. one set of arrays, one header
+    arrays, header = recordings[0]
+    if name.startswith("pack"):
+        joined = {key: [] for key in arrays}
+        entries = []
+        blob_ends = dict.fromkeys(arrays, 0)
+        for one_arrays, one_header in recordings:
+            for key, array in one_arrays.items():
+                joined[key].append(array + blob_ends[key] if key.endswith(".ends") else array)
+                if key.endswith(".ends"):
+                    blob_ends[key] += array[-1]
+            entry = {key: text for key, text in one_header.items() if "." not in key}
+            entries.append(entry | {"steps": len(one_arrays["action"])})
+        arrays = {key: np.concatenate(pieces) for key, pieces in joined.items()}
+        codecs = {key: text for key, text in header.items() if "." in key}
+        header = codecs | {"episodes": json.dumps(entries, ensure_ascii=False)}
+    # 2. the file takes its name when it is complete and can be read
+    path = folder / f"{name}.safetensors"
+    partial = path.with_suffix(".tmp")
+    partial.write_bytes(_safetensors(arrays, header))
+    try:
+        files = read_episode_file(partial)
+    except ValueError as e:
+        raise ValueError(f"{recordings[0][1].get('source', '')}: {e}") from e
+    partial.replace(path)
+    for file in files:
+        file.path = path
+    return files
+
+
+def _safetensors(arrays, header):
+    """The bytes of a file, the header's keys sorted: the library leaves them in random order, and
+    the same episode should be the same file."""
     data = save(arrays, header)  # 8 bytes: length of the JSON; the JSON; the arrays
     arrays_start = 8 + int.from_bytes(data[:8], "little")
     record = json.loads(data[8:arrays_start])
     record["__metadata__"] = dict(sorted(header.items()))
     text = json.dumps(record, separators=(",", ":"), ensure_ascii=False).encode()
-    path.write_bytes(data[:8] + text.ljust(arrays_start - 8) + data[arrays_start:])
+    return data[:8] + text.ljust(arrays_start - 8) + data[arrays_start:]
 
 
 class Damaged(ValueError):
@@ -451,6 +820,7 @@ def reading(source: object, *more_errors: type[Exception]) -> Iterator[None]:
 # ---- FAST tokenizer ------------------------------------------------------------------------------
 
 BROKEN = "\ufffd"  # what bytes that are no UTF-8 decode as; no coefficient is written so
+CLIP = 3.0  # normalised actions beyond -3 .. 3 cost ids that hardly occur, see docs/data.md
 LAST_CODE = 0xD7FF  # the largest character code below the surrogates, which no text can hold
 
 
@@ -487,8 +857,9 @@ class FastTokenizer:
 
     vocab_size: the true number of ids, at most what fit was asked for. min_coef .. max_coef: range
     of the quantised coefficients. stats: statistics of the dataset units, None when chunks come
-    normalised to about [-1, 1]. pieces: id -> its characters as UTF-8 bytes. clipped: coefficients
-    that the last encode had to move."""
+    normalised to about [-1, 1]. clip: normalised actions go to at most -clip and +clip; None as far
+    as they may. pieces: id -> its characters as UTF-8 bytes. Of the last encode, how many it had to
+    move: clipped_actions (A,) of each dimension, clipped coefficients."""
 
     def __init__(
         self,
@@ -499,6 +870,7 @@ class FastTokenizer:
         min_coef: int,
         max_coef: int,
         stats: Stats | None = None,
+        clip: float | None = None,
     ):
         self.bpe = bpe
         self.scale = float(scale)
@@ -506,6 +878,8 @@ class FastTokenizer:
         self.action_dim = int(action_dim)
         self.min_coef = int(min_coef)
         self.stats = stats
+        self.clip = clip
+        self.clipped_actions = np.zeros(self.action_dim, int)
         self.clipped = 0
 
         # 1. what each id spells
@@ -538,7 +912,12 @@ class FastTokenizer:
 
     @classmethod
     def fit(
-        cls, chunks: np.ndarray, vocab_size: int, scale: float, stats: Stats | None = None
+        cls,
+        chunks: np.ndarray,
+        vocab_size: int,
+        scale: float,
+        stats: Stats | None = None,
+        clip: float | None = CLIP,
     ) -> "FastTokenizer":
         """Learn range and merges from chunks (B, K, A): dataset units with stats, else normalised.
 
@@ -552,6 +931,8 @@ class FastTokenizer:
         if stats is not None:
             stats = check_stats(stats, action_dim)
             chunks = normalize(chunks, stats)
+        if clip is not None:
+            chunks = np.clip(chunks, -clip, clip)
         coefs = quantize(chunks, float(scale))  # (B, K, A)
         low = coefs.min()
         high = coefs.max()
@@ -571,13 +952,17 @@ class FastTokenizer:
             initial_alphabet=[chr(code) for code in range(int(high - low) + 1)],
         )
         bpe.train_from_iterator(_codes_to_texts(coefs - low), trainer)
-        return cls(bpe, scale, horizon, action_dim, low, high, stats)
+        return cls(bpe, scale, horizon, action_dim, low, high, stats, clip)
 
     def encode(self, chunks: np.ndarray) -> list[list[int]]:
-        """chunks (B, K, A) -> B lists of ids. Sets .clipped. ValueError on NaN or another shape."""
+        """chunks (B, K, A) -> B lists of ids. Sets .clipped_actions and .clipped. ValueError on NaN
+        or another shape."""
         chunks = _check_chunks(chunks, self.horizon, self.action_dim)
         if self.stats is not None:
             chunks = normalize(chunks, self.stats)
+        if self.clip is not None:
+            self.clipped_actions = (np.abs(chunks) > self.clip).sum((0, 1))  # (A,)
+            chunks = np.clip(chunks, -self.clip, self.clip)
         coefs = quantize(chunks, self.scale)  # (B, K, A)
         # both ends are clipped; the reference clips the low end only, and counts nothing
         codes = np.clip(coefs, self.min_coef, self.max_coef).astype(int) - self.min_coef
@@ -630,6 +1015,7 @@ class FastTokenizer:
             "min_coef": self.min_coef,
             "max_coef": self.max_coef,
             "vocab_size": self.vocab_size,
+            "clip": self.clip,
             "stats": self.stats,
             "bpe": json.loads(self.bpe.to_str()),
         }
@@ -664,6 +1050,7 @@ class FastTokenizer:
                 record["min_coef"],
                 record["max_coef"],
                 stats,
+                record["clip"],
             )
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as e:
             raise ValueError(f"{path}: not a FAST tokenizer ({e!r}); fit or save it again") from e
@@ -760,9 +1147,12 @@ def _nearest_writable(writable):
 
 
 def _read_ours(path):
-    """fast.json -> its record, see FastTokenizer.save; of old ones stats may be missing."""
+    """fast.json -> its record, see FastTokenizer.save; old ones may lack stats, and clip."""
     record = json.loads(path.read_text())
-    return {**record, "stats": record.get("stats")}
+    clip = record.get("clip")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"{path}: clip is {clip}, not above 0; fit the tokenizer again")
+    return {**record, "stats": record.get("stats"), "clip": clip}
 
 
 def _read_published(path, horizon, action_dim):
@@ -787,6 +1177,7 @@ def _read_published(path, horizon, action_dim):
         "min_coef": config["min_token"],
         "max_coef": config["min_token"] + LAST_CODE,
         "stats": None,
+        "clip": None,
         "bpe": bpe,
     }
 
@@ -870,7 +1261,7 @@ def config_parser(path: str | Path) -> argparse.ArgumentParser:
             constants[ast.unparse(node.targets[0])] = node.value
         if isinstance(node, ast.ClassDef) and node.name == "Config":
             fields = [line for line in node.body if isinstance(line, ast.AnnAssign)]
-            config_lines = source.splitlines()[node.lineno : node.end_lineno]
+            config_lines = source.split("\n")[node.lineno : node.end_lineno]
     comments = {}  # field -> the comment behind it
     for line in config_lines:
         match = re.match(r"    (\w+): .*?  # (.+)", line)
@@ -923,12 +1314,16 @@ def answer_help(path: str | Path) -> None:
 def round_trip_report(tokenizer: FastTokenizer, chunks: np.ndarray) -> dict:
     """What chunks (B, K, A) lose on the way to ids and back, and how long they are on the way.
 
-    mse, max_error, naive_mse: a number a dimension, in units of chunks squared, units, squared.
-    naive: against one token of 256 bins a number. clipped: share of the coefficients. tokens_*: ids
-    of a chunk, mean and 95% quantile. cover: coefficients that an id covers; first_cover: the first
-    id of a chunk. first_entropy: of the first id, in nats."""
+    A number a dimension: mse, max_error, naive_mse in units of chunks squared, units, squared
+    (naive: one token of 256 bins a number); outside: share of the actions beyond what normalises to
+    -1 .. 1; clipped_actions: share beyond the tokenizer's clip.
+    clipped: share of the coefficients. tokens_*: ids of a chunk, mean and 95% quantile. cover:
+    coefficients that an id covers; first_cover: the first id of a chunk. first_entropy: of the
+    first id, in nats."""
     # 1. ours
     ids = tokenizer.encode(chunks)
+    per_dimension = chunks.size / tokenizer.action_dim
+    clipped_actions = tokenizer.clipped_actions / per_dimension  # (A,)
     clipped = tokenizer.clipped / chunks.size
     decoded, ok = tokenizer.decode(ids)
     error = (decoded - chunks)[ok].astype(np.float64)  # (B, K, A)
@@ -936,6 +1331,8 @@ def round_trip_report(tokenizer: FastTokenizer, chunks: np.ndarray) -> dict:
     stats = tokenizer.stats
     if not stats:  # chunks come normalised
         stats = {"q01": [-1] * tokenizer.action_dim, "q99": [1] * tokenizer.action_dim}
+    low, high = value_range(stats)
+    outside = ((chunks < low - STILL) | (chunks > high + STILL)).mean((0, 1))  # (A,)
     bins = np.clip(np.floor((normalize(chunks, stats) + 1) * 128), 0, 255)  # (B, K, A)
     naive_error = unnormalize((bins + 0.5) / 128 - 1, stats) - chunks
     # 3. tokens
@@ -947,6 +1344,8 @@ def round_trip_report(tokenizer: FastTokenizer, chunks: np.ndarray) -> dict:
     return {
         "chunks": len(ids),
         "malformed": int((~ok).sum()),
+        "outside": outside.tolist(),
+        "clipped_actions": clipped_actions.tolist(),
         "clipped": clipped,
         "mse": (error**2).mean((0, 1)).tolist(),
         "max_error": np.abs(error).max((0, 1)).tolist(),
@@ -966,8 +1365,12 @@ def _characters(piece):
 
 
 def all_chunks(files: list[EpisodeFile], horizon: int, stride: int) -> np.ndarray:
-    """Every `stride`-th chunk of each episode (B, K, A)."""
-    return np.concatenate([action_chunks(file, horizon)[::stride] for file in files])
+    """Every `stride`-th chunk of each episode (B, K, A), of those that SFT and GRPO learn from."""
+    chunks = []
+    for file in files:
+        starts = chunk_starts(file, horizon)[::stride]
+        chunks.append(action_chunks(file, horizon)[starts])
+    return np.concatenate(chunks)
 
 
 def fit_command(args: argparse.Namespace) -> None:
@@ -976,7 +1379,8 @@ def fit_command(args: argparse.Namespace) -> None:
     stats = read_stats(args.data, files)["action"]
     kept = [file for i, file in enumerate(files) if i % 10 != 9]
     chunks = all_chunks(kept, args.horizon, args.stride)  # (B, K, A)
-    tokenizer = FastTokenizer.fit(chunks, args.vocab_size, args.scale, stats)
+    clip = args.clip if args.clip > 0 else None
+    tokenizer = FastTokenizer.fit(chunks, args.vocab_size, args.scale, stats, clip)
     tell(tokenizer, files, args.stride, args.out)
 
 
@@ -1000,8 +1404,11 @@ def tell(tokenizer: FastTokenizer, files: list[EpisodeFile], stride: int, out: s
     print(
         f"horizon {tokenizer.horizon}, {tokenizer.action_dim} dimensions, "
         f"scale {tokenizer.scale:g}, vocabulary {tokenizer.vocab_size}, "
-        f"coefficients {tokenizer.min_coef} .. {tokenizer.max_coef}"
+        f"coefficients {tokenizer.min_coef} .. {tokenizer.max_coef}, "
+        f"actions {'not clipped' if tokenizer.clip is None else f'clipped to {tokenizer.clip:g}'}"
     )
+    for line in rare_lines(tokenizer.stats or {}, "action"):
+        print(line)
     print(
         f"round trip of {result['chunks']} {'held-out' if held_out else 'fitted'} chunks, "
         "in dataset units"
@@ -1024,18 +1431,19 @@ def main(argv: list[str] | None = None) -> None:
     for command in (fit, report):
         add = command.add_argument
         add("--data", required=True, help="folder of episodes, or holding episodes/")
-        add("--stride", type=int, default=1, help="a chunk every this many steps")
-        add("--max-episodes", type=int, default=0, help="first N episodes only; 0: all")
+        add("--stride", type=count, default=1, help="a chunk every this many steps")
+        add("--max-episodes", type=natural, default=0, help="first N episodes only; 0: all")
 
     add = fit.add_argument
     add("--out", required=True, help="folder for fast.json and report.json")
-    add("--horizon", type=int, default=5, help="actions a chunk (K)")
-    add("--scale", type=float, default=2, help="quantisation steps a unit coefficient")
-    add("--vocab-size", type=int, default=64, help="number of FAST tokens, at most")
+    add("--horizon", type=count, default=5, help="actions a chunk (K)")
+    add("--scale", type=positive, default=2, help="quantisation steps a unit coefficient")
+    add("--vocab-size", type=count, default=64, help="number of FAST tokens, at most")
+    add("--clip", type=non_negative, default=CLIP, help="bound of normalised actions; 0: none")
 
     add = report.add_argument
     add("--tokenizer", required=True, help="folder: fast.json, or a published processor")
-    add("--horizon", type=int, help="for published folders that do not store it")
+    add("--horizon", type=count, help="for published folders that do not store it")
     add(
         "--out",
         help="save it here too, with the statistics of --data: what sft.py "
@@ -1043,8 +1451,6 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     args = parser.parse_args(argv)
-    if args.stride < 1 or args.max_episodes < 0:
-        raise ValueError("--stride must be at least 1 and --max-episodes at least 0")
     args.run(args)
 
 

@@ -454,10 +454,21 @@ def check_text(text: str) -> None:
         )
 
 
-@functools.lru_cache(1 << 15)  # most pieces of a conversation repeat
+@functools.lru_cache(1 << 12)  # most pieces of a conversation repeat; a server keeps all its life
 def _token_ids(tokenizer, vocabulary_size, text):
     """vocabulary_size: part of the key, because a vocabulary that grows changes the answer."""
     return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def check_messages(messages: Sequence[dict], n_images: int) -> None:
+    """ValueError unless all contents are text, with one "<image>" for each image."""
+    for message in messages:
+        check_text(message["content"])
+    tags = sum(message["content"].count("<image>") for message in messages)
+    if tags != n_images:
+        raise ValueError(f'{tags} "<image>" but {n_images} images; write one tag for each image')
+    if any("<|image_pad|>" in message["content"] for message in messages):
+        raise ValueError('"<|image_pad|>" in the text; write "<image>" for each image')
 
 
 def encode(
@@ -472,11 +483,7 @@ def encode(
     (H, W, 3)). prompt_only: opens the assistant's turn behind the last message.
     ValueError when tags and images disagree, or a content is no text."""
     # 1. check, and open as the family does
-    for message in messages:
-        check_text(message["content"])
-    tags = sum(message["content"].count("<image>") for message in messages)
-    if tags != len(images):
-        raise ValueError(f'{tags} "<image>" but {len(images)} images; write one tag for each image')
+    check_messages(messages, len(images))
     if backbone.net.config.model_type == "qwen2_5_vl" and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": SYSTEM_PROMPT}, *messages]
     # 2. pieces of text, each with whether it is learned. The assistant's turns are split where
@@ -504,8 +511,6 @@ def encode(
     fitted = [fit_image(image, backbone.image_spec) for image in images]
     grid = np.array([grid_of_image for _, grid_of_image in fitted], np.int64).reshape(-1, 3)
     is_image = ids == backbone.vocab.image
-    if is_image.sum() != len(images):
-        raise ValueError('"<|image_pad|>" in the text; write "<image>" for each image')
     repeats = np.ones(len(ids), np.int64)
     repeats[is_image] = grid.prod(1) // backbone.image_spec.merge**2
     ids, target = ids.repeat(repeats), target.repeat(repeats)
@@ -762,12 +767,12 @@ class Samples(TypedDict):
 class SampleKV(DynamicLayer):
     """Keys and values of one layer while it samples: those of the prompts, (B, h, T, d), from the
     first update, and those of n samples of each, (R, h, room, d), written in place. A DynamicLayer
-    would copy all of them at each step."""
+    would copy all of them at each step; here they are copied when the room grows."""
 
     def __init__(self, n: int, room: int):
         super().__init__()
         self.n = n
-        self.room = room  # tokens of a sample
+        self.room = room  # tokens of a sample that can be written
         self.prompt = None  # (keys, values)
         self.write_index = None  # where a step's token goes: slice, or a tensor in a CUDA graph
         self.readable = 0  # tokens of a sample that a step reads
@@ -786,6 +791,13 @@ class SampleKV(DynamicLayer):
     def get_seq_length(self):
         return 0 if self.prompt is None else self.prompt[0].shape[2] + self.readable
 
+    def grow(self, room: int) -> None:
+        """Room for so many tokens of a sample. Samples that have left take none of it."""
+        if room > self.room:
+            self.keys = nn.functional.pad(self.keys, (0, 0, 0, room - self.room))
+            self.values = nn.functional.pad(self.values, (0, 0, 0, room - self.room))
+            self.room = room
+
     def compact(self, holes: torch.Tensor, movers: torch.Tensor, going: int) -> None:
         """The rows `movers` take the places `holes` of finished ones; the first `going` stay."""
         for cached in (self.keys, self.values):
@@ -800,8 +812,16 @@ class Decoding:
     layers: list[SampleKV]
     active: torch.Tensor  # (R,) which samples go on, b * n + g
     total: int  # B * n
-    prompt_bias: torch.Tensor  # (B, 1, 1, T) 0 where the prompt has a token, else -1e9
+    prompt_bias: torch.Tensor  # (B, 1, 1, T) fp32, 0 where the prompt has a token, else -1e9
     filled: torch.Tensor | None  # (t,) which own tokens there are yet; None: all
+
+
+def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """(B, h, N, K) @ (B, h, K, M) -> (B, h, N, M) fp32, also of bf16: the sums are not rounded."""
+    if a.device.type == "cuda" and a.dtype != torch.float32:  # no other device can do so
+        product = torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32)
+        return product.unflatten(0, a.shape[:2])
+    return a.float() @ b.float()
 
 
 def attend_with_prompt(q, k, v, prompt_keys, prompt_values, decoding: Decoding) -> torch.Tensor:
@@ -811,11 +831,15 @@ def attend_with_prompt(q, k, v, prompt_keys, prompt_values, decoding: Decoding) 
     together: their queries stand side by side as if they were more heads.
 
         q (R, H, 1, d), k and v (R, h, t, d) own tokens, prompt_keys and prompt_values (B, h, T, d)
-        -> (R, 1, H, d)"""
+        -> (R, 1, H, d)
+
+    In bf16 it rounds where SDPA does, which the update calls, and nowhere else: exp(score) before
+    it weighs the values, and the result. Qwen2.5's keys are so large that scores rounded to bf16
+    gave every fourth sampled token another probability than the update's, by 20% and more."""
     R, H, _, d = q.shape
     B, h, T, _ = prompt_keys.shape
     all_go_on = decoding.total == R
-    q = q.view(R, h, H // h, d) * d**-0.5
+    q = q.view(R, h, H // h, d)
 
     def by_prompt(x):  # (R, h, H/h, .) -> (B, h, n * H/h, .), 0 for samples that have finished
         if not all_go_on:
@@ -827,17 +851,20 @@ def attend_with_prompt(q, k, v, prompt_keys, prompt_values, decoding: Decoding) 
         x = x.unflatten(2, (-1, H // h)).transpose(1, 2).flatten(0, 1)  # (B*n, h, H/h, .)
         return x if all_go_on else x[decoding.active]
 
-    # 1. scores, of the prompt's tokens and of the own ones
-    prompt_scores = by_sample(by_prompt(q) @ prompt_keys.mT + decoding.prompt_bias)
-    own_scores = q @ k.mT  # (R, h, H/h, t)
+    # 1. scores in fp32, of the prompt's tokens and of the own ones
+    scale = d**-0.5
+    prompt_scores = multiply(by_prompt(q), prompt_keys.mT) * scale + decoding.prompt_bias
+    own_scores = multiply(q, k.mT) * scale  # (R, h, H/h, t)
     if decoding.filled is not None:
         own_scores = own_scores.masked_fill(~decoding.filled, -1e9)
-    # 2. one softmax over both
-    scores = torch.cat([prompt_scores, own_scores], -1)  # (R, h, H/h, T + t)
-    p = scores.float().softmax(-1).to(v.dtype)
+    # 2. one softmax over both, divided by its sum at the end
+    scores = torch.cat([by_sample(prompt_scores), own_scores], -1)  # (R, h, H/h, T + t)
+    p = (scores - scores.amax(-1, keepdim=True)).exp()
+    total = p.sum(-1, keepdim=True)
+    p = p.to(v.dtype)
     # 3. values
-    out = by_sample(by_prompt(p[..., :T]) @ prompt_values) + p[..., T:] @ v  # (R, h, H/h, d)
-    return out.reshape(R, 1, H, d)
+    out = by_sample(multiply(by_prompt(p[..., :T]), prompt_values)) + multiply(p[..., T:], v)
+    return (out / total).to(v.dtype).reshape(R, 1, H, d)
 
 
 def draw_tokens(
@@ -876,10 +903,10 @@ class Decoder:
     choose(hidden (R, D), slots (R,), position (1,)) -> token and its logp, (R,) each. A sample ends
     with a token of `stop`."""
 
+    CACHE_BLOCK = 128  # tokens by which the cache grows: few completions reach max_new_tokens
     # A CUDA graph is bound to its shapes. It reads the cache up to the end of a block; and finished
     # rows, which are looked for every few steps, leave when they are a quarter.
     GRAPH_STEPS = 16
-    GRAPH_BLOCK = 128
     GRAPH_FULLNESS = 0.75
 
     def __init__(self, backbone, rows, n, slots, samples, choose, stop, cuda_graphs):
@@ -893,15 +920,15 @@ class Decoder:
         self.choose = choose
         self.stop = stop
         self.cuda_graphs = cuda_graphs
-        self.room = samples["ids"].shape[1]
+        self.max_new_tokens = samples["ids"].shape[1]
         # prefill
         batch = to_device(collate(rows, backbone.vocab.pad, left=True), device)
         layer_count = len(net.model.language_model.layers)
-        self.cache = Cache(layers=[SampleKV(n, self.room) for _ in range(layer_count)])
+        self.cache = Cache(layers=[SampleKV(n, self.room_for(1)) for _ in range(layer_count)])
         last = hidden_states(net, batch, self.cache)[:, -1]  # (B, D)
         self.prompt_hidden = last.repeat_interleave(n, 0)  # (B*n, D)
         self.first_position = (batch["positions"].amax((0, 2)) + 1).repeat_interleave(n)  # (B*n,)
-        self.prompt_bias = ((batch["mask"] - 1)[:, None, None] * 1e9).to(last.dtype)
+        self.prompt_bias = (batch["mask"] - 1)[:, None, None] * 1e9  # (B, 1, 1, T) fp32
         # the samples that go on, and what each step changes in place
         self.active = torch.arange(len(slots), device=device)  # (R,)
         self.newest = torch.zeros_like(self.active)  # (R,) token
@@ -951,51 +978,79 @@ class Decoder:
         self.active, self.newest = self.active[order], self.newest[order]
         self.alive = torch.ones_like(self.alive[:going])
 
+    def room_for(self, tokens):
+        """Room of the cache for so many tokens of a sample: whole blocks."""
+        blocks = -(-tokens // self.CACHE_BLOCK)
+        return min(blocks * self.CACHE_BLOCK, self.max_new_tokens)
+
     def set_cache(self, write_index, readable):
         for layer in self.cache.layers:
+            layer.grow(self.room_for(readable))
             layer.write_index, layer.readable = write_index, readable
 
     def run(self):
-        """The plain loop: finished samples leave at once."""
         self.choose_next(self.prompt_hidden)
-        for position in range(1, self.room):
+        length = 1  # tokens of a sample
+        if self.cuda_graphs:
+            length = self.run_as_graphs(length)
+        self.run_plainly(length)
+
+    def run_plainly(self, length):
+        """Finished samples leave at once."""
+        while length < self.max_new_tokens:
             going = int(self.alive.sum())
             if going == 0:
                 return
             if going < len(self.active):
                 self.drop_finished(going)
-            self.set_cache(slice(position - 1, position), position)
+            self.set_cache(slice(length - 1, length), length)
             self.step()
+            length += 1
 
-    def run_as_graphs(self):
+    def run_as_graphs(self, length):
         """The same loop for a GPU, where launching a step's kernels one by one would take longer
-        than to compute one token a row: a step is recorded once for each shape, then replayed."""
-        self.choose_next(self.prompt_hidden)
-        position = 1
+        than to compute one token a row: a step is recorded once for each shape, then replayed. ->
+        tokens of a sample at the end, or when recording has failed."""
         recorded_shape = None
         replay = None
-        while position < self.room:
+        while length < self.max_new_tokens:
             going = int(self.alive.sum())
             if going == 0:
-                return
+                break
             if going < len(self.active) and going <= self.GRAPH_FULLNESS * len(self.active):
                 self.drop_finished(going)
-            steps = min(self.GRAPH_STEPS, self.room - position)
-            position += steps
-            blocks = -(-(position - 1) // self.GRAPH_BLOCK)
-            readable = min(blocks * self.GRAPH_BLOCK, self.room)
-            self.set_cache(self.position, readable)
+            steps = min(self.GRAPH_STEPS, self.max_new_tokens - length)
+            readable = self.room_for(length + steps - 1)
             shape = len(self.active), readable
             if shape != recorded_shape:
                 # The old graph goes first: with it go workspaces that another would share. The
                 # first step is run plainly, as no graph may hold what libraries do at a first call.
                 recorded_shape = shape
                 replay = None
+                self.set_cache(self.position, readable)
                 self.step()
+                length += 1
                 steps -= 1
-                replay = record(self.step, self.device) if steps else self.step
+                if steps:
+                    try:
+                        replay = record(self.step, self.device)
+                    except RuntimeError as e:
+                        RECORDING_FAILED.set()
+                        reason = str(e).partition("\n")[0]
+                        print(f"warning: no CUDA graphs, they cannot be recorded: {reason}")
+                        self.cuda_graphs = False
+                        break
             for _ in range(steps):
                 replay()
+            length += steps
+        return length
+
+
+RECORDING_FAILED = threading.Event()  # set by the first failure: it would be the same again
+
+
+def can_record(device: torch.device) -> bool:
+    return device.type == "cuda" and not RECORDING_FAILED.is_set()
 
 
 def record(step: Callable, device: torch.device) -> Callable:
@@ -1008,10 +1063,7 @@ def record(step: Callable, device: torch.device) -> Callable:
 
 
 def _run_decoder(net, decoder):  # to FSDP a forward of the root: no block then waits for streams
-    if decoder.cuda_graphs:
-        decoder.run_as_graphs()
-    else:
-        decoder.run()
+    decoder.run()
 
 
 @torch.no_grad()  # inference_mode would give tensors that the update cannot use
@@ -1027,15 +1079,16 @@ def generate(
     keys: Sequence[int] | None = None,
     stop: Iterable[int] | None = None,
     rollout_batch: int = 0,
-    cuda_graphs: bool | None = None,
+    cuda_graphs: bool = True,
 ) -> Samples:
     """Samples n continuations of each of B prompt-only rows.
 
     keys: one int a prompt (default 0..B-1); the sample of (seed, key, g) is the same in any batch
     and on any number of ranks, up to float noise. stop: ids that end a sample (default the end of
     the turn). backbone.vocab.banned ids have probability 0. rollout_batch: prompts at once, those
-    of like length together; 0: all. cuda_graphs: replay decoding steps as CUDA graphs (default: on
-    a GPU). ValueError for an impossible temperature or top_p.
+    of like length together; 0: all. cuda_graphs: on a GPU, replay decoding steps as CUDA graphs;
+    where recording one fails a line says so, and this process samples without them from there on.
+    ValueError for an impossible temperature or top_p.
     Gather sharded parameters first: `with unsharded(net)`."""
     if temperature <= 0 or not 0 < top_p <= 1:
         raise ValueError(
@@ -1056,8 +1109,7 @@ def generate(
     # 2. how a token is chosen
     stop = torch.tensor([backbone.vocab.eos] if stop is None else list(stop), device=device)
     banned = torch.tensor(backbone.vocab.banned, dtype=torch.long, device=device)
-    if cuda_graphs is None:
-        cuda_graphs = device.type == "cuda"
+    cuda_graphs = cuda_graphs and can_record(device)
 
     def choose(hidden, slots, position):
         scaled = (logits(net, hidden) / temperature).index_fill_(-1, banned, -torch.inf)  # (R, V)
@@ -1247,6 +1299,12 @@ def shard(
         _receive(unit, dist)
         fsdp.fully_shard(unit, reshard_after_forward=unit is not net, **options)
     return net
+
+
+def replicate(net: nn.Module, dist: Dist) -> None:
+    """All of a net on the device of each rank, with the weights that rank 0 has read. For one that
+    is not trained: its gradients would stay each rank's own."""
+    _receive(net, dist)
 
 
 def _receive(unit, dist):
@@ -1463,9 +1521,10 @@ def orthogonalize_shared(stacks: list[torch.Tensor]) -> list[torch.Tensor]:
 SIGTERM_CAME = threading.Event()  # set by the handler of stop_on_sigterm()
 MAY_CHANGE_ON_RESUME = [
     "preset", "out", "steps", "epochs", "resume", "keep", "micro_batch", "rollout_batch",
+    "max_length", "max_pixels", "too_long", "outside_images", "changed_data", "loader_threads",
     "cuda_graphs", "recompute", "shards", "cpu_offload", "cache", "cache_dir", "probe_prompts",
     "eval_rows", "eval_prompts", "eval_every", "save_every", "log_every", "show_every",
-    "timeout_hours",
+    "timeout_hours", "shard_backbone",
 ]  # fmt: skip
 TENSORS_A_FILE = 64  # of train_state/: DCP puts each file together in memory
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
@@ -1568,6 +1627,13 @@ def save(
             f"{unfinished}: could not be written ({error}); what was saved before is whole: "
             "make room, then --resume"
         )
+
+
+def add_metrics(folder: Path, metrics: dict[str, float]) -> None:
+    """Writes what a finished run was worth into run.json of its saved checkpoint, on rank 0."""
+    if _rank() == 0:
+        path = folder / "run.json"
+        write_json(path, {**read_json(path), "metrics": metrics})
 
 
 def _swap_in(unfinished, folder):

@@ -16,24 +16,30 @@ A conversation whose answer is "<answer><ACTION></answer>", with the actions in 
 Reads  --init, --data, --action-tokenizer. Writes runs/sft/{log.jsonl, step_*/, final/}.
 torchrun --nproc_per_node 2 sft.py                     # tabletop; 15 minutes on 2 CPU cores
 torchrun --nproc_per_node 2 sft.py speedrun --data D   # D as in speedrun.sh; 6 minutes, r_a 0.27
-torchrun --nproc_per_node 8 sft.py paper --data vqa.jsonl,bridge/ --action-tokenizer fast/
+torchrun --nproc_per_node 8 sft.py paper --action-tokenizer fast/   # on PAPER_MIXTURE; 17.8K steps,
                                          # 30 h on the authors' 8 H200s; not run here at full size
 
 To read first: Config, "The idea", main. "Data" and "Evaluation" can wait.
 """
 
+import argparse
+import bisect
 import functools
+import hashlib
 import json
 import math
+import os
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from fast_tokenizer import (
     Count,
@@ -44,10 +50,16 @@ from fast_tokenizer import (
     Share,
     action_chunks,
     answer_help,
+    chunk_ends,
+    count,
+    image_size,
     locate_step,
+    non_negative,
     read_episodes,
     read_image,
     split_episodes,
+    split_record,
+    warn_of_other_split,
 )
 
 if __name__ == "__main__":
@@ -63,6 +75,15 @@ from model import all_sum
 # ---- Config --------------------------------------------------------------------------------------
 
 TABLETOP = "data/tabletop/conversations.jsonl:1,data/tabletop/episodes:3"
+PAPER_MIXTURE = """
+    data/paper/llava_onevision.jsonl#100000, data/paper/refspatial.jsonl#300000,
+    data/paper/robopoint.jsonl#200000, data/paper/egoplan_it.jsonl#50000,
+    data/paper/multi_view.jsonl#500000, data/paper/sharerobot.jsonl#100000,
+    data/paper/robotvqa.jsonl#100000, data/paper/roboalign_vqa.jsonl#150000,
+    data/paper/bridge_droid_qa.jsonl#300000, data/paper/reasoning.jsonl#76000,
+    data/bridge#400000
+"""
+TOO_LONG = ("error", "skip", "shrink")  # what --too-long takes
 
 
 @dataclass(frozen=True)
@@ -74,16 +95,18 @@ class Config:
     freeze_vision: bool = False  # keep the vision tower and its projector as they are
 
     # data
-    data: str = TABLETOP  # path:weight,...: relative share of samples; no weight: number of rows
+    data: str = TABLETOP  # path:weight,... (relative shares) or path#samples,... (in an epoch)
     action_tokenizer: str = ""  # FAST tokenizer folder; empty: the one inside --init, if any
-    max_length: Count = 1024  # tokens; a longer row is an error
+    max_length: Count = 1024  # tokens of a row
+    too_long: str = "error"  # longer rows: error, skip, or shrink (images; skip what is still long)
     max_pixels: Natural = 0  # larger images are shrunk to so many pixels; 0: as the backbone says
+    outside_images: bool = False  # images of a .jsonl may lie outside its folder
     holdout_rows: Natural = 256  # rows of each .jsonl kept for evaluation, the last; of episodes 5%
 
     # schedule
     seed: Natural = 0  # order of the samples
     steps: Natural = 0  # optimizer steps; 0: from --epochs
-    epochs: Positive = 1.0  # passes over as many samples as there are rows
+    epochs: Positive = 1.0  # one: as many samples as --data says by #, else as there are rows
     batch: Count = 24  # samples a step, over all ranks
 
     # optimizer
@@ -108,6 +131,10 @@ class Config:
     eval_every: Natural = 500  # steps; 0: only at the end
     eval_rows: Natural = 128  # held-out rows of each source in one evaluation
     probe_prompts: Natural = 64  # held-out action prompts, 4 thoughts each, at the end; 0: none
+    max_new_tokens: Count = 96  # longest answer in an evaluation, as in GRPO
+    cuda_graphs: bool = True  # on a GPU, replay the sampler's steps as CUDA graphs
+    loader_threads: Count = 2  # of each rank, which read images and tokenize
+    changed_data: bool = False  # --resume although a file of --data has changed
     save_every: Natural = 1000  # steps; 0: only at the end
     keep: Natural = 0  # newest checkpoints step_* that stay; 0: all
 
@@ -132,13 +159,19 @@ PRESETS = {
     },
     "paper": {
         "init": "Qwen/Qwen2.5-VL-7B-Instruct",
+        "data": PAPER_MIXTURE,
+        "out": "runs/sft-paper",
         "lr": 2e-5,
         "beta2": 0.999,
         "batch": 128,
         "micro_batch": 2,
         "max_length": 4096,
+        "too_long": "shrink",
+        "max_pixels": 1280 * 28 * 28,  # 1,280 tokens of Qwen2.5-VL; 3.2 megapixels would be 4,096
+        "max_new_tokens": 2048,
         "freeze_vision": True,
         "recompute": True,
+        "loader_threads": 8,
         "keep": 2,
     },
 }
@@ -150,30 +183,58 @@ PRESETS = {
 # of source is a class like the two below.
 class MixtureItem(NamedTuple):
     path: str  # .jsonl of conversations, or folder of episodes
-    weight: float | None  # relative share of the samples; None: its number of rows to train on
+    weight: float | None = None  # relative share of the samples
+    samples: int | None = None  # in an epoch; neither: its rows to train on
 
 
 def parse_mixture(spec: str) -> list[MixtureItem]:
-    """The value of --data, "path:weight,path", whose files and folders must exist."""
-    mixture = []
-    for item in spec.split(","):
-        path = item.strip()
-        weight = None
-        if ":" in path:
-            path, weight_text = path.rsplit(":", 1)
-            try:
-                weight = float(weight_text)
-            except ValueError as e:
-                raise ValueError(
-                    f"--data {item}: {weight_text!r} is no weight; write path:weight"
-                ) from e
-        if not Path(path).exists():
-            raise FileNotFoundError(
-                f"--data {path}: no such file or folder; generate or convert it first (python -m "
-                "benchmarks.tabletop_data)"
-            )
-        mixture.append(MixtureItem(path, weight))
+    """The value of --data, "path:weight,path" or "path#samples,path", whose paths must exist."""
+    mixture = [parse_mixture_item(text.strip()) for text in spec.split(",")]
+    weights = [item.weight for item in mixture if item.weight is not None]
+    if weights and any(item.samples for item in mixture):
+        raise ValueError(
+            f"--data {spec}: weights (:) and counts (#); a weight is no number of samples, write "
+            "path#samples for all of them, or path:weight"
+        )
+    if len(weights) == len(mixture) and not sum(weights):
+        raise ValueError(f"--data {spec}: all weights are 0; give one that is not")
     return mixture
+
+
+def parse_mixture_item(text: str) -> MixtureItem:
+    item = MixtureItem(text)
+    if not text:
+        raise ValueError("--data: a path is empty; write path,path without a comma at the end")
+    try:
+        if Path(text).exists():  # a name may hold : and #
+            pass
+        elif "#" in text:
+            path, _, samples = text.rpartition("#")
+            item = MixtureItem(path, samples=count(samples))
+        elif ":" in text:
+            path, _, weight = text.rpartition(":")
+            item = MixtureItem(path, weight=non_negative(weight))
+    except argparse.ArgumentTypeError as e:
+        raise ValueError(f"--data {text}: {e}; write path:weight or path#samples") from e
+    if not Path(item.path).exists():
+        raise FileNotFoundError(
+            f"--data {item.path}: no such file or folder; generate or convert it first "
+            "(docs/data.md; for Tabletop: python -m benchmarks.tabletop_data)"
+        )
+    return item
+
+
+def mixture_shares(mixture: list[MixtureItem], sizes: list[int]) -> tuple[list[float], int]:
+    """-> by which weights to draw from the sources, which have so many rows to train on; and how
+    many samples are an epoch. With counts each source gives so many samples of it:
+
+        qa.jsonl#1876000,bridge#400000  ->  400,000 / 2,276,000 = 17.6% actions
+    """
+    samples = [item.samples or size for item, size in zip(mixture, sizes, strict=True)]
+    weights = []
+    for item, n in zip(mixture, samples, strict=True):
+        weights.append(n if item.weight is None else item.weight)
+    return weights, sum(samples)
 
 
 class Sample(NamedTuple):
@@ -183,87 +244,169 @@ class Sample(NamedTuple):
     images: list[Path | np.ndarray]  # files, or frames (H, W, 3) uint8
     kind: str | None  # of question; greedy accuracy is told by kind
     sample_id: str  # "talk.jsonl:12", "episode_000003.safetensors:7": named by errors
+    max_pixels: int = 0  # bound on its images under --too-long shrink; 0: none
+
+
+class Outline(NamedTuple):
+    """The longest sample of a unit, without pixels. A unit is what is checked and measured once: a
+    row of a .jsonl, an episode of a folder."""
+
+    messages: list[dict[str, str]]
+    image_sizes: list[tuple[int, int]]  # (H, W)
+
+
+ACTION_ANSWER = re.compile(r"<answer>\s*<ACTION>\s*</answer>")
 
 
 class ConversationDataset:
-    """Rows of a .jsonl file, checked when opened and read when asked for.
+    """Rows of a .jsonl file, each checked when it is asked for; check_rows() asks for all of them.
 
-    name: in the log. train, held: indices to train on and to evaluate on. source[i] is a Sample.
-    ValueError naming the file and the line on a malformed row or a missing image."""
+    name: in the log. train, held: indices to train on and to evaluate on. source[i] is a Sample,
+    of a row that is none a ValueError naming the file and the line."""
 
-    def __init__(self, path, action_tokenizer: FastTokenizer | None, holdout_rows: int):
+    def __init__(
+        self,
+        path: str | Path,
+        action_tokenizer: FastTokenizer | None,
+        holdout_rows: int,
+        outside_images: bool = False,
+    ):
         self.path = Path(path)
         self.action_tokenizer = action_tokenizer
+        self.outside_images = outside_images
         self.name = self.path.stem
-        self.offsets = []  # byte at which each line begins, and that at which the last one ends
+        offsets = [0]  # byte at which each line begins, and that at which the last one ends
+        content = hashlib.sha256()
         with open(path, "rb") as file:
-            offset = 0
-            for number, line in enumerate(file, 1):
-                self._check(line, f"{path}:{number}")
-                self.offsets.append(offset)
-                offset += len(line)
-        self.offsets.append(offset)
+            for line in file:
+                offsets.append(offsets[-1] + len(line))
+                content.update(line)
+        self.offsets = np.array(offsets)
+        self.fingerprint = content.hexdigest()
+        self.max_pixels = {}  # row -> bound on its images; set by check_rows()
 
-        n = len(self.offsets) - 1
+        n = len(offsets) - 1
+        if n == 0:
+            raise ValueError(f"{path}: no rows; write one a line")
         if n <= holdout_rows:
             raise ValueError(
                 f"{path}: {n} rows, all of them held out; lower --holdout-rows {holdout_rows}"
             )
+        self.units = n
         self.train = range(n - holdout_rows)
         self.held = range(n - holdout_rows, n)
 
-    def _check(self, line, sample_id):
-        try:
-            row = json.loads(line)
-            roles = [message["role"] for message in row["messages"]]
-            text = "".join(message["content"] for message in row["messages"])
-        except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(
-                f'{sample_id}: not a row {{"images": [...], "messages": [{{"role", "content"}}, '
-                f"...]}} ({e!r}); repair or delete the line"
-            ) from e
-        if "assistant" not in roles or not set(roles) <= {"system", "user", "assistant"}:
-            raise ValueError(
-                f"{sample_id}: roles {roles}; an assistant must answer, and only system, user and "
-                "assistant may speak"
-            )
-        if "<ACTION>" in text and self.action_tokenizer is None:
-            raise ValueError(
-                f"{sample_id}: an <ACTION> but no FAST tokenizer; give --action-tokenizer"
-            )
-        if "<ACTION>" in text and "chunk" not in row:
-            raise ValueError(f'{sample_id}: an <ACTION> but no "chunk"; add the K x A actions')
+    def unit(self, i: int) -> int:
+        return i
 
-    def size(self, i: int) -> int:
-        """About how long a row is: characters in the file."""
-        return self.offsets[i + 1] - self.offsets[i]
+    def sample_id(self, i: int) -> str:
+        return f"{self.path}:{i + 1}"
 
     def row(self, i: int) -> dict:
-        """Row i as it stands in the file."""
+        """Row i as it stands in the file, with a list "images". ValueError if it is no row."""
         with open(self.path, "rb") as file:
             file.seek(self.offsets[i])
-            return json.loads(file.readline())
+            line = file.readline()
+        sample_id = self.sample_id(i)
+        try:
+            row = json.loads(line)
+            fault = row_fault(row)
+        except (ValueError, RecursionError) as e:
+            fault = f"not JSON ({e})"
+        if fault:
+            raise ValueError(
+                f'{sample_id}: not a row {{"images": [...], "messages": [{{"role", "content"}}, '
+                f"...]}}: {fault}; repair or delete the line"
+            )
+        row["images"] = row.get("images") or []
+        return row
 
     def __getitem__(self, i: int) -> Sample:
         row = self.row(i)
-        sample_id = f"{self.path}:{i + 1}"
-        images = [self.path.parent / name for name in row.get("images", [])]
+        sample_id = self.sample_id(i)
+        images = [self._image_path(name, sample_id) for name in row["images"]]
         messages = add_mode_lines(row["messages"])
-        if "chunk" in row:
-            try:
-                chunk = np.asarray(row["chunk"], np.float32)  # (K, A)
-                action_ids = self.action_tokenizer.encode(chunk[None])[0]
-            except ValueError as e:
-                raise ValueError(f'{sample_id}: "chunk": {e}') from e
-            answer = model.action_answer(action_ids)
-            for message in messages:
-                message["content"] = message["content"].replace("<answer><ACTION></answer>", answer)
-        return Sample(messages, images, row.get("kind"), sample_id)
+        answer = self._action_answer(row, sample_id)
+        for message in messages:
+            if message["role"] == "assistant" and answer:
+                message["content"] = ACTION_ANSWER.sub(answer, message["content"])
+            if "<ACTION>" in message["content"]:
+                raise ValueError(
+                    f"{sample_id}: an <ACTION> that is not the whole answer of the assistant; "
+                    "write <answer><ACTION></answer>"
+                )
+        return Sample(messages, images, row.get("kind"), sample_id, self.max_pixels.get(i, 0))
+
+    def outline(self, unit: int) -> Outline:
+        sample = self[unit]
+        sizes = [image_size(path, f"{sample.sample_id}: {path}") for path in sample.images]
+        return Outline(sample.messages, sizes)
+
+    def _action_answer(self, row, sample_id):
+        """The "chunk" (K x A) of a row as an answer; "" for a row without actions."""
+        has_action = any("<ACTION>" in message["content"] for message in row["messages"])
+        if not has_action and "chunk" not in row:
+            return ""
+        if self.action_tokenizer is None:
+            raise ValueError(
+                f"{sample_id}: an <ACTION> but no FAST tokenizer; give --action-tokenizer"
+            )
+        if "chunk" not in row:
+            raise ValueError(f'{sample_id}: an <ACTION> but no "chunk"; add the K x A actions')
+        if not has_action:
+            raise ValueError(
+                f'{sample_id}: a "chunk" but no <ACTION>; write <answer><ACTION></answer> where '
+                "its tokens belong, or delete it"
+            )
+        try:
+            chunk = np.asarray(row["chunk"], np.float32)  # (K, A)
+            return model.action_answer(self.action_tokenizer.encode(chunk[None])[0])
+        except (ValueError, TypeError) as e:
+            raise ValueError(f'{sample_id}: "chunk": {e}') from e
+
+    def _image_path(self, name, sample_id):
+        inside = os.path.normpath(name)
+        is_outside = os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir
+        if is_outside and not self.outside_images:
+            raise ValueError(
+                f"{sample_id}: image {name} lies outside {self.path.parent}; move it below that "
+                "folder, or trust this file with --outside-images"
+            )
+        return self.path.parent / name
+
+
+def row_fault(row: object) -> str:
+    """What makes the JSON of a line no row; "" when it is one."""
+    if not isinstance(row, dict):
+        return f"it is a {type(row).__name__}"
+    messages = row.get("messages")
+    if not isinstance(messages, list):
+        return '"messages" is no list'
+    for message in messages:
+        if not isinstance(message, dict):
+            return f"a message is a {type(message).__name__}"
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                return f'"{key}" of a message is no text'
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles or not set(roles) <= {"system", "user", "assistant"}:
+        return (
+            f"roles {roles}; an assistant must answer, and only system, user and assistant may "
+            "speak"
+        )
+    images = row.get("images")
+    if images is not None and not isinstance(images, list):
+        return '"images" is no list'
+    if not all(isinstance(name, str) and name for name in images or []):
+        return '"images" holds what is no path'
+    if not isinstance(row.get("kind"), str | None):
+        return '"kind" is no text'
+    return ""
 
 
 class EpisodeDataset:
     """Steps of the episodes in a folder, counted through. The answer to the frame of a step is the
-    K actions from that step on, as FAST. name, train, held and source[i] as above."""
+    K actions from that step on, as FAST. name, train, held, source[i] and units as above."""
 
     def __init__(self, folder, action_tokenizer: FastTokenizer | None):
         if action_tokenizer is None:
@@ -276,19 +419,32 @@ class EpisodeDataset:
                 "--action-tokenizer: a tokenizer without statistics; save it with those of the "
                 f"episodes: fast_tokenizer.py report --data {folder} --out fast/"
             )
+        self.path = Path(folder)
         self.name = "action"
         self.action_tokenizer = action_tokenizer
-        self.episodes = read_episodes(folder, action_tokenizer=action_tokenizer)
-        self.ends = np.cumsum([len(episode) for episode in self.episodes])
+        all_episodes = read_episodes(folder, action_tokenizer=action_tokenizer)
+        train_episodes, held_out = split_episodes(all_episodes)
+        self.episodes = [*train_episodes, *held_out]
+        self.ends = chunk_ends(self.episodes, action_tokenizer.horizon)
+        self.units = len(self.episodes)
+        self.max_pixels = {}  # episode -> bound on its images; set by check_rows()
+        content = hashlib.sha256()
+        for episode in self.episodes:
+            content.update(f"{episode.name}\n{episode.task}\n".encode())
+            content.update(np.ascontiguousarray(episode.action))
+        self.fingerprint = content.hexdigest()
+        self.split = split_record(all_episodes, held_out)
 
-        train_episodes, _ = split_episodes(self.episodes)
-        n_train = sum(len(episode) for episode in train_episodes)
+        n_train = int(self.ends[len(train_episodes) - 1])
         self.train = range(n_train)
         self.held = range(n_train, int(self.ends[-1]))
 
-    def size(self, i: int) -> int:
-        """About how long a row is, in characters: all are alike."""
-        return 300
+    def unit(self, i: int) -> int:
+        """The index of the episode to which step i belongs."""
+        return int(np.searchsorted(self.ends, i, side="right"))
+
+    def sample_id(self, unit: int) -> str:
+        return str(self.episodes[unit])
 
     def target_ids(self, i: int) -> list[int]:
         """The true FAST ids of the K actions from step i on."""
@@ -300,28 +456,36 @@ class EpisodeDataset:
         """The prompt alone."""
         episode, t = locate_step(self.episodes, self.ends, i)
         messages = model.action_prompt(episode.task, think)
-        return Sample(messages, [episode.frame(t)], "action", f"{episode.path}:{t}")
+        max_pixels = self.max_pixels.get(self.unit(i), 0)
+        return Sample(messages, [episode.frame(t)], "action", f"{episode}:{t}", max_pixels)
 
     def __getitem__(self, i: int) -> Sample:
         question = self.question(i)
         answer = {"role": "assistant", "content": model.action_answer(self.target_ids(i))}
         return question._replace(messages=[*question.messages, answer])
 
+    def outline(self, unit: int) -> Outline:
+        episode = self.episodes[unit]
+        most_ids = self.action_tokenizer.horizon * self.action_tokenizer.action_dim
+        answer = {"role": "assistant", "content": model.action_answer([0] * most_ids)}
+        messages = [*model.action_prompt(episode.task, think=False), answer]
+        return Outline(messages, [episode.image_sizes["image"]])
 
-def open_sources(mixture: list[MixtureItem], action_tokenizer, holdout_rows: int):
-    """-> (sources, their weights). Of two that have the same name the later gets a number."""
+
+def open_sources(mixture: list[MixtureItem], action_tokenizer, cfg: Config) -> list:
+    """A dataset for each item. Of two that have the same name the later gets a number."""
     sources = []
-    weights = []
     for item in mixture:
         if item.path.endswith(".jsonl"):
-            source = ConversationDataset(item.path, action_tokenizer, holdout_rows)
+            source = ConversationDataset(
+                item.path, action_tokenizer, cfg.holdout_rows, cfg.outside_images
+            )
         else:
             source = EpisodeDataset(item.path, action_tokenizer)
         if source.name in [earlier.name for earlier in sources]:
             source.name += str(len(sources))
         sources.append(source)
-        weights.append(len(source.train) if item.weight is None else item.weight)
-    return sources, weights
+    return sources
 
 
 def add_mode_lines(messages: list[dict]) -> list[dict]:
@@ -351,15 +515,23 @@ def open_images(sample: Sample) -> list[np.ndarray]:
     return images
 
 
+def encode_sample(backbone: model.Backbone, sample: Sample, prompt_only: bool = False) -> model.Row:
+    """A sample as numbers. ValueError naming it when its text and images do not go together."""
+    images = open_images(sample)
+    spec = backbone.image_spec.bounded(sample.max_pixels)
+    try:
+        return model.encode(
+            replace(backbone, image_spec=spec), sample.messages, images, prompt_only=prompt_only
+        )
+    except ValueError as e:
+        raise ValueError(f"{sample.sample_id}: {e}") from e
+
+
 def load_row(backbone: model.Backbone, source, i: int, max_length: int) -> model.Row:
     """Sample i of a source, tokenized; "sample_id" says where it comes from. ValueError naming that
     when the row is malformed or longer than max_length tokens."""
     sample = source[i]
-    images = open_images(sample)
-    try:
-        row = model.encode(backbone, sample.messages, images)
-    except ValueError as e:
-        raise ValueError(f"{sample.sample_id}: {e}") from e
+    row = encode_sample(backbone, sample)
     if len(row["ids"]) > max_length:
         raise ValueError(
             f"{sample.sample_id}: {len(row['ids'])} tokens; raise --max-length {max_length} or "
@@ -367,6 +539,152 @@ def load_row(backbone: model.Backbone, source, i: int, max_length: int) -> model
         )
     row["sample_id"] = sample.sample_id
     return row
+
+
+# ---- Data: all rows are checked before the first step --------------------------------------------
+
+HEADER_THREADS = 8  # that open images at once
+ROWS_A_TASK = 256  # of such a thread
+TURN_TOKENS = 16  # at most, around the text of a message: "<|im_start|>assistant\n", "<|im_end|>\n"
+NEVER_FITS = -1  # in RowSize.max_pixels
+
+
+class RowSize(NamedTuple):
+    """How long a row is, as the sizes of its images tell."""
+
+    tokens: int  # exactly when it is near max_length or over it, else roughly
+    max_pixels: int  # of each image, for the row to keep to max_length; 0: as they are; NEVER_FITS
+
+
+def image_tokens(spec: model.ImageSpec, height: int, width: int) -> int:
+    """Tokens of an image of so many pixels."""
+    _, rows, columns = model.image_grid(height, width, spec)  # of patches
+    return rows * columns // spec.merge**2
+
+
+def row_size(backbone: model.Backbone, outline: Outline, max_length: int) -> RowSize:
+    """ValueError when it cannot be encoded."""
+    messages, image_sizes = outline
+    spec = backbone.image_spec
+    model.check_messages(messages, len(image_sizes))
+
+    def tokens_of_images(spec):
+        return sum(image_tokens(spec, *size) for size in image_sizes)
+
+    # 1. no token is shorter than a byte, so that most rows need not be tokenized
+    text_bytes = 0
+    for message in messages:
+        text = message["content"]
+        longest = 1 if text.isascii() else 3  # Unicode normalisation may lengthen it so much
+        text_bytes += longest * len(text.encode()) + TURN_TOKENS
+    text_bytes += len(model.SYSTEM_PROMPT) + TURN_TOKENS
+    if text_bytes + tokens_of_images(spec) <= max_length:
+        return RowSize(text_bytes // 4 + tokens_of_images(spec), 0)  # English: 4 bytes a token
+
+    # 2. the others are, with images of one token each
+    unit = spec.patch * spec.merge
+    blanks = [np.zeros((unit, unit, 3), np.uint8)] * len(image_sizes)
+    small = replace(backbone, image_spec=replace(spec, min_pixels=1))
+    text_tokens = len(model.encode(small, messages, blanks)["ids"]) - len(blanks)
+    tokens = text_tokens + tokens_of_images(spec)
+    if tokens <= max_length:
+        return RowSize(tokens, 0)
+
+    # 3. too long: how many tokens may each image have at most?
+    def tokens_bounded(per_image):
+        return tokens_of_images(spec.bounded(per_image * unit**2))
+
+    room = max_length - text_tokens
+    choices = range(1, spec.max_pixels // unit**2 + 1)
+    per_image = bisect.bisect_right(choices, room, key=tokens_bounded) if blanks else 0
+    return RowSize(tokens, per_image * unit**2 or NEVER_FITS)
+
+
+def check_rows(backbone: model.Backbone, source, cfg: Config, dist: model.Dist) -> dict:
+    """Looks at all of a source as training will see it, but for pixels: of images the headers.
+
+    ValueError naming the row that cannot be used. Rows over cfg.max_length tokens are told on
+    stdout; see --too-long for what happens to them. Each rank looks at its share, and all come to
+    the same rows. Sets source.tokens (units,), source.max_pixels; takes rows from source.train and
+    source.held. -> record for run.json."""
+    # 1. this rank's share of the rows
+    sizes = np.zeros((source.units, 2))
+    local_units = range(dist.rank, source.units, dist.world_size)
+    tasks = [local_units[k : k + ROWS_A_TASK] for k in range(0, len(local_units), ROWS_A_TASK)]
+
+    def measure(units):
+        for unit in units:
+            outline = source.outline(unit)
+            try:
+                sizes[unit] = row_size(backbone, outline, cfg.max_length)
+            except ValueError as e:
+                raise ValueError(f"{source.sample_id(unit)}: {e}") from e
+        return len(units)
+
+    error = None
+    bar = tqdm(
+        desc=f"checking {source.path}",
+        total=len(local_units),
+        disable=None if dist.rank == 0 else True,
+    )
+    with bar, ThreadPoolExecutor(HEADER_THREADS) as pool:
+        try:
+            for n_checked in pool.map(measure, tasks):
+                bar.update(n_checked)
+        except ValueError as e:
+            error = e
+            pool.shutdown(cancel_futures=True)
+    if all_sum(error is not None):
+        raise error or SystemExit(1)  # the rank that knows says it
+
+    # 2. what is too long
+    sizes = np.reshape(all_sum(sizes.ravel().tolist()), (source.units, 2))
+    source.tokens, max_pixels = sizes.T
+    too_long = np.flatnonzero(source.tokens > cfg.max_length)
+    left_out = set()
+    for unit in too_long.tolist():
+        if cfg.too_long == "shrink" and max_pixels[unit] != NEVER_FITS:
+            source.max_pixels[unit] = int(max_pixels[unit])
+        else:
+            left_out.add(unit)
+    if len(too_long):
+        first = too_long[0]
+        text = (
+            f"{source.sample_id(first)}: {source.tokens[first]:.0f} tokens, and {len(too_long) - 1}"
+            f" more over --max-length {cfg.max_length}"
+        )
+        if cfg.too_long == "error":
+            raise ValueError(f"{text}; raise it, or --too-long skip or shrink")
+        if dist.rank == 0:
+            print(
+                f"{text}: {len(source.max_pixels)} with smaller images, {len(left_out)} left out",
+                flush=True,
+            )
+    if left_out:
+        source.train = [i for i in source.train if source.unit(i) not in left_out]
+        source.held = [i for i in source.held if source.unit(i) not in left_out]
+        if not source.train:
+            raise ValueError(
+                f"{source.path}: nothing is left to train on; raise --max-length {cfg.max_length}"
+            )
+    return {
+        "sha256": source.fingerprint,
+        "train": len(source.train),
+        "held_out": len(source.held),
+        "shrunk": len(source.max_pixels),
+        "left_out": len(left_out),
+    }
+
+
+def check_unchanged(data: dict[str, dict], newest: Path) -> None:
+    """ValueError naming a source that is not what the checkpoint `newest` was trained on."""
+    old = model.read_json(newest / "run.json").get("data", {})
+    for path, record in data.items():
+        if path in old and old[path]["sha256"] != record["sha256"]:
+            raise ValueError(
+                f"{path}: has changed since {newest}; put the old one back, or go on with the new "
+                "one by --changed-data"
+            )
 
 
 # ---- The idea: new words, packed rows, a loss by tokens ------------------------------------------
@@ -475,35 +793,45 @@ def sample_order(
     return source, row
 
 
-def micro_batches(
-    backbone: model.Backbone, sources: list, picks: np.ndarray, cfg: Config, dist: model.Dist
-) -> list[model.Batch]:
-    """This rank's share of the samples `picks` (batch, 2) of (source, row), packed. Each rank gets
-    equally many; they are dealt out by length, as all wait for the one with the most tokens."""
+def load_batches(
+    pool: ThreadPoolExecutor,
+    backbone: model.Backbone,
+    sources: list,
+    picks: np.ndarray,
+    cfg: Config,
+    dist: model.Dist,
+) -> list[Future]:
+    """This rank's share of the samples `picks` (batch, 2) of (source, row): a packed batch for each
+    micro-batch. Each rank gets equally many samples; they are dealt out by length, as all wait for
+    the one with the most tokens. Which thread loads a row does not matter for what is in a batch.
+    """
+    samples = []  # (source, index)
+    for s, row in picks.tolist():
+        samples.append((sources[s], sources[s].train[row]))
+    samples.sort(key=lambda sample: sample[0].tokens[sample[0].unit(sample[1])])
+    rows = []
+    for source, i in samples[dist.rank :: dist.world_size]:
+        rows.append(pool.submit(load_row, backbone, source, i, cfg.max_length))
 
-    def size(pick):
-        source, row = pick
-        return sources[source].size(row)
+    def pack_loaded(loading):  # it waits for tasks alone that the pool began before it
+        return pack([future.result() for future in loading])
 
-    by_size = sorted(picks.tolist(), key=size)
-    local_picks = by_size[dist.rank :: dist.world_size]
-    rows = [load_row(backbone, sources[source], row, cfg.max_length) for source, row in local_picks]
     n = cfg.micro_batch or len(rows)
-    return [pack(rows[k : k + n]) for k in range(0, len(rows), n)]
+    return [pool.submit(pack_loaded, rows[k : k + n]) for k in range(0, len(rows), n)]
 
 
 def prefetch(
-    pool: ThreadPoolExecutor, load: Callable[[int], list], start: int, steps: int, ahead: int = 2
-) -> Iterator[tuple[int, list]]:
-    """(step, load(step)) of each step, while the pool reads images and tokenizes for the next."""
+    load: Callable[[int], list[Future]], start: int, steps: int, ahead: int = 2
+) -> Iterator[tuple[int, list[model.Batch]]]:
+    """(step, its micro-batches) of each step, while those of the next ones are loaded."""
     pending = deque()
     for step in range(start, min(start + ahead, steps)):
-        pending.append(pool.submit(load, step))
+        pending.append(load(step))
     for step in range(start, steps):
-        loaded = pending.popleft().result()
+        batches = [future.result() for future in pending.popleft()]
         if step + ahead < steps:
-            pending.append(pool.submit(load, step + ahead))
-        yield step, loaded
+            pending.append(load(step + ahead))
+        yield step, batches
 
 
 def set_gradient_sync(net: torch.nn.Module, last: bool) -> None:
@@ -526,6 +854,8 @@ def evaluate(
     backbone.net.eval()
     for source in sources:
         loss, tokens, correct = held_out_sums(backbone, source, cfg, dist)
+        if not tokens:  # nothing is held out, or asked for
+            continue
         metrics[f"{source.name}_loss"] = loss / tokens
         metrics[f"{source.name}_token_accuracy"] = correct / tokens
     metrics |= greedy_accuracy(backbone, sources, cfg, dist)
@@ -562,20 +892,46 @@ def answer_text(text: str) -> str:
     return after_tag.partition("</answer>")[0].strip()
 
 
+def first_question(sample: Sample) -> Sample:
+    """All that stands before the first answer, a system message too, with the images in it."""
+    roles = [message["role"] for message in sample.messages]
+    answered = roles.index("assistant") if "assistant" in roles else len(roles)
+    prompt = sample.messages[:answered]
+    n_images = sum(message["content"].count("<image>") for message in prompt)
+    if answered == len(roles) - 1:
+        n_images = len(sample.images)  # all, so that tags and images that disagree are noticed
+    return sample._replace(messages=prompt, images=sample.images[:n_images])
+
+
+class GreedyAnswer(NamedTuple):
+    text: str  # what stands in <answer></answer>, else all
+    truncated: bool  # cut off by the limit of tokens
+
+
 def greedy_answers(
-    backbone: model.Backbone, samples: list[Sample], max_new_tokens: int = 128, size: int = 64
-) -> list[str]:
-    """Greedy answers, as text, to the first question of each sample; `size` of them at once."""
+    backbone: model.Backbone,
+    samples: list[Sample],
+    max_new_tokens: int = 128,
+    size: int = 64,
+    cuda_graphs: bool = True,
+) -> list[GreedyAnswer]:
+    """Greedy answers to the first question of each sample; `size` of them at once."""
     answers = []
     for k in range(0, len(samples), size):
         rows = []
         for sample in samples[k : k + size]:
-            images = open_images(sample)
-            rows.append(model.encode(backbone, sample.messages[:1], images, prompt_only=True))
-        generated = model.generate(backbone, rows, max_new_tokens=max_new_tokens, greedy=True)
-        for ids in generated["ids"]:
+            question = first_question(sample)
+            rows.append(encode_sample(backbone, question, prompt_only=True))
+        generated = model.generate(
+            backbone,
+            rows,
+            max_new_tokens=max_new_tokens,
+            greedy=True,
+            cuda_graphs=cuda_graphs,
+        )
+        for ids in generated["ids"].tolist():
             text = backbone.tokenizer.decode(ids, skip_special_tokens=True)
-            answers.append(answer_text(text))
+            answers.append(GreedyAnswer(answer_text(text), backbone.vocab.eos not in ids))
     return answers
 
 
@@ -588,15 +944,19 @@ def greedy_accuracy(backbone, sources, cfg, dist) -> dict[str, float]:
             roles = [message["role"] for message in sample.messages]
             if sample.kind and roles == ["user", "assistant"]:
                 samples.append(sample)
+    if not samples:
+        return {}
     kinds = sorted({sample.kind for sample in samples})
     local_samples = samples[dist.rank :: dist.world_size]
     with model.unsharded(backbone.net):
-        answers = greedy_answers(backbone, local_samples)
+        answers = greedy_answers(
+            backbone, local_samples, cfg.max_new_tokens, cuda_graphs=cfg.cuda_graphs
+        )
 
     sums = np.zeros((len(kinds), 2))  # right answers, answers
     for sample, answer in zip(local_samples, answers, strict=True):
         kind = kinds.index(sample.kind)
-        if answer == answer_text(sample.messages[1]["content"]):
+        if answer.text == answer_text(sample.messages[1]["content"]):
             sums[kind, 0] += 1
         sums[kind, 1] += 1
     accuracy = {}
@@ -608,14 +968,15 @@ def greedy_accuracy(backbone, sources, cfg, dist) -> dict[str, float]:
 def thinking_rollouts(backbone, sources, cfg, dist, n: int = 4) -> dict[str, float]:
     """What RL will start from: n thinking rollouts on each of some held-out action prompts, which
     SFT never showed. -> probe_format (share well formed, with a thought), probe_r_a (mean prefix
-    reward, paper section 3), and how many of the n thoughts and actions differ: if they are all
-    alike RL has no signal (Table 1 of the paper)."""
+    reward, paper section 3), probe_truncated (share cut off at cfg.max_new_tokens, which is not
+    well formed), and how many of the n thoughts and actions differ: if they are all alike RL has no
+    signal (Table 1 of the paper)."""
     # 1. the prompts, and this rank's share of them
     prompts = []
     for source in sources:
         if isinstance(source, EpisodeDataset):
-            prompts += [(source, i) for i in evenly_spaced(source.held, cfg.probe_prompts)]
-    prompts = prompts[: cfg.probe_prompts]
+            prompts += [(source, i) for i in source.held]
+    prompts = evenly_spaced(prompts, cfg.probe_prompts)
     if not prompts:
         return {}
     keys = range(dist.rank, len(prompts), dist.world_size)
@@ -626,18 +987,23 @@ def thinking_rollouts(backbone, sources, cfg, dist, n: int = 4) -> dict[str, flo
         rows = []
         for source, i in local_prompts:
             question = source.question(i, think=True)
-            rows.append(
-                model.encode(backbone, question.messages, question.images, prompt_only=True)
-            )
+            rows.append(encode_sample(backbone, question, prompt_only=True))
         generated = model.generate(
-            backbone, rows, n=n, max_new_tokens=128, seed=cfg.seed, keys=keys
+            backbone,
+            rows,
+            n=n,
+            max_new_tokens=cfg.max_new_tokens,
+            seed=cfg.seed,
+            keys=keys,
+            cuda_graphs=cfg.cuda_graphs,
         )
 
     # 3. what they are worth
-    sums = np.zeros(4)  # well-formed ones, rewards, different thoughts, different actions
+    sums = np.zeros(5)  # well-formed ones, rewards, cut off, different thoughts and actions
     for b, (source, i) in enumerate(local_prompts):
         target_ids = source.target_ids(i)
         n_good = 0
+        n_truncated = 0
         rewards = []
         thoughts = set()
         actions = set()
@@ -646,16 +1012,18 @@ def thinking_rollouts(backbone, sources, cfg, dist, n: int = 4) -> dict[str, flo
             well_formed, has_thought, action_ids = model.parse_actions(backbone, ids)
             if well_formed and has_thought:
                 n_good += 1
+            n_truncated += backbone.vocab.eos not in ids
             rewards.append(model.prefix_reward(action_ids, target_ids))
             thoughts.add(text.split("</think>")[0])
             actions.add(tuple(action_ids))
             if dist.rank == 0 and b == 0 and g == 0:
                 print(f"a thinking rollout: {text}", flush=True)
-        sums += [n_good, sum(rewards), len(thoughts), len(actions)]
-    n_good, reward, n_thoughts, n_actions = all_sum(sums.tolist())
+        sums += [n_good, sum(rewards), n_truncated, len(thoughts), len(actions)]
+    n_good, reward, n_truncated, n_thoughts, n_actions = all_sum(sums.tolist())
     return {
         "probe_format": n_good / (len(prompts) * n),
         "probe_r_a": reward / (len(prompts) * n),
+        "probe_truncated": n_truncated / (len(prompts) * n),
         "probe_distinct_thoughts": n_thoughts / len(prompts),
         "probe_distinct_actions": n_actions / len(prompts),
     }
@@ -722,14 +1090,22 @@ def train_step(net, optim, batches: list[model.Batch], step: int, lr: float, cfg
 
 def main(argv: list[str] | None = None) -> None:
     cfg = model.parse_config(Config, PRESETS, argv)
+    if cfg.too_long not in TOO_LONG:
+        raise ValueError(f"--too-long {cfg.too_long}: give one of {', '.join(TOO_LONG)}")
     model.keep_freed_memory()
     dist = model.setup(cfg.seed, cfg.shards, cfg.batch, cfg.timeout_hours)
 
-    # 1. the backbone, its vocabulary grown, and its optimizer
+    # 1. the backbone, its vocabulary grown, its data, and its optimizer
     mixture = parse_mixture(cfg.data)
     newest = model.checkpoint_to_resume(cfg)
     backbone = load_backbone(cfg, newest, dist.build)
-    sources, weights = open_sources(mixture, backbone.action_tokenizer, cfg.holdout_rows)
+    sources = open_sources(mixture, backbone.action_tokenizer, cfg)
+    data = {str(source.path): check_rows(backbone, source, cfg, dist) for source in sources}
+    if newest and not cfg.changed_data:
+        check_unchanged(data, newest)
+    splits = [source.split for source in sources if isinstance(source, EpisodeDataset)]
+    if dist.rank == 0:
+        warn_of_other_split(backbone.run.get("split", []), splits)
     net = model.shard(backbone.net, dist)
     net.train()
     optim = model.make_optimizer(net, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2), cfg.muon)
@@ -738,26 +1114,29 @@ def main(argv: list[str] | None = None) -> None:
 
     # 2. the samples of the whole run, in order
     sizes = [len(source.train) for source in sources]
-    steps = cfg.steps or math.ceil(cfg.epochs * sum(sizes) / cfg.batch)
+    weights, epoch_samples = mixture_shares(mixture, sizes)
+    steps = cfg.steps or math.ceil(cfg.epochs * epoch_samples / cfg.batch)
     order = np.stack(sample_order(sizes, weights, steps * cfg.batch, cfg.seed), 1)  # (N, 2)
-
-    def load_batches(step):
-        picks = order[step * cfg.batch : (step + 1) * cfg.batch]  # (batch, 2)
-        return micro_batches(backbone, sources, picks, cfg, dist)
 
     run = {
         "stage": "sft" if backbone.action_tokenizer else "base",
         "config": asdict(cfg),
         "parent": cfg.init,
+        "data": data,
+        "split": splits,
     }
     save = functools.partial(model.save, what=backbone, optim=optim)
     model.stop_on_sigterm()
     log = model.Log(cfg.out, cfg, dist)
     clock = time.perf_counter()
     logged_step = start
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(cfg.loader_threads) as pool:
         # 3. rows, packed into micro-batches
-        for step, batches in prefetch(pool, load_batches, start, steps):
+        def load_step(step):
+            picks = order[step * cfg.batch : (step + 1) * cfg.batch]  # (batch, 2)
+            return load_batches(pool, backbone, sources, picks, cfg, dist)
+
+        for step, batches in prefetch(load_step, start, steps):
             # 4. and 5. their loss, and an optimizer step
             lr = model.learning_rate(step, steps, cfg.lr, cfg.warmup_ratio)
             info = train_step(net, optim, batches, step, lr, cfg, dist)
@@ -783,10 +1162,13 @@ def main(argv: list[str] | None = None) -> None:
                 clock = time.perf_counter()
             model.save_step(cfg, done, run, save, unlogged.tolist())
 
+    # what was trained is on disk before the last evaluation, which may fail or be killed
+    final = Path(cfg.out) / "final"
+    model.save(final, backbone, {**run, "step": steps})
     metrics = evaluate(backbone, sources, cfg, dist)
     metrics |= thinking_rollouts(backbone, sources, cfg, dist)
     log.write(step=steps, **metrics)
-    model.save(Path(cfg.out) / "final", backbone, {**run, "step": steps, "metrics": metrics})
+    model.add_metrics(final, metrics)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
-from benchmarks.simulate import Outcome, render_headless
-from fast_tokenizer import reading, write_episodes
+from benchmarks.simulate import FinishedTrials, Outcome, check_policy, render_headless
+from fast_tokenizer import count, reading, write_episodes
 from tools.extras import require
 
 # ---- Chains --------------------------------------------------------------------------------------
@@ -205,6 +205,7 @@ def layout(state: dict) -> tuple[np.ndarray, np.ndarray]:
 # ---- Closed loop ---------------------------------------------------------------------------------
 
 STEPS = 360  # of a subtask
+ACTION_NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")  # each -1 .. 1
 
 
 class Field(NamedTuple):
@@ -225,18 +226,17 @@ KEPT = {  # by our name
 def arguments(add):
     """Flags of `evaluate.py calvin`."""
     add("--data", required=True, help="a CALVIN dataset; its validation/ describes the environment")
-    add("--chains", type=int, default=1000, help="the first chains of the 1,000")
+    add("--chains", type=count, default=1000, help="the first chains of the 1,000")
 
 
 def check(args):
     """ValueError when a flag is wrong, before a policy is loaded."""
-    if args.chains < 1:
-        raise ValueError("a success rate needs at least one trial; raise --chains")
+    if args.chains > 1000:
+        raise ValueError(f"--chains {args.chains}: there are 1,000")
 
 
-def evaluate(policy, args) -> Outcome:
-    lengths = play(policy, args.data, args.chains, args.execute, args.ensemble)
-    return Outcome(chain_lengths=lengths)
+def evaluate(policy, args, local: slice) -> Outcome:
+    return Outcome(chain_lengths=play(policy, args, local))
 
 
 class World(NamedTuple):
@@ -261,30 +261,39 @@ def open_world(data: str) -> World:
     return World(env, oracles.Tasks(rules["tasks"]), words)
 
 
-def play(policy, data: str, count: int, execute: int = 0, ensemble: float = 0.0) -> list[int]:
-    """The first `count` chains -> how many subtasks in a row each solved, 0 .. 5."""
-    if not {"image", "image_gripper"} >= set(policy.cameras):
-        raise ValueError(f"cameras {', '.join(policy.cameras)}; use image or image,image_gripper")
+def play(policy, args, local: slice) -> list[int]:
+    """This process's share of the first args.chains -> how many subtasks in a row each solved,
+    0 .. 5. Finished chains stand in a file, see FinishedTrials."""
+    cameras = [name for name in KEPT if name.startswith("image")]
+    (state_dim,) = KEPT["state"].shape
+    check_policy(policy, cameras, state_dim, ACTION_NAMES)
     from vla import ChunkExecutor  # not above: to convert takes no torch
 
-    world = open_world(data)
-    cameras = world.env.cameras
-    lengths = []
-    for state, names in tqdm(chains()[:count], "chains", disable=None):
+    finished = FinishedTrials("calvin", policy, args, [])
+    lengths = {row["chain"]: row["length"] for row in finished.rows}
+    world = open_world(args.data)
+    rendered = world.env.cameras
+    numbers = range(args.chains)[local]
+    for number in tqdm(numbers, "chains", disable=None):
+        if number in lengths:
+            continue
+        state, names = chains()[number]
         robot, scene = layout(state)
         world.env.reset(robot_obs=robot, scene_obs=scene)
-        executor = ChunkExecutor(policy.horizon, execute, ensemble)
+        executor = ChunkExecutor(policy.horizon, args.execute, args.ensemble)
         length = 0
         for name in names:
-            if not attempt(world, cameras, policy, executor, name):
+            if not attempt(world, rendered, policy, executor, name, [number, length]):
                 break
             length += 1
-        lengths.append(length)
-    return lengths
+        lengths[number] = length
+        finished.add({"chain": number, "length": length})
+    return [lengths[number] for number in numbers]
 
 
-def attempt(world: World, cameras, policy, executor, name: str) -> bool:
-    """One subtask -> whether it was done in time. cameras: the environment's, as it was opened."""
+def attempt(world: World, cameras, policy, executor, name: str, noise_key: list[int]) -> bool:
+    """One subtask -> whether it was done in time. cameras: the environment's, as it was opened.
+    noise_key: with the step it seeds the noise."""
     env = world.env
     instruction = world.annotations[name][0]
     start = env.get_info()
@@ -296,7 +305,9 @@ def attempt(world: World, cameras, policy, executor, name: str) -> bool:
         images = [obs["rgb_obs"][KEPT[camera].key] for camera in policy.cameras]
 
         # 2. ask the policy
-        chunk = policy.act(images, instruction, obs["robot_obs"])  # (K, 7)
+        key = [*noise_key, step]
+        states = obs["robot_obs"][None]  # (1, 15)
+        chunk = policy.act_batch([images], [instruction], states, keys=[key])[0]  # (K, 7)
         actions = executor(chunk, instruction)[: STEPS - step]
         actions = actions.astype(np.float64).clip(-1, 1)
 

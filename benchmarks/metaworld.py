@@ -14,6 +14,10 @@ from benchmarks import simulate
 from tools.extras import require
 
 TRIALS = 20  # a task
+STATE_DIM = 4
+# Effort 0 leaves the fingers as they are, and the experts of some tasks never go below: 0 .. 1 is
+# no other convention here, so that this is no "gripper" to simulate.check_action_range().
+ACTION_NAMES = ("x", "y", "z", "finger effort")  # each -1 .. 1
 PROMPTS = {  # MT10; other tasks are asked for by the words of their names
     "reach-v3": "reach the red ball",
     "push-v3": "push the puck to the goal",
@@ -47,8 +51,8 @@ def check(args):
     """Nothing: which tasks there are is known where Meta-World is installed, see Simulator."""
 
 
-def evaluate(policy, args) -> simulate.Outcome:
-    return simulate.run_trials("metaworld", policy, args)
+def evaluate(policy, args, local: slice) -> simulate.Outcome:
+    return simulate.run_trials("metaworld", policy, args, local)
 
 
 class Simulator:
@@ -57,8 +61,9 @@ class Simulator:
     fps = 80
     cameras = ("image",)
 
-    def __init__(self, task: str, size: int, limit: int):
-        """size: image side. limit: steps of a trial, 0: 300. ValueError for an unknown task."""
+    def __init__(self, task: str, sizes: dict[str, list[int]], limit: int):
+        """sizes: camera -> [H, W] of its images. limit: steps of a trial, 0: 300. ValueError for an
+        unknown task."""
         simulate.render_headless()
         world, policies = require("metaworld==3.1.1", "metaworld.env_dict", "metaworld.policies")
         name = task.split("/")[1]
@@ -67,8 +72,9 @@ class Simulator:
         self.limit = limit or 300
         self.prompt = PROMPTS.get(name, name.removesuffix("-v3").replace("-", " "))
         self.make_expert = policies.ENV_POLICY_MAP[name]
+        height, width = sizes["image"]
         env = world.ALL_V3_ENVIRONMENTS[name](
-            render_mode="rgb_array", camera_name="corner2", width=size, height=size
+            render_mode="rgb_array", camera_name="corner2", width=width, height=height
         )
         # as in its MT benchmarks: the goal is seen, and drawn anew from the seed at each reset
         env._partially_observable = False

@@ -28,7 +28,7 @@ from PIL import Image
 
 import model
 import sft
-from fast_tokenizer import read_image, reading
+from fast_tokenizer import natural, non_negative, read_image, reading, to_rgb
 
 # ---- Rows ----------------------------------------------------------------------------------------
 
@@ -61,30 +61,68 @@ def write(folder: str | Path, rows):
 
 def save_image(folder: Path, name: str, image, row_number: int) -> str:
     """Save an image, or a copy of the file that a path names -> its path below the folder."""
-    if not isinstance(image, Image.Image):
-        image = Image.fromarray(read_image(image, f"row {row_number}: {image}"))
+    if isinstance(image, Image.Image):
+        pixels = to_rgb(image)
+    else:
+        pixels = read_image(image, f"row {row_number}: {image}")
     path = f"images/{name}"
-    image.convert("RGB").save(folder / path)
+    Image.fromarray(pixels).save(folder / path)
     return path
 
 
 # ---- Scores --------------------------------------------------------------------------------------
 #
 # Each is a function (answer, right answer, row, its folder, unit of points) -> 0 .. 1, whatever of
-# these it needs.
+# these it needs. Of both answers plain() leaves what is said; what can be read in two ways, one of
+# them wrong, and numbers in words ("twelve") are worth 0.
 
-NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
-PAIR = rf"[(\[]\s*({NUMBER})\s*,\s*({NUMBER})\s*[)\]]"  # RoboPoint's and Qwen's way to point
-LETTER = r"\(([A-H])\)|\b([A-H])(?=[.):]|$)|(?i:answer|option|choice)(?i: is)?:? ?([A-H])\b"
+BOXED = r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}"  # LaTeX, with at most one pair of braces inside
+LATEX_WORDS = r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}"
+INTRODUCTION = (
+    r"(?i)^(?:so,? |therefore,? )?(?:the )?(?:final |correct )?answer(?: is)?(?:\s*:\s*|\s+)"
+)
+DECORATION = " \t\n\"'\u201c\u201d\u2018\u2019*_.,;!"  # around an answer
+
+
+AS_ASCII = {  # full-width forms, minus and spaces; not "\u00b2", which would make m\u00b2 a number
+    **{0xFF00 + code: 0x20 + code for code in range(1, 0x5F)},
+    **dict.fromkeys(map(ord, "\u00a0\u2009\u202f\u3000"), " "),
+    ord("\u2212"): "-",
+}
+
+
+def plain(text: str) -> str:
+    """What an answer says, without how it is dressed: "**Yes**" -> "Yes", "$12$" -> "12",
+    "The answer is \\\\boxed{B}." -> "B"."""
+    text = text.translate(AS_ASCII)
+    boxes = re.findall(BOXED, text)
+    if boxes:
+        text = boxes[-1]  # the last one: what stands before it is the working
+    text = re.sub(LATEX_WORDS, r"\1", text).replace("{,}", ",")
+    text = re.sub(r"\*\*|__|[`$]|\\[()\[\],]", "", text)
+    return re.sub(INTRODUCTION, "", text.strip(" \t\n*_"))
 
 
 def exact(answer: str, right: str, row: dict, folder: Path, unit: float) -> float:
-    """1 for the same text, case and full stop aside; for a yes or no, for the same first word."""
-    answer = answer.lower().strip(" .")
-    right = right.lower().strip(" .")
+    """1 for the same text, case and punctuation around it aside, or the same number; for a yes or
+    no, for the same first word ("Yes or no" is none)."""
+    answer = plain(answer).casefold().strip(DECORATION)
+    right = plain(right).casefold().strip(DECORATION)
     if right in ("yes", "no"):
-        answer = re.match(r"\w*", answer)[0]
-    return float(answer == right)
+        said = re.match(r"(yes|no)\b(?!\s*(?:/|or\b)\s*(?:yes|no)\b)", answer)
+        return float(said is not None and said[1] == right)
+    if answer == right:
+        return float(answer != "")
+    wanted = whole_number(right)
+    return float(wanted is not None and whole_number(answer) == wanted)
+
+
+def whole_number(text: str) -> float | None:
+    """The number that a text is, "1,024" -> 1024.0; None when it is something else."""
+    if not re.fullmatch(f"(?:{THOUSANDS}|{NUMBER})", text):
+        return None
+    joined = readings(text)[0]
+    return joined[0]
 
 
 def choice(answer: str, right: str, row: dict, folder: Path, unit: float) -> float:
@@ -93,35 +131,74 @@ def choice(answer: str, right: str, row: dict, folder: Path, unit: float) -> flo
     return float(chosen == letters(right) and len(chosen) == 1)
 
 
+LETTER = (
+    r"[(\[]([A-H])[)\]]"  # (B)  [B]
+    r"|\b([A-H])(?=[.):]|,\s|\s+[-\u2013\u2014]\s|\s*$)"  # B.  B)  B: the ball  B - the ball  B
+    r"|\b([A-H])(?=\s*(?:/|or\b|and\b|&)\s*[A-H]\b)"  # A or B: two, whatever else is said
+    r"|^([A-H])\s*\n"  # alone in the first line
+    r"|(?i:answer|option|choice)(?i: is)?:?\s?([A-H])\b"  # Option B
+)
+
+
 def letters(text: str) -> set[str]:
     """The letters A .. H that a text names as options: "(B)", "B.", "The answer is B" -> {"B"}."""
-    text = text.strip()
+    text = plain(text).strip()
     if len(text) < 4:  # a lone letter may be small
         text = text.upper()
     return {"".join(groups) for groups in re.findall(LETTER, text)}
 
 
+NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+# 1,024 or 1 024 or 1'024, the same separator throughout; not part of a longer number
+THOUSANDS = r"(?<![\d.,'])[-+]?\d{1,3}([, '\u2019])\d{3}(?:\1\d{3})*(?!\d|[,'\u2019]\d)(?:\.\d+)?"
+PAIR = rf"[(\[]\s*({NUMBER})\s*,\s*({NUMBER})\s*[)\]]"  # RoboPoint's and Qwen's way to point
+
+
+def readings(text: str) -> list[list[float]]:
+    """The numbers of a text in order, in each way that they can be read: "1,024" is 1024, since
+    nobody writes 024; "10,200" is 10200 or 10 and 200."""
+    text = plain(text)
+    without_separators = re.sub(THOUSANDS, lambda match: re.sub(r"[, '\u2019]", "", match[0]), text)
+    joined = [float(number) for number in re.findall(NUMBER, without_separators)]
+    apart = re.findall(NUMBER, text)
+    if without_separators == text or any(re.match(r"0\d", number) for number in apart):
+        return [joined]
+    return [joined, [float(number) for number in apart]]
+
+
 def number(answer: str, right: str, row: dict, folder: Path, unit: float) -> float:
     """1 for the same numbers in the same order, each within the row's "tolerance" (0 if none)."""
-    said = np.array(re.findall(NUMBER, answer), float)
-    wanted = np.array(re.findall(NUMBER, right), float)
-    if len(said) != len(wanted) or len(said) == 0:
-        return 0.0
-    return float(abs(said - wanted).max() <= row.get("tolerance", 0) + 1e-9)
+    for said in readings(answer):
+        for wanted in readings(right):
+            if len(said) == len(wanted) and said:
+                difference = np.abs(np.subtract(said, wanted)).max()
+                if difference <= row.get("tolerance", 0) + 1e-9:
+                    return 1.0
+    return 0.0
 
 
 def point(answer: str, right: str, row: dict, folder: Path, unit: float) -> float:
     """The share of the answer's points inside the row's "mask" (white) or "box" [left, top, right,
     bottom], 0 .. 1 of the image. unit: what points are divided by to be fractions too; 0: the
-    image's pixels. ValueError for a box that is none."""
-    scale = unit or Image.open(folder / row["images"][0]).size
+    image's pixels. ValueError for a box that is none, and for a mask without white."""
+    scale = unit or open_of_row(row, row["images"][0], folder).shape[1::-1]  # width, height
     points = np.array(re.findall(PAIR, answer), float).reshape(-1, 2) / scale  # (N, 2) x, y
     if "box" in row:
         inside = in_box(points, row["box"])
     else:
-        mask = np.asarray(Image.open(folder / row["mask"]).convert("L")) > 127  # (H, W)
+        mask = open_of_row(row, row["mask"], folder).mean(2) > 127  # (H, W)
+        if not mask.any():
+            raise ValueError(
+                f"{row['mask']}: nothing is white in it, so that every answer is wrong"
+            )
         inside = in_mask(points, mask)
     return float(np.mean(inside)) if len(points) else 0.0
+
+
+def open_of_row(row: dict, name: str, folder: Path) -> np.ndarray:
+    """An image that a row names, (H, W, 3) uint8 as training sees it. Damaged naming the row."""
+    path = folder / name
+    return read_image(path, f"{row.get('sample_id', '')}: {path}")
 
 
 def in_box(points: np.ndarray, box: list[float]) -> np.ndarray:
@@ -163,11 +240,14 @@ def arguments(add):
         choices=["row", "think", "direct"],
         help="mode of the prompt; row: as the row's own answer begins",
     )
-    add("--unit", type=float, default=1, help="what points are divided by; 0: the image's pixels")
+    add(
+        "--unit",
+        type=non_negative,
+        default=1,
+        help="what points are divided by; 0: the image's pixels",
+    )
     add("--answers", default="", help="also write each answer here, .jsonl")
-    add("--rows", type=int, default=0, help="first rows of the file; 0: all")
-    add("--max-new-tokens", type=int, default=128, help="tokens an answer at most")
-    add("--batch", type=int, default=64, help="rows a forward")
+    add("--rows", type=natural, default=0, help="first rows of the file; 0: all")
 
 
 class Asked(NamedTuple):
@@ -175,52 +255,74 @@ class Asked(NamedTuple):
 
     row: dict  # of the file
     right: str  # the row's own answer
-    sample: sft.Sample  # whose first message is asked
+    sample: sft.Sample  # with the messages before the first answer
+
+
+class Answer(NamedTuple):
+    """What came of a question."""
+
+    kind: str
+    score: float  # 0 .. 1
+    truncated: bool  # cut off by the limit of tokens
+    line: dict  # of the file of --answers
 
 
 def questions_to_ask(source: sft.ConversationDataset, args) -> list[Asked]:
-    """The first question of each row. Damaged when a row's own answer would not score 1."""
+    """What stands before the first answer of each row: its question, a system message too. Damaged
+    when a row's own answer would not score 1."""
     folder = source.path.parent
     asked = []
     for i in source.train[: args.rows or None]:
-        row = source.row(i)
         sample = source[i]
-        right = sft.answer_text(sample.messages[1]["content"])
+        row = {**source.row(i), "sample_id": sample.sample_id}
+        roles = [message["role"] for message in sample.messages]
+        answered = roles.index("assistant")
+        right = sft.answer_text(sample.messages[answered]["content"])
         with reading(sample.sample_id):
+            if roles[max(answered - 1, 0)] != "user":
+                raise ValueError("an answer without a question before it")
             score = answer_score(args.score, right, right, row, folder, args.unit)
             if score != 1 and args.score != "point":
                 raise ValueError(f"its answer {right!r} is none for --score {args.score}")
+        sample = sft.first_question(sample)
         if args.prompt != "row":
-            text = model.ask(row["messages"][0]["content"], args.prompt == "think")
-            sample = sample._replace(messages=[{"role": "user", "content": text}])
+            text = model.ask(row["messages"][answered - 1]["content"], args.prompt == "think")
+            question = {**sample.messages[-1], "content": text}
+            sample = sample._replace(messages=[*sample.messages[:-1], question])
         kind = (sample.kind or "all").replace(" ", "_")  # a word of a metric's name
         asked.append(Asked(row, right, sample._replace(kind=kind)))
     return asked
 
 
-def score_answers(backbone, args) -> dict[str, list[float]]:
-    """Greedy answers to the rows of args.data -> {kind: [score, 0 .. 1]}.
-
-    Writes the answers to args.answers too, if that is set. Damaged when a row cannot be scored."""
+def score_answers(backbone, args, local: slice) -> list[Answer]:
+    """Greedy answers to the share `local` of the rows of args.data. Damaged when a row, of any
+    share, cannot be scored."""
     source = sft.ConversationDataset(args.data, backbone.action_tokenizer, 0)
-    asked = questions_to_ask(source, args)
+    asked = questions_to_ask(source, args)[local]
     samples = [one.sample for one in asked]
-    answers = sft.greedy_answers(backbone, samples, args.max_new_tokens, args.batch)
+    answers = sft.greedy_answers(
+        backbone, samples, args.max_new_tokens, args.batch, args.cuda_graphs
+    )
 
-    scores = {}
-    lines = []
-    for (row, right, sample), answer in zip(asked, answers, strict=True):
-        score = answer_score(args.score, answer, right, row, source.path.parent, args.unit)
-        scores.setdefault(sample.kind, []).append(score)
-        written = {  # the keys of this file are older than the names above
+    scored = []
+    for (row, right, sample), (text, truncated) in zip(asked, answers, strict=True):
+        score = answer_score(args.score, text, right, row, source.path.parent, args.unit)
+        line = {  # the keys of this file are older than the names above
             "where": sample.sample_id,
             "kind": sample.kind,
-            "question": sample.messages[0]["content"],
+            "question": sample.messages[-1]["content"],
             "right": right,
-            "answer": answer,
+            "answer": text,
+            "truncated": truncated,
             "mark": score,
         }
-        lines.append(json.dumps(written) + "\n")
-    if args.answers:
-        Path(args.answers).write_text("".join(lines))
-    return scores
+        scored.append(Answer(sample.kind, score, truncated, line))
+    return scored
+
+
+def write_answers(path: str | Path, answers: list[Answer]):
+    """The file of --answers."""
+    lines = [json.dumps(answer.line) + "\n" for answer in answers]
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(lines))

@@ -2,12 +2,14 @@
 their experts and trials that ask one policy.
 
 A benchmark is a module of benchmarks/ with
-    arguments(add)               flags of `evaluate.py NAME`; add is a parser's add_argument
-    check(args)                  ValueError when they are wrong, before a policy is loaded
-    evaluate(policy, args)       -> Outcome
+    arguments(add)                   flags of `evaluate.py NAME`; add is a parser's add_argument
+    check(args)                      ValueError when they are wrong, before a policy is loaded
+    evaluate(policy, args, local)    -> Outcome of trials[local], this process's share of them all;
+                                     noise by a trial's own numbers, so that shares change nothing
 metaworld.py and libero.py, which are driven by the code below, also have TRIALS (a task),
-task_arguments(add) (flags of recording and evaluation alike), tasks(args) -> ["group/task"] and
-Simulator(task, size, limit) with limit (steps), fps, cameras, prompt, env and
+STATE_DIM and ACTION_NAMES (see check_policy), task_arguments(add) (flags of recording and
+evaluation alike), tasks(args) -> ["group/task"] and Simulator(task, sizes, limit), sizes being
+{camera: [H, W]}, with limit (steps), fps, cameras, prompt, env and
     reset(number, split)         "eval": the benchmark's trial `number`; "train": other states
     observe(cameras)             -> {"image": uint8 (H, W, 3), ..., "state": (S,)}
     advance(action, look)        (A,) in [-1, 1] -> success; renders only if look: observe follows
@@ -29,6 +31,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,7 +52,8 @@ class TrialResult(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a benchmark hands to evaluate.py; None for what it does not have."""
+    """What a benchmark hands to evaluate.py, of this process's share; None for what it does not
+    have."""
 
     trials: list[TrialResult] | None = None  # single tasks, in an order that all policies share
     chain_lengths: list[int] | None = None  # subtasks in a row that each chain got to
@@ -68,50 +72,167 @@ def render_headless():
         os.environ.setdefault(name, value)
 
 
-def size_arguments(add):
-    """Flags that recording and evaluation share."""
-    add("--size", type=int, default=128, help="image side, the same in training and evaluation")
-    add("--limit", type=int, default=0, help="steps a trial; 0: the benchmark's own")
+SIDE = 128  # pixels: --size where neither the user nor the checkpoint says one
+
+
+# ---- Does the policy fit? ------------------------------------------------------------------------
+
+
+def check_policy(policy, cameras: Sequence[str], state_dim: int, action_names: Sequence[str]):
+    """Before the first trial: ValueError when the policy reads or does something else than the
+    simulator shows and takes. action_names: of the dimensions, each of which is -1 .. 1."""
+    unknown = [name for name in policy.cameras if name not in cameras]
+    if unknown:
+        raise ValueError(
+            f"the policy reads the cameras {', '.join(policy.cameras)}; the simulator has "
+            f"{', '.join(cameras)}: train with these names"
+        )
+    trained_dim = len(policy.spec["stats"]["state"]["q01"])
+    if trained_dim != state_dim:
+        raise ValueError(
+            f"the policy was trained on states of {trained_dim} numbers, the simulator shows "
+            f"{state_dim}; train on recordings of this simulator"
+        )
+    dims = len(action_names)
+    check_action_range(policy.spec, [-1.0] * dims, [1.0] * dims, action_names)
+
+
+def check_action_range(
+    spec: dict, low: Sequence[float], high: Sequence[float], names: Sequence[str]
+):
+    """ValueError, in a line that names the dimension, when the actions that a policy was trained on
+    are of another convention than those that a simulator takes, low .. high (A,) by names.
+
+    spec: vla.PolicySpec; what older checkpoints do not hold is not checked. Refused are
+    1. another number of dimensions
+    2. values further beyond low .. high than a tenth of its width: degrees, joint angles
+    3. a gripper that moves, but never to one side of the middle: 0 .. 1 never opens or never closes
+    4. movements that all stay below a twentieth of a full one: metres or radians a step
+    What stays still may be anywhere, but for 2: tasks need not move each dimension."""
+    # 1. another number of dimensions
+    dims = len(spec["stats"]["action"]["q01"])
+    if dims != len(names):
+        raise ValueError(
+            f"the policy was trained on actions of {dims} numbers, the simulator takes "
+            f"{len(names)} ({', '.join(names)}); train on recordings of this simulator"
+        )
+    if "action_range" not in spec:
+        return
+    low = np.asarray(low)  # (A,)
+    high = np.asarray(high)
+    trained_low = np.asarray(spec["action_range"]["low"])
+    trained_high = np.asarray(spec["action_range"]["high"])
+    width = high - low
+    middle = (low + high) / 2
+    is_gripper = np.array(["gripper" in name for name in names])
+
+    def refuse(i: int, why: str, cure: str):
+        raise ValueError(
+            f"action dimension {i + 1} ({names[i]}): the policy was trained on "
+            f"{trained_low[i]:g} .. {trained_high[i]:g}, the simulator takes {low[i]:g} .. "
+            f"{high[i]:g}: {why}; {cure} in the training data and train the head again"
+        )
+
+    # 2. values beyond
+    beyond = np.maximum(trained_high - high, low - trained_low) / width
+    if beyond.max() > 0.1:
+        refuse(int(beyond.argmax()), "what is beyond would be cut off", "convert this dimension")
+
+    # 3. a gripper of one side
+    moves = trained_high - trained_low > 0.05 * width
+    one_sided = (trained_low > middle - 0.05 * width) | (trained_high < middle + 0.05 * width)
+    for i in np.flatnonzero(is_gripper & moves & one_sided):
+        end = low[i] if trained_low[i] > middle[i] - 0.05 * width[i] else high[i]
+        why = f"it could never be told {end:g}"
+        refuse(int(i), why, f"stretch it to {low[i]:g} .. {high[i]:g}")
+
+    # 4. movements that are next to nothing
+    reach = np.maximum(trained_high - middle, middle - trained_low) / (width / 2)
+    reach[is_gripper] = 0
+    largest = int(reach.argmax())
+    if 0 < reach[largest] < 0.05:
+        why = "the arm would hardly move, and in no other dimension further"
+        refuse(largest, why, "divide movements by what the simulator makes of 1")
+
+
+def image_sizes(policy, size: int, default: int) -> dict[str, list[int]]:
+    """What to render: camera of the policy -> [H, W], pixels. size: --size, 0: what the policy was
+    trained on, and `default` where its checkpoint does not say."""
+    trained = policy.spec.get("image_sizes", {})
+    sizes = {}
+    for camera in policy.cameras:
+        sizes[camera] = [size, size] if size else trained.get(camera, [default, default])
+    return sizes
+
+
+# ---- Trials that are over ------------------------------------------------------------------------
+
+
+class FinishedTrials:
+    """OUT.SIMULATOR.VARIANT.HASH.jsonl: trials of these weights and settings, a row each, so that
+    the same command goes on after a crash or a stop, on any number of ranks. rows: those of before.
+
+    All ranks append to the one file, a row in one write."""
+
+    def __init__(self, name: str, policy, args, further_settings: list):
+        settings = [args.seed, args.execute, args.ensemble, *further_settings]
+        weights = b"".join(p.detach().cpu().numpy().tobytes() for p in policy.head.parameters())
+        digest = hashlib.sha256(json.dumps(settings).encode() + weights).hexdigest()[:8]
+        self.path = Path(args.out).with_suffix(f".{name}.{args.variant}.{digest}.jsonl")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.touch()
+        self.rows = []
+        for line in self.path.read_text().split("\n"):
+            if line.endswith("}"):  # a line that a stop cut off does not
+                self.rows.append(json.loads(line))
+
+    def add(self, row: dict):
+        with open(self.path, "a") as file:  # what a stop cuts off keeps a line of its own
+            file.write("\n" + json.dumps(row))
 
 
 # ---- Trials: the evaluating process --------------------------------------------------------------
 
 
+def limit_argument(add):
+    """A flag that recording and evaluation share."""
+    from fast_tokenizer import natural  # not above: workers need no tokenizer
+
+    add("--limit", type=natural, default=0, help="steps a trial; 0: the benchmark's own")
+
+
 def trial_arguments(add, trials: int):
     """Flags of `evaluate.py NAME` for a real simulator; trials: how many of a task by default."""
-    size_arguments(add)
-    add("--trials", type=int, default=trials, help="trials a task")
-    add("--workers", type=int, default=2, help="simulator processes")
+    from fast_tokenizer import count, natural
+
+    add(
+        "--size",
+        type=natural,
+        default=0,
+        help=f"side of rendered images, pixels; 0: as in training, {SIDE} for an old checkpoint",
+    )
+    limit_argument(add)
+    add("--trials", type=count, default=trials, help="trials a task")
+    add("--workers", type=count, default=2, help="simulator processes of each rank")
     add("--python", default=sys.executable, help="a Python that has the simulator")
 
 
-def results_path(name: str, policy, args) -> Path:
-    """OUT.SIMULATOR.VARIANT.HASH.jsonl: finished trials of these weights and settings."""
-    settings = [args.seed, args.execute, args.ensemble, args.size, args.limit]
-    weights = b"".join(p.detach().cpu().numpy().tobytes() for p in policy.head.parameters())
-    digest = hashlib.sha256(json.dumps(settings).encode() + weights).hexdigest()[:8]
-    return Path(args.out).with_suffix(f".{name}.{args.variant}.{digest}.jsonl")
-
-
-def run_trials(name: str, policy, args) -> Outcome:
-    """All trials of `evaluate.py metaworld | libero`, in a fixed order.
-
-    Finished ones stand in a file (see results_path), from which the same command goes on.
-    ValueError naming task and trial when a simulator crashes.
+def run_trials(name: str, policy, args, local: slice) -> Outcome:
+    """This process's share of the trials of `evaluate.py metaworld | libero`, which have a fixed
+    order. ValueError naming task and trial when a simulator crashes; see FinishedTrials.
     1. what is left to do   2. serve the policy, share the rest among worker processes"""
     from tools.serve import Server  # not above: workers run in a Python without torch
 
     # 1. what is left to do
     module = importlib.import_module(f"benchmarks.{name}")
-    jobs = [(task, number) for task in module.tasks(args) for number in range(args.trials)]
-    path = results_path(name, policy, args)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
+    check_policy(policy, module.Simulator.cameras, module.STATE_DIM, module.ACTION_NAMES)
+    sizes = image_sizes(policy, args.size, SIDE)
+    all_jobs = [(task, number) for task in module.tasks(args) for number in range(args.trials)]
+    jobs = all_jobs[local]
+    finished = FinishedTrials(name, policy, args, [sizes, args.limit])
     solved = {}  # (task, number) -> success
-    for line in path.read_text().split("\n"):
-        if line.endswith("}"):  # a line that a stop cut off does not
-            row = json.loads(line)
-            solved[row["task"], row["trial"]] = row["success"]
+    for row in finished.rows:
+        solved[row["task"], row["trial"]] = row["success"]
     jobs_left = [job for job in jobs if job not in solved]
 
     # 2. serve the policy, share the rest among worker processes
@@ -121,13 +242,13 @@ def run_trials(name: str, policy, args) -> Outcome:
     def run_worker(start):
         """Every so many of the trials that are left, in one worker process."""
         own_jobs = jobs_left[start :: args.workers]
-        order = json.dumps([name, args.size, args.limit, port, own_jobs])
+        order = json.dumps([name, sizes, args.limit, port, own_jobs])
         command = [args.python, "-m", "benchmarks.simulate", order]
         with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, cwd=ROOT) as process:
             for line in process.stdout:
                 row = json.loads(line)
                 solved[row["task"], row["trial"]] = row["success"]
-                file.write("\n" + line.strip())  # what a stop cuts off keeps a line of its own
+                finished.add(row)
                 progress.update()
                 if crashes:  # of another worker
                     process.kill()
@@ -135,10 +256,10 @@ def run_trials(name: str, policy, args) -> Outcome:
             if (task, number) not in solved:
                 crashes.append((task, number, process.returncode))
 
+    done = len(jobs) - len(jobs_left)
     with (
         server.listen() as port,
-        open(path, "a", 1) as file,
-        tqdm(total=len(jobs), initial=len(solved), desc="trials", disable=None) as progress,
+        tqdm(total=len(jobs), initial=done, desc="trials", disable=None) as progress,
         concurrent.futures.ThreadPoolExecutor(args.workers) as pool,
     ):
         list(pool.map(run_worker, range(min(args.workers, len(jobs_left)))))
@@ -146,7 +267,7 @@ def run_trials(name: str, policy, args) -> Outcome:
         task, number, code = crashes[0]
         raise ValueError(
             f"the simulator stopped in task {task}, trial {number} (exit code {code}, see "
-            f"above); the same command goes on after the {len(solved)} trials in {path}"
+            f"above); the same command goes on after the {len(solved)} trials in {finished.path}"
         )
     print(server)
     return Outcome([TrialResult(*job[0].split("/"), solved[job]) for job in jobs])
@@ -155,8 +276,8 @@ def run_trials(name: str, policy, args) -> Outcome:
 # ---- Trials: a worker process --------------------------------------------------------------------
 
 
-def worker(name: str, size: int, limit: int, port: int, jobs: list):
-    """Trials [(task, number)] -> a row of JSON for each to stdout.
+def worker(name: str, sizes: dict[str, list[int]], limit: int, port: int, jobs: list):
+    """Trials [(task, number)] -> a row of JSON for each to stdout. sizes: camera -> [H, W].
 
     Takes stdout for the rows; what simulators print goes to stderr."""
     rows = os.fdopen(os.dup(1), "w")
@@ -164,7 +285,7 @@ def worker(name: str, size: int, limit: int, port: int, jobs: list):
     module = importlib.import_module(f"benchmarks.{name}")
     with protocol.client(port) as (infer, metadata):
         for task, jobs_of_task in itertools.groupby(jobs, lambda job: job[0]):
-            env = module.Simulator(task, size, limit)
+            env = module.Simulator(task, sizes, limit)
             for _, number in jobs_of_task:
                 success, steps = run_trial(env, number, infer, metadata["cameras"])
                 row = {"task": task, "trial": number, "success": success, "steps": steps}
@@ -196,7 +317,9 @@ def demonstration(name: str, args, number: int, task: str) -> tuple[dict | None,
 
     Recorded is what the expert does in each state; carried out is that plus noise, so that there
     are recoveries (DART, arXiv 1703.09327)."""
-    env = importlib.import_module(f"benchmarks.{name}").Simulator(task, args.size, args.limit)
+    simulator = importlib.import_module(f"benchmarks.{name}").Simulator
+    sizes = {camera: [args.size, args.size] for camera in simulator.cameras}
+    env = simulator(task, sizes, args.limit)
     seed = (args.seed << 24) + number
     env.reset(seed, "train")
     rng = np.random.default_rng(seed)
@@ -240,21 +363,27 @@ def record(name: str, convert=None):
     """`python -m benchmarks.NAME`: writes the expert's demonstrations as episodes.
 
     convert(args): yields the published demonstrations, which --convert asks for instead."""
-    from fast_tokenizer import write_episodes  # not above: workers need no tokenizer
+    from fast_tokenizer import count, non_negative, write_episodes  # not above, as in arguments()
 
     parser = argparse.ArgumentParser(description="Demonstrations of a scripted expert.")
     add = parser.add_argument
     add("command", nargs="?", choices=["record"], help="of the scripted expert")
     add("--out", required=True, help="folder to write")
-    add("--episodes", type=int, default=20, help="demonstrations a task that are tried")
-    add("--seed", type=int, default=0, help="of states and noise, below 10")
-    add("--workers", type=int, default=2, help="simulator processes")
-    add("--noise", type=float, default=0.1, help="std of what is added to the expert's actions")
+    add("--episodes", type=count, default=20, help="demonstrations a task that are tried")
+    add("--seed", type=int, default=0, choices=range(10), help="of states and noise")
+    add("--workers", type=count, default=2, help="simulator processes")
+    add(
+        "--noise",
+        type=non_negative,
+        default=0.1,
+        help="std of what is added to the expert's actions",
+    )
     if convert:
         add("--convert", default="", help="instead: folder of the published demonstrations")
         add("--drop-noops", action="store_true", help="with it: leave out steps that do nothing")
     importlib.import_module(f"benchmarks.{name}").task_arguments(add)
-    size_arguments(add)
+    add("--size", type=count, default=SIDE, help="side of the images, pixels")
+    limit_argument(add)
     args = parser.parse_args()
     if convert and args.convert:
         recordings = convert(args)

@@ -20,6 +20,7 @@ evaluates reads the last; questions and demonstrations made from this world: tab
 
 import copy
 import dataclasses
+import itertools
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -28,8 +29,12 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from benchmarks.simulate import Outcome, TrialResult
+from benchmarks.simulate import Outcome, TrialResult, check_policy, image_sizes
+from fast_tokenizer import count, natural
 
+SIDE = 64  # of images, pixels
+STATE_DIM = 8
+ACTION_NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")  # each -1 .. 1
 EDGE = 0.2  # half the table's side, m
 STEP = 0.025  # translation of a full action, m a step
 TURN = 0.1  # rotation of a full action, rad a step
@@ -262,7 +267,7 @@ class Tabletop:
     drawer_pull (m; None and 0 without one), gripper_xyz and gripper_rpy (3,), aperture (0 closed
     .. 1 open), held (a Thing, "drawer" or None), held_offset (3,) from the gripper to the Thing."""
 
-    def __init__(self, suite: str = "goal", size: int = 64, tilt: float = 0.0):
+    def __init__(self, suite: str = "goal", size: int = SIDE, tilt: float = 0.0):
         self.suite = suite
         self.size = size
         self.tilt = tilt
@@ -752,19 +757,20 @@ class Trial:
 
     done: it is over. solved: 1 or 0; of a chain, how many in a row. film: keep frames for a GIF."""
 
-    def __init__(self, suite: str, task: int, seed: int):
+    def __init__(self, suite: str, task: int, seed: int, size: int = SIDE):
         self.suite = suite
         self.task = task
         self.seed = seed
+        self.forwards = 0  # how often the policy was asked
         self.done = False
         self.solved = 0
         self.film = False
         self.frames = []
         if suite == "chain":
-            self.env = Tabletop("goal")
+            self.env = Tabletop("goal", size)
             start, instructions = chain(seed)
         else:
-            self.env = Tabletop(suite)
+            self.env = Tabletop(suite, size)
             start = seed
             instructions = []  # the task's own
         self.to_do = instructions  # still to be given
@@ -772,9 +778,14 @@ class Trial:
         if self.to_do:
             self.env.instruct(self.to_do.pop(0))
 
+    def noise_key(self) -> list[int]:
+        """What the next chunk's noise is drawn by: the same whatever other trials there are."""
+        return [EVALUATED.index(self.suite), self.task, self.seed, self.forwards]
+
     def act(self, actions: np.ndarray):
         """Carry out a chunk's actions (K, 7), or as many as the instruction lasts. A chain's next
         one is given in the state that this one leaves."""
+        self.forwards += 1
         for action in actions:
             success = self.env.advance(action)
             self.shoot()
@@ -807,19 +818,19 @@ class Trial:
         first.save(path, save_all=True, append_images=others + pause, duration=120, loop=0)
 
 
-def make_trials(suites: list[str], trials: int, chains: int) -> list[Trial]:
-    """The fixed evaluation trials of each suite (10 tasks x trials), then the chains."""
-    made = []
+def make_trials(
+    suites: list[str], trials: int, chains: int, local: slice = slice(None), size: int = SIDE
+) -> list[Trial]:
+    """The fixed evaluation trials of each suite (10 tasks x trials), then the chains: of each of
+    the two the share `local`. size: image side, pixels."""
+    single = []
     for suite in suites:
-        if suite == "chain":
-            continue
-        for task in range(10):
-            for seed in range(trials):
-                made.append(Trial(suite, task, seed))
+        if suite != "chain":
+            single += itertools.product([suite], range(10), range(trials))
+    chained = []
     if "chain" in suites:
-        for number in range(chains):
-            made.append(Trial("chain", 0, number))
-    return made
+        chained = [("chain", 0, number) for number in range(chains)]
+    return [Trial(*trial, size) for trial in single[local] + chained[local]]
 
 
 def drive(policy, trials: list[Trial], batch: int, execute: int = 0, ensemble: float = 0.0):
@@ -836,7 +847,8 @@ def drive(policy, trials: list[Trial], batch: int, execute: int = 0, ensemble: f
             images = [obs["image"] for obs in seen]
             states = np.stack([obs["state"] for obs in seen])
             texts = [obs["instruction"] for obs in seen]
-            chunks = policy.act_batch(images, texts, states)  # (B, K, A)
+            keys = [trial.noise_key() for trial in together]
+            chunks = policy.act_batch(images, texts, states, keys=keys)  # (B, K, A)
             for trial, text, chunk in zip(together, texts, chunks, strict=True):
                 trial.act(executors[trial](chunk, text))
         progress.update(sum(trial.done for trial in active))
@@ -847,8 +859,14 @@ def drive(policy, trials: list[Trial], batch: int, execute: int = 0, ensemble: f
 def arguments(add):
     """Flags of `evaluate.py tabletop`."""
     add("--suites", default=",".join(EVALUATED), help="chain is CALVIN's protocol")
-    add("--trials", type=int, default=10, help="trials a task (10 tasks a suite)")
-    add("--chains", type=int, default=100, help="chains of five instructions")
+    add("--trials", type=count, default=10, help="trials a task (10 tasks a suite)")
+    add("--chains", type=count, default=100, help="chains of five instructions")
+    add(
+        "--size",
+        type=natural,
+        default=0,
+        help=f"image side, pixels; 0: as in training, {SIDE} for an old checkpoint",
+    )
     add("--gif", default="", help="folder for rollouts as animated GIFs (two tasks a suite)")
 
 
@@ -860,9 +878,14 @@ def check(args):
         raise ValueError(f"--suites {','.join(sorted(unknown))}: choose from {choices}")
 
 
-def evaluate(policy, args) -> Outcome:
-    """`evaluate.py tabletop`: all trials and chains, and GIFs of the first ones in args.gif."""
-    trials = make_trials(args.suites.split(","), args.trials, args.chains)
+def evaluate(policy, args, local: slice) -> Outcome:
+    """`evaluate.py tabletop`: this process's share of trials and chains, and GIFs of the first ones
+    in args.gif."""
+    check_policy(policy, ["image"], STATE_DIM, ACTION_NAMES)
+    height, width = image_sizes(policy, args.size, SIDE)["image"]
+    if height != width:
+        raise ValueError(f"the policy saw images of {height} x {width}; Tabletop's are square")
+    trials = make_trials(args.suites.split(","), args.trials, args.chains, local, height)
     for trial in trials:
         trial.film = bool(args.gif) and trial.seed == 0 and trial.task < 2
         trial.shoot()

@@ -42,7 +42,7 @@ class Scripted:
         self.trials = trials
         self.still = still
 
-    def act_batch(self, images, instructions, states):
+    def act_batch(self, images, instructions, states, keys=None):
         chunks = []
         for instruction, state in zip(instructions, states, strict=True):
             twin = self.seen_from(instruction, state).clone()
@@ -196,7 +196,7 @@ def test_what_a_benchmark_has_none_of_is_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate.vla.Policy, "load", lambda *args, **kwargs: None)
     for command, more in (("libero", []), ("calvin", ["--data", "x"])):
         module = evaluate.simulator_module(command)
-        monkeypatch.setattr(module, "evaluate", lambda policy, args: outcomes[args.command])
+        monkeypatch.setattr(module, "evaluate", lambda policy, args, local: outcomes[args.command])
         evaluate.main([command, "--policy", "x", "--out", str(path), *more])
     variant = json.loads(path.read_text())["arms"]["policy"]
     assert variant["paired"] == {"success": [True, False], "chain length": [5, 0]}

@@ -4,6 +4,7 @@ import dataclasses
 import doctest
 import importlib
 import inspect
+import itertools
 import json
 import os
 import subprocess
@@ -257,6 +258,56 @@ def test_every_coefficient_of_the_range_has_a_token():
     np.testing.assert_allclose(decoded, every, atol=1e-6)
 
 
+def heavy_tailed(B=4000, K=5, seed=0):
+    """Smooth actions of two dimensions, normalised, and a jump of up to 38 in 1% of the chunks, as
+    in BridgeV2, whose published extremes are up to 39 times as far apart as q01 and q99."""
+    rng = np.random.default_rng(seed)
+    chunks = rng.uniform(-0.9, 0.9, (B, 1, 2)) + rng.normal(0, 0.05, (B, K, 2)).cumsum(1)
+    jumps = rng.choice(B, B // 100, replace=False)
+    chunks[jumps, 2, 0] = rng.choice([-1, 1], len(jumps)) * rng.uniform(5, 38, len(jumps))
+    return chunks
+
+
+def test_outliers_do_not_take_the_vocabulary():
+    """The alphabet is the range of the coefficients: by BridgeV2's published ranges 500 to 900 of
+    2,048 ids went to single coefficients that hardly occur."""
+    chunks = heavy_tailed()
+    free = FastTokenizer.fit(chunks, 1024, 10, clip=None)
+    tok = FastTokenizer.fit(chunks, 1024, 10)
+    assert tok.clip == 3
+    alphabets = [t.max_coef - t.min_coef + 1 for t in (free, tok)]
+    assert alphabets[0] > 400 and alphabets[1] < 100
+    ids = tok.encode(chunks)
+    assert tok.clipped_actions.tolist() == [40, 0] and tok.clipped == 0  # each jump, counted
+    free_ids = free.encode(chunks)
+    assert free.clipped_actions.tolist() == [0, 0]
+    assert np.mean([len(row) for row in ids]) < np.mean([len(row) for row in free_ids])
+    decoded, ok = tok.decode(ids)
+    ordinary = (np.abs(chunks) < 3).all((1, 2))
+    assert ok.all() and np.abs(decoded - chunks)[ordinary].max() < 0.15
+    assert np.abs(decoded).max() < 3.15
+
+
+def test_clip_is_stored_and_old_tokenizers_do_not_clip(tmp_path):
+    chunks = heavy_tailed()
+    tok = FastTokenizer.fit(chunks, 1024, 10, clip=2.5)
+    tok.save(tmp_path)
+    assert FastTokenizer.load(tmp_path).encode(chunks) == tok.encode(chunks)
+    assert FastTokenizer.load(tmp_path).clip == 2.5
+    path = tmp_path / "fast.json"
+    free = FastTokenizer.fit(chunks, 1024, 10, clip=None)
+    free.save(tmp_path)
+    old = json.loads(path.read_text())
+    del old["clip"]
+    path.write_text(json.dumps(old))
+    again = FastTokenizer.load(tmp_path)
+    assert again.clip is None and again.encode(chunks) == free.encode(chunks)
+    for wrong in (0, -1, "3"):
+        path.write_text(json.dumps(old | {"clip": wrong}))
+        with pytest.raises(ValueError, match="fast.json"):
+            FastTokenizer.load(tmp_path)
+
+
 def test_save_and_load_are_exact_and_deterministic(tmp_path):
     chunks = smooth(300) * [0.1, 3, 1] + [0, 7, -2]
     stats = ft.statistics(chunks.reshape(-1, 3))
@@ -340,6 +391,73 @@ def test_statistics_and_still_dimensions():
         ft.statistics(x * np.nan)
 
 
+def test_a_rare_dimension_keeps_its_range():
+    """A gripper that closed in 0.8% of the steps had q01 = q99 and decoded to "open" for ever, with
+    error 0 in the report. A dimension whose quantiles were 5e-5 apart was trained on at 64,169."""
+    gripper = np.ones(1000)
+    gripper[500:508] = 0
+    noisy = np.linspace(-2.5e-5, 2.5e-5, 1000)
+    noisy[700] = 1.6
+    plain = np.sin(np.arange(1000.0))
+    x = np.stack([gripper, noisy, plain, np.full(1000, 0.25)], 1)
+    stats = ft.statistics(x)
+    assert stats["q01"][0] == stats["q99"][0] == 1
+    assert 2 * (1.6 - stats["q01"][1]) / (stats["q99"][1] - stats["q01"][1]) > 60_000
+    assert ft.rare_dimensions(stats) == [0, 1]
+    y = ft.normalize(x, stats)
+    assert np.abs(y[:, :2]).max() == 1 and set(y[:, 0]) == {-1, 1}
+    np.testing.assert_allclose(ft.unnormalize(y, stats), x, atol=1e-12)
+    low, high = ft.value_range(stats)
+    assert low[:2].tolist() == [0, noisy[0]] and high[:2].tolist() == [1, 1.6]
+    assert low[2] == stats["q01"][2] and high[2] == stats["q99"][2] and (y[:, 3] == 0).all()
+    lines = ft.rare_lines(stats, "action")
+    assert lines[0].startswith("action dimension 0 hardly moves (q01 1, q99 1) and then reaches 0 ")
+    assert len(lines) == 2
+    # statistics without least and largest value, as published ones are: as before
+    old = {name: stats[name] for name in ("q01", "q99")}
+    assert (ft.normalize(x, old)[:, 0] == 0).all() and ft.rare_dimensions(old) == []
+    # and the tokens say when it closes
+    chunks = x[:, None, :].repeat(2, 1)
+    tokenizer = FastTokenizer.fit(chunks, 256, 10, stats)
+    decoded, _ = tokenizer.decode(tokenizer.encode(chunks))
+    assert np.abs(decoded[..., 0] - chunks[..., 0]).max() < 0.05
+
+
+def test_heavy_tails_are_not_rare():
+    """BridgeV2's yaw reaches 31 times as far as its quantiles; they still say how it moves."""
+    x = np.linspace(-1, 1, 10_000)[:, None]
+    x[0] = -39
+    x[-1] = 39
+    assert ft.rare_dimensions(ft.statistics(x)) == []
+
+
+def test_statistics_of_other_episodes_are_refused(tmp_path):
+    """A stats.json that counted 120 of 600 steps was taken."""
+    ft.write_episodes(tmp_path / "out", recordings(6))
+    files = ft.read_episodes(tmp_path / "out")
+    path = tmp_path / "out/stats.json"
+    whole = json.loads(path.read_text())
+    assert ft.read_stats(tmp_path / "out", files) == whole
+    assert ft.read_stats(tmp_path / "out", files[:2]) == whole  # --max-episodes
+    old = {
+        name: {k: v for k, v in s.items() if k not in ("min", "max")} for name, s in whole.items()
+    }
+    path.write_text(json.dumps(old))
+    assert ft.read_stats(tmp_path / "out", files) == whole  # least and largest from the files
+    no_count = {name: {"q01": s["q01"], "q99": s["q99"]} for name, s in whole.items()}
+    path.write_text(json.dumps(no_count))
+    assert "count" not in ft.read_stats(tmp_path / "out", files)["action"]
+    other = whole | {"action": whole["action"] | {"count": 12}}
+    path.write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="stats.json counts {'action': 12, .* there have 57; del"):
+        ft.read_stats(tmp_path / "out", files)
+    with pytest.raises(ValueError, match="there have 57"):
+        ft.read_stats(tmp_path / "out", files[:2])
+    path.write_text(json.dumps(whole | {"state": whole["state"] | {"max": [-9.0, 1.0]}}))
+    with pytest.raises(ValueError, match="state: max lies below min"):
+        ft.read_stats(tmp_path / "out", files)
+
+
 # ---- Episodes on disk ----------------------------------------------------------------------------
 
 
@@ -365,7 +483,7 @@ def write(folder, i, steps=20, **change):
 
 def test_read_episode(tmp_path):
     path, arrays = write(tmp_path, 0)
-    episode = ft.read_episode(path)
+    (episode,) = ft.read_episode_file(path)
     assert (len(episode), episode.task, episode.fps, episode.source) == (20, "push it", 10, "test")
     assert episode.cameras == ("image", "image_wrist") and episode.action.dtype == np.float32
     np.testing.assert_array_equal(episode.frame(7), arrays["image"][7])
@@ -377,6 +495,12 @@ def test_read_episode(tmp_path):
     assert chunks.shape == (20, 5, 3)
     np.testing.assert_array_equal(chunks[3], arrays["action"][3:8])
     np.testing.assert_array_equal(chunks[18], arrays["action"][[18, 19, 19, 19, 19]])
+    assert ft.chunk_starts(episode, 5) == range(16) and ft.chunk_starts(episode, 20) == range(1)
+    assert ft.chunk_starts(episode, 30) == range(1)  # shorter than the chunk
+    assert ft.all_chunks([episode], 5, 1).shape == (16, 5, 3)
+    ends = ft.chunk_ends([episode, episode], 5)
+    assert ends.tolist() == [16, 32]
+    assert [ft.locate_step([0, 1], ends, i) for i in (15, 16, 31)] == [(0, 15), (1, 0), (1, 15)]
 
 
 def test_wrong_episodes_are_refused(tmp_path):
@@ -393,19 +517,207 @@ def test_wrong_episodes_are_refused(tmp_path):
     ):
         path, _ = write(tmp_path, 0, **change)
         with pytest.raises(ValueError, match=f"episode_000000.safetensors: {message}"):
-            ft.read_episode(path)
+            ft.read_episode_file(path)
     path, _ = write(tmp_path, 0)
     whole = path.read_bytes()
     for size in (0, 5, 100, len(whole) - 1):
         path.write_bytes(whole[:size])
         with pytest.raises(ValueError, match="not a complete safetensors file .* record it again"):
-            ft.read_episode(path)
+            ft.read_episode_file(path)
     path.write_bytes(whole)
     write(tmp_path, 1, action=np.zeros((20, 4), np.float32))
     with pytest.raises(ValueError, match="000001.safetensors: 4 action dimensions, .* has 3"):
         ft.read_episodes(tmp_path)
     with pytest.raises(FileNotFoundError, match="no episode_"):
         ft.read_episodes(tmp_path / "nothing")
+
+
+def recordings(count, steps=7, codec=None):
+    """Count recordings of smooth pictures, two cameras; the steps of each differ."""
+    for number in range(count):
+        rng = np.random.default_rng(number)
+        T = steps + number
+        ramp = np.arange(T * 16 * 12 * 3).reshape(T, 16, 12, 3) // 64
+        cameras = {"image": ramp.astype(np.uint8), "image_wrist": 255 - ramp.astype(np.uint8)}
+        arrays = {
+            "state": rng.normal(size=(T, 2)).astype(np.float32),
+            "action": rng.normal(size=(T, 3)).astype(np.float32),
+        }
+        header = {"task": f"push {number}", "fps": "10", "source": f"lab {number}"}
+        for name, frames in cameras.items():
+            added = ({name: frames}, {})
+            if codec:
+                added = ft.encode_frames(frames, name, codec)
+            arrays |= added[0]
+            header |= added[1]
+        yield arrays, header
+
+
+@pytest.mark.parametrize("per_file", [1, 3])
+@pytest.mark.parametrize("codec", [None, "png", "jpeg 95"])
+def test_encoded_frames_and_several_episodes_a_file(tmp_path, codec, per_file):
+    """BridgeV2's 1.89M raw frames are 372 GB, and DROID's 76,000 episodes as many files."""
+    ft.write_episodes(tmp_path / "out", recordings(7, codec=codec), per_file)
+    raw = list(recordings(7))
+    files = ft.read_episodes(tmp_path / "out")
+    assert len(files) == 7 and len({file.name for file in files}) == 7
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == (7 if per_file == 1 else 3)
+    for file, (arrays, header) in zip(files, raw, strict=True):
+        assert (file.task, file.fps, file.source) == (header["task"], 10, header["source"])
+        np.testing.assert_array_equal(file.action, arrays["action"])
+        np.testing.assert_array_equal(file.state, arrays["state"])
+        assert file.image_sizes == {"image": (16, 12), "image_wrist": (16, 12)}
+        for name in file.cameras:
+            for t in (0, 3, len(file) - 1):
+                off = np.abs(file.frame(t, name).astype(int) - arrays[name][t])
+                assert off.max() <= (6 if codec == "jpeg 95" else 0)
+        with pytest.raises(ValueError, match="no frame"):
+            file.frame(len(file))  # that of the next episode in the file
+    assert [file.name for file in ft.read_episodes(tmp_path / "out", 4)] == [
+        file.name for file in files[:4]
+    ]
+    stats = ft.read_stats(tmp_path / "out", files)
+    assert stats["action"] == ft.statistics(np.concatenate([arrays["action"] for arrays, _ in raw]))
+
+
+def test_recordings_of_another_size_begin_another_file(tmp_path):
+    first, second, third = recordings(3)
+    second[0]["image"] = second[0]["image"][:, :8]
+    ft.write_episodes(tmp_path / "out", [first, second, third], episodes_per_file=5)
+    files = ft.read_episodes(tmp_path / "out")
+    assert [file.frame(0).shape[0] for file in files] == [16, 8, 16]
+    assert len({file.path for file in files}) == 3
+
+
+def test_damaged_encoded_frames_are_one_line(tmp_path):
+    ft.write_episodes(tmp_path / "out", recordings(2, codec="png"), 2)
+    path = tmp_path / "out/pack_000000.safetensors"
+    whole = path.read_bytes()
+    second_png = whole.index(b"IDAT", whole.index(b"IDAT") + 1)
+    path.write_bytes(whole[:second_png] + b"IDAX" + whole[second_png + 4 :])
+    damaged, good = ft.read_episodes(tmp_path / "out")
+    good.frame(0)
+    with pytest.raises(ValueError, match="pack_000000_0000: step 1, image: image does not open"):
+        damaged.frame(1)
+    for change, message in (
+        (lambda data: data.replace(b'"16 12"', b'"16 13"'), "step 0 of image is"),
+        (lambda data: data.replace(b'"16 12"', b'"16 x2"'), "image.ends or image.shape do not fit"),
+        (lambda data: data.replace(rb"steps\": 7", rb"steps\": 6"), "have not 15 steps"),
+        (lambda data: data.replace(b"image.codec", b"image.kodec"), "not U8 .T, H, W, 3"),
+    ):
+        path.write_bytes(change(whole))
+        assert path.read_bytes() != whole
+        with pytest.raises(ValueError, match=message):
+            ft.read_episodes(tmp_path / "out")[0].frame(0)
+
+
+def test_many_episodes_need_few_memory_maps(tmp_path):
+    """Each episode kept a map: MemoryError near 65,000 of them, hours into a run."""
+    ft.write_episodes(tmp_path / "out", (r for _ in range(40) for r in recordings(10)))
+    files = ft.read_episodes(tmp_path / "out")
+    assert len(files) == 400
+    for _ in range(2):
+        for file in files:
+            file.frame(0)
+    maps = Path("/proc/self/maps").read_text().count(str(tmp_path))
+    assert ft.OPEN_FILES / 2 < maps <= ft.OPEN_FILES
+
+
+@pytest.mark.parametrize("per_file", [1, 3])
+@pytest.mark.parametrize("yields_none", [True, False])
+def test_a_stopped_writer_goes_on_to_the_same_bytes(tmp_path, per_file, yields_none):
+    """A conversion of hours that stopped, by a power cut or a damaged file, began again."""
+
+    def stopping(count):
+        yield from itertools.islice(recordings(9), count)
+        raise KeyboardInterrupt
+
+    def rest():
+        for number, recording in enumerate(recordings(9)):
+            yield None if yields_none and number < there else recording
+
+    ft.write_episodes(tmp_path / "whole", recordings(9), per_file)
+    for count in (5, 7):
+        with pytest.raises(KeyboardInterrupt):
+            ft.write_episodes(tmp_path / "out", stopping(count), per_file, resume=True)
+        assert not (tmp_path / "out").exists()
+    (ft.unfinished_folder(tmp_path / "out") / "pack_000009.tmp").write_bytes(b"half a file")
+    there = len(ft.unfinished_episodes(tmp_path / "out"))
+    assert there == (7 if per_file == 1 else 6)
+    ft.write_episodes(tmp_path / "out", rest(), per_file, resume=True)
+    assert not ft.unfinished_folder(tmp_path / "out").exists()
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == whole
+
+
+def test_a_writer_goes_on_with_the_same_recordings_only(tmp_path):
+    def stopping():
+        yield from itertools.islice(recordings(9), 4)
+        raise ValueError("a damaged file")
+
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit, match=r"a damaged file \(what was written stays in .*out.part"):
+        ft.write_episodes(out, stopping(), resume=True)
+    for other, per_file, message in (
+        (itertools.islice(recordings(9), 1, None), 1, "now .'push 1', 'lab 1', 8. comes in its"),
+        (itertools.islice(recordings(9), 3), 1, "has 4 episodes, now only 3 recordings come"),
+        (recordings(9), 2, "begun with other episodes a file"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            ft.write_episodes(out, other, per_file, resume=True)
+    with pytest.raises(SystemExit, match="out.part.*or delete it"):
+        ft.write_episodes(out, recordings(9))
+    ft.write_episodes(out, recordings(9), resume=True)
+    assert len(ft.read_episodes(out)) == 9
+
+
+def test_a_recording_that_cannot_be_read_back_leaves_no_file(tmp_path):
+    bad = next(recordings(1))
+    bad[0]["image"] = bad[0]["image"].astype(np.float32)
+    with pytest.raises(SystemExit, match="lab 0: .*image is F32"):
+        ft.write_episodes(tmp_path / "out", [*recordings(2), bad], resume=True)
+    assert len(ft.unfinished_episodes(tmp_path / "out")) == 2
+    uneven = next(recordings(1))
+    uneven[0]["state"] = uneven[0]["state"][:-1]
+    with pytest.raises(SystemExit, match="lab 0: steps differ .*'state': 6"):
+        ft.write_episodes(tmp_path / "new", [uneven])
+    assert not ft.unfinished_folder(tmp_path / "new").exists()
+
+
+def test_the_split_is_a_shuffle_that_all_stages_share(tmp_path):
+    """The last 5% by name were held out: in BridgeV2 the last scenes."""
+    ft.write_episodes(tmp_path / "out", (r for _ in range(10) for r in recordings(10)), 7)
+    files = ft.read_episodes(tmp_path / "out")
+    train, held = ft.split_episodes(files, 0.1)
+    assert len(train) == 90 and len(held) == 10
+    assert sorted(files, key=str) == files and sorted(train + held, key=str) == files
+    assert [train, held] == [sorted(part, key=str) for part in (train, held)]
+    places = [files.index(file) for file in held]
+    assert np.std(places) > 15 and min(places) < 30 < 70 < max(places)  # not neighbours
+    again = ft.split_episodes(ft.read_episodes(tmp_path / "out"), 0.1)[1]
+    assert [file.name for file in again] == [file.name for file in held]
+    fewer = ft.split_episodes(files)[1]
+    assert len(fewer) == 5 and set(fewer) < set(held)  # a smaller share is a part of a larger one
+    with pytest.raises(ValueError, match="1 episodes, all of them held out"):
+        ft.split_episodes(files[:1])
+
+
+def test_another_split_is_warned_of(tmp_path, capsys):
+    ft.write_episodes(tmp_path / "out", (r for _ in range(4) for r in recordings(10)))
+    files = ft.read_episodes(tmp_path / "out")
+    record = ft.split_record(files, ft.split_episodes(files)[1])
+    assert (record["folder"], record["episodes"], record["held_out"]) == (
+        str(tmp_path / "out"),
+        40,
+        2,
+    )
+    capsys.readouterr()
+    ft.warn_of_other_split([record], [record])
+    ft.warn_of_other_split([record | {"folder": "elsewhere", "sha256": "x"}], [record])
+    assert capsys.readouterr().err == ""
+    other = ft.split_record(files, ft.split_episodes(files, seed=1)[1])
+    ft.warn_of_other_split([other], [record])
+    assert capsys.readouterr().err.startswith(f"warning: {tmp_path / 'out'}: 2 of 40 episodes")
 
 
 # ---- Commands fit and report ---------------------------------------------------------------------
@@ -428,7 +740,7 @@ def test_command(tmp_path):
     out = tmp_path / "fast"
     done = command("fit", "--data", data, "--out", out)
     assert done.returncode == 0, done.stderr
-    assert "round trip of 20 held-out chunks" in done.stdout  # episode 9 of 12
+    assert "round trip of 16 held-out chunks" in done.stdout  # episode 9 of 12
     result = json.loads((out / "report.json").read_text())
     assert result["malformed"] == 0 and result["naive_tokens"] == 15 > result["tokens_mean"]
     assert result["mse"][2] == 0 and 0 < result["mse"][0] < result["max_error"][0] ** 2 < 0.01
@@ -450,7 +762,7 @@ def test_command(tmp_path):
     assert done.returncode == 0 and FastTokenizer.load(tmp_path / "own").stats == tok.stats
     # stats.json beside the episodes is used when it is there
     stats = {
-        k: ft.statistics(np.random.default_rng(0).normal(size=(99, n)))
+        k: ft.statistics(np.random.default_rng(0).normal(size=(240, n)))
         for k, n in (("action", 3), ("state", 2))
     }
     (data / "episodes/stats.json").write_text(json.dumps(stats))
@@ -489,6 +801,27 @@ def test_report_entropy_and_coverage_by_hand():
     assert (r["first_cover"], r["tokens_mean"], r["naive_tokens"]) == (1.5, 1.5, 2)
     assert r["cover"] == pytest.approx(8 / 6)
     assert r["naive_mse"][0] == pytest.approx((0.5 / 128) ** 2)
+    assert r["outside"] == r["clipped_actions"] == [0]
+
+
+def test_report_counts_what_lies_outside():
+    """Of 8 actions a dimension, 2 lie beyond -1 .. 1 in the first, one of them beyond the clip; the
+    second never moved in the statistics and does here, which nothing said."""
+    stats = {"q01": [0, 5], "q99": [2, 5]}
+    chunks = np.tile([1.0, 5.0], (2, 4, 1))
+    tok = FastTokenizer.fit(chunks, 256, 10, stats)
+    chunks[0, 0] = 2.5, 6
+    chunks[1, 1, 0] = -2.5
+    r = ft.round_trip_report(tok, chunks)
+    assert r["outside"] == [2 / 8, 1 / 8] and r["clipped_actions"] == [1 / 8, 0]
+    assert r["max_error"][1] == 1
+
+
+@pytest.mark.parametrize("flag", ["--stride", "--horizon", "--scale", "--vocab-size", "--clip"])
+def test_flags_out_of_range_stop_before_anything_is_read(flag, capsys):
+    with pytest.raises(SystemExit):
+        ft.main(["fit", "--data", "nothing", "--out", "nothing", flag, "-1"])
+    assert f"argument {flag}: -1 is not a " in capsys.readouterr().err
 
 
 # ---- Command line of the stages ------------------------------------------------------------------

@@ -31,7 +31,7 @@ def test_protocol_settings():
     assert list(libero.LIMITS.values()) == [220, 280, 300, 520]
     args = parser.parse_args(["--suites", "libero_spatial", "--tasks", "3,7", "--limit", "280"])
     assert libero.tasks(args) == ["spatial/3", "spatial/7"]
-    assert args.size == 128 and args.limit == 280
+    assert args.size == 0 and args.limit == 280
     for flags in (["--suites", "libero_moon"], ["--tasks", "1234"]):
         with pytest.raises(ValueError, match="--suites of spatial.*0 to 9"):
             libero.tasks(parser.parse_args(flags))
@@ -143,7 +143,7 @@ def test_a_file_written_from_the_real_simulator(tmp_path, monkeypatch):
     h5py = pytest.importorskip("h5py", reason="pip install -r requirements-extras.txt")
     from robosuite.utils.transform_utils import quat2axisangle
 
-    env = libero.Simulator("spatial/2", 64, 0)
+    env = libero.Simulator("spatial/2", {"image": [64, 64], "image_wrist": [48, 64]}, 0)
     env.reset(1, "eval")
     write(tmp_path / "real_demo.hdf5", demos=1)
     rows = []

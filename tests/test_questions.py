@@ -20,6 +20,27 @@ CASES = {  # score: [(answer, the row's own, more of the row, what it is worth)]
         ("Yes, it would fit.", "yes", {}, 1),
         ("yesterday", "yes", {}, 0),
         ("No", "yes", {}, 0),
+        # dressed up: each of these got 0, though a person would take it
+        ("**Yes**", "yes", {}, 1),
+        ("*Yes*, it would.", "yes", {}, 1),
+        ('"Yes"', "Yes.", {}, 1),
+        ("Answer: no", "no", {}, 1),
+        (r"\boxed{\text{Yes}}", "yes", {}, 1),
+        ("Yes or no", "yes", {}, 0),
+        ("no/yes", "no", {}, 0),
+        ("not sure", "no", {}, 0),
+        ("**Red cube**", "red cube", {}, 1),
+        ("The answer is red cube.", "red cube", {}, 1),
+        ("the final answer: `red cube`", "red cube", {}, 1),
+        ("The answer is a red cube", "red cube", {}, 0),
+        ("1,024", "1024", {}, 1),
+        ("1 024", "1024", {}, 1),
+        ("12.0", "12", {}, 1),
+        ("$12$", "12", {}, 1),
+        (r"\(12\)", "12", {}, 1),
+        ("12 cubes", "12", {}, 0),
+        ("1,2", "12", {}, 0),
+        ("", "red cube", {}, 0),
     ],
     "choice": [
         ("B", "(B)", {}, 1),
@@ -35,6 +56,28 @@ CASES = {  # score: [(answer, the row's own, more of the row, what it is worth)]
         ("C", "B", {}, 0),
         ("", "B", {}, 0),
         ("The answer is a ball", "A", {}, 0),
+        # dressed up
+        ("**A**", "A", {}, 1),
+        ("**A.** the cube", "A", {}, 1),
+        (r"\boxed{B}", "B", {}, 1),
+        (r"So we get $\boxed{\text{B}}$.", "B", {}, 1),
+        (r"(A) is too far, so \boxed{B}", "B", {}, 1),
+        ("$B$", "B", {}, 1),
+        ("`b`", "B", {}, 1),
+        ("A)", "A", {}, 1),
+        ("[A]", "A", {}, 1),
+        ("A.", "A", {}, 1),
+        ("Answer: A", "A", {}, 1),
+        ("**Answer:** (a)", "A", {}, 1),
+        ("answer: a", "A", {}, 1),
+        ("A, the red cube", "A", {}, 1),
+        ("A - the red cube", "A", {}, 1),
+        ("A\nIt is nearer.", "A", {}, 1),
+        ("\uff21", "A", {}, 1),
+        ("A, B", "A", {}, 0),
+        ("A or B", "B", {}, 0),
+        ("**A** and **B**", "A", {}, 0),
+        ("the cube", "A", {}, 0),
     ],
     "number": [
         ("3", "3", {}, 1),
@@ -44,7 +87,33 @@ CASES = {  # score: [(answer, the row's own, more of the row, what it is worth)]
         ("-0.53", "-0.5", {"tolerance": 0.02}, 0),
         ("[0.1, .2, -1]", "0.1 0.2 -1", {}, 1),
         ("0.1 0.2", "0.1 0.2 -1", {}, 0),
-        ("three", "3", {}, 0),
+        ("three", "3", {}, 0),  # numbers in words are none
+        # thousands, and what LaTeX and Markdown put around a number
+        ("1,024", "1024", {}, 1),
+        ("1024", "1,024", {}, 1),
+        ("about **1,234,567**", "1234567", {}, 1),
+        ("-1,024.5", "-1024.5", {}, 1),
+        ("1 024", "1024", {}, 1),
+        ("1\u202f024", "1024", {}, 1),
+        ("1'024", "1024", {}, 1),
+        (r"1{,}024", "1024", {}, 1),
+        ("$12$", "12", {}, 1),
+        ("12.0", "12", {}, 1),
+        (r"3 + 4 = \boxed{7}", "7", {}, 1),
+        ("\u22120.5", "-0.5", {}, 1),
+        ("1.5e-3", "0.0015", {}, 1),
+        ("5 m\u00b2", "5", {}, 1),
+        ("10,200", "10200", {}, 1),
+        ("[10,200]", "[10, 200]", {}, 1),  # who asked for two numbers means two
+        ("100 200 300", "100 200 300", {}, 1),
+        ("1,024", "[1, 24]", {}, 0),
+        ("1,024", "1,24", {}, 0),
+        ("1,02", "102", {}, 0),
+        ("1,0245", "10245", {}, 0),
+        ("1.024", "1024", {}, 0),
+        ("1,024 or 1,025", "1024", {}, 0),
+        ("3 + 4 = 7", "7", {}, 0),
+        ("twelve", "12", {}, 0),
     ],
     "point": [
         ("[(0.3, 0.4)]", "", {"box": [0.2, 0.3, 0.4, 0.5]}, 1),
@@ -82,6 +151,57 @@ def test_points_in_thousandths_and_in_pixels(folder):
     thousandths = '{"point_2d": [500, 250]}'
     assert questions.answer_score("point", thousandths, "", row, folder, 1000) == 1
     assert questions.answer_score("point", "(40, 10), (40, 20)", "", row, folder, 0) == 0.5
+
+
+def turned(folder):
+    """A phone's photo: 40 wide and 80 high to whoever looks at it, stored lying."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    path = folder / "phone.jpg"
+    Image.fromarray(np.zeros((40, 80, 3), np.uint8)).save(path, exif=exif)
+    return path.name
+
+
+def test_points_in_pixels_of_a_turned_photo(folder):
+    """The model sees the photo upright, 80 high; points were divided by the stored 80 x 40, so that
+    (20, 70) lay below the picture. The mask lay sideways just so."""
+    row = {"images": [turned(folder)], "box": [0.4, 0.8, 0.6, 0.95]}
+    assert questions.answer_score("point", "(20, 70)", "", row, folder, 0) == 1
+    mask = np.zeros((40, 80), np.uint8)
+    mask[10:20, 60:] = 255  # upright: its rows 60 to 79, columns 20 to 29
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(mask).save(folder / "phone_mask.jpg", exif=exif, quality=100)
+    row["mask"] = "phone_mask.jpg"
+    del row["box"]
+    assert questions.answer_score("point", "(25, 70)", "", row, folder, 0) == 1
+    assert questions.answer_score("point", "(35, 15)", "", row, folder, 0) == 0
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+def test_masks_of_any_depth(folder, depth):
+    """65,535 is the white of 16 bits; masks of labels 0 and 1 are black all over."""
+    white = 2**depth - 1
+    mask = np.zeros((40, 80), f"uint{depth}")
+    mask[10:20, 40:60] = white
+    row = {"mask": "deep.png", "images": ["i.png"]}
+    Image.fromarray(mask).save(folder / "deep.png")
+    assert questions.answer_score("point", "(0.5, 0.3), (0.1, 0.1)", "", row, folder) == 0.5
+    Image.fromarray(mask // white).save(folder / "deep.png")
+    with pytest.raises(ValueError, match="deep.png: nothing is white in it"):
+        questions.answer_score("point", "(0.5, 0.3)", "", row, folder)
+
+
+def test_images_of_rows_are_opened_like_those_of_training(tmp_path):
+    """`datasets` hands out images as PIL opened them, turned by nobody: they were saved lying."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    lying = Image.fromarray(np.zeros((40, 80, 3), np.uint8))
+    lying.save(tmp_path / "p.jpg", exif=exif)
+    deep = Image.fromarray(np.full((4, 4), 32768, np.uint16))
+    questions.write(tmp_path / "q", [("q", "a", "k", [Image.open(tmp_path / "p.jpg"), deep])])
+    assert Image.open(tmp_path / "q/images/0_0.png").size == (40, 80)
+    assert np.asarray(Image.open(tmp_path / "q/images/0_1.png"))[0, 0].tolist() == [127] * 3
 
 
 def picture(side=16, level=90):
@@ -191,15 +311,16 @@ def tiny():
 def scripted(monkeypatch, answer):
     """What the model answers; -> the questions it was asked."""
     seen, backbone = [], tiny()
-    monkeypatch.setattr(model, "load", lambda path, device, stages: backbone)
+    monkeypatch.setattr(model, "load", lambda *args, **kwargs: backbone)
 
-    def answers(backbone, items, max_new_tokens=128, size=64):
-        for messages, images, _, where in items:
-            seen.append(messages[0]["content"])
-            assert messages[0]["content"].count("<image>") == len(images)
-            opened = sft.open_images(sft.Sample(messages, images, None, where))
-            assert all(image.ndim == 3 for image in opened)
-        return [answer(text) for text in seen[-len(items) :]]
+    def answers(backbone, samples, max_new_tokens, size, cuda_graphs):
+        for sample in samples:
+            question = sample.messages[-1]["content"]
+            seen.append(question)
+            assert question.count("<image>") == len(sample.images)
+            assert all(image.ndim == 3 for image in sft.open_images(sample))
+        texts = [answer(text) for text in seen[-len(samples) :]]
+        return [sft.GreedyAnswer(text, truncated=text == "maybe") for text in texts]
 
     monkeypatch.setattr(sft, "greedy_answers", answers)
     return seen
@@ -220,7 +341,9 @@ def vqa(data, out, *flags):
             *flags,
         ]
     )
-    return json.loads(out.read_text())["arms"]["policy"]["metrics"]
+    metrics = json.loads(out.read_text())["arms"]["policy"]["metrics"]
+    assert metrics.pop("truncated")["n"] == sum(metric["n"] for metric in metrics.values())
+    return metrics
 
 
 @pytest.mark.parametrize("name", RIGHT)
@@ -310,8 +433,13 @@ def cut(path):
             "d.jsonl:2: its answer 'many' is none for --score number",
         ),
         ("point", ("k", "q", "", {}), "d.jsonl:2: KeyError: 'mask'"),
-        ("point", ("k", "q", "", {"mask": "gone.png"}), "d.jsonl:2: FileNotFoundError.*gone.png"),
-        ("point", ("k", "q", "", {"mask": "d.jsonl"}), "d.jsonl:2: UnidentifiedImageError"),
+        (
+            "point",
+            ("k", "q", "", {"mask": "gone.png"}),
+            "d.jsonl:2: .*gone.png: image does not open",
+        ),
+        ("point", ("k", "q", "", {"mask": "d.jsonl"}), "d.jsonl:2: .*d.jsonl: image does not open"),
+        ("point", ("k", "q", "", {"mask": "i.png"}), "d.jsonl:2: i.png: nothing is white in it"),
         (
             "point",
             ("k", "q", "", {"box": [0.5, 0.1, 0.2, 0.3]}),
@@ -339,3 +467,58 @@ def test_truncated_rows_and_unreadable_images(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="row 0: .*none.png: image does not open"):
         questions.write(tmp_path / "q", [("q", "a", "k", [tmp_path / "none.png"])])
     assert not (tmp_path / "q/questions.jsonl").exists()
+
+
+def conversation(*turns):
+    return json.dumps(
+        {"images": ["i.png"], "messages": [{"role": role, "content": text} for role, text in turns]}
+    )
+
+
+def test_all_before_the_first_answer_is_asked(tmp_path, monkeypatch):
+    """Of a row that begins with a system message, that message alone was asked, without the
+    question and its image; of a row of several turns the image of a later turn would be missing."""
+    Image.fromarray(np.zeros((40, 80, 3), np.uint8)).save(tmp_path / "i.png")
+    system = ("system", "Answer by a colour.")
+    first = ("user", "<image>What colour is the cube?")
+    rows = [
+        [system, first, ("assistant", "<think>It is lit.</think><answer>red</answer>")],
+        [first, ("assistant", "red"), ("user", "And the ball?"), ("assistant", "blue")],
+        [("user", "Name a colour."), ("assistant", "red"), first, ("assistant", "blue")],
+    ]
+    data = tmp_path / "d.jsonl"
+    data.write_text("".join(conversation(*turns) + "\n" for turns in rows))
+    asked = []
+
+    def encode(backbone, messages, images=(), prompt_only=False):
+        asked.append((messages, len(images)))
+        return {"ids": np.zeros(1, int)}
+
+    ids = tiny().tokenizer("red").input_ids
+    generated = {"ids": model.torch.tensor([[*ids, tiny().vocab.eos], [*ids, *ids[:1]], [*ids, 0]])}
+    monkeypatch.setattr(model, "load", lambda *args, **kwargs: tiny())
+    monkeypatch.setattr(model, "encode", encode)
+    monkeypatch.setattr(model, "generate", lambda *args, **kwargs: generated)
+    out = tmp_path / "r.json"
+    flags = ["vqa", "--policy", "x", "--device", "cpu", "--data", str(data), "--out", str(out)]
+    evaluate.main([*flags, "--answers", str(tmp_path / "new/a.jsonl")])
+    assert [[message["role"] for message in messages] for messages, _ in asked] == [
+        ["system", "user"],
+        ["user"],
+        ["user"],
+    ]
+    assert asked[0][0][0]["content"] == system[1], "no mode line on it"
+    assert asked[0][0][1]["content"] == model.ask(first[1], True)
+    assert [n for _, n in asked] == [1, 1, 0]
+    metrics = json.loads(out.read_text())["arms"]["policy"]["metrics"]
+    assert metrics["truncated"]["mean"] == pytest.approx(2 / 3)
+    written = [json.loads(line) for line in (tmp_path / "new/a.jsonl").open()]
+    assert [line["truncated"] for line in written] == [False, True, True]
+    assert written[0]["question"] == model.ask(first[1], True)
+
+    del asked[:]
+    evaluate.main([*flags, "--prompt", "direct"])
+    assert asked[0][0][1]["content"] == model.ask(first[1], False), "its mode replaces the row's"
+    data.write_text(conversation(system, ("assistant", "red")) + "\n")
+    with pytest.raises(ValueError, match="d.jsonl:1: an answer without a question before it"):
+        evaluate.main(flags)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,10 @@ from ranks import on_ranks
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+import grpo
 import model
 import sft
-from fast_tokenizer import FastTokenizer, action_chunks, read_episodes
+from fast_tokenizer import FastTokenizer, action_chunks, read_episodes, split_episodes
 from tools import backbones
 
 INIT = untrained.folder("tiny-qwen3-vl")
@@ -260,24 +263,28 @@ def thought_row(chunk):
 
 def test_actions_with_and_without_a_thought(tmp_path, robot):
     """A row's "chunk" becomes the same answer as that step of an episode, behind its thought."""
-    episodes = read_episodes(robot / "episodes")
-    chunk = action_chunks(episodes[0], 4)[2]
-    data, n = conversations(tmp_path / "talk", 3, [thought_row(chunk)])
     tokenizer = FastTokenizer.load(robot / "fast")
-    told = sft.ConversationDataset(data, tokenizer, n)
     shown = sft.EpisodeDataset(robot / "episodes", tokenizer)
+    first, second, third = shown.episodes
+    chunk = action_chunks(first, 4)[2]
+    data, n = conversations(tmp_path / "talk", 3, [thought_row(chunk)])
+    told = sft.ConversationDataset(data, tokenizer, n)
 
     question, answer = shown[2].messages
-    prompt = model.ask(model.action_question("push block 0"), False)
+    prompt = model.ask(model.action_question(first.task), False)
     assert question["content"] == "<image>" + prompt
     assert answer["content"] == model.action_answer(tokenizer.encode(chunk[None])[0])
     told_question, told_answer = told[3].messages
     assert told_question["content"] == "Push.\n" + model.THINK
     assert told_answer["content"] == "<think>Left.</think>" + answer["content"]
 
-    assert len(shown.train) == 18
-    assert list(shown.held) == list(range(18, 27))  # the last episode
-    assert np.array_equal(shown[13].images[0], episodes[1].frame(4))
+    # of 9 steps 6 begin a chunk of 4 that lies inside
+    assert len(shown.train) == 12
+    assert list(shown.held) == list(range(12, 18))  # an episode
+    assert [third.name] == [e.name for e in split_episodes(read_episodes(robot / "episodes"))[1]]
+    assert np.array_equal(shown[10].images[0], second.frame(4))
+    last = second.action[None, 5:9]
+    assert shown.target_ids(11) == tokenizer.encode(last)[0]
 
 
 def test_actions_are_learned_and_vision_stays(tmp_path, robot, capsys):
@@ -369,25 +376,211 @@ def bad_line(images, question="<image>Which?", role="assistant"):
     return json.dumps(question_row(images, question, "<answer>x</answer>", role))
 
 
+def bad_content(content):
+    return json.dumps({"messages": [{"role": "user", "content": content}]})
+
+
+# A line of a file, and what is said of it. Before they were told at the step that drew them, and
+# of those with a star as a traceback.
 BAD_ROWS = [
-    ('{"images": [', "not a row"),
-    ('{"images": []}', "not a row .*messages"),
-    (bad_line([], role="robot"), r"roles \['user', 'robot'\]"),
+    ('{"images": [', "not a row .*not JSON"),
+    ('{"images": []}', 'not a row .*"messages" is no list'),
+    ("[1, 2]", "not a row .*it is a list"),  # *
+    ('"text"', "not a row .*it is a str"),  # *
+    ("7", "not a row .*it is a int"),  # *
+    ("[" * 100_000, "not a row .*not JSON"),  # *
+    ('{"messages": {"role": "user"}}', 'not a row .*"messages" is no list'),
+    ('{"messages": ["Which?"]}', "not a row .*a message is a str"),
+    (bad_content(None), 'not a row .*"content" of a message is no text'),
+    (bad_content([{"type": "text"}]), 'not a row .*"content" of a message is no text'),
+    (bad_line("0.png"), 'not a row .*"images" is no list'),  # *
+    (bad_line([None]), 'not a row .*"images" holds what is no path'),  # *
+    (bad_line([], role="robot"), r"not a row .*roles \['user', 'robot'\]"),
+    (bad_line(["0.png"]).replace('"images"', '"kind": ["a"], "images"'), 'not a row .*"kind"'),  # *
     (bad_line(["gone.png"]), r".*gone\.png: image does not open"),
+    (bad_line(["talk.jsonl"]), r".*talk\.jsonl: image does not open"),
+    (bad_line(["../0.png"]), r"image \.\./0\.png lies outside .*--outside-images"),
+    (bad_line(["a/../../0.png"]), ".*lies outside"),
+    (bad_line(["/etc/passwd"]), ".*lies outside"),
     (bad_line([]), '1 "<image>" but 0 images'),
+    (bad_line(None), '1 "<image>" but 0 images'),  # * "images": null
+    (bad_line(["0.png"], "Which?"), '0 "<image>" but 1 images'),
     (bad_line([], "<|image_pad|>"), r'"<\|image_pad\|>" in the text; write "<image>"'),
     (bad_line([], "<ACTION>"), "an <ACTION> but no FAST tokenizer; give --action-tokenizer"),
-    (bad_line(["0.png"], "<image>" + "word " * 900), "4536 tokens; raise --max-length"),
+    (
+        bad_line(["0.png"], "<image>" + "word " * 900),
+        "4536 tokens, and 0 more over --max-length 900; raise it, or --too-long",
+    ),
 ]
 
 
+@pytest.mark.parametrize("place", ["held out", "drawn late"])
 @pytest.mark.parametrize(("line", "message"), BAD_ROWS)
-def test_a_bad_row_is_named(tmp_path, line, message):
+def test_a_bad_row_is_named_before_the_first_step(tmp_path, monkeypatch, line, message, place):
+    """A row was looked at when it was drawn: a held-out one at step 500, before the first
+    checkpoint. Here training itself would fail."""
+    monkeypatch.setattr(sft, "train_step", None)
     data, _ = conversations(tmp_path)
     good_lines = data.read_text().splitlines(keepends=True)[:8]
     data.write_text("".join(good_lines) + line + "\n")
+    holdout = 1 if place == "held out" else 0
     with pytest.raises(ValueError, match=r"talk\.jsonl:9: " + message):
-        sft.main(args(tmp_path / "o", data, "--max-length", 900, steps=3, holdout=0))
+        sft.main(args(tmp_path / "o", data, "--max-length", 900, steps=3, holdout=holdout))
+
+
+def test_images_outside_the_folder_need_a_flag(tmp_path):
+    """A .jsonl from elsewhere could have any file of the machine read as an image."""
+    data, _ = conversations(tmp_path / "inner", extra=[question_row(["../a.png"], "<image>?", "b")])
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"talk\.jsonl:9: image \.\./a\.png lies outside"):
+        sft.main(args(tmp_path / "o", data))
+    sft.main(args(tmp_path / "o", data, "--outside-images", steps=1))
+
+
+def test_an_image_over_pillows_limit_is_one_line(tmp_path, monkeypatch):
+    data, _ = conversations(tmp_path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(
+        ValueError, match=r"talk\.jsonl:1: .*0\.png: image does not open \(Image size"
+    ):
+        sft.main(args(tmp_path / "o", data))
+
+
+def test_null_images_are_none(tmp_path):
+    """{"images": null} of a text row ended in a TypeError."""
+    data, n = conversations(tmp_path, 3, [question_row(None, "Why?", "Because.")])
+    assert sft.ConversationDataset(data, None, n)[3].images == []
+
+
+# ---- Rows that are too long ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def long_rows(tmp_path):
+    """A .jsonl whose row 9 has a large picture, whose row 10 two of them, and whose row 11 is long
+    as a text alone; the same again is held out."""
+    Image.effect_noise((512, 512), 9).convert("RGB").save(tmp_path / "large.png")
+    rows = [
+        question_row(["large.png"], "<image>Which?", "this"),
+        question_row(["large.png", "0.png", "large.png"], "<image><image><image>Which?", "that"),
+        question_row([], "word " * 300, "them"),
+    ]
+    return conversations(tmp_path, 8, rows)
+
+
+def test_a_row_is_measured_by_the_headers_of_its_images(long_rows):
+    """Where it is near the limit as long as the row that training makes of it; a bound then makes
+    it as long as it may be."""
+    data, n = long_rows
+    backbone = model.load(INIT)
+    source = sft.ConversationDataset(data, None, n)
+    for i in range(n):
+        length = len(sft.load_row(backbone, source, i, 10**6)["ids"])
+        for limit in (length - 1, length, length + 1):
+            size = sft.row_size(backbone, source.outline(i), limit)
+            assert (size.tokens > limit) == (length > limit)
+            if size.tokens > limit:
+                assert size.tokens == length
+        assert size.max_pixels == 0
+    assert sft.row_size(backbone, source.outline(10), 300).max_pixels == sft.NEVER_FITS
+    for i, limit in ((8, 100), (9, 160), (9, 400)):
+        source.max_pixels[i] = sft.row_size(backbone, source.outline(i), limit).max_pixels
+        fitted = len(sft.load_row(backbone, source, i, limit)["ids"])
+        assert limit - 60 < fitted <= limit
+
+
+def test_too_long_rows_are_left_out_or_shrunk(tmp_path, long_rows, capsys):
+    data, n = long_rows
+    flags = ["--max-length", 400, "--too-long"]
+    with pytest.raises(
+        ValueError, match=r"talk\.jsonl:9: \d+ tokens, and 5 more over --max-length"
+    ):
+        sft.main(args(tmp_path / "o", data, *flags[:2], holdout=n))
+    counts = {}
+    for kind in ("skip", "shrink"):
+        sft.main(args(tmp_path / kind, data, *flags, kind, steps=4, holdout=n))
+        run = json.loads((tmp_path / kind / "final" / "run.json").read_text())
+        record = run["data"][str(data)]
+        counts[kind] = [record[key] for key in ("train", "held_out", "shrunk", "left_out")]
+    assert counts == {"skip": [8, 8, 0, 6], "shrink": [10, 10, 4, 2]}
+    printed = capsys.readouterr().out
+    assert "5 more over --max-length 400: 0 with smaller images, 6 left out" in printed
+    assert "5 more over --max-length 400: 4 with smaller images, 2 left out" in printed
+    with pytest.raises(ValueError, match="--too-long cut: give one of error, skip, shrink"):
+        sft.main(args(tmp_path / "o", data, "--too-long", "cut"))
+    with pytest.raises(ValueError, match="nothing is left to train on; raise --max-length 9"):
+        sft.main(args(tmp_path / "o", data, "--max-length", 9, "--too-long", "skip"))
+
+
+def test_ranks_leave_out_the_same_rows(tmp_path, long_rows):
+    """Each looks at its share of the rows, in several tasks; and the rank that finds a bad one ends
+    all of them."""
+    data, n = long_rows
+    flags = ["--max-length", 400, "--too-long", "skip"]
+    sft.main(args(tmp_path / "one", data, *flags, holdout=n))
+    on_ranks(sft.main, args(tmp_path / "two", data, *flags, holdout=n), 2)
+    assert_close_logs(log(tmp_path / "one"), log(tmp_path / "two"))
+    records = []
+    for name in ("one", "two"):
+        records.append(json.loads((tmp_path / name / "final" / "run.json").read_text())["data"])
+    assert records[0] == records[1]
+    (tmp_path / "large.png").unlink()
+    on_ranks(sft.main, args(tmp_path / "three", data, *flags, holdout=n), 2, code=1)
+
+
+def test_too_long_episodes(tmp_path, robot):
+    source = sft.EpisodeDataset(robot / "episodes", FastTokenizer.load(robot / "fast"))
+    backbone = model.load(INIT)
+    sft.grow_vocabulary(backbone, source.action_tokenizer.vocab_size)
+    dist = model.Dist(0, 1, model.torch.device("cpu"), 0)
+    cfg = sft.Config(max_length=40)
+    with pytest.raises(ValueError, match=r"episode_00000\d: \d+ tokens, and 2 more over"):
+        sft.check_rows(backbone, source, cfg, dist)
+    assert sft.row_size(backbone, source.outline(0), 40).max_pixels == sft.NEVER_FITS
+
+    longest = sft.row_size(backbone, source.outline(0), 1).tokens
+    whole = len(sft.load_row(backbone, source, 3, longest)["ids"])
+    cfg = sft.Config(max_length=longest - 2, too_long="shrink")
+    assert sft.check_rows(backbone, source, cfg, dist)["shrunk"] == 3
+    assert len(sft.load_row(backbone, source, 3, longest - 2)["ids"]) < whole
+
+
+def test_max_length_and_pixels_may_change_on_resume(tmp_path, long_rows):
+    """A row too long for the run was met at step 500, and --resume refused the --max-length that
+    the error had advised."""
+    data, n = long_rows
+    out = tmp_path / "o"
+    flags = ["--max-length", 400, "--too-long", "shrink", "--save-every", 3]
+    sft.main(args(out, data, *flags, steps=3, holdout=n))
+    flags = ["--max-length", 2000, "--max-pixels", 4096, "--resume"]
+    sft.main(args(out, data, *flags, steps=4, holdout=n))
+    assert model.load(out).image_spec.max_pixels == 4096
+
+
+def test_changed_data_is_named_on_resume(tmp_path, robot):
+    """A run went on with another file of the same name, and its rows in another order, as if
+    nothing had happened."""
+    data, _ = conversations(tmp_path / "talk")
+    mixture = f"{data},{robot}/episodes"
+    flags = ["--action-tokenizer", robot / "fast", "--probe-prompts", 0, "--save-every", 3]
+    sft.main(args(tmp_path / "o", mixture, *flags, steps=3))
+    resumed = args(tmp_path / "o", mixture, *flags, "--resume", steps=4)
+    sft.main(resumed)
+
+    data.write_text(data.read_text().replace("red", "rot", 1))
+    with pytest.raises(ValueError, match=r"talk\.jsonl: has changed since .*step_000003; put"):
+        sft.main(resumed)
+    sft.main([*resumed, "--changed-data"])
+    data.write_text(data.read_text().replace("rot", "red", 1))
+    sft.main(resumed)
+    path = robot / "episodes" / "episode_000001.safetensors"
+    arrays = load_file(path)
+    save_file(arrays, path, {"task": "push another block"})
+    with pytest.raises(ValueError, match="episodes: has changed since"):
+        sft.main(resumed)
+
+
+# ---- Other bad input -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -412,18 +605,189 @@ def test_episodes_need_a_tokenizer_of_their_dataset(tmp_path, robot):
     bare.stats = None
     with pytest.raises(ValueError, match="without statistics; save it with those of the episodes"):
         sft.EpisodeDataset(robot / "episodes", bare)
-    with pytest.raises(ValueError, match="'x' is no weight"):
-        sft.main(args(tmp_path / "o", f"{robot}/episodes:x"))
 
 
 def test_an_action_row_needs_the_right_chunk(tmp_path, robot):
     tokenizer = FastTokenizer.load(robot / "fast")
+    right = [[1.0, 2.0]] * 4
     answer = "<answer><ACTION></answer>"
-    short = question_row([], "Push.", answer, chunk=[[1.0, 2.0]])
-    data, n = conversations(tmp_path / "talk", 1, [short])
+    cases = [
+        (question_row([], "Push.", answer, chunk=right[:1]), '"chunk": '),
+        (question_row([], "Push.", answer, chunk="right"), '"chunk": '),
+        (question_row([], "Push.", answer, chunk=[[1.0, "a"]] * 4), '"chunk": '),
+        (question_row([], "Push.", answer), 'an <ACTION> but no "chunk"'),
+        (question_row([], "Push.", "Done.", chunk=right), 'a "chunk" but no <ACTION>'),
+        (question_row([], "Push.", "I do <ACTION>.", chunk=right), "not the whole answer"),
+        (question_row([], f"Write {answer}", answer, chunk=right), "not the whole answer"),
+    ]
+    for row, message in cases:
+        data, n = conversations(tmp_path / "talk", 1, [row])
+        source = sft.ConversationDataset(data, tokenizer, n)
+        with pytest.raises(ValueError, match=r"talk\.jsonl:2: .*" + message):
+            source[1]
+
+
+def test_white_space_around_an_action(tmp_path, robot):
+    """ "<answer>\n<ACTION>\n</answer>" was not replaced: the model learned to say <ACTION>."""
+    tokenizer = FastTokenizer.load(robot / "fast")
+    chunk = [[1.0, 2.0]] * 4
+    rows = []
+    for answer in ("<answer><ACTION></answer>", "<think>a</think>\n<answer>\n<ACTION>\n </answer>"):
+        rows.append(question_row([], "Push.", answer, chunk=chunk))
+    data, n = conversations(tmp_path / "talk", 1, rows)
     source = sft.ConversationDataset(data, tokenizer, n)
-    with pytest.raises(ValueError, match=r'talk\.jsonl:2: "chunk": '):
-        source[1]
-    data, n = conversations(tmp_path / "talk", 1, [question_row([], "Push.", answer)])
-    with pytest.raises(ValueError, match=r'talk\.jsonl:2: an <ACTION> but no "chunk"'):
-        sft.ConversationDataset(data, tokenizer, n)
+    plain, spaced = (source[i].messages[1]["content"] for i in (1, 2))
+    assert plain == model.action_answer(tokenizer.encode(np.float32([chunk]))[0])
+    assert spaced == "<think>a</think>\n" + plain
+
+
+# ---- The mixture ---------------------------------------------------------------------------------
+
+
+def test_the_papers_mixture(tmp_path, monkeypatch):
+    """Without counts BridgeV2 weighed its 1.89M frames: 50% actions, and an epoch of 29K steps. The
+    preset says how many samples of each source an epoch has, as does the command in docs/data.md,
+    and writes where stage 2 reads."""
+    preset = sft.PRESETS["paper"]
+    docs = (Path(sft.__file__).parent / "docs" / "data.md").read_text()
+    command = re.search(r"sft\.py paper --data \"(.*?)\"", docs, re.DOTALL)[1].replace("\\\n", "")
+    assert grpo.PRESETS["paper"]["init"] == preset["out"] + "/final"
+    assert grpo.PRESETS["paper"]["data"] == "data/bridge"
+
+    monkeypatch.chdir(tmp_path)
+    for item in preset["data"].split(","):
+        path = Path(item.strip().partition("#")[0])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    mixture = sft.parse_mixture(preset["data"])
+    assert sft.parse_mixture(command) == mixture
+    sizes = [item.samples for item in mixture]
+    sizes[-1] = 1_890_000  # frames of BridgeV2
+    weights, epoch_samples = sft.mixture_shares(mixture, sizes)
+    assert weights[-1] / sum(weights) == pytest.approx(0.175, abs=0.001)
+    assert epoch_samples / preset["batch"] == pytest.approx(17.8e3, abs=50)
+    assert weights == [item.samples for item in mixture]
+
+    bare = [sft.MixtureItem(item.path) for item in mixture]  # what it was
+    weights, epoch_samples = sft.mixture_shares(bare, sizes)
+    assert weights[-1] / sum(weights) > 0.5
+    assert epoch_samples / preset["batch"] > 29e3
+
+
+def test_counts_make_the_epoch(tmp_path):
+    """8 rows, 12 samples of them an epoch: 3 steps of 4."""
+    data, _ = conversations(tmp_path)
+    sft.main(args(tmp_path / "o", f"{data}#12", steps=0))
+    assert log(tmp_path / "o")[-1]["step"] == 3
+
+
+def test_a_mixture_names_its_shares(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "b", "odd:3", "odd#3"):
+        Path(name).touch()
+    parse = sft.parse_mixture
+    assert parse("a.jsonl, b:0.5") == [("a.jsonl", None, None), ("b", 0.5, None)]
+    assert parse("a.jsonl#7,\n b#1") == [("a.jsonl", None, 7), ("b", None, 1)]
+    assert parse("odd:3,odd#3") == [("odd:3", None, None), ("odd#3", None, None)]
+    for spec, message in (
+        ("b:x", "b:x: x is not a number of at least 0; write path:weight or path#samples"),
+        ("b:-1", "-1 is not a number of at least 0"),
+        ("b:nan", "nan is not"),
+        ("b#0", "b#0: 0 is not a whole number of at least 1"),
+        ("b#1.5", "1.5 is not a whole number"),
+        ("b:0", "all weights are 0"),
+        ("b:1,a.jsonl#5", r"weights \(:\) and counts \(#\)"),
+        ("a.jsonl,", "a path is empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse(spec)
+
+
+# ---- Edges of settings ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("edges", [[("--holdout-rows", 0)], [("--eval-rows", 0)]])
+def test_nothing_held_out_is_no_end(tmp_path, robot, edges):
+    """The last evaluation divided by zero before anything was saved: the run was lost."""
+    data, _ = conversations(tmp_path / "talk")
+    flags = ["--action-tokenizer", robot / "fast", "--probe-prompts", 0, "--eval-every", 1]
+    for edge in edges:
+        flags += edge
+    for name, mixture in (("a", data), ("b", f"{data},{robot}/episodes")):
+        sft.main(args(tmp_path / name, mixture, *flags, "--micro-batch", 99, steps=2))
+        run = json.loads((tmp_path / name / "final" / "run.json").read_text())
+        assert "talk_loss" not in run["metrics"]
+
+
+def test_final_is_saved_before_the_last_evaluation(tmp_path, monkeypatch):
+    def fail(*_):
+        raise ValueError("killed here")
+
+    data, _ = conversations(tmp_path)
+    monkeypatch.setattr(sft, "evaluate", fail)
+    with pytest.raises(ValueError, match="killed here"):
+        sft.main(args(tmp_path / "o", data, steps=2))
+    run = json.loads((tmp_path / "o" / "final" / "run.json").read_text())
+    assert run["step"] == 2 and "metrics" not in run
+    assert model.load(tmp_path / "o").run["stage"] == "base"
+
+
+def test_the_probe_samples_as_long_as_grpo(tmp_path, robot, monkeypatch):
+    """Thoughts over 128 tokens counted as malformed, whatever GRPO then allowed (paper: 2,048), and
+    nothing said that they had been cut off."""
+    for name in ("tabletop", "speedrun", "paper"):
+        in_grpo = grpo.Config(**grpo.PRESETS[name]).max_new_tokens
+        assert sft.Config(**sft.PRESETS[name]).max_new_tokens == in_grpo
+
+    seen = []
+    generate = model.generate
+
+    def recorded(*given, **flags):
+        seen.append((flags["max_new_tokens"], flags["cuda_graphs"]))
+        samples = generate(*given, **flags)
+        samples["ids"][0, 2] = model.load(INIT).vocab.eos  # of all one sample ends by itself
+        return samples
+
+    monkeypatch.setattr(model, "generate", recorded)
+    flags = ["--action-tokenizer", robot / "fast", "--probe-prompts", 2, "--eval-rows", 0]
+    flags += ["--max-new-tokens", 3, "--no-cuda-graphs"]
+    sft.main(args(tmp_path / "o", robot / "episodes", *flags, steps=1))
+    last = log(tmp_path / "o")[-1]
+    assert seen == [(3, False)]
+    assert last["probe_truncated"] == 7 / 8
+    assert last["probe_format"] == 0
+
+
+def test_run_json_records_the_split(tmp_path, robot, capsys):
+    """Stages that hold out other episodes would evaluate on what an earlier one was trained on."""
+    flags = ["--action-tokenizer", robot / "fast", "--probe-prompts", 0]
+    sft.main(args(tmp_path / "o", robot / "episodes", *flags, steps=1))
+    path = tmp_path / "o" / "final" / "run.json"
+    run = json.loads(path.read_text())
+    assert [(split["episodes"], split["held_out"]) for split in run["split"]] == [(3, 1)]
+    again = args(tmp_path / "p", robot / "episodes", *flags, "--init", tmp_path / "o", steps=1)
+    sft.main(again)
+    assert "warning" not in capsys.readouterr().err
+    run["split"][0]["sha256"] = "another"
+    path.write_text(json.dumps(run))
+    again[again.index(str(tmp_path / "p"))] = str(tmp_path / "q")
+    sft.main(again)
+    assert "an earlier stage held out others" in capsys.readouterr().err
+
+
+# ---- Loading -------------------------------------------------------------------------------------
+
+
+def test_threads_do_not_change_what_is_loaded(tmp_path, monkeypatch):
+    """Rows that take longer come later from their thread, and stand in the batch all the same."""
+    data, _ = conversations(tmp_path)
+    sft.main(args(tmp_path / "one", data, "--loader-threads", 1, steps=4))
+    load_row = sft.load_row
+
+    def slow(backbone, source, i, max_length):
+        time.sleep(0.05 * (i % 3))
+        return load_row(backbone, source, i, max_length)
+
+    monkeypatch.setattr(sft, "load_row", slow)
+    sft.main(args(tmp_path / "five", data, "--loader-threads", 5, steps=4))
+    assert_same_weights(tmp_path / "one" / "final", tmp_path / "five" / "final")

@@ -16,17 +16,19 @@ from benchmarks import simulate
 from fast_tokenizer import read_episodes
 
 ROOT = pathlib.Path(__file__).parents[1]
+ALL = slice(None)  # the share of a process alone
 TOY = '''
 """A hand on a line: the state is its place, the goal 10 * (task + 1) steps of 1 to the right."""
 import os, pathlib
 import numpy as np
-TRIALS = 2
+TRIALS, STATE_DIM, ACTION_NAMES = 2, 2, ("x", "y", "gripper")
 def task_arguments(add): pass
 def tasks(args): return ["toy/0", "toy/1"]
 class Simulator:
     limit, fps, cameras = 15, 10, ["image", "image_wrist"]
-    def __init__(self, task, size, limit):
+    def __init__(self, task, sizes, limit):
         print("simulators print")
+        self.shapes = {name: (*size, 3) for name, size in sizes.items()}
         self.task, self.prompt, self.env = task, "go right", self
         self.goal = 10 * (int(task[-1]) + 1)
     def reset(self, number, split):
@@ -35,8 +37,8 @@ class Simulator:
             os._exit(139)
     def observe(self, cameras):
         self.views += 1
-        view = np.full((8, 8, 3), self.views, np.uint8)
-        return {**{name: view for name in cameras}, "state": np.float32([self.at, 0])}
+        views = {name: np.full(self.shapes[name], self.views, np.uint8) for name in cameras}
+        return {**views, "state": np.float32([self.at, 0])}
     def advance(self, action, look=True):
         self.at += float(action[0])
         return self.at >= self.goal
@@ -97,7 +99,7 @@ def rows(args):
 
 def test_trials_ask_at_chunk_boundaries_and_stop_at_the_limit(toy):
     policy = Right()
-    assert simulate.run_trials("toy", policy, toy).trials == (
+    assert simulate.run_trials("toy", policy, toy, ALL).trials == (
         [("toy", "0", True)] * 2 + [("toy", "1", False)] * 2
     )
     for view, at in policy.seen:
@@ -112,7 +114,7 @@ def test_trials_ask_at_chunk_boundaries_and_stop_at_the_limit(toy):
 def test_a_crash_is_no_failed_trial_and_the_same_command_goes_on(toy, tmp_path, capfd):
 
     def count(policy):
-        return len(simulate.run_trials("toy", policy, toy).trials)
+        return len(simulate.run_trials("toy", policy, toy, ALL).trials)
 
     policy = Right()
     (tmp_path / "crash").touch()
@@ -120,12 +122,12 @@ def test_a_crash_is_no_failed_trial_and_the_same_command_goes_on(toy, tmp_path, 
     with pytest.raises(
         ValueError, match=r"task toy/1, trial 1 \(exit code 139.*after the 3 trials"
     ):
-        simulate.run_trials("toy", policy, toy)
+        simulate.run_trials("toy", policy, toy, ALL)
     (path,) = tmp_path.glob("r.toy.a.*.jsonl")
     path.write_text(path.read_text() + '\n{"task": "toy/1", "tri')  # a line cut off by the stop
     (tmp_path / "crash").unlink()
     policy.seen.clear()
-    assert [trial.solved for trial in simulate.run_trials("toy", policy, toy).trials] == [
+    assert [trial.solved for trial in simulate.run_trials("toy", policy, toy, ALL).trials] == [
         True,
         True,
         False,
@@ -145,7 +147,7 @@ def test_a_crash_stops_the_other_workers(toy, tmp_path):
     (tmp_path / "crash").touch()
     toy.trials = 12
     with pytest.raises(ValueError, match=r"task toy/1, trial 1 \(exit code 139"):
-        simulate.run_trials("toy", Right(), toy)
+        simulate.run_trials("toy", Right(), toy, ALL)
     assert len(rows(toy)) < 23
 
 
@@ -221,6 +223,6 @@ def test_metaworld_records_and_evaluates(tmp_path):
         limit=40,
     )
     policy = PushesArm()
-    trials = simulate.run_trials("metaworld", policy, args).trials
+    trials = simulate.run_trials("metaworld", policy, args, ALL).trials
     assert trials == [("metaworld", "reach-v3", False)] * 2
     assert policy.sizes == [(32, 32, 3)] * 20, "a frame every 4 of 40 steps"

@@ -1,5 +1,6 @@
 """The embedded world: physics invariants, expert, fixed evaluation states, the data it writes."""
 
+import argparse
 import hashlib
 import itertools
 import json
@@ -347,6 +348,24 @@ def test_thought_actions_carry_a_chunk(made):
         chunk, answer = np.array(row["chunk"]), row["messages"][1]["content"]
         assert chunk.shape == (5, 7) and np.abs(chunk).max() <= 1
         assert re.fullmatch(r"<think>[^<>]+</think><answer><ACTION></answer>", answer)
+
+
+def test_thought_actions_end_with_the_task(tmp_path):
+    """Past the end a chunk repeated the last movement, and the model learned to move on."""
+    args = argparse.Namespace(seed=0, size=16, tilt=0.0, horizon=12, out=tmp_path)
+    ended_early = 0
+    for number in range(40):
+        env = td.random_state(np.random.default_rng([5, 0, number]), args.size)
+        expected = []
+        is_done = False
+        while len(expected) < 12 and not is_done:
+            expected.append(env.expert()[0].round(4).tolist())
+            is_done = env.advance(expected[-1])
+        chunk = json.loads(td.make_thought_action(args, number))["chunk"]
+        assert len(chunk) == 12
+        assert (chunk[: len(expected)] == expected) == (len(expected) == 12)  # else another state
+        ended_early += len(expected) < 12
+    assert ended_early > 2  # the case is among them
 
 
 def test_grid_of_questions_and_ways_to_answer_is_covered():

@@ -23,6 +23,7 @@ from transformers import Qwen2Tokenizer
 
 import model
 import sft
+from fast_tokenizer import natural
 
 # ---- Sizes --------------------------------------------------------------------------------------
 
@@ -366,7 +367,7 @@ def main(argv: list[str] | None = None) -> None:
         default="",
         help="conversations, .jsonl: the tokenizer learns from the first 20,000 rows",
     )
-    add("--seed", type=int, default=0, help="of the weights")
+    add("--seed", type=natural, default=0, help="of the weights")
     args = parser.parse_args(argv)
     model.quiet_libraries()
     texts = training_texts(args.texts) if args.texts else ()

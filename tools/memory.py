@@ -304,10 +304,10 @@ def vla_estimate(cfg: vla.Config, net: nn.Module, load: Load) -> Estimate:
             count=1,
         )
 
-    # 2. the backbone: in the loop it is sharded; for --cache features whole, while they are made
+    # 2. the backbone: whole on each rank (vla.py shards one that would take half of the memory)
     backbone = count(net.parameters()) * load.dtype.itemsize
     parts = {"backbone": backbone}
-    if cfg.cache == "none":
+    if cfg.cache == "none" and cfg.shard_backbone:
         parts["backbone"] = backbone / shards
         parts["gathered units"] = gathered_bytes(net, load.dtype)
 

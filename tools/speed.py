@@ -53,7 +53,7 @@ import grpo
 import model
 import sft
 import vla
-from fast_tokenizer import FastTokenizer
+from fast_tokenizer import FastTokenizer, count, natural, positive
 from tools import backbones
 
 HORIZON = 16  # steps of a chunk, K
@@ -320,7 +320,7 @@ def rollout(args: argparse.Namespace) -> Comparison:
     backbone.net.eval()
 
     # 2. sample
-    def ours(turn, cuda_graphs=None):  # None: the default, on a GPU with them
+    def ours(turn, cuda_graphs=True):
         samples = model.generate(
             backbone, rows, args.group, args.new_tokens, seed=turn, cuda_graphs=cuda_graphs
         )
@@ -426,10 +426,8 @@ def full_rows_logp(backbone, rows, ids, mask, temperature=1.0):
     hidden = model.hidden_states(backbone.net, batch)  # (B*G, longest, D)
     predicts = batch["target"][:, 1:]  # a position predicts the token after it
     hidden = hidden[:, :-1][predicts]  # (B*G*T, D), ordered as the ids
-    logp, entropy = grpo.token_logp(
-        backbone.net, hidden, ids.flatten(), temperature, backbone.vocab.banned
-    )
-    return logp.view_as(ids), entropy.view_as(ids)
+    logp = grpo.token_logp(backbone.net, hidden, ids.flatten(), temperature, backbone.vocab.banned)
+    return logp.view_as(ids)
 
 
 class GrpoStep:
@@ -712,7 +710,8 @@ def head_step(args: argparse.Namespace) -> Comparison:
     with tempfile.TemporaryDirectory() as folder:
         # 2. features, from the disk or from the backbone
         write_noise_episodes(folder, args.image)
-        cfg = vla.Config(**{**settings, "data": folder, "out": f"{folder}/out"})
+        one_camera = {"data": folder, "out": f"{folder}/out", "cameras": "image"}
+        cfg = vla.Config(**{**settings, **one_camera})
         backbone = make_backbone(args)
         dist = model.Dist(0, 1, torch.device(args.device))
         frames = vla.FrameDataset(cfg)
@@ -742,7 +741,7 @@ def head_step(args: argparse.Namespace) -> Comparison:
             optimizer = model.make_optimizer(head, cfg.lr, cfg.weight_decay, betas, cfg.muon)
 
             def step(turn):
-                frame_ids = vla.sample_order(cfg, len(frames.train), turn)
+                frame_ids = vla.sample_order(cfg, frames.train, turn)
                 fetched = vla.Fetched(frame_ids, source.read(frame_ids))
                 loss, _ = vla.flow_loss(head, source, frames, cfg, turn, fetched, dist)
                 return training_step(loss, head, optimizer)
@@ -902,17 +901,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("command", choices=COMMANDS)
     add("--device", default="cpu", choices=["cpu", "cuda"])
     add("--size", choices=SIZES, help="backbone (head: tiny-vlm, else tiny)")
-    add("--repeats", type=int, default=9, help="measured turns")
+    add("--repeats", type=count, default=9, help="measured turns")
     add("--json", action="store_true", help="print the JSON line alone")
     add("--keep-memory", action="store_true", help="glibc keeps freed memory, for both sides")
-    add("--prompts", type=int, default=4, help="rollout, grpo: prompts")
-    add("--group", type=int, default=8, help="rollout, grpo: completions a prompt")
-    add("--new-tokens", type=int, default=64, help="rollout, grpo: tokens a completion")
-    add("--image", type=int, help="side of the images, pixels (tiny-vlm: 64, else 112)")
-    add("--batch", type=int, help="sft: rows (24); head: frames (that of the preset)")
-    add("--vl-layers", type=int, help="head: self-attention over the features (the preset's)")
-    add("--chunks", type=int, default=4096, help="fast: chunks a batch")
-    add("--peak-tflops", type=float, default=989.0, help="cuda: peak of the GPU in bf16")
+    add("--prompts", type=count, default=4, help="rollout, grpo: prompts")
+    add("--group", type=count, default=8, help="rollout, grpo: completions a prompt")
+    add("--new-tokens", type=count, default=64, help="rollout, grpo: tokens a completion")
+    add("--image", type=count, help="side of the images, pixels (tiny-vlm: 64, else 112)")
+    add("--batch", type=count, help="sft: rows (24); head: frames (that of the preset)")
+    add("--vl-layers", type=natural, help="head: self-attention over the features (the preset's)")
+    add("--chunks", type=count, default=4096, help="fast: chunks a batch")
+    add("--peak-tflops", type=positive, default=989.0, help="cuda: peak of the GPU in bf16")
     args = parser.parse_args(argv)
     args.ranks = int(os.environ.get("WORLD_SIZE", "0"))  # 0: not under torchrun
     args.size = args.size or ("tiny-vlm" if args.command == "head" else "tiny")
