@@ -4,15 +4,15 @@ In: a checkpoint of sft.py (with its FAST tokenizer) and recorded episodes.
 Out: the same model with all weights trained, whose thoughts lead to better action tokens.
 1. draw prompts (image, instruction) at recorded steps; target: the FAST ids of the next K actions
 2. sample G completions of each: <think>words</think><answer>action tokens</answer>
-3. reward (r_f + r_a) / 2: r_f well formed and decodable, r_a common prefix with target / max(m, n),
-   and 0 where r_f is 0
+3. reward (r_f + r_a) / 2: r_f well formed and decodable, r_a common prefix with target / max(m, n)
 4. advantage of a completion: (r - mean) / (std + 1e-6) in its group of G (GRPO, 2402.03300)
 5. a few updates a rollout, each on its own prompts: clipped ratio, dual clip, mean over tokens
 6. + 0.01 x KL (k3) to the model that RL started from, in the loss; repeat
-Our deviations: r_a is over max(m, n), the paper's over the target's m, so surplus tokens cost.
-Groups whose rewards are all equal are not forwarded (--no-skip-zero-std does), so they get no KL
-either, but their tokens are in the mean. The G completions of a prompt share its keys and values,
-in sampling and update: same gradients. A first reader may skip the section "Log-probabilities".
+Our deviations: r_a is over max(m, n), the paper's over the target's m, so surplus tokens cost; and
+it is 0 where r_f is 0. Groups whose rewards are all equal are not forwarded (--no-skip-zero-std
+does): they get no gradient of the KL either, while their tokens stay in the mean's divisor. The G
+completions of a prompt share its keys and values, in sampling and update: same gradients. A first
+reader may skip the section "Log-probabilities".
 
 Reads --init, --data. Writes runs/grpo/{log.jsonl, step_*/, final/}.
 python grpo.py                                   # tabletop, one CPU process
@@ -45,6 +45,8 @@ from fast_tokenizer import (
     normalize,
     read_episodes,
     split_episodes,
+    split_record,
+    warn_of_other_split,
 )
 
 if __name__ == "__main__":
@@ -82,6 +84,7 @@ class Config:
     clip_high: NonNegative = 0.3  # ratio at most 1 + this
     dual_clip: NonNegative = 3.0  # loss at most this x |A| where the advantage A < 0; 0: off
     kl_coef: NonNegative = 0.01  # weight of the KL to the initial model; 0: none is kept
+    recompute_old_logp: bool = False  # ratios to the update's own log-probs, not the sampler's
     skip_zero_std: bool = True  # do not forward groups whose rewards are all equal
     # optimizer
     batch: Count = 16  # prompts an update, all ranks together; prompts / batch updates a step
@@ -99,7 +102,7 @@ class Config:
     shards: Natural = 0  # ranks that share a copy of the weights, others mirror it; 0: all
     timeout_hours: Positive = 6.0  # ranks wait so long for the slowest, as when it downloads
     eval_every: Natural = 25  # steps between held-out evaluations, also at the end; 0: never
-    eval_prompts: Count = 64  # held-out prompts, fixed over the run
+    eval_prompts: Count = 64  # held-out prompts, fixed over the run; at most one a step
     show_every: Natural = 10  # steps between printed rollouts; 0: never
     save_every: Natural = 50  # steps between checkpoints with optimizer; 0: only the final one
     keep: Natural = 0  # newest of these that stay; 0: all
@@ -359,21 +362,19 @@ def token_logp(
     ids: torch.Tensor,
     temperature: float = 1.0,
     banned: Sequence[int] = (),
-) -> Sequence[torch.Tensor]:
-    """hidden (N, D), ids (N,) -> logp (N,), entropy (N,), fp32 nats, no gradient in the entropy.
-    banned: ids of probability 0, as in model.generate; here -1e9, as 0 * -inf has no entropy."""
+) -> torch.Tensor:
+    """hidden (N, D), ids (N,) -> log-probabilities (N,), fp32 nats. banned: ids of probability 0,
+    as in model.generate."""
 
     def score(logits, ids):  # logits (n, V), in place where that spares a pass
         if temperature != 1:
             logits = logits / temperature
         if len(banned):
-            logits.index_fill_(-1, torch.as_tensor(banned, device=logits.device), -1e9)
-        all_logp = logits.log_softmax(-1)
-        with torch.no_grad():
-            entropy = -(all_logp.exp() * all_logp).sum(-1)
-        return all_logp.gather(-1, ids[:, None])[:, 0], entropy
+            logits.index_fill_(-1, torch.as_tensor(banned, device=logits.device), -torch.inf)
+        return (logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0],)
 
-    return model.score_in_slices(net, score, hidden, ids)
+    (logp,) = model.score_in_slices(net, score, hidden, ids)
+    return logp
 
 
 def completion_logp(
@@ -382,12 +383,12 @@ def completion_logp(
     ids: torch.Tensor,
     mask: torch.Tensor,
     temperature: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """Log-probabilities of G completions of each of B prompts, with gradient, a prompt forwarded
     once. Equals forwarding B * G full rows.
 
     rows: B prompts; ids, mask (B*G, T) padded right, completion g of prompt b in row b*G + g.
-    -> logp, entropy (B*G, T) fp32, 0 where mask is 0."""
+    -> (B*G, T) fp32, 0 where mask is 0."""
     (N, T), device = ids.shape, ids.device
     G = N // len(rows)
     # 1. the prompts; the last hidden state of each predicts the first token of its completions
@@ -410,11 +411,10 @@ def completion_logp(
     before = last.repeat_interleave(G, 0)[:, None]  # (B*G, 1, D)
     hidden = torch.cat([before, hidden[:, : T - 1]], 1)  # (B*G, T, D)
     counted = mask.bool()
-    logp, entropy = token_logp(
+    logp = token_logp(
         backbone.net, hidden[counted], ids[counted], temperature, backbone.vocab.banned
     )
-    zeros = torch.zeros(N, T, device=device)
-    return zeros.masked_scatter(counted, logp), zeros.masked_scatter(counted, entropy)
+    return torch.zeros(N, T, device=device).masked_scatter(counted, logp)
 
 
 # ---- Rollout -------------------------------------------------------------------------------------
@@ -427,16 +427,16 @@ class Group:
     row: Row
     ids: torch.Tensor  # (G, T) long
     mask: torch.Tensor  # (G, T) long
-    old_logp: torch.Tensor  # (G, T) fp32, at sampling
+    old_logp: torch.Tensor  # (G, T) fp32, at sampling; see recompute_old_logp
     advantages: torch.Tensor  # (G,) fp32
     zero_std: bool  # all rewards are equal: no advantage
 
 
 METRICS = [
     "reward", "r_f", "r_a", "tags", "markers", "decodes", "frac_reward_zero_std",
-    "completion_length", "truncated", "distinct_thoughts", "distinct_actions",
+    "completion_length", "truncated", "distinct_thoughts", "distinct_actions", "entropy",
 ]  # fmt: skip
-Sums = dict[str, list[float]]  # metric -> [sum, count] over completions or groups of this rank
+Sums = dict[str, list[float]]  # metric -> [sum, count] over completions, groups or tokens of a rank
 
 
 def rollout(
@@ -488,6 +488,9 @@ def rollout(
             zero_std=bool(zero_std[b]),
         )
         groups.append(group)
+    # -log p of what was sampled: its mean is the entropy, of all groups, and costs no forward
+    surprise = -samples["logp"][samples["mask"].bool()].cpu()  # (tokens,)
+    diagnostics["entropy"] = surprise.numpy()
     sums = rollout_metrics(backbone, token_ids, r, diagnostics, zero_std, G)
     text = backbone.tokenizer.decode(token_ids[0])
     target_text = model.action_answer(targets[0])
@@ -555,10 +558,17 @@ def replace_zero_std_groups(backbone, cfg, episodes, groups, prompt_numbers, sum
 # ---- Update --------------------------------------------------------------------------------------
 
 
-def group_loss(
-    backbone: Backbone, reference: Backbone | None, groups: list[Group], cfg: Config
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss of some groups summed over their tokens, and the sums that are logged."""
+class Stacked(NamedTuple):
+    """B groups, padded right to the longest."""
+
+    rows: list[Row]
+    ids: torch.Tensor  # (B*G, T) long
+    mask: torch.Tensor  # (B*G, T) long
+    old_logp: torch.Tensor  # (B*G, T)
+    advantages: torch.Tensor  # (B*G, 1)
+
+
+def stack_groups(groups: list[Group]) -> Stacked:
     T = max(group.ids.shape[1] for group in groups)
 
     def stack(name):  # -> (B*G, T)
@@ -566,13 +576,20 @@ def group_loss(
         return torch.cat([pad(tensor, (0, T - tensor.shape[1])) for tensor in tensors])
 
     rows = [group.row for group in groups]
-    ids, mask, old_logp = stack("ids"), stack("mask"), stack("old_logp")
-    advantages = torch.cat([group.advantages for group in groups])[:, None]  # (B*G, 1)
+    advantages = torch.cat([group.advantages for group in groups])[:, None]
+    return Stacked(rows, stack("ids"), stack("mask"), stack("old_logp"), advantages)
+
+
+def group_loss(
+    backbone: Backbone, reference: Backbone | None, groups: list[Group], cfg: Config
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss of some groups summed over their tokens, and the sums that are logged."""
+    rows, ids, mask, old_logp, advantages = stack_groups(groups)
     ref_logp = None
     if reference is not None:
         with torch.no_grad():
-            ref_logp, _ = completion_logp(reference, rows, ids, mask, cfg.temperature)
-    logp, entropy = completion_logp(backbone, rows, ids, mask, cfg.temperature)
+            ref_logp = completion_logp(reference, rows, ids, mask, cfg.temperature)
+    logp = completion_logp(backbone, rows, ids, mask, cfg.temperature)
     # old_logp is what the sampler said, so the first update of a rollout is on-policy
     loss, logged = policy_loss(
         logp,
@@ -585,7 +602,68 @@ def group_loss(
         dual_clip=cfg.dual_clip,
         kl_coef=cfg.kl_coef,
     )
-    return loss, {**logged, "entropy": entropy.sum(), "forwarded": mask.sum()}
+    return loss, {**logged, **gap_sums(logp.detach(), old_logp, mask, cfg)}
+
+
+def gap_sums(
+    logp: torch.Tensor, old_logp: torch.Tensor, mask: torch.Tensor, cfg: Config
+) -> dict[str, torch.Tensor]:
+    """Sums over tokens of |logp - old_logp|, "gap", of those whose ratio is "outside" the clip
+    range, and their number, "forwarded". Before a rollout's first update the two are of the same
+    weights, and what they differ by is the sampler's doing."""
+    difference = torch.where(mask.bool(), logp - old_logp, 0.0)
+    ratio = difference.exp()
+    is_outside = (ratio < 1 - cfg.clip_low) | (ratio > 1 + cfg.clip_high)
+    return {"gap": difference.abs().sum(), "outside": is_outside.sum(), "forwarded": mask.sum()}
+
+
+def micro_batches_of(groups: list[Group], cfg: Config) -> list[list[Group]]:
+    """This rank's groups of an update that are forwarded, as many at once as memory allows. All
+    ranks get as many micro-batches, since under FSDP each forward is collective: a rank that has
+    none left forwards one token that does not count."""
+    learning = [group for group in groups if not (group.zero_std and cfg.skip_zero_std)]
+    micro_batches = [
+        learning[i : i + cfg.micro_batch] for i in range(0, len(learning), cfg.micro_batch)
+    ]
+    idle = [idle_group(groups[0])]
+    return micro_batches + [idle] * (all_max(len(micro_batches)) - len(micro_batches))
+
+
+@torch.no_grad()
+def recompute_old_logp(
+    backbone: Backbone, batches: list[list[Group]], cfg: Config
+) -> dict[str, float]:
+    """Before the first update of a rollout: in the groups of its update batches the update's own
+    log-probabilities take the place of the sampler's. -> gap_sums() between the two, over all
+    ranks; {} when nothing is forwarded."""
+    sums = Counter()
+    for batch in batches:
+        for micro_batch in micro_batches_of(batch, cfg):
+            rows, ids, mask, old_logp, _ = stack_groups(micro_batch)
+            logp = completion_logp(backbone, rows, ids, mask, cfg.temperature)
+            for name, value in gap_sums(logp, old_logp, mask, cfg).items():
+                sums[name] += float(value)
+            for group, group_logp in zip(micro_batch, logp.split(cfg.group), strict=True):
+                group.old_logp = group_logp[:, : group.ids.shape[1]]
+    return dict(zip(sums, all_sum(list(sums.values())), strict=True))
+
+
+LARGE_GAP = 0.01  # share of the sampled tokens
+
+
+def gap_metrics(sums: dict[str, float], step: int, dist: Dist) -> dict[str, float]:
+    """What is logged of gap_sums() at a rollout's first update; a line where they are too large."""
+    if not sums:  # nothing was forwarded, so nothing was measured
+        return {}
+    gap = sums["gap"] / sums["forwarded"]
+    outside = sums["outside"] / sums["forwarded"]
+    if outside > LARGE_GAP and dist.rank == 0:
+        print(
+            f"warning: step {step}: {outside:.1%} of the sampled tokens are outside the clip range "
+            f"before the first update (sampler and update differ by {gap:.2g} nats a token); try "
+            "--recompute-old-logp"
+        )
+    return {"sampler_gap": gap, "sampler_outside_clip": outside}
 
 
 def update_step(
@@ -611,16 +689,10 @@ def update_step(
     divisor = tokens
     if cfg.advantage == "drgrpo":
         divisor = cfg.batch * cfg.group * cfg.max_new_tokens
-    # 2. micro-batches; a rank that has none left forwards one token that does not count
-    learning = [group for group in groups if not (group.zero_std and cfg.skip_zero_std)]
-    micro_batches = [
-        learning[i : i + cfg.micro_batch] for i in range(0, len(learning), cfg.micro_batch)
-    ]
-    forwards = all_max(len(micro_batches))
-    if forwards == 0:
+    # 2. micro-batches
+    micro_batches = micro_batches_of(groups, cfg)
+    if not micro_batches:
         return {}
-    idle = [idle_group(groups[0])]
-    micro_batches += [idle] * (forwards - len(micro_batches))
     # 3. forward and backward
     check = partial(model.stop_if_not_finite, cfg.out, when, dist, arrays_of(groups))
     sums = Counter()
@@ -665,16 +737,27 @@ def arrays_of(groups: list[Group]) -> Iterator[dict]:
 # ---- Evaluation ----------------------------------------------------------------------------------
 
 
+def held_out_prompts(
+    backbone: Backbone, cfg: Config, held_out: list[EpisodeFile], dist: Dist
+) -> tuple[list[Row], list[list[int]]]:
+    """This rank's share of --eval-prompts steps, spread evenly over the held-out episodes; each
+    step once, also where there are fewer. -> rows, targets."""
+    n = int(chunk_ends(held_out, backbone.action_tokenizer.horizon)[-1])
+    frames = np.linspace(0, n - 1, min(cfg.eval_prompts, n)).astype(int)
+    return prompt_rows(backbone, held_out, frames[dist.rank :: dist.world_size])
+
+
 def evaluate(
     backbone: Backbone, cfg: Config, rows: list[Row], targets: list[list[int]], dist: Dist
 ) -> dict[str, float]:
     """Held-out reward, greedy and sampled; the same prompts and draws each time, other draws than
-    in training (seed + 1)."""
-    keys = range(dist.rank, cfg.eval_prompts, dist.world_size)
+    in training (seed + 1). rows, targets: this rank's, as held_out_prompts() gives them."""
+    keys = [dist.rank + i * dist.world_size for i in range(len(rows))]
     metrics = {}
     for style, G in (("greedy", 1), ("sampled", cfg.group)):
         is_greedy = style == "greedy"
-        _, sums, _ = rollout(backbone, cfg, rows, targets, keys, cfg.seed + 1, G, is_greedy)
+        with model.unsharded(backbone.net):
+            _, sums, _ = rollout(backbone, cfg, rows, targets, keys, cfg.seed + 1, G, is_greedy)
         mean = means(sums)
         for name in ("reward", "r_f", "r_a"):
             metrics[f"eval_{style}_{name}"] = mean[name]
@@ -686,12 +769,14 @@ def evaluate(
 
 def check_config(cfg: Config) -> None:
     """ValueError naming the cure when the settings do not fit together."""
-    if cfg.batch < 1 or cfg.prompts % cfg.batch:
+    if cfg.prompts % cfg.batch:
         raise ValueError(f"--prompts {cfg.prompts} must be a multiple of --batch {cfg.batch}")
-    if cfg.group < 2 or cfg.micro_batch < 1:
+    if cfg.group < 2:
+        raise ValueError(f"--group {cfg.group}; an advantage needs at least 2 completions")
+    if 0 < cfg.dual_clip <= 1:
         raise ValueError(
-            f"--group {cfg.group}; an advantage needs at least 2 completions, and "
-            f"--micro-batch {cfg.micro_batch} at least 1 prompt"
+            f"--dual-clip {cfg.dual_clip} bounds tokens that have not changed; give more than 1, "
+            "or 0 for none"
         )
     if cfg.advantage not in ("grpo", "drgrpo") or cfg.reward not in REWARDS:
         raise ValueError(
@@ -733,6 +818,8 @@ def prepare(cfg: Config, dist: Dist) -> Prepared:
     betas = (0.9, cfg.beta2)
     optim = model.make_optimizer(backbone.net, cfg.lr, cfg.weight_decay, betas)
     first_step, _ = model.load_train_state(resume_from, backbone.net, optim)
+    if first_step > cfg.steps:
+        raise ValueError(f"{resume_from}: is past --steps {cfg.steps}; give {first_step} or more")
     return Prepared(backbone, reference, optim, episodes, held_out, first_step)
 
 
@@ -744,23 +831,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     backbone, reference, optim, episodes, held_out, first_step = prepare(cfg, dist)
     horizon = backbone.action_tokenizer.horizon
     frame_count = int(chunk_ends(episodes, horizon)[-1])  # steps with a whole chunk
-    held_out_frame_count = int(chunk_ends(held_out, horizon)[-1])
-    eval_frames = np.linspace(0, held_out_frame_count - 1, cfg.eval_prompts).astype(int)
-    local_eval_frames = eval_frames[dist.rank :: dist.world_size]
-    eval_rows, eval_targets = prompt_rows(backbone, held_out, local_eval_frames)
-    run = {"stage": "grpo", "config": asdict(cfg), "parent": cfg.init}
+    eval_rows, eval_targets = held_out_prompts(backbone, cfg, held_out, dist)
+    split = [split_record([*episodes, *held_out], held_out)]
+    if dist.rank == 0:
+        warn_of_other_split(backbone.run.get("split", []), split)
+    run = {"stage": "grpo", "config": asdict(cfg), "parent": cfg.init, "split": split}
     save_checkpoint = partial(model.save, what=backbone, optim=optim)
     model.stop_on_sigterm()
     log = model.Log(cfg.out, cfg, dist)
 
-    for step in range(first_step, cfg.steps + 1):
-        is_last = step == cfg.steps
-        if cfg.eval_every and (step % cfg.eval_every == 0 or is_last):
-            with model.unsharded(backbone.net):
-                metrics = evaluate(backbone, cfg, eval_rows, eval_targets, dist)
-            log.write(step=step, **metrics)
-        if is_last:
-            break
+    for step in range(first_step, cfg.steps):
+        if cfg.eval_every and step % cfg.eval_every == 0:
+            log.write(step=step, **evaluate(backbone, cfg, eval_rows, eval_targets, dist))
         start_time = time.perf_counter()
 
         # 1. draw this rank's prompts
@@ -786,13 +868,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         backbone.net.train()
         local_batch = cfg.batch // dist.world_size
+        batches = [groups[i : i + local_batch] for i in range(0, len(groups), local_batch)]
+        first = {}  # sums of the first update that forwarded something
+        if cfg.recompute_old_logp:
+            first = recompute_old_logp(backbone, batches, cfg)
         total = Counter()
-        for i in range(0, len(groups), local_batch):
-            when = f"step {step}, update {i // local_batch}"
-            batch = groups[i : i + local_batch]
-            total.update(  # a Counter: it adds
-                update_step(backbone, reference, optim, batch, cfg, dist, when)
-            )
+        for i, batch in enumerate(batches):
+            when = f"step {step}, update {i}"
+            sums_of_update = update_step(backbone, reference, optim, batch, cfg, dist, when)
+            first = first or sums_of_update
+            total.update(sums_of_update)  # a Counter: it adds
         update_time = time.perf_counter()
 
         # The loss is no sign of progress: at the first update of a rollout it is near 0 whatever
@@ -806,7 +891,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             **means(sums),
             clip_fraction=total["clipped"] / forwarded,
             kl=total["kl"] / forwarded,
-            entropy=total["entropy"] / forwarded,
+            **gap_metrics(first, step, dist),
             loss=total["loss"] / updates,
             grad_norm=total["grad_norm"] / updates,
             updates=total["updates"],
@@ -818,7 +903,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         if cfg.show_every and done % cfg.show_every == 0:
             log.write(step=done, rollout=shown)
         model.save_step(cfg, done, run, save_checkpoint)
-    model.save(Path(cfg.out) / "final", backbone, {**run, "step": cfg.steps})
+    # a last evaluation that fails loses nothing
+    final = Path(cfg.out) / "final"
+    model.save(final, backbone, {**run, "step": cfg.steps})
+    if cfg.eval_every:
+        metrics = evaluate(backbone, cfg, eval_rows, eval_targets, dist)
+        log.write(step=cfg.steps, **metrics)
+        model.add_metrics(final, metrics)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ is RoboAlign, arXiv 2603.21341. A checkpoint is a folder that plain transformers
 |-------------------------|------------------------------------------------------------------|
 | Prompts and answers     | all stages                                                       |
 | Backbone and vocabulary | all stages                                                       |
-| Images and rows         | all stages; `patchify` and `mrope_positions` may be skipped      |
+| Images and rows         | all stages; `cut_patches`, `mrope_positions` may be skipped      |
 | Forward                 | all stages                                                       |
 | Sampler                 | grpo.py; `generate`, then `Decoder`; CUDA graphs may be skipped  |
 | Sharding                | who runs on several GPUs                                         |
@@ -26,6 +26,7 @@ import ctypes
 import datetime
 import functools
 import inspect
+import itertools
 import json
 import os
 import platform
@@ -264,6 +265,9 @@ class Backbone:
     action_tokenizer: FastTokenizer | None = None
     run: dict = field(default_factory=dict)  # run.json of the checkpoint it came from
 
+    def __post_init__(self):
+        self.net.image_spec = self.image_spec  # by which a forward cuts and normalises images
+
 
 def find_checkpoint(path: str | Path) -> str | Path:
     """A folder with config.json: `path` itself, else its final/, else its newest step_*; or `path`
@@ -352,7 +356,7 @@ class Row(TypedDict):
     ids: np.ndarray  # (T,) int64
     target: np.ndarray  # (T,) bool: the assistant's turns, <|im_end|> among them
     positions: np.ndarray  # (3, T) int64, M-RoPE
-    patches: np.ndarray | None  # (P, .) float32, of all its images
+    pixels: np.ndarray | None  # (N,) uint8, of all its images one after the other
     grid: np.ndarray  # (images, 3) int64: time, rows and columns of patches
     sample_id: NotRequired[str]  # where it comes from, "file:row"
 
@@ -364,32 +368,52 @@ class Batch(TypedDict):
     mask: torch.Tensor  # (B, T) long
     target: torch.Tensor  # (B, T) bool
     positions: torch.Tensor  # (3, B, T) long
-    patches: torch.Tensor | None  # (P, .) float32, of all images of all rows
+    pixels: torch.Tensor | None  # (N,) uint8, of all images of all rows
     grid: torch.Tensor | None  # (images, 3) long
     lengths: NotRequired[list[int]]  # of the rows in a pack, which do not see each other
     sample_id: NotRequired[list[str]]
 
 
-def patchify(image: np.ndarray, spec: ImageSpec) -> tuple[np.ndarray, tuple[int, int, int]]:
-    """image uint8 (H, W, 3) -> patches (P, 3 * temporal * patch * patch) float32, grid (1, h, w).
-    Equals the Pillow image processor of transformers' Qwen2-VL, without its overhead."""
+def image_grid(height: int, width: int, spec: ImageSpec) -> tuple[int, int, int]:
+    """Size of an image in pixels -> its grid (1, h, w) of patches, once resized to whole tokens."""
+    unit = spec.patch * spec.merge  # pixels of a token's side
+    height, width = smart_resize(height, width, unit, spec.min_pixels, spec.max_pixels)
+    return 1, height // spec.patch, width // spec.patch
+
+
+def fit_image(image: np.ndarray, spec: ImageSpec) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """image uint8 (H, W, 3) -> its pixels (N,) uint8, resized to whole tokens, and grid (1, h, w).
+    The rest is left to the GPU, which receives an eighth of the bytes: cut_patches()."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"image is {image.dtype} {image.shape}; give uint8 (H, W, 3)")
-    # 1. resize to whole tokens
-    unit = spec.patch * spec.merge  # pixels of a token's side
-    height, width = smart_resize(*image.shape[:2], unit, spec.min_pixels, spec.max_pixels)
+    grid = image_grid(*image.shape[:2], spec)
+    height, width = grid[1] * spec.patch, grid[2] * spec.patch
     if (height, width) != image.shape[:2]:
         image = np.asarray(Image.fromarray(image).resize((width, height), Image.BICUBIC))
+    return image.reshape(-1), grid
+
+
+def cut_patches(pixels: torch.Tensor, grid: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
+    """Pixels (N,) uint8 of images of grid (images, 3) -> patches (P, 3 * temporal * patch * patch)
+    fp32, on the same device. Equals the Pillow image processor of transformers' Qwen2-VL."""
+    # 1. cut into patches, those of a token together; neighbours of one size at once
+    p, m = spec.patch, spec.merge
+    cut = []
+    start = 0
+    for (_, h, w), same_size in itertools.groupby(grid.tolist()):
+        n = len(list(same_size))
+        end = start + n * h * w * p * p * 3
+        x = pixels[start:end].view(n, h // m, m, p, w // m, m, p, 3)
+        x = x.permute(0, 1, 4, 2, 5, 7, 3, 6)  # (n, h/m, w/m, m, m, 3, p, p)
+        cut.append(x.reshape(n * h * w, 3, p * p))
+        start = end
     # 2. normalise
     mean, std = np.float32(spec.mean), np.float32(spec.std)
-    x = image * (1 / (255 * std)) - mean / std  # (H, W, 3)
-    # 3. cut into patches, those of a token together
-    p, m = spec.patch, spec.merge
-    h, w = height // p, width // p
-    x = x.reshape(h // m, m, p, w // m, m, p, 3)
-    x = x.transpose(0, 3, 1, 4, 6, 2, 5)  # (h/m, w/m, m, m, 3, p, p)
-    x = np.broadcast_to(x[:, :, :, :, :, None], (*x.shape[:5], spec.temporal, p, p))
-    return np.ascontiguousarray(x.reshape(h * w, -1), np.float32), (1, h, w)
+    scale = torch.from_numpy(1 / (255 * std)).to(pixels.device)
+    shift = torch.from_numpy(mean / std).to(pixels.device)
+    patches = torch.cat(cut) * scale[:, None] - shift[:, None]  # (P, 3, p * p)
+    # 3. repeat a still image in time
+    return patches[:, :, None].expand(-1, -1, spec.temporal, -1).flatten(1)
 
 
 def mrope_positions(ids: np.ndarray, grid: np.ndarray, image_id: int, merge: int) -> np.ndarray:
@@ -419,14 +443,27 @@ def mrope_positions(ids: np.ndarray, grid: np.ndarray, image_id: int, merge: int
     return positions
 
 
-@functools.lru_cache(1 << 15)  # most pieces of a conversation repeat
+def check_text(text: str) -> None:
+    """ValueError when a string is no Unicode text and cannot be tokenized: JSON may hold half of an
+    emoji, a lone surrogate. All other characters are kept (in the tokenizer's NFC)."""
+    half = re.search("[\ud800-\udfff]", text)
+    if half:
+        raise ValueError(
+            f"half a character, {half[0]!r}, in {text[max(0, half.start() - 20) :][:40]!r}; write "
+            "the whole one, or delete it"
+        )
+
+
+@functools.lru_cache(1 << 12)  # most pieces of a conversation repeat; a server keeps all its life
 def _token_ids(tokenizer, vocabulary_size, text):
     """vocabulary_size: part of the key, because a vocabulary that grows changes the answer."""
     return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def check_tags(messages: Sequence[dict], n_images: int) -> None:
-    """ValueError unless there is an "<image>" in the messages for each image."""
+def check_messages(messages: Sequence[dict], n_images: int) -> None:
+    """ValueError unless all contents are text, with one "<image>" for each image."""
+    for message in messages:
+        check_text(message["content"])
     tags = sum(message["content"].count("<image>") for message in messages)
     if tags != n_images:
         raise ValueError(f'{tags} "<image>" but {n_images} images; write one tag for each image')
@@ -444,9 +481,9 @@ def encode(
 
     messages: [{"role", "content"}], "<image>" in a content stands for the next of `images` (uint8
     (H, W, 3)). prompt_only: opens the assistant's turn behind the last message.
-    ValueError when tags and images disagree."""
+    ValueError when tags and images disagree, or a content is no text."""
     # 1. check, and open as the family does
-    check_tags(messages, len(images))
+    check_messages(messages, len(images))
     if backbone.net.config.model_type == "qwen2_5_vl" and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": SYSTEM_PROMPT}, *messages]
     # 2. pieces of text, each with whether it is learned. The assistant's turns are split where
@@ -471,8 +508,8 @@ def encode(
     ids = np.array(id_list, np.int64)
     target = np.array(target_list)
     # 4. images: the one token of each becomes as many as it has merged patches
-    cut_images = [patchify(image, backbone.image_spec) for image in images]
-    grid = np.array([image_grid for _, image_grid in cut_images], np.int64).reshape(-1, 3)
+    fitted = [fit_image(image, backbone.image_spec) for image in images]
+    grid = np.array([grid_of_image for _, grid_of_image in fitted], np.int64).reshape(-1, 3)
     is_image = ids == backbone.vocab.image
     repeats = np.ones(len(ids), np.int64)
     repeats[is_image] = grid.prod(1) // backbone.image_spec.merge**2
@@ -481,7 +518,7 @@ def encode(
         "ids": ids,
         "target": target,
         "positions": mrope_positions(ids, grid, backbone.vocab.image, backbone.image_spec.merge),
-        "patches": np.concatenate([patches for patches, _ in cut_images]) if cut_images else None,
+        "pixels": np.concatenate([pixels for pixels, _ in fitted]) if fitted else None,
         "grid": grid,
     }
 
@@ -507,12 +544,12 @@ def collate(
         target[b, columns] = row["target"]
         positions[:, b, columns] = row["positions"]
     arrays = {"ids": ids, "mask": mask, "target": target, "positions": positions}
-    with_images = [row for row in images or rows if row["patches"] is not None]
+    with_images = [row for row in images or rows if row["pixels"] is not None]
     if with_images:
-        arrays["patches"] = np.concatenate([row["patches"] for row in with_images])
+        arrays["pixels"] = np.concatenate([row["pixels"] for row in with_images])
         arrays["grid"] = np.concatenate([row["grid"] for row in with_images])
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return {"patches": None, "grid": None, **tensors}
+    return {"pixels": None, "grid": None, **tensors}
 
 
 def to_device(batch: Batch, device: str | torch.device) -> Batch:
@@ -643,10 +680,10 @@ def forget_forwards(net: nn.Module) -> None:
 def _hidden_states(net, batch, cache):
     # 1. what is seen
     ids = batch["ids"]
-    if batch.get("patches") is not None:
+    if batch.get("pixels") is not None:
         inputs = {
             "input_ids": ids,
-            "pixel_values": batch["patches"],
+            "pixel_values": cut_patches(batch["pixels"], batch["grid"], net.image_spec),
             "image_grid_thw": batch["grid"],
         }
     elif cache is None and (isinstance(net, fsdp.FSDPModule) or _trains(net.model.visual)):
@@ -1264,6 +1301,12 @@ def shard(
     return net
 
 
+def replicate(net: nn.Module, dist: Dist) -> None:
+    """All of a net on the device of each rank, with the weights that rank 0 has read. For one that
+    is not trained: its gradients would stay each rank's own."""
+    _receive(net, dist)
+
+
 def _receive(unit, dist):
     """Moves what is not sharded yet to the device, with the values that rank 0 has."""
     received = {}  # old tensor -> new one: a tied tensor stays one
@@ -1481,7 +1524,7 @@ MAY_CHANGE_ON_RESUME = [
     "max_length", "max_pixels", "too_long", "outside_images", "changed_data", "loader_threads",
     "cuda_graphs", "recompute", "shards", "cpu_offload", "cache", "cache_dir", "probe_prompts",
     "eval_rows", "eval_prompts", "eval_every", "save_every", "log_every", "show_every",
-    "timeout_hours",
+    "timeout_hours", "shard_backbone",
 ]  # fmt: skip
 TENSORS_A_FILE = 64  # of train_state/: DCP puts each file together in memory
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2

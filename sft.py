@@ -557,17 +557,16 @@ class RowSize(NamedTuple):
 
 
 def image_tokens(spec: model.ImageSpec, height: int, width: int) -> int:
-    """Tokens of an image of so many pixels, as model.patchify() cuts it."""
-    unit = spec.patch * spec.merge
-    rows, columns = model.smart_resize(height, width, unit, spec.min_pixels, spec.max_pixels)
-    return rows * columns // unit**2
+    """Tokens of an image of so many pixels."""
+    _, rows, columns = model.image_grid(height, width, spec)  # of patches
+    return rows * columns // spec.merge**2
 
 
 def row_size(backbone: model.Backbone, outline: Outline, max_length: int) -> RowSize:
     """How long a row is. ValueError when its tags and images disagree, or it cannot be encoded."""
     messages, image_sizes = outline
     spec = backbone.image_spec
-    model.check_tags(messages, len(image_sizes))
+    model.check_messages(messages, len(image_sizes))
 
     def tokens_of_images(spec):
         return sum(image_tokens(spec, *size) for size in image_sizes)

@@ -18,7 +18,9 @@ OMP_NUM_THREADS=1 python vla.py              # tabletop; 12 minutes on one CPU c
 python vla.py speedrun --init I --data D     # I, D as in speedrun.sh; 6 minutes on one CPU core.
                                  # After SFT and RL 76% of 1,000 trials succeed [73.7, 78.9]
 torchrun --nproc_per_node 8 vla.py paper --init runs/grpo-paper --data data/libero
-                                             # 8 GPUs; not run here at full size
+                                 # 8 GPUs, both cameras; not run here at full size. An image of
+                                 # 128 px (LIBERO as published) is 25 tokens for Qwen2.5-VL, one
+                                 # of 256 px 81; for Qwen3-VL either is 64
 
 Read first: Config, "Flow-matching head", main. "Data" and "Features of the frozen backbone" can
 wait; "Policy" and "Carrying out chunks" are for who drives a robot.
@@ -31,13 +33,14 @@ D width, H attention heads, d head width, L layers of the backbone. A mask is 1 
 import copy
 import functools
 import hashlib
+import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 
@@ -55,7 +58,9 @@ from fast_tokenizer import (
     read_episodes,
     read_stats,
     split_episodes,
+    split_record,
     unnormalize,
+    warn_of_other_split,
 )
 
 if __name__ == "__main__":
@@ -63,6 +68,7 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import distributed, nn
@@ -120,6 +126,7 @@ class Config:
 
     # time and memory: the results are the same up to rounding
     cache: str = "features"  # features: the backbone runs once, before training; none: in each step
+    shard_backbone: bool = False  # with cache none: shard it even where each rank has room for it
     shards: Natural = 0  # ranks that share a copy of the weights, more nodes mirror it; 0: all
 
     # does not affect results
@@ -141,7 +148,8 @@ PRESETS = {
         "steps": 2200, "lr": 4e-3, "muon": True, "save_every": 0,
     },
     "paper": {
-        "init": "runs/grpo-paper", "data": "data/libero", "out": "runs/vla-paper", "horizon": 16,
+        "init": "runs/grpo-paper", "data": "data/libero", "out": "runs/vla-paper",
+        "cameras": "image,image_wrist", "horizon": 16,
         "dim": 1536, "layers": 16, "heads": 32, "vl_layers": 4, "future_tokens": 32, "dropout": 0.2,
         "cache": "none", "steps": 60000, "batch": 32, "draws": 1, "lr": 1e-4, "ema_decay": 0.0,
         "eval_every": 2000, "save_every": 10000,
@@ -150,14 +158,22 @@ PRESETS = {
 
 
 def check_config(cfg: Config) -> None:
-    """ValueError for a flag whose value makes no sense."""
+    """ValueError for what the types of the flags let pass and makes no sense."""
     if cfg.cache not in ("features", "none"):
         raise ValueError(f"--cache {cfg.cache}: choose features or none")
-    if min(cfg.draws, cfg.layers, cfg.stride) < 1 or not 0 <= cfg.ema_decay < 1:
-        raise ValueError(
-            f"--draws {cfg.draws}, --layers {cfg.layers}, --stride {cfg.stride}, "
-            f"--ema-decay {cfg.ema_decay}; the first three start at 1, ema lies in [0, 1)"
-        )
+    cameras = cfg.cameras.split(",")
+    if len(set(cameras)) < len(cameras):
+        raise ValueError(f"--cameras {cfg.cameras}: name each of them once")
+    for name in ("dropout", "beta1", "beta2", "ema_decay"):
+        if getattr(cfg, name) == 1:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} 1: nothing would be learned; give a share below 1")
+    check_width("--dim", cfg.dim, cfg.heads)
+
+
+def check_width(name: str, width: int, heads: int) -> None:
+    if width % heads or width % 2:
+        raise ValueError(f"{name} {width} must be even and a multiple of --heads {heads}")
 
 
 # ---- Data: numbers in memory, frames on disk -----------------------------------------------------
@@ -175,16 +191,13 @@ class FrameDataset:
         mask     1 1  1 0  1 1  1 1
 
     state (N, S) and action (N, K, A) are normalised by q01/q99 -> [-1, 1], not clipped; mask (N, K)
-    is 0 past the end of the episode. train and held are the ranges of frames to train on and to
-    evaluate on; frame_ranges those of each episode.
+    is 0 past the end of the episode. train and held are the numbers of the frames to train on and
+    to evaluate on; frame_ranges holds those of each episode. image_sizes and action_range go into
+    the PolicySpec.
     ValueError naming what does not fit; FileNotFoundError without episodes."""
 
     def __init__(self, cfg: Config):
         self.episodes = read_episodes(cfg.data, cfg.max_episodes)
-        train_episodes = self.episodes
-        if cfg.holdout_share > 0:
-            train_episodes, held_out = split_episodes(self.episodes, cfg.holdout_share)
-            self.episodes = [*train_episodes, *held_out]
         self.cameras = cfg.cameras.split(",")
         self.stats = read_stats(cfg.data, self.episodes)
         self.stride = cfg.stride
@@ -212,17 +225,46 @@ class FrameDataset:
             self.frame_ranges.append(range(end - length, end))
 
         # 3. which are held out
-        train_count = self.frame_ranges[len(train_episodes) - 1].stop
-        self.train = range(train_count)
-        self.held = range(train_count, len(self.mask))
+        train_episodes = self.episodes
+        self.held_out = []  # episodes
+        if cfg.holdout_share > 0:
+            train_episodes, self.held_out = split_episodes(self.episodes, cfg.holdout_share)
+        self.train = self._frames_of(train_episodes)  # numbers of frames
+        self.held = self._frames_of(self.held_out)
+
+        # 4. what a policy that has learned from them should know
+        sizes = self.episodes[0].image_sizes
+        self.image_sizes = {camera: list(sizes[camera]) for camera in self.cameras}
+        actions = np.concatenate([episode.action for episode in train_episodes])  # (., A)
+        self.action_range = {"low": actions.min(0).tolist(), "high": actions.max(0).tolist()}
+
+    def _frames_of(self, episodes):
+        """Episodes -> the numbers of their frames."""
+        chosen = set(episodes)
+        frame_ids = []
+        for episode, frame_range in zip(self.episodes, self.frame_ranges, strict=True):
+            if episode in chosen:
+                frame_ids.extend(frame_range)
+        return np.array(frame_ids, int)
 
     def _check(self, cfg):
         for episode in self.episodes:
+            if not episode.task.strip():
+                raise ValueError(
+                    f"{episode}: its instruction is blank; write one, or delete the episode"
+                )
             for camera in self.cameras:
                 if camera not in episode.cameras:
                     raise ValueError(
                         f"{episode}: no camera {camera!r}; choose --cameras among "
                         f"{', '.join(episode.cameras)}"
+                    )
+                size = episode.image_sizes[camera]
+                first_size = self.episodes[0].image_sizes[camera]
+                if size != first_size:
+                    raise ValueError(
+                        f"{episode}: {camera} is {pixels(size)}, in {self.episodes[0].name} "
+                        f"{pixels(first_size)}; record or convert all episodes at one size"
                     )
         longest = max(len(episode) for episode in self.episodes)
         if not 0 < cfg.horizon <= longest:
@@ -263,13 +305,14 @@ def pass_order(seed: int, frame_count: int, pass_number: int) -> np.ndarray:
     return model.rng(seed, "pass", pass_number).permutation(frame_count)
 
 
-def sample_order(cfg: Config, frame_count: int, step: int) -> np.ndarray:
-    """Numbers of a step's frames (batch,): a function of (seed, step), each frame once a pass."""
-    frame_ids = []
+def sample_order(cfg: Config, train: np.ndarray, step: int) -> np.ndarray:
+    """Those of the frames `train` that a step learns from (batch,): a function of (seed, step),
+    each frame once a pass."""
+    indices = []
     for i in range(step * cfg.batch, (step + 1) * cfg.batch):  # counted over the whole run
-        pass_number, index = divmod(i, frame_count)
-        frame_ids.append(pass_order(cfg.seed, frame_count, pass_number)[index])
-    return np.array(frame_ids)
+        pass_number, index = divmod(i, len(train))
+        indices.append(pass_order(cfg.seed, len(train), pass_number)[index])
+    return train[indices]
 
 
 # ---- Flow-matching head: the idea ----------------------------------------------------------------
@@ -294,6 +337,10 @@ class HeadConfig:
     buckets: int = 1000  # time is rounded down to 1/buckets
     steps: int = 4  # Euler steps when sampling
     dropout: float = 0.0  # after each attention and MLP of the DiT and VL blocks (0.2)
+
+    def __post_init__(self):
+        check_width("head width", self.dim, self.heads)
+        check_width("backbone width", self.vl_dim, self.heads)
 
 
 class Context(NamedTuple):
@@ -379,9 +426,6 @@ class FlowHead(nn.Module):
 
     def __init__(self, cfg: HeadConfig):
         super().__init__()
-        for name, width in (("dim", cfg.dim), ("vl_dim", cfg.vl_dim)):
-            if width % cfg.heads or width % 2:
-                raise ValueError(f"{name} {width} must be even and a multiple of {cfg.heads} heads")
         self.cfg = cfg
         dim = cfg.dim
         # Initial weights are drawn in this order: another order gives other weights.
@@ -527,31 +571,27 @@ def truncate(net: nn.Module, layer: int) -> None:
         config.layer_types = config.layer_types[:layer]
 
 
-def freeze_backbone(backbone: Backbone, layer: int) -> nn.Module:
-    """Cuts the backbone after `layer` of its L blocks (0: round(0.64 L)) and freezes it. -> its
-    final norm, which the features do without and save_policy() puts back."""
-    language_model = backbone.net.model.language_model
-    final_norm = language_model.norm
+def feature_layer(net: nn.Module, layer: int) -> int:
+    """--layer, where 0 means 0.64 L of the L blocks: 18 of 28."""
     # fork point: the feature layer. Which tokens of it are read: encode_prompts().
-    layer = layer or round(0.64 * len(language_model.layers))
-    truncate(backbone.net, layer)
+    return layer or round(0.64 * len(net.model.language_model.layers))
+
+
+def freeze_backbone(backbone: Backbone, layer: int) -> nn.Module:
+    """Cuts the backbone after feature_layer() and freezes it. -> its final norm, which the features
+    do without and save_policy() puts back."""
+    final_norm = backbone.net.model.language_model.norm
+    truncate(backbone.net, feature_layer(backbone.net, layer))
     backbone.net.requires_grad_(False).eval()
     return final_norm
 
 
 def prompt_row(
-    backbone: Backbone, images: Sequence[np.ndarray], instruction: str, think: bool, memo: dict
+    backbone: Backbone, images: Sequence[np.ndarray], instruction: str, think: bool
 ) -> Row:
-    """The action prompt as a row, in training and evaluation alike. The same words and image sizes
-    give the same tokens: the caller's `memo` keeps them, and only the patches are made anew."""
-    key = (instruction, think, *(image.shape for image in images))
-    if key in memo:
-        patches = [model.patchify(image, backbone.image_spec)[0] for image in images]
-        return {**memo[key], "patches": np.concatenate(patches)}
+    """The action prompt as a row, in training and evaluation alike."""
     messages = model.action_prompt(instruction, think, len(images))
-    row = model.encode(backbone, messages, images, prompt_only=True)
-    memo[key] = {**row, "patches": None}
-    return row
+    return model.encode(backbone, messages, images, prompt_only=True)
 
 
 @torch.no_grad()
@@ -574,13 +614,12 @@ class LiveFeatures:
         self.frames = frames
         self.think = cfg.think
         self.device = device
-        self.memo = {}
 
     def read(self, frame_ids: Iterable[int]) -> list[Row]:
         prompts = []
         for frame_id in frame_ids:
             images, instruction = self.frames.observation(frame_id)
-            prompts.append(prompt_row(self.backbone, images, instruction, self.think, self.memo))
+            prompts.append(prompt_row(self.backbone, images, instruction, self.think))
         return prompts
 
     def features(self, prompts: list[Row]) -> Features:
@@ -702,7 +741,7 @@ def fingerprint(
         "backbone": sha256_of(weight_bytes),
         "layer": len(backbone.net.model.language_model.layers),
         "type": str(backbone.net.dtype),
-        "prompts": sha256_of(sorted(prompt["ids"].tobytes() for prompt in first_prompts)),
+        "prompts": sha256_of(prompt["ids"].tobytes() for prompt in first_prompts),
         "images": repr(backbone.image_spec),
         "cameras": cfg.cameras,
         "stride": cfg.stride,
@@ -728,13 +767,37 @@ class PolicySpec(TypedDict):
     think: bool  # Config.think
     cameras: list[str]  # in the order in which images are given
     stats: dict[str, Stats]  # of "state" and "action"
+    # Checkpoints of before November 2026 lack these: nothing is compared then.
+    image_sizes: NotRequired[dict[str, list[int]]]  # camera -> [H, W] of the images of training
+    # "low", "high": least and largest training action, dataset units, (A,) each
+    action_range: NotRequired[dict[str, list[float]]]
+
+
+def pixels(size: Sequence[int]) -> str:
+    """[H, W] in words."""
+    return f"{size[0]} x {size[1]}"
+
+
+def check_view(camera: str, image: np.ndarray, size: Sequence[int] | None = None) -> None:
+    """ValueError unless a camera's image is uint8 (H, W, 3), and has, within a pixel, the aspect of
+    `size` [H, W], that of training: only then can it be resized to it."""
+    if image.dtype != np.uint8 or image.shape[2:] != (3,) or not image.size:
+        raise ValueError(f"{camera} is {image.dtype} {image.shape}; give uint8 (H, W, 3)")
+    height, width = image.shape[:2]
+    if size is not None and abs(height * size[1] / size[0] - width) >= 1:
+        raise ValueError(
+            f"{camera} is {pixels(image.shape)} (height x width), the policy was trained at "
+            f"{pixels(size)}; give images of this size, or of another of the same aspect"
+        )
 
 
 class Policy:
     """A trained checkpoint as a function (images, instruction, state) -> the next K actions.
 
     Attributes: horizon K, action_dim A, cameras (names, in the order in which images are given).
-    Call n draws its noise from (seed, n): row b of a batch gets the same at any batch size."""
+    Call n draws its noise from (seed, n): row b of a batch gets the same at any batch size.
+    Images of another size than in training are resized to it: else they would be other tokens, on
+    which the head has never been trained. That is printed once."""
 
     def __init__(self, backbone: Backbone, head: FlowHead, spec: PolicySpec, device, seed: int = 0):
         self.backbone = backbone
@@ -745,8 +808,9 @@ class Policy:
         self.horizon = head.cfg.horizon
         self.action_dim = head.cfg.action_dim
         self.cameras = spec["cameras"]
+        self.image_sizes = spec.get("image_sizes", {})
+        self.has_told_of_resizing = False
         self.calls = 0
-        self.memo = {}  # of prompt_row()
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu", seed: int = 0) -> "Policy":
@@ -762,8 +826,8 @@ class Policy:
         return cls(backbone, head.to(device), spec, device, seed)
 
     def act(self, images: np.ndarray | list, instruction: str, state: np.ndarray) -> np.ndarray:
-        """One observation: uint8 image (H, W, 3), or a list with one for each camera; state (S,) in
-        dataset units -> (K, A) float32 in dataset units."""
+        """One observation: uint8 image (H, W, 3), a list with one for each camera, or a dict of
+        them by name; state (S,) in dataset units -> (K, A) float32 in dataset units."""
         return self.act_batch([images], [instruction], np.asarray(state)[None])[0]
 
     @torch.no_grad()
@@ -785,12 +849,15 @@ class Policy:
         if not is_finite.all():
             row = np.flatnonzero(~is_finite)[0]
             raise ValueError(f"state {row} is not finite; repair the observation")
+        for row, instruction in enumerate(instructions):
+            if not instruction.strip():
+                raise ValueError(f"instruction {row} is blank; say what the robot should do")
         # 2. prompts, states and noise
         think = self.spec["think"]
         prompts = []
         for row_images, instruction in zip(images, instructions, strict=True):
             views = self._views(row_images)
-            prompts.append(prompt_row(self.backbone, views, instruction, think, self.memo))
+            prompts.append(prompt_row(self.backbone, views, instruction, think))
         state = torch.from_numpy(normalize(states, self.spec["stats"]["state"])).to(self.device)
         noise = torch.from_numpy(self._noise(len(prompts), keys)).to(self.device)  # (B, K, A)
         # 3. features, then the flow
@@ -800,7 +867,10 @@ class Policy:
         return unnormalize(chunks.cpu().numpy(), self.spec["stats"]["action"])
 
     def _views(self, images):
-        """One image, or one for each camera -> a list with one for each camera."""
+        """What `act` takes -> a list with an image for each camera, of the size of training."""
+        # 1. one for each camera
+        if isinstance(images, Mapping):
+            images = [images[camera] for camera in self.cameras if camera in images]
         is_one_image = getattr(images, "ndim", 0) == 3
         views = [images] if is_one_image else list(images)
         if len(views) != len(self.cameras):
@@ -808,6 +878,22 @@ class Policy:
                 f"{len(views)} images; the policy was trained with the cameras "
                 f"{', '.join(self.cameras)}"
             )
+        # 2. at its size
+        for i, camera in enumerate(self.cameras):
+            size = self.image_sizes.get(camera)
+            check_view(camera, views[i], size)
+            if size is None or list(views[i].shape[:2]) == size:
+                continue
+            if not self.has_told_of_resizing:
+                given = pixels(views[i].shape)
+                print(
+                    f"{camera}: images of {given} pixels are resized to {pixels(size)}, "
+                    "as in training",
+                    flush=True,
+                )
+                self.has_told_of_resizing = True
+            resized = Image.fromarray(views[i]).resize((size[1], size[0]), Image.BICUBIC)
+            views[i] = np.asarray(resized)
         return views
 
     def _noise(self, batch, keys):
@@ -848,6 +934,8 @@ class ChunkExecutor:
     def __init__(self, horizon: int, execute: int = 0, ensemble: float = 0.0):
         self.execute = execute or max(1, horizon // 2)
         self.ensemble = ensemble
+        if ensemble and horizon == 1:
+            raise ValueError(f"--ensemble {ensemble}: chunks of one action do not overlap; use 0")
         most = horizon - 1 if ensemble else horizon  # chunks must overlap for an ensemble
         if not 0 < self.execute <= most or ensemble < 0:
             raise ValueError(
@@ -967,7 +1055,7 @@ def evaluate(
     frame_count = min(cfg.eval_rows, len(frames.held))
     if frame_count == 0:
         return {}
-    frame_ids = np.linspace(frames.held[0], frames.held[-1], frame_count).astype(int)
+    frame_ids = frames.held[np.linspace(0, len(frames.held) - 1, frame_count).astype(int)]
     loss_draws = head.draw(model.rng(cfg.seed, "held"), frame_count)
     start_noise = head.draw(model.rng(cfg.seed, "sample"), frame_count).noise[:, 0]
 
@@ -1004,18 +1092,22 @@ def evaluate(
 
 # ---- Main ----------------------------------------------------------------------------------------
 
+ROOM_SHARE = 0.5  # of a rank's free memory that a whole backbone may take; the head needs the rest
+
 
 def load_backbone(cfg: Config, newest: Path | None, dist: Dist) -> tuple[Backbone, nn.Module]:
     """The backbone of --init, or of the checkpoint to resume (already cut), frozen. -> it, and its
     final norm."""
     backbone = model.load(
         newest or cfg.init,
-        dist.build if cfg.cache == "none" else dist.device,  # see open_features()
+        dist.build,  # open_features() gives it to all ranks
         compute_dtype(dist.device),
         stages=("vla",) if newest else ("base", "sft", "grpo"),
         seed=cfg.seed,
         max_pixels=cfg.max_pixels,
     )
+    if newest and backbone.image_spec != model.ImageSpec.load(newest):
+        raise ValueError(f"{newest}: was run with another --max-pixels; leave it out to go on")
     layer = backbone.run["policy"]["layer"] if newest else cfg.layer
     return backbone, freeze_backbone(backbone, layer)
 
@@ -1023,14 +1115,34 @@ def load_backbone(cfg: Config, newest: Path | None, dist: Dist) -> tuple[Backbon
 def open_features(
     backbone: Backbone, frames: FrameDataset, cfg: Config, dist: Dist
 ) -> FeatureSource:
-    """Where the features come from, as --cache says."""
+    """Where the features come from, as --cache says; the backbone goes to where they are made."""
     if cfg.cache == "none":
-        model.shard(backbone.net, dist, compute_dtype(dist.device))
+        if cfg.shard_backbone or not has_room(backbone.net, dist):
+            model.shard(backbone.net, dist, compute_dtype(dist.device))
+        else:
+            model.replicate(backbone.net, dist)
         return LiveFeatures(backbone, frames, cfg, dist.device)
     # Not sharded: the ranks fill the cache by unequal numbers of forwards.
+    model.replicate(backbone.net, dist)
     source = build_cache(backbone, frames, cfg, dist)
-    backbone.net.cpu()  # out of the GPU's way
+    backbone.net.to(dist.build)  # out of the GPU's way; rank 0 alone saves it
     return source
+
+
+def has_room(net: nn.Module, dist: Dist) -> bool:
+    """Whether a whole copy of the net takes at most ROOM_SHARE of the memory that each rank has
+    free. Then it is not sharded: that gathers all of it in each step, 10.8 GB of a cut 7B."""
+    needed = sum(p.numel() * p.itemsize for p in net.parameters())
+    has_less = needed > ROOM_SHARE * free_memory(dist)
+    return model.all_sum(has_less) == 0  # all ranks do the same
+
+
+def free_memory(dist: Dist) -> float:
+    """Bytes: of this rank's GPU, or its part of the whole memory of a CPU."""
+    if dist.device.type == "cuda":
+        return torch.cuda.mem_get_info(dist.device)[0]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return memory / int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size))
 
 
 def make_heads(
@@ -1066,18 +1178,14 @@ def save_policy(
 
 def main(argv: Sequence[str] | None = None) -> None:
     cfg = model.parse_config(Config, PRESETS, argv)
+    check_config(cfg)
     model.keep_freed_memory()
     dist = model.setup(cfg.seed, cfg.shards, cfg.batch, cfg.timeout_hours)
-    check_config(cfg)
 
     # 1. the frozen backbone, cut after a layer
     frames = FrameDataset(cfg)
     newest = model.checkpoint_to_resume(cfg)
     backbone, final_norm = load_backbone(cfg, newest, dist)
-    # 2. its features
-    source = open_features(backbone, frames, cfg, dist)
-
-    # 3. the head, which reads them and the state
     head_config = HeadConfig(
         vl_dim=backbone.net.config.text_config.hidden_size,
         dim=cfg.dim,
@@ -1090,6 +1198,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         future_tokens=cfg.future_tokens,
         dropout=cfg.dropout,
     )
+    # 2. its features
+    source = open_features(backbone, frames, cfg, dist)
+
+    # 3. the head, which reads them and the state
     heads = make_heads(head_config, newest, cfg, dist)
     name = "raw" if cfg.ema_decay else "head"
     trained = heads[name].train()
@@ -1104,15 +1216,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         "think": cfg.think,
         "cameras": frames.cameras,
         "stats": frames.stats,
+        "image_sizes": frames.image_sizes,
+        "action_range": frames.action_range,
     }
-    run = {"stage": "vla", "config": asdict(cfg), "parent": cfg.init, "policy": spec}
+    split = [split_record(frames.episodes, frames.held_out)]
+    if dist.rank == 0 and frames.held_out:
+        warn_of_other_split(backbone.run.get("split", []), split)
+    run = {
+        "stage": "vla",
+        "config": asdict(cfg),
+        "parent": cfg.init,
+        "split": split,
+        "policy": spec,
+    }
     save = functools.partial(
         save_policy, backbone=backbone, final_norm=final_norm, heads=heads, optim=optim
     )
     local = local_slice(cfg, dist)
 
     def fetch(step):
-        frame_ids = sample_order(cfg, len(frames.train), step)
+        frame_ids = sample_order(cfg, frames.train, step)
         return Fetched(frame_ids, source.read(frame_ids[local]))
 
     model.stop_on_sigterm()
@@ -1143,15 +1266,20 @@ def main(argv: Sequence[str] | None = None) -> None:
                 unlogged = np.zeros(2)
             # 5. chunks of held-out frames, against the true ones
             if cfg.eval_every and done % cfg.eval_every == 0 and done < cfg.steps:
-                log.write(step=done, **evaluate(heads["head"], source, frames, cfg, dist))
+                metrics = evaluate(heads["head"], source, frames, cfg, dist)
+                if metrics:
+                    log.write(step=done, **metrics)
                 timed_step = done
                 clock = time.perf_counter()
             model.save_step(cfg, done, run, save, unlogged.tolist())
 
+    final = Path(cfg.out) / "final"
+    run |= {"step": cfg.steps}
+    save_policy(final, backbone, final_norm, {"head": heads["head"]}, run)
     metrics = evaluate(heads["head"], source, frames, cfg, dist)
-    log.write(step=cfg.steps, **metrics)
-    run |= {"step": cfg.steps, "metrics": metrics}
-    save_policy(Path(cfg.out) / "final", backbone, final_norm, {"head": heads["head"]}, run)
+    if metrics:
+        log.write(step=cfg.steps, **metrics)
+    model.add_metrics(final, metrics)
 
 
 if __name__ == "__main__":

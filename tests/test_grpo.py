@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import grpo
 import model
 import sft
-from fast_tokenizer import FastTokenizer, read_episodes
+from fast_tokenizer import FastTokenizer, read_episodes, split_episodes, split_record
 from tools import backbones
 
 K, A = 4, 3
@@ -265,7 +265,7 @@ def test_shared_prompt_equals_full_rows(size, recompute):
     block.self_attn.register_forward_hook(lambda *_: calls.append(1))
     if recompute:
         model.recompute_activations(backbone.net)
-    logp, entropy = grpo.completion_logp(backbone, rows, ids, mask, temperature=0.7)
+    logp = grpo.completion_logp(backbone, rows, ids, mask, temperature=0.7)
     assert len(calls) == 2  # prompts, completions
     shared = gradients(logp)
     assert len(calls) == (4 if recompute else 2)
@@ -286,7 +286,7 @@ def test_shared_prompt_equals_full_rows(size, recompute):
         )
     batch = model.collate(full_rows, backbone.vocab.pad)
     on = batch["target"][:, 1:]
-    flat, flat_entropy = grpo.token_logp(
+    flat = grpo.token_logp(
         backbone.net,
         model.hidden_states(backbone.net, batch)[:, :-1][on],
         batch["ids"][:, 1:][on],
@@ -295,7 +295,6 @@ def test_shared_prompt_equals_full_rows(size, recompute):
     )
     plain = torch.zeros(9, T).masked_scatter(mask.bool(), flat)
     assert torch.allclose(logp, plain, atol=1e-5)
-    assert torch.allclose(entropy[mask.bool()], flat_entropy, atol=1e-5)
     assert (logp[mask == 0] == 0).all()
     full = gradients(plain)
     assert full.keys() == shared.keys() and len(full) > 20
@@ -318,10 +317,88 @@ def test_first_update_is_on_policy(backbone):
     """The sampler's log-probabilities are those of the update: ratio 1, nothing clipped."""
     groups, sums = make_groups(backbone)
     assert sums["reward"][1] == 12 and sums["frac_reward_zero_std"] == [3.0, 3]
-    logp, _ = grpo.completion_logp(backbone, [groups[0].row], groups[0].ids, groups[0].mask)
+    logp = grpo.completion_logp(backbone, [groups[0].row], groups[0].ids, groups[0].mask)
     assert torch.allclose(logp, groups[0].old_logp, atol=1e-5)
     _, sums = grpo.group_loss(backbone, None, groups, grpo.Config())
     assert sums["clipped"] == 0 and sums["kl"] == 0
+
+
+def test_entropy_is_of_all_sampled_tokens(backbone, monkeypatch):
+    """It was the mean over the groups that are forwarded: those whose rewards are all equal, where
+    a collapse shows first, were left out. Minus the mean log-probability of what was sampled is
+    the entropy, and needs no forward."""
+    groups, sums = make_groups(backbone, n=8, G=16, max_new_tokens=12)
+    tokens = torch.cat([group.old_logp[group.mask.bool()] for group in groups])
+    total, count = sums["entropy"]
+    assert count == len(tokens) and total == pytest.approx(-tokens.sum().item(), rel=1e-5)
+    hidden = []  # where each sampled token is predicted
+
+    def watched(net, rows, ids, *_):
+        hidden.append(rows)
+        return torch.zeros(len(ids))
+
+    monkeypatch.setattr(grpo, "token_logp", watched)
+    for group in groups:
+        grpo.completion_logp(backbone, [group.row], group.ids, group.mask)
+    logits = model.logits(backbone.net, torch.cat(hidden)).detach()
+    logits[:, backbone.vocab.banned] = -1e9
+    logp = logits.log_softmax(-1)
+    assert total / count == pytest.approx(-(logp.exp() * logp).sum(-1).mean().item(), rel=0.05)
+
+
+def shifted_sampler(monkeypatch, by):
+    """A sampler whose log-probabilities are off by so much, as if it rounded."""
+    generate = model.generate
+
+    def shifted(*args, **kw):
+        samples = generate(*args, **kw)
+        return {**samples, "logp": samples["logp"] - by * samples["mask"]}
+
+    monkeypatch.setattr(model, "generate", shifted)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_gap_between_sampler_and_update_is_logged(world, monkeypatch, capsys, recompute):
+    """In bf16 a quarter of the sampled tokens were outside the clip range before any update, and
+    nothing said so. Ratios to the update's own log-probabilities do not see the gap, in any update
+    of the rollout."""
+    monkeypatch.setattr(grpo, "reward", spread_rewards)
+    shifted_sampler(monkeypatch, by=0.5)  # ratio e^0.5 = 1.65
+    out = f"gap-{recompute}"
+    more = ["--no-skip-zero-std"]  # two updates a step
+    if recompute:
+        more.append("--recompute-old-logp")
+    grpo.main(flags(world, out, "--steps", "2", "--lr", "1e-6", *more))
+    steps = [record for record in records(world / out) if "r_f" in record]
+    printed = capsys.readouterr().out
+    for number, record in enumerate(steps):
+        assert record["updates"] == 2, "so that ratios of a second update are seen too"
+        assert record["sampler_gap"] == pytest.approx(0.5, abs=1e-3)
+        assert record["sampler_outside_clip"] == 1
+        assert f"warning: step {number}: 100.0% of the sampled tokens" in printed
+        assert record["clip_fraction"] == 0 if recompute else record["clip_fraction"] > 0.05
+
+
+def test_a_small_gap_is_no_warning(world, monkeypatch, capsys):
+    monkeypatch.setattr(grpo, "reward", spread_rewards)
+    grpo.main(flags(world, "small gap", "--steps", "1"))
+    record = records(world / "small gap")[2]
+    assert 0 < record["sampler_gap"] < 1e-5 and record["sampler_outside_clip"] == 0
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_old_logp_of_the_update_itself(backbone):
+    """Bit for bit: the first update's ratios are 1. Groups that are not forwarded keep theirs."""
+    groups, _ = make_groups(backbone, n=4)
+    before = [group.old_logp for group in groups]
+    cfg = grpo.Config(group=4, micro_batch=2)
+    sums = grpo.recompute_old_logp(backbone, [groups[:2], groups[2:]], cfg)
+    forwarded = [groups[i] for i in (0, 2, 3)]  # 1 is tied
+    assert sums["forwarded"] == sum(int(group.mask.sum()) for group in forwarded)
+    assert groups[1].old_logp is before[1] and groups[0].old_logp is not before[0]
+    for batch in ([groups[0]], groups[2:]):
+        _, logged = grpo.group_loss(backbone, None, batch, cfg)
+        assert logged["gap"] == 0
 
 
 def step_once(groups, **flags):
@@ -371,7 +448,7 @@ def test_non_finite_loss_stops(backbone, tmp_path):
         step_once(groups, out=str(tmp_path))
     saved = load_file(tmp_path / "failed_step_7_rank_0.safetensors")
     for i, g in enumerate(groups):  # all that the loss was made of, on every prompt of the update
-        assert np.array_equal(saved[f"{i}.prompt_patches"], g.row["patches"])
+        assert np.array_equal(saved[f"{i}.prompt_pixels"], g.row["pixels"])
         assert np.array_equal(saved[f"{i}.prompt_ids"], g.row["ids"])
         for k in ("ids", "mask", "old_logp", "advantages"):
             assert torch.equal(saved[f"{i}.{k}"].nan_to_num(), getattr(g, k).nan_to_num())
@@ -395,8 +472,8 @@ def test_prompts_match_their_targets(backbone, world):
     assert targets[1] == backbone.action_tokenizer.encode(files[0].action[None, 2:])[0]  # the last
     text = backbone.tokenizer.decode(rows[4]["ids"])
     assert files[2].task in text and model.THINK in text and text.endswith("assistant\n")
-    patches, _ = model.patchify(files[1].frame(3), backbone.image_spec)
-    assert np.array_equal(rows[3]["patches"], patches)
+    pixels, _ = model.fit_image(files[1].frame(3), backbone.image_spec)
+    assert np.array_equal(rows[3]["pixels"], pixels)
     with pytest.raises(IndexError):  # 12 steps begin a whole chunk
         grpo.prompt_rows(backbone, files, [12])
 
@@ -463,8 +540,78 @@ def test_resume_equals_uninterrupted(world, monkeypatch):
         assert all(a[k] == b[k] for k in a.keys() - CLOCK)
     run = json.loads((world / "whole" / "final" / "run.json").read_text())
     assert (run["stage"], run["step"], run["parent"]) == ("grpo", 4, str(world / "sft"))
+    with pytest.raises(ValueError, match="step_000004: is past --steps 3; give 4 or more"):
+        grpo.main(flags(world, "parts", "--steps", "3", "--save-every", "2", "--resume"))
     with pytest.raises(ValueError, match="was run with another --lr"):
         grpo.main(flags(world, "parts", "--steps", "5", "--lr", "0.1", "--resume"))
+
+
+def test_a_last_evaluation_that_fails_loses_nothing(world, monkeypatch):
+    """It came before final was saved. What it measures is added to final's run.json."""
+    monkeypatch.setattr(grpo, "reward", spread_rewards)
+    evaluate = grpo.evaluate
+    calls = []
+
+    def fails_at_the_end(*args):
+        calls.append(1)
+        if len(calls) == 2:  # after step 0's
+            raise ValueError("no room on the device")
+        return evaluate(*args)
+
+    monkeypatch.setattr(grpo, "evaluate", fails_at_the_end)
+    with pytest.raises(ValueError, match="no room"):
+        grpo.main(flags(world, "fails", "--steps", "1"))
+    run = json.loads((world / "fails" / "final" / "run.json").read_text())
+    assert run["step"] == 1 and "metrics" not in run
+    grpo.main(flags(world, "succeeds", "--steps", "1"))
+    run = json.loads((world / "succeeds" / "final" / "run.json").read_text())
+    last = records(world / "succeeds")[-1]
+    assert run["metrics"] and run["metrics"].items() <= last.items() and last["step"] == 1
+    ours, theirs = weights(world / "fails" / "final"), weights(world / "succeeds" / "final")
+    assert all(torch.equal(p, theirs[name]) for name, p in ours.items())
+
+
+def test_no_steps_and_no_evaluation(world, capsys):
+    """--steps 0 measures the model that RL would start from, and saves it as it is."""
+    grpo.main(flags(world, "none", "--steps", "0"))
+    before, after = weights(world / "sft"), weights(world / "none" / "final")
+    assert all(torch.equal(p, after[name]) for name, p in before.items())
+    assert [r["step"] for r in records(world / "none")[1:]] == [0]
+    grpo.main(flags(world, "not measured", "--steps", "1", "--eval-every", "0"))
+    assert "metrics" not in json.loads((world / "not measured/final/run.json").read_text())
+    assert not [r for r in records(world / "not measured") if "eval_greedy_reward" in r]
+
+
+def test_more_evaluation_prompts_than_held_out_steps(world, monkeypatch):
+    """The same step was asked several times and counted as several prompts."""
+    asked = []
+    rollout = grpo.rollout
+
+    def watched(backbone, cfg, rows, targets, keys, *rest):
+        asked.append([row["sample_id"] for row in rows])
+        return rollout(backbone, cfg, rows, targets, keys, *rest)
+
+    monkeypatch.setattr(grpo, "rollout", watched)
+    grpo.main(flags(world, "many", "--steps", "0", "--eval-prompts", "50"))
+    held_out = asked[0]
+    assert asked == [held_out, held_out] and len(set(held_out)) == len(held_out)
+    episodes = read_episodes(world / "data")
+    _, (episode,) = split_episodes(episodes)
+    assert len(held_out) == len(episode) - K + 1, "each of its steps with a whole chunk"
+
+
+def test_the_split_is_recorded_and_compared(world, tmp_path, capsys):
+    """A stage that holds out other episodes than the one before measures on what was trained."""
+    grpo.main(flags(world, "split", "--steps", "0"))
+    run = json.loads((world / "split" / "final" / "run.json").read_text())
+    episodes = read_episodes(world / "data")
+    assert run["split"] == [split_record(episodes, split_episodes(episodes)[1])]
+    shutil.copytree(world / "split" / "final", tmp_path / "other")
+    assert "held out" not in capsys.readouterr().err
+    run["split"][0]["sha256"] = "of other names"
+    (tmp_path / "other" / "run.json").write_text(json.dumps(run))
+    grpo.main(flags(world, "other split", "--steps", "0", "--init", str(tmp_path / "other")))
+    assert "an earlier stage held out others" in capsys.readouterr().err
 
 
 def test_dynamic_sampling_puts_fresh_prompts_in_the_place_of_equal_rewards(world, monkeypatch):
@@ -540,6 +687,7 @@ def test_bad_input_is_one_line(world, tmp_path):
     error("--data", str(tmp_path), match="no episode_")
     error("--prompts", "3", match="--prompts 3 must be a multiple of --batch 2")
     error("--group", "1", match="at least 2 completions")
+    error("--dual-clip", "0.5", match="--dual-clip 0.5 .* give more than 1, or 0")
     error("--reward", "exact", match="--reward exact.*prefix, l1, lcs")
     two = {
         "image": np.zeros((4, 32, 32, 3), np.uint8),

@@ -61,10 +61,11 @@ def reference(backbone, row, max_new, stop):
     """transformers' greedy continuation of one prompt, unpadded and alone."""
     ids = torch.from_numpy(row["ids"])[None]
     images = {}
-    if row["patches"] is not None:
+    if row["pixels"] is not None:
+        batch = model.collate([row], backbone.vocab.pad)
         images = {
-            "pixel_values": torch.from_numpy(row["patches"]),
-            "image_grid_thw": torch.from_numpy(row["grid"]),
+            "pixel_values": model.cut_patches(batch["pixels"], batch["grid"], backbone.image_spec),
+            "image_grid_thw": batch["grid"],
             "mm_token_type_ids": (ids == backbone.vocab.image).int(),
         }
     out = backbone.net.generate(
@@ -119,7 +120,7 @@ def test_logp_equals_a_full_forward(backbone):
         }
         with torch.no_grad():
             h = model.hidden_states(backbone.net, model.collate([full], backbone.vocab.pad))[0]
-            want, _ = grpo.token_logp(
+            want = grpo.token_logp(
                 backbone.net,
                 h[-len(new) - 1 : -1],
                 torch.tensor(new),

@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 
+import evaluate
 import vla
 from tools import protocol, serve
 
@@ -81,7 +82,7 @@ def test_chunks_by_hand():
     assert executor(old, "a").ravel().tolist() == [0, 1, 2]
     assert executor(new, "a").ravel().tolist() == [10, 11, 12]
     assert vla.ChunkExecutor(5).execute == 2 and vla.ChunkExecutor(1).execute == 1
-    for bad in ((4, 5), (4, -1), (4, 4, 0.1), (4, 2, -1)):
+    for bad in ((4, 5), (4, -1), (4, 4, 0.1), (4, 2, -1), (1, 1, 0.1)):
         with pytest.raises(ValueError, match="--e"):
             vla.ChunkExecutor(*bad)
 
@@ -137,6 +138,7 @@ def test_openpi_client_end_to_end():
             (seen(image=np.zeros((8, 8, 3), np.float32)), "image is float32.*uint8"),
             (seen(image_wrist=np.zeros((3, 8, 8), np.uint8)), r"image_wrist is uint8 \(3, 8, 8\)"),
             (seen(prompt=""), "prompt must be text"),
+            (seen(prompt=" \n"), "prompt must be text.*not blank"),
             (seen(prompt="x" * 2001), "prompt"),
             ({"state": np.zeros(2), "prompt": "go"}, "KeyError.'image'.*reads prompt, state"),
             ([1, 2], "not a packed dict"),
@@ -272,3 +274,86 @@ def test_other_names_and_refused_settings(monkeypatch):
     monkeypatch.setitem(sys.modules, "msgpack", None)
     with pytest.raises(ValueError, match="package msgpack: pip install websockets"):
         serve.Server(FakePolicy())
+
+
+def run_command(monkeypatch, *words):
+    """`python -m tools.serve`, stopped as by Ctrl-C when it listens -> its Server."""
+    servers = []
+
+    def stop(event):
+        raise KeyboardInterrupt
+
+    class Kept(serve.Server):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            servers.append(self)
+
+    monkeypatch.setattr(vla.Policy, "load", lambda *args, **kwargs: FakePolicy())
+    monkeypatch.setattr(serve, "Server", Kept)
+    monkeypatch.setattr(serve.threading.Event, "wait", stop)
+    serve.main(["--policy", "any", "--port", "0", *words])
+    return servers[0]
+
+
+@network
+def test_execute_and_ensemble_mean_the_same_here_and_in_evaluation(monkeypatch):
+    """--ensemble alone ended in "execute 1 to 3 of the 4 actions": the server carried out all of a
+    chunk by default, which leaves nothing to average, while evaluate.py carries out half."""
+    server = run_command(monkeypatch, "--ensemble", "0.1")
+    assert server.metadata["action_horizon"] == server.executor().execute == 2
+    assert server.executor().ensemble == 0.1
+    assert run_command(monkeypatch).metadata["action_horizon"] == 2
+    assert run_command(monkeypatch, "--execute", "4").metadata["action_horizon"] == 4
+    defaults = vars(evaluate.make_parser("metaworld").parse_args(["metaworld", "--policy", "any"]))
+    assert (defaults["execute"], defaults["ensemble"]) == (0, 0)
+
+
+@network
+def test_flags_out_of_range_end_the_command(monkeypatch, capsys):
+    """--port 70000 was an OverflowError and a traceback, --batch 0 waited for ever at the first
+    client, an unknown or empty name in --keys was passed over."""
+    for words, text in (
+        (["--port", "70000"], "ports end at 65535"),
+        (["--batch", "0"], "at least 1"),
+        (["--execute", "-1"], "at least 0"),
+        (["--ensemble", "-0.5"], "at least 0"),
+        (["--seed", "-1"], "at least 0"),
+    ):
+        with pytest.raises(SystemExit):
+            run_command(monkeypatch, *words)
+        assert text in capsys.readouterr().err
+    for pair in ("img=cam", "image", "image="):
+        with pytest.raises(ValueError, match="--keys .*ours one of prompt, state, image, image_w"):
+            run_command(monkeypatch, "--keys", pair)
+
+
+@network
+def test_images_of_another_size(monkeypatch):
+    """The policy resizes one of the same aspect. Another aspect is refused as it comes in: in the
+    policy it would fail the forward that it shares with other clients, who would go alone."""
+    policy = FakePolicy()
+    policy.spec["image_sizes"] = {"image": [8, 8]}
+    server = serve.Server(policy)
+    with server.listen() as port, protocol.client(port) as robot:
+        assert robot.metadata["image_sizes"] == {"image": [8, 8]}
+        assert robot.infer(seen(image=np.zeros((24, 24, 3), np.uint8)))["actions"].shape == (2, 3)
+        with pytest.raises(RuntimeError, match="image is 8 x 9 .*trained at 8 x 8"):
+            robot.infer(seen(image=np.zeros((8, 9, 3), np.uint8)))
+    assert policy.batch_sizes == [1]
+
+
+@network
+def test_a_server_does_not_grow_with_what_it_is_asked():
+    """As Policy.memo did, which kept each new prompt (test_vla has the policy's own test)."""
+
+    def lengths():
+        return {name: len(v) for name, v in vars(server).items() if hasattr(v, "__len__")}
+
+    server = serve.Server(FakePolicy())
+    server.latencies.extend([1.0] * server.latencies.maxlen)
+    with server.listen() as port, protocol.client(port) as robot:
+        robot.infer(seen(prompt="warm up"))
+        before = lengths()
+        for i in range(20):
+            robot.infer(seen(prompt=f"prompt {i}"))
+        assert lengths() == before and "latencies" in before

@@ -340,7 +340,7 @@ def test_pack_by_hand():
             "ids": np.array(ids),
             "target": np.array(target),
             "positions": np.tile(np.arange(n), (3, 1)),
-            "patches": None,
+            "pixels": None,
             "grid": np.zeros((0, 3), np.int64),
         }
 

@@ -32,7 +32,7 @@ def sampler_gap(backbone, rows, n, new_tokens):
     cfg = grpo.Config()
     out = model.generate(backbone, rows, n, new_tokens, seed=3, stop=[])
     with torch.no_grad():
-        logp = grpo.completion_logp(backbone, rows, out["ids"], out["mask"])[0]
+        logp = grpo.completion_logp(backbone, rows, out["ids"], out["mask"])
     d = logp - out["logp"]
     r = d.exp()
     return Gap(

@@ -29,10 +29,11 @@ import torch
 
 import model
 import vla
-from fast_tokenizer import value_range
+from fast_tokenizer import count, natural, non_negative, value_range
 from tools.protocol import network, pack, unpack
 
 LARGEST_MESSAGE = 1 << 24  # bytes; a larger one closes its connection
+LARGEST_PORT = 65535
 LONGEST_PROMPT = 2000  # characters
 GATHERING_TIME = 0.002  # seconds: clients that were answered together ask again together
 ANSWERS_A_REPORT = 1000  # requests between two lines of statistics
@@ -81,7 +82,7 @@ class Server:
     policy: a vla.Policy. execute, ensemble: what a client carries out of a chunk, as in
     vla.ChunkExecutor. keys: {our name of an input: what clients call it}; the state may be several
     of theirs, joined by "+". batch: clients that share a forward at most.
-    ValueError when websockets or msgpack is missing, or execute does not fit the policy."""
+    ValueError when websockets or msgpack is missing, or execute or keys do not fit the policy."""
 
     def __init__(
         self,
@@ -97,6 +98,12 @@ class Server:
         self.ensemble = ensemble
         self.keys = keys or {}
         self.batch = batch
+        inputs = ["prompt", "state", *policy.cameras]
+        for ours, theirs in self.keys.items():
+            if ours not in inputs or not theirs:
+                raise ValueError(
+                    f"--keys {ours}={theirs}: write OURS=THEIRS, ours one of {', '.join(inputs)}"
+                )
 
         self.waiting: list[Job] = []  # in order of arrival
         self.forwarding = threading.Lock()  # held by the one thread that runs the policy
@@ -105,6 +112,7 @@ class Server:
         self.latencies = deque(maxlen=1000)  # of the last answers, ms
 
         stats = policy.spec["stats"]
+        self.image_sizes = policy.spec.get("image_sizes", {})  # camera -> [H, W]; others: any size
         # what the policy knows as -1 .. 1, and what a robot is sent at most, (A,) each
         lowest, highest = value_range(stats["action"])
         self.lowest = lowest.astype(np.float32)
@@ -114,6 +122,7 @@ class Server:
             "state_dim": len(stats["state"]["q01"]),
             "action_horizon": self.executor().execute,
             "action_range": [self.lowest, self.highest],
+            "image_sizes": self.image_sizes,
         }
 
     def executor(self) -> vla.ChunkExecutor:
@@ -129,11 +138,10 @@ class Server:
         state_keys = self.keys.get("state", "state").split("+")
         state = np.hstack([message[key] for key in state_keys])
 
-        if not isinstance(prompt, str) or not 0 < len(prompt) <= LONGEST_PROMPT:
-            raise ValueError(f"prompt must be text of 1 to {LONGEST_PROMPT} characters")
+        if not isinstance(prompt, str) or not prompt.strip() or len(prompt) > LONGEST_PROMPT:
+            raise ValueError(f"prompt must be text of 1 to {LONGEST_PROMPT} characters, not blank")
         for camera, image in zip(cameras, images, strict=True):
-            if image.dtype != np.uint8 or image.shape[2:] != (3,) or not image.size:
-                raise ValueError(f"{camera} is {image.dtype} {image.shape}; send uint8 (H, W, 3)")
+            vla.check_view(camera, image, self.image_sizes.get(camera))
         state = state.astype(np.float32)
         state_dim = self.metadata["state_dim"]
         if state.shape != (state_dim,) or not np.isfinite(state).all():
@@ -251,14 +259,16 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--policy", required=True, help="checkpoint of vla.py")
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all, for anyone")
-    add("--port", type=int, default=8000, help="port to listen on")
+    add("--port", type=natural, default=8000, help="port to listen on; 0: a free one")
     add("--keys", nargs="*", default=[], help="what clients call inputs: state=joints+grip")
-    add("--execute", type=int, default=0, help="steps of a chunk that are carried out; 0: all")
-    add("--ensemble", type=float, default=0, help="decay of temporal ensembling; 0: none")
-    add("--batch", type=int, default=256, help="clients a forward")
-    add("--seed", type=int, default=0, help="seed of the policy's noise")
+    add("--execute", type=natural, default=0, help="steps of a chunk that are carried out; 0: half")
+    add("--ensemble", type=non_negative, default=0, help="decay of temporal ensembling; 0: none")
+    add("--batch", type=count, default=256, help="clients a forward")
+    add("--seed", type=natural, default=0, help="seed of the policy's noise")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
+    if args.port > LARGEST_PORT:
+        parser.error(f"--port {args.port}: ports end at {LARGEST_PORT}")
 
     model.quiet_libraries()
     policy = vla.Policy.load(args.policy, device=args.device, seed=args.seed)
@@ -266,9 +276,9 @@ def main(argv: list[str] | None = None) -> None:
     for pair in args.keys:
         ours, _, theirs = pair.partition("=")
         keys[ours] = theirs
-    server = Server(policy, args.execute or policy.horizon, args.ensemble, keys, args.batch)
-    with contextlib.suppress(KeyboardInterrupt), server.listen(args.host, args.port):
-        print(f"ws://{args.host}:{args.port}: {server.metadata}", flush=True)
+    server = Server(policy, args.execute, args.ensemble, keys, args.batch)
+    with contextlib.suppress(KeyboardInterrupt), server.listen(args.host, args.port) as port:
+        print(f"ws://{args.host}:{port}: {server.metadata}", flush=True)
         threading.Event().wait()  # until Ctrl-C
     print(server)
 

@@ -163,7 +163,7 @@ def plain_inputs(
         "input_ids": batch["ids"],
         "attention_mask": batch["mask"],
         "mm_token_type_ids": (batch["ids"] == backbone.vocab.image).int(),
-        "pixel_values": batch["patches"],
+        "pixel_values": model.cut_patches(batch["pixels"], batch["grid"], backbone.image_spec),
         "image_grid_thw": batch["grid"],
     }
     return inputs, batch["target"]
@@ -426,10 +426,8 @@ def full_rows_logp(backbone, rows, ids, mask, temperature=1.0):
     hidden = model.hidden_states(backbone.net, batch)  # (B*G, longest, D)
     predicts = batch["target"][:, 1:]  # a position predicts the token after it
     hidden = hidden[:, :-1][predicts]  # (B*G*T, D), ordered as the ids
-    logp, entropy = grpo.token_logp(
-        backbone.net, hidden, ids.flatten(), temperature, backbone.vocab.banned
-    )
-    return logp.view_as(ids), entropy.view_as(ids)
+    logp = grpo.token_logp(backbone.net, hidden, ids.flatten(), temperature, backbone.vocab.banned)
+    return logp.view_as(ids)
 
 
 class GrpoStep:
@@ -676,7 +674,7 @@ def training_flop(net: torch.nn.Module, rows: list[dict]) -> int:
     seen = [
         (net.model.language_model.layers, sum(lengths(rows))),
         (net.lm_head, sum(int(row["target"].sum()) for row in rows)),
-        (net.model.visual, sum(len(row["patches"]) for row in rows)),
+        (net.model.visual, sum(int(row["grid"].prod(1).sum()) for row in rows)),
     ]
     total = 0
     for part, tokens in seen:
@@ -712,7 +710,8 @@ def head_step(args: argparse.Namespace) -> Comparison:
     with tempfile.TemporaryDirectory() as folder:
         # 2. features, from the disk or from the backbone
         write_noise_episodes(folder, args.image)
-        cfg = vla.Config(**{**settings, "data": folder, "out": f"{folder}/out"})
+        one_camera = {"data": folder, "out": f"{folder}/out", "cameras": "image"}
+        cfg = vla.Config(**{**settings, **one_camera})
         backbone = make_backbone(args)
         dist = model.Dist(0, 1, torch.device(args.device))
         frames = vla.FrameDataset(cfg)
@@ -742,7 +741,7 @@ def head_step(args: argparse.Namespace) -> Comparison:
             optimizer = model.make_optimizer(head, cfg.lr, cfg.weight_decay, betas, cfg.muon)
 
             def step(turn):
-                frame_ids = vla.sample_order(cfg, len(frames.train), turn)
+                frame_ids = vla.sample_order(cfg, frames.train, turn)
                 fetched = vla.Fetched(frame_ids, source.read(frame_ids))
                 loss, _ = vla.flow_loss(head, source, frames, cfg, turn, fetched, dist)
                 return training_step(loss, head, optimizer)
