@@ -376,11 +376,12 @@ def image_size(file: str | Path, source: object = None) -> tuple[int, int]:
 def _opened_image(file, source):
     """An image that is open; whatever goes wrong with it inside is Damaged."""
     source = source or file
+    stream = io.BytesIO(file) if isinstance(file, bytes) else file
     try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as opened:
+        with Image.open(stream) as opened:
             yield opened
     except (*DAMAGE, SyntaxError, Image.DecompressionBombError) as e:
-        why = str(e).replace("\n", " ")
+        why = str(e).replace(f" {stream!r}", "").replace("\n", " ")  # an address, or the path
         raise Damaged(f"{source}: image does not open ({why}); replace or delete it") from e
 
 
@@ -1266,7 +1267,7 @@ def config_parser(path: str | Path) -> argparse.ArgumentParser:
             constants[ast.unparse(node.targets[0])] = node.value
         if isinstance(node, ast.ClassDef) and node.name == "Config":
             fields = [line for line in node.body if isinstance(line, ast.AnnAssign)]
-            config_lines = source.splitlines()[node.lineno : node.end_lineno]
+            config_lines = source.split("\n")[node.lineno : node.end_lineno]
     comments = {}  # field -> the comment behind it
     for line in config_lines:
         match = re.match(r"    (\w+): .*?  # (.+)", line)

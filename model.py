@@ -443,14 +443,27 @@ def mrope_positions(ids: np.ndarray, grid: np.ndarray, image_id: int, merge: int
     return positions
 
 
+def check_text(text: str) -> None:
+    """ValueError when a string is no Unicode text and cannot be tokenized: JSON may hold half of an
+    emoji, a lone surrogate. All other characters are kept (in the tokenizer's NFC)."""
+    half = re.search("[\ud800-\udfff]", text)
+    if half:
+        raise ValueError(
+            f"half a character, {half[0]!r}, in {text[max(0, half.start() - 20) :][:40]!r}; write "
+            "the whole one, or delete it"
+        )
+
+
 @functools.lru_cache(1 << 12)  # most pieces of a conversation repeat; a server keeps all its life
 def _token_ids(tokenizer, vocabulary_size, text):
     """vocabulary_size: part of the key, because a vocabulary that grows changes the answer."""
     return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def check_tags(messages: Sequence[dict], n_images: int) -> None:
-    """ValueError unless there is an "<image>" in the messages for each image."""
+def check_messages(messages: Sequence[dict], n_images: int) -> None:
+    """ValueError unless all contents are text, with one "<image>" for each image."""
+    for message in messages:
+        check_text(message["content"])
     tags = sum(message["content"].count("<image>") for message in messages)
     if tags != n_images:
         raise ValueError(f'{tags} "<image>" but {n_images} images; write one tag for each image')
@@ -468,9 +481,9 @@ def encode(
 
     messages: [{"role", "content"}], "<image>" in a content stands for the next of `images` (uint8
     (H, W, 3)). prompt_only: opens the assistant's turn behind the last message.
-    ValueError when tags and images disagree."""
+    ValueError when tags and images disagree, or a content is no text."""
     # 1. check, and open as the family does
-    check_tags(messages, len(images))
+    check_messages(messages, len(images))
     if backbone.net.config.model_type == "qwen2_5_vl" and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": SYSTEM_PROMPT}, *messages]
     # 2. pieces of text, each with whether it is learned. The assistant's turns are split where

@@ -571,14 +571,17 @@ def truncate(net: nn.Module, layer: int) -> None:
         config.layer_types = config.layer_types[:layer]
 
 
-def freeze_backbone(backbone: Backbone, layer: int) -> nn.Module:
-    """Cuts the backbone after `layer` of its L blocks (0: round(0.64 L)) and freezes it. -> its
-    final norm, which the features do without and save_policy() puts back."""
-    language_model = backbone.net.model.language_model
-    final_norm = language_model.norm
+def feature_layer(net: nn.Module, layer: int) -> int:
+    """--layer, where 0 means 0.64 L of the L blocks: 18 of 28."""
     # fork point: the feature layer. Which tokens of it are read: encode_prompts().
-    layer = layer or round(0.64 * len(language_model.layers))
-    truncate(backbone.net, layer)
+    return layer or round(0.64 * len(net.model.language_model.layers))
+
+
+def freeze_backbone(backbone: Backbone, layer: int) -> nn.Module:
+    """Cuts the backbone after feature_layer() and freezes it. -> its final norm, which the features
+    do without and save_policy() puts back."""
+    final_norm = backbone.net.model.language_model.norm
+    truncate(backbone.net, feature_layer(backbone.net, layer))
     backbone.net.requires_grad_(False).eval()
     return final_norm
 

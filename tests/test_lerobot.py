@@ -1,7 +1,8 @@
-"""LeRobot folders of both versions, written here as the public format says, become our episodes."""
+"""LeRobot folders of all versions, written here as the public format says, become our episodes."""
 
 import io
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -81,17 +82,20 @@ def statistics_of(columns):
     return stats
 
 
-def write_video(path, images):
+def write_video(path, images, codec="mpeg4", options=None, gop=4, times=None):
+    """times: when each image is shown, in frames; by default 0, 1, 2, ..."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as file:
-        stream = file.add_stream("mpeg4", rate=FPS)
+        stream = file.add_stream(codec, rate=FPS, options=options or {})
         stream.width = SIDE
         stream.height = SIDE
         stream.pix_fmt = "yuv420p"
         stream.bit_rate = 4_000_000
-        stream.gop_size = 4  # a key frame every 4: reading must seek
-        for image in images:
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(image, "rgb24")))
+        stream.gop_size = gop  # a key frame every so many: reading must seek
+        for t, image in enumerate(images):
+            frame = av.VideoFrame.from_ndarray(image, "rgb24")
+            frame.pts = t if times is None else times[t]
+            file.mux(stream.encode(frame))
         file.mux(stream.encode())
 
 
@@ -130,9 +134,13 @@ def write(folder, version, video=True, change=None):
     }
     episodes = []
     for e in (0, 1):
-        episodes.append({"episode_index": e, "tasks": [TASKS[1 - e]], "length": LENGTHS[e]})
-    if version == "v2.1":
+        labels = sorted({TASKS[number] for number in tables[e]["task_index"]})
+        episodes.append({"episode_index": e, "tasks": labels, "length": LENGTHS[e]})
+    if version.startswith("v2"):
         write_v2(folder, info, tables, episodes, stats, video)
+        if version == "v2.0":  # one statistics of the whole, as v3.0 has again
+            (meta / "episodes_stats.jsonl").unlink()
+            (meta / "stats.json").write_text(json.dumps(stats_of_both))
     else:
         write_v3(folder, info, tables, episodes, stats_of_both, video)
     (meta / "info.json").write_text(json.dumps(info))
@@ -188,7 +196,7 @@ def convert(folder, out, *flags):
 
 
 @pytest.mark.parametrize("video", [True, False], ids=["mp4", "png"])
-@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
+@pytest.mark.parametrize("version", ["v2.0", "v2.1", "v3.0"])
 def test_episodes_hold_what_the_folder_holds(tmp_path, version, video):
     tables = write(tmp_path / "in", version, video)
     flags = ["--camera", f"{CAMERA},{WRIST}", "--action", "action,gripper"]
@@ -249,6 +257,16 @@ VIDEO_V2 = f"videos/chunk-000/{CAMERA}/episode_000001.mp4"
 def cut(path, share=0.6):
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * share)])
+
+
+def scramble(path):
+    """Overwrites bytes in the middle of the sixth frame of a video."""
+    with av.open(str(path)) as file:
+        packets = [packet for packet in file.demux(video=0) if packet.size]
+    data = bytearray(path.read_bytes())
+    middle = packets[5].pos + packets[5].size // 2
+    data[middle : middle + 6] = bytes(range(200, 206))
+    path.write_bytes(data)
 
 
 def change_info(folder, **new):
@@ -314,8 +332,13 @@ CASES = {
     ),
     "old version": Case(
         "v2.1",
-        "info.json: KeyError: 'v1.6'",
+        "info.json: codebase_version is 'v1.6'; v2.0, v2.1, v3.0 are supported",
         damage=lambda folder: change_info(folder, codebase_version="v1.6"),
+    ),
+    "no version": Case(
+        "v2.1",
+        "info.json: codebase_version is None; v2.0, v2.1, v3.0 are supported",
+        damage=lambda folder: change_info(folder, codebase_version=None),
     ),
     "no fps": Case("v3.0", "info.json: KeyError: 'fps'", damage=drop_fps),
     "parquet cut": Case(
@@ -338,7 +361,7 @@ CASES = {
     ),
     "mp4 cut": Case(
         "v2.1",
-        f"{VIDEO_V2}: \\w+Error: ",
+        f"{VIDEO_V2}: no frame at 0.000 s",
         video=True,
         damage=lambda folder: cut(folder / VIDEO_V2),
     ),
@@ -354,8 +377,16 @@ CASES = {
         video=True,
         damage=lambda folder: write_video(folder / VIDEO_V2, pictures(1)[:8]),
     ),
+    # the decoder guesses what it cannot read, and says so of the frame
+    "mp4 scrambled": Case(
+        "v2.1",
+        f"{VIDEO_V2}: the frame at 0.\\d00 s is damaged",
+        video=True,
+        damage=lambda folder: scramble(folder / VIDEO_V2),
+    ),
     "wrong numbers": Case("v2.1", "of action is .* meta/ says", change=wrong_action),
     "wrong numbers, v3": Case("v3.0", "of action is .* meta/ says", change=wrong_action),
+    "wrong numbers, v2.0": Case("v2.0", "of action is .* meta/ says", change=wrong_action),
     "NaN": Case("v3.0", "episode 1: action of step 3 is not finite", change=one_nan),
     "order": Case("v3.0", "episode 1: 12 rows, not frames 0 to 11 as", change=backwards),
     "image": Case("v2.1", r"episode 1: .*cannot identify image", change=no_image),
@@ -364,7 +395,9 @@ CASES = {
         "v2.1", "episode 1: 0 rows, not frames 0 to 11 as", damage=first_table_for_second
     ),
     "task unknown": Case(
-        "v2.1", "episode 1: KeyError: 0", damage=lambda folder: only_task_1(folder, "x")
+        "v2.1",
+        "episode 1: task_index 0 does not stand",
+        damage=lambda folder: only_task_1(folder, TASKS[1]),
     ),
     "task empty": Case("v2.1", "empty instruction", damage=lambda folder: only_task_1(folder, " ")),
     "no recordings": Case(
@@ -385,6 +418,327 @@ def test_damage_ends_in_one_line_and_leaves_nothing(tmp_path, name):
         convert(tmp_path / "in", tmp_path / "out")
     assert str(stop.value).startswith("error: ") and "\n" not in str(stop.value)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_numbers_are_checked_before_any_image(tmp_path):
+    """Statistics of the whole were compared after the last video: a mismatch ended the conversion
+    of 50 thousand recordings in its last second."""
+    write(tmp_path / "in", "v2.0", True, wrong_action)
+    (tmp_path / "in" / VIDEO_V2.replace("000001", "000000")).unlink()
+    with pytest.raises(SystemExit, match="stats.json: .*of action is .* meta/ says"):
+        convert(tmp_path / "in", tmp_path / "out")
+
+
+# ---- Valid recordings that were refused ---------------------------------------------------------
+
+
+def mean_one_by_one(values):
+    """float32 mean (N, D) -> (D,), as torch and numpy add up along the first axis."""
+    total = np.zeros_like(values[0])
+    for row in values:
+        total += row
+    return total / np.float32(len(values))
+
+
+@pytest.mark.parametrize("steps", [300, 3000, 30_000])
+def test_a_joint_that_stands_still_in_degrees(steps):
+    """Its float32 mean is -87.4498 over 300 steps where the exact one is -87.45: the tolerance of
+    1e-3 of the range and 1e-4 refused the recording. It must grow with |x| and N."""
+    values = np.full((steps, 1), -87.45, np.float32)
+    stored = {"count": [steps], "mean": mean_one_by_one(values).tolist()}
+    stored |= {"min": values[0].tolist(), "max": values[0].tolist()}
+    assert abs(stored["mean"][0] + 87.45) > 1e-4  # what was refused
+    found = {"state": lerobot.moments_of(values)}
+    lerobot.check_stats({"state": stored}, found)
+    limit = 87.5 * steps / 2**24  # what all roundings can add up to
+    for name, change in (("mean", 2 * limit + 3e-4), ("min", 3e-4), ("max", 3e-4)):
+        with pytest.raises(ValueError, match=f"{name} of state"):
+            lerobot.check_stats({"state": {**stored, name: [stored[name][0] + change]}}, found)
+    with pytest.raises(ValueError, match=f"{steps} steps of state, meta/ counts 120"):
+        lerobot.check_stats({"state": {**stored, "count": [120]}}, found)
+    with pytest.raises(ValueError, match="mean of state"):  # NaN is as far as any number
+        lerobot.check_stats({"state": {**stored, "mean": [float("nan")]}}, found)
+
+
+OPEN_GOPS = {
+    "libx265": {
+        "x265-params": "log-level=none:pools=1:keyint=12:min-keyint=12:scenecut=0:b-adapt=0"
+    },
+    "libx264": {"x264-params": "keyint=12:min-keyint=12:scenecut=0:b-adapt=0:open-gop=1"},
+    "mpeg2video": {"bf": "2"},
+}
+
+
+@pytest.mark.parametrize("codec", OPEN_GOPS)
+def test_open_gops(tmp_path, codec):
+    """A seek goes to the key frame that is decoded last before a time. With open GOPs it may be
+    shown after it, and 9 (x265), 27 (x264) and 79 (MPEG-2) of these 120 starts were refused."""
+    if codec not in av.codecs_available:
+        pytest.skip(f"av was built without {codec}")
+    frames = 120
+    levels = (np.arange(frames) * 37) % 220 + 10  # neighbours are far apart
+    images = np.tile(levels[:, None, None, None], (1, SIDE, SIDE, 3)).astype(np.uint8)
+    path = tmp_path / "x.mp4"
+    write_video(path, images, codec, OPEN_GOPS[codec], gop=12)
+    refused = 0
+    for start in range(frames):
+        numbers = np.arange(start, min(start + 3, frames))
+        found = lerobot.read_frames(path, numbers)
+        for number, image in zip(numbers, found, strict=True):
+            assert abs(image.mean() - levels[number]) < 6
+        with av.open(str(path)) as file:  # is it the case of the story?
+            stream = file.streams.video[0]
+            file.seek(round(start / FPS / stream.time_base), stream=stream)
+            refused += next(file.decode(stream)).time > (start + 0.25) / FPS
+    assert refused > 0
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
+def test_text_in_meta_may_hold_any_character_of_json(tmp_path, separator):
+    """str.splitlines() cut lines there, and half of one was no JSON."""
+    text = f"close{separator}the drawer"
+    write(tmp_path / "in", "v2.1", False)
+    for name in ("tasks", "episodes"):
+        path = tmp_path / f"in/meta/{name}.jsonl"
+        rows = path.read_text().replace(TASKS[1], text)
+        path.write_text(rows + "\n", encoding="utf-8")  # and an empty line does no harm
+    assert convert(tmp_path / "in", tmp_path / "out")[0].task == text
+
+
+# ---- Which frame is a step's --------------------------------------------------------------------
+
+
+def change_starts(folder, change):
+    """Changes from_timestamp of both recordings, in frames: change(number, frames) -> frames."""
+    path = folder / "meta/episodes/chunk-000/file-000.parquet"
+    rows = pq.read_table(path).to_pydict()
+    key = f"videos/{CAMERA}/from_timestamp"
+    rows[key] = [change(e, start * FPS) / FPS for e, start in enumerate(rows[key])]
+    write_table(path, rows)
+
+
+def assert_right_frames(files):
+    for e, file in enumerate(files):
+        for t, image in enumerate(pictures(e)):
+            assert abs(file.frame(t).astype(int) - image).max() <= 5
+
+
+@pytest.mark.parametrize("drift", [0.05, -0.3, 0.4, -0.6, 0.9, -0.95])
+@pytest.mark.parametrize("both", [True, False])
+def test_from_timestamp_may_drift_by_less_than_a_frame(tmp_path, capsys, drift, both):
+    """0.3 frames off ended the conversion, 0.9 frames took each step's neighbour, 15 grey levels
+    away, without a word. Frames are counted instead, and the drift is told."""
+    write(tmp_path / "in", "v3.0")
+    change_starts(tmp_path / "in", lambda e, start: start + drift * (both or e == 1))
+    assert_right_frames(convert(tmp_path / "in", tmp_path / "out"))
+    told = (
+        f"{1 + both} recordings begin up to {abs(drift):.2f} frames away" in capsys.readouterr().out
+    )
+    assert told == (abs(drift) >= 0.1)
+
+
+@pytest.mark.parametrize("drift", [1.2, -1.2, 1.9])
+def test_from_timestamp_that_is_a_frame_away_is_damage(tmp_path, drift):
+    write(tmp_path / "in", "v3.0")
+    change_starts(tmp_path / "in", lambda e, start: start + drift * e)
+    with pytest.raises(SystemExit, match="step 0 is at .* s, by count of the frames at 0.900 s"):
+        convert(tmp_path / "in", tmp_path / "out")
+
+
+def test_a_video_may_hold_what_is_no_recording(tmp_path):
+    """Where recordings were deleted from meta/ and not from the video."""
+    write(tmp_path / "in", "v3.0")
+    images = np.concatenate([pictures(1)[:5], pictures(0), pictures(0)[:7], pictures(1)])
+    write_video(tmp_path / f"in/videos/{CAMERA}/chunk-000/file-000.mp4", images)
+    change_starts(tmp_path / "in", lambda e, start: start + 5 + 7 * e + 0.2)
+    assert_right_frames(convert(tmp_path / "in", tmp_path / "out"))
+
+
+@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
+@pytest.mark.parametrize("lost", [0, 3, 15])
+def test_a_frame_that_is_missing_is_damage(tmp_path, version, lost):
+    """Counting must not hide it. lost: of both videos together; 3 is in the first recording."""
+    folder = tmp_path / "in"
+    write(folder, version)
+    images = np.concatenate([pictures(0), pictures(1)])
+    if version == "v3.0":
+        kept = [t for t in range(len(images)) if t != lost]
+        write_video(folder / f"videos/{CAMERA}/chunk-000/file-000.mp4", images[kept], times=kept)
+    else:
+        e = int(lost >= LENGTHS[0])
+        kept = [t for t in range(LENGTHS[e]) if t != lost - e * LENGTHS[0]]
+        path = folder / f"videos/chunk-000/{CAMERA}/episode_{e:06d}.mp4"
+        write_video(path, pictures(e)[kept], times=kept)
+    with pytest.raises(SystemExit, match=r"mp4: no frame at \d.\d00 s"):
+        convert(folder, tmp_path / "out")
+
+
+# ---- Instructions -------------------------------------------------------------------------------
+
+
+def write_tasks_table(folder, columns):
+    write_table(folder / "meta/tasks.parquet", {"task_index": [0, 1], **columns})
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"task": TASKS},
+        {"task_name": ["Cup-v0", "Drawer-v0"], "task": TASKS},
+        {"task_name": ["Cup-v0", "Drawer-v0"], "__index_level_0__": TASKS},
+        {"instruction": TASKS},
+    ],
+)
+def test_the_instruction_is_the_column_task_or_the_index(tmp_path, columns):
+    """The first further column was taken, "Cup-v0" for a sentence."""
+    write(tmp_path / "in", "v3.0", False)
+    write_tasks_table(tmp_path / "in", columns)
+    assert [file.task for file in convert(tmp_path / "in", tmp_path / "out")] == TASKS[::-1]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"task_name": ["a", "b"], "text": TASKS}, "no column task, and task_name, text beside"),
+        ({"task": [7, 8]}, "task 0 is 7, not a sentence"),
+        ({"task": TASKS, "task_index": [1, 1]}, "task 1 is both 'put the cup down' and 'close"),
+        ({"task": TASKS[::-1]}, "labelled 'put the cup down' .* meta/episodes says 'close"),
+    ],
+)
+def test_a_table_of_tasks_that_is_not_clear_is_damage(tmp_path, columns, message):
+    """The last: episodes and steps that name different sentences were converted by the steps'."""
+    write(tmp_path / "in", "v3.0", False)
+    write_tasks_table(tmp_path / "in", columns)
+    with pytest.raises(SystemExit, match=message):
+        convert(tmp_path / "in", tmp_path / "out")
+
+
+def test_an_episode_may_list_more_sentences_than_its_steps_use(tmp_path):
+    write(tmp_path / "in", "v2.1", False)
+    path = tmp_path / "in/meta/episodes.jsonl"
+    path.write_text(path.read_text().replace('"tasks": [', '"tasks": ["another way to say it", '))
+    assert len(convert(tmp_path / "in", tmp_path / "out")) == 2
+
+
+# ---- What is left out ---------------------------------------------------------------------------
+
+
+def skipped_rows(out):
+    path = out / "skipped.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("version", ["v2.0", "v2.1", "v3.0"])
+def test_blank_instructions_can_be_left_out(tmp_path, capsys, version):
+    """BridgeV2 and DROID have many: one ended the conversion, and no flag helped."""
+    folder = tmp_path / "in"
+    write(folder, version, False, lambda columns: columns.update(task_index=[0] * 7 + [1] * 5))
+    if version == "v3.0":
+        write_tasks_table(folder, {"task": [TASKS[0], None]})
+    else:
+        rows = [{"task_index": 0, "task": TASKS[0]}, {"task_index": 1, "task": "  "}]
+        write_lines(folder / "meta/tasks.jsonl", rows)
+    with pytest.raises(SystemExit, match="episode 0: an empty instruction .*: --skip-blank"):
+        convert(folder, tmp_path / "out")
+    files = convert(folder, tmp_path / "out", "--skip-blank")
+    assert [(file.task, len(file)) for file in files] == [(TASKS[0], 7)]
+    rows = skipped_rows(tmp_path / "out")
+    assert [(row["episode"], row["kind"], row["steps"]) for row in rows] == [
+        (0, "blank", 9),
+        (1, "blank", 5),
+    ]
+    assert "left out as blank: 2 recordings or parts, 14 steps" in capsys.readouterr().out
+
+
+SKIPPABLE = ["parquet cut", "parquet gone", "mp4 cut", "mp4 gone", "mp4 too short", "wrong numbers"]
+SKIPPABLE += ["NaN", "order", "mp4 scrambled", "image", "size", "rows gone", "task unknown"]
+
+
+@pytest.mark.parametrize("name", SKIPPABLE)
+def test_damaged_recordings_can_be_left_out(tmp_path, capsys, name):
+    case = CASES[name]
+    write(tmp_path / "in", case.version, case.video, case.change)
+    if case.damage:
+        case.damage(tmp_path / "in")
+    with pytest.raises(SystemExit, match="leave such recordings out: --skip-damaged"):
+        convert(tmp_path / "in", tmp_path / "out")
+    files = convert(tmp_path / "in", tmp_path / "out", "--skip-damaged")
+    assert [(file.task, len(file)) for file in files] == [(TASKS[1], 9)]
+    (row,) = skipped_rows(tmp_path / "out")
+    assert (row["episode"], row["kind"], row["steps"]) == (1, "damaged", 12)
+    assert "left out as damaged: 1 recordings or parts, 12 steps" in capsys.readouterr().out
+    # a stop at a damaged one, then on with the flag
+    with pytest.raises(SystemExit):
+        convert(tmp_path / "in", tmp_path / "again", "--resume")
+    convert(tmp_path / "in", tmp_path / "again", "--resume", "--skip-damaged")
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
+
+
+def test_what_has_no_statistics_is_said(tmp_path, capsys):
+    """openpi wrote LIBERO in v2.0 without statistics."""
+    write(tmp_path / "in", "v2.0", False)
+    (tmp_path / "in/meta/stats.json").unlink()
+    convert(tmp_path / "in", tmp_path / "out")
+    assert "meta/ has no statistics of action" in capsys.readouterr().out
+
+
+# ---- Size and time ------------------------------------------------------------------------------
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("image_format", lerobot.CODECS)
+@pytest.mark.parametrize("episodes_per_file", ["1", "2"])
+def test_several_workers_write_the_same_bytes(tmp_path, image_format, episodes_per_file):
+    write(tmp_path / "in", "v3.0")
+    flags = ["--camera", f"{CAMERA},{WRIST}", "--image-format", image_format]
+    flags += ["--episodes-per-file", episodes_per_file]
+    files = convert(tmp_path / "in", tmp_path / "one", *flags)
+    convert(tmp_path / "in", tmp_path / "two", *flags, "--workers", "2")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert len(list((tmp_path / "one").glob("*.safetensors"))) == 2 / int(episodes_per_file)
+    assert_right_frames(files)
+    assert (files[1].frame(3, "image_wrist") == 255 - pictures(1)[3]).all()  # one grey: exact
+
+
+def test_a_worker_that_is_killed_is_one_line():
+    with pytest.raises(ValueError, match="a worker was killed.*lower --workers"):
+        with lerobot.processes(2) as run:
+            list(run(os._exit, [1, 1, 1]))
+
+
+def test_a_conversion_goes_on_after_a_stop(tmp_path, monkeypatch):
+    write(tmp_path / "in", "v3.0")
+    convert(tmp_path / "in", tmp_path / "whole")
+    converted = []
+    convert_one = lerobot.convert
+
+    def stop_at_the_second(job, plan):
+        if converted:
+            raise KeyboardInterrupt
+        converted.append(plan.entry.number)
+        return convert_one(job, plan)
+
+    monkeypatch.setattr(lerobot, "convert", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        convert(tmp_path / "in", tmp_path / "out", "--resume")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit, match="begun with --image-format raw, not png; give the same"):
+        convert(tmp_path / "in", tmp_path / "out", "--resume", "--image-format", "png")
+
+    def only_the_second(job, plan):
+        converted.append(plan.entry.number)
+        return convert_one(job, plan)
+
+    monkeypatch.setattr(lerobot, "convert", only_the_second)
+    convert(tmp_path / "in", tmp_path / "out", "--resume")
+    assert converted == [0, 1]  # the first was not read again
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+# ---- Command line -------------------------------------------------------------------------------
 
 
 def test_flags_that_do_not_fit_are_named(tmp_path):

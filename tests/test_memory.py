@@ -163,6 +163,40 @@ def test_real_sizes_are_told_without_memory(argv, size, capsys):
         assert weights == pytest.approx(size * 4 / 8, abs=0.06)  # fp32, over the shards
 
 
+@pytest.mark.parametrize("flag", memory.ROWS_FLAGS["grpo"])
+def test_the_flags_are_the_largest_that_fit(flag):
+    """Against an estimate for each value; of 12 rows by 7 at most, 6 and 6 are forwarded."""
+    net = backbones.random_backbone("tiny-qwen3-vl", device="meta").net
+    cfg = grpo.Config(batch=12, prompts=12)
+    load = memory.Load(ranks=1, row_tokens=256, row_patches=64, dtype=torch.float32)
+    peaks = []
+    for rows in range(1, 13):
+        estimate = memory.estimate("grpo", dataclasses.replace(cfg, **{flag.name: rows}), net, load)
+        peaks.append(estimate.peaks[flag.phase])
+    assert peaks == sorted(peaks)
+    expected = [0, 1, 2, 3, 4, 4, 6, 6, 6, 6, 6, 6, 12]  # by how many rows fit
+    for fitting, peak in enumerate([*peaks, 2 * peaks[-1]]):
+        usable = peak  # not quite enough for one more
+        value = memory.largest_that_fits(flag, "grpo", cfg, net, load, usable)
+        assert value == expected[fitting], fitting
+
+
+def test_what_fits_no_card_is_told_its_cures(capsys):
+    argv = ["grpo", "paper", "--size", "qwen2.5-vl-7b", "--ranks", "8", "--gb", "60"]
+    assert memory.main([*argv, "--compute", "bf16", "--no-recompute"]) == 1
+    *_, cure, flags = capsys.readouterr().out.splitlines()
+    assert cure.startswith("--micro-batch 1 is too much for 60 GB: --recompute, --cpu-offload, ")
+    assert flags.startswith("fastest that fits in 60 GB: --rollout-batch ")
+
+
+def test_the_flags_that_are_printed_are_flags_of_the_stage(capsys):
+    argv = ["sft", "paper", "--size", "qwen2.5-vl-7b", "--ranks", "8", "--gb", "80"]
+    memory.main([*argv, "--compute", "bf16"])
+    flags = capsys.readouterr().out.splitlines()[-1].partition(": ")[2].split()
+    cfg = model.parse_config(sft.Config, sft.PRESETS, ["paper", *flags])
+    assert cfg.micro_batch > 2, "two rows leave most of the card empty"
+
+
 @pytest.mark.parametrize("stage", ["sft", "grpo", "vla"])
 def test_this_machine_is_the_default_and_nothing_is_run(stage, capsys, tmp_path, monkeypatch):
     out = tmp_path / "out"

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import time
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -188,6 +189,45 @@ def test_encode_equals_the_chat_template(backbone, prompt_only, system, publishe
     tokens = 64 // backbone.image_spec.patch // backbone.image_spec.merge
     text = text.replace("<|image_pad|>", "<|image_pad|>" * tokens**2)
     assert row["ids"].tolist() == backbone.tokenizer(text)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "emoji \U0001f600\U0001f469\u200d\U0001f680",
+        "\u628a\u7ea2\u8272\u7684\u79ef\u6728\u653e\u597d",  # Chinese
+        "e\u0301 a\u0308\u0323",  # letters and combining marks
+        "a\u200bb\ufeffc\u2028d\x85",  # zero width, separators
+        "a\x00b\x7f\x1b[0m",  # control characters
+        "\ufffd\ufffe\U0010ffff\ue000",  # replacement, not characters, private use
+    ],
+)
+def test_every_text_is_kept(backbone, text):
+    """As NFC, which Qwen's tokenizers write: a letter and its accent become one character."""
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+    row = model.encode(backbone, messages)
+    kept = unicodedata.normalize("NFC", text)
+    assert backbone.tokenizer.decode(row["ids"][row["target"]]) == kept + "<|im_end|>"
+    assert backbone.tokenizer.decode(row["ids"]).count(kept) == 2
+
+
+@pytest.mark.parametrize("text", ["a \ud83d b", "\ude00", "\ude00\ud83d"])
+def test_half_a_character_is_one_line(backbone, text, tmp_path):
+    """The tokenizer ended in a TypeError, "TextInputSequence must be str", whatever the row."""
+    with pytest.raises(ValueError, match=r"half a character, '\\ud"):
+        model.encode(backbone, [{"role": "user", "content": text}])
+    lines = []
+    for content in ["Go", "Go", text, "Go"]:
+        question = {"role": "user", "content": content}
+        row = {"messages": [question, {"role": "assistant", "content": "Yes"}]}
+        lines.append(json.dumps(row))
+    data = tmp_path / "talk.jsonl"
+    data.write_text("\n".join(lines) + "\n")
+    init = untrained.folder(backbone.run["size"])
+    argv = ["base", "--init", init, "--data", str(data), "--out", str(tmp_path / "out")]
+    argv += ["--steps", "2", "--batch", "3", "--holdout-rows", "1"]
+    with pytest.raises(ValueError, match=r"talk\.jsonl:3: .*half a character, '\\ud"):
+        sft.main(argv)
 
 
 def test_targets_are_the_assistants_turns_with_their_end(backbone):

@@ -4,16 +4,18 @@
     python -m tools.memory grpo paper --size qwen2.5-vl-7b --recompute --cpu-offload
     python -m tools.memory vla paper --init runs/grpo-paper
 
-Flags of the stage follow its preset. Ranks and memory are by default those of this machine.
+Flags of the stage follow its preset. Ranks and memory are by default those of this machine. The
+last line has the flags to use: the largest --micro-batch and --rollout-batch that fit.
 Weights, gradients, optimizer and caches are counted exactly; activations by asking autograd what it
 keeps of one block. The allocator's fragments and the libraries' workspaces come on top: 10% or so.
 """
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 from unittest import mock
 
@@ -266,7 +268,7 @@ def grpo_estimate(cfg: grpo.Config, net: nn.Module, load: Load) -> Estimate:
 def vla_estimate(cfg: vla.Config, net: nn.Module, load: Load) -> Estimate:
     """vla.py: the backbone, which is cut here, frozen in the compute type, and the head."""
     language = net.model.language_model
-    vla.truncate(net, cfg.layer or round(0.64 * len(language.layers)))
+    vla.truncate(net, vla.feature_layer(net, cfg.layer))
     shards = cfg.shards or load.ranks
 
     # 1. the head, and what it keeps of a batch
@@ -325,6 +327,47 @@ def estimate(stage: str, cfg, net: nn.Module, load: Load) -> Estimate:
     return by_stage[stage](cfg, net, load)
 
 
+# ---- Flags that fit -----------------------------------------------------------------------------
+
+
+class RowsFlag(NamedTuple):
+    """A flag that says how many rows a rank forwards at once, and no result depends on it."""
+
+    name: str
+    total: str  # the field with the rows that all ranks share out
+    phase: str  # whose peak it decides
+
+
+ROWS_FLAGS = {
+    "sft": [RowsFlag("micro_batch", "batch", "update")],
+    "grpo": [
+        RowsFlag("micro_batch", "batch", "update"),
+        RowsFlag("rollout_batch", "prompts", "rollout"),
+    ],
+    "vla": [],  # whose --batch is one forward
+}
+
+
+def largest_that_fits(
+    flag: RowsFlag, stage: str, cfg, net: nn.Module, load: Load, usable: float
+) -> int:
+    """The largest value of a flag whose peak stays under so many usable bytes; 0: not even 1 does.
+    Of values that need as many forwards the smallest: of 16 rows by 9 at most, 8 and 8."""
+    most = max(1, getattr(cfg, flag.total) // load.ranks)  # rows of a rank
+    fits, too_many = 0, most + 1
+    while too_many - fits > 1:
+        rows = (fits + too_many) // 2
+        needed = estimate(stage, replace(cfg, **{flag.name: rows}), net, load)
+        if needed.peaks[flag.phase] < usable:
+            fits = rows
+        else:
+            too_many = rows
+    if fits == 0:
+        return 0
+    forwards = math.ceil(most / fits)
+    return math.ceil(most / forwards)
+
+
 # ---- Command line -------------------------------------------------------------------------------
 
 
@@ -378,7 +421,34 @@ def tell(what: str, backbone: model.Backbone, stage: str, cfg, load: Load, gb: f
         verdict = "fits" if size < usable else "does not fit"
         room = f"{verdict} in {gb:.4g} GB, {FREE_SHARE:.0%} left free"
         print(f"{name + ', peak':18s} {size / 1e9:7.1f}   {room}")
+    tell_flags(backbone.net, stage, cfg, load, usable, gb)
     return all(size < usable for size in needed.peaks.values())
+
+
+def tell_flags(net: nn.Module, stage: str, cfg, load: Load, usable: float, gb: float) -> None:
+    """Prints the flags to use on cards of so many GB, or what to try where none fits."""
+    to_use = []
+    for flag in ROWS_FLAGS[stage]:
+        rows = largest_that_fits(flag, stage, cfg, net, load, usable)
+        option = "--" + flag.name.replace("_", "-")
+        if rows == 0:
+            print(f"{option} 1 is too much for {gb:.4g} GB: {cures(stage, cfg, flag.phase)}")
+        else:
+            to_use.append(f"{option} {rows}")
+    if to_use:
+        print(f"fastest that fits in {gb:.4g} GB: {' '.join(to_use)}")
+
+
+def cures(stage: str, cfg, phase: str) -> str:
+    """What lowers a peak beside the number of rows."""
+    flags = []
+    if phase == "update" and not cfg.recompute:
+        flags.append("--recompute")
+    if stage == "grpo" and cfg.kl_coef > 0 and not cfg.cpu_offload:
+        flags.append("--cpu-offload")
+    if stage == "grpo":
+        flags.append("a lower --max-new-tokens")
+    return ", ".join([*flags, "a lower --max-pixels", "more ranks"])
 
 
 def main(argv: list[str] | None = None) -> int:
