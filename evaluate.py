@@ -287,8 +287,6 @@ def episodes_to_ask(backbone: model.Backbone, data: str, split: str) -> tuple[li
     # 1. what the checkpoint says of this folder
     episodes = fast_tokenizer.read_episodes(data, 0, backbone.action_tokenizer)
     records = backbone.run.get("split", [])
-    if isinstance(records, dict):
-        records = [records]
     folder = episodes[0].path.parent
     own = [record for record in records if Path(record["folder"]).resolve() == folder.resolve()]
 
@@ -300,7 +298,7 @@ def episodes_to_ask(backbone: model.Backbone, data: str, split: str) -> tuple[li
             trained_on = ", ".join(record["folder"] for record in records)
             why = f"which the checkpoint was not trained on (but on {trained_on})"
         else:
-            why = "the checkpoint does not say what it was trained on"
+            why = "the checkpoint names no episodes that it was trained on"
         return episodes, f"all {len(episodes)} episodes of {folder}: {why}"
     _, held_out = fast_tokenizer.split_episodes(episodes)
     words = f"the {len(held_out)} held-out ones of {len(episodes)} episodes of {folder}"
@@ -483,9 +481,8 @@ def action_metrics(
     for kind in ("thoughts", "actions"):
         distinct = set().union(*[getattr(score, kind) for score in scores])
         total = len(scores) * n
-        metrics[f"distinct {kind}"] = {
-            "mean": len(distinct), "low": None, "high": None, "n": total
-        }  # fmt: skip
+        of_all = {"mean": len(distinct), "low": None, "high": None, "n": total}
+        metrics[f"distinct {kind}"] = of_all
     return metrics, values
 
 

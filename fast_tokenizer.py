@@ -326,6 +326,12 @@ def warn_of_other_split(earlier: list[dict], records: list[dict]) -> None:
                 )
 
 
+def join_splits(earlier: list[dict], records: list[dict]) -> list[dict]:
+    """What run.json keeps: split_record()s of this stage's folders and of all stages before it, so
+    that an evaluation knows every folder that the weights have seen."""
+    return [*[other for other in earlier if other not in records], *records]
+
+
 def action_chunks(episode: EpisodeFile, horizon: int) -> np.ndarray:
     """The `horizon` actions from each step (T, K, A) float32; past the end the last one repeats."""
     if horizon < 1:

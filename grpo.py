@@ -41,6 +41,7 @@ from fast_tokenizer import (
     action_chunks,
     answer_help,
     chunk_ends,
+    join_splits,
     locate_step,
     normalize,
     read_episodes,
@@ -835,7 +836,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     split = [split_record([*episodes, *held_out], held_out)]
     if dist.rank == 0:
         warn_of_other_split(backbone.run.get("split", []), split)
-    run = {"stage": "grpo", "config": asdict(cfg), "parent": cfg.init, "split": split}
+    run = {
+        "stage": "grpo",
+        "config": asdict(cfg),
+        "parent": cfg.init,
+        "split": join_splits(backbone.run.get("split", []), split),
+    }
     save_checkpoint = partial(model.save, what=backbone, optim=optim)
     model.stop_on_sigterm()
     log = model.Log(cfg.out, cfg, dist)

@@ -460,8 +460,10 @@ def _token_ids(tokenizer, vocabulary_size, text):
     return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def check_tags(messages: Sequence[dict], n_images: int) -> None:
-    """ValueError unless there is an "<image>" in the messages for each image."""
+def check_messages(messages: Sequence[dict], n_images: int) -> None:
+    """ValueError unless all contents are text, with one "<image>" for each image."""
+    for message in messages:
+        check_text(message["content"])
     tags = sum(message["content"].count("<image>") for message in messages)
     if tags != n_images:
         raise ValueError(f'{tags} "<image>" but {n_images} images; write one tag for each image')
@@ -481,9 +483,7 @@ def encode(
     (H, W, 3)). prompt_only: opens the assistant's turn behind the last message.
     ValueError when tags and images disagree, or a content is no text."""
     # 1. check, and open as the family does
-    for message in messages:
-        check_text(message["content"])
-    check_tags(messages, len(images))
+    check_messages(messages, len(images))
     if backbone.net.config.model_type == "qwen2_5_vl" and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": SYSTEM_PROMPT}, *messages]
     # 2. pieces of text, each with whether it is learned. The assistant's turns are split where

@@ -53,6 +53,7 @@ from fast_tokenizer import (
     chunk_ends,
     count,
     image_size,
+    join_splits,
     locate_step,
     non_negative,
     read_episodes,
@@ -557,17 +558,16 @@ class RowSize(NamedTuple):
 
 
 def image_tokens(spec: model.ImageSpec, height: int, width: int) -> int:
-    """Tokens of an image of so many pixels, as model.patchify() cuts it."""
-    unit = spec.patch * spec.merge
-    rows, columns = model.smart_resize(height, width, unit, spec.min_pixels, spec.max_pixels)
-    return rows * columns // unit**2
+    """Tokens of an image of so many pixels."""
+    _, rows, columns = model.image_grid(height, width, spec)  # of patches
+    return rows * columns // spec.merge**2
 
 
 def row_size(backbone: model.Backbone, outline: Outline, max_length: int) -> RowSize:
-    """ValueError when it cannot be encoded."""
+    """How long a row is. ValueError when its tags and images disagree, or it cannot be encoded."""
     messages, image_sizes = outline
     spec = backbone.image_spec
-    model.check_tags(messages, len(image_sizes))
+    model.check_messages(messages, len(image_sizes))
 
     def tokens_of_images(spec):
         return sum(image_tokens(spec, *size) for size in image_sizes)
@@ -601,14 +601,10 @@ def row_size(backbone: model.Backbone, outline: Outline, max_length: int) -> Row
     return RowSize(tokens, per_image * unit**2 or NEVER_FITS)
 
 
-def check_rows(backbone: model.Backbone, source, cfg: Config, dist: model.Dist) -> dict:
+def measure_rows(backbone: model.Backbone, source, max_length: int, dist: model.Dist) -> np.ndarray:
     """Looks at all of a source as training will see it, but for pixels: of images the headers.
-
-    ValueError naming the row that cannot be used. Rows over cfg.max_length tokens are told on
-    stdout; see --too-long for what happens to them. Each rank looks at its share, and all come to
-    the same rows. Sets source.tokens (units,), source.max_pixels; takes rows from source.train and
-    source.held. -> record for run.json."""
-    # 1. this rank's share of the rows
+    -> its RowSizes (units, 2). ValueError naming a row that cannot be used. Each rank looks at its
+    share, and all get the same numbers."""
     sizes = np.zeros((source.units, 2))
     local_units = range(dist.rank, source.units, dist.world_size)
     tasks = [local_units[k : k + ROWS_A_TASK] for k in range(0, len(local_units), ROWS_A_TASK)]
@@ -617,38 +613,41 @@ def check_rows(backbone: model.Backbone, source, cfg: Config, dist: model.Dist) 
         for unit in units:
             outline = source.outline(unit)
             try:
-                sizes[unit] = row_size(backbone, outline, cfg.max_length)
+                sizes[unit] = row_size(backbone, outline, max_length)
             except ValueError as e:
                 raise ValueError(f"{source.sample_id(unit)}: {e}") from e
         return len(units)
 
+    is_quiet = None if dist.rank == 0 else True  # None: quiet unless on a terminal
+    bar = tqdm(desc=f"checking {source.path}", total=len(local_units), disable=is_quiet)
     error = None
-    bar = tqdm(
-        desc=f"checking {source.path}",
-        total=len(local_units),
-        disable=None if dist.rank == 0 else True,
-    )
     with bar, ThreadPoolExecutor(HEADER_THREADS) as pool:
         try:
-            for n_checked in pool.map(measure, tasks):
-                bar.update(n_checked)
+            for n_measured in pool.map(measure, tasks):
+                bar.update(n_measured)
         except ValueError as e:
             error = e
-            pool.shutdown(cancel_futures=True)
     if all_sum(error is not None):
         raise error or SystemExit(1)  # the rank that knows says it
+    return np.reshape(all_sum(sizes.ravel().tolist()), sizes.shape)
 
-    # 2. what is too long
-    sizes = np.reshape(all_sum(sizes.ravel().tolist()), (source.units, 2))
+
+def check_rows(backbone: model.Backbone, source, cfg: Config, dist: model.Dist) -> dict:
+    """Checks all of a source, and does with rows over cfg.max_length tokens what --too-long says;
+    rank 0 tells how many there are. All ranks come to the same rows.
+
+    Sets source.tokens (units,) and source.max_pixels, takes indices from source.train and
+    source.held. -> what run.json says of the source."""
+    sizes = measure_rows(backbone, source, cfg.max_length, dist)
     source.tokens, max_pixels = sizes.T
-    too_long = np.flatnonzero(source.tokens > cfg.max_length)
+    too_long = np.flatnonzero(source.tokens > cfg.max_length).tolist()
     left_out = set()
-    for unit in too_long.tolist():
+    for unit in too_long:
         if cfg.too_long == "shrink" and max_pixels[unit] != NEVER_FITS:
             source.max_pixels[unit] = int(max_pixels[unit])
         else:
             left_out.add(unit)
-    if len(too_long):
+    if too_long:
         first = too_long[0]
         text = (
             f"{source.sample_id(first)}: {source.tokens[first]:.0f} tokens, and {len(too_long) - 1}"
@@ -657,10 +656,8 @@ def check_rows(backbone: model.Backbone, source, cfg: Config, dist: model.Dist) 
         if cfg.too_long == "error":
             raise ValueError(f"{text}; raise it, or --too-long skip or shrink")
         if dist.rank == 0:
-            print(
-                f"{text}: {len(source.max_pixels)} with smaller images, {len(left_out)} left out",
-                flush=True,
-            )
+            n_shrunk = len(source.max_pixels)
+            print(f"{text}: {n_shrunk} with smaller images, {len(left_out)} left out", flush=True)
     if left_out:
         source.train = [i for i in source.train if source.unit(i) not in left_out]
         source.held = [i for i in source.held if source.unit(i) not in left_out]
@@ -912,7 +909,7 @@ class GreedyAnswer(NamedTuple):
 def greedy_answers(
     backbone: model.Backbone,
     samples: list[Sample],
-    max_new_tokens: int = 128,
+    max_new_tokens: int,
     size: int = 64,
     cuda_graphs: bool = True,
 ) -> list[GreedyAnswer]:
@@ -921,8 +918,7 @@ def greedy_answers(
     for k in range(0, len(samples), size):
         rows = []
         for sample in samples[k : k + size]:
-            question = first_question(sample)
-            rows.append(encode_sample(backbone, question, prompt_only=True))
+            rows.append(encode_sample(backbone, first_question(sample), prompt_only=True))
         generated = model.generate(
             backbone,
             rows,
@@ -937,7 +933,8 @@ def greedy_answers(
 
 
 def greedy_accuracy(backbone, sources, cfg, dist) -> dict[str, float]:
-    """Exact-match accuracy of greedy answers to held-out single-turn rows, by their "kind"."""
+    """Exact-match accuracy of greedy answers to held-out single-turn rows, by their "kind"; and
+    greedy_truncated, the share cut off at cfg.max_new_tokens."""
     samples = []
     for source in sources:
         for i in evenly_spaced(source.held, cfg.eval_rows):
@@ -954,13 +951,14 @@ def greedy_accuracy(backbone, sources, cfg, dist) -> dict[str, float]:
             backbone, local_samples, cfg.max_new_tokens, cuda_graphs=cfg.cuda_graphs
         )
 
+    n_truncated = all_sum(sum(answer.truncated for answer in answers))
     sums = np.zeros((len(kinds), 2))  # right answers, answers
     for sample, answer in zip(local_samples, answers, strict=True):
         kind = kinds.index(sample.kind)
         if answer.text == answer_text(sample.messages[1]["content"]):
             sums[kind, 0] += 1
         sums[kind, 1] += 1
-    accuracy = {}
+    accuracy = {"greedy_truncated": n_truncated / len(samples)}
     for kind, (n_right, n) in zip(kinds, all_sum(sums.tolist()), strict=True):
         accuracy[f"greedy_{kind}"] = n_right / n
     return accuracy
@@ -1124,7 +1122,7 @@ def main(argv: list[str] | None = None) -> None:
         "config": asdict(cfg),
         "parent": cfg.init,
         "data": data,
-        "split": splits,
+        "split": join_splits(backbone.run.get("split", []), splits),
     }
     save = functools.partial(model.save, what=backbone, optim=optim)
     model.stop_on_sigterm()

@@ -269,7 +269,7 @@ def play(policy, args, local: slice) -> list[int]:
     check_policy(policy, cameras, state_dim, ACTION_NAMES)
     from vla import ChunkExecutor  # not above: to convert takes no torch
 
-    finished = FinishedTrials("calvin", policy, args, [])
+    finished = FinishedTrials("calvin", policy, args, [str(Path(args.data).resolve())])
     lengths = {row["chain"]: row["length"] for row in finished.rows}
     world = open_world(args.data)
     rendered = world.env.cameras

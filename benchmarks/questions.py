@@ -248,6 +248,7 @@ def arguments(add):
     )
     add("--answers", default="", help="also write each answer here, .jsonl")
     add("--rows", type=natural, default=0, help="first rows of the file; 0: all")
+    add("--outside-images", action="store_true", help="images may lie outside the file's folder")
 
 
 class Asked(NamedTuple):
@@ -297,7 +298,7 @@ def questions_to_ask(source: sft.ConversationDataset, args) -> list[Asked]:
 def score_answers(backbone, args, local: slice) -> list[Answer]:
     """Greedy answers to the share `local` of the rows of args.data. Damaged when a row, of any
     share, cannot be scored."""
-    source = sft.ConversationDataset(args.data, backbone.action_tokenizer, 0)
+    source = sft.ConversationDataset(args.data, backbone.action_tokenizer, 0, args.outside_images)
     asked = questions_to_ask(source, args)[local]
     samples = [one.sample for one in asked]
     answers = sft.greedy_answers(

@@ -139,7 +139,7 @@ def check_action_range(
         refuse(int(beyond.argmax()), "what is beyond would be cut off", "convert this dimension")
 
     # 3. a gripper of one side
-    moves = trained_high - trained_low > 0.05 * width
+    moves = trained_high - trained_low > 0.01 * width
     one_sided = (trained_low > middle - 0.05 * width) | (trained_high < middle + 0.05 * width)
     for i in np.flatnonzero(is_gripper & moves & one_sided):
         end = low[i] if trained_low[i] > middle[i] - 0.05 * width[i] else high[i]
@@ -157,11 +157,18 @@ def check_action_range(
 
 def image_sizes(policy, size: int, default: int) -> dict[str, list[int]]:
     """What to render: camera of the policy -> [H, W], pixels. size: --size, 0: what the policy was
-    trained on, and `default` where its checkpoint does not say."""
+    trained on, and `default` where its checkpoint does not say. ValueError when a square is no
+    image of training at another scale."""
     trained = policy.spec.get("image_sizes", {})
     sizes = {}
     for camera in policy.cameras:
-        sizes[camera] = [size, size] if size else trained.get(camera, [default, default])
+        height, width = trained.get(camera, (default, default))
+        if size and height != width:
+            raise ValueError(
+                f"--size {size}: a square, but the policy was trained on {camera} of {height} x "
+                f"{width} (height x width); leave --size away"
+            )
+        sizes[camera] = [size, size] if size else [height, width]
     return sizes
 
 

@@ -4,16 +4,25 @@ import argparse
 import json
 import multiprocessing
 import pathlib
+import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
+import untrained
+from ranks import on_ranks
 
 import evaluate
+import fast_tokenizer
+import model
+import sft
+from benchmarks import simulate, tabletop_data
 from benchmarks import tabletop as tt
 from benchmarks.simulate import Outcome, TrialResult
 from benchmarks.tabletop import drive
+from tools import backbones, memory, speed
 
 
 def test_wilson_against_a_worked_example():
@@ -202,3 +211,256 @@ def test_what_a_benchmark_has_none_of_is_not_written(tmp_path, monkeypatch):
     assert variant["paired"] == {"success": [True, False], "chain length": [5, 0]}
     assert variant["metrics"]["success goal 1"]["mean"] == 0
     assert variant["metrics"]["chain 5"]["mean"] == 0.5
+
+
+# ---- ranks, the split, the limit of tokens
+
+
+def metrics_of(path):
+    variant = json.loads(path.read_text())["arms"]["policy"]
+    return {"metrics": variant["metrics"], "paired": variant["paired"]}
+
+
+class Lucky(Scripted):
+    """The expert in half of the trials, still in the others, by what its noise is drawn from."""
+
+    cameras = ("image",)
+
+    def __init__(self):
+        super().__init__([])
+        widths = {"state": 8, "action": 7}
+        self.spec = {
+            "stats": {name: {"q01": [-1.0] * n, "q99": [1.0] * n} for name, n in widths.items()}
+        }
+
+    def act_batch(self, images, instructions, states, keys):
+        chunks = super().act_batch(images, instructions, states)
+        for b, (suite, task, seed, _) in enumerate(keys):
+            if model.rng(0, suite, task, seed).random() < 0.5:
+                chunks[b] = 0
+        return chunks
+
+
+def test_ranks_equal_one_in_a_closed_loop(tmp_path, monkeypatch):
+    """Under torchrun every rank ran all trials and wrote them to the same file. Noise came from the
+    number of the call and the row in the batch, so that a share of the trials went another way."""
+    policy = Lucky()
+    make_trials = tt.make_trials
+
+    def make_known_trials(*args):
+        policy.trials = make_trials(*args)
+        return policy.trials
+
+    monkeypatch.setattr(tt, "make_trials", make_known_trials)
+    monkeypatch.setattr(evaluate.vla.Policy, "load", lambda *args, **kwargs: policy)
+    for world in (1, 2):
+        flags = ["--suites", "spatial,goal,chain", "--trials", "1", "--chains", "3", "--batch", "7"]
+        argv = ["tabletop", "--policy", "x", "--out", str(tmp_path / f"{world}.json"), *flags]
+        on_ranks(evaluate.main, argv, world)
+    one = metrics_of(tmp_path / "1.json")
+    assert metrics_of(tmp_path / "2.json") == one
+    assert one["metrics"]["success"]["n"] == 20 and 0 < one["metrics"]["success"]["mean"] < 1
+    assert len(one["paired"]["chain length"]) == 3
+
+
+def test_gather_puts_shares_in_order(tmp_path):
+    """Seven items on three ranks: one has a share of three; and two on three: one has none."""
+    for total in (7, 2):
+        on_ranks(gather_numbers, [total, tmp_path / "gathered"], 3)
+        assert json.loads((tmp_path / "gathered").read_text()) == list(range(total))
+
+
+def gather_numbers(argv):
+    total, path = argv
+    dist = model.setup(0)
+    numbers = evaluate.gather(list(range(total))[evaluate.local_share(dist)], dist)
+    if dist.rank == 0:
+        path.write_text(json.dumps(numbers))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A folder with data, and an untrained model with action tokens, as sft.py saves it."""
+    folder = tmp_path_factory.mktemp("written")
+    tabletop_data.main(
+        [
+            *("--out", str(folder / "data"), "--episodes", "24", "--conversations", "8"),
+            *("--single", "--workers", "1", "--seed", "3"),
+        ]
+    )
+    files = fast_tokenizer.read_episodes(folder / "data")
+    stats = fast_tokenizer.read_stats(folder / "data", files)["action"]
+    chunks = fast_tokenizer.all_chunks(files, 5, 1)
+    backbone = model.load(untrained.folder("tiny-vlm"))
+    backbone.action_tokenizer = fast_tokenizer.FastTokenizer.fit(chunks, 18, 1, stats)
+    sft.grow_vocabulary(backbone, 18)
+    _, held_out = fast_tokenizer.split_episodes(files)
+    run = {
+        "stage": "sft",
+        "step": 1,
+        "config": {"max_new_tokens": 7},
+        "parent": "",
+        "split": [fast_tokenizer.split_record(files, held_out)],
+    }
+    model.save(folder / "sft" / "final", backbone, run)
+    return folder
+
+
+def actions(folder, out, *flags):
+    argv = ["actions", "--policy", str(folder / "sft"), "--data", str(folder / "data")]
+    sizes = ["--prompts", "5", "--samples", "2", "--batch", "3"]
+    return [*argv, "--device", "cpu", "--out", str(out), *sizes, *flags]
+
+
+def test_ranks_equal_one_in_action_tokens_and_questions(written, tmp_path):
+    """evaluate.py ran on one GPU of eight, and the other seven ranks would have done the same."""
+    for world in (1, 2):
+        out = tmp_path / f"{world}.json"
+        on_ranks(evaluate.main, actions(written, out), world)
+        data = ["--data", str(written / "data/conversations.jsonl"), "--rows", "5"]
+        answers = ["--answers", str(tmp_path / f"{world}.jsonl")]
+        common = ["vqa", "--policy", str(written / "sft"), "--device", "cpu", "--out", str(out)]
+        on_ranks(evaluate.main, [*common, *data, *answers], world)
+    one = metrics_of(tmp_path / "1.json")
+    assert metrics_of(tmp_path / "2.json") == one
+    assert len(one["paired"]["think sampled r_a"]) == 5
+    assert (tmp_path / "1.jsonl").read_text() == (tmp_path / "2.jsonl").read_text()
+    assert len((tmp_path / "1.jsonl").read_text().splitlines()) == 5
+
+
+def test_completions_may_be_as_long_as_in_the_run(written, tmp_path, capsys):
+    """GRPO's preset allowed 2,048 tokens, evaluate.py 96: a thought of 97 counted as malformed, and
+    nothing said that it was cut off."""
+    out = tmp_path / "r.json"
+    lengths = []
+    generate = model.generate
+
+    def measured(*args, **kwargs):
+        samples = generate(*args, **kwargs)
+        lengths.append(samples["mask"].shape[1])
+        return samples
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "generate", measured)
+        evaluate.main(actions(written, out))
+        assert max(lengths) == 7, "what run.json says"
+        truncated = metrics_of(out)["metrics"]["think sampled truncated"]
+        assert truncated["n"] == 5 and truncated["mean"] > 0.5  # an untrained model rarely ends
+        assert "7 tokens at most" in capsys.readouterr().out
+        evaluate.main(actions(written, out, "--max-new-tokens", "3", "--no-cuda-graphs"))
+        assert max(lengths[4:]) == 3
+    backbone = types.SimpleNamespace(run={})
+    assert evaluate.token_limit(None, backbone, 96) == 96
+
+
+def test_prompts_are_called_held_out_only_when_they_are(written, tmp_path, monkeypatch, capsys):
+    """Prompts came from all episodes of --data and were called held out, also when the model was
+    trained on 95% of them."""
+    backbone = model.load(written / "sft")
+    folder = written / "data/episodes"
+    files = fast_tokenizer.read_episodes(folder)
+    _, held_out = fast_tokenizer.split_episodes(files)
+
+    def asked(data, split="auto"):
+        episodes, words = evaluate.episodes_to_ask(backbone, data, split)
+        return [episode.name for episode in episodes], words
+
+    monkeypatch.chdir(written)
+    names, words = asked("data")  # the same folder by another path
+    assert names == [episode.name for episode in held_out]
+    assert words == f"the 1 held-out ones of {len(files)} episodes of data/episodes"
+    names, words = asked(folder, "all")
+    assert len(names) == len(files) and words.startswith(f"all {len(files)} episodes")
+
+    shutil.copytree(folder, tmp_path / "test")  # another folder: all of it is unseen
+    names, words = asked(tmp_path / "test")
+    assert len(names) == len(files)
+    assert "which the checkpoint was not trained on (but on " in words
+    assert len(asked(tmp_path / "test", "held-out")[0]) == 1
+
+    (record,) = backbone.run["split"]
+    elsewhere = {**record, "folder": "elsewhere"}
+    backbone.run["split"] = fast_tokenizer.join_splits([record, elsewhere], [elsewhere])
+    assert len(backbone.run["split"]) == 2, "what SFT saw is not forgotten in GRPO"
+    assert asked(folder)[0] == [episode.name for episode in held_out]
+    record["sha256"] = "of other episodes"
+    assert "held out others, and may have been trained on these" in asked(folder)[1]
+    backbone.run = {}
+    assert "the checkpoint names no episodes" in asked(folder)[1]
+
+    out = tmp_path / "r.json"
+    evaluate.main(actions(written, out))
+    sentence = f"5 prompts from the 1 held-out ones of {len(files)} episodes"
+    assert sentence in capsys.readouterr().out
+    assert "held-out" in json.loads(out.read_text())["arms"]["policy"]["prompts"]
+
+
+def test_results_that_could_not_be_written_stop_before_the_work(tmp_path):
+    """A results file cut short was found after the last of 2,000 trials, and they were lost."""
+    (tmp_path / "r.json").write_text('{"arms"')
+    for argv in (["tabletop"], ["vqa", "--data", "x"], ["actions", "--data", "x"]):
+        with pytest.raises(ValueError, match="r.json:1: not JSON"):
+            evaluate.main([*argv, "--policy", "nowhere/x", "--out", str(tmp_path / "r.json")])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "actions --prompts 0",
+        "actions --samples 0",
+        "actions --batch 0",
+        "actions --max-new-tokens 0",
+        "vqa --batch 0",
+        "vqa --max-new-tokens 0",
+        "vqa --rows -1",
+        "vqa --unit -1",
+        "tabletop --trials 0",
+        "tabletop --chains 0",
+        "tabletop --batch 0",
+        "tabletop --execute -1",
+        "tabletop --ensemble -1",
+        "tabletop --seed -1",
+        "libero --trials 0",
+        "libero --workers 0",
+        "libero --size -1",
+        "metaworld --limit -1",
+        "calvin --chains 0",
+    ],
+)
+def test_flags_out_of_range_stop_before_anything_loads(flags, capsys):
+    """--batch 0, --prompts 0 and --max-new-tokens 0 were tracebacks after the model had loaded."""
+    command, flag, value = flags.split()
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([command, "--policy", "x", "--data", "x", flag, value])
+    assert stop.value.code == 2
+    assert f"argument {flag}: {value} is not a" in capsys.readouterr().err
+
+
+def record_metaworld(argv):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["metaworld", *argv])
+        simulate.record("metaworld")
+
+
+@pytest.mark.parametrize(
+    ("main", "argv"),
+    [
+        (tabletop_data.main, "--out x --workers 0"),
+        (tabletop_data.main, "--out x --size 0"),
+        (tabletop_data.main, "--out x --noise 2"),
+        (backbones.main, "tiny-vlm --out x --seed -1"),
+        (speed.main, "grpo --batch 0"),
+        (speed.main, "grpo --peak-tflops 0"),
+        (memory.main, "sft --ranks 0"),
+        (memory.main, "sft --gb 0"),
+        (record_metaworld, "record --out x --size 0"),
+        (record_metaworld, "record --out x --episodes 0"),
+    ],
+)
+def test_flags_of_tools_and_benchmarks_have_ranges(main, argv, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = argv.split()
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2 and not list(tmp_path.iterdir())
+    assert f"argument {words[-2]}: {words[-1]} is not" in capsys.readouterr().err

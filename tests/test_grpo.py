@@ -643,7 +643,8 @@ def test_dynamic_sampling_puts_fresh_prompts_in_the_place_of_equal_rewards(world
 
 
 @pytest.mark.parametrize(
-    ("ranks", "more"), [(2, []), (4, ["--shards", "2", "--recompute", "--cpu-offload"])]
+    ("ranks", "more"),
+    [(2, []), (4, ["--shards", "2", "--recompute", "--cpu-offload", "--recompute-old-logp"])],
 )
 def test_ranks_equal_one(world, monkeypatch, ranks, more):
     """Blocks are sharded one by one, as large models are. Samples are a function of (seed, prompt),

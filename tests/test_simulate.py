@@ -2,6 +2,7 @@
 with Meta-World itself where it is installed (marker sim)."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import pytest
 import torch
 from test_serve import FakePolicy
 
-from benchmarks import simulate
+import evaluate
+from benchmarks import metaworld, simulate
 from fast_tokenizer import read_episodes
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -70,7 +72,7 @@ def toy(tmp_path, monkeypatch):
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "toy.py").write_text(TOY)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("CRASH", str(tmp_path / "crash"))
     return types.SimpleNamespace(
         out=str(tmp_path / "r.json"),
@@ -149,6 +151,154 @@ def test_a_crash_stops_the_other_workers(toy, tmp_path):
     with pytest.raises(ValueError, match=r"task toy/1, trial 1 \(exit code 139"):
         simulate.run_trials("toy", Right(), toy, ALL)
     assert len(rows(toy)) < 23
+
+
+def test_two_ranks_run_each_trial_once_and_a_lone_process_goes_on(toy):
+    """LIBERO's 2,000 trials ran in one process, whatever torchrun was asked for: each rank would
+    have run all of them. The file of finished trials is one for all ranks."""
+    whole = simulate.run_trials("toy", Right(), toy, ALL).trials
+    toy.seed = 1
+    policy = Right()
+    shares = [
+        simulate.run_trials("toy", policy, toy, slice(rank, None, 2)).trials for rank in (0, 1)
+    ]
+    assert shares == [whole[::2], whole[1::2]]
+    files = pathlib.Path(toy.out).parent.glob("r.toy.*")
+    assert sorted(toy_rows(path) for path in files) == [4, 4], "of seed 0 and of seed 1"
+    policy.seen.clear()
+    assert simulate.run_trials("toy", policy, toy, ALL).trials == whole
+    assert not policy.seen, "all four were found in the file of the two ranks"
+
+
+def toy_rows(path):
+    return sum(line.endswith("}") for line in path.read_text().splitlines())
+
+
+def test_images_are_rendered_as_in_training(toy):
+    """--size was 128 whatever the recordings had: a policy of 64 pixels saw other tokens. Each
+    camera has its own size; the user's goes before it."""
+    policy = Right()
+    policy.shapes = set()
+    act_batch = policy.act_batch
+
+    def look(images, *args, **kwargs):
+        policy.shapes |= {tuple(view.shape[:2] for view in views) for views in images}
+        return act_batch(images, *args, **kwargs)
+
+    policy.act_batch = look
+    policy.spec["image_sizes"] = {"image": [6, 10], "image_wrist": [4, 4]}
+    toy.size = 0
+    simulate.run_trials("toy", policy, toy, ALL)
+    assert policy.shapes == {((6, 10), (4, 4))}
+    policy.shapes.clear()
+    toy.size = 8
+    with pytest.raises(ValueError, match="--size 8: a square, .* on image of 6 x 10"):
+        simulate.run_trials("toy", policy, toy, ALL)
+    policy.spec["image_sizes"] = {"image": [6, 6], "image_wrist": [4, 4]}
+    simulate.run_trials("toy", policy, toy, ALL)
+    assert policy.shapes == {((8, 8), (8, 8))}, "and no trial of the other size was taken for it"
+    del policy.spec["image_sizes"]
+    assert simulate.image_sizes(policy, 0, 128)["image"] == [128, 128], "an old checkpoint"
+
+
+ARM = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
+
+
+def trained_on(**ranges):
+    """What a PolicySpec says of actions; dimensions that are not named filled -1 .. 1."""
+    low = [float(ranges.get(name, (-1, 1))[0]) for name in ARM]
+    high = [float(ranges.get(name, (-1, 1))[1]) for name in ARM]
+    stats = {"q01": low, "q99": high}
+    return {"action_range": {"low": low, "high": high}, "stats": {"action": stats}}
+
+
+def check(spec, names=ARM):
+    simulate.check_action_range(spec, [-1] * len(names), [1] * len(names), names)
+
+
+@pytest.mark.parametrize(
+    ("ranges", "words"),
+    [
+        (
+            {"gripper": (0, 1)},
+            r"action dimension 7 \(gripper\): the policy was trained on 0 .. 1, the simulator "
+            "takes -1 .. 1: it could never be told -1; stretch it to -1 .. 1 in the training data",
+        ),
+        ({"gripper": (-1, 0)}, r"7 \(gripper\).*never be told 1;"),
+        ({"gripper": (0, 0.08)}, r"7 \(gripper\).*0 .. 0.08.*never be told -1"),  # metres
+        ({"gripper": (0, 255)}, r"7 \(gripper\).*0 .. 255.*would be cut off"),
+        ({"yaw": (-180, 180)}, r"6 \(yaw\).*-180 .. 180.*would be cut off; convert this dim"),
+        ({"y": (-2.9, 2.9), "z": (-1.8, 1.8)}, r"2 \(y\).*-2.9 .. 2.9"),
+        (
+            dict.fromkeys(ARM[:6], (-0.02, 0.015)),
+            r"1 \(x\).*-0.02 .. 0.015.*hardly move.*divide movements",
+        ),
+    ],
+)
+def test_actions_of_another_convention_are_refused(ranges, words):
+    """A gripper of 0 .. 1 ran 2,000 trials of LIBERO, in which it could not open once: 0% and no
+    word of why."""
+    with pytest.raises(ValueError, match=words) as e:
+        check(trained_on(**ranges))
+    assert "\n" not in str(e.value) and str(e.value).endswith("and train the head again")
+
+
+@pytest.mark.parametrize(
+    "ranges",
+    [
+        {},
+        {"gripper": (-1, -1)},  # a task in which it stays open
+        {"gripper": (1, 1), "roll": (0, 0), "pitch": (0, 0)},
+        {"roll": (-0.1, 0.37), "x": (0, 0.9)},  # LIBERO's rotations are small, tasks one-sided
+        {"x": (-1.05, 1.001)},
+        {"gripper": (-0.8, 0.6)},
+        dict.fromkeys(ARM, (0, 0)),  # nothing moves: no convention shows
+    ],
+)
+def test_actions_that_may_well_be_right_pass(ranges):
+    check(trained_on(**ranges))
+
+
+def test_what_else_does_not_fit_is_named_before_the_first_trial(toy):
+    policy = Right()
+    policy.spec["action_range"] = {"low": [-1] * 3, "high": [1, 1, 0]}
+    with pytest.raises(ValueError, match=r"action dimension 3 \(gripper\)"):
+        simulate.run_trials("toy", policy, toy, ALL)
+    del policy.spec["action_range"]  # of an older checkpoint: not checked
+    policy.cameras = ("image", "image_left")
+    with pytest.raises(ValueError, match="cameras image, image_left; the simulator has image, im"):
+        simulate.run_trials("toy", policy, toy, ALL)
+    policy.cameras = ("image",)
+    policy.spec["stats"]["state"] = {"q01": [0] * 7, "q99": [1] * 7}
+    with pytest.raises(ValueError, match="states of 7 numbers, the simulator shows 2"):
+        simulate.run_trials("toy", policy, toy, ALL)
+    with pytest.raises(
+        ValueError, match=r"actions of 7 numbers, the simulator takes 4 \(x, y, z, f"
+    ):
+        check(trained_on(), metaworld.ACTION_NAMES)
+    assert not policy.seen and not rows(toy)
+
+
+@pytest.mark.parametrize(
+    ("name", "state_dim", "high"),
+    [
+        ("tabletop", 8, [1, 1, 1, 1, 1, 1, 0]),
+        ("libero", 8, [1, 1, 1, 1, 1, 1, 0]),
+        ("calvin", 15, [1, 1, 1, 1, 1, 1, 0]),
+        ("metaworld", 4, [1, 1, 1, 3]),  # 0 .. 1 may well be right there
+    ],
+)
+def test_every_simulator_asks_what_the_policy_was_trained_on(name, state_dim, high):
+    policy = Right()
+    policy.cameras = ("image",)
+    n = len(high)
+    policy.spec["stats"]["state"] = {"q01": [0] * state_dim, "q99": [1] * state_dim}
+    policy.spec["stats"]["action"] = {"q01": [-1] * n, "q99": high}
+    policy.spec["action_range"] = {"low": [-1] * n, "high": high}
+    args = types.SimpleNamespace(size=0)  # nothing else is looked at before
+    module = evaluate.simulator_module(name)
+    with pytest.raises(ValueError, match=rf"action dimension {n} \({module.ACTION_NAMES[-1]}\)"):
+        module.evaluate(policy, args, ALL)
 
 
 def test_record_drops_failures_and_counts_them(toy, tmp_path, monkeypatch, capsys):
