@@ -443,8 +443,8 @@ def statistics(x: np.ndarray) -> Stats:
 def value_range(stats: Stats) -> tuple[np.ndarray, np.ndarray]:
     """The values (A,) that are -1 and +1 when normalised: q01 and q99, but least and largest value
     of a dimension that moves so rarely that its quantiles say nothing of it."""
-    low = np.asarray(stats["q01"], np.float64)
-    high = np.asarray(stats["q99"], np.float64)
+    low = np.array(stats["q01"], np.float64)
+    high = np.array(stats["q99"], np.float64)
     rare = rare_dimensions(stats)
     low[rare] = np.asarray(stats.get("min", low))[rare]
     high[rare] = np.asarray(stats.get("max", high))[rare]

@@ -458,15 +458,8 @@ def main(argv: list[str] | None = None):
     add("--episodes", type=natural, default=600, help="demonstrations, spread over the 40 tasks")
     add("--conversations", type=natural, default=20000, help="rows of conversations.jsonl")
     add("--single", action="store_true", help="each question of a conversation in its own row")
-    add(
-        "--thought-actions",
-        type=natural,
-        default=0,
-        help="rows of thought_actions.jsonl, see README",
-    )
-    add(
-        "--horizon", type=count, default=5, help="actions in each of them, as of the FAST tokenizer"
-    )
+    add("--thought-actions", type=natural, default=0, help="rows of thought_actions.jsonl")
+    add("--horizon", type=count, default=5, help="actions in each, as of the FAST tokenizer")
     add("--seed", type=natural, default=0, help="training seed; evaluation states have their own")
     add("--noise", type=share, default=0.06, help="chance a step that a disturbance begins")
     add("--size", type=count, default=64, help="image side in pixels")
@@ -493,13 +486,13 @@ def main(argv: list[str] | None = None):
 
         if args.episodes:
             write_episodes(out / "episodes", episodes())
-        for name, make, rows in (
+        for name, make, total in (
             ("conversations", make_conversation, args.conversations),
             ("thought_actions", make_thought_action, args.thought_actions),
         ):
-            if rows:
+            if total:
                 with open(out / f"{name}.jsonl", "w") as f:
-                    f.writelines(tqdm(in_order(make, rows), name, rows, disable=None))
+                    f.writelines(tqdm(in_order(make, total), name, total, disable=None))
     print(f"{out}: {dropped} failed demonstrations dropped, {args.conversations} rows")
 
 

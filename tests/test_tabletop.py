@@ -350,6 +350,14 @@ def test_thought_actions_carry_a_chunk(made):
         assert re.fullmatch(r"<think>[^<>]+</think><answer><ACTION></answer>", answer)
 
 
+@pytest.mark.parametrize("flag", ["--episodes", "--horizon", "--noise", "--size", "--workers"])
+def test_flags_out_of_range_stop_before_anything_is_written(flag, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        td.main(["--out", str(tmp_path / "out"), flag, "-1"])
+    assert f"argument {flag}: -1 is not " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_thought_actions_end_with_the_task(tmp_path):
     """Past the end a chunk repeated the last movement, and the model learned to move on."""
     args = argparse.Namespace(seed=0, size=16, tilt=0.0, horizon=12, out=tmp_path)
