@@ -816,12 +816,12 @@ class Decoding:
     filled: torch.Tensor | None  # (t,) which own tokens there are yet; None: all
 
 
-def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """(B, h, N, K) @ (B, h, K, M) -> (B, h, N, M) fp32, also of bf16: the sums are not rounded."""
+def multiply(a: torch.Tensor, b: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """a (B, h, N, K) @ b (B, h, K, M) * scale -> fp32, also of bf16: sums are not rounded."""
     if a.device.type == "cuda" and a.dtype != torch.float32:  # no other device can do so
         product = torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32)
-        return product.unflatten(0, a.shape[:2])
-    return a.float() @ b.float()
+        return product.unflatten(0, a.shape[:2]) * scale
+    return (a.float() * scale) @ b.float()
 
 
 def attend_with_prompt(q, k, v, prompt_keys, prompt_values, decoding: Decoding) -> torch.Tensor:
@@ -853,15 +853,19 @@ def attend_with_prompt(q, k, v, prompt_keys, prompt_values, decoding: Decoding) 
 
     # 1. scores in fp32, of the prompt's tokens and of the own ones
     scale = d**-0.5
-    prompt_scores = multiply(by_prompt(q), prompt_keys.mT) * scale + decoding.prompt_bias
-    own_scores = multiply(q, k.mT) * scale  # (R, h, H/h, t)
+    prompt_scores = multiply(by_prompt(q), prompt_keys.mT, scale) + decoding.prompt_bias
+    own_scores = multiply(q, k.mT, scale)  # (R, h, H/h, t)
     if decoding.filled is not None:
         own_scores = own_scores.masked_fill(~decoding.filled, -1e9)
-    # 2. one softmax over both, divided by its sum at the end
+    # 2. one softmax over both; of bf16 its sum divides at the end
     scores = torch.cat([by_sample(prompt_scores), own_scores], -1)  # (R, h, H/h, T + t)
-    p = (scores - scores.amax(-1, keepdim=True)).exp()
-    total = p.sum(-1, keepdim=True)
-    p = p.to(v.dtype)
+    if v.dtype == torch.float32:
+        p = scores.softmax(-1)
+        total = 1.0
+    else:
+        p = (scores - scores.amax(-1, keepdim=True)).exp()
+        total = p.sum(-1, keepdim=True)
+        p = p.to(v.dtype)
     # 3. values
     out = by_sample(multiply(by_prompt(p[..., :T]), prompt_values)) + multiply(p[..., T:], v)
     return (out / total).to(v.dtype).reshape(R, 1, H, d)
