@@ -231,7 +231,7 @@ def held_out_prompts(
     chunks = []
     for _ in range(count):
         episode = episodes[int(rng.integers(len(episodes)))]
-        step = int(rng.integers(len(episode)))
+        step = int(rng.integers(len(fast_tokenizer.chunk_starts(episode, tokenizer.horizon))))
         prompt = model.action_prompt(episode.task, think)
         rows.append(model.encode(backbone, prompt, [episode.frame(step)], prompt_only=True))
         chunks.append(fast_tokenizer.action_chunks(episode, tokenizer.horizon)[step])  # (K, A)

@@ -3,13 +3,15 @@ all stages read: episodes on disk, normalisation, the command line of a stage. F
 
 In: episodes (folder/*.safetensors: image (T, H, W, 3) uint8, state (T, S), action (T, A) float32).
 Out: fast.json, one file that holds all that decoding needs, and report.json beside it.
-1. normalise each action dimension: its 1% / 99% quantiles -> -1 / +1 (outliers go beyond)
+1. normalise each action dimension: its 1% / 99% quantiles -> -1 / +1; outliers go beyond, to at
+   most -3 / +3 (--clip), and what was beyond is counted
 2. orthonormal DCT-II along time: K actions -> K frequencies a dimension
 3. quantise: round(scale * c); clipped to the range met in fitting, and counted
 4. flatten (K, A) row-major, low frequencies first; one character chr(c - min_coef) a coefficient
 5. byte-pair encoding over those characters: a token is a run of coefficients
-Our deviations: no byte level and no regex under the BPE; ids that do not decode to exactly K x A
-coefficients are reported (ok False, NaN rows), never zeros; horizon and dimensions are stored.
+Our deviations: outliers are clipped; no byte level and no regex under the BPE; ids that do not
+decode to exactly K x A coefficients are reported (ok False, NaN rows), never zeros; horizon and
+dimensions are stored.
 
 Read "FAST tokenizer" first, for numbers see the docstring of its class, then "Statistics and
 normalisation". A first reader may skip the rest: episodes on disk are arrays with a header, checked
@@ -271,7 +273,7 @@ def _check_same_robot(files):
 
 
 def locate_step(files: list[EpisodeFile], ends: np.ndarray, i: int) -> tuple[EpisodeFile, int]:
-    """Step i of all files, counted through (`ends`: the cumulated lengths) -> (file, its step)."""
+    """Step i of those that `ends` counts through all files, see chunk_ends -> (file, its step)."""
     index = int(np.searchsorted(ends, i, side="right"))
     first = int(ends[index - 1]) if index else 0
     return files[index], int(i) - first
@@ -332,6 +334,19 @@ def action_chunks(episode: EpisodeFile, horizon: int) -> np.ndarray:
     return episode.action[np.minimum(steps, len(episode) - 1)]  # (T, K, A)
 
 
+def chunk_starts(episode: EpisodeFile, horizon: int) -> range:
+    """The steps whose `horizon` actions all lie inside the episode: what action tokens are made of.
+
+    A chunk that goes on past the end would repeat the last movement, and whoever learned from it
+    would move on after the task is done. An episode that is shorter has step 0 alone."""
+    return range(max(1, len(episode) - horizon + 1))
+
+
+def chunk_ends(files: Sequence[EpisodeFile], horizon: int) -> np.ndarray:
+    """Such steps counted through all files: how many there are up to the end of each (files,)."""
+    return np.cumsum([len(chunk_starts(file, horizon)) for file in files])
+
+
 # ---- Images --------------------------------------------------------------------------------------
 
 
@@ -362,7 +377,10 @@ def read_image(file: str | Path | bytes, source: object = None) -> np.ndarray:
 
 # ---- Statistics and normalisation ----------------------------------------------------------------
 
-STILL = 1e-6  # a dimension whose q99 - q01 is below this never moves: it maps to 0 and back to q01
+STILL = 1e-6  # a dimension whose range is below this never moves: it maps to 0 and back to q01
+# A gripper that closes in 0.8% of the steps has q01 = q99, and would decode to "open" for ever. In
+# BridgeV2 least and largest value lie up to 39 times as far apart as q01 and q99.
+RARE = 50
 
 Array = TypeVar("Array")  # np.ndarray or torch.Tensor
 
@@ -372,6 +390,8 @@ class Stats(TypedDict):
 
     q01: list[float]  # 1% quantile
     q99: list[float]  # 99% quantile
+    min: list[float]  # old files and published statistics may lack these two
+    max: list[float]
     mean: list[float]
     std: list[float]
     count: int  # N
@@ -386,14 +406,48 @@ def statistics(x: np.ndarray) -> Stats:
     return {
         "q01": q01.tolist(),
         "q99": q99.tolist(),
+        "min": x.min(0).tolist(),
+        "max": x.max(0).tolist(),
         "mean": x.mean(0).tolist(),
         "std": x.std(0).tolist(),
         "count": len(x),
     }
 
 
+def value_range(stats: Stats) -> tuple[np.ndarray, np.ndarray]:
+    """The values (A,) that are -1 and +1 when normalised: q01 and q99, but least and largest value
+    of a dimension that moves so rarely that its quantiles say nothing of it."""
+    low = np.array(stats["q01"], np.float64)
+    high = np.array(stats["q99"], np.float64)
+    rare = rare_dimensions(stats)
+    low[rare] = np.asarray(stats.get("min", low))[rare]
+    high[rare] = np.asarray(stats.get("max", high))[rare]
+    return low, high
+
+
+def rare_dimensions(stats: Stats) -> list[int]:
+    """Those whose least and largest value lie over RARE times as far apart as q01 and q99."""
+    if "min" not in stats or "max" not in stats:
+        return []
+    reach = np.subtract(stats["max"], stats["min"])
+    quantile_reach = np.subtract(stats["q99"], stats["q01"])
+    return np.flatnonzero((reach >= STILL) & (reach > RARE * quantile_reach)).tolist()
+
+
+def rare_lines(stats: Stats, name: str) -> list[str]:
+    """A line for each of them, of the "action" or the "state"."""
+    lines = []
+    for i in rare_dimensions(stats):
+        q01, q99, low, high = (stats[key][i] for key in ("q01", "q99", "min", "max"))
+        lines.append(
+            f"{name} dimension {i} hardly moves (q01 {q01:g}, q99 {q99:g}) and then reaches "
+            f"{low:g} .. {high:g}: normalised by least and largest value"
+        )
+    return lines
+
+
 def normalize(x: Array, stats: Stats) -> Array:
-    """x (..., A) in dataset units -> q01 at -1, q99 at +1, not clipped. numpy or torch."""
+    """x (..., A) in dataset units -> value_range(stats) at -1 and +1, not clipped. numpy, torch."""
     x = _floating(x)
     line = _line(x, stats)
     return (x - line.low) * line.gain - line.moves
@@ -409,15 +463,14 @@ def unnormalize(x: Array, stats: Stats) -> Array:
 class _Line(NamedTuple):
     """The straight line between dataset units and -1 .. 1, each (A,), in the type of the data."""
 
-    low: Array  # q01
-    half_width: Array  # (q99 - q01) / 2; 0 where nothing moves
+    low: Array  # what is -1
+    half_width: Array  # half of what lies between -1 and +1; 0 where nothing moves
     gain: Array  # 1 / half_width; 0 where nothing moves
     moves: Array  # 1 where the dimension moves, 0 where not
 
 
 def _line(x, stats):
-    low = np.asarray(stats["q01"])
-    high = np.asarray(stats["q99"])
+    low, high = value_range(stats)
     moves = high - low >= STILL  # (A,)
     half_width = np.where(moves, (high - low) / 2, 0.0)
     gain = np.divide(1, half_width, out=np.zeros_like(half_width), where=moves)
@@ -440,31 +493,45 @@ def check_stats(stats: Stats, dims: int, source: str | Path = "stats") -> Stats:
     if not isinstance(stats, dict) or not {"q01", "q99"} <= set(stats):
         raise ValueError(f"{source}: no q01 and q99; make it with fast_tokenizer.statistics")
     stats = {name: np.asarray(value).tolist() for name, value in stats.items()}
-    for name in ("mean", "q01", "q99", "std"):
-        if name not in stats:  # mean and std may be missing
+    for name in ("mean", "q01", "q99", "min", "max", "std"):
+        if name not in stats:  # all but the quantiles may be missing
             continue
         if np.shape(stats[name]) != (dims,) or not np.isfinite(stats[name]).all():
             raise ValueError(
                 f"{source}: {name} is not {dims} finite numbers; recompute the statistics"
             )
-    if (np.asarray(stats["q99"]) < stats["q01"]).any():
-        raise ValueError(f"{source}: q99 lies below q01; recompute the statistics")
+    for low, high in (("q01", "q99"), ("min", "max")):
+        if low in stats and high in stats and (np.asarray(stats[high]) < stats[low]).any():
+            raise ValueError(f"{source}: {high} lies below {low}; recompute the statistics")
     return stats
 
 
 def read_stats(folder: str | Path, files: list[EpisodeFile]) -> dict[str, Stats]:
-    """{"action", "state"} -> statistics: stats.json beside the episodes, else made from files."""
+    """{"action", "state"} -> statistics: stats.json beside the episodes, else made from files.
+
+    ValueError when it counts other steps than the folder has. Least and largest value, which old
+    ones lack, are those of files."""
     path = _episode_folder(folder) / "stats.json"
+    computed = _statistics_of(files)
     if not path.exists():
-        return _statistics_of(files)
+        return computed
+    stats = {}
     try:
         stored = json.loads(path.read_text())
-        return {
-            name: check_stats(stored[name], getattr(files[0], name).shape[1], f"{path}: {name}")
-            for name in ("action", "state")
-        }
+        for name, of_files in computed.items():
+            with_range = {"min": of_files["min"], "max": of_files["max"]} | stored[name]
+            stats[name] = check_stats(with_range, len(of_files["q01"]), f"{path}: {name}")
     except (json.JSONDecodeError, KeyError, TypeError) as e:
         raise ValueError(f"{path}: no statistics ({e!r}); delete it to have them computed") from e
+    counts = {name: stats[name].get("count") for name in stats}
+    if set(counts.values()) - {None, computed["action"]["count"]}:
+        steps = sum(len(file) for file in read_episodes(folder))  # files may be the first of many
+        if set(counts.values()) - {None, steps}:
+            raise ValueError(
+                f"{path} counts {counts} steps, the episodes there have {steps}; delete it to have "
+                "the statistics computed"
+            )
+    return stats
 
 
 def _statistics_of(files):
@@ -544,6 +611,9 @@ def write_episodes(
         stats = _statistics_of(written)
         (unfinished / "stats.json").write_text(json.dumps(stats, indent=1))
         unfinished.replace(folder)
+    for name in stats:
+        for line in rare_lines(stats[name], name):
+            print(f"{folder}: {line}")
     print(f"{folder}: {len(written)} episodes of {stats['action']['count']} steps")
 
 
@@ -730,6 +800,7 @@ def reading(source: object, *more_errors: type[Exception]) -> Iterator[None]:
 # ---- FAST tokenizer ------------------------------------------------------------------------------
 
 BROKEN = "\ufffd"  # what bytes that are no UTF-8 decode as; no coefficient is written so
+CLIP = 3.0  # normalised actions beyond -3 .. 3 cost ids that hardly occur, see docs/data.md
 LAST_CODE = 0xD7FF  # the largest character code below the surrogates, which no text can hold
 
 
@@ -766,8 +837,9 @@ class FastTokenizer:
 
     vocab_size: the true number of ids, at most what fit was asked for. min_coef .. max_coef: range
     of the quantised coefficients. stats: statistics of the dataset units, None when chunks come
-    normalised to about [-1, 1]. pieces: id -> its characters as UTF-8 bytes. clipped: coefficients
-    that the last encode had to move."""
+    normalised to about [-1, 1]. clip: normalised actions go to at most -clip and +clip; None as far
+    as they may. pieces: id -> its characters as UTF-8 bytes. Of the last encode, how many it had to
+    move: clipped_actions (A,) of each dimension, clipped coefficients."""
 
     def __init__(
         self,
@@ -778,6 +850,7 @@ class FastTokenizer:
         min_coef: int,
         max_coef: int,
         stats: Stats | None = None,
+        clip: float | None = None,
     ):
         self.bpe = bpe
         self.scale = float(scale)
@@ -785,6 +858,8 @@ class FastTokenizer:
         self.action_dim = int(action_dim)
         self.min_coef = int(min_coef)
         self.stats = stats
+        self.clip = clip
+        self.clipped_actions = np.zeros(self.action_dim, int)
         self.clipped = 0
 
         # 1. what each id spells
@@ -817,7 +892,12 @@ class FastTokenizer:
 
     @classmethod
     def fit(
-        cls, chunks: np.ndarray, vocab_size: int, scale: float, stats: Stats | None = None
+        cls,
+        chunks: np.ndarray,
+        vocab_size: int,
+        scale: float,
+        stats: Stats | None = None,
+        clip: float | None = CLIP,
     ) -> "FastTokenizer":
         """Learn range and merges from chunks (B, K, A): dataset units with stats, else normalised.
 
@@ -831,6 +911,8 @@ class FastTokenizer:
         if stats is not None:
             stats = check_stats(stats, action_dim)
             chunks = normalize(chunks, stats)
+        if clip is not None:
+            chunks = np.clip(chunks, -clip, clip)
         coefs = quantize(chunks, float(scale))  # (B, K, A)
         low = coefs.min()
         high = coefs.max()
@@ -850,13 +932,17 @@ class FastTokenizer:
             initial_alphabet=[chr(code) for code in range(int(high - low) + 1)],
         )
         bpe.train_from_iterator(_codes_to_texts(coefs - low), trainer)
-        return cls(bpe, scale, horizon, action_dim, low, high, stats)
+        return cls(bpe, scale, horizon, action_dim, low, high, stats, clip)
 
     def encode(self, chunks: np.ndarray) -> list[list[int]]:
-        """chunks (B, K, A) -> B lists of ids. Sets .clipped. ValueError on NaN or another shape."""
+        """chunks (B, K, A) -> B lists of ids. Sets .clipped_actions and .clipped. ValueError on NaN
+        or another shape."""
         chunks = _check_chunks(chunks, self.horizon, self.action_dim)
         if self.stats is not None:
             chunks = normalize(chunks, self.stats)
+        if self.clip is not None:
+            self.clipped_actions = (np.abs(chunks) > self.clip).sum((0, 1))  # (A,)
+            chunks = np.clip(chunks, -self.clip, self.clip)
         coefs = quantize(chunks, self.scale)  # (B, K, A)
         # both ends are clipped; the reference clips the low end only, and counts nothing
         codes = np.clip(coefs, self.min_coef, self.max_coef).astype(int) - self.min_coef
@@ -909,6 +995,7 @@ class FastTokenizer:
             "min_coef": self.min_coef,
             "max_coef": self.max_coef,
             "vocab_size": self.vocab_size,
+            "clip": self.clip,
             "stats": self.stats,
             "bpe": json.loads(self.bpe.to_str()),
         }
@@ -943,6 +1030,7 @@ class FastTokenizer:
                 record["min_coef"],
                 record["max_coef"],
                 stats,
+                record["clip"],
             )
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as e:
             raise ValueError(f"{path}: not a FAST tokenizer ({e!r}); fit or save it again") from e
@@ -1039,9 +1127,12 @@ def _nearest_writable(writable):
 
 
 def _read_ours(path):
-    """fast.json -> its record, see FastTokenizer.save; of old ones stats may be missing."""
+    """fast.json -> its record, see FastTokenizer.save; old ones may lack stats, and clip."""
     record = json.loads(path.read_text())
-    return {**record, "stats": record.get("stats")}
+    clip = record.get("clip")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"{path}: clip is {clip}, not above 0; fit the tokenizer again")
+    return {**record, "stats": record.get("stats"), "clip": clip}
 
 
 def _read_published(path, horizon, action_dim):
@@ -1066,6 +1157,7 @@ def _read_published(path, horizon, action_dim):
         "min_coef": config["min_token"],
         "max_coef": config["min_token"] + LAST_CODE,
         "stats": None,
+        "clip": None,
         "bpe": bpe,
     }
 
@@ -1202,12 +1294,16 @@ def answer_help(path: str | Path) -> None:
 def round_trip_report(tokenizer: FastTokenizer, chunks: np.ndarray) -> dict:
     """What chunks (B, K, A) lose on the way to ids and back, and how long they are on the way.
 
-    mse, max_error, naive_mse: a number a dimension, in units of chunks squared, units, squared.
-    naive: against one token of 256 bins a number. clipped: share of the coefficients. tokens_*: ids
-    of a chunk, mean and 95% quantile. cover: coefficients that an id covers; first_cover: the first
-    id of a chunk. first_entropy: of the first id, in nats."""
+    A number a dimension: mse, max_error, naive_mse in units of chunks squared, units, squared
+    (naive: one token of 256 bins a number); outside: share of the actions beyond what normalises to
+    -1 .. 1; clipped_actions: share beyond the tokenizer's clip.
+    clipped: share of the coefficients. tokens_*: ids of a chunk, mean and 95% quantile. cover:
+    coefficients that an id covers; first_cover: the first id of a chunk. first_entropy: of the
+    first id, in nats."""
     # 1. ours
     ids = tokenizer.encode(chunks)
+    per_dimension = chunks.size / tokenizer.action_dim
+    clipped_actions = tokenizer.clipped_actions / per_dimension  # (A,)
     clipped = tokenizer.clipped / chunks.size
     decoded, ok = tokenizer.decode(ids)
     error = (decoded - chunks)[ok].astype(np.float64)  # (B, K, A)
@@ -1215,6 +1311,8 @@ def round_trip_report(tokenizer: FastTokenizer, chunks: np.ndarray) -> dict:
     stats = tokenizer.stats
     if not stats:  # chunks come normalised
         stats = {"q01": [-1] * tokenizer.action_dim, "q99": [1] * tokenizer.action_dim}
+    low, high = value_range(stats)
+    outside = ((chunks < low - STILL) | (chunks > high + STILL)).mean((0, 1))  # (A,)
     bins = np.clip(np.floor((normalize(chunks, stats) + 1) * 128), 0, 255)  # (B, K, A)
     naive_error = unnormalize((bins + 0.5) / 128 - 1, stats) - chunks
     # 3. tokens
@@ -1226,6 +1324,8 @@ def round_trip_report(tokenizer: FastTokenizer, chunks: np.ndarray) -> dict:
     return {
         "chunks": len(ids),
         "malformed": int((~ok).sum()),
+        "outside": outside.tolist(),
+        "clipped_actions": clipped_actions.tolist(),
         "clipped": clipped,
         "mse": (error**2).mean((0, 1)).tolist(),
         "max_error": np.abs(error).max((0, 1)).tolist(),
@@ -1245,8 +1345,12 @@ def _characters(piece):
 
 
 def all_chunks(files: list[EpisodeFile], horizon: int, stride: int) -> np.ndarray:
-    """Every `stride`-th chunk of each episode (B, K, A)."""
-    return np.concatenate([action_chunks(file, horizon)[::stride] for file in files])
+    """Every `stride`-th chunk of each episode (B, K, A), of those that SFT and GRPO learn from."""
+    chunks = []
+    for file in files:
+        starts = chunk_starts(file, horizon)[::stride]
+        chunks.append(action_chunks(file, horizon)[starts])
+    return np.concatenate(chunks)
 
 
 def fit_command(args: argparse.Namespace) -> None:
@@ -1255,7 +1359,8 @@ def fit_command(args: argparse.Namespace) -> None:
     stats = read_stats(args.data, files)["action"]
     kept = [file for i, file in enumerate(files) if i % 10 != 9]
     chunks = all_chunks(kept, args.horizon, args.stride)  # (B, K, A)
-    tokenizer = FastTokenizer.fit(chunks, args.vocab_size, args.scale, stats)
+    clip = args.clip if args.clip > 0 else None
+    tokenizer = FastTokenizer.fit(chunks, args.vocab_size, args.scale, stats, clip)
     tell(tokenizer, files, args.stride, args.out)
 
 
@@ -1279,8 +1384,11 @@ def tell(tokenizer: FastTokenizer, files: list[EpisodeFile], stride: int, out: s
     print(
         f"horizon {tokenizer.horizon}, {tokenizer.action_dim} dimensions, "
         f"scale {tokenizer.scale:g}, vocabulary {tokenizer.vocab_size}, "
-        f"coefficients {tokenizer.min_coef} .. {tokenizer.max_coef}"
+        f"coefficients {tokenizer.min_coef} .. {tokenizer.max_coef}, "
+        f"actions {'not clipped' if tokenizer.clip is None else f'clipped to {tokenizer.clip:g}'}"
     )
+    for line in rare_lines(tokenizer.stats or {}, "action"):
+        print(line)
     print(
         f"round trip of {result['chunks']} {'held-out' if held_out else 'fitted'} chunks, "
         "in dataset units"
@@ -1303,18 +1411,19 @@ def main(argv: list[str] | None = None) -> None:
     for command in (fit, report):
         add = command.add_argument
         add("--data", required=True, help="folder of episodes, or holding episodes/")
-        add("--stride", type=int, default=1, help="a chunk every this many steps")
-        add("--max-episodes", type=int, default=0, help="first N episodes only; 0: all")
+        add("--stride", type=count, default=1, help="a chunk every this many steps")
+        add("--max-episodes", type=natural, default=0, help="first N episodes only; 0: all")
 
     add = fit.add_argument
     add("--out", required=True, help="folder for fast.json and report.json")
-    add("--horizon", type=int, default=5, help="actions a chunk (K)")
-    add("--scale", type=float, default=2, help="quantisation steps a unit coefficient")
-    add("--vocab-size", type=int, default=64, help="number of FAST tokens, at most")
+    add("--horizon", type=count, default=5, help="actions a chunk (K)")
+    add("--scale", type=positive, default=2, help="quantisation steps a unit coefficient")
+    add("--vocab-size", type=count, default=64, help="number of FAST tokens, at most")
+    add("--clip", type=non_negative, default=CLIP, help="bound of normalised actions; 0: none")
 
     add = report.add_argument
     add("--tokenizer", required=True, help="folder: fast.json, or a published processor")
-    add("--horizon", type=int, help="for published folders that do not store it")
+    add("--horizon", type=count, help="for published folders that do not store it")
     add(
         "--out",
         help="save it here too, with the statistics of --data: what sft.py "
@@ -1322,8 +1431,6 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     args = parser.parse_args(argv)
-    if args.stride < 1 or args.max_episodes < 0:
-        raise ValueError("--stride must be at least 1 and --max-episodes at least 0")
     args.run(args)
 
 

@@ -40,6 +40,7 @@ from fast_tokenizer import (
     Share,
     action_chunks,
     answer_help,
+    chunk_ends,
     locate_step,
     normalize,
     read_episodes,
@@ -125,14 +126,15 @@ def prompt_rows(
 ) -> tuple[list[Row], list[list[int]]]:
     """Thinking prompts about `frames`, counted through all episodes -> rows, targets (action ids of
     the K actions that follow). No frames, no prompts: a rank may have none."""
-    episode_ends = np.cumsum([len(episode) for episode in episodes])
+    horizon = backbone.action_tokenizer.horizon
+    episode_ends = chunk_ends(episodes, horizon)
     rows, chunks = [], []
     for frame in frames:
         episode, t = locate_step(episodes, episode_ends, frame)
         prompt = model.action_prompt(episode.task, think=True)
         row = model.encode(backbone, prompt, [episode.frame(t)], prompt_only=True)
         rows.append(row | {"sample_id": f"{episode}:{t}"})
-        chunks.append(action_chunks(episode, backbone.action_tokenizer.horizon)[t])  # (K, A)
+        chunks.append(action_chunks(episode, horizon)[t])  # (K, A)
     if not rows:
         return [], []
     return rows, backbone.action_tokenizer.encode(np.stack(chunks))
@@ -533,7 +535,7 @@ def replace_zero_std_groups(backbone, cfg, episodes, groups, prompt_numbers, sum
     """Dynamic sampling (DAPO, 2503.14476, section 3.2): fresh prompts take the place of groups
     with equal rewards, in `groups` itself, up to cfg.dynamic_sampling times. -> sums, in which the
     replaced groups count too."""
-    frame_count = sum(len(episode) for episode in episodes)
+    frame_count = int(chunk_ends(episodes, backbone.action_tokenizer.horizon)[-1])
     for again in range(1, cfg.dynamic_sampling + 1):
         places = [i for i, group in enumerate(groups) if group.zero_std]
         # prompt numbers that no step reaches: other shuffles and draws, so a frame may come again
@@ -739,8 +741,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     dist = model.setup(cfg.seed, cfg.shards, cfg.batch)
     check_config(cfg)
     backbone, reference, optim, episodes, held_out, first_step = prepare(cfg, dist)
-    frame_count = sum(len(episode) for episode in episodes)
-    held_out_frame_count = sum(len(episode) for episode in held_out)
+    horizon = backbone.action_tokenizer.horizon
+    frame_count = int(chunk_ends(episodes, horizon)[-1])  # steps with a whole chunk
+    held_out_frame_count = int(chunk_ends(held_out, horizon)[-1])
     eval_frames = np.linspace(0, held_out_frame_count - 1, cfg.eval_prompts).astype(int)
     local_eval_frames = eval_frames[dist.rank :: dist.world_size]
     eval_rows, eval_targets = prompt_rows(backbone, held_out, local_eval_frames)

@@ -44,6 +44,7 @@ from fast_tokenizer import (
     Share,
     action_chunks,
     answer_help,
+    chunk_ends,
     locate_step,
     read_episodes,
     read_image,
@@ -280,9 +281,9 @@ class EpisodeDataset:
         all_episodes = read_episodes(folder, action_tokenizer=action_tokenizer)
         train_episodes, held_out = split_episodes(all_episodes)
         self.episodes = [*train_episodes, *held_out]
-        self.ends = np.cumsum([len(episode) for episode in self.episodes])
+        self.ends = chunk_ends(self.episodes, action_tokenizer.horizon)
 
-        n_train = sum(len(episode) for episode in train_episodes)
+        n_train = int(self.ends[len(train_episodes) - 1])
         self.train = range(n_train)
         self.held = range(n_train, int(self.ends[-1]))
 

@@ -52,6 +52,7 @@ from fast_tokenizer import (
     answer_help,
     normalize,
     open_arrays,
+    rare_lines,
     read_episodes,
     read_stats,
     split_episodes,
@@ -1071,6 +1072,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # 1. the frozen backbone, cut after a layer
     frames = FrameDataset(cfg)
+    for name, stats in frames.stats.items():
+        for line in rare_lines(stats, name) if dist.rank == 0 else []:
+            print(f"{cfg.data}: {line}")
     newest = model.checkpoint_to_resume(cfg)
     backbone, final_norm = load_backbone(cfg, newest, dist)
     # 2. its features

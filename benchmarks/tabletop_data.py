@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.tabletop import EDGE, OBJECTS, SUITES, Plan, Tabletop, suite_tasks
-from fast_tokenizer import write_episodes
+from fast_tokenizer import count, natural, non_negative, share, write_episodes
 
 ACTION_QUESTION = "What should the robot do next?"  # as model.action_question asks it
 
@@ -430,17 +430,20 @@ def make_thought_action(args, number: int) -> str:
     """A line of thought_actions.jsonl: a thought followed by the expert's next actions.
 
     Not in the paper's data, see sft.py."""
-    env = random_state(np.random.default_rng([5, args.seed, number]), args.size, args.tilt)
-    image = env.render()
-    _, plan = env.expert()
-    text = f"Instruction: {env.instruction}\n{ACTION_QUESTION}"
-    question = Question(text, thought(env, plan), "<ACTION>")
+    rng = np.random.default_rng([5, args.seed, number])
     chunk = []
-    while len(chunk) < args.horizon:
-        action = env.expert()[0].round(4).tolist()
-        chunk.append(action)
-        if env.advance(action):  # past the end an episode's last action repeats
-            chunk += [action] * (args.horizon - len(chunk))
+    while len(chunk) < args.horizon:  # again where a task is done before the chunk is
+        env = random_state(rng, args.size, args.tilt)
+        image = env.render()
+        _, plan = env.expert()
+        text = f"Instruction: {env.instruction}\n{ACTION_QUESTION}"
+        question = Question(text, thought(env, plan), "<ACTION>")
+        chunk = []
+        is_done = False
+        while len(chunk) < args.horizon and not is_done:
+            action = env.expert()[0].round(4).tolist()
+            chunk.append(action)
+            is_done = env.advance(action)
     frame = save_frame(args, "thought_frames", number, image)
     return json_row(frame, [question], chunk=chunk)
 
@@ -452,16 +455,16 @@ def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tabletop_data", description=__doc__)
     add = parser.add_argument
     add("--out", required=True, help="folder to write")
-    add("--episodes", type=int, default=600, help="demonstrations, spread over the 40 tasks")
-    add("--conversations", type=int, default=20000, help="rows of conversations.jsonl")
+    add("--episodes", type=natural, default=600, help="demonstrations, spread over the 40 tasks")
+    add("--conversations", type=natural, default=20000, help="rows of conversations.jsonl")
     add("--single", action="store_true", help="each question of a conversation in its own row")
-    add("--thought-actions", type=int, default=0, help="rows of thought_actions.jsonl, see README")
-    add("--horizon", type=int, default=5, help="actions in each of them, as of the FAST tokenizer")
-    add("--seed", type=int, default=0, help="training seed; evaluation states have their own")
-    add("--noise", type=float, default=0.06, help="chance a step that a disturbance begins")
-    add("--size", type=int, default=64, help="image side in pixels")
-    add("--tilt", type=float, default=0.0, help="0 looks straight down; 0.5 is oblique")
-    add("--workers", type=int, default=2, help="processes; the bytes do not depend on it")
+    add("--thought-actions", type=natural, default=0, help="rows of thought_actions.jsonl")
+    add("--horizon", type=count, default=5, help="actions in each, as of the FAST tokenizer")
+    add("--seed", type=natural, default=0, help="training seed; evaluation states have their own")
+    add("--noise", type=share, default=0.06, help="chance a step that a disturbance begins")
+    add("--size", type=count, default=64, help="image side in pixels")
+    add("--tilt", type=non_negative, default=0.0, help="0 looks straight down; 0.5 is oblique")
+    add("--workers", type=count, default=2, help="processes; the bytes do not depend on it")
     args = parser.parse_args(argv)
     out = Path(args.out)
     if (out / "conversations.jsonl").exists():
@@ -471,9 +474,9 @@ def main(argv: list[str] | None = None):
 
     with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
 
-        def in_order(make, count):
+        def in_order(make, total):
             """make(args, number) of each number, worked out by the pool, 8 at a time."""
-            return pool.imap(functools.partial(make, args), range(count), 8)
+            return pool.imap(functools.partial(make, args), range(total), 8)
 
         def episodes():
             nonlocal dropped
@@ -483,13 +486,13 @@ def main(argv: list[str] | None = None):
 
         if args.episodes:
             write_episodes(out / "episodes", episodes())
-        for name, make, count in (
+        for name, make, total in (
             ("conversations", make_conversation, args.conversations),
             ("thought_actions", make_thought_action, args.thought_actions),
         ):
-            if count:
+            if total:
                 with open(out / f"{name}.jsonl", "w") as f:
-                    f.writelines(tqdm(in_order(make, count), name, count, disable=None))
+                    f.writelines(tqdm(in_order(make, total), name, total, disable=None))
     print(f"{out}: {dropped} failed demonstrations dropped, {args.conversations} rows")
 
 

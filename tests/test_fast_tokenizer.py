@@ -258,6 +258,56 @@ def test_every_coefficient_of_the_range_has_a_token():
     np.testing.assert_allclose(decoded, every, atol=1e-6)
 
 
+def heavy_tailed(B=4000, K=5, seed=0):
+    """Smooth actions of two dimensions, normalised, and a jump of up to 38 in 1% of the chunks, as
+    in BridgeV2, whose published extremes are up to 39 times as far apart as q01 and q99."""
+    rng = np.random.default_rng(seed)
+    chunks = rng.uniform(-0.9, 0.9, (B, 1, 2)) + rng.normal(0, 0.05, (B, K, 2)).cumsum(1)
+    jumps = rng.choice(B, B // 100, replace=False)
+    chunks[jumps, 2, 0] = rng.choice([-1, 1], len(jumps)) * rng.uniform(5, 38, len(jumps))
+    return chunks
+
+
+def test_outliers_do_not_take_the_vocabulary():
+    """The alphabet is the range of the coefficients: by BridgeV2's published ranges 500 to 900 of
+    2,048 ids went to single coefficients that hardly occur."""
+    chunks = heavy_tailed()
+    free = FastTokenizer.fit(chunks, 1024, 10, clip=None)
+    tok = FastTokenizer.fit(chunks, 1024, 10)
+    assert tok.clip == 3
+    alphabets = [t.max_coef - t.min_coef + 1 for t in (free, tok)]
+    assert alphabets[0] > 400 and alphabets[1] < 100
+    ids = tok.encode(chunks)
+    assert tok.clipped_actions.tolist() == [40, 0] and tok.clipped == 0  # each jump, counted
+    free_ids = free.encode(chunks)
+    assert free.clipped_actions.tolist() == [0, 0]
+    assert np.mean([len(row) for row in ids]) < np.mean([len(row) for row in free_ids])
+    decoded, ok = tok.decode(ids)
+    ordinary = (np.abs(chunks) < 3).all((1, 2))
+    assert ok.all() and np.abs(decoded - chunks)[ordinary].max() < 0.15
+    assert np.abs(decoded).max() < 3.15
+
+
+def test_clip_is_stored_and_old_tokenizers_do_not_clip(tmp_path):
+    chunks = heavy_tailed()
+    tok = FastTokenizer.fit(chunks, 1024, 10, clip=2.5)
+    tok.save(tmp_path)
+    assert FastTokenizer.load(tmp_path).encode(chunks) == tok.encode(chunks)
+    assert FastTokenizer.load(tmp_path).clip == 2.5
+    path = tmp_path / "fast.json"
+    free = FastTokenizer.fit(chunks, 1024, 10, clip=None)
+    free.save(tmp_path)
+    old = json.loads(path.read_text())
+    del old["clip"]
+    path.write_text(json.dumps(old))
+    again = FastTokenizer.load(tmp_path)
+    assert again.clip is None and again.encode(chunks) == free.encode(chunks)
+    for wrong in (0, -1, "3"):
+        path.write_text(json.dumps(old | {"clip": wrong}))
+        with pytest.raises(ValueError, match="fast.json"):
+            FastTokenizer.load(tmp_path)
+
+
 def test_save_and_load_are_exact_and_deterministic(tmp_path):
     chunks = smooth(300) * [0.1, 3, 1] + [0, 7, -2]
     stats = ft.statistics(chunks.reshape(-1, 3))
@@ -341,6 +391,73 @@ def test_statistics_and_still_dimensions():
         ft.statistics(x * np.nan)
 
 
+def test_a_rare_dimension_keeps_its_range():
+    """A gripper that closed in 0.8% of the steps had q01 = q99 and decoded to "open" for ever, with
+    error 0 in the report. A dimension whose quantiles were 5e-5 apart was trained on at 64,169."""
+    gripper = np.ones(1000)
+    gripper[500:508] = 0
+    noisy = np.linspace(-2.5e-5, 2.5e-5, 1000)
+    noisy[700] = 1.6
+    plain = np.sin(np.arange(1000.0))
+    x = np.stack([gripper, noisy, plain, np.full(1000, 0.25)], 1)
+    stats = ft.statistics(x)
+    assert stats["q01"][0] == stats["q99"][0] == 1
+    assert 2 * (1.6 - stats["q01"][1]) / (stats["q99"][1] - stats["q01"][1]) > 60_000
+    assert ft.rare_dimensions(stats) == [0, 1]
+    y = ft.normalize(x, stats)
+    assert np.abs(y[:, :2]).max() == 1 and set(y[:, 0]) == {-1, 1}
+    np.testing.assert_allclose(ft.unnormalize(y, stats), x, atol=1e-12)
+    low, high = ft.value_range(stats)
+    assert low[:2].tolist() == [0, noisy[0]] and high[:2].tolist() == [1, 1.6]
+    assert low[2] == stats["q01"][2] and high[2] == stats["q99"][2] and (y[:, 3] == 0).all()
+    lines = ft.rare_lines(stats, "action")
+    assert lines[0].startswith("action dimension 0 hardly moves (q01 1, q99 1) and then reaches 0 ")
+    assert len(lines) == 2
+    # statistics without least and largest value, as published ones are: as before
+    old = {name: stats[name] for name in ("q01", "q99")}
+    assert (ft.normalize(x, old)[:, 0] == 0).all() and ft.rare_dimensions(old) == []
+    # and the tokens say when it closes
+    chunks = x[:, None, :].repeat(2, 1)
+    tokenizer = FastTokenizer.fit(chunks, 256, 10, stats)
+    decoded, _ = tokenizer.decode(tokenizer.encode(chunks))
+    assert np.abs(decoded[..., 0] - chunks[..., 0]).max() < 0.05
+
+
+def test_heavy_tails_are_not_rare():
+    """BridgeV2's yaw reaches 31 times as far as its quantiles; they still say how it moves."""
+    x = np.linspace(-1, 1, 10_000)[:, None]
+    x[0] = -39
+    x[-1] = 39
+    assert ft.rare_dimensions(ft.statistics(x)) == []
+
+
+def test_statistics_of_other_episodes_are_refused(tmp_path):
+    """A stats.json that counted 120 of 600 steps was taken."""
+    ft.write_episodes(tmp_path / "out", recordings(6))
+    files = ft.read_episodes(tmp_path / "out")
+    path = tmp_path / "out/stats.json"
+    whole = json.loads(path.read_text())
+    assert ft.read_stats(tmp_path / "out", files) == whole
+    assert ft.read_stats(tmp_path / "out", files[:2]) == whole  # --max-episodes
+    old = {
+        name: {k: v for k, v in s.items() if k not in ("min", "max")} for name, s in whole.items()
+    }
+    path.write_text(json.dumps(old))
+    assert ft.read_stats(tmp_path / "out", files) == whole  # least and largest from the files
+    no_count = {name: {"q01": s["q01"], "q99": s["q99"]} for name, s in whole.items()}
+    path.write_text(json.dumps(no_count))
+    assert "count" not in ft.read_stats(tmp_path / "out", files)["action"]
+    other = whole | {"action": whole["action"] | {"count": 12}}
+    path.write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="stats.json counts {'action': 12, .* there have 57; del"):
+        ft.read_stats(tmp_path / "out", files)
+    with pytest.raises(ValueError, match="there have 57"):
+        ft.read_stats(tmp_path / "out", files[:2])
+    path.write_text(json.dumps(whole | {"state": whole["state"] | {"max": [-9.0, 1.0]}}))
+    with pytest.raises(ValueError, match="state: max lies below min"):
+        ft.read_stats(tmp_path / "out", files)
+
+
 # ---- Episodes on disk ----------------------------------------------------------------------------
 
 
@@ -378,6 +495,12 @@ def test_read_episode(tmp_path):
     assert chunks.shape == (20, 5, 3)
     np.testing.assert_array_equal(chunks[3], arrays["action"][3:8])
     np.testing.assert_array_equal(chunks[18], arrays["action"][[18, 19, 19, 19, 19]])
+    assert ft.chunk_starts(episode, 5) == range(16) and ft.chunk_starts(episode, 20) == range(1)
+    assert ft.chunk_starts(episode, 30) == range(1)  # shorter than the chunk
+    assert ft.all_chunks([episode], 5, 1).shape == (16, 5, 3)
+    ends = ft.chunk_ends([episode, episode], 5)
+    assert ends.tolist() == [16, 32]
+    assert [ft.locate_step([0, 1], ends, i) for i in (15, 16, 31)] == [(0, 15), (1, 0), (1, 15)]
 
 
 def test_wrong_episodes_are_refused(tmp_path):
@@ -509,15 +632,22 @@ def test_a_stopped_writer_goes_on_to_the_same_bytes(tmp_path, per_file, yields_n
         yield from itertools.islice(recordings(9), count)
         raise KeyboardInterrupt
 
+    def killed(count):
+        yield from itertools.islice(recordings(9), count)
+        os._exit(9)
+
     def rest():
         for number, recording in enumerate(recordings(9)):
             yield None if yields_none and number < there else recording
 
     ft.write_episodes(tmp_path / "whole", recordings(9), per_file)
-    for count in (5, 7):
-        with pytest.raises(KeyboardInterrupt):
-            ft.write_episodes(tmp_path / "out", stopping(count), per_file, resume=True)
-        assert not (tmp_path / "out").exists()
+    with pytest.raises(KeyboardInterrupt):
+        ft.write_episodes(tmp_path / "out", stopping(5), per_file, resume=True)
+    child = os.fork()
+    if child == 0:  # killed, so that nothing can be tidied up
+        ft.write_episodes(tmp_path / "out", killed(7), per_file, resume=True)
+    os.waitpid(child, 0)
+    assert not (tmp_path / "out").exists()
     (ft.unfinished_folder(tmp_path / "out") / "pack_000009.tmp").write_bytes(b"half a file")
     there = len(ft.unfinished_episodes(tmp_path / "out"))
     assert there == (7 if per_file == 1 else 6)
@@ -617,7 +747,7 @@ def test_command(tmp_path):
     out = tmp_path / "fast"
     done = command("fit", "--data", data, "--out", out)
     assert done.returncode == 0, done.stderr
-    assert "round trip of 20 held-out chunks" in done.stdout  # episode 9 of 12
+    assert "round trip of 16 held-out chunks" in done.stdout  # episode 9 of 12
     result = json.loads((out / "report.json").read_text())
     assert result["malformed"] == 0 and result["naive_tokens"] == 15 > result["tokens_mean"]
     assert result["mse"][2] == 0 and 0 < result["mse"][0] < result["max_error"][0] ** 2 < 0.01
@@ -639,7 +769,7 @@ def test_command(tmp_path):
     assert done.returncode == 0 and FastTokenizer.load(tmp_path / "own").stats == tok.stats
     # stats.json beside the episodes is used when it is there
     stats = {
-        k: ft.statistics(np.random.default_rng(0).normal(size=(99, n)))
+        k: ft.statistics(np.random.default_rng(0).normal(size=(240, n)))
         for k, n in (("action", 3), ("state", 2))
     }
     (data / "episodes/stats.json").write_text(json.dumps(stats))
@@ -678,6 +808,27 @@ def test_report_entropy_and_coverage_by_hand():
     assert (r["first_cover"], r["tokens_mean"], r["naive_tokens"]) == (1.5, 1.5, 2)
     assert r["cover"] == pytest.approx(8 / 6)
     assert r["naive_mse"][0] == pytest.approx((0.5 / 128) ** 2)
+    assert r["outside"] == r["clipped_actions"] == [0]
+
+
+def test_report_counts_what_lies_outside():
+    """Of 8 actions a dimension, 2 lie beyond -1 .. 1 in the first, one of them beyond the clip; the
+    second never moved in the statistics and does here, which nothing said."""
+    stats = {"q01": [0, 5], "q99": [2, 5]}
+    chunks = np.tile([1.0, 5.0], (2, 4, 1))
+    tok = FastTokenizer.fit(chunks, 256, 10, stats)
+    chunks[0, 0] = 2.5, 6
+    chunks[1, 1, 0] = -2.5
+    r = ft.round_trip_report(tok, chunks)
+    assert r["outside"] == [2 / 8, 1 / 8] and r["clipped_actions"] == [1 / 8, 0]
+    assert r["max_error"][1] == 1
+
+
+@pytest.mark.parametrize("flag", ["--stride", "--horizon", "--scale", "--vocab-size", "--clip"])
+def test_flags_out_of_range_stop_before_anything_is_read(flag, capsys):
+    with pytest.raises(SystemExit):
+        ft.main(["fit", "--data", "nothing", "--out", "nothing", flag, "-1"])
+    assert f"argument {flag}: -1 is not a " in capsys.readouterr().err
 
 
 # ---- Command line of the stages ------------------------------------------------------------------

@@ -387,15 +387,18 @@ def test_prompt_order():
 
 
 def test_prompts_match_their_targets(backbone, world):
+    """Targets past an episode's end once repeated its last movement: the arm would go on moving.
+    Episodes of 6, 7 and 8 steps have 3, 4 and 5 that begin a chunk of 4."""
     files = read_episodes(world / "data")
-    rows, targets = grpo.prompt_rows(backbone, files, [0, 5, 6, 12, 13])
+    rows, targets = grpo.prompt_rows(backbone, files, [0, 2, 3, 6, 7])
     assert targets[2] == backbone.action_tokenizer.encode(files[1].action[None, :K])[0]
-    past_the_end = files[0].action[[5, 5, 5, 5]][None]
-    assert targets[1] == backbone.action_tokenizer.encode(past_the_end)[0]
+    assert targets[1] == backbone.action_tokenizer.encode(files[0].action[None, 2:])[0]  # the last
     text = backbone.tokenizer.decode(rows[4]["ids"])
     assert files[2].task in text and model.THINK in text and text.endswith("assistant\n")
-    patches, _ = model.patchify(files[1].frame(6), backbone.image_spec)
+    patches, _ = model.patchify(files[1].frame(3), backbone.image_spec)
     assert np.array_equal(rows[3]["patches"], patches)
+    with pytest.raises(IndexError):  # 12 steps begin a whole chunk
+        grpo.prompt_rows(backbone, files, [12])
 
 
 def test_grpo_raises_the_reward(monkeypatch):

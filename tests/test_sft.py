@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import model
 import sft
-from fast_tokenizer import FastTokenizer, action_chunks, read_episodes
+from fast_tokenizer import FastTokenizer, action_chunks, read_episodes, split_episodes
 from tools import backbones
 
 INIT = untrained.folder("tiny-qwen3-vl")
@@ -260,24 +260,28 @@ def thought_row(chunk):
 
 def test_actions_with_and_without_a_thought(tmp_path, robot):
     """A row's "chunk" becomes the same answer as that step of an episode, behind its thought."""
-    episodes = read_episodes(robot / "episodes")
-    chunk = action_chunks(episodes[0], 4)[2]
-    data, n = conversations(tmp_path / "talk", 3, [thought_row(chunk)])
     tokenizer = FastTokenizer.load(robot / "fast")
-    told = sft.ConversationDataset(data, tokenizer, n)
     shown = sft.EpisodeDataset(robot / "episodes", tokenizer)
+    first, second, third = shown.episodes
+    chunk = action_chunks(first, 4)[2]
+    data, n = conversations(tmp_path / "talk", 3, [thought_row(chunk)])
+    told = sft.ConversationDataset(data, tokenizer, n)
 
     question, answer = shown[2].messages
-    prompt = model.ask(model.action_question("push block 0"), False)
+    prompt = model.ask(model.action_question(first.task), False)
     assert question["content"] == "<image>" + prompt
     assert answer["content"] == model.action_answer(tokenizer.encode(chunk[None])[0])
     told_question, told_answer = told[3].messages
     assert told_question["content"] == "Push.\n" + model.THINK
     assert told_answer["content"] == "<think>Left.</think>" + answer["content"]
 
-    assert len(shown.train) == 18
-    assert list(shown.held) == list(range(18, 27))  # the last episode
-    assert np.array_equal(shown[13].images[0], episodes[1].frame(4))
+    # of 9 steps 6 begin a chunk of 4 that lies inside
+    assert len(shown.train) == 12
+    assert list(shown.held) == list(range(12, 18))  # an episode
+    assert [third.name] == [e.name for e in split_episodes(read_episodes(robot / "episodes"))[1]]
+    assert np.array_equal(shown[10].images[0], second.frame(4))
+    last = second.action[None, 5:9]
+    assert shown.target_ids(11) == tokenizer.encode(last)[0]
 
 
 def test_actions_are_learned_and_vision_stays(tmp_path, robot, capsys):

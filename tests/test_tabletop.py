@@ -1,5 +1,6 @@
 """The embedded world: physics invariants, expert, fixed evaluation states, the data it writes."""
 
+import argparse
 import hashlib
 import itertools
 import json
@@ -349,6 +350,32 @@ def test_thought_actions_carry_a_chunk(made):
         assert re.fullmatch(r"<think>[^<>]+</think><answer><ACTION></answer>", answer)
 
 
+@pytest.mark.parametrize("flag", ["--episodes", "--horizon", "--noise", "--size", "--workers"])
+def test_flags_out_of_range_stop_before_anything_is_written(flag, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        td.main(["--out", str(tmp_path / "out"), flag, "-1"])
+    assert f"argument {flag}: -1 is not " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_thought_actions_end_with_the_task(tmp_path):
+    """Past the end a chunk repeated the last movement, and the model learned to move on."""
+    args = argparse.Namespace(seed=0, size=16, tilt=0.0, horizon=12, out=tmp_path)
+    ended_early = 0
+    for number in range(40):
+        env = td.random_state(np.random.default_rng([5, 0, number]), args.size)
+        expected = []
+        is_done = False
+        while len(expected) < 12 and not is_done:
+            expected.append(env.expert()[0].round(4).tolist())
+            is_done = env.advance(expected[-1])
+        chunk = json.loads(td.make_thought_action(args, number))["chunk"]
+        assert len(chunk) == 12
+        assert (chunk[: len(expected)] == expected) == (len(expected) == 12)  # else another state
+        ended_early += len(expected) < 12
+    assert ended_early > 2  # the case is among them
+
+
 def test_grid_of_questions_and_ways_to_answer_is_covered():
     """Each kind is asked both directly and with a thought; actions are never among them."""
     turns = [turn for i in range(80) for turn in td.conversation(0, i)[1]]
@@ -371,7 +398,8 @@ def test_demonstrations_are_the_experts():
             env.advance([*move, *action[3:]])
 
 
-def test_a_second_writer_leaves_the_first_ones_work_alone(tmp_path):
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_second_writer_leaves_the_first_ones_work_alone(tmp_path, resume):
     """It used to fail and to delete the other's episodes on its way out."""
     episode = {
         "image": np.zeros((2, 4, 4, 3), np.uint8),
@@ -384,8 +412,8 @@ def test_a_second_writer_leaves_the_first_ones_work_alone(tmp_path):
         with pytest.raises(
             SystemExit, match="out.part.*another command writes there, or delete it"
         ):
-            fast_tokenizer.write_episodes(tmp_path / "out", iter([]))
+            fast_tokenizer.write_episodes(tmp_path / "out", iter([]), resume=resume)
         yield dict(episode), {"task": "t", "source": "s"}
 
-    fast_tokenizer.write_episodes(tmp_path / "out", slow())
+    fast_tokenizer.write_episodes(tmp_path / "out", slow(), resume=resume)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 2

@@ -29,6 +29,7 @@ import torch
 
 import model
 import vla
+from fast_tokenizer import value_range
 from tools.protocol import network, pack, unpack
 
 LARGEST_MESSAGE = 1 << 24  # bytes; a larger one closes its connection
@@ -104,9 +105,10 @@ class Server:
         self.latencies = deque(maxlen=1000)  # of the last answers, ms
 
         stats = policy.spec["stats"]
-        # q01 .. q99: what the policy knows as -1 .. 1, and what a robot is sent at most
-        self.lowest = np.float32(stats["action"]["q01"])  # (A,)
-        self.highest = np.float32(stats["action"]["q99"])  # (A,)
+        # what the policy knows as -1 .. 1, and what a robot is sent at most, (A,) each
+        lowest, highest = value_range(stats["action"])
+        self.lowest = lowest.astype(np.float32)
+        self.highest = highest.astype(np.float32)
         self.metadata = {
             "cameras": list(policy.cameras),
             "state_dim": len(stats["state"]["q01"]),
