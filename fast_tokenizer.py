@@ -576,7 +576,7 @@ Recording = tuple[dict[str, np.ndarray], dict[str, str]]
 
 CODECS = {  # codec -> how Pillow writes it
     "jpeg 95": {"format": "JPEG", "quality": 95, "subsampling": 0},
-    "png": {"format": "PNG"},  # loses nothing
+    "png": {"format": "PNG", "compress_level": 1},  # loses nothing; 6: a third of the speed, -8%
 }
 
 

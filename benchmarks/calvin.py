@@ -384,8 +384,13 @@ def main(argv: list[str] | None = None):
     parser.add_argument("command", choices=["convert"])
     parser.add_argument("--data", required=True, help="training/ or validation/ of a dataset")
     parser.add_argument("--out", required=True, help="folder for the episodes")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep what is written when it stops, and go on there the next time",
+    )
     args = parser.parse_args(argv)
-    write_episodes(args.out, recordings(Path(args.data)))
+    write_episodes(args.out, recordings(Path(args.data)), resume=args.resume)
 
 
 if __name__ == "__main__":

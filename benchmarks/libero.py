@@ -317,6 +317,8 @@ def published_demonstrations(folder: str) -> list[Demonstration]:
                 raise ValueError("images are not in the opengl convention, upside down")
             words = json.loads(data.attrs["problem_info"])["language_instruction"]
             task = "".join(words).strip('"')
+            if not task.strip():
+                raise ValueError("its language_instruction is empty")
             for name in data:
                 number = int(name.removeprefix("demo_"))
                 demos.append(Demonstration(number, path, data[name], task))

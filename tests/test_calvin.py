@@ -326,6 +326,26 @@ def test_each_annotated_window_becomes_an_episode(tmp_path):
     assert stats["action"]["count"] == 9 and len(stats["state"]["q01"]) == 15
 
 
+def test_a_conversion_goes_on_after_a_stop(tmp_path):
+    """A damaged frame at the end of a split lost the hours before it."""
+    folder = write(tmp_path / "training")
+    frame = folder / "episode_0000009.npz"
+    whole = frame.read_bytes()
+    cut(frame)
+    flags = ["--data", str(folder), "--out", str(tmp_path / "out"), "--resume"]
+    with pytest.raises(SystemExit, match="episode_0000009.npz: BadZipFile.*stays in"):
+        calvin.main(["convert", *flags])
+    assert [path.name for path in (tmp_path / "out.part").iterdir()] == [
+        "episode_000000.safetensors"
+    ]
+    frame.write_bytes(whole)
+    calvin.main(["convert", *flags])
+    assert [file.task for file in fast_tokenizer.read_episodes(tmp_path / "out")] == [
+        "open the drawer",
+        "turn on the light",
+    ]
+
+
 def change(path, **new):
     with np.load(path) as f:
         step = {**f, **new}

@@ -49,7 +49,7 @@ def write(path, demos=2, steps=6, **changes):
         data = file.create_group("data")
         data.attrs["env_name"] = "Libero_Tabletop_Manipulation"
         data.attrs["problem_info"] = json.dumps(
-            {"language_instruction": ['"', *path.name[:5], '"']}
+            {"language_instruction": ['"', *changes.get("words", path.name[:5]), '"']}
         )
         data.attrs["macros_image_convention"] = changes.get("convention", "opengl")
         for i in range(demos):
@@ -115,6 +115,7 @@ def test_demonstrations_become_episodes(tmp_path, monkeypatch):
         ({"cut": "obs/agentview_rgb"}, "demo_1: image is"),
         ({"wrong": "actions"}, "demo_1: action of step 2 is not finite"),
         ({"convention": "opencv"}, "not in the opengl convention"),
+        ({"words": " "}, "its language_instruction is empty"),  # it was converted as it is
     ],
 )
 def test_damaged_demonstrations_are_named(tmp_path, monkeypatch, changes, words):

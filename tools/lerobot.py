@@ -187,12 +187,12 @@ def file_of(job: Job, row: dict, column: str = "data") -> Path:
 # ---- Videos -------------------------------------------------------------------------------------
 
 # Which frame belongs to a step: they are counted. Step k of a recording is the frame k after its
-# first one. In a file that joins recordings, one begins with the frame after the last of the one
-# before it, and the first with frame 0. Times only check that: no frame may be missing up to the
-# recording's end, and from_timestamp must be less than a frame away from the first one. It drifts
-# where durations were added up that the video does not have; from DRIFT on that is counted.
-# Where from_timestamp leaves a gap of two frames or more, there is something in the video that
-# belongs to no recording, and the frame nearest to it is the first, at most half a frame away.
+# first one, and no frame may be missing between. In a file that joins recordings, one begins with
+# the frame after the last of the one before it, and the first with frame 0; from_timestamp must be
+# less than a frame away from there. It drifts where durations were added up that the video does not
+# have; from DRIFT on that is counted. Only where there is a gap before a recording, of two frames
+# or more in from_timestamp (something that is no recording) or in the video (frames are lost), does
+# it begin with the frame nearest to from_timestamp, which must be less than half a frame away.
 
 DRIFT = 0.1  # frames
 
@@ -257,31 +257,31 @@ def frame_numbers(
     """Times (F,) of the frames of a video, timestamps (T,) of a recording's steps, in seconds ->
     number of the frame of each step (T,), and how far the first is from where meta/ has it, in
     frames. ValueError where the two do not belong to each other."""
-    # 1. by count
-    steps = len(timestamps)
-    anchor = int(abs(times - start.anchor).argmin()) if len(times) else 0
+    if not len(times):
+        raise ValueError("no frame")
+    # 1. the first one, by count from the anchor, by time if frames are missing there
+    anchor = abs(times - start.anchor).argmin()
     first = anchor + start.frames
-    end = first + steps
-    if end > len(times):
-        missing = start.begin + timestamps[max(0, len(times) - first)]
-        raise ValueError(f"no frame at {missing:.3f} s: cut short")
+    gaps = np.diff(times[anchor : first + 1], prepend=start.anchor - 1 / fps) * fps  # 1 each
+    tolerance = 1.0
+    if (abs(gaps - 1) >= 0.5).any():
+        first = abs(times - start.begin).argmin()
+        tolerance = 0.5
 
-    # 2. no frame is missing
-    gaps = np.diff(times[anchor:end]) * fps  # 1 each
-    holes = np.flatnonzero(abs(gaps - 1) >= 0.5)
-    if len(holes) or abs(times[anchor] - start.anchor) * fps >= 0.5:
-        before = times[anchor + holes[0]] if len(holes) else start.anchor
-        raise ValueError(f"no frame at {before + len(holes[:1]) / fps:.3f} s: not {fps:g} fps")
-
-    # 3. times agree with it
-    drift = (times[first:end] - start.begin - timestamps) * fps  # (T,)
-    if not (abs(drift[0]) < 1 and np.ptp(drift) < 0.5):  # so that NaN does not pass
-        step = 0 if abs(drift[0]) >= 1 else int(abs(drift - drift[0]).argmax())
+    # 2. the others, and what their times say
+    found = times[first : first + len(timestamps)]  # as many as there are
+    expected = start.begin + timestamps  # (T,)
+    drift = (found - expected[: len(found)]) * fps  # 0 each
+    if len(found) and not abs(drift[0]) < tolerance:  # so that NaN does not pass
         raise ValueError(
-            f"step {step} is at {start.begin + timestamps[step]:.3f} s, by count of the frames "
-            f"at {times[first + step]:.3f} s"
+            f"step 0 is at {expected[0]:.3f} s, by count of the frames at {found[0]:.3f} s"
         )
-    return np.arange(first, end), float(abs(drift[0]))
+    lost = np.flatnonzero(~(abs(drift - drift[:1]) < 0.5))
+    if len(lost):
+        raise ValueError(f"no frame at {expected[lost[0]]:.3f} s: lost, or not {fps:g} fps")
+    if len(found) < len(expected):
+        raise ValueError(f"no frame at {expected[len(found)]:.3f} s: cut short")
+    return np.arange(first, first + len(found)), float(abs(drift[0]))
 
 
 def read_frames(path: Path, numbers: np.ndarray) -> list[np.ndarray]:
