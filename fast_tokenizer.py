@@ -748,6 +748,15 @@ def _layout(arrays, header):
 def _write_file(folder, name, recordings):
     """Writes recordings of one layout as folder/name.safetensors, complete or not at all; several
     are joined, and what is said of each stands in the header's list "episodes". -> its episodes."""
+    for _, one_header in recordings:
+        task = one_header.get("task", "")
+        try:
+            task.encode()
+        except UnicodeEncodeError as e:  # JSON may hold half of an emoji
+            raise ValueError(
+                f"{one_header.get('source', '')}: half a character in the instruction {task!r}; "
+                "write the whole one, or delete it"
+            ) from e
     # 1. one set of arrays, one header
     arrays, header = recordings[0]
     if name.startswith("pack"):

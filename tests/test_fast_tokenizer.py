@@ -657,6 +657,21 @@ def test_a_stopped_writer_goes_on_to_the_same_bytes(tmp_path, per_file, yields_n
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == whole
 
 
+@pytest.mark.parametrize("per_file", [1, 5])
+def test_instructions_keep_every_character(tmp_path, per_file):
+    """And half of one, which JSON may hold, ended in "'utf-8' codec can't encode": of which of the
+    episodes, nobody knew."""
+    written = list(recordings(4))
+    texts = ["\U0001f600 \u628a", "e\u0301 \u200b\u200d\ufeff", "a\x00b\u2028\x85", "\U0010ffff"]
+    for (_, header), text in zip(written, texts, strict=True):
+        header["task"] = text
+    ft.write_episodes(tmp_path / "out", written, per_file)
+    assert [episode.task for episode in ft.read_episodes(tmp_path / "out")] == texts
+    written[2][1].update(task="a \ud83d b", source="bridge:17")
+    with pytest.raises(SystemExit, match=r"bridge:17: half a character .*'a \\ud83d b'"):
+        ft.write_episodes(tmp_path / "bad", written, per_file)
+
+
 def test_a_writer_goes_on_with_the_same_recordings_only(tmp_path):
     def stopping():
         yield from itertools.islice(recordings(9), 4)
