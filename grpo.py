@@ -117,7 +117,7 @@ PRESETS = {
     "paper": {
         "init": "runs/sft-paper/final", "data": "data/bridge", "out": "runs/grpo-paper",
         "steps": 25, "prompts": 512, "batch": 128, "group": 5, "max_new_tokens": 2048, "lr": 1e-6,
-        "micro_batch": 1, "rollout_batch": 16, "recompute": True,
+        "micro_batch": 4, "rollout_batch": 32, "recompute": True,
         "eval_every": 5, "eval_prompts": 512, "show_every": 1, "save_every": 5, "keep": 2,
     },
 }  # fmt: skip

@@ -3,7 +3,8 @@
     python -m tools.lerobot --data FOLDER --out data/x --camera observation.images.front \\
         --action action --state observation.state --fps 5 --deltas 6 --skip-blank --skip-damaged
 
-The first camera is `image`, a further one `image_<last part of its name>`; keys are put side by
+The first camera is `image`, a further one `image_<last part of its name>` (`wrist_image`, as
+in LIBERO's copies, gives `image_wrist`, as our recordings have it); keys are put side by
 side. --fps keeps the first image and state of each interval, and the last value of the action, but
 the sum of its first --deltas dimensions. Where the task changes, a new episode begins. All numbers
 and instructions are checked first, then images are read. What --skip-blank and --skip-damaged leave
@@ -64,7 +65,8 @@ class Columns:
     @property
     def image_names(self) -> list[str]:
         """What the cameras are called in an episode."""
-        further = ["image_" + key.split(".")[-1] for key in self.cameras[1:]]
+        last_parts = [key.split(".")[-1] for key in self.cameras[1:]]
+        further = ["image_" + part.removesuffix("_image") for part in last_parts]
         return ["image", *further]
 
 
