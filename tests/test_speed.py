@@ -101,6 +101,14 @@ def test_fast(measure):
     assert pairs["decode"]["work"]["decoded"]["ours"] == 64
 
 
+def test_input(measure):
+    pairs = measure("input", "--image", "56", "--repeats", "1")
+    assert list(pairs) == ["2 threads", "4 threads", "jpeg 95", "png"]
+    assert pairs["2 threads"]["unit"] == "s" and pairs["png"]["unit"] == "CPU s"
+    assert pairs["png"]["work"]["bytes"]["ours"] == speed.READS * 64 * 56 * 56 * 3
+    assert 0 < pairs["jpeg 95"]["bytes_a_frame"] < pairs["png"]["bytes_a_frame"]
+
+
 def test_cost_on_two_ranks_is_one_record(capfd):
     on_ranks(speed.main, ["cost", *TOY, "--image", "28"], 2)
     (line,) = capfd.readouterr().out.splitlines()
@@ -117,6 +125,6 @@ def test_different_work_gives_no_figure():
     def tokens(ours, peer):
         return {"tokens": speed.Work(ours, peer)}
 
-    args = argparse.Namespace(device="cpu", repeats=1, ranks=0)
+    args = argparse.Namespace(device="cpu", repeats=1, on_the_wall=False)
     with pytest.raises(ValueError, match="turn 0: tokens is 8 in ours, 7 in the peer"):
         speed.compare(lambda turn: 8, lambda turn: 7, tokens, args)

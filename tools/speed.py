@@ -14,6 +14,7 @@ python -m tools.speed grpo --image 224              # a step of TRL; full rows i
 python -m tools.speed sft --device cuda --size 3b   # plain transformers, padded rows
 python -m tools.speed head                          # the frozen backbone in the loop
 python -m tools.speed fast                          # the published code, chunk by chunk
+python -m tools.speed input --image 256             # ours alone: loader threads, encoded episodes
 python -m tools.speed cost --repeats 3              # ours alone: group, completion, image grow
 torchrun --nproc_per_node 2 -m tools.speed cost --repeats 3   # and with ranks: wall seconds
 
@@ -35,6 +36,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,7 +55,17 @@ import grpo
 import model
 import sft
 import vla
-from fast_tokenizer import FastTokenizer, count, natural, positive
+from fast_tokenizer import (
+    CODECS,
+    EpisodeFile,
+    FastTokenizer,
+    count,
+    encode_frames,
+    natural,
+    positive,
+    read_episodes,
+    write_episodes,
+)
 from tools import backbones
 
 HORIZON = 16  # steps of a chunk, K
@@ -233,11 +245,10 @@ class Comparison:
 
 
 def clock(args: argparse.Namespace) -> float:
-    """Seconds; of the process's CPU time, but on a GPU or several ranks on the wall."""
+    """Seconds; of the process's CPU time, or on the wall: on a GPU, of several ranks or threads."""
     if args.device == "cuda":
         torch.cuda.synchronize()
-    on_the_wall = args.ranks or args.device == "cuda"
-    return time.perf_counter() if on_the_wall else time.process_time()
+    return time.perf_counter() if args.on_the_wall else time.process_time()
 
 
 def compare(
@@ -265,7 +276,7 @@ def compare(
         ours=Quartiles.of(ours_seconds),
         peer=Quartiles.of(peer_seconds),
         ratio=Quartiles.of(peer_seconds / ours_seconds),
-        unit="CPU s" if args.device == "cpu" and not args.ranks else "s",
+        unit="s" if args.on_the_wall else "CPU s",
         work=done,
     )
 
@@ -836,6 +847,105 @@ def count_tokens(ids: Iterable[list[int]]) -> int:
     return sum(len(row) for row in ids)
 
 
+# ---- input --------------------------------------------------------------------------------------
+
+
+def photos(n: int, side: int) -> list[Image.Image]:
+    """Blots of all sizes and a little noise: a JPEG of one is about as large as a photo's."""
+    rng = model.rng(0, "photos")
+    pictures = []
+    for _ in range(n):
+        values = rng.normal(0, 4, (side, side, 3))
+        for blots in (4, 16, 64):
+            small = Image.fromarray(rng.integers(0, 256, (blots, blots, 3), np.uint8))
+            values += np.asarray(small.resize((side, side), Image.BICUBIC)) / 3.0
+        pictures.append(Image.fromarray(values.clip(0, 255).astype(np.uint8)))
+    return pictures
+
+
+def sft_input(args: argparse.Namespace) -> Comparison:
+    """Our own loading, beside a plainer way of it: rows of SFT with a photo of a megapixel by
+    several threads, beside one (seconds on the wall); frames of episodes with --image pixels a side
+    as PNG or JPEG, beside raw ones."""
+    backbone = make_backbone(args)
+    pairs = {}
+    with tempfile.TemporaryDirectory() as folder:
+        # 1. rows by threads
+        source = write_photo_rows(Path(folder), 16)
+
+        def load(threads, turn):
+            with ThreadPoolExecutor(threads) as pool:
+                loading = [
+                    pool.submit(sft.load_row, backbone, source, i, 8192) for i in source.train
+                ]
+                return sum(len(future.result()["ids"]) for future in loading)
+
+        on_the_wall = argparse.Namespace(**{**vars(args), "on_the_wall": True})
+        for threads in (2, 4):
+            pair = compare(
+                functools.partial(load, threads),
+                functools.partial(load, 1),
+                lambda ours, peer: {"tokens": Work(ours, peer)},
+                on_the_wall,
+            )
+            pair.more["ms_a_megapixel"] = 1000 * pair.ours.median / len(source.train)
+            pairs[f"{threads} threads"] = pair
+
+        # 2. frames of episodes
+        frames = np.stack([np.asarray(photo) for photo in photos(64, args.image)])
+        episodes = {"raw": write_photo_episode(folder, frames, "raw")}
+        for codec in CODECS:
+            episodes[codec] = write_photo_episode(folder, frames, codec)
+            pair = compare(
+                lambda turn, codec=codec: read_frames(episodes[codec]),
+                lambda turn: read_frames(episodes["raw"]),
+                lambda ours, peer: {"bytes": Work(ours, peer)},
+                args,
+            )
+            pair.more["ms_a_frame"] = 1000 * pair.ours.median / (READS * len(frames))
+            pair.more["bytes_a_frame"] = len(episodes[codec].path.read_bytes()) / len(frames)
+            pairs[codec] = pair
+    return Comparison(pairs, {"rows": len(source.train), "frames": len(frames)})
+
+
+READS = 8  # of each frame in a turn
+
+
+def read_frames(episode: EpisodeFile) -> int:
+    """All frames some times -> their bytes."""
+    return sum(episode.frame(t).nbytes for _ in range(READS) for t in range(len(episode)))
+
+
+def write_photo_rows(folder: Path, n: int) -> sft.ConversationDataset:
+    lines = []
+    for i, photo in enumerate(photos(n, 1024)):
+        photo.save(folder / f"{i}.jpg", quality=90)
+        messages = [
+            {"role": "user", "content": "<image>" + QUESTION.format("")},
+            {"role": "assistant", "content": "done"},
+        ]
+        lines.append(json.dumps({"images": [f"{i}.jpg"], "messages": messages}) + "\n")
+    (folder / "photos.jsonl").write_text("".join(lines))
+    return sft.ConversationDataset(folder / "photos.jsonl", None, 0)
+
+
+def write_photo_episode(folder: str, frames: np.ndarray, codec: str) -> EpisodeFile:
+    arrays = {
+        "image": frames,
+        "state": np.zeros((len(frames), STATE_DIM), np.float32),
+        "action": np.zeros((len(frames), ACTION_DIM), np.float32),
+    }
+    header = {"task": QUESTION.format(""), "fps": "5", "source": "photos"}
+    if codec != "raw":
+        encoded, encoded_header = encode_frames(frames, "image", codec)
+        arrays |= encoded
+        header |= encoded_header
+    out = Path(folder, codec)
+    with contextlib.redirect_stdout(sys.stderr):
+        write_episodes(out, [(arrays, header)])
+    return read_episodes(out)[0]
+
+
 # ---- cost ---------------------------------------------------------------------------------------
 
 
@@ -872,6 +982,7 @@ COMMANDS = {
     "sft": sft_step,
     "head": head_step,
     "fast": fast_codes,
+    "input": sft_input,
     "cost": cost,
 }
 
@@ -914,6 +1025,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--peak-tflops", type=positive, default=989.0, help="cuda: peak of the GPU in bf16")
     args = parser.parse_args(argv)
     args.ranks = int(os.environ.get("WORLD_SIZE", "0"))  # 0: not under torchrun
+    args.on_the_wall = args.ranks > 0 or args.device == "cuda"
     args.size = args.size or ("tiny-vlm" if args.command == "head" else "tiny")
     args.image = args.image or (64 if args.size == "tiny-vlm" else 112)
 
