@@ -733,9 +733,10 @@ def logits(net: nn.Module, rows: torch.Tensor) -> torch.Tensor:
 
 def score_in_slices(
     net: nn.Module, score: Callable, rows: torch.Tensor, ids: torch.Tensor
-) -> list[torch.Tensor]:
-    """score(logits (n, V), ids (n,)) -> two tensors (n,), over slices of rows (N, D), ids (N,). A
-    slice is computed again in backward: else logits would be most of a rank's memory."""
+) -> Sequence[torch.Tensor]:
+    """score(logits (n, V), ids (n,)) -> tensors (n,), over slices of rows (N, D), ids (N,): -> as
+    many tensors (N,). A slice is computed again in backward: else logits would be most of a rank's
+    memory."""
     return as_forward(_score_in_slices, net.lm_head, score, rows, ids)
 
 
@@ -1113,7 +1114,7 @@ def generate(
     # 2. how a token is chosen
     stop = torch.tensor([backbone.vocab.eos] if stop is None else list(stop), device=device)
     banned = torch.tensor(backbone.vocab.banned, dtype=torch.long, device=device)
-    cuda_graphs = cuda_graphs and can_record(device)
+    may_record = cuda_graphs and can_record(device)
 
     def choose(hidden, slots, position):
         scaled = (logits(net, hidden) / temperature).index_fill_(-1, banned, -torch.inf)  # (R, V)
@@ -1121,7 +1122,7 @@ def generate(
         if greedy:
             token = logp.argmax(-1)  # (R,)
         else:
-            token = draw_tokens(logp, u[slots, position], top_p, not cuda_graphs)
+            token = draw_tokens(logp, u[slots, position], top_p, not may_record)
         return token, logp.gather(-1, token[:, None])[:, 0]
 
     # 3. sample, so many prompts at once
@@ -1135,7 +1136,8 @@ def generate(
         prompts = order[start : start + rollout_batch]
         slots = torch.tensor([b * n + g for b in prompts for g in range(n)], device=device)
         prompt_rows = [rows[b] for b in prompts]
-        decoder = Decoder(backbone, prompt_rows, n, slots, samples, choose, stop, cuda_graphs)
+        may_record = may_record and can_record(device)  # it may have failed with those before
+        decoder = Decoder(backbone, prompt_rows, n, slots, samples, choose, stop, may_record)
         as_forward(_run_decoder, net, decoder)
         del decoder  # its cache, before the next prompts are forwarded
     net.train(was_training)
