@@ -1719,9 +1719,10 @@ def load_train_state(
     return run["step"], unlogged
 
 
-def checkpoint_to_resume(cfg) -> Path | None:
+def checkpoint_to_resume(cfg, may_change: Sequence[str] = ()) -> Path | None:
     """The newest checkpoint if the run is to --resume it. ValueError when it goes on with another
-    value of a flag that may not change, or would mix with an older run's files."""
+    value of a flag that may not change, or would mix with an older run's files. may_change: fields
+    that decide no number of this stage, beside those of MAY_CHANGE_ON_RESUME."""
     newest = latest_checkpoint(cfg.out)
     if not cfg.resume:
         if newest or (Path(cfg.out) / "final").exists():
@@ -1734,7 +1735,7 @@ def checkpoint_to_resume(cfg) -> Path | None:
         return None
     old_config = read_json(newest / "run.json")["config"]
     for name, value in asdict(cfg).items():
-        if name in MAY_CHANGE_ON_RESUME:
+        if name in MAY_CHANGE_ON_RESUME or name in may_change:
             continue
         flag = "--" + name.replace("_", "-")
         if name not in old_config:

@@ -85,6 +85,7 @@ PAPER_MIXTURE = """
     data/bridge#400000
 """
 TOO_LONG = ("error", "skip", "shrink")  # what --too-long takes
+MAY_CHANGE_ON_RESUME = ["max_new_tokens"]  # of evaluations alone, unlike in grpo.py
 
 
 @dataclass(frozen=True)
@@ -1096,7 +1097,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # 1. the backbone, its vocabulary grown, its data, and its optimizer
     mixture = parse_mixture(cfg.data)
-    newest = model.checkpoint_to_resume(cfg)
+    newest = model.checkpoint_to_resume(cfg, MAY_CHANGE_ON_RESUME)
     backbone = load_backbone(cfg, newest, dist.build)
     sources = open_sources(mixture, backbone.action_tokenizer, cfg)
     data = {str(source.path): check_rows(backbone, source, cfg, dist) for source in sources}

@@ -550,7 +550,7 @@ def test_max_length_and_pixels_may_change_on_resume(tmp_path, long_rows):
     out = tmp_path / "o"
     flags = ["--max-length", 400, "--too-long", "shrink", "--save-every", 3]
     sft.main(args(out, data, *flags, steps=3, holdout=n))
-    flags = ["--max-length", 2000, "--max-pixels", 4096, "--resume"]
+    flags = ["--max-length", 2000, "--max-pixels", 4096, "--max-new-tokens", 8, "--resume"]
     sft.main(args(out, data, *flags, steps=4, holdout=n))
     assert model.load(out).image_spec.max_pixels == 4096
 
