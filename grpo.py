@@ -819,8 +819,7 @@ def prepare(cfg: Config, dist: Dist) -> Prepared:
     betas = (0.9, cfg.beta2)
     optim = model.make_optimizer(backbone.net, cfg.lr, cfg.weight_decay, betas)
     first_step, _ = model.load_train_state(resume_from, backbone.net, optim)
-    if first_step > cfg.steps:
-        raise ValueError(f"{resume_from}: is past --steps {cfg.steps}; give {first_step} or more")
+    model.check_steps(resume_from, first_step, cfg.steps)
     return Prepared(backbone, reference, optim, episodes, held_out, first_step)
 
 

@@ -1719,6 +1719,13 @@ def load_train_state(
     return run["step"], unlogged
 
 
+def check_steps(newest: Path | None, start: int, steps: int) -> None:
+    """ValueError when the run to resume, which goes on at `start`, is past the steps asked for: its
+    weights would be saved as those of a shorter run."""
+    if start > steps:
+        raise ValueError(f"{newest}: is past --steps {steps}; give {start} or more")
+
+
 def checkpoint_to_resume(cfg, may_change: Sequence[str] = ()) -> Path | None:
     """The newest checkpoint if the run is to --resume it. ValueError when it goes on with another
     value of a flag that may not change, or would mix with an older run's files. may_change: fields

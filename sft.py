@@ -1116,6 +1116,7 @@ def main(argv: list[str] | None = None) -> None:
     sizes = [len(source.train) for source in sources]
     weights, epoch_samples = mixture_shares(mixture, sizes)
     steps = cfg.steps or math.ceil(cfg.epochs * epoch_samples / cfg.batch)
+    model.check_steps(newest, start, steps)
     order = np.stack(sample_order(sizes, weights, steps * cfg.batch, cfg.seed), 1)  # (N, 2)
 
     run = {

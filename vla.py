@@ -1212,6 +1212,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     betas = (cfg.beta1, cfg.beta2)
     optim = model.make_optimizer(trained, cfg.lr, cfg.weight_decay, betas, cfg.muon)
     start, unlogged = model.load_train_state(newest, {name: trained}, optim)
+    model.check_steps(newest, start, cfg.steps)
     unlogged = np.zeros(2) + unlogged  # loss_sum and count since the last line; a new run gives 0
 
     spec: PolicySpec = {

@@ -157,6 +157,8 @@ def test_resume_equals_the_uninterrupted_run(tmp_path):
     assert [record["loss"] for record in old] == [record["loss"] for record in new]
     with pytest.raises(ValueError, match="another --seed"):
         sft.main(args(resumed, data, "--resume", "--seed", 1))
+    with pytest.raises(ValueError, match="step_000006: is past --steps 5; give 6 or more"):
+        sft.main(args(resumed, data, "--resume", steps=5))  # was saved as final, of "step 5"
 
 
 def assert_close_logs(records, others):

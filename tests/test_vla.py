@@ -455,6 +455,8 @@ def test_resume_equals_uninterrupted(data, tmp_path, changes):
             assert a[key] == b[key], (a, b)
     with pytest.raises(ValueError, match="another --lr; resume with --lr 0.001"):
         vla.main(argv(data, tmp_path, **flags, resume=True, lr=1e-2))
+    with pytest.raises(ValueError, match="step_000006: is past --steps 5; give 6 or more"):
+        vla.main(argv(data, tmp_path, **{**flags, "steps": 5}, resume=True))
     with pytest.raises(ValueError, match="already holds a run; go on with --resume"):
         vla.main(argv(data, tmp_path, **flags))
 
