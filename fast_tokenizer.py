@@ -1214,6 +1214,7 @@ Natural = int  # at least 0; often 0 means none, or all
 Positive = float  # above 0
 NonNegative = float
 Share = float  # 0 .. 1
+BelowOne = float  # 0 .. 1 without 1, as the decay of an average, which at 1 would never learn
 
 
 def _number(text, kind, is_allowed, range_text):
@@ -1246,6 +1247,10 @@ def share(text: str) -> Share:
     return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
 
+def below_one(text: str) -> BelowOne:
+    return _number(text, float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
+
+
 FLAG_TYPES = {  # annotation of a field -> type of its flag
     "int": int,
     "float": float,
@@ -1255,6 +1260,7 @@ FLAG_TYPES = {  # annotation of a field -> type of its flag
     "Positive": positive,
     "NonNegative": non_negative,
     "Share": share,
+    "BelowOne": below_one,
 }
 
 

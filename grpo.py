@@ -31,6 +31,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fast_tokenizer import (
+    BelowOne,
     Count,
     EpisodeFile,
     FastTokenizer,
@@ -92,7 +93,7 @@ class Config:
     lr: Positive = 3e-5  # AdamW, constant
     warmup_ratio: Share = 0.0  # share of the steps
     weight_decay: NonNegative = 0.01  # not on norms and biases
-    beta2: Share = 0.999  # of AdamW; beta1 is 0.9
+    beta2: BelowOne = 0.999  # of AdamW; beta1 is 0.9
     max_grad_norm: NonNegative = 1.0  # gradients are clipped to this global norm; 0: not
     # does not affect results, but for rounding
     micro_batch: Count = 8  # prompts a rank forwards and backwards at once; lower it for memory

@@ -42,6 +42,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fast_tokenizer import (
+    BelowOne,
     Count,
     FastTokenizer,
     Natural,
@@ -114,8 +115,8 @@ class Config:
     # optimizer
     lr: Positive = 6e-4  # peak learning rate
     warmup_ratio: Share = 0.03  # share of the steps
-    beta1: Share = 0.9  # AdamW
-    beta2: Share = 0.98  # AdamW
+    beta1: BelowOne = 0.9  # AdamW
+    beta2: BelowOne = 0.98  # AdamW
     weight_decay: NonNegative = 0.01  # AdamW, not on norms and biases
     max_grad_norm: NonNegative = 1.0  # gradient norm; 0: no clipping
     muon: bool = False  # inner matrices by orthogonalised momentum (Muon) instead of AdamW

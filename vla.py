@@ -45,6 +45,7 @@ from typing import NamedTuple, NotRequired, TypedDict
 import numpy as np
 
 from fast_tokenizer import (
+    BelowOne,
     Count,
     Natural,
     NonNegative,
@@ -92,7 +93,9 @@ class Config:
     cameras: str = "image"  # camera names of the episodes, separated by commas
     max_episodes: Natural = 0  # only the first episodes; 0: all
     stride: Count = 1  # use every stride-th frame of an episode: neighbours say nearly the same
-    holdout_share: Share = 0.05  # share of the episodes, drawn at random, for evaluation; 0: none
+    holdout_share: BelowOne = (
+        0.05  # share of the episodes, drawn at random, for evaluation; 0: none
+    )
     horizon: Count = 8  # actions in a chunk, K
 
     # features of the backbone
@@ -107,7 +110,7 @@ class Config:
     heads: Count = 4  # attention heads
     vl_layers: Natural = 1  # self-attention blocks over the features; 0: none
     future_tokens: Natural = 4  # learned tokens between state and actions
-    dropout: Share = 0.0  # in the head
+    dropout: BelowOne = 0.0  # in the head
 
     # schedule
     seed: Natural = 0  # order of the frames, noise, initial weights of the head
@@ -118,12 +121,12 @@ class Config:
     # optimizer
     lr: Positive = 1e-3  # peak learning rate
     warmup_ratio: Share = 0.05  # share of the steps; cosine to 0 after it
-    beta1: Share = 0.95  # AdamW
-    beta2: Share = 0.999  # AdamW
+    beta1: BelowOne = 0.95  # AdamW
+    beta2: BelowOne = 0.999  # AdamW
     weight_decay: NonNegative = 1e-5  # AdamW, not on norms and biases
     max_grad_norm: NonNegative = 1.0  # gradient norm; 0: no clipping
     muon: bool = False  # inner matrices by orthogonalised momentum (Muon) instead of AdamW
-    ema_decay: Share = 0.999  # decay of the averaged weights that the policy uses; 0: no average
+    ema_decay: BelowOne = 0.999  # decay of the averaged weights that the policy uses; 0: no average
 
     # time and memory: the results are the same up to rounding
     cache: str = "features"  # features: the backbone runs once, before training; none: in each step
@@ -165,10 +168,6 @@ def check_config(cfg: Config) -> None:
     cameras = cfg.cameras.split(",")
     if len(set(cameras)) < len(cameras):
         raise ValueError(f"--cameras {cfg.cameras}: name each of them once")
-    for name in ("dropout", "beta1", "beta2", "ema_decay"):
-        if getattr(cfg, name) == 1:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} 1: nothing would be learned; give a share below 1")
     check_width("--dim", cfg.dim, cfg.heads)
 
 

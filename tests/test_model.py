@@ -874,6 +874,22 @@ def test_ranks_wait_for_the_slowest():
     assert ranks[1].exitcode == 1, "after a second rank 1 has waited enough"
 
 
+@pytest.mark.parametrize(
+    ("stage", "names"),
+    [
+        (sft, "beta1 beta2"),
+        (grpo, "beta2"),
+        (vla, "beta1 beta2 dropout ema-decay holdout-share"),
+    ],
+)
+def test_a_decay_of_1_is_refused_before_anything_is_loaded(stage, names, capsys):
+    """torch's optimizer refused it, after minutes of reading weights and rows."""
+    for name in names.split():
+        with pytest.raises(SystemExit):
+            model.parse_config(stage.Config, stage.PRESETS, [f"--{name}", "1"])
+        assert f"argument --{name}: 1 is not a number from 0 to below 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("stage", [sft, grpo, vla])
 def test_what_affects_no_result_may_change_on_resume(stage):
     """sft.py refused another --max-new-tokens, the limit of its evaluations."""
