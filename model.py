@@ -476,11 +476,13 @@ def encode(
     messages: Sequence[dict],
     images: Sequence[np.ndarray] = (),
     prompt_only: bool = False,
+    max_pixels: int = 0,
 ) -> Row:
     """Conversation -> Row.
 
     messages: [{"role", "content"}], "<image>" in a content stands for the next of `images` (uint8
-    (H, W, 3)). prompt_only: opens the assistant's turn behind the last message.
+    (H, W, 3)). prompt_only: opens the assistant's turn behind the last message. max_pixels: larger
+    images are shrunk to so many; 0: as the backbone says.
     ValueError when tags and images disagree, or a content is no text."""
     # 1. check, and open as the family does
     check_messages(messages, len(images))
@@ -508,16 +510,17 @@ def encode(
     ids = np.array(id_list, np.int64)
     target = np.array(target_list)
     # 4. images: the one token of each becomes as many as it has merged patches
-    fitted = [fit_image(image, backbone.image_spec) for image in images]
+    spec = backbone.image_spec.bounded(max_pixels)
+    fitted = [fit_image(image, spec) for image in images]
     grid = np.array([grid_of_image for _, grid_of_image in fitted], np.int64).reshape(-1, 3)
     is_image = ids == backbone.vocab.image
     repeats = np.ones(len(ids), np.int64)
-    repeats[is_image] = grid.prod(1) // backbone.image_spec.merge**2
+    repeats[is_image] = grid.prod(1) // spec.merge**2
     ids, target = ids.repeat(repeats), target.repeat(repeats)
     return {
         "ids": ids,
         "target": target,
-        "positions": mrope_positions(ids, grid, backbone.vocab.image, backbone.image_spec.merge),
+        "positions": mrope_positions(ids, grid, backbone.vocab.image, spec.merge),
         "pixels": np.concatenate([pixels for pixels, _ in fitted]) if fitted else None,
         "grid": grid,
     }

@@ -34,7 +34,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -521,11 +521,8 @@ def open_images(sample: Sample) -> list[np.ndarray]:
 def encode_sample(backbone: model.Backbone, sample: Sample, prompt_only: bool = False) -> model.Row:
     """A sample as numbers. ValueError naming it when its text and images do not go together."""
     images = open_images(sample)
-    spec = backbone.image_spec.bounded(sample.max_pixels)
     try:
-        return model.encode(
-            replace(backbone, image_spec=spec), sample.messages, images, prompt_only=prompt_only
-        )
+        return model.encode(backbone, sample.messages, images, prompt_only, sample.max_pixels)
     except ValueError as e:
         raise ValueError(f"{sample.sample_id}: {e}") from e
 
@@ -584,11 +581,11 @@ def row_size(backbone: model.Backbone, outline: Outline, max_length: int) -> Row
     if text_bytes + tokens_of_images(spec) <= max_length:
         return RowSize(text_bytes // 4 + tokens_of_images(spec), 0)  # English: 4 bytes a token
 
-    # 2. the others are, with images of one token each
-    unit = spec.patch * spec.merge
+    # 2. the others are, with blank images
+    unit = spec.patch * spec.merge  # pixels of a token's side
     blanks = [np.zeros((unit, unit, 3), np.uint8)] * len(image_sizes)
-    small = replace(backbone, image_spec=replace(spec, min_pixels=1))
-    text_tokens = len(model.encode(small, messages, blanks)["ids"]) - len(blanks)
+    blank_tokens = len(blanks) * image_tokens(spec, unit, unit)
+    text_tokens = len(model.encode(backbone, messages, blanks)["ids"]) - blank_tokens
     tokens = text_tokens + tokens_of_images(spec)
     if tokens <= max_length:
         return RowSize(tokens, 0)

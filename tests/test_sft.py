@@ -487,6 +487,7 @@ def test_a_row_is_measured_by_the_headers_of_its_images(long_rows):
         source.max_pixels[i] = sft.row_size(backbone, source.outline(i), limit).max_pixels
         fitted = len(sft.load_row(backbone, source, i, limit)["ids"])
         assert limit - 60 < fitted <= limit
+    assert backbone.net.image_spec is backbone.image_spec, "the bound of a row was the net's too"
 
 
 def test_too_long_rows_are_left_out_or_shrunk(tmp_path, long_rows, capsys):
