@@ -300,6 +300,16 @@ def split_episodes(
     return list(compress(files, ~is_held)), list(compress(files, is_held))
 
 
+def episodes_sha256(files: Sequence[EpisodeFile]) -> str:
+    """SHA-256 of the names, instructions, actions and states of episodes, in their order."""
+    content = hashlib.sha256()
+    for file in files:
+        content.update(f"{file.name}\n{file.task}\n".encode())
+        content.update(np.ascontiguousarray(file.action))
+        content.update(np.ascontiguousarray(file.state))
+    return content.hexdigest()
+
+
 def split_record(files: list[EpisodeFile], held_out: list[EpisodeFile]) -> dict[str, str | int]:
     """What a stage writes into run.json of a folder's episodes and those that it held out."""
     names = "\n".join(file.name for file in held_out)

@@ -1758,6 +1758,17 @@ def checkpoint_to_resume(cfg, may_change: Sequence[str] = ()) -> Path | None:
     return newest
 
 
+def check_unchanged(data: dict[str, dict], newest: Path) -> None:
+    """ValueError naming a source that is not what the checkpoint `newest` was trained on."""
+    old = read_json(newest / "run.json").get("data", {})
+    for path, record in data.items():
+        if path in old and old[path]["sha256"] != record["sha256"]:
+            raise ValueError(
+                f"{path}: has changed since {newest}; put the old one back, or go on with the new "
+                "one by --changed-data"
+            )
+
+
 def _saved_steps(out):
     """The complete checkpoints out/step_000123, oldest first."""
     folders = [path for path in Path(out).glob("step_*") if path.name[5:].isdigit()]

@@ -53,6 +53,7 @@ from fast_tokenizer import (
     answer_help,
     chunk_ends,
     count,
+    episodes_sha256,
     image_size,
     join_splits,
     locate_step,
@@ -431,11 +432,7 @@ class EpisodeDataset:
         self.ends = chunk_ends(self.episodes, action_tokenizer.horizon)
         self.units = len(self.episodes)
         self.max_pixels = {}  # episode -> bound on its images; set by check_rows()
-        content = hashlib.sha256()
-        for episode in self.episodes:
-            content.update(f"{episode.name}\n{episode.task}\n".encode())
-            content.update(np.ascontiguousarray(episode.action))
-        self.fingerprint = content.hexdigest()
+        self.fingerprint = episodes_sha256(self.episodes)
         self.split = split_record(all_episodes, held_out)
 
         n_train = int(self.ends[len(train_episodes) - 1])
@@ -671,17 +668,6 @@ def check_rows(backbone: model.Backbone, source, cfg: Config, dist: model.Dist) 
         "shrunk": len(source.max_pixels),
         "left_out": len(left_out),
     }
-
-
-def check_unchanged(data: dict[str, dict], newest: Path) -> None:
-    """ValueError naming a source that is not what the checkpoint `newest` was trained on."""
-    old = model.read_json(newest / "run.json").get("data", {})
-    for path, record in data.items():
-        if path in old and old[path]["sha256"] != record["sha256"]:
-            raise ValueError(
-                f"{path}: has changed since {newest}; put the old one back, or go on with the new "
-                "one by --changed-data"
-            )
 
 
 # ---- The idea: new words, packed rows, a loss by tokens ------------------------------------------
@@ -1100,7 +1086,7 @@ def main(argv: list[str] | None = None) -> None:
     sources = open_sources(mixture, backbone.action_tokenizer, cfg)
     data = {str(source.path): check_rows(backbone, source, cfg, dist) for source in sources}
     if newest and not cfg.changed_data:
-        check_unchanged(data, newest)
+        model.check_unchanged(data, newest)
     splits = [source.split for source in sources if isinstance(source, EpisodeDataset)]
     if dist.rank == 0:
         warn_of_other_split(backbone.run.get("split", []), splits)

@@ -54,6 +54,7 @@ from fast_tokenizer import (
     Stats,
     action_chunks,
     answer_help,
+    episodes_sha256,
     normalize,
     open_arrays,
     rare_lines,
@@ -138,6 +139,7 @@ class Config:
     timeout_hours: Positive = 6.0  # ranks wait so long for the slowest, as when it downloads
     cache_dir: str = ""  # folder of the cached features; empty: features/ in --out
     resume: bool = False  # continue from the newest step_* in --out
+    changed_data: bool = False  # --resume although the episodes have changed
     log_every: Count = 50  # steps
     eval_every: Natural = 500  # steps; 0: only at the end
     eval_rows: Natural = 256  # held-out frames of one evaluation
@@ -1188,6 +1190,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for line in rare_lines(stats, name) if dist.rank == 0 else []:
             print(f"{cfg.data}: {line}")
     newest = model.checkpoint_to_resume(cfg)
+    data = {cfg.data: {"sha256": episodes_sha256(frames.episodes)}}
+    if newest and not cfg.changed_data:
+        model.check_unchanged(data, newest)
     backbone, final_norm = load_backbone(cfg, newest, dist)
     head_config = HeadConfig(
         vl_dim=backbone.net.config.text_config.hidden_size,
@@ -1230,6 +1235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "stage": "vla",
         "config": asdict(cfg),
         "parent": cfg.init,
+        "data": data,
         "split": split,
         "policy": spec,
     }

@@ -461,6 +461,21 @@ def test_resume_equals_uninterrupted(data, tmp_path, changes):
         vla.main(argv(data, tmp_path, **flags))
 
 
+def test_changed_episodes_are_named_on_resume(data, tmp_path):
+    """A cache of features is refused then; a run without one went on."""
+    shutil.copytree(data, tmp_path / "data")
+    flags = {"cache": "none", "save-every": 1, "steps": 1}
+    vla.main(argv(tmp_path / "data", tmp_path / "out", **flags))
+    path = tmp_path / "data" / "episode_000002.safetensors"
+    arrays = {name: tensor.numpy().copy() for name, tensor in load_file(path).items()}
+    arrays["state"] += 1
+    save_file(arrays, path, {"task": TASKS[0]})
+    flags = {**flags, "steps": 2, "resume": True}
+    with pytest.raises(ValueError, match="data: has changed since .*step_000001; put the old"):
+        vla.main(argv(tmp_path / "data", tmp_path / "out", **flags))
+    vla.main(argv(tmp_path / "data", tmp_path / "out", **flags, **{"changed-data": True}))
+
+
 def test_four_ranks_equal_one(data, tmp_path):
     """Gradient norms, held-out error and weights. Features are written by one rank and by four;
     pairs of ranks share one copy of the weights."""
