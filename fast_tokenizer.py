@@ -300,6 +300,16 @@ def split_episodes(
     return list(compress(files, ~is_held)), list(compress(files, is_held))
 
 
+def episodes_sha256(files: Sequence[EpisodeFile]) -> str:
+    """SHA-256 of the names, instructions, actions and states of episodes, in their order."""
+    content = hashlib.sha256()
+    for file in files:
+        content.update(f"{file.name}\n{file.task}\n".encode())
+        content.update(np.ascontiguousarray(file.action))
+        content.update(np.ascontiguousarray(file.state))
+    return content.hexdigest()
+
+
 def split_record(files: list[EpisodeFile], held_out: list[EpisodeFile]) -> dict[str, str | int]:
     """What a stage writes into run.json of a folder's episodes and those that it held out."""
     names = "\n".join(file.name for file in held_out)
@@ -1214,6 +1224,7 @@ Natural = int  # at least 0; often 0 means none, or all
 Positive = float  # above 0
 NonNegative = float
 Share = float  # 0 .. 1
+BelowOne = float  # 0 .. 1 without 1, as the decay of an average, which at 1 would never learn
 
 
 def _number(text, kind, is_allowed, range_text):
@@ -1246,6 +1257,10 @@ def share(text: str) -> Share:
     return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
 
+def below_one(text: str) -> BelowOne:
+    return _number(text, float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
+
+
 FLAG_TYPES = {  # annotation of a field -> type of its flag
     "int": int,
     "float": float,
@@ -1255,6 +1270,7 @@ FLAG_TYPES = {  # annotation of a field -> type of its flag
     "Positive": positive,
     "NonNegative": non_negative,
     "Share": share,
+    "BelowOne": below_one,
 }
 
 

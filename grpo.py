@@ -31,6 +31,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fast_tokenizer import (
+    BelowOne,
     Count,
     EpisodeFile,
     FastTokenizer,
@@ -41,6 +42,7 @@ from fast_tokenizer import (
     action_chunks,
     answer_help,
     chunk_ends,
+    episodes_sha256,
     join_splits,
     locate_step,
     normalize,
@@ -92,7 +94,7 @@ class Config:
     lr: Positive = 3e-5  # AdamW, constant
     warmup_ratio: Share = 0.0  # share of the steps
     weight_decay: NonNegative = 0.01  # not on norms and biases
-    beta2: Share = 0.999  # of AdamW; beta1 is 0.9
+    beta2: BelowOne = 0.999  # of AdamW; beta1 is 0.9
     max_grad_norm: NonNegative = 1.0  # gradients are clipped to this global norm; 0: not
     # does not affect results, but for rounding
     micro_batch: Count = 8  # prompts a rank forwards and backwards at once; lower it for memory
@@ -108,6 +110,7 @@ class Config:
     save_every: Natural = 50  # steps between checkpoints with optimizer; 0: only the final one
     keep: Natural = 0  # newest of these that stay; 0: all
     resume: bool = False  # go on from the newest checkpoint in OUT
+    changed_data: bool = False  # --resume although the episodes have changed
 
 
 PRESETS = {
@@ -792,6 +795,7 @@ class Prepared(NamedTuple):
     optim: torch.optim.Optimizer
     episodes: list[EpisodeFile]
     held_out: list[EpisodeFile]
+    data: dict[str, dict]  # what run.json says of them
     first_step: int  # 0, or where a resumed run goes on
 
 
@@ -808,6 +812,9 @@ def prepare(cfg: Config, dist: Dist) -> Prepared:
         )
     all_episodes = read_episodes(cfg.data, action_tokenizer=backbone.action_tokenizer)
     episodes, held_out = split_episodes(all_episodes)  # held out from sft.py too
+    data = {cfg.data: {"sha256": episodes_sha256(all_episodes)}}
+    if resume_from and not cfg.changed_data:
+        model.check_unchanged(data, resume_from)
     if cfg.recompute:
         model.recompute_activations(backbone.net)
     model.shard(backbone.net, dist)
@@ -819,9 +826,8 @@ def prepare(cfg: Config, dist: Dist) -> Prepared:
     betas = (0.9, cfg.beta2)
     optim = model.make_optimizer(backbone.net, cfg.lr, cfg.weight_decay, betas)
     first_step, _ = model.load_train_state(resume_from, backbone.net, optim)
-    if first_step > cfg.steps:
-        raise ValueError(f"{resume_from}: is past --steps {cfg.steps}; give {first_step} or more")
-    return Prepared(backbone, reference, optim, episodes, held_out, first_step)
+    model.check_steps(resume_from, first_step, cfg.steps)
+    return Prepared(backbone, reference, optim, episodes, held_out, data, first_step)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -829,7 +835,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model.keep_freed_memory()
     dist = model.setup(cfg.seed, cfg.shards, cfg.batch, cfg.timeout_hours)
     check_config(cfg)
-    backbone, reference, optim, episodes, held_out, first_step = prepare(cfg, dist)
+    backbone, reference, optim, episodes, held_out, data, first_step = prepare(cfg, dist)
     horizon = backbone.action_tokenizer.horizon
     frame_count = int(chunk_ends(episodes, horizon)[-1])  # steps with a whole chunk
     eval_rows, eval_targets = held_out_prompts(backbone, cfg, held_out, dist)
@@ -840,6 +846,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "stage": "grpo",
         "config": asdict(cfg),
         "parent": cfg.init,
+        "data": data,
         "split": join_splits(backbone.run.get("split", []), split),
     }
     save_checkpoint = partial(model.save, what=backbone, optim=optim)

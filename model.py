@@ -476,11 +476,13 @@ def encode(
     messages: Sequence[dict],
     images: Sequence[np.ndarray] = (),
     prompt_only: bool = False,
+    max_pixels: int = 0,
 ) -> Row:
     """Conversation -> Row.
 
     messages: [{"role", "content"}], "<image>" in a content stands for the next of `images` (uint8
-    (H, W, 3)). prompt_only: opens the assistant's turn behind the last message.
+    (H, W, 3)). prompt_only: opens the assistant's turn behind the last message. max_pixels: larger
+    images are shrunk to so many; 0: as the backbone says.
     ValueError when tags and images disagree, or a content is no text."""
     # 1. check, and open as the family does
     check_messages(messages, len(images))
@@ -508,16 +510,17 @@ def encode(
     ids = np.array(id_list, np.int64)
     target = np.array(target_list)
     # 4. images: the one token of each becomes as many as it has merged patches
-    fitted = [fit_image(image, backbone.image_spec) for image in images]
+    spec = backbone.image_spec.bounded(max_pixels)
+    fitted = [fit_image(image, spec) for image in images]
     grid = np.array([grid_of_image for _, grid_of_image in fitted], np.int64).reshape(-1, 3)
     is_image = ids == backbone.vocab.image
     repeats = np.ones(len(ids), np.int64)
-    repeats[is_image] = grid.prod(1) // backbone.image_spec.merge**2
+    repeats[is_image] = grid.prod(1) // spec.merge**2
     ids, target = ids.repeat(repeats), target.repeat(repeats)
     return {
         "ids": ids,
         "target": target,
-        "positions": mrope_positions(ids, grid, backbone.vocab.image, backbone.image_spec.merge),
+        "positions": mrope_positions(ids, grid, backbone.vocab.image, spec.merge),
         "pixels": np.concatenate([pixels for pixels, _ in fitted]) if fitted else None,
         "grid": grid,
     }
@@ -733,9 +736,10 @@ def logits(net: nn.Module, rows: torch.Tensor) -> torch.Tensor:
 
 def score_in_slices(
     net: nn.Module, score: Callable, rows: torch.Tensor, ids: torch.Tensor
-) -> list[torch.Tensor]:
-    """score(logits (n, V), ids (n,)) -> two tensors (n,), over slices of rows (N, D), ids (N,). A
-    slice is computed again in backward: else logits would be most of a rank's memory."""
+) -> Sequence[torch.Tensor]:
+    """score(logits (n, V), ids (n,)) -> tensors (n,), over slices of rows (N, D), ids (N,): -> as
+    many tensors (N,). A slice is computed again in backward: else logits would be most of a rank's
+    memory."""
     return as_forward(_score_in_slices, net.lm_head, score, rows, ids)
 
 
@@ -1113,7 +1117,7 @@ def generate(
     # 2. how a token is chosen
     stop = torch.tensor([backbone.vocab.eos] if stop is None else list(stop), device=device)
     banned = torch.tensor(backbone.vocab.banned, dtype=torch.long, device=device)
-    cuda_graphs = cuda_graphs and can_record(device)
+    may_record = cuda_graphs and can_record(device)
 
     def choose(hidden, slots, position):
         scaled = (logits(net, hidden) / temperature).index_fill_(-1, banned, -torch.inf)  # (R, V)
@@ -1121,7 +1125,7 @@ def generate(
         if greedy:
             token = logp.argmax(-1)  # (R,)
         else:
-            token = draw_tokens(logp, u[slots, position], top_p, not cuda_graphs)
+            token = draw_tokens(logp, u[slots, position], top_p, not may_record)
         return token, logp.gather(-1, token[:, None])[:, 0]
 
     # 3. sample, so many prompts at once
@@ -1135,7 +1139,8 @@ def generate(
         prompts = order[start : start + rollout_batch]
         slots = torch.tensor([b * n + g for b in prompts for g in range(n)], device=device)
         prompt_rows = [rows[b] for b in prompts]
-        decoder = Decoder(backbone, prompt_rows, n, slots, samples, choose, stop, cuda_graphs)
+        may_record = may_record and can_record(device)  # it may have failed with those before
+        decoder = Decoder(backbone, prompt_rows, n, slots, samples, choose, stop, may_record)
         as_forward(_run_decoder, net, decoder)
         del decoder  # its cache, before the next prompts are forwarded
     net.train(was_training)
@@ -1717,9 +1722,17 @@ def load_train_state(
     return run["step"], unlogged
 
 
-def checkpoint_to_resume(cfg) -> Path | None:
+def check_steps(newest: Path | None, start: int, steps: int) -> None:
+    """ValueError when the run to resume, which goes on at `start`, is past the steps asked for: its
+    weights would be saved as those of a shorter run."""
+    if start > steps:
+        raise ValueError(f"{newest}: is past --steps {steps}; give {start} or more")
+
+
+def checkpoint_to_resume(cfg, may_change: Sequence[str] = ()) -> Path | None:
     """The newest checkpoint if the run is to --resume it. ValueError when it goes on with another
-    value of a flag that may not change, or would mix with an older run's files."""
+    value of a flag that may not change, or would mix with an older run's files. may_change: fields
+    that decide no number of this stage, beside those of MAY_CHANGE_ON_RESUME."""
     newest = latest_checkpoint(cfg.out)
     if not cfg.resume:
         if newest or (Path(cfg.out) / "final").exists():
@@ -1732,7 +1745,7 @@ def checkpoint_to_resume(cfg) -> Path | None:
         return None
     old_config = read_json(newest / "run.json")["config"]
     for name, value in asdict(cfg).items():
-        if name in MAY_CHANGE_ON_RESUME:
+        if name in MAY_CHANGE_ON_RESUME or name in may_change:
             continue
         flag = "--" + name.replace("_", "-")
         if name not in old_config:
@@ -1743,6 +1756,17 @@ def checkpoint_to_resume(cfg) -> Path | None:
                 f"{old_config[name]}, or start anew in another --out"
             )
     return newest
+
+
+def check_unchanged(data: dict[str, dict], newest: Path) -> None:
+    """ValueError naming a source that is not what the checkpoint `newest` was trained on."""
+    old = read_json(newest / "run.json").get("data", {})
+    for path, record in data.items():
+        if path in old and old[path]["sha256"] != record["sha256"]:
+            raise ValueError(
+                f"{path}: has changed since {newest}; put the old one back, or go on with the new "
+                "one by --changed-data"
+            )
 
 
 def _saved_steps(out):

@@ -34,7 +34,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,6 +42,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fast_tokenizer import (
+    BelowOne,
     Count,
     FastTokenizer,
     Natural,
@@ -52,6 +53,7 @@ from fast_tokenizer import (
     answer_help,
     chunk_ends,
     count,
+    episodes_sha256,
     image_size,
     join_splits,
     locate_step,
@@ -85,6 +87,7 @@ PAPER_MIXTURE = """
     data/bridge#400000
 """
 TOO_LONG = ("error", "skip", "shrink")  # what --too-long takes
+MAY_CHANGE_ON_RESUME = ["max_new_tokens"]  # of evaluations alone, unlike in grpo.py
 
 
 @dataclass(frozen=True)
@@ -113,8 +116,8 @@ class Config:
     # optimizer
     lr: Positive = 6e-4  # peak learning rate
     warmup_ratio: Share = 0.03  # share of the steps
-    beta1: Share = 0.9  # AdamW
-    beta2: Share = 0.98  # AdamW
+    beta1: BelowOne = 0.9  # AdamW
+    beta2: BelowOne = 0.98  # AdamW
     weight_decay: NonNegative = 0.01  # AdamW, not on norms and biases
     max_grad_norm: NonNegative = 1.0  # gradient norm; 0: no clipping
     muon: bool = False  # inner matrices by orthogonalised momentum (Muon) instead of AdamW
@@ -429,11 +432,7 @@ class EpisodeDataset:
         self.ends = chunk_ends(self.episodes, action_tokenizer.horizon)
         self.units = len(self.episodes)
         self.max_pixels = {}  # episode -> bound on its images; set by check_rows()
-        content = hashlib.sha256()
-        for episode in self.episodes:
-            content.update(f"{episode.name}\n{episode.task}\n".encode())
-            content.update(np.ascontiguousarray(episode.action))
-        self.fingerprint = content.hexdigest()
+        self.fingerprint = episodes_sha256(self.episodes)
         self.split = split_record(all_episodes, held_out)
 
         n_train = int(self.ends[len(train_episodes) - 1])
@@ -519,11 +518,8 @@ def open_images(sample: Sample) -> list[np.ndarray]:
 def encode_sample(backbone: model.Backbone, sample: Sample, prompt_only: bool = False) -> model.Row:
     """A sample as numbers. ValueError naming it when its text and images do not go together."""
     images = open_images(sample)
-    spec = backbone.image_spec.bounded(sample.max_pixels)
     try:
-        return model.encode(
-            replace(backbone, image_spec=spec), sample.messages, images, prompt_only=prompt_only
-        )
+        return model.encode(backbone, sample.messages, images, prompt_only, sample.max_pixels)
     except ValueError as e:
         raise ValueError(f"{sample.sample_id}: {e}") from e
 
@@ -582,11 +578,11 @@ def row_size(backbone: model.Backbone, outline: Outline, max_length: int) -> Row
     if text_bytes + tokens_of_images(spec) <= max_length:
         return RowSize(text_bytes // 4 + tokens_of_images(spec), 0)  # English: 4 bytes a token
 
-    # 2. the others are, with images of one token each
-    unit = spec.patch * spec.merge
+    # 2. the others are, with blank images
+    unit = spec.patch * spec.merge  # pixels of a token's side
     blanks = [np.zeros((unit, unit, 3), np.uint8)] * len(image_sizes)
-    small = replace(backbone, image_spec=replace(spec, min_pixels=1))
-    text_tokens = len(model.encode(small, messages, blanks)["ids"]) - len(blanks)
+    blank_tokens = len(blanks) * image_tokens(spec, unit, unit)
+    text_tokens = len(model.encode(backbone, messages, blanks)["ids"]) - blank_tokens
     tokens = text_tokens + tokens_of_images(spec)
     if tokens <= max_length:
         return RowSize(tokens, 0)
@@ -672,17 +668,6 @@ def check_rows(backbone: model.Backbone, source, cfg: Config, dist: model.Dist) 
         "shrunk": len(source.max_pixels),
         "left_out": len(left_out),
     }
-
-
-def check_unchanged(data: dict[str, dict], newest: Path) -> None:
-    """ValueError naming a source that is not what the checkpoint `newest` was trained on."""
-    old = model.read_json(newest / "run.json").get("data", {})
-    for path, record in data.items():
-        if path in old and old[path]["sha256"] != record["sha256"]:
-            raise ValueError(
-                f"{path}: has changed since {newest}; put the old one back, or go on with the new "
-                "one by --changed-data"
-            )
 
 
 # ---- The idea: new words, packed rows, a loss by tokens ------------------------------------------
@@ -1096,12 +1081,12 @@ def main(argv: list[str] | None = None) -> None:
 
     # 1. the backbone, its vocabulary grown, its data, and its optimizer
     mixture = parse_mixture(cfg.data)
-    newest = model.checkpoint_to_resume(cfg)
+    newest = model.checkpoint_to_resume(cfg, MAY_CHANGE_ON_RESUME)
     backbone = load_backbone(cfg, newest, dist.build)
     sources = open_sources(mixture, backbone.action_tokenizer, cfg)
     data = {str(source.path): check_rows(backbone, source, cfg, dist) for source in sources}
     if newest and not cfg.changed_data:
-        check_unchanged(data, newest)
+        model.check_unchanged(data, newest)
     splits = [source.split for source in sources if isinstance(source, EpisodeDataset)]
     if dist.rank == 0:
         warn_of_other_split(backbone.run.get("split", []), splits)
@@ -1115,6 +1100,7 @@ def main(argv: list[str] | None = None) -> None:
     sizes = [len(source.train) for source in sources]
     weights, epoch_samples = mixture_shares(mixture, sizes)
     steps = cfg.steps or math.ceil(cfg.epochs * epoch_samples / cfg.batch)
+    model.check_steps(newest, start, steps)
     order = np.stack(sample_order(sizes, weights, steps * cfg.batch, cfg.seed), 1)  # (N, 2)
 
     run = {

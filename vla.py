@@ -45,6 +45,7 @@ from typing import NamedTuple, NotRequired, TypedDict
 import numpy as np
 
 from fast_tokenizer import (
+    BelowOne,
     Count,
     Natural,
     NonNegative,
@@ -53,6 +54,7 @@ from fast_tokenizer import (
     Stats,
     action_chunks,
     answer_help,
+    episodes_sha256,
     normalize,
     open_arrays,
     rare_lines,
@@ -92,7 +94,9 @@ class Config:
     cameras: str = "image"  # camera names of the episodes, separated by commas
     max_episodes: Natural = 0  # only the first episodes; 0: all
     stride: Count = 1  # use every stride-th frame of an episode: neighbours say nearly the same
-    holdout_share: Share = 0.05  # share of the episodes, drawn at random, for evaluation; 0: none
+    holdout_share: BelowOne = (
+        0.05  # share of the episodes, drawn at random, for evaluation; 0: none
+    )
     horizon: Count = 8  # actions in a chunk, K
 
     # features of the backbone
@@ -107,7 +111,7 @@ class Config:
     heads: Count = 4  # attention heads
     vl_layers: Natural = 1  # self-attention blocks over the features; 0: none
     future_tokens: Natural = 4  # learned tokens between state and actions
-    dropout: Share = 0.0  # in the head
+    dropout: BelowOne = 0.0  # in the head
 
     # schedule
     seed: Natural = 0  # order of the frames, noise, initial weights of the head
@@ -118,12 +122,12 @@ class Config:
     # optimizer
     lr: Positive = 1e-3  # peak learning rate
     warmup_ratio: Share = 0.05  # share of the steps; cosine to 0 after it
-    beta1: Share = 0.95  # AdamW
-    beta2: Share = 0.999  # AdamW
+    beta1: BelowOne = 0.95  # AdamW
+    beta2: BelowOne = 0.999  # AdamW
     weight_decay: NonNegative = 1e-5  # AdamW, not on norms and biases
     max_grad_norm: NonNegative = 1.0  # gradient norm; 0: no clipping
     muon: bool = False  # inner matrices by orthogonalised momentum (Muon) instead of AdamW
-    ema_decay: Share = 0.999  # decay of the averaged weights that the policy uses; 0: no average
+    ema_decay: BelowOne = 0.999  # decay of the averaged weights that the policy uses; 0: no average
 
     # time and memory: the results are the same up to rounding
     cache: str = "features"  # features: the backbone runs once, before training; none: in each step
@@ -135,6 +139,7 @@ class Config:
     timeout_hours: Positive = 6.0  # ranks wait so long for the slowest, as when it downloads
     cache_dir: str = ""  # folder of the cached features; empty: features/ in --out
     resume: bool = False  # continue from the newest step_* in --out
+    changed_data: bool = False  # --resume although the episodes have changed
     log_every: Count = 50  # steps
     eval_every: Natural = 500  # steps; 0: only at the end
     eval_rows: Natural = 256  # held-out frames of one evaluation
@@ -165,10 +170,6 @@ def check_config(cfg: Config) -> None:
     cameras = cfg.cameras.split(",")
     if len(set(cameras)) < len(cameras):
         raise ValueError(f"--cameras {cfg.cameras}: name each of them once")
-    for name in ("dropout", "beta1", "beta2", "ema_decay"):
-        if getattr(cfg, name) == 1:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} 1: nothing would be learned; give a share below 1")
     check_width("--dim", cfg.dim, cfg.heads)
 
 
@@ -1189,6 +1190,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for line in rare_lines(stats, name) if dist.rank == 0 else []:
             print(f"{cfg.data}: {line}")
     newest = model.checkpoint_to_resume(cfg)
+    data = {cfg.data: {"sha256": episodes_sha256(frames.episodes)}}
+    if newest and not cfg.changed_data:
+        model.check_unchanged(data, newest)
     backbone, final_norm = load_backbone(cfg, newest, dist)
     head_config = HeadConfig(
         vl_dim=backbone.net.config.text_config.hidden_size,
@@ -1212,6 +1216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     betas = (cfg.beta1, cfg.beta2)
     optim = model.make_optimizer(trained, cfg.lr, cfg.weight_decay, betas, cfg.muon)
     start, unlogged = model.load_train_state(newest, {name: trained}, optim)
+    model.check_steps(newest, start, cfg.steps)
     unlogged = np.zeros(2) + unlogged  # loss_sum and count since the last line; a new run gives 0
 
     spec: PolicySpec = {
@@ -1230,6 +1235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "stage": "vla",
         "config": asdict(cfg),
         "parent": cfg.init,
+        "data": data,
         "split": split,
         "policy": spec,
     }

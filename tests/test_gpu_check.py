@@ -36,12 +36,18 @@ def test_a_check_that_fails_is_recorded_and_the_rest_runs(tmp_path, monkeypatch,
     def fails(setting):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
+    def meets_another_torch(setting):  # ended the call, and the one GPU was given back
+        raise TypeError("bmm() got an unexpected keyword argument 'out_dtype'")
+
     monkeypatch.setitem(gpu_check.CHECKS, "gap", fails)
+    monkeypatch.setitem(gpu_check.CHECKS, "decode", meets_another_torch)
     monkeypatch.setitem(gpu_check.CHECKS, "graphs", lambda setting: {"same_tokens": 1.0})
     out = tmp_path / "check.json"
-    assert gpu_check.main(["--cpu", "--out", str(out), "--only", "gap", "graphs"]) == 1
+    assert gpu_check.main(["--cpu", "--out", str(out), "--only", "gap", "decode", "graphs"]) == 1
     checks = json.loads(out.read_text())["checks"]
     assert checks["gap"]["error"] == "OutOfMemoryError: CUDA out of memory"
+    assert checks["decode"]["error"].startswith("TypeError: bmm()")
+    assert any("meets_another_torch" in line for line in checks["decode"]["traceback"])
     assert checks["graphs"]["same_tokens"] == 1
 
 

@@ -546,6 +546,20 @@ def test_resume_equals_uninterrupted(world, monkeypatch):
         grpo.main(flags(world, "parts", "--steps", "5", "--lr", "0.1", "--resume"))
 
 
+def test_changed_episodes_are_named_on_resume(world, tmp_path, monkeypatch):
+    """Another episode moves all prompts of the run, and --resume went on without a word."""
+    monkeypatch.setattr(grpo, "reward", spread_rewards)
+    shutil.copytree(world / "data", tmp_path / "data")
+    more = ["--data", str(tmp_path / "data"), "--save-every", "1", "--eval-every", "0"]
+    grpo.main(flags(world, "grown", "--steps", "1", *more))
+    first = tmp_path / "data" / "episode_000000.safetensors"
+    shutil.copy(first, tmp_path / "data" / "episode_000009.safetensors")
+    more.append("--resume")
+    with pytest.raises(ValueError, match="data: has changed since .*step_000001; put the old"):
+        grpo.main(flags(world, "grown", "--steps", "2", *more))
+    grpo.main(flags(world, "grown", "--steps", "2", *more, "--changed-data"))
+
+
 def test_a_last_evaluation_that_fails_loses_nothing(world, monkeypatch):
     """It came before final was saved. What it measures is added to final's run.json."""
     monkeypatch.setattr(grpo, "reward", spread_rewards)

@@ -181,6 +181,20 @@ def test_the_flags_are_the_largest_that_fit(flag):
         assert value == expected[fitting], fitting
 
 
+@pytest.mark.parametrize("stage", [sft, grpo])
+def test_no_more_rows_are_counted_than_a_rank_has(stage):
+    """`grpo.py` on 8 ranks has 2 prompts a rank in an update; it was told the memory of the 8 that
+    --micro-batch allows, and that they do not fit."""
+    net = backbones.random_backbone("tiny-qwen3-vl", device="meta").net
+    load = memory.Load(ranks=8, row_tokens=256, row_patches=64, dtype=torch.float32)
+    cfg = stage.Config(batch=16, micro_batch=2)
+    if stage is grpo:
+        cfg = dataclasses.replace(cfg, prompts=16, rollout_batch=2)
+    more = {flag.name: 8 for flag in memory.ROWS_FLAGS[stage.__name__]}
+    exact = memory.estimate(stage.__name__, cfg, net, load)
+    assert memory.estimate(stage.__name__, dataclasses.replace(cfg, **more), net, load) == exact
+
+
 def test_what_fits_no_card_is_told_its_cures(capsys):
     argv = ["grpo", "paper", "--size", "qwen2.5-vl-7b", "--ranks", "8", "--gb", "60"]
     assert memory.main([*argv, "--compute", "bf16", "--no-recompute"]) == 1

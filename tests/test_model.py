@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import time
 import unicodedata
 from dataclasses import dataclass
@@ -871,6 +872,34 @@ def test_ranks_wait_for_the_slowest():
     for rank in ranks:
         rank.join(60)
     assert ranks[1].exitcode == 1, "after a second rank 1 has waited enough"
+
+
+@pytest.mark.parametrize(
+    ("stage", "names"),
+    [
+        (sft, "beta1 beta2"),
+        (grpo, "beta2"),
+        (vla, "beta1 beta2 dropout ema-decay holdout-share"),
+    ],
+)
+def test_a_decay_of_1_is_refused_before_anything_is_loaded(stage, names, capsys):
+    """torch's optimizer refused it, after minutes of reading weights and rows."""
+    for name in names.split():
+        with pytest.raises(SystemExit):
+            model.parse_config(stage.Config, stage.PRESETS, [f"--{name}", "1"])
+        assert f"argument --{name}: 1 is not a number from 0 to below 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", [sft, grpo, vla])
+def test_what_affects_no_result_may_change_on_resume(stage):
+    """sft.py refused another --max-new-tokens, the limit of its evaluations."""
+    source = Path(stage.__file__).read_text().partition("class Config")[2].partition("PRESETS")[0]
+    free = re.findall(
+        r"^    (\w+): ", source.partition("# does not affect results")[2], re.MULTILINE
+    )
+    assert len(free) > 8
+    own = getattr(stage, "MAY_CHANGE_ON_RESUME", [])
+    assert not set(free) - {*model.MAY_CHANGE_ON_RESUME, *own}
 
 
 def test_timeout_is_a_flag_of_all_stages():

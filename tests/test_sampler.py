@@ -224,8 +224,8 @@ def test_a_step_that_looks_at_values_is_sampled_without_graphs(
     recorder(record)
     draw = model.draw_tokens
     monkeypatch.setattr(model, "draw_tokens", lambda logp, u, p, wait: draw(logp, u, p, True))
-    for _ in range(2):
-        got = model.generate(small, rows, **kw)
+    for rollout_batch in (1, 0):  # of its first prompt alone it is tried, and said
+        got = model.generate(small, rows, **kw, rollout_batch=rollout_batch)
         assert torch.equal(got["ids"], want["ids"]) and torch.equal(got["mask"], want["mask"])
         torch.testing.assert_close(got["logp"], want["logp"], atol=1e-5, rtol=0)
     (line,) = capsys.readouterr().out.splitlines()

@@ -157,6 +157,8 @@ def test_resume_equals_the_uninterrupted_run(tmp_path):
     assert [record["loss"] for record in old] == [record["loss"] for record in new]
     with pytest.raises(ValueError, match="another --seed"):
         sft.main(args(resumed, data, "--resume", "--seed", 1))
+    with pytest.raises(ValueError, match="step_000006: is past --steps 5; give 6 or more"):
+        sft.main(args(resumed, data, "--resume", steps=5))  # was saved as final, of "step 5"
 
 
 def assert_close_logs(records, others):
@@ -485,6 +487,7 @@ def test_a_row_is_measured_by_the_headers_of_its_images(long_rows):
         source.max_pixels[i] = sft.row_size(backbone, source.outline(i), limit).max_pixels
         fitted = len(sft.load_row(backbone, source, i, limit)["ids"])
         assert limit - 60 < fitted <= limit
+    assert backbone.net.image_spec is backbone.image_spec, "the bound of a row was the net's too"
 
 
 def test_too_long_rows_are_left_out_or_shrunk(tmp_path, long_rows, capsys):
@@ -550,7 +553,7 @@ def test_max_length_and_pixels_may_change_on_resume(tmp_path, long_rows):
     out = tmp_path / "o"
     flags = ["--max-length", 400, "--too-long", "shrink", "--save-every", 3]
     sft.main(args(out, data, *flags, steps=3, holdout=n))
-    flags = ["--max-length", 2000, "--max-pixels", 4096, "--resume"]
+    flags = ["--max-length", 2000, "--max-pixels", 4096, "--max-new-tokens", 8, "--resume"]
     sft.main(args(out, data, *flags, steps=4, holdout=n))
     assert model.load(out).image_spec.max_pixels == 4096
 

@@ -13,7 +13,8 @@ In: nothing; weights are random and data synthetic. Out: one JSON, written again
 | decode | a decoding step against transformers' generate and the bandwidth (tools.speed)        |
 | sft    | an SFT step against plain transformers, and its FLOP utilisation (tools.speed)        |
 
-A check that fails is recorded as such, and the exit status is 1; the others run all the same.
+A check that fails is recorded as such, with its traceback, and the exit status is 1; the others run
+all the same.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import copy
 import gc
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +37,15 @@ import sft
 from tools import backbones, memory, speed
 
 MINUTES = 9.0  # no check begins later
+FAILURES = (  # a GPU's memory that runs out, and what code raises that has never met one
+    RuntimeError,
+    ValueError,
+    OSError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    AssertionError,
+)
 
 
 @dataclass(frozen=True)
@@ -352,8 +363,9 @@ def main(argv: list[str] | None = None) -> int:
             reset_peak(setting)  # and lets go of what the check before has used
             try:
                 result = CHECKS[name](setting)
-            except (RuntimeError, ValueError, OSError) as e:  # a GPU's memory that runs out too
-                result = {"error": f"{type(e).__name__}: {e}"}
+            except FAILURES as e:
+                error = f"{type(e).__name__}: {e}"
+                result = {"error": error, "traceback": traceback.format_exc().splitlines()}
         result["seconds"] = round(time.perf_counter() - began, 1)
         record["checks"][name] = result
         model.write_json(out, record)

@@ -209,9 +209,16 @@ def logit_bytes(net: nn.Module, targets: int) -> int:
     return min(targets * net.config.text_config.vocab_size, model.LOGITS_AT_ONCE) * LOGITS
 
 
+def rows_at_once(given: int, total: int, load: Load) -> int:
+    """Rows that a rank forwards at once: as many as were `given` (0: all), but no more than its
+    share of the `total` of all ranks."""
+    local_rows = max(1, total // load.ranks)
+    return min(given or local_rows, local_rows)
+
+
 def sft_estimate(cfg: sft.Config, net: nn.Module, load: Load) -> Estimate:
     """sft.py on rows that are targets throughout; net on META or real, vision frozen or not."""
-    rows = cfg.micro_batch or cfg.batch // load.ranks
+    rows = rows_at_once(cfg.micro_batch, cfg.batch, load)
     tokens = rows * load.row_tokens
     patches = rows * load.row_patches
     parts = resident_parts(cfg, net, load)
@@ -229,7 +236,7 @@ def grpo_estimate(cfg: grpo.Config, net: nn.Module, load: Load) -> Estimate:
     fixed = resident_parts(cfg, net, load)
 
     # 1. an update: B prompts, and G completions of each, which share the prompt's keys and values
-    B = cfg.micro_batch
+    B = rows_at_once(cfg.micro_batch, cfg.batch, load)
     G = cfg.group
     new_tokens = B * G * cfg.max_new_tokens
     tokens = B * load.row_tokens + new_tokens
@@ -249,7 +256,7 @@ def grpo_estimate(cfg: grpo.Config, net: nn.Module, load: Load) -> Estimate:
         fixed["reference"] = weights * FP32 / shards
 
     # 3. a rollout: the whole model is gathered once, and nothing of an update is there
-    prompts = cfg.rollout_batch or cfg.prompts // load.ranks
+    prompts = rows_at_once(cfg.rollout_batch, cfg.prompts, load)
     samples = prompts * G
     cached_tokens = prompts * load.row_tokens + samples * cfg.max_new_tokens
     sampling = {
@@ -353,7 +360,7 @@ def largest_that_fits(
 ) -> int:
     """The largest value of a flag whose peak stays under so many usable bytes; 0: not even 1 does.
     Of values that need as many forwards the smallest: of 16 rows by 9 at most, 8 and 8."""
-    most = max(1, getattr(cfg, flag.total) // load.ranks)  # rows of a rank
+    most = rows_at_once(0, getattr(cfg, flag.total), load)
     fits, too_many = 0, most + 1
     while too_many - fits > 1:
         rows = (fits + too_many) // 2
