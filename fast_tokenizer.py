@@ -808,6 +808,8 @@ DAMAGE = (  # what readers of files raise when a file is not what it should be
     TypeError,
     AttributeError,
     IndexError,
+    ArithmeticError,
+    NotImplementedError,
     OSError,
     EOFError,
     pickle.UnpicklingError,
