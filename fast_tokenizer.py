@@ -380,7 +380,7 @@ def _opened_image(file, source):
     try:
         with Image.open(stream) as opened:
             yield opened
-    except (*DAMAGE, SyntaxError, Image.DecompressionBombError) as e:
+    except (*DAMAGE, SyntaxError, RuntimeError, Image.DecompressionBombError) as e:
         why = str(e).replace(f" {stream!r}", "").replace("\n", " ")  # an address, or the path
         raise Damaged(f"{source}: image does not open ({why}); replace or delete it") from e
 

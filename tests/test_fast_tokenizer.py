@@ -954,18 +954,27 @@ def test_any_image_is_turned_scaled_to_8_bits_and_made_rgb(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "fault", ["missing", "text", "cut short", "broken chunk", "too many pixels"]
+    "fault", ["missing", "empty", "text", "cut short", "broken chunk", "too many pixels", "unknown"]
 )
 def test_an_image_that_does_not_open_is_one_line(tmp_path, monkeypatch, fault):
-    """Pillow also raises SyntaxError and DecompressionBombError, which passed as tracebacks."""
+    """Pillow also raises SyntaxError and DecompressionBombError, which passed as tracebacks, and
+    for a DDS or AVIF that it does not know NotImplementedError and RuntimeError."""
     path = tmp_path / "picture.png"
     if fault != "missing":
         Image.fromarray(np.arange(3000, dtype=np.uint32).astype(np.uint8).reshape(25, 40, 3)).save(
             path
         )
         data = path.read_bytes()
+    if fault == "empty":
+        path.write_bytes(b"")
     if fault == "text":
         path.write_text("no picture")
+    if fault == "unknown":
+        path = tmp_path / "picture.dds"
+        Image.new("RGB", (4, 4)).save(path)
+        data = bytearray(path.read_bytes())
+        data[80:84] = bytes(4)  # which format its pixels have
+        path.write_bytes(data)
     if fault == "cut short":
         path.write_bytes(data[:100])
     if fault == "broken chunk":
