@@ -286,6 +286,13 @@ def test_the_same_trials_twice_are_no_larger_n(words, tmp_path):
         evaluate.main(argv)
 
 
+def test_a_variant_may_be_the_path_of_a_checkpoint(toy):
+    """--variant runs/vla was "Invalid suffix" after the policy had loaded."""
+    toy.variant = "runs/vla"
+    finished = simulate.FinishedTrials("toy", Right(), toy, [])
+    assert ".toy.runs_vla." in finished.path.name
+
+
 def test_what_else_does_not_fit_is_named_before_the_first_trial(toy):
     policy = Right()
     policy.spec["action_range"] = {"low": [-1] * 3, "high": [1, 1, 0]}
