@@ -393,7 +393,9 @@ def to_rgb(opened: Image.Image) -> np.ndarray:
         values = np.asarray(image)
         if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
             raise ValueError(f"mode {image.mode}, not 8 or 16 bits")
-        image = Image.fromarray((values // 257).astype(np.uint8))
+        # 32 bits do not say how many are meant: 0 .. 255 are 8
+        is_8_bits = image.mode == "I" and values.max() <= 255
+        image = Image.fromarray((values // (1 if is_8_bits else 257)).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         paper = Image.new("RGBA", image.size, "white")

@@ -985,6 +985,10 @@ def test_any_image_is_turned_scaled_to_8_bits_and_made_rgb(tmp_path):
     assert turned.shape == (6, 4, 3) and turned[0, 3].tolist() == [250, 100, 50]
     Image.fromarray(np.array([[0, 257 * 100, 65535]], np.uint16)).save(tmp_path / "deep.png")
     assert ft.read_image(tmp_path / "deep.png")[0, :, 1].tolist() == [0, 100, 255]
+    Image.fromarray(np.array([[0, 100, 255]], np.int32)).save(
+        tmp_path / "wide.tif"
+    )  # came out black
+    assert ft.read_image(tmp_path / "wide.tif")[0, :, 1].tolist() == [0, 100, 255]
     Image.new("CMYK", (2, 2), (0, 255, 255, 0)).save(tmp_path / "print.tif")
     assert ft.read_image(tmp_path / "print.tif")[0, 0].tolist() == [255, 0, 0]
     Image.new("RGBA", (2, 2), (9, 9, 9, 0)).save(tmp_path / "glass.png")
