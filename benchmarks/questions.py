@@ -297,6 +297,8 @@ def questions_to_ask(source: sft.ConversationDataset, args) -> list[Asked]:
         answered = roles.index("assistant")
         right = sft.answer_text(sample.messages[answered]["content"])
         with reading(sample.sample_id):
+            if "mask" in row:
+                source.image_path(row["mask"], sample.sample_id)
             if roles[max(answered - 1, 0)] != "user":
                 raise ValueError("an answer without a question before it")
             score = answer_score(args.score, right, right, row, folder, args.unit)

@@ -467,6 +467,7 @@ def cut(path):
             ("k", "q", "", {"mask": "gone.png"}),
             "d.jsonl:2: .*gone.png: image does not open",
         ),
+        ("point", ("k", "q", "", {"mask": "../i.png"}), "d.jsonl:2: image ../i.png lies outside"),
         ("point", ("k", "q", "", {"mask": "d.jsonl"}), "d.jsonl:2: .*d.jsonl: image does not open"),
         ("point", ("k", "q", "", {"mask": "i.png"}), "d.jsonl:2: i.png: nothing is white in it"),
         (
