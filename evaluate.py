@@ -171,6 +171,8 @@ def start_ranks(args: argparse.Namespace) -> model.Dist:
     args.device = args.device or str(dist.device)
     path = Path(args.out)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise ValueError(f"--out {path}: a folder; name a file in it, as results/run.json")
     if path.exists():
         read_results(path)
     return dist
@@ -511,6 +513,8 @@ def vqa(args: argparse.Namespace):
 
     started = time.time()
     dist = start_ranks(args)
+    if args.answers and Path(args.answers).is_dir():
+        raise ValueError(f"--answers {args.answers}: a folder; name a file in it")
     backbone = load_backbone(args)
     args.max_new_tokens = token_limit(args.max_new_tokens, backbone, 128)
     local_answers = questions.score_answers(backbone, args, local_share(dist))

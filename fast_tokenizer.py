@@ -390,7 +390,7 @@ def _opened_image(file, source):
     try:
         with Image.open(stream) as opened:
             yield opened
-    except (*DAMAGE, SyntaxError, Image.DecompressionBombError) as e:
+    except (*DAMAGE, SyntaxError, RuntimeError, Image.DecompressionBombError) as e:
         why = str(e).replace(f" {stream!r}", "").replace("\n", " ")  # an address, or the path
         raise Damaged(f"{source}: image does not open ({why}); replace or delete it") from e
 
@@ -403,7 +403,9 @@ def to_rgb(opened: Image.Image) -> np.ndarray:
         values = np.asarray(image)
         if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
             raise ValueError(f"mode {image.mode}, not 8 or 16 bits")
-        image = Image.fromarray((values // 257).astype(np.uint8))
+        # 32 bits do not say how many are meant: 0 .. 255 are 8
+        is_8_bits = image.mode == "I" and values.max() <= 255
+        image = Image.fromarray((values // (1 if is_8_bits else 257)).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         paper = Image.new("RGBA", image.size, "white")
@@ -536,6 +538,10 @@ def check_stats(stats: Stats, dims: int, source: str | Path = "stats") -> Stats:
             raise ValueError(
                 f"{source}: {name} is not {dims} finite numbers; recompute the statistics"
             )
+    if not isinstance(stats.get("count", 0), int | float | None):
+        raise ValueError(
+            f"{source}: count is {stats['count']}, no number; recompute the statistics"
+        )
     for low, high in (("q01", "q99"), ("min", "max")):
         if low in stats and high in stats and (np.asarray(stats[high]) < stats[low]).any():
             raise ValueError(f"{source}: {high} lies below {low}; recompute the statistics")
@@ -622,6 +628,8 @@ def write_episodes(
     next call goes on there: it passes over as many recordings as unfinished_episodes(folder) has.
     A converter need not read those again: it may yield None for each."""
     folder = Path(folder)
+    if not folder.name:
+        raise SystemExit(f"error: {folder} is no folder to write; name a new one, as data/mine")
     unfinished = unfinished_folder(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SystemExit(f"error: {folder} already holds data; name another --out or delete it")
@@ -731,8 +739,15 @@ def _checked_recording(arrays, header):
     """A recording, numbers as float32. ValueError naming its source and the step that is wrong."""
     arrays = dict(arrays)
     source = header.get("source", "a recording without source")
+    for key, text in header.items():
+        if not isinstance(text, str):
+            raise ValueError(f"{source}: {key} is {text!r}; give it as text")
     for name in ("action", "state"):
-        arrays[name] = arrays[name].astype(np.float32)  # (T, D)
+        numbers = arrays.get(name)
+        if np.ndim(numbers) != 2:
+            raise ValueError(f"{source}: {name} is no array (T, D); give a row of numbers a step")
+        with np.errstate(over="ignore"):  # infinity, which is no number either
+            arrays[name] = np.asarray(numbers).astype(np.float32)  # (T, D)
         bad_rows = np.flatnonzero(~np.isfinite(arrays[name]).all(1))
         if len(bad_rows):
             raise ValueError(
@@ -759,14 +774,16 @@ def _write_file(folder, name, recordings):
     """Writes recordings of one layout as folder/name.safetensors, complete or not at all; several
     are joined, and what is said of each stands in the header's list "episodes". -> its episodes."""
     for _, one_header in recordings:
-        task = one_header.get("task", "")
-        try:
-            task.encode()
-        except UnicodeEncodeError as e:  # JSON may hold half of an emoji
-            raise ValueError(
-                f"{one_header.get('source', '')}: half a character in the instruction {task!r}; "
-                "write the whole one, or delete it"
-            ) from e
+        for key, text in one_header.items():
+            try:
+                text.encode()
+            except UnicodeEncodeError as e:  # JSON may hold half of an emoji, a path any byte
+                source = ascii(one_header.get("source", ""))[1:-1]
+                what = "the instruction" if key == "task" else key
+                raise ValueError(
+                    f"{source}: half a character in {what} {text!r}; "
+                    "write the whole one, or delete it"
+                ) from e
     # 1. one set of arrays, one header
     arrays, header = recordings[0]
     if name.startswith("pack"):
@@ -818,6 +835,8 @@ DAMAGE = (  # what readers of files raise when a file is not what it should be
     TypeError,
     AttributeError,
     IndexError,
+    ArithmeticError,
+    NotImplementedError,
     OSError,
     EOFError,
     pickle.UnpicklingError,
@@ -1406,6 +1425,8 @@ def all_chunks(files: list[EpisodeFile], horizon: int, stride: int) -> np.ndarra
 
 def fit_command(args: argparse.Namespace) -> None:
     """fast_tokenizer.py fit: every 10th episode is held out of the fit, for the report."""
+    if not args.out:
+        raise ValueError("--out is empty; name a folder for the tokenizer")
     files = read_episodes(args.data, args.max_episodes)
     stats = read_stats(args.data, files)["action"]
     kept = [file for i, file in enumerate(files) if i % 10 != 9]

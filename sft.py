@@ -328,7 +328,7 @@ class ConversationDataset:
     def __getitem__(self, i: int) -> Sample:
         row = self.row(i)
         sample_id = self.sample_id(i)
-        images = [self._image_path(name, sample_id) for name in row["images"]]
+        images = [self.image_path(name, sample_id) for name in row["images"]]
         messages = add_mode_lines(row["messages"])
         answer = self._action_answer(row, sample_id)
         for message in messages:
@@ -368,7 +368,8 @@ class ConversationDataset:
         except (ValueError, TypeError) as e:
             raise ValueError(f'{sample_id}: "chunk": {e}') from e
 
-    def _image_path(self, name, sample_id):
+    def image_path(self, name: str, sample_id: str) -> Path:
+        """Where an image of a row lies. ValueError outside the file's folder, unless allowed."""
         inside = os.path.normpath(name)
         is_outside = os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir
         if is_outside and not self.outside_images:

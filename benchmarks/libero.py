@@ -52,6 +52,8 @@ def tasks(args) -> list[str]:
     numbers = args.tasks.split(",") if args.tasks else list("0123456789")
     if not LIMITS.keys() >= set(suites) or not set("0123456789") >= set(numbers):
         raise ValueError(f"--suites of {', '.join(LIMITS)}, --tasks of 0 to 9")
+    simulate.check_once("--suites", suites)
+    simulate.check_once("--tasks", numbers)
     to_be_recorded = "episodes" in args
     if to_be_recorded and not {"spatial", "object"} >= set(suites):
         raise ValueError("the expert can do --suites spatial and object alone, name them")

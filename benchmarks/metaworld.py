@@ -48,7 +48,9 @@ def tasks(args) -> list[str]:
 
 
 def check(args):
-    """Nothing: which tasks there are is known where Meta-World is installed, see Simulator."""
+    """ValueError when a task is named twice. Which there are is known where Meta-World is
+    installed, see Simulator."""
+    simulate.check_once("--tasks", args.tasks.split(","))
 
 
 def evaluate(policy, args, local: slice) -> simulate.Outcome:

@@ -88,6 +88,7 @@ AS_ASCII = {  # full-width forms, minus and spaces; not "\u00b2", which would ma
     **{0xFF00 + code: 0x20 + code for code in range(1, 0x5F)},
     **dict.fromkeys(map(ord, "\u00a0\u2009\u202f\u3000"), " "),
     ord("\u2212"): "-",
+    ord("\u3002"): ".",
 }
 
 
@@ -106,15 +107,24 @@ def plain(text: str) -> str:
 def exact(answer: str, right: str, row: dict, folder: Path, unit: float) -> float:
     """1 for the same text, case and punctuation around it aside, or the same number; for a yes or
     no, for the same first word ("Yes or no" is none)."""
-    answer = plain(answer).casefold().strip(DECORATION)
-    right = plain(right).casefold().strip(DECORATION)
+    answer = undecorated(answer)
+    right = undecorated(right)
     if right in ("yes", "no"):
-        said = re.match(r"(yes|no)\b(?!\s*(?:/|or\b)\s*(?:yes|no)\b)", answer)
+        said = re.match(r"(yes|no)\b(?!\s*(?:/|&|or\b|and\b)\s*(?:yes|no)\b)", answer)
         return float(said is not None and said[1] == right)
     if answer == right:
         return float(answer != "")
     wanted = whole_number(right)
     return float(wanted is not None and whole_number(answer) == wanted)
+
+
+def undecorated(text: str) -> str:
+    """plain() in small letters, without the punctuation around it; the point of ".5" stays."""
+    text = plain(text).casefold().rstrip(DECORATION)
+    bare = text.lstrip(DECORATION)
+    if text.removesuffix(bare).endswith(".") and bare[:1].isdecimal():
+        return "." + bare
+    return bare
 
 
 def whole_number(text: str) -> float | None:
@@ -132,32 +142,38 @@ def choice(answer: str, right: str, row: dict, folder: Path, unit: float) -> flo
 
 
 LETTER = (
-    r"[(\[]([A-H])[)\]]"  # (B)  [B]
+    r"[(\[]([A-Ha-h])[)\]]"  # (B)  [B]  (b)
+    r"|^([a-h])(?:\)|[.:]\s)"  # b) the ball  b. the ball
     r"|\b([A-H])(?=[.):]|,\s|\s+[-\u2013\u2014]\s|\s*$)"  # B.  B)  B: the ball  B - the ball  B
     r"|\b([A-H])(?=\s*(?:/|or\b|and\b|&)\s*[A-H]\b)"  # A or B: two, whatever else is said
+    r"|\b([A-H])(?= is (?:the )?(?:correct|right)\b)"
     r"|^([A-H])\s*\n"  # alone in the first line
-    r"|(?i:answer|option|choice)(?i: is)?:?\s?([A-H])\b"  # Option B
+    r"|(?i:answer|option|choice)(?i: is)?:?\s?(?:([A-H])\b|([b-h])$)"  # Option B  option b
 )
+
+REFUSED_LETTER = r"\b[Nn]ot\s+(?:[Oo]ption\s+)?(?:[(\[][A-Ha-h][)\]]|[A-H]\b)"  # not A  not (a)
 
 
 def letters(text: str) -> set[str]:
-    """The letters A .. H that a text names as options: "(B)", "B.", "The answer is B" -> {"B"}."""
-    text = plain(text).strip()
+    """The letters A .. H that a text names as options: "(B)", "B.", "The answer is B", "not A but
+    B" -> {"B"}."""
+    text = re.sub(REFUSED_LETTER, "", plain(text)).strip("\"'\u201c\u201d\u2018\u2019., \n")
     if len(text) < 4:  # a lone letter may be small
         text = text.upper()
-    return {"".join(groups) for groups in re.findall(LETTER, text)}
+    return {"".join(groups).upper() for groups in re.findall(LETTER, text)}
 
 
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 # 1,024 or 1 024 or 1'024, the same separator throughout; not part of a longer number
 THOUSANDS = r"(?<![\d.,'])[-+]?\d{1,3}([, '\u2019])\d{3}(?:\1\d{3})*(?!\d|[,'\u2019]\d)(?:\.\d+)?"
+FRACTION = r"[\d.,]*[\u00bc-\u00be\u2150-\u215e]|[\d.,]*\d[\u00b2\u00b3\u00b9]"  # 1\u00bd is not 1
 PAIR = rf"[(\[]\s*({NUMBER})\s*,\s*({NUMBER})\s*[)\]]"  # RoboPoint's and Qwen's way to point
 
 
 def readings(text: str) -> list[list[float]]:
     """The numbers of a text in order, in each way that they can be read: "1,024" is 1024, since
     nobody writes 024; "10,200" is 10200 or 10 and 200."""
-    text = plain(text)
+    text = re.sub(FRACTION, "?", plain(text))
     without_separators = re.sub(THOUSANDS, lambda match: re.sub(r"[, '\u2019]", "", match[0]), text)
     joined = [float(number) for number in re.findall(NUMBER, without_separators)]
     apart = re.findall(NUMBER, text)
@@ -182,7 +198,8 @@ def point(answer: str, right: str, row: dict, folder: Path, unit: float) -> floa
     bottom], 0 .. 1 of the image. unit: what points are divided by to be fractions too; 0: the
     image's pixels. ValueError for a box that is none, and for a mask without white."""
     scale = unit or open_of_row(row, row["images"][0], folder).shape[1::-1]  # width, height
-    points = np.array(re.findall(PAIR, answer), float).reshape(-1, 2) / scale  # (N, 2) x, y
+    pairs = re.findall(PAIR, answer.translate(AS_ASCII))
+    points = np.array(pairs, float).reshape(-1, 2) / scale  # (N, 2) x, y
     if "box" in row:
         inside = in_box(points, row["box"])
     else:
@@ -280,6 +297,8 @@ def questions_to_ask(source: sft.ConversationDataset, args) -> list[Asked]:
         answered = roles.index("assistant")
         right = sft.answer_text(sample.messages[answered]["content"])
         with reading(sample.sample_id):
+            if "mask" in row:
+                source.image_path(row["mask"], sample.sample_id)
             if roles[max(answered - 1, 0)] != "user":
                 raise ValueError("an answer without a question before it")
             score = answer_score(args.score, right, right, row, folder, args.unit)

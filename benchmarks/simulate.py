@@ -59,6 +59,14 @@ class Outcome(NamedTuple):
     chain_lengths: list[int] | None = None  # subtasks in a row that each chain got to
 
 
+def check_once(flag: str, chosen: Sequence[str]):
+    """ValueError when a flag names something twice: the same trials again make n larger and the
+    interval narrower, but measure nothing."""
+    twice = sorted({name for name in chosen if chosen.count(name) > 1})
+    if twice:
+        raise ValueError(f"{flag}: {', '.join(twice)} is named twice; name each once")
+
+
 def render_headless():
     """Set the environment variables by which mujoco renders without a screen; before its import.
 
@@ -125,6 +133,7 @@ def check_action_range(
     width = high - low
     middle = (low + high) / 2
     is_gripper = np.array(["gripper" in name for name in names])
+    is_finger = np.array(["finger" in name for name in names])  # Meta-World's effort
 
     def refuse(i: int, why: str, cure: str):
         raise ValueError(
@@ -148,7 +157,7 @@ def check_action_range(
 
     # 4. movements that are next to nothing
     reach = np.maximum(trained_high - middle, middle - trained_low) / (width / 2)
-    reach[is_gripper] = 0
+    reach[is_gripper | is_finger] = 0
     largest = int(reach.argmax())
     if 0 < reach[largest] < 0.05:
         why = "the arm would hardly move, and in no other dimension further"
@@ -185,7 +194,8 @@ class FinishedTrials:
         settings = [args.seed, args.execute, args.ensemble, *further_settings]
         weights = b"".join(p.detach().cpu().numpy().tobytes() for p in policy.head.parameters())
         digest = hashlib.sha256(json.dumps(settings).encode() + weights).hexdigest()[:8]
-        self.path = Path(args.out).with_suffix(f".{name}.{args.variant}.{digest}.jsonl")
+        variant = args.variant.replace("/", "_")  # it may be the path of a checkpoint
+        self.path = Path(args.out).with_suffix(f".{name}.{variant}.{digest}.jsonl")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.touch()
         self.rows = []

@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from benchmarks.simulate import Outcome, TrialResult, check_policy, image_sizes
+from benchmarks.simulate import Outcome, TrialResult, check_once, check_policy, image_sizes
 from fast_tokenizer import count, natural
 
 SIDE = 64  # of images, pixels
@@ -872,6 +872,7 @@ def arguments(add):
 
 def check(args):
     """ValueError when a flag is wrong, before a policy is loaded."""
+    check_once("--suites", args.suites.split(","))
     unknown = set(args.suites.split(",")) - set(EVALUATED)
     if unknown:
         choices = ",".join(EVALUATED)

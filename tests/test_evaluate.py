@@ -401,6 +401,11 @@ def test_results_that_could_not_be_written_stop_before_the_work(tmp_path):
     for argv in (["tabletop"], ["vqa", "--data", "x"], ["actions", "--data", "x"]):
         with pytest.raises(ValueError, match="r.json:1: not JSON"):
             evaluate.main([*argv, "--policy", "nowhere/x", "--out", str(tmp_path / "r.json")])
+    with pytest.raises(ValueError, match="--out .*: a folder; name a file"):
+        evaluate.main(["tabletop", "--policy", "nowhere/x", "--out", str(tmp_path)])
+    argv = ["vqa", "--data", "x", "--policy", "nowhere/x", "--out", str(tmp_path / "new.json")]
+    with pytest.raises(ValueError, match="--answers .*: a folder; name a file"):
+        evaluate.main([*argv, "--answers", str(tmp_path)])  # found after the last answer
 
 
 @pytest.mark.parametrize(

@@ -453,6 +453,9 @@ def test_statistics_of_other_episodes_are_refused(tmp_path):
         ft.read_stats(tmp_path / "out", files)
     with pytest.raises(ValueError, match="there have 57"):
         ft.read_stats(tmp_path / "out", files[:2])
+    path.write_text(json.dumps(whole | {"action": whole["action"] | {"count": [57]}}))  # LeRobot's
+    with pytest.raises(ValueError, match=r"action: count is \[57\], no number"):  # was a traceback
+        ft.read_stats(tmp_path / "out", files)
     path.write_text(json.dumps(whole | {"state": whole["state"] | {"max": [-9.0, 1.0]}}))
     with pytest.raises(ValueError, match="state: max lies below min"):
         ft.read_stats(tmp_path / "out", files)
@@ -670,6 +673,42 @@ def test_instructions_keep_every_character(tmp_path, per_file):
     written[2][1].update(task="a \ud83d b", source="bridge:17")
     with pytest.raises(SystemExit, match=r"bridge:17: half a character .*'a \\ud83d b'"):
         ft.write_episodes(tmp_path / "bad", written, per_file)
+    written[2][1].update(task="go", source="a\udcff: episode 17")  # a path that is no UTF-8
+    with pytest.raises(SystemExit, match=r"a\\udcff: episode 17: half a character in source"):
+        ft.write_episodes(tmp_path / "bad", written, per_file)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "header", "message"),
+    [
+        ({"state": None}, {}, r"lab 0: state is no array \(T, D\)"),
+        ({"action": np.zeros(6)}, {}, r"lab 0: action is no array \(T, D\)"),
+        ({"action": np.full((6, 2), 1e300)}, {}, "lab 0: action of step 0 is not finite"),
+        ({}, {"task": None}, "lab 0: task is None; give it as text"),
+        ({}, {"fps": 5}, "lab 0: fps is 5; give it as text"),
+    ],
+)
+def test_a_recording_of_another_shape_is_one_line(tmp_path, arrays, header, message):
+    """Of the first converter that a student writes: KeyError, AttributeError, TypeError."""
+    ours, our_header = next(recordings(1))
+    with pytest.raises(SystemExit, match=message):
+        ft.write_episodes(tmp_path / "out", [(ours | arrays, our_header | header)])
+    ours |= {name: ours[name].tolist() for name in ("action", "state")}  # lists are good enough
+    ft.write_episodes(tmp_path / "out", [(ours, our_header)])
+
+
+@pytest.mark.parametrize("folder", ["", ".", "/"])
+def test_episodes_need_a_folder_of_their_own(folder):
+    """--out "" and --out . were tracebacks: the folder that is written first is named after it."""
+    with pytest.raises(SystemExit, match="is no folder to write; name a new one"):
+        ft.write_episodes(folder, recordings(1))
+
+
+def test_a_tokenizer_is_not_fitted_for_nowhere(tmp_path):
+    """fit --out "" fitted, printed its report, and saved nothing."""
+    ft.write_episodes(tmp_path / "data", recordings(2))
+    with pytest.raises(ValueError, match="--out is empty"):
+        ft.main(["fit", "--data", str(tmp_path / "data"), "--out", ""])
 
 
 def test_a_writer_goes_on_with_the_same_recordings_only(tmp_path):
@@ -946,6 +985,10 @@ def test_any_image_is_turned_scaled_to_8_bits_and_made_rgb(tmp_path):
     assert turned.shape == (6, 4, 3) and turned[0, 3].tolist() == [250, 100, 50]
     Image.fromarray(np.array([[0, 257 * 100, 65535]], np.uint16)).save(tmp_path / "deep.png")
     assert ft.read_image(tmp_path / "deep.png")[0, :, 1].tolist() == [0, 100, 255]
+    Image.fromarray(np.array([[0, 100, 255]], np.int32)).save(
+        tmp_path / "wide.tif"
+    )  # came out black
+    assert ft.read_image(tmp_path / "wide.tif")[0, :, 1].tolist() == [0, 100, 255]
     Image.new("CMYK", (2, 2), (0, 255, 255, 0)).save(tmp_path / "print.tif")
     assert ft.read_image(tmp_path / "print.tif")[0, 0].tolist() == [255, 0, 0]
     Image.new("RGBA", (2, 2), (9, 9, 9, 0)).save(tmp_path / "glass.png")
@@ -954,18 +997,27 @@ def test_any_image_is_turned_scaled_to_8_bits_and_made_rgb(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "fault", ["missing", "text", "cut short", "broken chunk", "too many pixels"]
+    "fault", ["missing", "empty", "text", "cut short", "broken chunk", "too many pixels", "unknown"]
 )
 def test_an_image_that_does_not_open_is_one_line(tmp_path, monkeypatch, fault):
-    """Pillow also raises SyntaxError and DecompressionBombError, which passed as tracebacks."""
+    """Pillow also raises SyntaxError and DecompressionBombError, which passed as tracebacks, and
+    for a DDS or AVIF that it does not know NotImplementedError and RuntimeError."""
     path = tmp_path / "picture.png"
     if fault != "missing":
         Image.fromarray(np.arange(3000, dtype=np.uint32).astype(np.uint8).reshape(25, 40, 3)).save(
             path
         )
         data = path.read_bytes()
+    if fault == "empty":
+        path.write_bytes(b"")
     if fault == "text":
         path.write_text("no picture")
+    if fault == "unknown":
+        path = tmp_path / "picture.dds"
+        Image.new("RGB", (4, 4)).save(path)
+        data = bytearray(path.read_bytes())
+        data[80:84] = bytes(4)  # which format its pixels have
+        path.write_bytes(data)
     if fault == "cut short":
         path.write_bytes(data[:100])
     if fault == "broken chunk":

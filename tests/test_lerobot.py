@@ -660,6 +660,36 @@ def test_blank_instructions_can_be_left_out(tmp_path, capsys, version):
     assert "left out as blank: 2 recordings or parts, 14 steps" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("blank", [None, float("nan"), "", " \u00a0\t", "\u200b", "\ufeff "])
+def test_whatever_shows_no_instruction_is_blank(tmp_path, blank):
+    """pandas writes NaN for a sentence that is missing: "nan, not a sentence" ended the conversion,
+    and --skip-blank did not help. A lone BOM or zero-width space was an instruction."""
+    write(tmp_path / "in", "v2.1", False)
+    rows = [{"task_index": 0, "task": blank}, {"task_index": 1, "task": TASKS[1]}]
+    write_lines(tmp_path / "in/meta/tasks.jsonl", rows)
+    files = convert(tmp_path / "in", tmp_path / "out", "--skip-blank")
+    assert [file.task for file in files] == [TASKS[1]]
+    assert [row["kind"] for row in skipped_rows(tmp_path / "out")] == ["blank"]
+
+
+def test_spaces_around_a_sentence_are_no_other_sentence(tmp_path):
+    """ "close the drawer " in one file of meta/ and "close the drawer" in another: mislabelled."""
+    write(tmp_path / "in", "v2.1", False)
+    rows = [{"task_index": number, "task": text + " "} for number, text in enumerate(TASKS)]
+    write_lines(tmp_path / "in/meta/tasks.jsonl", rows)
+    files = convert(tmp_path / "in", tmp_path / "out")
+    assert [file.task.strip() for file in files] == TASKS[::-1]
+
+
+def test_a_recording_that_meta_lists_twice_is_named(tmp_path):
+    """Recorders that were stopped append a line again: the recording became two episodes."""
+    write(tmp_path / "in", "v2.1", False)
+    path = tmp_path / "in/meta/episodes.jsonl"
+    path.write_text(path.read_text() + path.read_text().split("\n")[0] + "\n")
+    with pytest.raises(SystemExit, match="episode 0 stands 2 times in meta/episodes"):
+        convert(tmp_path / "in", tmp_path / "out")
+
+
 SKIPPABLE = ["parquet cut", "parquet gone", "mp4 cut", "mp4 gone", "mp4 too short", "wrong numbers"]
 SKIPPABLE += ["NaN", "order", "mp4 scrambled", "image", "size", "rows gone", "task unknown"]
 
@@ -757,6 +787,8 @@ def test_flags_that_do_not_fit_are_named(tmp_path):
         (("--camera", "front"), "info.json: no front among .*images.front"),
         (("--fps", "3"), "--fps 3 does not divide its 10"),
         (("--action", "act"), "no act among"),
+        (("--deltas", "5"), "--deltas 5: an action has 4 dimensions"),  # all were added up
+        (("--fps", "1e-320"), "info.json: OverflowError"),  # was a traceback
     ):
         with pytest.raises(SystemExit, match=message):
             convert(tmp_path / "in", tmp_path / "out", *flags)

@@ -41,6 +41,13 @@ CASES = {  # score: [(answer, the row's own, more of the row, what it is worth)]
         ("12 cubes", "12", {}, 0),
         ("1,2", "12", {}, 0),
         ("", "red cube", {}, 0),
+        # found by trying others: the point of ".5" was taken for a full stop
+        (".5", "5", {}, 0),
+        (".5", "0.5", {}, 1),
+        ("**.5**.", "0.5", {}, 1),
+        ("... 5", "5", {}, 1),
+        ("Yes and no.", "yes", {}, 0),
+        ("\u662f\u3002", "\u662f", {}, 1),
     ],
     "choice": [
         ("B", "(B)", {}, 1),
@@ -78,6 +85,21 @@ CASES = {  # score: [(answer, the row's own, more of the row, what it is worth)]
         ("A or B", "B", {}, 0),
         ("**A** and **B**", "A", {}, 0),
         ("the cube", "A", {}, 0),
+        # found by trying others: small letters counted in "(b)", but not in "(b)."
+        ("(b).", "B", {}, 1),
+        ("(b) the ball", "B", {}, 1),
+        ("b) the ball", "B", {}, 1),
+        ("Option b", "B", {}, 1),
+        ("\u2018B\u2019", "B", {}, 1),
+        ("B\u3002", "B", {}, 1),
+        ("C is correct", "C", {}, 1),
+        ("(a) or (b)", "A", {}, 0),
+        ("a or b", "A", {}, 0),
+        ("e.g. the ball", "E", {}, 0),
+        ("a ball", "A", {}, 0),
+        ("not A", "A", {}, 0),  # got 1
+        ("It is not (a), but (b).", "B", {}, 1),
+        ("A, not B", "A", {}, 1),
     ],
     "number": [
         ("3", "3", {}, 1),
@@ -114,12 +136,19 @@ CASES = {  # score: [(answer, the row's own, more of the row, what it is worth)]
         ("1,024 or 1,025", "1024", {}, 0),
         ("3 + 4 = 7", "7", {}, 0),
         ("twelve", "12", {}, 0),
+        # found by trying others: each of these was read as the number before the sign
+        ("1\u00bd", "1", {}, 0),
+        ("10\u00b3", "10", {}, 0),
+        ("-3", "3", {}, 0),
+        ("3.0e2", "300", {}, 1),
+        ("50%", "50", {}, 1),
     ],
     "point": [
         ("[(0.3, 0.4)]", "", {"box": [0.2, 0.3, 0.4, 0.5]}, 1),
         ("(0.3, 0.4), (0.9, 0.4), [.3,.6], (0.2, 0.3)", "", {"box": [0.2, 0.3, 0.4, 0.5]}, 0.5),
         ("(3, 4)", "", {"box": [0.2, 0.3, 0.4, 0.5]}, 0),
         ("on the left", "", {"box": [0.2, 0.3, 0.4, 0.5]}, 0),
+        ("\uff080.3\uff0c0.4\uff09", "", {"box": [0.2, 0.3, 0.4, 0.5]}, 1),  # full-width
         # the mask is white in rows 10..19 of 40 and columns 40..59 of 80
         ("(0.5, 0.25)", "", {"mask": "m.png"}, 1),
         ("(0.5, 0.49)", "", {"mask": "m.png"}, 1),
@@ -438,6 +467,7 @@ def cut(path):
             ("k", "q", "", {"mask": "gone.png"}),
             "d.jsonl:2: .*gone.png: image does not open",
         ),
+        ("point", ("k", "q", "", {"mask": "../i.png"}), "d.jsonl:2: image ../i.png lies outside"),
         ("point", ("k", "q", "", {"mask": "d.jsonl"}), "d.jsonl:2: .*d.jsonl: image does not open"),
         ("point", ("k", "q", "", {"mask": "i.png"}), "d.jsonl:2: i.png: nothing is white in it"),
         (

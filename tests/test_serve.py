@@ -333,6 +333,25 @@ def test_flags_out_of_range_end_the_command(monkeypatch, capsys):
 
 
 @network
+def test_a_fault_of_the_server_leaves_no_client_waiting():
+    """An error that no message should cause (a failed assert) ended the thread that ran the forward
+    for all, and the other clients of it waited for ever."""
+    policy = FakePolicy()
+
+    def fail(*args, **kwargs):
+        raise AssertionError("a fault of ours")
+
+    policy.act_batch = fail
+    server = serve.Server(policy)
+    observation = serve.Observation([], "go", np.zeros(2), reset=False)
+    other = serve.Job(observation, 1)
+    server.waiting.append(other)
+    with pytest.raises(AssertionError):
+        server.predict(serve.Job(observation, 2))
+    assert str(other.result) == "the forward stopped"
+
+
+@network
 def test_images_of_another_size(monkeypatch):
     """The policy resizes one of the same aspect. Another aspect is refused as it comes in: in the
     policy it would fail the forward that it shares with other clients, who would go alone."""

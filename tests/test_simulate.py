@@ -259,6 +259,40 @@ def test_actions_that_may_well_be_right_pass(ranges):
     check(trained_on(**ranges))
 
 
+def test_an_arm_that_hardly_moves_is_seen_beside_a_finger_that_does():
+    """Meta-World's fingers are no "gripper" to the check, and their full effort hid that the arm
+    was taught in metres a step."""
+    low = [-0.01, -0.01, -0.01, -1.0]
+    high = [0.01, 0.02, 0.01, 1.0]
+    stats = {"action": {"q01": low, "q99": high}}
+    spec = {"action_range": {"low": low, "high": high}, "stats": stats}
+    with pytest.raises(ValueError, match=r"dimension 2 \(y\).*hardly move"):
+        check(spec, metaworld.ACTION_NAMES)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "tabletop --suites goal,spatial,goal",
+        "libero --suites spatial,libero_spatial",
+        "libero --tasks 0,1,0",
+        "metaworld --tasks reach-v3,reach-v3",
+    ],
+)
+def test_the_same_trials_twice_are_no_larger_n(words, tmp_path):
+    """`--suites goal,goal` counted each trial twice: n 200 of 100, and too narrow an interval."""
+    argv = [*words.split(), "--policy", "x", "--out", str(tmp_path / "r.json")]
+    with pytest.raises(ValueError, match="is named twice; name each once"):
+        evaluate.main(argv)
+
+
+def test_a_variant_may_be_the_path_of_a_checkpoint(toy):
+    """--variant runs/vla was "Invalid suffix" after the policy had loaded."""
+    toy.variant = "runs/vla"
+    finished = simulate.FinishedTrials("toy", Right(), toy, [])
+    assert ".toy.runs_vla." in finished.path.name
+
+
 def test_what_else_does_not_fit_is_named_before_the_first_trial(toy):
     policy = Right()
     policy.spec["action_range"] = {"low": [-1] * 3, "high": [1, 1, 0]}

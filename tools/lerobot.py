@@ -21,7 +21,7 @@ import functools
 import itertools
 import json
 import multiprocessing
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -354,6 +354,9 @@ def read_dataset(job: Job, max_episodes: int) -> Dataset:
 
         # 3. an entry a recording
         entries = []
+        for number, times in Counter(row["episode_index"] for row in rows).items():
+            if times > 1:
+                raise ValueError(f"episode {number} stands {times} times in meta/episodes")
         for row in rows[: max_episodes or None]:
             number = row["episode_index"]
             entry = RecordingEntry(
@@ -385,7 +388,9 @@ def read_tasks(path: Path) -> dict[int, str]:
                     names = [name]
             if len(names) != 1:
                 raise ValueError(f"no column task, and {', '.join(names)} beside task_index")
-            task = row[names[0]] or ""
+            task = row[names[0]]
+            if is_blank(task):
+                task = ""
             if not isinstance(task, str):
                 raise ValueError(f"task {number} is {task!r}, not a sentence")
             if tasks.setdefault(number, task) != task:
@@ -401,14 +406,18 @@ def steps_apart(recorded_fps: float, fps: float) -> int:
 # ---- Checks -------------------------------------------------------------------------------------
 
 
-def check_flags(info: dict, columns: Columns, fps: float) -> None:
-    """ValueError when the dataset lacks a column, or --fps does not divide its own."""
+def check_flags(info: dict, columns: Columns, fps: float, deltas: int) -> None:
+    """ValueError when the dataset lacks a column, --fps does not divide its own, or an action has
+    less than --deltas dimensions."""
     recorded_fps = info["fps"]
     if not recorded_fps > 0:
         raise ValueError(f"fps is {recorded_fps}")
     missing = {*columns.cameras, *columns.numbers} - set(info["features"])
     if missing:
-        raise ValueError(f"no {', '.join(missing)} among {', '.join(info['features'])}")
+        raise ValueError(f"no {', '.join(sorted(missing))} among {', '.join(info['features'])}")
+    dims = sum(int(np.prod(info["features"][key]["shape"])) for key in columns.actions)
+    if deltas > dims:
+        raise ValueError(f"--deltas {deltas}: an action has {dims} dimensions")
     every = steps_apart(recorded_fps, fps)
     divides = every >= 1 and (not fps or recorded_fps == every * fps)
     names = columns.image_names
@@ -468,8 +477,11 @@ def check_stats(stats: dict[str, dict], found: dict[str, Moments]) -> None:
                 raise ValueError(f"{name} of {key} is {have.round(4)}, meta/ says {want.round(4)}")
 
 
-def is_blank(task: str | int | None) -> bool:
-    return task is None or (isinstance(task, str) and not task.strip())
+def is_blank(task: str | float | None) -> bool:
+    """No instruction: None, pandas' NaN, or text in which nothing is seen (spaces, a BOM)."""
+    if isinstance(task, str):
+        return not any(letter.isprintable() and not letter.isspace() for letter in task)
+    return task is None or task != task
 
 
 def check_tasks(numbers: list[int], row: dict, tasks: dict[int, str]) -> None:
@@ -478,13 +490,14 @@ def check_tasks(numbers: list[int], row: dict, tasks: dict[int, str]) -> None:
     listed = row.get("tasks") or []
     if isinstance(listed, str):
         listed = [listed]
+    listed = [task.strip() if isinstance(task, str) else task for task in listed]
     listed = [task for task in listed if not is_blank(task)]
     for number in sorted(set(numbers)):
         if number not in tasks:
             raise ValueError(f"task_index {number} does not stand in meta/tasks")
         if is_blank(tasks[number]) or not listed:
             continue
-        if tasks[number] not in listed and number not in listed:
+        if tasks[number].strip() not in listed and number not in listed:
             raise ValueError(
                 f"its steps are labelled {tasks[number]!r} (task_index {number}), but "
                 f"meta/episodes says {', '.join(map(repr, listed))}"
@@ -825,7 +838,7 @@ def episodes_of(args: argparse.Namespace) -> Iterator[tuple[dict, dict] | None]:
     columns = Columns(args.camera.split(","), args.action.split(","), args.state.split(","))
     info = read_info(folder)
     with reading(folder / "meta/info.json"):
-        check_flags(info, columns, args.fps)
+        check_flags(info, columns, args.fps, args.deltas)
         every = steps_apart(info["fps"], args.fps)
         job = Job(folder, info, columns, every, args.deltas, CODECS[args.image_format])
     dataset = read_dataset(job, args.max_episodes)

@@ -176,8 +176,12 @@ class Server:
                 time.sleep(GATHERING_TIME)
                 batch = self.waiting[: self.batch]
                 del self.waiting[: len(batch)]
-                for other, result in zip(batch, self.forward(batch), strict=True):
-                    other.result = result
+                results = [RuntimeError("the forward stopped")] * len(batch)
+                try:
+                    results = self.forward(batch)
+                finally:  # whatever ends it: who waits for it is told
+                    for other, result in zip(batch, results, strict=True):
+                        other.result = result
                 self.count["forwards"] += 1
         if isinstance(job.result, Exception) or not np.isfinite(job.result).all():
             raise ValueError(f"stop the robot: the policy answers {job.result}")
