@@ -287,7 +287,8 @@ class Answer(NamedTuple):
 
 def questions_to_ask(source: sft.ConversationDataset, args) -> list[Asked]:
     """What stands before the first answer of each row: its question, a system message too. Damaged
-    when a row's own answer would not score 1."""
+    when an image is not there, tags and images disagree, or a row's own answer would not score 1:
+    what a run of an hour would come to at its end."""
     folder = source.path.parent
     asked = []
     for i in source.train[: args.rows or None]:
@@ -296,7 +297,9 @@ def questions_to_ask(source: sft.ConversationDataset, args) -> list[Asked]:
         roles = [message["role"] for message in sample.messages]
         answered = roles.index("assistant")
         right = sft.answer_text(sample.messages[answered]["content"])
+        outline = source.outline(i)  # opens the headers of its images
         with reading(sample.sample_id):
+            model.check_messages(outline.messages, len(outline.image_sizes))
             if "mask" in row:
                 source.image_path(row["mask"], sample.sample_id)
             if roles[max(answered - 1, 0)] != "user":

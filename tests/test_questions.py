@@ -409,6 +409,22 @@ def rows_to(path, rows):
     return path
 
 
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"images": ["gone.png"]}, r"d.jsonl:2: .*gone.png: image does not open"),
+        ({"images": []}, 'd.jsonl:2: 1 "<image>" but 0 images'),
+    ],
+)
+def test_all_images_are_looked_at_before_the_first_question(tmp_path, monkeypatch, row, says):
+    """One that was missing ended the run when its turn came, and with it all answers so far."""
+    seen = scripted(monkeypatch, lambda text: "A")
+    data = rows_to(tmp_path / "d.jsonl", [("k", "q", "A", {}), ("k", "q", "A", row)])
+    with pytest.raises(ValueError, match=says):
+        vqa(data, tmp_path / "r.json")
+    assert not seen
+
+
 def test_prompt_modes_kinds_and_the_file_of_answers(tmp_path, monkeypatch):
     data = rows_to(
         tmp_path / "d.jsonl",
