@@ -536,7 +536,7 @@ def test_all_before_the_first_answer_is_asked(tmp_path, monkeypatch):
     data.write_text("".join(conversation(*turns) + "\n" for turns in rows))
     asked = []
 
-    def encode(backbone, messages, images=(), prompt_only=False):
+    def encode(backbone, messages, images=(), prompt_only=False, max_pixels=0):
         asked.append((messages, len(images)))
         return {"ids": np.zeros(1, int)}
 
