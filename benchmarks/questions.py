@@ -221,7 +221,7 @@ def open_of_row(row: dict, name: str, folder: Path) -> np.ndarray:
 def in_box(points: np.ndarray, box: list[float]) -> np.ndarray:
     """Points (N, 2) in 0 .. 1 -> which lie in the box, (N,)."""
     low, high = np.reshape(box, (2, 2))
-    if low.min() < 0 or (low >= high).any() or high.max() > 1:
+    if not (0 <= low.min() and (low < high).all() and high.max() <= 1):  # nor NaN
         raise ValueError(f"box {box} is not left, top, right, bottom in 0 .. 1")
     return ((points >= low) & (points <= high)).all(1)
 
@@ -287,7 +287,8 @@ class Answer(NamedTuple):
 
 def questions_to_ask(source: sft.ConversationDataset, args) -> list[Asked]:
     """What stands before the first answer of each row: its question, a system message too. Damaged
-    when a row's own answer would not score 1."""
+    when a row's own answer would not score 1, or the row cannot be asked: text, tags, images, of
+    which the headers are opened."""
     folder = source.path.parent
     asked = []
     for i in source.train[: args.rows or None]:
@@ -301,6 +302,9 @@ def questions_to_ask(source: sft.ConversationDataset, args) -> list[Asked]:
                 source.image_path(row["mask"], sample.sample_id)
             if roles[max(answered - 1, 0)] != "user":
                 raise ValueError("an answer without a question before it")
+            outline = source.outline(i)
+            model.check_messages(outline.messages, len(outline.image_sizes))
+            model.check_text(sample.kind or "")
             score = answer_score(args.score, right, right, row, folder, args.unit)
             if score != 1 and args.score != "point":
                 raise ValueError(f"its answer {right!r} is none for --score {args.score}")
