@@ -448,8 +448,8 @@ def test_a_device_that_is_not_there_is_no_traceback(tmp_path, capsys):
             evaluate.main(["tabletop", "--policy", "x", "--device", device])
         assert stop.value.code == 2
         assert f"--device: '{device}' is no device of this machine" in capsys.readouterr().err
+    out = str(tmp_path / "r.json")
     with pytest.raises(FileNotFoundError, match="x: no such folder"):  # empty: this rank's
-        out = str(tmp_path / "r.json")
         evaluate.main(["tabletop", "--policy", "./no/x", "--out", out, "--device", ""])
 
 
