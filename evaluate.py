@@ -656,7 +656,12 @@ def common_flags(add):
     add("--out", default="results/results.json", help="results file; the variant is added to it")
     add("--preset", default="tabletop", help="name of the run, noted in the results file")
     add("--seed", type=natural, default=0, help="seed of sampling and of the policy's noise")
-    add("--device", default="", help="cuda, cuda:1, ... or cpu; empty: this rank's GPU, else cpu")
+    add(
+        "--device",
+        type=lambda text: text and model.device_name(text),
+        default="",
+        help="cuda, cuda:1, ... or cpu; empty: this rank's GPU, else cpu",
+    )
 
 
 def closed_loop_flags(add):

@@ -419,6 +419,7 @@ STILL = 1e-6  # a dimension whose range is below this never moves: it maps to 0 
 # A gripper that closes in 0.8% of the steps has q01 = q99, and would decode to "open" for ever. In
 # BridgeV2 least and largest value lie up to 39 times as far apart as q01 and q99.
 RARE = 50
+LOST = 0.005  # share of actions beyond the clip from which on a dimension is named
 
 Array = TypeVar("Array")  # np.ndarray or torch.Tensor
 
@@ -479,8 +480,23 @@ def rare_lines(stats: Stats, name: str) -> list[str]:
         q01, q99, low, high = (stats[key][i] for key in ("q01", "q99", "min", "max"))
         lines.append(
             f"{name} dimension {i} hardly moves (q01 {q01:g}, q99 {q99:g}) and then reaches "
-            f"{low:g} .. {high:g}: normalised by least and largest value"
+            f"{low:g} .. {high:g}: normalised by least and largest value; if these are faults of "
+            "the recorder, repair them: nearly nothing is left of -1 .. 1 for the other steps"
         )
+    return lines
+
+
+def clipped_lines(tokenizer: "FastTokenizer", shares: Sequence[float]) -> list[str]:
+    """A line for each dimension of which more than LOST of the actions lie beyond the clip: a
+    gripper whose open state trembles is not rare by RARE, and would decode to "open" for ever."""
+    lines = []
+    for i, clipped_share in enumerate(shares):
+        if clipped_share > LOST:
+            lines.append(
+                f"action dimension {i}: {clipped_share:.2%} of the actions lie beyond the clip "
+                f"({tokenizer.clip:g} times q01 .. q99) and are lost; where they are no faults of "
+                "the recorder, raise --clip"
+            )
     return lines
 
 
@@ -1465,6 +1481,8 @@ def tell(tokenizer: FastTokenizer, files: list[EpisodeFile], stride: int, out: s
         f"round trip of {result['chunks']} {'held-out' if held_out else 'fitted'} chunks, "
         "in dataset units"
     )
+    for line in clipped_lines(tokenizer, result["clipped_actions"]):
+        print(line)
     for name, value in result.items():  # what they are: see round_trip_report()
         numbers = value if isinstance(value, list) else [value]
         print(f"  {name:14s}" + "".join(f" {number:10.4g}" for number in numbers))

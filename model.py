@@ -21,6 +21,7 @@ N rows of any kind, R samples that go on, G completions a prompt, K action-chunk
 dimensions, V vocabulary, L layer. A mask is 1 where it counts.
 """
 
+import argparse
 import contextlib
 import ctypes
 import datetime
@@ -1191,6 +1192,16 @@ class Dist:
     def build(self) -> torch.device:
         """Where a backbone is loaded before shard(): only rank 0 reads weights."""
         return torch.device("cpu") if self.rank == 0 else META
+
+
+def device_name(text: str) -> str:
+    """A device as a flag names it; the parser's error unless this machine has it."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError, ValueError) as e:
+        why = str(e).split("\n")[0][:80]
+        raise argparse.ArgumentTypeError(f"{text!r} is no device of this machine ({why})") from e
+    return text
 
 
 def setup(seed: int, shards: int = 0, batch: int = 0, timeout_hours: float = 6.0) -> Dist:

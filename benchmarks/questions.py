@@ -221,7 +221,7 @@ def open_of_row(row: dict, name: str, folder: Path) -> np.ndarray:
 def in_box(points: np.ndarray, box: list[float]) -> np.ndarray:
     """Points (N, 2) in 0 .. 1 -> which lie in the box, (N,)."""
     low, high = np.reshape(box, (2, 2))
-    if low.min() < 0 or (low >= high).any() or high.max() > 1:
+    if not (0 <= low.min() and (low < high).all() and high.max() <= 1):  # nor NaN
         raise ValueError(f"box {box} is not left, top, right, bottom in 0 .. 1")
     return ((points >= low) & (points <= high)).all(1)
 
@@ -287,8 +287,8 @@ class Answer(NamedTuple):
 
 def questions_to_ask(source: sft.ConversationDataset, args) -> list[Asked]:
     """What stands before the first answer of each row: its question, a system message too. Damaged
-    when an image is not there, tags and images disagree, or a row's own answer would not score 1:
-    what a run of an hour would come to at its end."""
+    when a row's own answer would not score 1, or the row cannot be asked: text, tags, images, of
+    which the headers are opened."""
     folder = source.path.parent
     asked = []
     for i in source.train[: args.rows or None]:
@@ -297,13 +297,14 @@ def questions_to_ask(source: sft.ConversationDataset, args) -> list[Asked]:
         roles = [message["role"] for message in sample.messages]
         answered = roles.index("assistant")
         right = sft.answer_text(sample.messages[answered]["content"])
-        outline = source.outline(i)  # opens the headers of its images
         with reading(sample.sample_id):
-            model.check_messages(outline.messages, len(outline.image_sizes))
             if "mask" in row:
                 source.image_path(row["mask"], sample.sample_id)
             if roles[max(answered - 1, 0)] != "user":
                 raise ValueError("an answer without a question before it")
+            outline = source.outline(i)
+            model.check_messages(outline.messages, len(outline.image_sizes))
+            model.check_text(sample.kind or "")
             score = answer_score(args.score, right, right, row, folder, args.unit)
             if score != 1 and args.score != "point":
                 raise ValueError(f"its answer {right!r} is none for --score {args.score}")

@@ -426,13 +426,15 @@ def make_conversation(args, number: int) -> str:
     return "".join(lines)
 
 
+TRIES = 200  # states that are drawn for a chunk
+
+
 def make_thought_action(args, number: int) -> str:
     """A line of thought_actions.jsonl: a thought followed by the expert's next actions.
 
     Not in the paper's data, see sft.py."""
     rng = np.random.default_rng([5, args.seed, number])
-    chunk = []
-    while len(chunk) < args.horizon:  # again where a task is done before the chunk is
+    for _ in range(TRIES):  # again where a task is done before the chunk is
         env = random_state(rng, args.size, args.tilt)
         image = env.render()
         _, plan = env.expert()
@@ -444,6 +446,12 @@ def make_thought_action(args, number: int) -> str:
             action = env.expert()[0].round(4).tolist()
             chunk.append(action)
             is_done = env.advance(action)
+        if len(chunk) == args.horizon:
+            break
+    else:
+        raise ValueError(
+            f"--horizon {args.horizon}: of {TRIES} tasks none lasts so long; give a shorter one"
+        )
     frame = save_frame(args, "thought_frames", number, image)
     return json_row(frame, [question], chunk=chunk)
 
@@ -497,4 +505,7 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as e:
+        raise SystemExit(f"error: {e}") from e

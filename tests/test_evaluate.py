@@ -441,6 +441,18 @@ def test_flags_out_of_range_stop_before_anything_loads(flags, capsys):
     assert f"argument {flag}: {value} is not a" in capsys.readouterr().err
 
 
+def test_a_device_that_is_not_there_is_no_traceback(tmp_path, capsys):
+    """Torch raises RuntimeError for "gpu", AssertionError for cuda without CUDA."""
+    for device in ("gpu", "cuda:99"):
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main(["tabletop", "--policy", "x", "--device", device])
+        assert stop.value.code == 2
+        assert f"--device: '{device}' is no device of this machine" in capsys.readouterr().err
+    out = str(tmp_path / "r.json")
+    with pytest.raises(FileNotFoundError, match="x: no such folder"):  # empty: this rank's
+        evaluate.main(["tabletop", "--policy", "./no/x", "--out", out, "--device", ""])
+
+
 def record_metaworld(argv):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["metaworld", *argv])

@@ -865,6 +865,27 @@ def test_report_entropy_and_coverage_by_hand():
     assert r["outside"] == r["clipped_actions"] == [0]
 
 
+def test_a_trembling_gripper_that_the_clip_takes_away_is_named(tmp_path, capsys):
+    """Open with a tremble of 0.01, closed in 0.8% of the steps: 20 times as far out as the
+    quantiles, so not rare, and clipped to 3: it never closed, and only a share in the report said
+    so."""
+    arrays, header = next(recordings(1))
+    rng = np.random.default_rng(0)
+    steps = 1000
+    arrays = {name: np.repeat(array[:1], steps, 0) for name, array in arrays.items()}
+    gripper = rng.normal(0, 0.01, steps)
+    gripper[::125] += 1
+    arrays["action"] = np.column_stack([rng.normal(size=steps), gripper])
+    ft.write_episodes(tmp_path / "data", [(arrays, header)])
+    flags = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "fast")]
+    ft.main(["fit", *flags, "--vocab-size", "300"])
+    said = capsys.readouterr().out
+    assert "action dimension 1: 0.72% of the actions lie beyond the clip" in said
+    assert "dimension 0" not in said
+    ft.main(["fit", *flags, "--vocab-size", "1000", "--clip", "60"])
+    assert "beyond the clip" not in capsys.readouterr().out
+
+
 def test_report_counts_what_lies_outside():
     """Of 8 actions a dimension, 2 lie beyond -1 .. 1 in the first, one of them beyond the clip; the
     second never moved in the statistics and does here, which nothing said."""

@@ -493,6 +493,12 @@ def cut(path):
         ),
         ("point", ("k", "q", "", {"box": [30, 10, 40, 30]}), "d.jsonl:2: box .* in 0 .. 1"),
         ("point", ("k", "q", "", {"box": [0.1, 0.2]}), "d.jsonl:2: cannot reshape"),
+        ("point", ("k", "q", "", {"box": [float("nan")] * 4}), "d.jsonl:2: box .* in 0 .. 1"),
+        # these were found when their turn came, after the answers to all rows before them
+        ("choice", ("k", "q \ud83d", "A", {}), "d.jsonl:2: half a character"),
+        ("choice", ("k \ud83d", "q", "A", {}), "d.jsonl:2: half a character"),
+        ("choice", ("k", "q", "A", {"images": ["gone.png"]}), "d.jsonl:2: .*gone.png: image does"),
+        ("choice", ("k", "<image>q", "A", {}), 'd.jsonl:2: 2 "<image>" but 1 images'),
     ],
 )
 def test_mislabelled_rows_are_named_first(tmp_path, monkeypatch, score, row, message):

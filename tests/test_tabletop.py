@@ -358,6 +358,14 @@ def test_flags_out_of_range_stop_before_anything_is_written(flag, tmp_path, caps
     assert not (tmp_path / "out").exists()
 
 
+def test_a_chunk_longer_than_any_task_is_refused(tmp_path, monkeypatch):
+    """Since chunks end with the task, `--horizon 5000` drew states for ever."""
+    monkeypatch.setattr(td, "TRIES", 3)
+    args = argparse.Namespace(seed=0, size=16, tilt=0.0, horizon=5000, out=tmp_path)
+    with pytest.raises(ValueError, match="--horizon 5000: of 3 tasks none lasts so long"):
+        td.make_thought_action(args, 0)
+
+
 def test_thought_actions_end_with_the_task(tmp_path):
     """Past the end a chunk repeated the last movement, and the model learned to move on."""
     args = argparse.Namespace(seed=0, size=16, tilt=0.0, horizon=12, out=tmp_path)

@@ -269,7 +269,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--ensemble", type=non_negative, default=0, help="decay of temporal ensembling; 0: none")
     add("--batch", type=count, default=256, help="clients a forward")
     add("--seed", type=natural, default=0, help="seed of the policy's noise")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    has_gpu = torch.cuda.is_available()
+    add("--device", type=model.device_name, default="cuda" if has_gpu else "cpu")
     args = parser.parse_args(argv)
     if args.port > LARGEST_PORT:
         parser.error(f"--port {args.port}: ports end at {LARGEST_PORT}")
