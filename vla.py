@@ -1186,9 +1186,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # 1. the frozen backbone, cut after a layer
     frames = FrameDataset(cfg)
-    for name, stats in frames.stats.items():
-        for line in rare_lines(stats, name) if dist.rank == 0 else []:
-            print(f"{cfg.data}: {line}")
+    if dist.rank == 0:
+        for name, stats in frames.stats.items():
+            for line in rare_lines(stats, name):
+                print(f"{cfg.data}: {line}")
     newest = model.checkpoint_to_resume(cfg)
     data = {cfg.data: {"sha256": episodes_sha256(frames.episodes)}}
     if newest and not cfg.changed_data:
