@@ -94,9 +94,7 @@ class Config:
     cameras: str = "image"  # camera names of the episodes, separated by commas
     max_episodes: Natural = 0  # only the first episodes; 0: all
     stride: Count = 1  # use every stride-th frame of an episode: neighbours say nearly the same
-    holdout_share: BelowOne = (
-        0.05  # share of the episodes, drawn at random, for evaluation; 0: none
-    )
+    holdout_share: BelowOne = 0.05  # of the episodes, drawn at random, for evaluation; 0: none
     horizon: Count = 8  # actions in a chunk, K
 
     # features of the backbone
