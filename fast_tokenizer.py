@@ -959,6 +959,13 @@ class FastTokenizer:
         self.max_coef = codes[-1] + self.min_coef
         self._nearest_code = _nearest_writable(codes)
 
+    @property
+    def max_ids(self) -> int:
+        """No chunk takes more ids: one a coefficient, but one a byte in a published vocabulary."""
+        largest = chr(self.max_coef - self.min_coef)
+        ids_each = len(largest.encode()) if self.byte_level else 1
+        return self.horizon * self.action_dim * ids_each
+
     def _text_of_each_id(self):
         """What the ids 0 .. vocab_size - 1 spell, then as many times BROKEN: ids just out of range
         meet it, vocab_size and more from the front, -1 and less from the end.

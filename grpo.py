@@ -758,13 +758,13 @@ def evaluate(
     in training (seed + 1). rows, targets: this rank's, as held_out_prompts() gives them."""
     keys = [dist.rank + i * dist.world_size for i in range(len(rows))]
     metrics = {}
-    for style, G in (("greedy", 1), ("sampled", cfg.group)):
-        is_greedy = style == "greedy"
-        with model.unsharded(backbone.net):
+    with model.unsharded(backbone.net):
+        for style, G in (("greedy", 1), ("sampled", cfg.group)):
+            is_greedy = style == "greedy"
             _, sums, _ = rollout(backbone, cfg, rows, targets, keys, cfg.seed + 1, G, is_greedy)
-        mean = means(sums)
-        for name in ("reward", "r_f", "r_a"):
-            metrics[f"eval_{style}_{name}"] = mean[name]
+            mean = means(sums)
+            for name in ("reward", "r_f", "r_a"):
+                metrics[f"eval_{style}_{name}"] = mean[name]
     return metrics
 
 

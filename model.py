@@ -1066,8 +1066,13 @@ def record(step: Callable, device: torch.device) -> Callable:
     """What step() launches on the GPU, as a CUDA graph: -> a function that does it again, on the
     same tensors, in one launch."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        step()
+    stream = torch.cuda.current_stream(device)
+    try:
+        with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            step()
+    except RuntimeError:
+        torch.cuda.set_stream(stream)  # torch stays on the graph's own when its end fails too
+        raise
     return graph.replay
 
 

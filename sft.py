@@ -467,8 +467,8 @@ class EpisodeDataset:
 
     def outline(self, unit: int) -> Outline:
         episode = self.episodes[unit]
-        most_ids = self.action_tokenizer.horizon * self.action_tokenizer.action_dim
-        answer = {"role": "assistant", "content": model.action_answer([0] * most_ids)}
+        longest_ids = [0] * self.action_tokenizer.max_ids
+        answer = {"role": "assistant", "content": model.action_answer(longest_ids)}
         messages = [*model.action_prompt(episode.task, think=False), answer]
         return Outline(messages, [episode.image_sizes["image"]])
 

@@ -94,9 +94,7 @@ class Config:
     cameras: str = "image"  # camera names of the episodes, separated by commas
     max_episodes: Natural = 0  # only the first episodes; 0: all
     stride: Count = 1  # use every stride-th frame of an episode: neighbours say nearly the same
-    holdout_share: BelowOne = (
-        0.05  # share of the episodes, drawn at random, for evaluation; 0: none
-    )
+    holdout_share: BelowOne = 0.05  # of the episodes, drawn at random, for evaluation; 0: none
     horizon: Count = 8  # actions in a chunk, K
 
     # features of the backbone
@@ -1186,9 +1184,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # 1. the frozen backbone, cut after a layer
     frames = FrameDataset(cfg)
-    for name, stats in frames.stats.items():
-        for line in rare_lines(stats, name) if dist.rank == 0 else []:
-            print(f"{cfg.data}: {line}")
+    if dist.rank == 0:
+        for name, stats in frames.stats.items():
+            for line in rare_lines(stats, name):
+                print(f"{cfg.data}: {line}")
     newest = model.checkpoint_to_resume(cfg)
     data = {cfg.data: {"sha256": episodes_sha256(frames.episodes)}}
     if newest and not cfg.changed_data:

@@ -118,6 +118,17 @@ def test_published_folder_gives_the_same_ids_and_actions(tmp_path, scale, dtype)
     assert ours.decode(ours.encode(chunks[700:] * 1.5))[1].all()
 
 
+def test_no_chunk_takes_more_ids(tmp_path, tok):
+    """sft.py measures episodes by it. It took K x A for the most, where a published vocabulary has
+    several tokens for a rare coefficient: rows could be too long in the middle of a run."""
+    Published.fit(smooth(400, k=8, a=4), 300, 100).save(tmp_path)
+    published = FastTokenizer.load(tmp_path)
+    wild = np.random.default_rng(0).uniform(-1, 1, (50, 8, 4))
+    longest = max(len(ids) for ids in published.encode(wild))
+    assert 8 * 4 < longest <= published.max_ids
+    assert tok.max_ids == tok.horizon * tok.action_dim
+
+
 def test_half_a_character_is_malformed(tmp_path):
     """A byte-level token may end inside a character; the reference then decodes U+FFFD."""
     chunks = smooth(400, k=8, a=4)

@@ -1,9 +1,11 @@
 """The sampler against transformers' generate, a full forward, and the probabilities themselves."""
 
+import contextlib
 import datetime
 import threading
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -251,6 +253,34 @@ def test_recording_that_fails_late(small, recorder, monkeypatch):
     got = model.generate(small, rows, **kw)
     assert len(graphs) == 2 and want["ids"].shape[1] > 33
     assert torch.equal(got["ids"], want["ids"]) and torch.equal(got["mask"], want["mask"])
+
+
+def test_a_recording_that_fails_goes_back_to_its_stream(monkeypatch):
+    """torch 2.13 leaves the graph's stream only when the end of the recording succeeds: after one
+    that a CUDA error has spoilt the whole run went on there."""
+    streams = ["default"]
+
+    class SpoiltGraph:
+        def __init__(self, graph, capture_error_mode):
+            pass
+
+        def __enter__(self):
+            streams.append("the graph's")
+
+        def __exit__(self, *args):  # as torch.cuda.graph's: it raises before it changes the stream
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def step():
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
+    monkeypatch.setattr(torch.cuda, "graph", SpoiltGraph)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[-1])
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    with pytest.raises(RuntimeError, match="previous error"):
+        model.record(step, torch.device("cuda", 0))
+    assert streams == ["default", "the graph's", "default"]
 
 
 def test_a_cpu_samples_without_graphs_and_without_a_word(small, monkeypatch, capsys):
