@@ -433,7 +433,7 @@ def test_one_instruction_is_no_question(data, tmp_path, capsys):
 DIMENSIONS = {"tabletop": (8, 7), "libero": (8, 7), "metaworld": (4, 4), "calvin": (15, 7)}
 
 
-@pytest.mark.parametrize("name", DIMENSIONS)
+@pytest.mark.parametrize("name", rq.WORLDS)
 def test_axes_of_our_worlds(name):
     rq.read_axes(rq.AXES / f"{name}.json", *DIMENSIONS[name])
 
@@ -444,6 +444,7 @@ def test_axes_of_our_worlds(name):
         ("tabletop goal task 3", "tabletop"),
         ("metaworld/reach-v3", "metaworld"),
         ("spatial/2", "libero"),
+        ("LIBERO_DATASETS/libero_goal/open_it_demo.hdf5/data/demo_3", "libero"),
     ],
 )
 def test_axes_by_the_source_of_a_recording(moment, source, name):

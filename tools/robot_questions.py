@@ -18,6 +18,7 @@ adds a function and a line to KINDS. T: steps of an episode.
 
 import argparse
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -49,7 +50,8 @@ from fast_tokenizer import (
 
 # ---- Axes ----------------------------------------------------------------------------------------
 
-AXES = Path(__file__).parent / "axes"  # a file for each world whose episodes we record
+AXES = Path(__file__).parent / "axes"
+WORLDS = ("tabletop", "libero", "metaworld", "calvin")  # each has a file there
 
 
 class Gripper(NamedTuple):
@@ -136,9 +138,9 @@ def axes_path(given: str, files: list[EpisodeFile]) -> Path:
     if given:
         return Path(given)
     source = files[0].source
-    for path in sorted(AXES.glob("*.json")):
-        if source.startswith(path.stem):
-            return path
+    for world in WORLDS:
+        if re.search(rf"(?<![a-z]){world}", source.lower()):
+            return AXES / f"{world}.json"
     if source.startswith(("spatial/", "object/", "goal/", "long/")):  # as benchmarks/libero.py
         return AXES / "libero.json"
     raise ValueError(
@@ -168,7 +170,8 @@ def read_camera(path: str | Path) -> Camera:
         camera = Camera(np.array(fields["matrix"], float), np.array(fields["size"], float))
     except (TypeError, ValueError) as e:
         raise ValueError(f"{path}: {e}; give numbers") from e
-    if camera.matrix.shape != (3, 4) or camera.size.shape != (2,) or (camera.size <= 0).any():
+    fits = camera.matrix.shape == (3, 4) and camera.size.shape == (2,)
+    if not fits or not np.isfinite(camera.matrix).all() or not (camera.size > 0).all():
         raise ValueError(f'{path}: "matrix" must be 3 x 4, and "size" height and width')
     return camera
 
