@@ -84,16 +84,22 @@ def gripper_words(env: Tabletop) -> tuple[str, str, str]:
     return cell(x, y), height, doing
 
 
-def heading(move, fingers: float) -> str:
-    """A move (3,) in words, in centimetres: "right 11, front 4, down 8, open"."""
+DIRECTIONS = (("left", "right"), ("back", "front"), ("down", "up"))  # of lesser, greater x, y, z
+
+
+def displacement(move, directions=DIRECTIONS) -> list[str]:
+    """A move (3,), m, in words, in whole centimetres: ["right 11", "front 4", "down 8"]."""
     words = []
-    directions = (("left", "right"), ("back", "front"), ("down", "up"))
     for delta, (minus, plus) in zip(move, directions, strict=True):
         count = int(100 * abs(delta) + 0.5)
         if count:
             words.append(f"{plus if delta > 0 else minus} {count}")
-    words.append("close" if fingers > 0 else "open")
-    return ", ".join(words)
+    return words
+
+
+def heading(move, fingers: float) -> str:
+    """A move (3,) in words, in centimetres: "right 11, front 4, down 8, open"."""
+    return ", ".join([*displacement(move), "close" if fingers > 0 else "open"])
 
 
 def thought(env: Tabletop, plan: Plan) -> str:
@@ -392,37 +398,37 @@ def make_episode(args, number: int) -> tuple[int, dict[str, np.ndarray], dict[st
 # ---- Rows of the .jsonl files --------------------------------------------------------------------
 
 
-def save_frame(args, folder: str, number: int, image: np.ndarray) -> str:
-    """Write a frame -> its path below args.out; a folder holds 1,000."""
+def save_frame(out: str | Path, folder: str, number: int, image: np.ndarray) -> str:
+    """Write a frame -> its path below `out`; a folder holds 1,000."""
     name = f"{folder}/{number // 1000:04d}/{number:07d}.png"
-    path = Path(args.out) / name
+    path = Path(out) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image).save(path, compress_level=1)
     return name
 
 
-def json_row(frame: str, questions: list[Question], **more) -> str:
-    """One line: a conversation about a frame. more: what else the row holds."""
+def json_row(frames: list[str], questions: list[Question], **more) -> str:
+    """One line: a conversation about frames, mostly one. more: what else the row holds."""
     messages = []
     for question in questions:
-        text = question.text if messages else "<image>" + question.text
+        text = question.text if messages else "<image>" * len(frames) + question.text
         reason = f"<think>{question.thought}</think>" if question.thought else ""
         answer = f"{reason}<answer>{question.answer}</answer>"
         messages.append({"role": "user", "content": text})
         messages.append({"role": "assistant", "content": answer})
-    return json.dumps({"images": [frame], "messages": messages, **more}) + "\n"
+    return json.dumps({"images": frames, "messages": messages, **more}) + "\n"
 
 
 def make_conversation(args, number: int) -> str:
     """Lines of conversations.jsonl: one, or with --single one for each question."""
     image, turns = conversation(args.seed, number, args.size, args.tilt)
-    frame = save_frame(args, "frames", number, image)
+    frame = save_frame(args.out, "frames", number, image)
     if len(turns) > 1 and not args.single:
-        return json_row(frame, [turn.question for turn in turns])
+        return json_row([frame], [turn.question for turn in turns])
     lines = []
     for kind, question in turns:
         way = f"{kind}+think" if question.thought else kind
-        lines.append(json_row(frame, [question], kind=way))
+        lines.append(json_row([frame], [question], kind=way))
     return "".join(lines)
 
 
@@ -452,8 +458,8 @@ def make_thought_action(args, number: int) -> str:
         raise ValueError(
             f"--horizon {args.horizon}: of {TRIES} tasks none lasts so long; give a shorter one"
         )
-    frame = save_frame(args, "thought_frames", number, image)
-    return json_row(frame, [question], chunk=chunk)
+    frame = save_frame(args.out, "thought_frames", number, image)
+    return json_row([frame], [question], chunk=chunk)
 
 
 # ---- Command -------------------------------------------------------------------------------------

@@ -1,0 +1,473 @@
+"""Hand-worked facts of a scripted episode, and the files that tools/robot_questions.py writes."""
+
+import hashlib
+import itertools
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sft
+from benchmarks import questions
+from benchmarks import tabletop_data as td
+from fast_tokenizer import (
+    FastTokenizer,
+    encode_frames,
+    read_episode_file,
+    read_episodes,
+    split_episodes,
+    write_episodes,
+)
+from tools import robot_questions as rq
+
+AXES = {
+    "position": [0, 1, 2],
+    "metres": 1,
+    "origin": [0.1, 0, 0],
+    "origin_name": "the corner",
+    "words": [["back", "forward"], ["right", "left"], ["down", "up"]],
+    "gripper": {"of": "action", "dimensions": [3], "closed": [1], "open": [-1]},
+}
+CAMERA = {"matrix": [[1, 0, 0, 0.5], [0, 1, 0, 0.5], [0, 0, 0, 1]], "size": [1, 1]}
+
+
+def scripted() -> dict[str, np.ndarray]:
+    """20 steps at 10 Hz: there 0-4, closes at 6, up 8-10, left 11-14, down 15-16, opens at 18."""
+    x = [0, 0.05, 0.1, 0.15] + [0.2] * 16
+    y = [0] * 11 + [0.06, 0.12, 0.18] + [0.24] * 6
+    z = [0.1] * 8 + [0.15, 0.2] + [0.25] * 5 + [0.2, 0.15, 0.15, 0.15, 0.2]
+    grip = [-1] * 5 + [1] * 12 + [-1] * 3  # shows in the frame of the next step
+    action = np.zeros((20, 4), np.float32)
+    action[:, 3] = grip
+    return {
+        "image": np.zeros((20, 8, 8, 3), np.uint8),
+        "state": np.stack([x, y, z], 1).astype(np.float32),
+        "action": action,
+    }
+
+
+def write_file(path: Path, value) -> str:
+    path.write_text(json.dumps(value))
+    return str(path)
+
+
+@pytest.fixture
+def world(tmp_path):
+    axes = rq.read_axes(write_file(tmp_path / "axes.json", AXES), 3, 4)
+    camera = rq.read_camera(write_file(tmp_path / "camera.json", CAMERA))
+    return rq.World(axes, camera, ["lift the cube", "put the cube away", "wave"])
+
+
+@pytest.fixture
+def moment(world, tmp_path):
+    header = {"task": "put the cube away", "fps": "10", "source": "script"}
+    write_episodes(tmp_path / "script", [(scripted(), header)])
+    (path,) = (tmp_path / "script").glob("*.safetensors")
+    (file,) = read_episode_file(path)
+    motion = rq.read_motion(file, world.axes, 0.2)
+    return rq.Moment(world, motion, 0)
+
+
+def test_motion_by_hand(moment):
+    motion = moment.motion
+    assert motion.ahead == 2
+    assert np.flatnonzero(motion.closed).tolist() == list(range(6, 18))
+    # it begins to rest at 4 and 16, closes at 6, opens at 18, ends at 19
+    expected = [4] * 4 + [6] * 2 + [16] * 10 + [18] * 2 + [19] * 2
+    assert motion.waypoint.tolist() == expected
+    # at 9 the next two steps go up 5 and left 6; at 17 it stands, and then it opens
+    names = ["reach"] * 6 + ["grasp"] * 2 + ["lift"] + ["carry"] * 5 + ["place"] * 4
+    assert motion.primitive == [*names, "release", "reach"]
+
+
+def test_who_closes_in_motion_or_from_the_start_pushes():
+    place = np.zeros((12, 3))
+    place[:, 0] = 0.05 * np.arange(12)
+    fast = np.zeros(12, bool)
+    closing = np.arange(12) >= 4
+    assert rq.primitives(place, closing, fast, 2) == ["reach"] * 4 + ["push"] * 8
+    assert rq.primitives(place, ~fast, fast, 2) == ["push"] * 12
+    # the same motion, but slow where it closes
+    assert rq.primitives(place, closing, ~fast, 2)[4:6] == ["grasp", "carry"]
+
+
+GRIPPER_STATES = {3: "open", 4: "about to close", 6: "closed", 15: "closed", 16: "about to open"}
+
+
+def test_gripper_states_by_hand(moment):
+    for t, state in GRIPPER_STATES.items():
+        assert rq.gripper_state(moment._replace(t=t)) == state
+        assert rq.ask_gripper(moment._replace(t=t), np.random.default_rng(0)).answer == state
+
+
+ANSWERS = {  # kind -> (step, the open answer)
+    "position": (10, "10, 0, 25"),
+    "direction": (10, "left"),
+    "movement": (10, "0, 12, 0"),
+    "waypoint": (10, "0, 24, -10"),
+    "gripper": (4, "about to close"),
+    "primitive": (15, "place"),
+    "instruction": (0, "put the cube away"),
+    "progress": (10, "55"),  # 10 of 19
+    "point": (10, "(0.70, 0.50)"),
+    "path": (10, "(0.70, 0.50), (0.70, 0.62), (0.70, 0.68), (0.70, 0.74), (0.70, 0.74)"),
+}
+
+
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_answers_by_hand(moment, kind):
+    t, answer = ANSWERS[kind]
+    asked = rq.KINDS[kind].ask(moment._replace(t=t), np.random.default_rng(0))
+    assert asked.answer == answer
+    right, wrong = asked.options or ("", [])
+    assert right not in wrong
+    assert questions.answer_score(asked.score, answer, answer, asked.more, Path()) == 1 or (
+        kind == "point"
+    )
+
+
+def test_words_by_hand(moment):
+    at = moment._replace(t=10)
+    assert rq.place_words(at, at.place) == "forward 10, up 25"
+    assert rq.waypoint_words(at, at.move_to(16)) == "left 24, down 10"
+    assert rq.event(at, 6) == "the fingers close"
+    assert rq.event(at, 16) == "the hand rests"
+    assert rq.event(at, 19) == "the task ends"
+    # half a centimetre is rounded alike in words and in numbers
+    assert rq.place_words(at, np.array([0.125, -0.125, 0])) == "forward 13, right 13"
+    assert rq.centimetres(np.array([0.125, -0.125, -0.001])) == "13, -13, 0"
+
+
+def test_directions_that_are_no_answer_are_not_asked(moment):
+    rng = np.random.default_rng(0)
+    assert rq.ask_direction(moment._replace(t=9), rng) is None  # up 5 and left 6
+    assert rq.ask_direction(moment._replace(t=18), rng) is None  # what follows is not recorded
+    assert rq.ask_direction(moment._replace(t=5), rng).answer == "nowhere"
+    assert rq.ask_waypoint(moment._replace(t=19), rng) is None
+    assert rq.ask_path(moment._replace(t=17), rng) is None  # nothing moves
+
+
+def test_which_of_two_frames_comes_first(moment):
+    seen = set()
+    for seed in range(20):
+        asked = rq.ask_order(moment._replace(t=8), np.random.default_rng(seed))
+        first, second = asked.steps
+        assert 8 in asked.steps and max(asked.steps) >= 10
+        assert asked.answer == ("first" if first < second else "second")
+        seen.add(asked.answer)
+    assert seen == {"first", "second"}
+
+
+def test_a_thought_states_facts_and_the_conclusion(moment):
+    at = moment._replace(t=10)
+    context = ("instruction", "position", "gripper", "primitive", "movement", "waypoint")
+    rng = np.random.default_rng(0)
+    thoughts = {rq.thought(at, rng, context, "So it goes left.") for _ in range(200)}
+    assert len(thoughts) > 100  # of 200
+    for text in thoughts:
+        assert text.endswith("So it goes left.")
+        assert "{" not in text
+    together = " ".join(thoughts)
+    for fact in ("forward 10, up 25", "closed", "put the cube away", "left 12", "carr", "down 10"):
+        assert fact in together
+    assert "right" not in together.replace("right here", "")
+
+
+# ---- Files ---------------------------------------------------------------------------------------
+
+NUMBER = 8  # episodes, of which one is held out
+
+
+def recordings(encoded: bool = False):
+    """The script with other tasks and speeds; a pixel tells which episode and step a frame is."""
+    for number in range(NUMBER):
+        arrays = scripted()
+        arrays["state"] = arrays["state"] * (1 + 0.1 * number)
+        for t in range(20):
+            arrays["image"][t, 0, 0] = (number, t, 0)
+        header = {
+            "task": ["lift the cube", "put the cube away", "wave"][number % 3],
+            "fps": "10",
+            "source": "script",
+        }
+        if encoded:
+            encoded_arrays, encoded_header = encode_frames(arrays.pop("image"), "image", "png")
+            arrays |= encoded_arrays
+            header |= encoded_header
+        yield arrays, header
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("robot")
+    write_episodes(folder / "episodes", recordings())
+    write_file(folder / "axes.json", AXES)
+    write_file(folder / "camera.json", CAMERA)
+    return folder
+
+
+def flags(folder: Path, out: Path, **more) -> list[str]:
+    values = {
+        "data": folder,
+        "out": out,
+        "axes": folder / "axes.json",
+        "camera": folder / "camera.json",
+        "ahead": 0.2,
+        "rows": 400,
+        "held-rows": 100,
+        "thought-actions": 40,
+        "horizon": 4,
+    }
+    values.update({name.replace("_", "-"): value for name, value in more.items()})
+    argv = []
+    for name, value in values.items():
+        argv += [f"--{name}", str(value)]
+    return argv
+
+
+@pytest.fixture(scope="module")
+def written(data):
+    rq.main(flags(data, data / "out"))
+    return data / "out"
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def contents(folder: Path) -> dict[str, str]:
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != "report.json":
+            name = str(path.relative_to(folder))
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def test_every_right_answer_scores_1(written):
+    rows = rows_of(written / "conversations.jsonl") + rows_of(written / "held_out.jsonl")
+    kinds = set()
+    for row in rows:
+        answer = row["messages"][1]["content"]
+        right = sft.answer_text(answer)
+        assert questions.answer_score(row["score"], right, right, row, written) == 1
+        assert questions.answer_score("exact", right, right, row, written) == 1
+        assert row["messages"][0]["content"].count("<image>") == len(row["images"])
+        assert answer.startswith("<think>" if "+think" in row["kind"] else "<answer>")
+        kinds.add(row["kind"])
+    for kind in rq.KINDS:
+        ways = {way for way in kinds if way.split("+")[0] == kind}
+        if kind in ("point", "path"):
+            assert ways == {kind, f"{kind}+think"}
+        else:
+            assert ways == {kind, f"{kind}+think", f"{kind}+choice", f"{kind}+choice+think"}
+
+
+def test_options_differ(written):
+    for row in rows_of(written / "conversations.jsonl"):
+        if "+choice" not in row["kind"]:
+            continue
+        _, *options = re.split(r" ?[ABC]\) ", row["messages"][0]["content"])
+        assert len(options) == (2 if row["kind"].startswith("order") else 3), row
+        assert len(set(options)) == len(options)
+
+
+def test_held_out_frames_never_reach_training_rows(data, written):
+    files = read_episodes(data)
+    train_files, held_files = split_episodes(files)
+    numbers = {name: files.index(file) for file in files for name in [file.name]}
+    train = {numbers[file.name] for file in train_files}
+    held = {numbers[file.name] for file in held_files}
+    for name, allowed in (
+        ("conversations", train),
+        ("thought_actions", train),
+        ("held_out", held),
+    ):
+        seen = set()
+        for row in rows_of(written / f"{name}.jsonl"):
+            for image in row["images"]:
+                seen.add(int(td.Image.open(written / image).getpixel((0, 0))[0]))
+        assert seen == allowed
+
+
+def test_rows_load_and_chunks_are_the_recorded_actions(data, written):
+    chunks = np.concatenate([file.action[:16].reshape(4, 4, 4) for file in read_episodes(data)])
+    tokenizer = FastTokenizer.fit(chunks, 64, 3)
+    for name in ("conversations", "held_out", "thought_actions"):
+        source = sft.ConversationDataset(written / f"{name}.jsonl", tokenizer, 0)
+        for i in source.train:
+            assert len(sft.open_images(source[i])) == len(source.row(i)["images"])
+    files = read_episodes(data)
+    for row in rows_of(written / "thought_actions.jsonl"):
+        number, t, _ = td.Image.open(written / row["images"][0]).getpixel((0, 0))
+        np.testing.assert_allclose(row["chunk"], files[number].action[t : t + 4], atol=1e-6)
+        assert row["messages"][1]["content"].startswith("<think>")
+        assert row["messages"][1]["content"].endswith("</think><answer><ACTION></answer>")
+
+
+def test_same_seed_same_bytes_raw_or_encoded(data, written, tmp_path):
+    write_episodes(tmp_path / "episodes", recordings(encoded=True))
+    for name in ("axes", "camera"):
+        (tmp_path / f"{name}.json").write_bytes((data / f"{name}.json").read_bytes())
+    rq.main(flags(tmp_path, tmp_path / "again"))
+    assert contents(tmp_path / "again") == contents(written)
+    rq.main(flags(data, tmp_path / "other", seed=1))
+    assert contents(tmp_path / "other") != contents(written)
+
+
+def test_shares_are_reported(data, tmp_path, capsys):
+    rq.main(flags(data, tmp_path / "out", shares="gripper:1, progress:3", rows=200))
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    part = report["conversations"]
+    assert part["kinds"].keys() == {"gripper", "progress"}
+    assert 0.65 < part["kinds"]["progress"] < 0.85
+    assert 0.4 < part["thoughts"] < 0.6 and 0.4 < part["choices"] < 0.6
+    assert "path" in report["not_asked"]
+    assert f"progress {part['kinds']['progress']:.1%}" in capsys.readouterr().out
+
+
+def test_rare_answers_are_asked_as_often_as_others(data, tmp_path):
+    """The gripper is about to open in 2 of 20 steps."""
+    rq.main(flags(data, tmp_path / "out", shares="gripper:1", rows=400))
+    answers = [
+        row["messages"][1]["content"] for row in rows_of(tmp_path / "out/conversations.jsonl")
+    ]
+    said = [sft.answer_text(answer) for answer in answers]
+    for state in rq.GRIPPER:
+        assert said.count(state) > 0.15 * sum(len(answer) > 1 for answer in said)
+
+
+GRIP = AXES["gripper"]
+BAD_AXES = {
+    "dimension 7 of the state, which has 0 .. 2": {**AXES, "position": [0, 1, 7]},
+    "gripper names dimension 4 of the action": {**AXES, "gripper": {**GRIP, "dimensions": [4]}},
+    "are not 3 numbers each": {**AXES, "position": [0, 1]},
+    '"metres" 0 is not above 0': {**AXES, "metres": 0},
+    "are not 3 pairs of different words": {**AXES, "words": [["a", "b"], ["c", "d"], ["a", "up"]]},
+    "not state or action": {**AXES, "gripper": {**GRIP, "of": "hand"}},
+    "as many dimensions as values": {**AXES, "gripper": {**GRIP, "open": [1]}},
+    "its keys are not": {"position": [0, 1, 2]},
+    "could not convert string to float": {**AXES, "gripper": {**GRIP, "open": ["wide"]}},
+}
+
+
+@pytest.mark.parametrize("message", BAD_AXES)
+def test_bad_axes(data, tmp_path, message):
+    axes = write_file(tmp_path / "axes.json", BAD_AXES[message])
+    assert message in error_of(flags(data, tmp_path / "out", axes=axes))
+
+
+def error_of(argv: list[str]) -> str:
+    """The one line in which a command ends."""
+    with pytest.raises(SystemExit) as error:
+        rq.main(argv)
+    text = str(error.value)
+    assert text.startswith("error: ") and "\n" not in text
+    return text
+
+
+BAD_FLAGS = {
+    "no kind 'colour'": {"shares": "colour:1"},
+    "a number of at least 0": {"shares": "gripper:many"},
+    "all are 0": {"shares": "gripper:0"},
+    "named twice": {"shares": "gripper:1,gripper:2"},
+    "needs --camera FILE": {"shares": "path:1", "camera": ""},
+    "found no step for a question of kind direction": {"shares": "direction:1", "ahead": 60},
+    "are unknown; say with --axes FILE": {"axes": ""},
+    "no such file": {"axes": "nowhere.json"},
+    "no episode_*.safetensors here": {"data": "nowhere"},
+    '"matrix" must be 3 x 4': {"camera": {"matrix": [[1, 2]], "size": [1, 1]}},
+}
+
+
+@pytest.mark.parametrize("message", BAD_FLAGS)
+def test_bad_flags(data, tmp_path, message):
+    changed = dict(BAD_FLAGS[message])
+    if isinstance(changed.get("camera"), dict):
+        changed["camera"] = write_file(tmp_path / "camera.json", changed["camera"])
+    assert message in error_of(flags(data, tmp_path / "out", **changed))
+    assert not (tmp_path / "out").exists()
+
+
+def test_not_over_what_is_there(data, written):
+    assert "already holds data" in error_of(flags(data, written))
+
+
+def cut(arrays, header):
+    return {name: values[:1] for name, values in arrays.items()}, header
+
+
+BAD_EPISODES = {
+    "one frame, in which nothing moves": cut,
+    "its rate (fps) is not recorded": lambda arrays, header: (arrays, {**header, "fps": "0"}),
+    "no instruction": lambda arrays, header: (arrays, {**header, "task": " "}),
+    "no state is recorded": lambda arrays, header: (
+        {**arrays, "state": np.zeros((20, 0), np.float32)},
+        header,
+    ),
+}
+
+
+@pytest.mark.parametrize("message", BAD_EPISODES)
+def test_bad_episodes(data, tmp_path, message):
+    change = BAD_EPISODES[message]
+    changed = [change(arrays, header) for arrays, header in recordings()]
+    write_episodes(tmp_path / "episodes", changed)
+    argv = flags(data, tmp_path / "out", data=tmp_path)
+    assert message in error_of(argv)
+
+
+def test_one_instruction_is_no_question(data, tmp_path, capsys):
+    same = [(arrays, {**header, "task": "wave"}) for arrays, header in recordings()]
+    write_episodes(tmp_path / "episodes", same)
+    rq.main(flags(data, tmp_path / "out", data=tmp_path, rows=20, camera=""))
+    assert "not asked: instruction, point, path" in capsys.readouterr().out
+    argv = flags(data, tmp_path / "other", data=tmp_path, shares="instruction:1")
+    assert "instruction needs two instructions" in error_of(argv)
+
+
+# ---- Files of axes -------------------------------------------------------------------------------
+
+DIMENSIONS = {"tabletop": (8, 7), "libero": (8, 7), "metaworld": (4, 4), "calvin": (15, 7)}
+
+
+@pytest.mark.parametrize("name", rq.WORLDS)
+def test_axes_of_our_worlds(name):
+    rq.read_axes(rq.AXES / f"{name}.json", *DIMENSIONS[name])
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("tabletop goal task 3", "tabletop"),
+        ("metaworld/reach-v3", "metaworld"),
+        ("spatial/2", "libero"),
+        ("LIBERO_DATASETS/libero_goal/open_it_demo.hdf5/data/demo_3", "libero"),
+    ],
+)
+def test_axes_by_the_source_of_a_recording(moment, source, name):
+    moment.motion.file.source = source
+    assert rq.axes_path("", [moment.motion.file]).stem == name
+
+
+def test_tabletop_facts_agree_with_its_world(tmp_path):
+    """Position, gripper and pixels of a demonstration, as benchmarks/tabletop.py names them."""
+    arrays = td.demonstration("goal", 0, 5, 0.0)
+    header = {"task": "put the red cube on the plate", "fps": "5", "source": "tabletop goal task 0"}
+    write_episodes(tmp_path / "one", [(arrays, header)])
+    (file,) = read_episode_file(next((tmp_path / "one").glob("*.safetensors")))
+    axes = rq.read_axes(rq.axes_path("", [file]), 8, 7)
+    motion = rq.read_motion(file, axes, 0.4)
+    camera = rq.read_camera(rq.AXES / "tabletop_camera.json")
+    env = td.Tabletop("goal")
+    env.place(0, 5, "train")
+    for t in range(len(file)):
+        x, y, z = env.gripper_xyz
+        np.testing.assert_allclose(motion.position[t], [x, y, z], atol=1e-6)
+        u, v = camera.project(motion.state_position[t : t + 1])[0]
+        assert td.cell(x, y) == f"{'abcdefgh'[int(8 * u)]}{int(8 * v) + 1}"
+        env.advance(file.action[t])
+    phases = [name for name, _ in itertools.groupby(motion.primitive)]
+    assert phases[:4] == ["reach", "grasp", "carry", "place"]
