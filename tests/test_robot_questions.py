@@ -149,6 +149,21 @@ def test_directions_that_are_no_answer_are_not_asked(moment):
     assert rq.ask_path(moment._replace(t=17), rng) is None  # nothing moves
 
 
+def test_wrong_places_are_places_of_the_episode(moment):
+    at = moment._replace(t=10)
+    right, wrong = rq.place_options(at, np.random.default_rng(0))
+    places = {rq.place_words(at, place) for place in moment.motion.position}
+    assert right == "forward 10, up 25" and set(wrong[:2]) <= places - {right}
+
+
+def test_pixels_of_a_camera(tmp_path):
+    """A camera at the origin looks along z; focal length 320, an image of 480 x 640."""
+    matrix = [[320, 0, 320, 0], [0, 320, 240, 0], [0, 0, 1, 0]]
+    path = write_file(tmp_path / "camera.json", {"matrix": matrix, "size": [480, 640]})
+    points = rq.read_camera(path).project(np.array([[0, 0, 1], [0.5, 0.375, 1], [1, 1, -1]]))
+    np.testing.assert_allclose(points, [[0.5, 0.5], [0.75, 0.75], [np.nan, np.nan]])
+
+
 def test_which_of_two_frames_comes_first(moment):
     seen = set()
     for seed in range(20):
