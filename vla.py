@@ -1151,16 +1151,17 @@ def how_to_hold_still(stats: Stats) -> Hold | None:
     """By the statistics of the training actions; None when they lack mean or std.
 
     A gripper is told one end of its range or the other: its variance is then nearly the largest
-    that its mean allows, (max - mean) (mean - min), of which that of a movement is a third or less.
+    that its mean allows, (max - mean) (mean - min), of which that of a movement is about a third.
     It is told first the end that is nearer to its mean, the more frequent one. What lies on one
-    side of 0 and is no gripper is a position: it keeps it, and the first is not known."""
+    side of 0 and is no gripper is a position: it keeps it, and the first is not known. Positions
+    on both sides of 0 cannot be told from movements."""
     if not {"mean", "std"} <= set(stats):
         return None
     low = np.array(stats.get("min", stats["q01"]))  # (A,)
     high = np.array(stats.get("max", stats["q99"]))
     mean = np.array(stats["mean"])
     largest_variance = (high - mean) * (mean - low)
-    is_gripper = np.square(stats["std"]) > largest_variance / 2
+    is_gripper = np.square(stats["std"]) > 0.75 * largest_variance
     is_constant = high - low < STILL
     keeps = (is_gripper & ~is_constant) | (low > 0) | (high < 0)
     more_frequent = np.where(mean - low < high - mean, low, high)
