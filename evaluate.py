@@ -4,6 +4,7 @@
     python evaluate.py actions --policy runs/grpo --data data/test --variant RL
     python evaluate.py vqa --policy assets/tiny-vlm --data data/test/conversations.jsonl
     python evaluate.py metaworld|libero --policy runs/vla
+    python evaluate.py tabletop --policy runs/grpo --mode think   # or direct: by its own tokens
     python evaluate.py calvin --policy runs/vla --data task_ABC_D --out results/calvin.json
     torchrun --nproc_per_node 8 evaluate.py libero --policy runs/vla      # or any but report
     python evaluate.py report results/run.json
@@ -89,7 +90,9 @@ def bootstrap(values, resamples: int = 2000) -> Interval:
 #   {"preset", "arms": {variant: {"metrics": {name: Interval}, "paired": {name: values}, ...}},
 #    "commands", "seeds", "hardware", "minutes", "versions"}
 # "paired" holds a metric's value of each prompt, trial or chain, in an order that all share. Beside
-# it a variant has "checkpoints" {command: path} and "prompts": where those of `actions` come from.
+# it a variant has "checkpoints" {command: path}, "prompts": where those of `actions` come from, and
+# "seconds" {command: {"chunk", "forward"}}: of a policy, on average. They are no metrics: the same
+# command gives others each time.
 
 
 def read_results(path: str | Path) -> dict:
@@ -109,12 +112,14 @@ def write_metrics(
     args: argparse.Namespace,
     started: float,
     prompts: str = "",
+    seconds: dict[str, float] | None = None,
 ):
     """Add metrics to the variant args.variant of the file args.out, and print them.
 
     paired: the values of each prompt, trial or chain, by metric. started: when the evaluation
-    began, time.time(). prompts: of action tokens, where they come from. Evaluations may write to
-    one file at once: each takes the lock beside it."""
+    began, time.time(). prompts: of action tokens, where they come from. seconds: of a policy, for a
+    "chunk" and for a "forward". Evaluations may write to one file at once: each takes the lock
+    beside it."""
     path = Path(args.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "a") as lock:
@@ -132,6 +137,8 @@ def write_metrics(
         variant["checkpoints"][args.command] = str(args.policy)
         if prompts:
             variant["prompts"] = prompts
+        if seconds:
+            variant.setdefault("seconds", {})[args.command] = seconds
 
         # 2. how the numbers came about
         results["seeds"] = sorted({*results.get("seeds", []), args.seed})
@@ -147,6 +154,8 @@ def write_metrics(
     for name, value in metrics.items():
         if len(name.split()) < 3:  # not those of single tasks; `actions` prints lines of its own
             print(f"{name:24s}", "{mean:6.3f}  [{low:.3f}, {high:.3f}]  n {n}".format(**value))
+    for unit, value in (seconds or {}).items():
+        print(f"{f'seconds a {unit}':24s} {value:.4f}")
     print(f"{path}: variant {args.variant}, {len(metrics)} metrics")
 
 
@@ -212,12 +221,18 @@ def simulator_module(name: str):
 
 
 def closed_loop(args: argparse.Namespace):
-    """`evaluate.py tabletop | metaworld | libero | calvin`: a policy drives to each trial's end."""
+    """`evaluate.py tabletop | metaworld | libero | calvin`: a policy drives to each trial's end.
+
+    Of a checkpoint of sft or grpo, which drives by the tokens that it writes, there are two more
+    metrics: "retried", the share of chunks whose first answer did not decode, and "held still", of
+    those where no answer did."""
     started = time.time()
     simulator = simulator_module(args.command)
     simulator.check(args)
     dist = start_ranks(args)
-    policy = vla.Policy.load(args.policy, device=args.device, seed=args.seed)
+    policy = vla.load_policy(
+        args.policy, args.mode, args.tries, args.temperature, args.device, args.seed
+    )
     local_outcome = simulator.evaluate(policy, args, local_share(dist))
 
     metrics = {}
@@ -230,8 +245,18 @@ def closed_loop(args: argparse.Namespace):
         chain_lengths = gather(local_outcome.chain_lengths, dist)
         metrics |= chain_metrics(chain_lengths)
         paired["chain length"] = chain_lengths
+    names = ("chunks", "forwards", "seconds", "retried", "held")
+    of_all_ranks = model.all_sum([policy.count[name] for name in names])
+    count = dict(zip(names, of_all_ranks, strict=True))
+    seconds = {}
+    if count["chunks"]:  # else all trials were over before
+        for unit in ("chunk", "forward"):
+            seconds[unit] = round(count["seconds"] / count[f"{unit}s"], 5)
+        if isinstance(policy, vla.TokenPolicy):
+            metrics["retried"] = wilson(int(count["retried"]), int(count["chunks"]))
+            metrics["held still"] = wilson(int(count["held"]), int(count["chunks"]))
     if dist.rank == 0:
-        write_metrics(metrics, paired, args, started)
+        write_metrics(metrics, paired, args, started, seconds=seconds)
 
 
 def success_metrics(trials) -> dict[str, Interval]:
@@ -416,12 +441,6 @@ def score_completions(
     return scores
 
 
-def token_limit(given: int | None, backbone: model.Backbone, default: int) -> int:
-    """Tokens of a completion at most: as --max-new-tokens says, else as many as the checkpoint's
-    own run allowed, else the default."""
-    return given or backbone.run.get("config", {}).get("max_new_tokens") or default
-
-
 def action_tokens(args: argparse.Namespace):
     """`evaluate.py actions`: format rate, r_a, L1; thinking and direct; sampled and greedy.
 
@@ -432,7 +451,7 @@ def action_tokens(args: argparse.Namespace):
 
     # 1. the model, with an action tokenizer for the targets
     backbone = load_backbone(args)
-    args.max_new_tokens = token_limit(args.max_new_tokens, backbone, 96)
+    args.max_new_tokens = model.token_limit(args.max_new_tokens, backbone, 96)
     if backbone.action_tokenizer is None:
         if not args.action_tokenizer:
             raise ValueError(
@@ -516,7 +535,7 @@ def vqa(args: argparse.Namespace):
     if args.answers and Path(args.answers).is_dir():
         raise ValueError(f"--answers {args.answers}: a folder; name a file in it")
     backbone = load_backbone(args)
-    args.max_new_tokens = token_limit(args.max_new_tokens, backbone, 128)
+    args.max_new_tokens = model.token_limit(args.max_new_tokens, backbone, 128)
     local_answers = questions.score_answers(backbone, args, local_share(dist))
     answers = gather(local_answers, dist)
     if dist.rank > 0:
@@ -651,7 +670,11 @@ def distinct_actions(variants: list[tuple[str, dict]]) -> list[str]:
 
 def common_flags(add):
     """Flags of all commands that measure a model."""
-    add("--policy", required=True, help="checkpoint: vla in a closed loop; base, sft, grpo else")
+    add(
+        "--policy",
+        required=True,
+        help="checkpoint: vla, sft or grpo in a closed loop; base, sft or grpo else",
+    )
     add("--variant", default="policy", help="name of the model: its row of the results table")
     add("--out", default="results/results.json", help="results file; the variant is added to it")
     add("--preset", default="tabletop", help="name of the run, noted in the results file")
@@ -669,6 +692,7 @@ def closed_loop_flags(add):
     add("--execute", type=natural, default=0, help="steps of a chunk that are carried out; 0: half")
     add("--ensemble", type=non_negative, default=0, help="decay of temporal ensembling; 0: none")
     add("--batch", type=count, default=256, help="environments or clients a forward")
+    vla.policy_flags(add)
 
 
 def writing_flags(add):

@@ -1080,6 +1080,12 @@ def _run_decoder(net, decoder):  # to FSDP a forward of the root: no block then 
     decoder.run()
 
 
+def token_limit(given: int | None, backbone: Backbone, default: int) -> int:
+    """Tokens of a completion at most: as many as a flag says, else as the checkpoint's own run
+    allowed, else the default."""
+    return given or backbone.run.get("config", {}).get("max_new_tokens") or default
+
+
 @torch.no_grad()  # inference_mode would give tensors that the update cannot use
 def generate(
     backbone: Backbone,

@@ -3,7 +3,8 @@ features of one layer of the frozen backbone.
 
 In: a checkpoint of stage base, sft or grpo, and episodes (images, state, actions, instruction).
 Out: a policy (images, instruction, state) -> the next K actions. It writes no text at run time:
-reasoning acts through the features that RL shaped.
+reasoning acts through the features that RL shaped. (TokenPolicy, which needs no stage 3, lets a
+checkpoint of sft or grpo drive by the action tokens that it writes.)
 1. cut the frozen backbone after layer 0.64 L (18 of 28)
 2. its hidden states over all image and text tokens of the action prompt are the features
 3. the head reads them, and as one token the normalised state, which the backbone does not see
@@ -23,7 +24,7 @@ torchrun --nproc_per_node 8 vla.py paper --init runs/grpo-paper --data data/libe
                                  # of 256 px 81; for Qwen3-VL either is 64
 
 Read first: Config, "Flow-matching head", main. "Data" and "Features of the frozen backbone" can
-wait; "Policy" and "Carrying out chunks" are for who drives a robot.
+wait; "Policies" and "Carrying out chunks" are for who drives a robot.
 
 Legend: B frames of a batch, R draws of a frame, K chunk length, A action dimensions, S state
 dimensions, T tokens of a prompt, F future tokens, Q query tokens of a block, N frames of the data,
@@ -33,10 +34,12 @@ D width, H attention heads, d head width, L layers of the backbone. A mask is 1 
 import copy
 import functools
 import hashlib
+import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,6 +48,7 @@ from typing import NamedTuple, NotRequired, TypedDict
 import numpy as np
 
 from fast_tokenizer import (
+    STILL,
     BelowOne,
     Count,
     Natural,
@@ -54,9 +58,11 @@ from fast_tokenizer import (
     Stats,
     action_chunks,
     answer_help,
+    count,
     episodes_sha256,
     normalize,
     open_arrays,
+    positive,
     rare_lines,
     read_episodes,
     read_stats,
@@ -731,14 +737,13 @@ def fingerprint(
     backbone: Backbone, frames: FrameDataset, first_prompts: list[Row], cfg: Config
 ) -> dict[str, str | int]:
     """What the features depend on. first_prompts: of each episode, for words, mode, image sizes."""
-    weights = sorted(backbone.net.model.state_dict().items())
-    weight_bytes = (w.contiguous().reshape(-1).view(torch.uint8).cpu().numpy() for _, w in weights)
+    weights = [weight for _, weight in sorted(backbone.net.model.state_dict().items())]
     files = []
     for path in sorted({episode.path for episode in frames.episodes}):
         stat = path.stat()
         files.append((path.name, stat.st_size, stat.st_mtime_ns))
     return {
-        "backbone": sha256_of(weight_bytes),
+        "backbone": sha256_of(bytes_of(weights)),
         "layer": len(backbone.net.model.language_model.layers),
         "type": str(backbone.net.dtype),
         "prompts": sha256_of(prompt["ids"].tobytes() for prompt in first_prompts),
@@ -749,6 +754,11 @@ def fingerprint(
     }
 
 
+def bytes_of(tensors: Iterable[torch.Tensor]) -> Iterator[np.ndarray]:
+    for tensor in tensors:
+        yield tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
+
+
 def sha256_of(pieces: Iterable[bytes | np.ndarray]) -> str:
     sha = hashlib.sha256()
     for piece in pieces:
@@ -756,7 +766,16 @@ def sha256_of(pieces: Iterable[bytes | np.ndarray]) -> str:
     return sha.hexdigest()
 
 
-# ---- Policy --------------------------------------------------------------------------------------
+# ---- Policies ------------------------------------------------------------------------------------
+#
+# Policy acts by the head, TokenPolicy by the tokens that the model itself writes; load_policy()
+# picks. What evaluate.py, the simulators and the server ask of either:
+#   act, act_batch                 images, instruction, state -> chunks (K, A), dataset units
+#   horizon, cameras, spec         K; camera names in their order; PolicySpec, as far as known
+#   hold                           how ChunkExecutor holds still where there is no chunk; or None
+#   thoughts                       of each row of the last act_batch; None: it writes none
+#   count                          so far: chunks, forwards, seconds; of TokenPolicy retried, held
+#   identity()                     bytes that tell it from any other policy
 
 
 class PolicySpec(TypedDict):
@@ -766,7 +785,7 @@ class PolicySpec(TypedDict):
     layer: int  # blocks of the cut backbone
     think: bool  # Config.think
     cameras: list[str]  # in the order in which images are given
-    stats: dict[str, Stats]  # of "state" and "action"
+    stats: dict[str, Stats]  # of "state" and "action"; of a TokenPolicy of "action" alone
     # Older checkpoints lack these: nothing is compared then.
     image_sizes: NotRequired[dict[str, list[int]]]  # camera -> [H, W] of the images of training
     # "low", "high": least and largest training action, dataset units, (A,) each
@@ -791,83 +810,18 @@ def check_view(camera: str, image: np.ndarray, size: Sequence[int] | None = None
         )
 
 
-class Policy:
-    """A trained checkpoint as a function (images, instruction, state) -> the next K actions.
+class CameraViews:
+    """What `act` takes -> a list with an image for each camera, of the size of training: at another
+    size they would be other tokens, which were never trained on. Resizing is printed once.
 
-    Attributes: horizon K, action_dim A, cameras (names, in the order in which images are given).
-    Call n draws its noise from (seed, n): row b of a batch gets the same at any batch size.
-    Images of another size than in training are resized to it: else they would be other tokens, on
-    which the head has never been trained. That is printed once."""
+    image_sizes: camera -> [H, W] of training; of one that is not in it any size goes."""
 
-    def __init__(self, backbone: Backbone, head: FlowHead, spec: PolicySpec, device, seed: int = 0):
-        self.backbone = backbone
-        self.head = head.eval()
-        self.spec = spec
-        self.device = torch.device(device)
-        self.seed = seed
-        self.horizon = head.cfg.horizon
-        self.action_dim = head.cfg.action_dim
-        self.cameras = spec["cameras"]
-        self.image_sizes = spec.get("image_sizes", {})
+    def __init__(self, cameras: Sequence[str], image_sizes: dict[str, list[int]]):
+        self.cameras = cameras
+        self.image_sizes = image_sizes
         self.has_told_of_resizing = False
-        self.calls = 0
 
-    @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "cpu", seed: int = 0) -> "Policy":
-        """path: a checkpoint of vla.py, or its run folder. ValueError for one of another stage."""
-        folder = model.find_checkpoint(path)
-        backbone = model.load(folder, device, compute_dtype(device), stages=("vla",))
-        if "policy" not in backbone.run:
-            raise ValueError(f"{path}: no policy; train one from it with vla.py --init {path}")
-        spec = backbone.run["policy"]
-        freeze_backbone(backbone, spec["layer"])
-        head = FlowHead(HeadConfig(**spec["head"]))
-        head.load_state_dict(load_file(folder / "head.safetensors"))
-        return cls(backbone, head.to(device), spec, device, seed)
-
-    def act(self, images: np.ndarray | list, instruction: str, state: np.ndarray) -> np.ndarray:
-        """One observation: uint8 image (H, W, 3), a list with one for each camera, or a dict of
-        them by name; state (S,) in dataset units -> (K, A) float32 in dataset units."""
-        return self.act_batch([images], [instruction], np.asarray(state)[None])[0]
-
-    @torch.no_grad()
-    def act_batch(
-        self, images: list, instructions: list[str], states: np.ndarray, keys: list | None = None
-    ) -> np.ndarray:
-        """B observations: images what `act` takes for each, states (B, S) -> (B, K, A) float32, not
-        clipped. keys: a list of integers for each row, by which its noise is drawn, whatever the
-        batch. ValueError when sizes or values do not fit."""
-        # 1. check
-        states = np.asarray(states, np.float32)
-        expected_shape = (len(images), self.head.cfg.state_dim)
-        if states.shape != expected_shape or len(instructions) != len(images):
-            raise ValueError(
-                f"{len(images)} images, {len(instructions)} instructions and states "
-                f"{states.shape}; give as many of each, states {expected_shape}"
-            )
-        is_finite = np.isfinite(states).all(1)  # (B,)
-        if not is_finite.all():
-            row = np.flatnonzero(~is_finite)[0]
-            raise ValueError(f"state {row} is not finite; repair the observation")
-        for row, instruction in enumerate(instructions):
-            if not instruction.strip():
-                raise ValueError(f"instruction {row} is blank; say what the robot should do")
-        # 2. prompts, states and noise
-        think = self.spec["think"]
-        prompts = []
-        for row_images, instruction in zip(images, instructions, strict=True):
-            views = self._views(row_images)
-            prompts.append(prompt_row(self.backbone, views, instruction, think))
-        state = torch.from_numpy(normalize(states, self.spec["stats"]["state"])).to(self.device)
-        noise = torch.from_numpy(self._noise(len(prompts), keys)).to(self.device)  # (B, K, A)
-        # 3. features, then the flow
-        features = encode_prompts(self.backbone, prompts, self.device)
-        with autocast(self.device):
-            chunks = self.head.sample(*features, state, noise)  # (B, K, A)
-        return unnormalize(chunks.cpu().numpy(), self.spec["stats"]["action"])
-
-    def _views(self, images):
-        """What `act` takes -> a list with an image for each camera, of the size of training."""
+    def __call__(self, images: np.ndarray | list | Mapping) -> list[np.ndarray]:
         # 1. one for each camera
         if isinstance(images, Mapping):
             images = [images[camera] for camera in self.cameras if camera in images]
@@ -896,6 +850,111 @@ class Policy:
             views[i] = np.asarray(resized)
         return views
 
+
+def check_instructions(instructions: list[str], images: list) -> None:
+    """ValueError unless there is one for each of the images, none of them blank."""
+    if len(instructions) != len(images):
+        raise ValueError(
+            f"{len(images)} images, {len(instructions)} instructions; give as many of each"
+        )
+    for row, instruction in enumerate(instructions):
+        if not instruction.strip():
+            raise ValueError(f"instruction {row} is blank; say what the robot should do")
+
+
+def counted(act_batch: Callable) -> Callable:
+    """act_batch, which also adds to its policy's `count`: chunks, forwards and seconds."""
+
+    @functools.wraps(act_batch)
+    def timed(policy, *args, **kwargs):
+        start = time.perf_counter()
+        chunks = act_batch(policy, *args, **kwargs)
+        seconds = time.perf_counter() - start
+        policy.count.update(chunks=len(chunks), forwards=1, seconds=seconds)
+        return chunks
+
+    return timed
+
+
+class Policy:
+    """A trained checkpoint as a function (images, instruction, state) -> the next K actions.
+
+    Attributes: horizon K, action_dim A, cameras (names, in the order in which images are given).
+    Call n draws its noise from (seed, n): row b of a batch gets the same at any batch size. For
+    images of another size than in training see CameraViews."""
+
+    hold = None  # a head always gives a chunk
+    thoughts = None
+
+    def __init__(self, backbone: Backbone, head: FlowHead, spec: PolicySpec, device, seed: int = 0):
+        self.backbone = backbone
+        self.head = head.eval()
+        self.spec = spec
+        self.device = torch.device(device)
+        self.seed = seed
+        self.horizon = head.cfg.horizon
+        self.action_dim = head.cfg.action_dim
+        self.cameras = spec["cameras"]
+        self.views = CameraViews(self.cameras, spec.get("image_sizes", {}))
+        self.calls = 0
+        self.count = Counter()
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "cpu", seed: int = 0) -> "Policy":
+        """path: a checkpoint of vla.py, or its run folder. ValueError for one of another stage."""
+        folder = model.find_checkpoint(path)
+        backbone = model.load(folder, device, compute_dtype(device), stages=("vla",))
+        if "policy" not in backbone.run:
+            raise ValueError(f"{path}: no policy; train one from it with vla.py --init {path}")
+        spec = backbone.run["policy"]
+        freeze_backbone(backbone, spec["layer"])
+        head = FlowHead(HeadConfig(**spec["head"]))
+        head.load_state_dict(load_file(folder / "head.safetensors"))
+        return cls(backbone, head.to(device), spec, device, seed)
+
+    def identity(self) -> Iterator[np.ndarray]:
+        return bytes_of(self.head.parameters())
+
+    def act(self, images: np.ndarray | list, instruction: str, state: np.ndarray) -> np.ndarray:
+        """One observation: uint8 image (H, W, 3), a list with one for each camera, or a dict of
+        them by name; state (S,) in dataset units -> (K, A) float32 in dataset units."""
+        return self.act_batch([images], [instruction], np.asarray(state)[None])[0]
+
+    @counted
+    @torch.no_grad()
+    def act_batch(
+        self, images: list, instructions: list[str], states: np.ndarray, keys: list | None = None
+    ) -> np.ndarray:
+        """B observations: images what `act` takes for each, states (B, S) -> (B, K, A) float32, not
+        clipped. keys: a list of integers for each row, by which its noise is drawn, whatever the
+        batch. ValueError when sizes or values do not fit."""
+        # 1. check
+        states = np.asarray(states, np.float32)
+        expected_shape = (len(images), self.head.cfg.state_dim)
+        if states.shape != expected_shape or len(instructions) != len(images):
+            raise ValueError(
+                f"{len(images)} images, {len(instructions)} instructions and states "
+                f"{states.shape}; give as many of each, states {expected_shape}"
+            )
+        is_finite = np.isfinite(states).all(1)  # (B,)
+        if not is_finite.all():
+            row = np.flatnonzero(~is_finite)[0]
+            raise ValueError(f"state {row} is not finite; repair the observation")
+        check_instructions(instructions, images)
+        # 2. prompts, states and noise
+        think = self.spec["think"]
+        prompts = []
+        for row_images, instruction in zip(images, instructions, strict=True):
+            views = self.views(row_images)
+            prompts.append(prompt_row(self.backbone, views, instruction, think))
+        state = torch.from_numpy(normalize(states, self.spec["stats"]["state"])).to(self.device)
+        noise = torch.from_numpy(self._noise(len(prompts), keys)).to(self.device)  # (B, K, A)
+        # 3. features, then the flow
+        features = encode_prompts(self.backbone, prompts, self.device)
+        with autocast(self.device):
+            chunks = self.head.sample(*features, state, noise)  # (B, K, A)
+        return unnormalize(chunks.cpu().numpy(), self.spec["stats"]["action"])
+
     def _noise(self, batch, keys):
         """-> (B, K, A) float32; by the keys of each row, else by the number of the call."""
         shape = (self.horizon, self.action_dim)
@@ -910,7 +969,201 @@ class Policy:
         return np.stack(rows)
 
 
+MODES = ("think", "direct")  # of a TokenPolicy
+
+
+class TokenPolicy:
+    """A checkpoint of sft or grpo as a policy: the model itself writes the chunk as FAST tokens.
+
+    1. it answers the action prompt, thinking first or directly (mode), with the most probable
+       tokens
+    2. an answer whose FAST tokens are no chunk is written again, sampled at `temperature`, until
+       there are `tries` answers
+    3. where none of them is one the chunk is NaN, and ChunkExecutor holds still
+
+    Beside a Policy's attributes: count["retried"] are chunks whose first answer was none,
+    count["held"] those that stayed so. A chunk is what decodes; tags around it may be missing. The
+    prompt has one image and no state, as in sft.py and grpo.py: states are not looked at.
+    max_new_tokens: of an answer, as in the checkpoint's own run."""
+
+    cameras = ("image",)  # what EpisodeFile.frame() gives where nobody names another
+
+    def __init__(
+        self, backbone: Backbone, mode: str, tries: int = 3, temperature: float = 1.0, seed: int = 0
+    ):
+        self.backbone = backbone
+        self.mode = mode
+        self.tries = tries
+        self.temperature = temperature
+        self.seed = seed
+        self.max_new_tokens = model.token_limit(None, backbone, 96)
+        self.action_tokenizer = backbone.action_tokenizer
+        self.horizon = self.action_tokenizer.horizon
+        self.action_dim = self.action_tokenizer.action_dim
+        stats = self.action_tokenizer.stats
+        self.spec = {"cameras": self.cameras, "stats": {"action": stats}}
+        if "min" in stats and "max" in stats:
+            self.spec["action_range"] = {"low": stats["min"], "high": stats["max"]}
+        self.views = CameraViews(self.cameras, {})
+        self.hold = how_to_hold_still(stats)
+        self.thoughts = None
+        self.calls = 0
+        self.count = Counter()
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        mode: str = "think",
+        tries: int = 3,
+        temperature: float = 1.0,
+        device: str | torch.device = "cpu",
+        seed: int = 0,
+    ) -> "TokenPolicy":
+        """ValueError for a checkpoint of another stage, or one that knows no actions."""
+        backbone = model.load(path, device, compute_dtype(device), stages=("sft", "grpo"))
+        if backbone.action_tokenizer is None or backbone.action_tokenizer.stats is None:
+            raise ValueError(
+                f"{path}: no action tokenizer with statistics; train it on episodes with sft.py"
+            )
+        return cls(backbone, mode, tries, temperature, seed)
+
+    def identity(self) -> Iterator[np.ndarray | bytes]:
+        settings = [self.mode, self.tries, self.temperature, self.max_new_tokens]
+        yield json.dumps(settings).encode()
+        yield from bytes_of(self.backbone.net.parameters())
+
+    def act(self, images: np.ndarray | list, instruction: str, state: np.ndarray) -> np.ndarray:
+        """As Policy.act; NaN where no answer is a chunk."""
+        return self.act_batch([images], [instruction], np.asarray(state)[None])[0]
+
+    @counted
+    def act_batch(
+        self, images: list, instructions: list[str], states: np.ndarray, keys: list | None = None
+    ) -> np.ndarray:
+        """As Policy.act_batch. keys: a list of integers for each row, by which its retries are
+        sampled, whatever the batch; without them, by the number of the call and of the row."""
+        # 1. prompts
+        check_instructions(instructions, images)
+        prompts = []
+        for row_images, instruction in zip(images, instructions, strict=True):
+            views = self.views(row_images)
+            prompts.append(prompt_row(self.backbone, views, instruction, self.mode == "think"))
+        keys = keys or [[self.calls, b] for b in range(len(prompts))]
+        self.calls += 1
+        # 2. answers, and again where there is no chunk yet
+        shape = (len(prompts), self.horizon, self.action_dim)
+        chunks = np.full(shape, np.nan, np.float32)
+        thoughts = [""] * len(prompts)
+        failed = list(range(len(prompts)))
+        for attempt in range(self.tries):
+            answers = self._write([prompts[b] for b in failed], [keys[b] for b in failed], attempt)
+            action_ids = [model.parse_actions(self.backbone, ids).action_ids for ids in answers]
+            chunks[failed], decodes = self.action_tokenizer.decode(action_ids)
+            for b, ids in zip(failed, answers, strict=True):
+                thoughts[b] = self._thought(ids)
+            failed = [b for b, is_chunk in zip(failed, decodes, strict=True) if not is_chunk]
+            if attempt == 0:
+                self.count["retried"] += len(failed)
+            if not failed:
+                break
+        self.count["held"] += len(failed)
+        self.thoughts = thoughts if self.mode == "think" else None
+        return chunks
+
+    def _write(self, prompts, keys, attempt):
+        """Prompts -> a list of token ids each."""
+        sample_keys = []
+        for key in keys:
+            rng = model.rng(self.seed, "answer", attempt, *key)
+            sample_keys.append(int(rng.integers(2**31)))
+        samples = model.generate(
+            self.backbone,
+            prompts,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            greedy=attempt == 0,
+            seed=self.seed,
+            keys=sample_keys,
+        )
+        answers = []
+        for ids, mask in zip(samples["ids"], samples["mask"].bool(), strict=True):
+            answers.append(ids[mask].tolist())
+        return answers
+
+    def _thought(self, ids):
+        """What an answer says inside <think>, as far as it got."""
+        text = self.backbone.tokenizer.decode(ids)
+        return text.partition("<think>")[2].partition("</think>")[0].strip()
+
+
+def policy_flags(add: Callable) -> None:
+    """Flags of what loads a policy, for a checkpoint of sft or grpo; add is a parser's
+    add_argument."""
+    add("--mode", choices=MODES, help="of an sft or grpo checkpoint; think if not given")
+    add(
+        "--tries",
+        type=count,
+        default=3,
+        help="its answers to a prompt at most, then it holds still",
+    )
+    add(
+        "--temperature",
+        type=positive,
+        default=1.0,
+        help="of its answers after the first, greedy one",
+    )
+
+
+def load_policy(
+    path: str | Path,
+    mode: str | None = None,
+    tries: int = 3,
+    temperature: float = 1.0,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+) -> Policy | TokenPolicy:
+    """A checkpoint of stage vla -> Policy; of sft or grpo -> TokenPolicy. path: it, or its run
+    folder. ValueError for one of another stage, or a mode for a head."""
+    record = Path(model.find_checkpoint(path)) / "run.json"
+    stage = model.read_json(record)["stage"] if record.exists() else "vla"
+    if stage != "vla":
+        return TokenPolicy.load(path, mode or "think", tries, temperature, device, seed)
+    if mode:
+        raise ValueError(f"--mode {mode}: the head of {path} writes nothing; leave --mode out")
+    return Policy.load(path, device, seed)
+
+
 # ---- Carrying out chunks -------------------------------------------------------------------------
+
+
+class Hold(NamedTuple):
+    """How a robot holds still: 0 in the dimensions that are movements; a dimension of `keeps` gets
+    what it was last told, at first `first`, NaN where nobody knows."""
+
+    keeps: np.ndarray  # (A,) bool
+    first: np.ndarray  # (A,) dataset units
+
+
+def how_to_hold_still(stats: Stats) -> Hold | None:
+    """By the statistics of the training actions; None when they lack mean or std.
+
+    A gripper is told one end of its range or the other: its variance is then nearly the largest
+    that its mean allows, (max - mean) (mean - min), of which that of a movement is about a third.
+    It is told first the end that is nearer to its mean, the more frequent one. What lies on one
+    side of 0 and is no gripper is a position: it keeps it, and the first is not known. Positions
+    on both sides of 0 cannot be told from movements."""
+    if not {"mean", "std"} <= set(stats):
+        return None
+    low = np.array(stats.get("min", stats["q01"]))  # (A,)
+    high = np.array(stats.get("max", stats["q99"]))
+    mean = np.array(stats["mean"])
+    largest_variance = (high - mean) * (mean - low)
+    is_gripper = np.square(stats["std"]) > 0.75 * largest_variance
+    is_constant = high - low < STILL
+    keeps = (is_gripper & ~is_constant) | (low > 0) | (high < 0)
+    more_frequent = np.where(mean - low < high - mean, low, high)
+    return Hold(keeps, np.where(is_gripper | is_constant, more_frequent, np.nan))
 
 
 class ChunkExecutor:
@@ -929,11 +1182,16 @@ class ChunkExecutor:
         ensemble 0             a0   a1   b0   b1   c0   c1
         ensemble m             a0   a1   w(a2, b0)   w(a3, b1)   w(a4, b2, c0)   w(b3, c1)
 
-    where w(x, y, z) = (x + exp(-m) y + exp(-2m) z) / (1 + exp(-m) + exp(-2m))."""
+    where w(x, y, z) = (x + exp(-m) y + exp(-2m) z) / (1 + exp(-m) + exp(-2m)).
 
-    def __init__(self, horizon: int, execute: int = 0, ensemble: float = 0.0):
+    hold: for a chunk of NaN (TokenPolicy) it holds still so, whatever earlier chunks say."""
+
+    def __init__(
+        self, horizon: int, execute: int = 0, ensemble: float = 0.0, hold: Hold | None = None
+    ):
         self.execute = execute or max(1, horizon // 2)
         self.ensemble = ensemble
+        self.hold = hold
         if ensemble and horizon == 1:
             raise ValueError(f"--ensemble {ensemble}: chunks of one action do not overlap; use 0")
         most = horizon - 1 if ensemble else horizon  # chunks must overlap for an ensemble
@@ -948,23 +1206,39 @@ class ChunkExecutor:
         """Forgets all chunks, as at the start of an episode."""
         self.chunks = []  # what was left of the chunks at the last call; oldest first
         self.instruction = None
+        self.last_action = None if self.hold is None else self.hold.first  # (A,)
 
     def __call__(self, chunk: np.ndarray, instruction: str) -> np.ndarray:
         """Chunk (K, A) predicted now -> the actions to carry out (execute, A). Chunks that were
-        predicted for another instruction are forgotten."""
+        predicted for another instruction are forgotten. ValueError for a chunk that is not finite
+        when it is not known how to hold still."""
         # 1. what earlier chunks say of the steps from now on
         earlier = []
         if self.ensemble and instruction == self.instruction:
             earlier = [old[self.execute :] for old in self.chunks if len(old) > self.execute]
-        self.chunks = [*earlier, chunk]
         self.instruction = instruction
+        if not np.isfinite(chunk).all():
+            self.chunks = earlier
+            return np.repeat(self._still_action()[None], self.execute, 0).astype(chunk.dtype)
+        self.chunks = [*earlier, chunk]
         # 2. the weighted mean at each step
         actions = []
         for i in range(self.execute):
             predictions = [c[i] for c in self.chunks if i < len(c)]  # (A,) each
             weights = np.exp(-self.ensemble * np.arange(len(predictions)))
             actions.append(np.average(predictions, 0, weights))
+        self.last_action = actions[-1]
         return np.stack(actions).astype(chunk.dtype)
+
+    def _still_action(self):
+        action = np.nan
+        if self.hold is not None:
+            action = np.where(self.hold.keeps, self.last_action, 0.0)  # (A,)
+        if not np.isfinite(action).all():
+            raise ValueError(
+                f"stop the robot: the policy answers nan, and to hold still would be {action}"
+            )
+        return action
 
 
 # ---- Training ------------------------------------------------------------------------------------

@@ -280,7 +280,7 @@ def play(policy, args, local: slice) -> list[int]:
         state, names = chains()[number]
         robot, scene = layout(state)
         world.env.reset(robot_obs=robot, scene_obs=scene)
-        executor = ChunkExecutor(policy.horizon, args.execute, args.ensemble)
+        executor = ChunkExecutor(policy.horizon, args.execute, args.ensemble, policy.hold)
         length = 0
         for name in names:
             if not attempt(world, rendered, policy, executor, name, [number, length]):

@@ -95,7 +95,8 @@ def check_policy(policy, cameras: Sequence[str], state_dim: int, action_names: S
             f"the policy reads the cameras {', '.join(policy.cameras)}; the simulator has "
             f"{', '.join(cameras)}: train with these names"
         )
-    trained_dim = len(policy.spec["stats"]["state"]["q01"])
+    state_stats = policy.spec["stats"].get("state")  # none of a policy that reads no state
+    trained_dim = len(state_stats["q01"]) if state_stats else state_dim
     if trained_dim != state_dim:
         raise ValueError(
             f"the policy was trained on states of {trained_dim} numbers, the simulator shows "
@@ -192,8 +193,10 @@ class FinishedTrials:
 
     def __init__(self, name: str, policy, args, further_settings: list):
         settings = [args.seed, args.execute, args.ensemble, *further_settings]
-        weights = b"".join(p.detach().cpu().numpy().tobytes() for p in policy.head.parameters())
-        digest = hashlib.sha256(json.dumps(settings).encode() + weights).hexdigest()[:8]
+        content = hashlib.sha256(json.dumps(settings).encode())
+        for piece in policy.identity():
+            content.update(piece)
+        digest = content.hexdigest()[:8]
         variant = args.variant.replace("/", "_")  # it may be the path of a checkpoint
         self.path = Path(args.out).with_suffix(f".{name}.{variant}.{digest}.jsonl")
         self.path.parent.mkdir(parents=True, exist_ok=True)

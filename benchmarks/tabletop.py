@@ -838,7 +838,9 @@ def drive(policy, trials: list[Trial], batch: int, execute: int = 0, ensemble: f
     from vla import ChunkExecutor  # not above: to make data takes no torch
 
     progress = tqdm(total=len(trials), desc="trials", disable=None)
-    executors = {trial: ChunkExecutor(policy.horizon, execute, ensemble) for trial in trials}
+    executors = {}
+    for trial in trials:
+        executors[trial] = ChunkExecutor(policy.horizon, execute, ensemble, policy.hold)
     active = [trial for trial in trials if not trial.done]
     while active:
         for start in range(0, len(active), batch):

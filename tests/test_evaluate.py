@@ -1,6 +1,7 @@
 """Intervals against hand-worked numbers, the trial runner against scripted policies, the table."""
 
 import argparse
+import collections
 import json
 import multiprocessing
 import pathlib
@@ -46,6 +47,7 @@ class Scripted:
     """A policy with the interface of vla.Policy that reads the expert off the environments."""
 
     horizon = 8
+    hold = None
 
     def __init__(self, trials, still=False):
         self.trials = trials
@@ -202,7 +204,8 @@ def test_what_a_benchmark_has_none_of_is_not_written(tmp_path, monkeypatch):
         "libero": Outcome(trials=[TrialResult("goal", "0", True), TrialResult("goal", "1", False)]),
         "calvin": Outcome(chain_lengths=[5, 0]),
     }
-    monkeypatch.setattr(evaluate.vla.Policy, "load", lambda *args, **kwargs: None)
+    unasked = types.SimpleNamespace(count=collections.Counter())
+    monkeypatch.setattr(evaluate.vla, "load_policy", lambda *args: unasked)
     for command, more in (("libero", []), ("calvin", ["--data", "x"])):
         module = evaluate.simulator_module(command)
         monkeypatch.setattr(module, "evaluate", lambda policy, args, local: outcomes[args.command])
@@ -228,6 +231,7 @@ class Lucky(Scripted):
 
     def __init__(self):
         super().__init__([])
+        self.count = collections.Counter()
         widths = {"state": 8, "action": 7}
         self.spec = {
             "stats": {name: {"q01": [-1.0] * n, "q99": [1.0] * n} for name, n in widths.items()}
@@ -252,7 +256,7 @@ def test_ranks_equal_one_in_a_closed_loop(tmp_path, monkeypatch):
         return policy.trials
 
     monkeypatch.setattr(tt, "make_trials", make_known_trials)
-    monkeypatch.setattr(evaluate.vla.Policy, "load", lambda *args, **kwargs: policy)
+    monkeypatch.setattr(evaluate.vla, "load_policy", lambda *args: policy)
     for world in (1, 2):
         flags = ["--suites", "spatial,goal,chain", "--trials", "1", "--chains", "3", "--batch", "7"]
         argv = ["tabletop", "--policy", "x", "--out", str(tmp_path / f"{world}.json"), *flags]
@@ -350,7 +354,7 @@ def test_completions_may_be_as_long_as_in_the_run(written, tmp_path, capsys):
         evaluate.main(actions(written, out, "--max-new-tokens", "3", "--no-cuda-graphs"))
         assert max(lengths[4:]) == 3
     backbone = types.SimpleNamespace(run={})
-    assert evaluate.token_limit(None, backbone, 96) == 96
+    assert model.token_limit(None, backbone, 96) == 96
 
 
 def test_prompts_are_called_held_out_only_when_they_are(written, tmp_path, monkeypatch, capsys):

@@ -58,7 +58,7 @@ def made(tmp_path_factory):
     run(
         f"sft.py tabletop --init {untrained.folder('tiny-vlm')} --data {mixture} "
         f"--action-tokenizer {made}/fast --out {made}/sft --steps 3 --batch 4 --holdout-rows 8 "
-        "--eval-rows 8 --probe-prompts 2"
+        "--eval-rows 8 --probe-prompts 2 --max-new-tokens 12"
     )
     run(
         f"grpo.py tabletop --init {made}/sft --data {data}/episodes --out {made}/grpo --steps 1 "
@@ -105,6 +105,25 @@ def test_evaluate_writes_one_file_and_its_table(made):
     assert "| toy |" in run(f"evaluate.py report {results}")
 
 
+def test_a_model_drives_by_its_own_tokens(made):
+    """From a checkpoint of sft or grpo. Here hardly anything decodes: it holds still, and that is
+    counted."""
+    results = made / "drive.json"
+    flags = f"--out {results} --suites goal,chain --trials 1 --chains 1 --execute 5 --tries 2"
+    printed = run(f"evaluate.py tabletop --policy {made}/sft --variant think {flags}")
+    assert "seconds a chunk" in printed
+    run(
+        "-m torch.distributed.run --standalone --nproc_per_node=2 "
+        f"evaluate.py tabletop --policy {made}/grpo --variant direct --mode direct {flags}"
+    )
+    for variant in json.loads(results.read_text())["arms"].values():
+        metrics = variant["metrics"]
+        assert metrics["success"]["n"] == 10
+        assert metrics["retried"]["n"] == metrics["held still"]["n"] > 10
+        assert metrics["retried"]["mean"] >= metrics["held still"]["mean"] > 0
+        assert variant["seconds"]["tabletop"]["forward"] >= variant["seconds"]["tabletop"]["chunk"]
+
+
 def test_questions_are_scored_by_kind(made):
     data = made / "data/conversations.jsonl"
     run(
@@ -131,4 +150,8 @@ def test_wrong_stage_is_refused_in_one_line(made):
         f"evaluate.py actions --policy {made}/vla --data {data}",
     ):
         assert "stage 'vla'" in refusal(command)
-    assert "stage 'sft'" in refusal(f"evaluate.py tabletop --policy {made}/sft")
+    line = refusal(f"evaluate.py tabletop --policy {made}/vla --mode think --out {made}/x.json")
+    assert "--mode think: the head" in line
+    untrained_model = untrained.folder("tiny-vlm")
+    line = refusal(f"evaluate.py tabletop --policy {untrained_model} --out {made}/x.json")
+    assert "no policy; train one from it" in line

@@ -1,6 +1,7 @@
 """The policy server on loopback against openpi's own client, and the action chunks it shares with
 simulation against hand-worked numbers."""
 
+import collections
 import concurrent.futures
 import contextlib
 import importlib.util
@@ -30,8 +31,11 @@ class FakePolicy:
     horizon = 4
     action_dim = 3
     cameras = ("image", "image_wrist")
+    hold = None
+    thoughts = None
 
     def __init__(self):
+        self.count = collections.Counter()
         self.spec = {
             "stats": {
                 "state": {"q01": [0, 0], "q99": [1, 1]},
@@ -273,7 +277,7 @@ def test_other_names_and_refused_settings(monkeypatch):
     assert observation.images[0].max() == 1 and observation.images[1].max() == 0
     assert observation.prompt == "go" and observation.state.tolist() == [0, 0.5]
     assert observation.reset is False
-    monkeypatch.setattr(vla.Policy, "load", lambda *args, **kwargs: FakePolicy())
+    monkeypatch.setattr(vla, "load_policy", lambda *args: FakePolicy())
     with server.listen() as port, pytest.raises(OSError, match="in use"):
         serve.main(["--policy", "any", "--keys", "image=cam", "--port", str(port)])
     monkeypatch.setitem(sys.modules, "msgpack", None)
@@ -293,7 +297,7 @@ def run_command(monkeypatch, *words):
             super().__init__(*args, **kwargs)
             servers.append(self)
 
-    monkeypatch.setattr(vla.Policy, "load", lambda *args, **kwargs: FakePolicy())
+    monkeypatch.setattr(vla, "load_policy", lambda *args: FakePolicy())
     monkeypatch.setattr(serve, "Server", Kept)
     monkeypatch.setattr(serve.threading.Event, "wait", stop)
     serve.main(["--policy", "any", "--port", "0", *words])

@@ -753,7 +753,7 @@ def test_the_size_of_the_images_travels_in_the_checkpoint(data, trained, capsys)
         policy.act(twice[0].astype(np.float32), instructions[0], states[0])
     for height, width in ((719, 1279), (360, 640)):  # within a pixel of 16:9
         vla.check_view("image", np.zeros((height, width, 3), np.uint8), [720, 1280])
-    policy.image_sizes = {}  # of a checkpoint of before: as it was
+    policy.views.image_sizes = {}  # of a checkpoint of before: as it was
     assert not np.array_equal(policy.act_batch(twice, instructions, states, keys), want)
 
 
@@ -805,15 +805,19 @@ def test_a_policy_does_not_grow_with_what_it_is_asked(data, trained):
     2,000 characters."""
 
     def lengths():
-        held = {**vars(policy), **{f"backbone.{k}": v for k, v in vars(policy.backbone).items()}}
+        held = dict(vars(policy))
+        for part in ("backbone", "views"):
+            for name, value in vars(getattr(policy, part)).items():
+                held[f"{part}.{name}"] = value
         return {name: len(value) for name, value in held.items() if hasattr(value, "__len__")}
 
     images, _, states = observations(data)
     policy = vla.Policy.load(trained)
+    policy.act(images[0], "say", states[0])
     before = lengths()
     for i in range(5):
         policy.act(images[0], f"say {i}", states[0])
-    assert lengths() == before and "image_sizes" in before
+    assert lengths() == before and "views.image_sizes" in before
 
 
 def test_a_checkpoint_of_another_stage_is_no_policy(tmp_path):

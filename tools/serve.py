@@ -7,6 +7,8 @@ A client receives the metadata as it connects; then each observation is answered
     {"image": uint8 (H, W, 3), further cameras, "state": (S,), "prompt": str, perhaps "reset": True}
     -> {"actions": float32 (n, A) in dataset units, "clipped": numbers that were, "server_timing"}
 
+A checkpoint of sft or grpo, which drives by the tokens that it writes (vla.TokenPolicy), reads no
+state; its thoughts, if it thinks (--mode), are in the answer as "thought".
 openpi-client drives it unchanged. "reset" begins an episode, as a new prompt does. What does not
 fit is answered by one line of text. The message seeds the noise: the same one gets the same answer.
 
@@ -22,7 +24,7 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -51,8 +53,13 @@ class Observation:
 
     images: list[np.ndarray]  # uint8 (H, W, 3), one for each camera of the policy, in its order
     prompt: str
-    state: np.ndarray  # (S,) float32, dataset units
+    state: np.ndarray  # (S,) float32, dataset units; (0,) for a policy that reads none
     reset: bool  # an episode begins
+
+
+class Decision(NamedTuple):
+    chunk: np.ndarray  # (K, A)
+    thought: str | None  # None: the policy writes none
 
 
 @dataclass
@@ -61,7 +68,7 @@ class Job:
 
     observation: Observation
     noise_seed: int
-    result: np.ndarray | Exception | None = None  # chunk (K, A), or why there is none
+    result: Decision | Exception | None = None  # an exception: why there is none
 
 
 def with_our_names(message: dict) -> dict:
@@ -79,14 +86,14 @@ def with_our_names(message: dict) -> dict:
 class Server:
     """One policy for any number of clients.
 
-    policy: a vla.Policy. execute, ensemble: what a client carries out of a chunk, as in
+    policy: of vla.load_policy(). execute, ensemble: what a client carries out of a chunk, as in
     vla.ChunkExecutor. keys: {our name of an input: what clients call it}; the state may be several
     of theirs, joined by "+". batch: clients that share a forward at most.
     ValueError when websockets or msgpack is missing, or execute or keys do not fit the policy."""
 
     def __init__(
         self,
-        policy: vla.Policy,
+        policy: vla.Policy | vla.TokenPolicy,
         execute: int = 0,
         ensemble: float = 0.0,
         keys: dict[str, str] | None = None,
@@ -119,7 +126,7 @@ class Server:
         self.highest = highest.astype(np.float32)
         self.metadata = {
             "cameras": list(policy.cameras),
-            "state_dim": len(stats["state"]["q01"]),
+            "state_dim": len(stats["state"]["q01"]) if "state" in stats else 0,
             "action_horizon": self.executor().execute,
             "action_range": [self.lowest, self.highest],
             "image_sizes": self.image_sizes,
@@ -127,7 +134,7 @@ class Server:
 
     def executor(self) -> vla.ChunkExecutor:
         """A fresh one, for one client."""
-        return vla.ChunkExecutor(self.policy.horizon, self.execute, self.ensemble)
+        return vla.ChunkExecutor(self.policy.horizon, self.execute, self.ensemble, self.policy.hold)
 
     def check(self, message: dict) -> Observation:
         """A message -> what the policy reads. ValueError or KeyError naming what does not fit."""
@@ -135,22 +142,24 @@ class Server:
         prompt = message[self.keys.get("prompt", "prompt")]
         cameras = self.policy.cameras
         images = [np.asarray(message[self.keys.get(camera, camera)]) for camera in cameras]
-        state_keys = self.keys.get("state", "state").split("+")
-        state = np.hstack([message[key] for key in state_keys])
+        state_dim = self.metadata["state_dim"]
+        state = np.zeros(0)
+        if state_dim:
+            state_keys = self.keys.get("state", "state").split("+")
+            state = np.hstack([message[key] for key in state_keys])
 
         if not isinstance(prompt, str) or not prompt.strip() or len(prompt) > LONGEST_PROMPT:
             raise ValueError(f"prompt must be text of 1 to {LONGEST_PROMPT} characters, not blank")
         for camera, image in zip(cameras, images, strict=True):
             vla.check_view(camera, image, self.image_sizes.get(camera))
         state = state.astype(np.float32)
-        state_dim = self.metadata["state_dim"]
         if state.shape != (state_dim,) or not np.isfinite(state).all():
             raise ValueError(f"state is {state}; send {state_dim} finite numbers")
         return Observation(images, prompt, state, reset=bool(message.get("reset", False)))
 
-    def forward(self, jobs: list[Job]) -> list[np.ndarray | Exception]:
-        """One forward of the policy -> a chunk (K, A) a job. When it fails each job goes alone, so
-        that the error meets only the one that makes it fail."""
+    def forward(self, jobs: list[Job]) -> list[Decision | Exception]:
+        """One forward of the policy -> a decision a job. When it fails each job goes alone, so that
+        the error meets only the one that makes it fail."""
         observations = [job.observation for job in jobs]
         try:
             chunks = self.policy.act_batch(
@@ -163,13 +172,14 @@ class Server:
             if len(jobs) == 1:
                 return [e]
             return [self.forward([job])[0] for job in jobs]
-        return list(chunks)
+        thoughts = self.policy.thoughts or [None] * len(jobs)
+        return [Decision(*pair) for pair in zip(chunks, thoughts, strict=True)]
 
-    def predict(self, job: Job) -> np.ndarray:
-        """A client's job -> its chunk (K, A), from one forward with all that wait by then.
+    def predict(self, job: Job) -> Decision:
+        """A client's job -> what the policy decides, in one forward with all that wait by then.
 
         Whoever holds the lock forwards for all; the others find their results when it is theirs.
-        ValueError when the policy fails or answers NaN."""
+        ValueError when the policy fails."""
         self.waiting.append(job)
         with self.forwarding:
             while job.result is None:
@@ -183,7 +193,7 @@ class Server:
                     for other, result in zip(batch, results, strict=True):
                         other.result = result
                 self.count["forwards"] += 1
-        if isinstance(job.result, Exception) or not np.isfinite(job.result).all():
+        if isinstance(job.result, Exception):
             raise ValueError(f"stop the robot: the policy answers {job.result}")
         return job.result
 
@@ -202,8 +212,8 @@ class Server:
         # 2. predict
         if observation.reset:
             executor.reset()
-        chunk = self.predict(Job(observation, noise_seed=zlib.crc32(message)))  # (K, A)
-        predicted = executor(chunk, observation.prompt)  # (n, A)
+        decision = self.predict(Job(observation, noise_seed=zlib.crc32(message)))
+        predicted = executor(decision.chunk, observation.prompt)  # (n, A)
 
         # 3. clip and count
         actions = np.clip(predicted, self.lowest, self.highest)
@@ -214,20 +224,27 @@ class Server:
             self.latencies.append(milliseconds)
             if self.count["requests"] % ANSWERS_A_REPORT == 0:
                 print(self, flush=True)
-        return {
+        reply = {
             "actions": actions,
             "clipped": clipped,
             "server_timing": {"infer_ms": milliseconds},
         }
+        if decision.thought is not None:
+            reply["thought"] = decision.thought
+        return reply
 
     def __str__(self):
         count = self.count
         p50, p95 = np.percentile(self.latencies or [0], [50, 95])
-        return (
+        line = (
             f"{count['requests']} requests, {count['forwards']} forwards"
             f"  p50 {p50:.1f} p95 {p95:.1f} ms  {count['refused']} refused"
             f"  {count['clipped']} of {count['numbers']} numbers clipped"
         )
+        of_policy = self.policy.count
+        if of_policy["retried"]:
+            line += f"  {of_policy['retried']} chunks tried again, {of_policy['held']} held still"
+        return line
 
     def client(self, connection) -> None:
         """Answers one client until it leaves; runs in a thread of websockets' server."""
@@ -261,7 +278,7 @@ class Server:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.serve", description="Serve a policy.")
     add = parser.add_argument
-    add("--policy", required=True, help="checkpoint of vla.py")
+    add("--policy", required=True, help="checkpoint of vla.py, sft.py or grpo.py")
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all, for anyone")
     add("--port", type=natural, default=8000, help="port to listen on; 0: a free one")
     add("--keys", nargs="*", default=[], help="what clients call inputs: state=joints+grip")
@@ -271,12 +288,15 @@ def main(argv: list[str] | None = None) -> None:
     add("--seed", type=natural, default=0, help="seed of the policy's noise")
     has_gpu = torch.cuda.is_available()
     add("--device", type=model.device_name, default="cuda" if has_gpu else "cpu")
+    vla.policy_flags(add)
     args = parser.parse_args(argv)
     if args.port > LARGEST_PORT:
         parser.error(f"--port {args.port}: ports end at {LARGEST_PORT}")
 
     model.quiet_libraries()
-    policy = vla.Policy.load(args.policy, device=args.device, seed=args.seed)
+    policy = vla.load_policy(
+        args.policy, args.mode, args.tries, args.temperature, args.device, args.seed
+    )
     keys = {}
     for pair in args.keys:
         ours, _, theirs = pair.partition("=")
