@@ -50,7 +50,14 @@ def test_rollout(measure):
 def test_decode_bound_by_hand():
     """What rollout adds on a GPU; here with the bandwidth of a CPU, for its counts."""
     args = argparse.Namespace(
-        device="cpu", ranks=0, repeats=1, size="tiny", group=3, new_tokens=5, peak_tflops=1.0
+        device="cpu",
+        ranks=0,
+        on_the_wall=False,
+        repeats=1,
+        size="tiny",
+        group=3,
+        new_tokens=5,
+        peak_tflops=1.0,
     )
     backbone = speed.make_backbone(args)
     rows = speed.prompt_rows(backbone, speed.questions(2, 28))
