@@ -199,7 +199,7 @@ class ImageSpec:
 
     def bounded(self, max_pixels: int) -> "ImageSpec":
         """The same with larger images shrunk to so many pixels; 0: as it is."""
-        if not max_pixels or max_pixels > self.max_pixels:
+        if not max_pixels:
             return self
         return replace(self, min_pixels=min(self.min_pixels, max_pixels), max_pixels=max_pixels)
 

@@ -118,13 +118,6 @@ def test_images_of_several_sizes_are_cut_as_one_by_one(backbone):
     assert torch.equal(model.cut_patches(pixels, grid, spec), torch.cat(alone))
 
 
-def test_a_bound_on_pixels_never_enlarges():
-    """--max-pixels above the backbone's own limit raised that, though it says "shrunk to"."""
-    spec = model.ImageSpec.load(untrained.folder("tiny-qwen2.5-vl"))
-    assert spec.bounded(spec.max_pixels + 1) == spec == spec.bounded(0)
-    assert spec.bounded(100).max_pixels == spec.bounded(100).min_pixels == 100
-
-
 def test_images_travel_as_bytes(backbone):
     """They went to the GPU as float32, repeated in time: eight times the bytes, and rank 0's thread
     took 20 ms a megapixel to cut them."""
