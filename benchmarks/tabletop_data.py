@@ -97,18 +97,28 @@ def displacement(move, directions=DIRECTIONS) -> list[str]:
     return words
 
 
-def heading(move, fingers: float) -> str:
+def heading(move, fingers: float, directions=DIRECTIONS) -> str:
     """A move (3,) in words, in centimetres: "right 11, front 4, down 8, open"."""
-    return ", ".join([*displacement(move), "close" if fingers > 0 else "open"])
+    return ", ".join([*displacement(move, directions), "close" if fingers > 0 else "open"])
+
+
+def plan_words(target: str, target_place: str, gripper: str, phase: str, heading: str) -> str:
+    """The shape of a thought before a move; without a target its sentence is left out."""
+    sentences = [f"The gripper is at {gripper}.", f"Now {phase}: {heading}."]
+    if target:
+        sentences.insert(0, f"The {target} is at {target_place}.")
+    return " ".join(sentences)
 
 
 def thought(env: Tabletop, plan: Plan) -> str:
     """The reasoning before a move: target, its place, the gripper's, the phase, the direction."""
     target = {"drawer": "handle", "gripper": "drop spot"}.get(plan.target, plan.target)
-    return (
-        f"The {target} is at {cell(*plan.target_xy)}. "
-        f"The gripper is at {', '.join(gripper_words(env))}. "
-        f"Now {plan.phase}: {heading(plan.move, plan.fingers)}."
+    return plan_words(
+        target,
+        cell(*plan.target_xy),
+        ", ".join(gripper_words(env)),
+        plan.phase,
+        heading(plan.move, plan.fingers),
     )
 
 
