@@ -758,7 +758,7 @@ def nearest_to_hand(moment, rng) -> Which | None:
 def at_place(moment, rng) -> Which | None:
     right = pick(rng, moment.objects)
     for other in moment.objects:
-        if other is not right and np.abs(other.place - right.place).max() < APART:
+        if other.index != right.index and np.abs(other.place - right.place).max() < APART:
             return None
     words = place_words(moment, right.place)
     return Which(
@@ -812,7 +812,7 @@ def beside_another(moment, rng) -> Which | None:
     beyond = []
     for thing in moment.objects:
         distance = (thing.place - reference.place)[axis] * (1 if is_more else -1)
-        if thing is not reference and distance > 0:
+        if distance > 0:
             beyond.append((thing, distance))
     if len(moment.objects) < 3 or len(beyond) != 1 or beyond[0][1] < APART:
         return None
