@@ -46,7 +46,7 @@ def rows_in_turn(source: sft.ConversationDataset, total: int) -> list[int]:
     no kinds of their own."""
     by_kind = {}
     for i in source.train:
-        kind = source.row(i).get("kind", "").partition("+")[0]
+        kind = (source.row(i).get("kind") or "").partition("+")[0]
         by_kind.setdefault(kind, []).append(i)
     chosen = []
     longest = max(len(rows) for rows in by_kind.values())
@@ -71,7 +71,7 @@ def read_cards(path: str | Path, total: int, outside_images: bool = False) -> li
         turns = read_turns(row)
         with reading(sample_id):
             picture = draw_row(images, row, turns[0]) if images else None
-        cards.append(Card(row.get("kind", ""), picture, turns))
+        cards.append(Card(row.get("kind") or "", picture, turns))
     return cards
 
 
