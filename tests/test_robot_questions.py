@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import sft
+import model
 from benchmarks import questions
 from benchmarks import tabletop_data as td
 from fast_tokenizer import (
@@ -266,7 +266,7 @@ def test_every_right_answer_scores_1(written):
     kinds = set()
     for row in rows:
         answer = row["messages"][1]["content"]
-        right = sft.answer_text(answer)
+        right = model.answer_text(answer)
         assert questions.answer_score(row["score"], right, right, row, written) == 1
         assert questions.answer_score("exact", right, right, row, written) == 1
         assert row["messages"][0]["content"].count("<image>") == len(row["images"])
@@ -311,9 +311,9 @@ def test_rows_load_and_chunks_are_the_recorded_actions(data, written):
     chunks = np.concatenate([file.action[:16].reshape(4, 4, 4) for file in read_episodes(data)])
     tokenizer = FastTokenizer.fit(chunks, 64, 3)
     for name in ("conversations", "held_out", "thought_actions"):
-        source = sft.ConversationDataset(written / f"{name}.jsonl", tokenizer, 0)
+        source = model.ConversationDataset(written / f"{name}.jsonl", tokenizer, 0)
         for i in source.train:
-            assert len(sft.open_images(source[i])) == len(source.row(i)["images"])
+            assert len(model.open_images(source[i])) == len(source.row(i)["images"])
     files = read_episodes(data)
     for row in rows_of(written / "thought_actions.jsonl"):
         number, t, _ = td.Image.open(written / row["images"][0]).getpixel((0, 0))
@@ -349,7 +349,7 @@ def test_rare_answers_are_asked_as_often_as_others(data, tmp_path):
     answers = [
         row["messages"][1]["content"] for row in rows_of(tmp_path / "out/conversations.jsonl")
     ]
-    said = [sft.answer_text(answer) for answer in answers]
+    said = [model.answer_text(answer) for answer in answers]
     for state in rq.GRIPPER:
         assert said.count(state) > 0.15 * sum(len(answer) > 1 for answer in said)
 
