@@ -15,17 +15,16 @@ datasets package; Where2Place: the lines of point_questions.jsonl, in its folder
 Scores, in this order: choice, choice, exact (yes and no), point, point, exact. Robot-R1 Bench is
 open questions that a large model judges from 0 to 3: give such a judge the file of --answers.
 
-Another way to score is a function and a line in SCORES.
+Another way to score is a function and a line in grpo.SCORES, by which RL rewards answers too.
 """
 
 import json
-import re
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from PIL import Image
 
+import grpo
 import model
 import sft
 from fast_tokenizer import natural, non_negative, read_image, reading, to_rgb
@@ -36,7 +35,7 @@ from fast_tokenizer import natural, non_negative, read_image, reading, to_rgb
 def write(folder: str | Path, rows):
     """Rows as above -> folder/questions.jsonl, written last, and folder/images/.
 
-    more: a dict with "mask" (an image or its path), "box" or "tolerance", see the scores below."""
+    more: a dict with "mask" (an image or its path), "box" or "tolerance", see grpo.SCORES."""
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     lines = []
@@ -76,7 +75,17 @@ def save_image(folder: Path, name: str, image, row_number: int) -> str:
 def arguments(add):
     """Flags of `evaluate.py vqa`."""
     add("--data", required=True, help="conversations, .jsonl")
-    add("--score", default="exact", choices=list(SCORES))
+    add(
+        "--score",
+        default="exact",
+        choices=["row", *grpo.SCORES],
+        help="of all rows; row: as each row's own field says, and the mean of all as `answers`",
+    )
+    add(
+        "--graded",
+        action="store_true",
+        help="how near an answer is, as RL rewards it, not whether it is right",
+    )
     add(
         "--prompt",
         default="row",
@@ -97,57 +106,36 @@ def arguments(add):
 class Asked(NamedTuple):
     """A question as it is asked."""
 
-    row: dict  # of the file
-    right: str  # the row's own answer
-    sample: sft.Sample  # with the messages before the first answer
+    sample: model.Sample  # with the messages before the first answer
+    right: grpo.RightAnswer
 
 
 class Answer(NamedTuple):
     """What came of a question."""
 
-    kind: str
+    metric: str  # that it belongs to: score and kind
     score: float  # 0 .. 1
     truncated: bool  # cut off by the limit of tokens
     line: dict  # of the file of --answers
 
 
-def questions_to_ask(source: sft.ConversationDataset, args) -> list[Asked]:
-    """What stands before the first answer of each row: its question, a system message too. Damaged
-    when a row's own answer would not score 1, or the row cannot be asked: text, tags, images, of
-    which the headers are opened."""
-    folder = source.path.parent
+def questions_to_ask(source: model.ConversationDataset, args) -> list[Asked]:
+    """The first question of each row. ValueError naming the row when it cannot be asked or scored:
+    all rows are looked at before the first is asked."""
+    score = "" if args.score == "row" else args.score
+    think = {"row": None, "think": True, "direct": False}[args.prompt]
     asked = []
     for i in source.train[: args.rows or None]:
-        sample = source[i]
-        row = {**source.row(i), "sample_id": sample.sample_id}
-        roles = [message["role"] for message in sample.messages]
-        answered = roles.index("assistant")
-        right = sft.answer_text(sample.messages[answered]["content"])
-        with reading(sample.sample_id):
-            if "mask" in row:
-                source.image_path(row["mask"], sample.sample_id)
-            if roles[max(answered - 1, 0)] != "user":
-                raise ValueError("an answer without a question before it")
-            outline = source.outline(i)
-            model.check_messages(outline.messages, len(outline.image_sizes))
-            model.check_text(sample.kind or "")
-            score = answer_score(args.score, right, right, row, folder, args.unit)
-            if score != 1 and args.score != "point":
-                raise ValueError(f"its answer {right!r} is none for --score {args.score}")
-        sample = sft.first_question(sample)
-        if args.prompt != "row":
-            text = model.ask(row["messages"][answered - 1]["content"], args.prompt == "think")
-            question = {**sample.messages[-1], "content": text}
-            sample = sample._replace(messages=[*sample.messages[:-1], question])
-        kind = (sample.kind or "all").replace(" ", "_")  # a word of a metric's name
-        asked.append(Asked(row, right, sample._replace(kind=kind)))
+        right = grpo.right_answer(source, i, score, args.unit)
+        grpo.check_question(source, i, right)
+        asked.append(Asked(source.question(i, think), right))
     return asked
 
 
 def score_answers(backbone, args, local: slice) -> list[Answer]:
-    """Greedy answers to the share `local` of the rows of args.data. Damaged when a row, of any
+    """Greedy answers to the share `local` of the rows of args.data. ValueError when a row, of any
     share, cannot be scored."""
-    source = sft.ConversationDataset(args.data, backbone.action_tokenizer, 0, args.outside_images)
+    source = model.ConversationDataset(args.data, backbone.action_tokenizer, 0, args.outside_images)
     asked = questions_to_ask(source, args)[local]
     samples = [one.sample for one in asked]
     answers = sft.greedy_answers(
@@ -155,19 +143,26 @@ def score_answers(backbone, args, local: slice) -> list[Answer]:
     )
 
     scored = []
-    for (row, right, sample), (text, truncated) in zip(asked, answers, strict=True):
-        score = answer_score(args.score, text, right, row, source.path.parent, args.unit)
+    for (sample, right), (text, truncated) in zip(asked, answers, strict=True):
+        score = grpo.answer_score(text, right, args.graded)
+        kind = metric_kind(sample.kind)
         line = {  # the keys of this file are older than the names above
             "where": sample.sample_id,
-            "kind": sample.kind,
+            "kind": kind,
             "question": sample.messages[-1]["content"],
-            "right": right,
+            "right": right.text,
             "answer": text,
             "truncated": truncated,
             "mark": score,
         }
-        scored.append(Answer(sample.kind, score, truncated, line))
+        way = f"{right.score}_graded" if args.graded else right.score
+        scored.append(Answer(f"{way} {kind}", score, truncated, line))
     return scored
+
+
+def metric_kind(kind: str | None) -> str:
+    """A row's kind as a word of a metric's name."""
+    return (kind or "all").replace(" ", "_")
 
 
 def write_answers(path: str | Path, answers: list[Answer]):
