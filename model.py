@@ -863,7 +863,7 @@ class EpisodeDataset:
             )
         if action_tokenizer.stats is None:
             raise ValueError(
-                "--action-tokenizer: a tokenizer without statistics; save it with those of the "
+                f"{folder}: an action tokenizer without statistics; save it with those of the "
                 f"episodes: fast_tokenizer.py report --data {folder} --out fast/"
             )
         self.path = Path(folder)
