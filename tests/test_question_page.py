@@ -77,10 +77,11 @@ def test_answers_are_drawn_on_the_frame(tmp_path):
         row(f"<answer>{path}</answer>", "points", score="point"),
         row("<answer>(17, 32), (0.5, 7)</answer>", "centimetres"),
         row("<answer>cup</answer>", "which", question="What is at (0.25, 0.50)?"),
+        row("<answer>a1 d1 d4</answer>", "cells", score="path", grid=[4, 4]),  # Tabletop's way
     ]
     pictures = page_of(tmp_path, rows).pictures
-    assert [picture.size for picture in pictures] == [(256, 128)] * 5
-    point, path, points, centimetres, which = pictures
+    assert [picture.size for picture in pictures] == [(256, 128)] * 6
+    point, path, points, centimetres, which, cells = pictures
     assert colours(point, (0.25, 0.5), (0.5, 0.5), (0.75, 0.3), (0.6, 0.5)) == [
         *["answer"] * 3,  # the dot, two sides of the box
         "grey",
@@ -89,6 +90,7 @@ def test_answers_are_drawn_on_the_frame(tmp_path):
     assert colours(path, (0.1, 0.5), between, (0.9, 0.1)) == ["answer"] * 3
     assert colours(points, (0.1, 0.5), between, (0.9, 0.1)) == ["answer", "grey", "answer"]
     assert centimetres.getcolors() == [(256 * 128, GREY)]
+    assert colours(cells, (0.5, 0.125), (0.875, 0.5), (0.5, 0.5)) == ["answer", "answer", "grey"]
     ring = (0.25 + 6.5 / 256, 0.5)
     assert colours(which, ring, (0.25, 0.5)) == ["asked", "grey"]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import sft
-from benchmarks import questions
+import grpo
+import model
 from benchmarks import tabletop_data as td
 from fast_tokenizer import (
     FastTokenizer,
@@ -108,10 +108,10 @@ def among_objects(world, tmp_path):
     return at_first._replace(t=10)
 
 
-def answer_score(score: str, answer: str, right: str, row: dict, folder: Path) -> float:
-    if score == "path":  # TEMPORARY until w14-answers is merged
-        return float(answer == right)
-    return questions.answer_score(score, answer, right, row, folder)
+def worth(answer: str, row: dict, folder: Path, score: str = "") -> float:
+    """Of an answer to a row whose own answer is the same."""
+    right = grpo.RightAnswer(score or row["score"], answer, row, folder)
+    return grpo.answer_score(answer, right)
 
 
 def test_motion_by_hand(moment):
@@ -167,7 +167,7 @@ def test_answers_by_hand(moment, kind):
     assert asked.answer == answer
     right, wrong = asked.options or ("", [])
     assert right not in wrong
-    assert kind == "point" or answer_score(asked.score, answer, answer, asked.more, Path()) == 1
+    assert kind == "point" or worth(answer, asked.more, Path(), asked.score) == 1
 
 
 def test_words_by_hand(moment):
@@ -498,9 +498,9 @@ def test_every_right_answer_scores_1(written, written_objects, of_objects):
     kinds = set()
     for row in rows:
         answer = row["messages"][1]["content"]
-        right = sft.answer_text(answer)
-        assert answer_score(row["score"], right, right, row, written) == 1
-        assert questions.answer_score("exact", right, right, row, written) == 1
+        right = model.answer_text(answer)
+        assert worth(right, row, written) == 1
+        assert worth(right, row, written, "exact") == 1
         assert row["messages"][0]["content"].count("<image>") == len(row["images"])
         assert answer.startswith("<think>" if "+think" in row["kind"] else "<answer>")
         kinds.add(row["kind"])
@@ -551,9 +551,9 @@ def test_rows_load_and_chunks_are_the_recorded_actions(data, written):
     chunks = np.concatenate([file.action[:16].reshape(4, 4, 4) for file in read_episodes(data)])
     tokenizer = FastTokenizer.fit(chunks, 64, 3)
     for name in ("conversations", "held_out", "thought_actions"):
-        source = sft.ConversationDataset(written / f"{name}.jsonl", tokenizer, 0)
+        source = model.ConversationDataset(written / f"{name}.jsonl", tokenizer, 0)
         for i in source.train:
-            assert len(sft.open_images(source[i])) == len(source.row(i)["images"])
+            assert len(model.open_images(source[i])) == len(source.row(i)["images"])
     files = read_episodes(data)
     for row in rows_of(written / "thought_actions.jsonl"):
         number, t, _ = td.Image.open(written / row["images"][0]).getpixel((0, 0))
@@ -589,7 +589,7 @@ def test_rare_answers_are_asked_as_often_as_others(data, tmp_path):
     answers = [
         row["messages"][1]["content"] for row in rows_of(tmp_path / "out/conversations.jsonl")
     ]
-    said = [sft.answer_text(answer) for answer in answers]
+    said = [model.answer_text(answer) for answer in answers]
     for state in rq.GRIPPER:
         assert said.count(state) > 0.15 * sum(len(answer) > 1 for answer in said)
 

@@ -20,8 +20,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-import sft
-from benchmarks.questions import PAIR
+import grpo
+import model
 from fast_tokenizer import count, read_image, reading
 
 # ---- Rows ----------------------------------------------------------------------------------------
@@ -41,7 +41,7 @@ class Card(NamedTuple):
     turns: list[Turn]
 
 
-def rows_in_turn(source: sft.ConversationDataset, total: int) -> list[int]:
+def rows_in_turn(source: model.ConversationDataset, total: int) -> list[int]:
     """The rows to show, of each kind the first, then the second, ...; ways of asking ("+think") are
     no kinds of their own."""
     by_kind = {}
@@ -59,7 +59,7 @@ def read_cards(path: str | Path, total: int, outside_images: bool = False) -> li
     """Cards of a conversations file. ValueError naming the row; FileNotFoundError."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file; name conversations, .jsonl")
-    source = sft.ConversationDataset(path, None, 0, outside_images)
+    source = model.ConversationDataset(path, None, 0, outside_images)
     cards = []
     for i in rows_in_turn(source, total):
         row = source.row(i)
@@ -84,7 +84,7 @@ def read_turns(row: dict) -> list[Turn]:
             question = text
         elif message["role"] == "assistant":
             thought = re.search(r"<think>(.*?)</think>", text, re.DOTALL)
-            answer = sft.answer_text(text)
+            answer = model.answer_text(text)
             if answer == "<ACTION>" and row.get("chunk"):
                 first = ", ".join(f"{value:.2g}" for value in row["chunk"][0])
                 answer = f"{len(row['chunk'])} actions, the first ({first})"
@@ -98,10 +98,11 @@ SIDE = 256  # width of a frame, pixels
 ANSWER, ASKED, EDGE = "#ff2d55", "#ffd60a", "#000000"
 
 
-def points_of(text: str) -> list[tuple[float, float]]:
-    """The (x, y) of a text that are shares of width and height; not a place in centimetres."""
-    pairs = [(float(x), float(y)) for x, y in re.findall(PAIR, text)]
-    return [pair for pair in pairs if max(pair) <= 1 and min(pair) >= 0]
+def points_of(text: str, row: dict) -> list[tuple[float, float]]:
+    """The points (x, y) of a text, as they are scored, that lie in the image."""
+    points = grpo.points_in(text, grpo.RightAnswer("point", text, row, Path()))  # (N, 2)
+    is_inside = ((points >= 0) & (points <= 1)).all(1)
+    return [tuple(point) for point in points[is_inside].tolist()]
 
 
 def draw_row(images: list[np.ndarray], row: dict, turn: Turn) -> Image.Image:
@@ -117,8 +118,8 @@ def draw_row(images: list[np.ndarray], row: dict, turn: Turn) -> Image.Image:
     if "box" in row:
         corners = np.reshape(row["box"], (2, 2)) * (width, height)
         draw.rectangle([tuple(corner) for corner in corners.tolist()], outline=ANSWER)
-    asked = [(width * x, height * y) for x, y in points_of(turn.question)]
-    answered = [(width * x, height * y) for x, y in points_of(turn.answer)]
+    asked = [(width * x, height * y) for x, y in points_of(turn.question, {})]
+    answered = [(width * x, height * y) for x, y in points_of(turn.answer, row)]
     if row.get("score") == "path" and len(answered) > 1:
         draw.line(answered, fill=EDGE, width=5, joint="curve")
         draw.line(answered, fill=ANSWER, width=3, joint="curve")
