@@ -131,10 +131,28 @@ def test_who_closes_in_motion_or_from_the_start_pushes():
     place[:, 0] = 0.05 * np.arange(12)
     fast = np.zeros(12, bool)
     closing = np.arange(12) >= 4
-    assert mt.primitives(place, closing, fast, 2) == ["reach"] * 4 + ["push"] * 8
-    assert mt.primitives(place, ~fast, fast, 2) == ["push"] * 12
+    unknown = np.full(12, -1)
+    assert mt.primitives(place, closing, fast, unknown, 2) == ["reach"] * 4 + ["push"] * 8
+    assert mt.primitives(place, ~fast, fast, unknown, 2) == ["push"] * 12
     # the same motion, but slow where it closes
-    assert mt.primitives(place, closing, ~fast, 2)[4:6] == ["grasp", "carry"]
+    assert mt.primitives(place, closing, ~fast, unknown, 2)[4:6] == ["grasp", "carry"]
+
+
+def test_a_new_target_ends_grasp_and_release():
+    """Of a hand that closes at 2 and opens at 8 and moves 1 mm a step: so near, it would grasp and
+    let go all the time, while the thought says that it goes for the plate."""
+    place = np.zeros((12, 3))
+    place[:, 0] = 0.001 * np.arange(12)
+    closed = (np.arange(12) >= 2) & (np.arange(12) < 8)
+    slow = np.ones(12, bool)
+    names = mt.primitives(place, closed, slow, np.full(12, -1), 4)
+    assert names == ["reach"] * 2 + ["grasp"] * 6 + ["release"] * 4
+    target = np.array([0] * 4 + [1] * 6 + [0] * 2)
+    names = mt.primitives(place, closed, slow, target, 4)
+    carry = ["carry"] * 4  # 4 mm in 4 steps; those before the fingers open as before
+    assert names == ["reach"] * 2 + ["grasp"] * 2 + carry + ["release"] * 2 + ["reach"] * 2
+    target[10:] = -1  # none is no new one
+    assert mt.primitives(place, closed, slow, target, 4)[8:] == ["release"] * 4
 
 
 GRIPPER_STATES = {3: "open", 4: "about to close", 6: "closed", 15: "closed", 16: "about to open"}

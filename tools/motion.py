@@ -203,11 +203,10 @@ def read_motion(file: EpisodeFile, axes: Axes, seconds: float, camera: Camera | 
     distance = np.linalg.norm(np.diff(hand, axis=0), axis=1)
     speed = np.append(distance, distance[-1])  # (T,) m a step
     fast = np.quantile(speed, 0.9)
-    primitive = primitives(hand, closed, speed < SLOW * fast, ahead)
-    # 4. objects
     target = np.full(steps, -1)
     if file.targets is not None and things.shape[1]:
         target = np.array(file.targets)
+    primitive = primitives(hand, closed, speed < SLOW * fast, target, ahead)
     return Motion(
         file=file,
         position=hand - axes.origin,
@@ -246,7 +245,9 @@ def next_waypoints(closed: np.ndarray, resting: np.ndarray) -> np.ndarray:
     return waypoint
 
 
-def primitives(place: np.ndarray, closed: np.ndarray, slow: np.ndarray, ahead: int) -> list[str]:
+def primitives(
+    place: np.ndarray, closed: np.ndarray, slow: np.ndarray, target: np.ndarray, ahead: int
+) -> list[str]:
     """The primitive of each step, of places (T, 3) m:
 
         open                          reach    until the hand has left where it opened: release
@@ -255,7 +256,8 @@ def primitives(place: np.ndarray, closed: np.ndarray, slow: np.ndarray, ahead: i
         closed                        grasp    until the hand has left where it closed, then by its
                                                direction: lift, carry or place; standing: as before
 
-    The direction is that of the next `ahead` steps, up to the next change of the gripper."""
+    The hand leaves, too, as soon as its target (T,) is another one. The direction is that of the
+    next `ahead` steps, up to the next change of the gripper."""
     changes = np.flatnonzero(closed[1:] != closed[:-1]) + 1
     names = []
     holds = False
@@ -264,8 +266,11 @@ def primitives(place: np.ndarray, closed: np.ndarray, slow: np.ndarray, ahead: i
         if t and is_closed != closed[t - 1]:
             changed_at = place[t]
             holds = bool(is_closed and slow[t])
-        if changed_at is not None and np.linalg.norm(place[t] - changed_at) > MOVED:
-            changed_at = None
+            old_target = target[t - 1]
+        if changed_at is not None:
+            has_new_target = target[t] >= 0 and target[t] != old_target
+            if has_new_target or np.linalg.norm(place[t] - changed_at) > MOVED:
+                changed_at = None
         end = min([t + ahead, len(place) - 1, *changes[changes > t][:1]])
         move = place[end] - place[t]  # (3,)
         level = np.linalg.norm(move[:2])
