@@ -187,6 +187,7 @@ PRIMITIVES = {  # how a thought may say it
     "push": ["it pushes with closed fingers", "it moves with closed fingers that hold nothing"],
 }
 
+# fork point: the wording of thoughts
 SENTENCES = {  # a fact -> ways to say it in a thought
     "position": [
         "The hand is {place} cm from {origin}.",
@@ -303,7 +304,6 @@ def say_all(moment: Moment, rng, facts: list[str]) -> str:
     return " ".join(say(moment, rng, facts[i]) for i in rng.permutation(len(facts)))
 
 
-# fork point: the wording of thoughts
 THOUGHT_STYLES = {
     "varied": "facts in any order and wording",
     "fixed": "target, hand, phase and direction in one form, as Tabletop's",
@@ -899,6 +899,8 @@ def ask_offset(moment, rng) -> Asked | None:
         thing = moment.target
     way = thing.place - moment.place
     words = waypoint_words(moment, way)
+    hand_at = say(moment, rng, "hand")
+    thing_at = object_place(moment, rng, thing)
     return Asked(
         text=pick(
             rng,
@@ -913,10 +915,10 @@ def ask_offset(moment, rng) -> Asked | None:
             moment,
             rng,
             [
-                f"{{}} {{}} From hand to {thing.name} it is {words}.",
-                f"{{1}} {{0}} So the {thing.name} is {words} from the hand.",
+                f"{hand_at} {thing_at} From hand to {thing.name} it is {words}.",
+                f"{thing_at} {hand_at} So the {thing.name} is {words} from the hand.",
             ],
-        ).format(say(moment, rng, "hand"), object_place(moment, rng, thing)),
+        ),
         options=move_options(moment, rng, way, 0.04, waypoint_words),
         context=("objects",),
         score="number",
