@@ -797,6 +797,11 @@ def test_tabletop_facts_agree_with_its_world(tmp_path):
         x, y, z = env.gripper_xyz
         np.testing.assert_allclose(motion.position[t], [x, y, z], atol=1e-6)
         u, v = motion.hand_pixel[t]
+        np.testing.assert_allclose(file.hand_pixel[t], [u, v], atol=1e-6)
+        np.testing.assert_allclose(file.object_pixel[t], motion.object_pixel[t], atol=1e-6)
+        held = motion.objects[motion.held[t]] if motion.held[t] >= 0 else ""
+        if env.held is not None or not motion.closed[t]:  # else the fingers are closing
+            assert held == (env.held.name if env.held else "")
         assert td.cell(x, y) == f"{'abcdefgh'[int(8 * u)]}{int(8 * v) + 1}"
         env.advance(file.action[t])
     phases = [name for name, _ in itertools.groupby(motion.primitive)]
