@@ -206,19 +206,19 @@ def read_motion(file: EpisodeFile, axes: Axes, seconds: float, camera: Camera | 
     target = np.full(steps, -1)
     if file.targets is not None and things.shape[1]:
         target = np.array(file.targets)
-    primitive = primitives(hand, closed, speed < SLOW * fast, target, ahead)
+    held = held_objects(hand, things, closed)
     return Motion(
         file=file,
         position=hand - axes.origin,
         closed=closed,
         waypoint=next_waypoints(closed, speed < RESTING * fast),
-        primitive=primitive,
+        primitive=primitives(hand, closed, speed < SLOW * fast, held, target, ahead),
         ahead=ahead,
         hand_pixel=hand_pixel,
         object_position=things - axes.origin,
         object_pixel=object_pixel,
         target=target,
-        held=held_objects(hand, things, closed, primitive),
+        held=held,
     )
 
 
@@ -246,18 +246,24 @@ def next_waypoints(closed: np.ndarray, resting: np.ndarray) -> np.ndarray:
 
 
 def primitives(
-    place: np.ndarray, closed: np.ndarray, slow: np.ndarray, target: np.ndarray, ahead: int
+    place: np.ndarray,
+    closed: np.ndarray,
+    slow: np.ndarray,
+    held: np.ndarray,
+    target: np.ndarray,
+    ahead: int,
 ) -> list[str]:
     """The primitive of each step, of places (T, 3) m:
 
         open                          reach    until the hand has left where it opened: release
-        closed from the start,
-        or closed in fast motion      push
+        closed from the start, or
+        closed in fast motion, and
+        not known to hold a thing     push
         closed                        grasp    until the hand has left where it closed, then by its
                                                direction: lift, carry or place; standing: as before
 
-    The hand leaves, too, as soon as its target (T,) is another one. The direction is that of the
-    next `ahead` steps, up to the next change of the gripper."""
+    held, target (T,): objects, -1 for none. The hand leaves, too, as soon as its target is another
+    one. The direction is that of the next `ahead` steps, up to the next change of the gripper."""
     changes = np.flatnonzero(closed[1:] != closed[:-1]) + 1
     names = []
     holds = False
@@ -267,6 +273,7 @@ def primitives(
             changed_at = place[t]
             holds = bool(is_closed and slow[t])
             old_target = target[t - 1]
+        holds = holds or held[t] >= 0
         if changed_at is not None:
             has_new_target = target[t] >= 0 and target[t] != old_target
             if has_new_target or np.linalg.norm(place[t] - changed_at) > MOVED:
@@ -290,17 +297,16 @@ def primitives(
     return names
 
 
-def held_objects(
-    hand: np.ndarray, things: np.ndarray, closed: np.ndarray, primitive: list[str]
-) -> np.ndarray:
+def held_objects(hand: np.ndarray, things: np.ndarray, closed: np.ndarray) -> np.ndarray:
     """The object that the hand holds at each step (T,); -1: none, or not known.
 
     hand (T, 3), things (T, N, 3), m. From where the fingers close until they open it is the one
-    that moves, and that stays with the hand best while it does, unless they push."""
+    that moves, and that stays beside the hand best all the while. Who pushes has closed the fingers
+    before coming to the object."""
     held = np.full(len(closed), -1)
     changes = [0, *(np.flatnonzero(closed[1:] != closed[:-1]) + 1), len(closed)]
     for start, end in itertools.pairwise(changes):
-        if not closed[start] or "push" in primitive[start:end] or not things.shape[1]:
+        if not closed[start] or not things.shape[1]:
             continue
         path = things[start:end]  # (steps, N, 3)
         beside = path - hand[start:end, None]
