@@ -527,7 +527,8 @@ def print_scores(mode: str, style: str, metrics: dict[str, Interval], targets: l
 
 
 def vqa(args: argparse.Namespace):
-    """`evaluate.py vqa`: scores of greedy answers, by kind of row, and how many were cut off."""
+    """`evaluate.py vqa`: scores of greedy answers, by kind of row, and how many were cut off. By
+    --score row also the mean of all, "answers", whose paired values stand in the order of rows."""
     from benchmarks import questions
 
     started = time.time()
@@ -542,18 +543,23 @@ def vqa(args: argparse.Namespace):
         return
     if args.answers:
         questions.write_answers(args.answers, answers)
-    scores_by_kind = {}
+    values = {}  # metric -> scores
     for answer in answers:
-        scores_by_kind.setdefault(answer.kind, []).append(answer.score)
+        values.setdefault(answer.metric, []).append(answer.score)
     metrics = {}
-    for kind, scores in sorted(scores_by_kind.items()):
-        if args.score == "point":  # the share of points that hit, not a yes or no
-            metrics[f"{args.score} {kind}"] = bootstrap(scores)
+    for name, scores in sorted(values.items()):
+        score, _ = name.split()
+        if score in ("exact", "choice", "number"):  # each answer is right or wrong
+            metrics[name] = wilson(sum(scores), len(scores))
         else:
-            metrics[f"{args.score} {kind}"] = wilson(sum(scores), len(scores))
+            metrics[name] = bootstrap(scores)
+    paired = {}
+    if args.score == "row":
+        paired["answers"] = [round(answer.score, 5) for answer in answers]
+        metrics["answers"] = bootstrap(paired["answers"])
     truncated = sum(answer.truncated for answer in answers)
     metrics["truncated"] = wilson(truncated, len(answers))
-    write_metrics(metrics, {}, args, started)
+    write_metrics(metrics, paired, args, started)
 
 
 # ---- Report --------------------------------------------------------------------------------------

@@ -99,18 +99,28 @@ def displacement(move, directions=DIRECTIONS) -> list[str]:
     return words
 
 
-def heading(move, fingers: float) -> str:
+def heading(move, fingers: float, directions=DIRECTIONS) -> str:
     """A move (3,) in words, in centimetres: "right 11, front 4, down 8, open"."""
-    return ", ".join([*displacement(move), "close" if fingers > 0 else "open"])
+    return ", ".join([*displacement(move, directions), "close" if fingers > 0 else "open"])
+
+
+def plan_words(target: str, target_place: str, gripper: str, phase: str, heading: str) -> str:
+    """The shape of a thought before a move; without a target its sentence is left out."""
+    sentences = [f"The gripper is at {gripper}.", f"Now {phase}: {heading}."]
+    if target:
+        sentences.insert(0, f"The {target} is at {target_place}.")
+    return " ".join(sentences)
 
 
 def thought(env: Tabletop, plan: Plan) -> str:
     """The reasoning before a move: target, its place, the gripper's, the phase, the direction."""
     target = {"drawer": "handle", "gripper": "drop spot"}.get(plan.target, plan.target)
-    return (
-        f"The {target} is at {cell(*plan.target_xy)}. "
-        f"The gripper is at {', '.join(gripper_words(env))}. "
-        f"Now {plan.phase}: {heading(plan.move, plan.fingers)}."
+    return plan_words(
+        target,
+        cell(*plan.target_xy),
+        ", ".join(gripper_words(env)),
+        plan.phase,
+        heading(plan.move, plan.fingers),
     )
 
 
@@ -269,26 +279,33 @@ class Kind(NamedTuple):
 
     weight: int  # how often, among all kinds
     ask: Callable  # SCENE: (env, rng) -> Question; TASK: (env, rng, plan) -> question, answer
+    score: dict  # by what its answers are scored: fields of a row, see grpo.SCORES
 
+
+EXACT = {"score": "exact"}
+CHOICE = {"score": "choice"}
+LIST = {"score": "items"}
+CELLS = {"score": "path", "grid": [8, 8]}  # as cell() names them
+CM = "tolerance"  # of answers in centimetres; a thing is about 4 cm wide
 
 SCENE = {  # what the image shows
-    "where": Kind(4, where_is),
-    "what": Kind(4, what_is_at),
-    "relation": Kind(2, relation_of_two),
-    "holding": Kind(1, what_is_held),
-    "gripper": Kind(2, where_is_the_gripper),
-    "choice": Kind(1, which_one),
-    "caption": Kind(4, describe),
-    "point": Kind(4, point_to),
-    "points": Kind(5, point_to_everything),
+    "where": Kind(4, where_is, EXACT),
+    "what": Kind(4, what_is_at, EXACT),
+    "relation": Kind(2, relation_of_two, EXACT),
+    "holding": Kind(1, what_is_held, EXACT),
+    "gripper": Kind(2, where_is_the_gripper, LIST),
+    "choice": Kind(1, which_one, CHOICE),
+    "caption": Kind(4, describe, LIST),
+    "point": Kind(4, point_to, {"score": "number", CM: 2}),
+    "points": Kind(5, point_to_everything, {**LIST, CM: 2}),
 }
 TASK = {  # the expert's next move
-    "target": Kind(2, where_is_the_target),
-    "direction": Kind(8, which_direction),
-    "phase": Kind(1, which_phase),
-    "fingers": Kind(1, open_or_close),
-    "movement": Kind(1, which_movement),
-    "trajectory": Kind(2, trace_the_path),
+    "target": Kind(2, where_is_the_target, EXACT),
+    "direction": Kind(8, which_direction, {**LIST, CM: 1}),
+    "phase": Kind(1, which_phase, EXACT),
+    "fingers": Kind(1, open_or_close, EXACT),
+    "movement": Kind(1, which_movement, CHOICE),
+    "trajectory": Kind(2, trace_the_path, CELLS),
 }
 
 
@@ -469,12 +486,14 @@ def make_conversation(args, number: int) -> str:
     """Lines of conversations.jsonl: one, or with --single one for each question."""
     image, turns = conversation(args.seed, number, args.size, args.tilt)
     frame = save_frame(args.out, "frames", number, image)
-    if len(turns) > 1 and not args.single:
-        return json_row([frame], [turn.question for turn in turns])
+    kinds = SCENE | TASK
+    if len(turns) > 1 and not args.single:  # RL and evaluation ask the first question of a row
+        questions = [turn.question for turn in turns]
+        return json_row([frame], questions, **kinds[turns[0].kind].score)
     lines = []
     for kind, question in turns:
         way = f"{kind}+think" if question.thought else kind
-        lines.append(json_row([frame], [question], kind=way))
+        lines.append(json_row([frame], [question], kind=way, **kinds[kind].score))
     return "".join(lines)
 
 

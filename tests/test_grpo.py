@@ -40,7 +40,8 @@ def chunks(n, seed=0):
 
 def make_backbone(size="tiny-qwen3-vl"):
     backbone = backbones.random_backbone(size)
-    backbone.action_tokenizer = FastTokenizer.fit(chunks(200), vocab_size=48, scale=2)
+    unit = {"q01": [-1.0] * A, "q99": [1.0] * A, "mean": [0.0] * A, "std": [1.0] * A}
+    backbone.action_tokenizer = FastTokenizer.fit(chunks(200), 48, scale=2, stats=unit)
     sft.grow_vocabulary(backbone, backbone.action_tokenizer.vocab_size)
     return backbone
 
@@ -454,28 +455,76 @@ def test_non_finite_loss_stops(backbone, tmp_path):
             assert torch.equal(saved[f"{i}.{k}"].nan_to_num(), getattr(g, k).nan_to_num())
 
 
+class Rows:
+    """A source of n rows to train on, after `first` others."""
+
+    def __init__(self, n, first=0):
+        self.train = range(first, first + n)
+
+
+def picked(seed, sizes, weights, numbers, again=0):
+    sources = [Rows(n) for n in sizes]
+    picks = grpo.draw_prompts(seed, sources, weights, numbers, again)
+    return [tuple(pick) for pick in picks]
+
+
 def test_prompt_order():
-    first = grpo.prompt_frames(0, 10, range(10))
-    assert sorted(first) == list(range(10)) and first != sorted(first)  # an epoch sees all, once
-    both = grpo.prompt_frames(0, 10, range(4, 14))
-    assert both[:6] == first[4:] and both[6:] == grpo.prompt_frames(0, 10, range(10, 14))
-    assert grpo.prompt_frames(0, 10, range(1, 9, 2)) == first[1:9:2]  # a rank's share
-    assert grpo.prompt_frames(1, 10, range(10)) != first
+    first = picked(0, [10], [1], range(10))
+    assert sorted(first) == [(0, i) for i in range(10)] and first != sorted(first)  # each once
+    both = picked(0, [10], [1], range(4, 14))
+    assert both[:6] == first[4:] and both[6:] == picked(0, [10], [1], range(10, 14))
+    assert picked(0, [10], [1], range(1, 9, 2)) == first[1:9:2]  # a rank's share
+    assert picked(1, [10], [1], range(10)) != first
+
+
+def test_prompts_of_one_folder_are_those_of_earlier_versions():
+    """The committed results were made by this formula, before there were mixtures."""
+
+    def before(seed, n, numbers):
+        shuffled = {
+            e: model.rng(seed, "prompts", e).permutation(n) for e in {k // n for k in numbers}
+        }
+        return [(0, int(shuffled[k // n][k % n])) for k in numbers]
+
+    numbers = range(7, 40)
+    assert picked(3, [13], [0.5], numbers) == before(3, 13, numbers)
+    fresh = [number + (2 << 40) for number in numbers]  # of dynamic sampling, round 2
+    assert picked(3, [13], [0.5], numbers, again=2) == before(3, 13, fresh)
+
+
+def test_prompts_of_a_mixture_are_drawn_by_weight_and_each_row_once_before_any_again():
+    sizes, weights = [50, 20, 7], [1, 2, 0]
+    picks = picked(0, sizes, weights, range(600))
+    by_source = [[i for s, i in picks if s == source] for source in range(3)]
+    assert [len(rows) / 600 for rows in by_source] == pytest.approx([1 / 3, 2 / 3, 0], abs=0.05)
+    for rows, n in zip(by_source[:2], sizes, strict=False):
+        for start in range(0, len(rows) - n, n):
+            assert sorted(rows[start : start + n]) == list(range(n))
+        assert rows[:n] != rows[n : 2 * n], "shuffled anew"
+    assert picks[5:600:3] == picked(0, sizes, weights, range(5, 600, 3)), "a rank's share"
+    assert picks[:40] == picked(0, sizes, weights, range(40)), "a shorter run begins like a longer"
+    assert picked(0, sizes, weights, range(40), again=1) != picks[:40]
 
 
 def test_prompts_match_their_targets(backbone, world):
     """Targets past an episode's end once repeated its last movement: the arm would go on moving.
     Episodes of 6, 7 and 8 steps have 3, 4 and 5 that begin a chunk of 4."""
-    files = read_episodes(world / "data")
-    rows, targets = grpo.prompt_rows(backbone, files, [0, 2, 3, 6, 7])
-    assert targets[2] == backbone.action_tokenizer.encode(files[1].action[None, :K])[0]
-    assert targets[1] == backbone.action_tokenizer.encode(files[0].action[None, 2:])[0]  # the last
-    text = backbone.tokenizer.decode(rows[4]["ids"])
+    source = model.EpisodeDataset(world / "data", backbone.action_tokenizer)
+    files = source.episodes
+    ends = source.ends.tolist()
+    picks = [grpo.Pick(0, i) for i in (0, ends[0] - 1, ends[0], ends[1])]
+    rows, targets = grpo.prompt_rows(backbone, [source], picks)
+    encode = backbone.action_tokenizer.encode
+    assert targets[0] == encode(files[0].action[None, :K])[0]
+    assert targets[1] == encode(files[0].action[None, -K:])[0]  # the last
+    assert targets[2] == encode(files[1].action[None, :K])[0]
+    text = backbone.tokenizer.decode(rows[3]["ids"])
     assert files[2].task in text and model.THINK in text and text.endswith("assistant\n")
-    pixels, _ = model.fit_image(files[1].frame(3), backbone.image_spec)
-    assert np.array_equal(rows[3]["pixels"], pixels)
+    pixels, _ = model.fit_image(files[1].frame(0), backbone.image_spec)
+    assert np.array_equal(rows[2]["pixels"], pixels)
+    assert rows[2]["sample_id"] == f"{files[1]}:0"
     with pytest.raises(IndexError):  # 12 steps begin a whole chunk
-        grpo.prompt_rows(backbone, files, [12])
+        grpo.prompt_rows(backbone, [source], [grpo.Pick(0, 12)])
 
 
 def test_grpo_raises_the_reward(monkeypatch):
@@ -696,7 +745,7 @@ def test_bad_input_is_one_line(world, tmp_path):
     plain = backbones.random_backbone("tiny-qwen3-vl")
     for stage in ("sft", "vla"):
         model.save(tmp_path / stage, plain, {"stage": stage, "step": 1, "config": {}, "parent": ""})
-    error("--init", str(tmp_path / "vla"), match="stage 'vla', expected sft or grpo")
+    error("--init", str(tmp_path / "vla"), match="stage 'vla', expected base or sft or grpo")
     error("--init", str(tmp_path / "sft"), match="no fast/ in this checkpoint")
     error("--init", str(tmp_path / "none"), match="no such folder")
     error("--data", str(tmp_path), match="no episode_")

@@ -347,7 +347,7 @@ def scripted(monkeypatch, answer):
             question = sample.messages[-1]["content"]
             seen.append(question)
             assert question.count("<image>") == len(sample.images)
-            assert all(image.ndim == 3 for image in sft.open_images(sample))
+            assert all(image.ndim == 3 for image in model.open_images(sample))
         texts = [answer(text) for text in seen[-len(samples) :]]
         return [sft.GreedyAnswer(text, truncated=text == "maybe") for text in texts]
 

@@ -5,20 +5,19 @@
 reads episodes (folder/*.safetensors, whatever they come from) and writes, in the formats of
 docs/data.md, conversations.jsonl of the training episodes, held_out.jsonl of those that all stages
 hold out, thought_actions.jsonl with --thought-actions, frames/*.png and report.json. Facts come
-from state, action, instruction, rate and camera alone. The same seed gives the same bytes.
+from state, action, instruction, rate and camera; where the recorder knew of objects, from these
+too. The same seed gives the same bytes.
 
-1. axes: which numbers of the state are the hand's place, which tell of the gripper, and their words
-2. motion of an episode: places, gripper, waypoints, the primitive of each step
-3. a kind of question and a step are drawn; the facts at that step give question and answer
-4. half of the answers follow a thought: some facts in any order and wording, then the conclusion
+1. tools/motion.py reads what an episode tells of its steps
+2. a kind of question and a step are drawn; the facts at that step give question and answer
+3. half of the answers follow a thought: some facts in any order and wording, then the conclusion
 
-In the order of the file as above, then rows and the command. Who wants another kind of question
-adds a function and a line to KINDS. T: steps of an episode.
+In the order of the file: words; questions about the hand; about objects; rows; the command. Who
+wants another kind of question adds a function and a line to KINDS.
 """
 
 import argparse
 import json
-import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -31,13 +30,14 @@ from benchmarks.tabletop_data import (
     ACTION_QUESTION,
     Question,
     displacement,
+    heading,
     json_row,
     multiple_choice,
     pick,
+    plan_words,
     save_frame,
 )
 from fast_tokenizer import (
-    EpisodeFile,
     action_chunks,
     chunk_starts,
     count,
@@ -47,258 +47,25 @@ from fast_tokenizer import (
     read_episodes,
     split_episodes,
 )
+from tools.motion import Axes, Motion, axes_path, read_axes, read_camera, read_motion
 
-# ---- Axes ----------------------------------------------------------------------------------------
-
-AXES = Path(__file__).parent / "axes"
-WORLDS = ("tabletop", "libero", "metaworld", "calvin")  # each has a file there
-
-
-class Gripper(NamedTuple):
-    """Which numbers tell whether the gripper is closed."""
-
-    of: str  # "state", or "action": what was commanded in the step before
-    dimensions: list[int]
-    closed: list[float]  # what these read when it is closed, or holds something
-    open: list[float]
-
-
-class Axes(NamedTuple):
-    """What the numbers of a state mean."""
-
-    position: list[int]  # dimensions of the state that are x, y and the height
-    metres: float  # in one unit of them
-    origin: list[float]  # from where places are counted, m
-    origin_name: str
-    words: list[list[str]]  # of x, y and the height: where it is less, where it is more
-    gripper: Gripper
-
-
-def read_axes(path: str | Path, state_dim: int, action_dim: int) -> Axes:
-    """Axes from a file, for a robot of so many dimensions. ValueError naming what is wrong."""
-    fields = read_object(path, Axes._fields)
-    try:
-        axes = Axes(**fields)._replace(gripper=Gripper(**fields["gripper"]))
-        fault = axes_fault(axes)
-    except (TypeError, ValueError) as e:
-        fault = str(e)
-    if fault:
-        raise ValueError(f"{path}: {fault}; write it as {AXES / 'libero.json'}")
-    gripper = axes.gripper
-    dims = {"state": state_dim, "action": action_dim}
-    for name, of, dimensions in (
-        ("position", "state", axes.position),
-        ("gripper", gripper.of, gripper.dimensions),
-    ):
-        for dimension in dimensions:
-            if not isinstance(dimension, int) or not 0 <= dimension < dims[of]:
-                raise ValueError(
-                    f"{path}: {name} names dimension {dimension} of the {of}, which has 0 .. "
-                    f"{dims[of] - 1}; correct the file, or give another one with --axes"
-                )
-    return axes
-
-
-def axes_fault(axes: Axes) -> str:
-    """What makes the values of a file no axes; "" when they are. TypeError, ValueError."""
-    gripper = axes.gripper
-    words = [word for pair in axes.words for word in pair]
-    if not 0 < axes.metres < np.inf:
-        return f'"metres" {axes.metres} is not above 0'
-    if len(axes.position) != 3 or len(axes.origin) != 3 or not np.isfinite(axes.origin).all():
-        return '"position" and "origin" are not 3 numbers each'
-    if not isinstance(axes.origin_name, str) or not all(isinstance(word, str) for word in words):
-        return '"origin_name" or one of "words" is no text'
-    if len(axes.words) != 3 or len(set(words)) != 6 or words[4:] != ["down", "up"]:
-        return f'"words" {axes.words} are not 3 pairs of different words, the last of down and up'
-    if gripper.of not in ("state", "action"):
-        return f'"of" of the gripper is {gripper.of!r}, not state or action'
-    lengths = {len(gripper.dimensions), len(gripper.closed), len(gripper.open)}
-    if lengths == {0} or len(lengths) != 1 or list(gripper.closed) == list(gripper.open):
-        return "a gripper needs as many dimensions as values when closed and, other ones, open"
-    np.array([gripper.closed, gripper.open], float)
-    return ""
-
-
-def read_object(path: str | Path, keys: tuple[str, ...]) -> dict:
-    """A JSON object that has just these keys. ValueError, FileNotFoundError."""
-    try:
-        fields = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path}:{e.lineno}: not JSON ({e.msg}); repair it") from e
-    except (FileNotFoundError, IsADirectoryError) as e:
-        raise FileNotFoundError(f"{path}: no such file; see those in {AXES}") from e
-    if not isinstance(fields, dict) or set(fields) != set(keys):
-        raise ValueError(f"{path}: its keys are not {', '.join(keys)}; see those in {AXES}")
-    return fields
-
-
-def axes_path(given: str, files: list[EpisodeFile]) -> Path:
-    """--axes, else the file of the world that the episodes name as their source."""
-    if given:
-        return Path(given)
-    source = files[0].source
-    for world in WORLDS:
-        if re.search(rf"(?<![a-z]){world}", source.lower()):
-            return AXES / f"{world}.json"
-    if source.startswith(("spatial/", "object/", "goal/", "long/")):  # as benchmarks/libero.py
-        return AXES / "libero.json"
-    raise ValueError(
-        f"{files[0]}: axes of {source or 'an unnamed source'!r} are unknown; say with --axes FILE "
-        f"which numbers of the state are the hand's place, as the files in {AXES} do"
-    )
-
-
-class Camera(NamedTuple):
-    """Where places show in the images."""
-
-    matrix: np.ndarray  # (3, 4): (x, y, z, 1), m, as in the state -> (u w, v w, w), pixels
-    size: list[float]  # height and width in those pixels
-
-    def project(self, places: np.ndarray) -> np.ndarray:
-        """Places (N, 3), m -> (N, 2) x, y as shares of width and height; NaN behind the camera."""
-        homogeneous = np.pad(places, ((0, 0), (0, 1)), constant_values=1.0)  # (N, 4)
-        uvw = homogeneous @ self.matrix.T  # (N, 3)
-        depth = np.where(uvw[:, 2:] > 0, uvw[:, 2:], np.nan)
-        return uvw[:, :2] / depth / self.size[::-1]
-
-
-def read_camera(path: str | Path) -> Camera:
-    """A camera from a file. ValueError naming what is wrong."""
-    fields = read_object(path, Camera._fields)
-    try:
-        camera = Camera(np.array(fields["matrix"], float), np.array(fields["size"], float))
-    except (TypeError, ValueError) as e:
-        raise ValueError(f"{path}: {e}; give numbers") from e
-    fits = camera.matrix.shape == (3, 4) and camera.size.shape == (2,)
-    if not fits or not np.isfinite(camera.matrix).all() or not (camera.size > 0).all():
-        raise ValueError(f'{path}: "matrix" must be 3 x 4, and "size" height and width')
-    return camera
-
-
-# ---- Motion of an episode ------------------------------------------------------------------------
-
-RESTING = 0.1  # of the fast tenth's speed: slower than this the hand rests
-SLOW = 0.4  # of it: who closes the fingers in faster motion grasps nothing
-MOVED = 0.02  # m from where the gripper changed: it has been grasped, or let go
-
-
-class Motion(NamedTuple):
-    """What a recorded episode tells of its steps."""
-
-    file: EpisodeFile
-    state_position: np.ndarray  # (T, 3) m, as in the state
-    position: np.ndarray  # (T, 3) m, from the origin of the axes
-    closed: np.ndarray  # (T,) whether the gripper is
-    waypoint: np.ndarray  # (T,) the step of the next one; the last step has none and names itself
-    primitive: list[str]  # T of PRIMITIVES
-    ahead: int  # steps that "next" means
-
-
-PRIMITIVES = {  # how a thought may say it
-    "reach": ["it reaches for something", "it approaches", "it moves there with open fingers"],
-    "grasp": ["it grasps", "the fingers close around something", "it takes hold"],
-    "lift": ["it lifts what it holds", "it goes up with its load"],
-    "carry": ["it carries what it holds", "it transports its load"],
-    "place": ["it puts down what it holds", "it lowers its load"],
-    "release": ["it lets go", "the fingers have just opened", "it releases what it held"],
-    "push": ["it pushes with closed fingers", "it moves with closed fingers that hold nothing"],
-}
-
-
-def read_motion(file: EpisodeFile, axes: Axes, seconds: float) -> Motion:
-    """The motion of an episode; "next" means so many seconds. ValueError naming the episode."""
-    if len(file) < 2:
-        raise ValueError(f"{file}: one frame, in which nothing moves; delete or record it again")
-    if not file.fps:
-        raise ValueError(f"{file}: its rate (fps) is not recorded; add it to the header")
-    if not file.task.strip():
-        raise ValueError(f"{file}: no instruction (task); add it to the header or delete it")
-    state_position = file.state[:, axes.position].astype(np.float64) * axes.metres  # (T, 3)
-    closed = gripper_closed(file, axes.gripper)
-    ahead = max(1, round(seconds * file.fps))
-    steps = np.linalg.norm(np.diff(state_position, axis=0), axis=1)
-    speed = np.append(steps, steps[-1])  # (T,) m a step
-    fast = np.quantile(speed, 0.9)
-    return Motion(
-        file=file,
-        state_position=state_position,
-        position=state_position - axes.origin,
-        closed=closed,
-        waypoint=next_waypoints(closed, speed < RESTING * fast),
-        primitive=primitives(state_position, closed, speed < SLOW * fast, ahead),
-        ahead=ahead,
-    )
-
-
-def gripper_closed(file: EpisodeFile, gripper: Gripper) -> np.ndarray:
-    """Whether the gripper is closed at each step (T,): over halfway from open to closed."""
-    values = file.state if gripper.of == "state" else file.action
-    opened = np.array(gripper.open, float)
-    span = np.array(gripper.closed, float) - opened
-    closed = (values[:, gripper.dimensions] - opened) @ span > 0.5 * span @ span  # (T,)
-    if gripper.of == "action":  # the action of a step shows in the frame of the next one
-        closed = np.append(closed[:1], closed[:-1])
-    return closed
-
-
-def next_waypoints(closed: np.ndarray, resting: np.ndarray) -> np.ndarray:
-    """For each step the next one at which the gripper has changed, the hand begins to rest or the
-    episode ends (T,)."""
-    is_waypoint = np.zeros(len(closed), bool)
-    is_waypoint[1:] = (closed[1:] != closed[:-1]) | (resting[1:] & ~resting[:-1])
-    is_waypoint[-1] = True
-    waypoint = np.full(len(closed), len(closed) - 1)
-    for t in range(len(closed) - 2, -1, -1):
-        waypoint[t] = t + 1 if is_waypoint[t + 1] else waypoint[t + 1]
-    return waypoint
-
-
-def primitives(place: np.ndarray, closed: np.ndarray, slow: np.ndarray, ahead: int) -> list[str]:
-    """The primitive of each step, of places (T, 3) m:
-
-        open                          reach    until the hand has left where it opened: release
-        closed from the start,
-        or closed in fast motion      push
-        closed                        grasp    until the hand has left where it closed, then by its
-                                               direction: lift, carry or place; standing: as before
-
-    The direction is that of the next `ahead` steps, up to the next change of the gripper."""
-    changes = np.flatnonzero(closed[1:] != closed[:-1]) + 1
-    names = []
-    holds = False
-    changed_at = None  # where the gripper changed, until the hand has left it
-    for t, is_closed in enumerate(closed):
-        if t and is_closed != closed[t - 1]:
-            changed_at = place[t]
-            holds = bool(is_closed and slow[t])
-        if changed_at is not None and np.linalg.norm(place[t] - changed_at) > MOVED:
-            changed_at = None
-        end = min([t + ahead, len(place) - 1, *changes[changes > t][:1]])
-        move = place[end] - place[t]  # (3,)
-        level = np.linalg.norm(move[:2])
-        if not is_closed:
-            name = "reach" if changed_at is None else "release"
-        elif not holds:
-            name = "push"
-        elif changed_at is not None:
-            name = "grasp"
-        elif np.linalg.norm(move) < 0.003:
-            name = names[-1]
-        elif abs(move[2]) > level:
-            name = "lift" if move[2] > 0 else "place"
-        else:
-            name = "carry"
-        names.append(name)
-    return names
+# ---- Moments -------------------------------------------------------------------------------------
 
 
 class World(NamedTuple):
     """What all episodes share."""
 
     axes: Axes
-    camera: Camera | None
     instructions: list[str]  # that occur
+    thought_style: str = "varied"  # of THOUGHT_STYLES
+
+
+class Thing(NamedTuple):
+    """A recorded object at a moment."""
+
+    index: int  # among those of the episode
+    name: str
+    place: np.ndarray  # (3,) m, from the origin
 
 
 class Moment(NamedTuple):
@@ -324,6 +91,27 @@ class Moment(NamedTuple):
 
     def move_to(self, step: int) -> np.ndarray:
         return self.motion.position[step] - self.place
+
+    def thing(self, index: int) -> Thing | None:
+        """An object of the episode; None when it is not there, and for -1."""
+        place = self.motion.object_position[self.t, index] if index >= 0 else np.array(np.nan)
+        return Thing(index, self.motion.objects[index], place) if np.isfinite(place).all() else None
+
+    @property
+    def objects(self) -> list[Thing]:
+        """Those that are there."""
+        things = [self.thing(index) for index in range(len(self.motion.objects))]
+        return [thing for thing in things if thing is not None]
+
+    @property
+    def target(self) -> Thing | None:
+        """What the hand is going for."""
+        return self.thing(int(self.motion.target[self.t]))
+
+    @property
+    def held(self) -> Thing | None:
+        """What the hand holds."""
+        return self.thing(int(self.motion.held[self.t]))
 
     def seconds(self) -> str:
         return f"{self.motion.ahead / self.motion.file.fps:.2g} seconds"
@@ -382,6 +170,24 @@ def event(moment: Moment, step: int) -> str:
     return "the task ends" if step == len(closed) - 1 else "the hand rests"
 
 
+def hand_words(moment: Moment) -> str:
+    """What the hand does: "open", "closed", "holding the plate"."""
+    if moment.held:
+        return f"holding the {moment.held.name}"
+    return "closed" if moment.motion.closed[moment.t] else "open"
+
+
+PRIMITIVES = {  # how a thought may say it
+    "reach": ["it reaches for something", "it approaches", "it moves there with open fingers"],
+    "grasp": ["it grasps", "the fingers close around something", "it takes hold"],
+    "lift": ["it lifts what it holds", "it goes up with its load"],
+    "carry": ["it carries what it holds", "it transports its load"],
+    "place": ["it puts down what it holds", "it lowers its load"],
+    "release": ["it lets go", "the fingers have just opened", "it releases what it held"],
+    "push": ["it pushes with closed fingers", "it moves with closed fingers that hold nothing"],
+}
+
+# fork point: the wording of thoughts
 SENTENCES = {  # a fact -> ways to say it in a thought
     "position": [
         "The hand is {place} cm from {origin}.",
@@ -422,7 +228,42 @@ SENTENCES = {  # a fact -> ways to say it in a thought
         "About {progress}% of the task is done.",
         "The task is {progress}% done.",
     ],
+    "hand": [
+        "The gripper is at {place}, {hand}.",
+        "The hand is {hand}, {place} cm from {origin}.",
+        "Seen from {origin}, the hand is {place} (cm), and it is {hand}.",
+        "The gripper, {hand}, is at {place}.",
+    ],
+    "objects": ["There are {objects}.", "I see {objects}.", "In the scene: {objects}."],
+    "target": [
+        "The target is the {target} at {target_place}.",
+        "The hand is going for the {target}, {target_place} cm from {origin}.",
+        "It goes for the {target}, which is at {target_place}.",
+        "The {target} is at {target_place}, and that is where the hand is going.",
+    ],
+    "target from hand": [
+        "From the hand it is {target_offset} to the {target}.",
+        "The {target} is {target_offset} from the hand.",
+    ],
+    "held": [
+        "The hand holds the {held}.",
+        "The {held} is between the fingers.",
+        "It has got hold of the {held}.",
+    ],
 }
+
+
+def is_known(moment: Moment, fact: str) -> bool:
+    if fact == "objects":
+        return bool(moment.objects)
+    if fact == "held":
+        return moment.held is not None
+    return not fact.startswith("target") or moment.target is not None
+
+
+def phrase(moment: Moment, rng, wordings: list[str]) -> str:
+    """One of them; where thoughts are not varied the first one."""
+    return pick(rng, wordings) if moment.world.thought_style == "varied" else wordings[0]
 
 
 def say(moment: Moment, rng, fact: str) -> str:
@@ -432,31 +273,79 @@ def say(moment: Moment, rng, fact: str) -> str:
     if fact == "waypoint" and waypoint_move == HERE:
         fact = "waypoint here"
     primitive = moment.motion.primitive[moment.t]
-    sentence = pick(rng, SENTENCES[fact]).format(
-        place=place_words(moment, moment.place),
-        origin=moment.world.axes.origin_name,
-        gripper=gripper_state(moment),
-        task=moment.task.strip().rstrip("."),
-        move=move_words(moment, moment.move_to(moment.later)),
-        seconds=moment.seconds(),
-        waypoint=waypoint_move,
-        event=event(moment, waypoint),
-        doing=pick(rng, PRIMITIVES[primitive]),
-        primitive=primitive,
-        progress=progress(moment),
-    )
+    values = {
+        "place": place_words(moment, moment.place),
+        "origin": moment.world.axes.origin_name,
+        "gripper": gripper_state(moment),
+        "hand": hand_words(moment),
+        "task": moment.task.strip().rstrip("."),
+        "move": move_words(moment, moment.move_to(moment.later)),
+        "seconds": moment.seconds(),
+        "waypoint": waypoint_move,
+        "event": event(moment, waypoint),
+        "primitive": primitive,
+        "progress": progress(moment),
+        "objects": ", ".join(f"the {thing.name}" for thing in moment.objects),
+    }
+    if moment.target:
+        values["target"] = moment.target.name
+        values["target_place"] = place_words(moment, moment.target.place)
+        values["target_offset"] = waypoint_words(moment, moment.target.place - moment.place)
+    if moment.held:
+        values["held"] = moment.held.name
+    wording = phrase(moment, rng, SENTENCES[fact])
+    values["doing"] = phrase(moment, rng, PRIMITIVES[primitive])
+    sentence = wording.format(**values)
     return sentence[0].upper() + sentence[1:]
 
 
-def thought(moment: Moment, rng, context: tuple[str, ...], conclusion: str) -> str:
-    """One to three of the facts of `context` in any order, then what follows."""
-    n = int(rng.integers(1, min(3, len(context)) + 1))
-    facts = [context[i] for i in rng.permutation(len(context))[:n]]
-    sentences = [say(moment, rng, fact) for fact in facts]
-    return " ".join([*sentences, conclusion])
+def say_all(moment: Moment, rng, facts: list[str]) -> str:
+    """Facts in any order."""
+    return " ".join(say(moment, rng, facts[i]) for i in rng.permutation(len(facts)))
 
 
-# ---- Questions -----------------------------------------------------------------------------------
+THOUGHT_STYLES = {
+    "varied": "facts in any order and wording",
+    "fixed": "target, hand, phase and direction in one form, as Tabletop's",
+    "recorded": "the expert's own where one is recorded for each step",
+}
+
+
+def plan_thought(moment: Moment) -> str:
+    """Target and hand, their places, phase and direction, in the one form of Tabletop's thoughts,
+    or what the expert's own thought was."""
+    if moment.world.thought_style == "recorded":
+        return moment.motion.file.thoughts[moment.t]
+    target = moment.target
+    fingers = 1 if moment.motion.closed[moment.later] else -1
+    return plan_words(
+        target.name if target else "",
+        place_words(moment, target.place) if target else "",
+        f"{place_words(moment, moment.place)}, {hand_words(moment)}",
+        moment.motion.primitive[moment.t],
+        heading(moment.move_to(moment.later), fingers, moment.world.axes.words),
+    )
+
+
+def thought(moment: Moment, rng, asked: "Asked") -> str:
+    """Facts, then what follows. Varied: one to three of those that fit the question, and the target
+    if it is one of them. Else the plan, where the question names the instruction."""
+    if moment.world.thought_style != "varied":
+        plan = plan_thought(moment) if asked.told and not asked.steps else ""
+        return f"{plan} {asked.conclusion}".strip()
+    known = [fact for fact in asked.context if is_known(moment, fact)]
+    always = [fact for fact in known if fact == "target"]
+    others = [fact for fact in known if fact != "target"]
+    n = int(rng.integers(1, min(3, len(others)) + 1)) if others else 0
+    drawn = [others[i] for i in rng.permutation(len(others))[:n]]
+    if always:
+        lead = say_all(moment, rng, [*always, *drawn])
+    else:
+        lead = " ".join(say(moment, rng, fact) for fact in drawn)
+    return f"{lead} {asked.conclusion}".strip()
+
+
+# ---- Questions about the hand --------------------------------------------------------------------
 
 
 class Asked(NamedTuple):
@@ -468,10 +357,13 @@ class Asked(NamedTuple):
     conclusion: str  # of the thought
     options: tuple[str, list[str]] | None  # the right and wrong ones of a choice; None: open only
     context: tuple[str, ...]  # facts that a thought may begin with
-    score: str = "exact"  # by which of benchmarks.questions.SCORES the open answer is marked
+    score: str = "exact"  # by which of grpo.SCORES the open answer is marked
     more: dict = {}  # what that needs  # noqa: RUF012
     steps: tuple[int, ...] = ()  # of the frames; none: that of the moment
     told: bool = True  # whether the question names the instruction
+
+
+AIM = ("target", "target from hand", "held")  # facts that fit where the instruction is named
 
 
 def wrong_moves(rng, right: np.ndarray, apart: float) -> list[np.ndarray]:
@@ -491,14 +383,13 @@ def move_options(moment, rng, right, apart: float, words=move_words) -> tuple[st
     return words(moment, right), wrong
 
 
-def place_options(moment, rng) -> tuple[str, list[str]]:
-    """Wrong are places at which the hand is in other steps, at least 4 cm away along an axis."""
-    places = rng.permutation(moment.motion.position)[:32]
+def place_options(moment, rng, right: np.ndarray, places) -> tuple[str, list[str]]:
+    """Wrong are those of `places`, each (3,), that are at least 4 cm away along an axis."""
     wrong = []
-    for place in [*places, *wrong_moves(rng, moment.place, 0.04)]:
-        if np.abs(place - moment.place).max() >= 0.04:
+    for place in [*places, *wrong_moves(rng, right, 0.04)]:
+        if np.abs(place - right).max() >= 0.04:
             wrong.append(place_words(moment, place))
-    return place_words(moment, moment.place), wrong
+    return place_words(moment, right), wrong
 
 
 def ask_position(moment, rng) -> Asked:
@@ -514,7 +405,7 @@ def ask_position(moment, rng) -> Asked:
         hint=number_hint(moment),
         answer=centimetres(place),
         conclusion=say(moment, rng, "position"),
-        options=place_options(moment, rng),
+        options=place_options(moment, rng, place, rng.permutation(moment.motion.position)[:32]),
         context=("gripper", "primitive"),
         score="number",
         more={"tolerance": 2},
@@ -548,11 +439,11 @@ def ask_direction(moment, rng) -> Asked | None:
         ),
         hint=f"One of {', '.join(every)}.",
         answer=answer,
-        conclusion=pick(
-            rng, ["{} So it mostly goes {}.", "{} That is mostly {}.", "{} Mostly {}."]
+        conclusion=phrase(
+            moment, rng, ["{} So it mostly goes {}.", "{} That is mostly {}.", "{} Mostly {}."]
         ).format(say(moment, rng, "movement"), answer),
         options=(answer, [str(name) for name in rng.permutation(others)]),
-        context=("instruction", "position", "gripper", "primitive", "waypoint"),
+        context=("instruction", "position", "gripper", "primitive", "waypoint", *AIM),
     )
 
 
@@ -566,7 +457,7 @@ def ask_movement(moment, rng) -> Asked | None:
         answer=centimetres(move),
         conclusion=say(moment, rng, "movement"),
         options=move_options(moment, rng, move, 0.02),
-        context=("instruction", "position", "gripper", "primitive", "waypoint"),
+        context=("instruction", "position", "gripper", "primitive", "waypoint", *AIM),
         score="number",
         more={"tolerance": 1},
     )
@@ -589,7 +480,7 @@ def ask_waypoint(moment, rng) -> Asked | None:
         answer=centimetres(move),
         conclusion=say(moment, rng, "waypoint"),
         options=move_options(moment, rng, move, 0.04, waypoint_words),
-        context=("instruction", "position", "gripper", "primitive", "movement"),
+        context=("instruction", "position", "gripper", "primitive", "movement", *AIM),
         score="number",
         more={"tolerance": 2},
     )
@@ -613,23 +504,23 @@ def ask_gripper(moment, rng) -> Asked:
         answer=answer,
         conclusion=say(moment, rng, "gripper"),
         options=(answer, [str(name) for name in rng.permutation(others)]),
-        context=("instruction", "position", "primitive", "movement", "waypoint"),
+        context=("instruction", "position", "primitive", "movement", "waypoint", *AIM),
     )
 
 
 def ask_primitive(moment, rng) -> Asked:
     answer = moment.motion.primitive[moment.t]
     others = [name for name in PRIMITIVES if name != answer]
-    doing = pick(rng, PRIMITIVES[answer])
+    doing = phrase(moment, rng, PRIMITIVES[answer])
     return Asked(
         text=pick(rng, ["Which primitive is it?", "What is the hand doing at the moment?"]),
         hint=f"One of {', '.join(PRIMITIVES)}.",
         answer=answer,
-        conclusion=pick(
-            rng, ["So {}: {}.", "It seems that {}, which is to {}.", "Hence {} ({})."]
+        conclusion=phrase(
+            moment, rng, ["So {}: {}.", "It seems that {}, which is to {}.", "Hence {} ({})."]
         ).format(doing, answer),
         options=(answer, [str(name) for name in rng.permutation(others)]),
-        context=("instruction", "position", "gripper", "movement", "waypoint"),
+        context=("instruction", "position", "gripper", "movement", "waypoint", *AIM),
     )
 
 
@@ -640,7 +531,8 @@ def ask_instruction(moment, rng) -> Asked:
         text=pick(rng, ["Which instruction is being carried out?", "What was the robot told?"]),
         hint="",
         answer=moment.task,
-        conclusion=pick(
+        conclusion=phrase(
+            moment,
             rng,
             ["So the instruction is: {}.", "This fits one instruction: {}.", "It must be: {}."],
         ).format(moment.task),
@@ -670,9 +562,10 @@ def ask_order(moment, rng) -> Asked | None:
             f"In the {name} image the hand is {place_words(at, at.place)}, the gripper "
             f"{gripper_state(at)}."
         )
-    if rng.random() < 0.5:
+    if moment.world.thought_style == "varied" and rng.random() < 0.5:
         seen.reverse()
-    ending = pick(
+    ending = phrase(
+        moment,
         rng,
         [
             f"So the {answer} one comes first.",
@@ -700,7 +593,7 @@ def ask_progress(moment, rng) -> Asked:
         answer=str(percent),
         conclusion=say(moment, rng, "progress"),
         options=(f"{percent}%", [f"{value}%" for value in rng.permutation(others)]),
-        context=("instruction", "position", "gripper", "primitive"),
+        context=("instruction", "position", "gripper", "primitive", *AIM),
         score="number",
         more={"tolerance": 10},
     )
@@ -709,11 +602,9 @@ def ask_progress(moment, rng) -> Asked:
 PATH_POINTS = 5
 
 
-def image_points(moment: Moment, steps) -> np.ndarray | None:
-    """The hand in the image at some steps (N, 2), shares of width and height; None outside it."""
-    points = moment.world.camera.project(moment.motion.state_position[steps])
-    is_inside = ((points >= 0) & (points <= 1)).all()  # not of NaN
-    return points if is_inside else None
+def in_sight(points: np.ndarray) -> bool:
+    """Whether points (N, 2), shares of width and height, all lie in the image; NaN does not."""
+    return bool(((points >= 0) & (points <= 1)).all())
 
 
 def point_words(points) -> str:
@@ -723,33 +614,41 @@ def point_words(points) -> str:
 POINT_HINT = "As (x, y), shares of the image's width and height from its top left."
 
 
-def ask_point(moment, rng) -> Asked | None:
-    points = image_points(moment, [moment.t])
-    if points is None:
+def pointing(moment, rng, name: str, pixel: np.ndarray, context: tuple[str, ...]) -> Asked | None:
+    """To something that shows at `pixel` (2,); None when it is out of sight."""
+    if not in_sight(pixel):
         return None
-    x, y = points[0].round(2)
+    x, y = pixel.astype(float).round(2)
     box = [max(x - 0.05, 0), max(y - 0.05, 0), min(x + 0.05, 1), min(y + 0.05, 1)]
+    words = point_words([pixel])
     return Asked(
-        text=pick(rng, ["Point to the hand.", "Where in the image is the hand?"]),
+        text=pick(rng, [f"Point to the {name}.", f"Where in the image is the {name}?"]),
         hint=POINT_HINT,
-        answer=point_words(points),
-        conclusion=pick(rng, ["The hand shows at {}.", "In the image the hand is at {}."]).format(
-            point_words(points)
+        answer=words,
+        conclusion=phrase(
+            moment,
+            rng,
+            [f"The {name} shows at {words}.", f"In the image the {name} is at {words}."],
         ),
         options=None,
-        context=("position", "gripper", "primitive"),
+        context=context,
         score="point",
         more={"box": [round(float(side), 3) for side in box]},
         told=False,
     )
 
 
+def ask_point(moment, rng) -> Asked | None:
+    pixel = moment.motion.hand_pixel[moment.t]
+    return pointing(moment, rng, "hand", pixel, ("position", "gripper", "primitive"))
+
+
 def ask_path(moment, rng) -> Asked | None:
     """From now to the next waypoint, where that is a way to be seen."""
     waypoint = int(moment.motion.waypoint[moment.t])
     steps = np.linspace(moment.t, waypoint, PATH_POINTS).round().astype(int)
-    points = image_points(moment, steps)
-    if waypoint == moment.t or points is None or np.ptp(points, axis=0).max() < 0.05:
+    points = moment.motion.hand_pixel[steps]
+    if waypoint == moment.t or not in_sight(points) or np.ptp(points, axis=0).max() < 0.05:
         return None
     return Asked(
         text=pick(
@@ -761,20 +660,349 @@ def ask_path(moment, rng) -> Asked | None:
         ),
         hint=f"{PATH_POINTS} points. {POINT_HINT}",
         answer=point_words(points),
-        conclusion=pick(
-            rng, ["{} In the image that is from {} to {}.", "{} It leads from {} to {}."]
+        conclusion=phrase(
+            moment, rng, ["{} In the image that is from {} to {}.", "{} It leads from {} to {}."]
         ).format(say(moment, rng, "waypoint"), point_words(points[:1]), point_words(points[-1:])),
         options=None,
-        context=("instruction", "position", "gripper", "primitive", "movement"),
-        score="number",
-        more={"tolerance": 0.05},
+        context=("instruction", "position", "gripper", "primitive", "movement", *AIM),
+        score="path",
     )
+
+
+# ---- Questions about objects ---------------------------------------------------------------------
+
+APART = 0.03  # m along an axis: less is not told from nothing
+
+
+def object_place(moment, rng, thing: Thing) -> str:
+    """Where an object is, as a sentence of a thought."""
+    words = place_words(moment, thing.place)
+    return phrase(
+        moment,
+        rng,
+        [
+            f"The {thing.name} is at {words}.",
+            f"The {thing.name} is {words} cm from {moment.world.axes.origin_name}.",
+            f"I see the {thing.name} at {words}.",
+        ],
+    )
+
+
+def name_options(rng, right: str, others: list[str]) -> tuple[str, list[str]] | None:
+    """Of a choice among names; None when there is no other one."""
+    others = [name for name in others if name != right]
+    return (right, [str(name) for name in rng.permutation(others)]) if others else None
+
+
+def names_hint(rng, names: list[str]) -> str:
+    """In an order that says nothing."""
+    return f"One of {', '.join(rng.permutation(names))}."
+
+
+def ask_where(moment, rng) -> Asked | None:
+    """Of any object, or, a third of the time, of the one that the hand is going for."""
+    if not moment.objects:
+        return None
+    thing = pick(rng, moment.objects)
+    others = [other.place for other in moment.objects]
+    origin = moment.world.axes.origin_name
+    context = ("objects", "hand")
+    told = moment.target is not None and rng.random() < 1 / 3
+    if told:
+        thing = moment.target
+        text = f"Where is what the hand is going for, seen from {origin}?"
+        context = ("instruction", "hand", "primitive", "target", "target from hand")
+    else:
+        text = pick(
+            rng,
+            [
+                f"Where is the {thing.name}, seen from {origin}?",
+                f"How far is the {thing.name} from {origin}, in cm?",
+            ],
+        )
+    return Asked(
+        text=text,
+        hint=number_hint(moment),
+        answer=centimetres(thing.place),
+        conclusion=object_place(moment, rng, thing),
+        options=place_options(moment, rng, thing.place, rng.permutation(others)),
+        context=context,
+        score="number",
+        more={"tolerance": 2},
+        told=told,
+    )
+
+
+class Which(NamedTuple):
+    """A question that one of several objects answers."""
+
+    text: str
+    right: Thing
+    reason: str  # a thought that ends with the answer
+
+
+def nearest_to_hand(moment, rng) -> Which | None:
+    distances = [float(np.linalg.norm(thing.place - moment.place)) for thing in moment.objects]
+    first, second = np.argsort(distances)[:2]
+    if distances[second] < max(distances[first] + 0.02, 1.25 * distances[first]):
+        return None
+    right, next_one = moment.objects[first], moment.objects[second]
+    return Which(
+        pick(rng, ["Which object is nearest the hand?", "What is the hand closest to?"]),
+        right,
+        f"From the hand it is {100 * distances[first]:.0f} cm to the {right.name} and "
+        f"{100 * distances[second]:.0f} to the {next_one.name}. The {right.name} is nearest.",
+    )
+
+
+def at_place(moment, rng) -> Which | None:
+    right = pick(rng, moment.objects)
+    for other in moment.objects:
+        if other.index != right.index and np.abs(other.place - right.place).max() < APART:
+            return None
+    words = place_words(moment, right.place)
+    return Which(
+        f"What is at {words}, in cm from {moment.world.axes.origin_name}?",
+        right,
+        f"At {words} there is the {right.name}.",
+    )
+
+
+def at_pixel(moment, rng) -> Which | None:
+    """Nothing else shows within 8% of the image along either side."""
+    if moment.motion.object_pixel is None:
+        return None
+    pixels = moment.motion.object_pixel[moment.t]  # (N, 2)
+    right = pick(rng, moment.objects)
+    pixel = pixels[right.index]
+    near = np.abs(pixels - pixel).max(1) < 0.08  # (N,), itself too
+    if not in_sight(pixel) or near.sum() != 1:
+        return None
+    words = point_words([pixel])
+    return Which(
+        f"What shows at {words} in the image (x, y as shares of its width and height)?",
+        right,
+        f"At {words} there is the {right.name}.",
+    )
+
+
+def furthest(moment, rng) -> Which | None:
+    axis = int(rng.integers(3))
+    is_more = bool(rng.integers(2))
+    word = moment.world.axes.words[axis][is_more]
+    along = [float(thing.place[axis]) * (1 if is_more else -1) for thing in moment.objects]
+    second, first = np.argsort(along)[-2:]
+    if along[first] < along[second] + APART:
+        return None
+    right = moment.objects[first]
+    places = [object_place(moment, rng, moment.objects[i]) for i in (first, second)]
+    return Which(
+        pick(rng, [f"Which object is furthest {word}?", f"What lies furthest {word}?"]),
+        right,
+        f"{' '.join(places)} Furthest {word} is the {right.name}.",
+    )
+
+
+def beside_another(moment, rng) -> Which | None:
+    """The only one that lies to one side of another; of three objects or more."""
+    axis = int(rng.integers(3))
+    is_more = bool(rng.integers(2))
+    word = moment.world.axes.words[axis][is_more]
+    reference = pick(rng, moment.objects)
+    beyond = []
+    for thing in moment.objects:
+        distance = (thing.place - reference.place)[axis] * (1 if is_more else -1)
+        if distance > 0:
+            beyond.append((thing, distance))
+    if len(moment.objects) < 3 or len(beyond) != 1 or beyond[0][1] < APART:
+        return None
+    right = beyond[0][0]
+    places = [object_place(moment, rng, thing) for thing in (reference, right)]
+    return Which(
+        f"Which object is further {word} than the {reference.name}?",
+        right,
+        f"{' '.join(places)} Further {word} is the {right.name}.",
+    )
+
+
+def ask_which(moment, rng) -> Asked | None:
+    """In one of these ways, the first of which has an answer."""
+    if len(moment.objects) < 2:
+        return None
+    ways = [nearest_to_hand, at_place, at_pixel, furthest, beside_another]
+    for i in rng.permutation(len(ways)):
+        which = ways[i](moment, rng)
+        if which:
+            break
+    else:
+        return None
+    names = [thing.name for thing in moment.objects]
+    return Asked(
+        text=which.text,
+        hint=names_hint(rng, names),
+        answer=which.right.name,
+        conclusion=which.reason,
+        options=name_options(rng, which.right.name, names),
+        context=("hand", "objects"),
+        told=False,
+    )
+
+
+def ask_relation(moment, rng) -> Asked | None:
+    """Along the axis on which two objects are further apart."""
+    if len(moment.objects) < 2:
+        return None
+    first, second = (moment.objects[i] for i in rng.permutation(len(moment.objects))[:2])
+    way = first.place - second.place  # (3,)
+    axis = int(abs(way).argmax())
+    if abs(way[axis]) < APART:
+        return None
+    low, high = moment.world.axes.words[axis]
+    answer, other = (high, low) if way[axis] > 0 else (low, high)
+    places = [object_place(moment, rng, thing) for thing in (first, second)]
+    return Asked(
+        text=f"Which way from the {second.name} is the {first.name}: {low} or {high}?",
+        hint="",
+        answer=answer,
+        conclusion=f"{' '.join(places)} So it is {answer}.",
+        options=(answer, [other]),
+        context=(),
+        told=False,
+    )
+
+
+def target_name(moment: Moment) -> str:
+    return moment.target.name if moment.target else ""
+
+
+def ask_target(moment, rng) -> Asked | None:
+    target = moment.target
+    if target is None:
+        return None
+    names = [thing.name for thing in moment.objects]
+    return Asked(
+        text=pick(rng, ["Which object is the hand going for?", "What is the hand's target?"]),
+        hint=names_hint(rng, names),
+        answer=target.name,
+        conclusion=say(moment, rng, "target"),
+        options=name_options(rng, target.name, names),
+        context=("instruction", "hand", "primitive", "movement", "waypoint"),
+    )
+
+
+def ask_offset(moment, rng) -> Asked | None:
+    """From the hand to an object, half of the time the one that it is going for."""
+    if not moment.objects:
+        return None
+    thing = pick(rng, moment.objects)
+    if moment.target and rng.random() < 0.5:
+        thing = moment.target
+    way = thing.place - moment.place
+    words = waypoint_words(moment, way)
+    hand_at = say(moment, rng, "hand")
+    thing_at = object_place(moment, rng, thing)
+    return Asked(
+        text=pick(
+            rng,
+            [
+                f"Which way and how far is it from the hand to the {thing.name}?",
+                f"How must the hand move to get to the {thing.name}?",
+            ],
+        ),
+        hint=number_hint(moment),
+        answer=centimetres(way),
+        conclusion=phrase(
+            moment,
+            rng,
+            [
+                f"{hand_at} {thing_at} From hand to {thing.name} it is {words}.",
+                f"{thing_at} {hand_at} So the {thing.name} is {words} from the hand.",
+            ],
+        ),
+        options=move_options(moment, rng, way, 0.04, waypoint_words),
+        context=("objects",),
+        score="number",
+        more={"tolerance": 2},
+        told=False,
+    )
+
+
+def holding(moment: Moment) -> str:
+    """What the hand holds; "" when the fingers are closed and it is not known."""
+    if moment.held:
+        return moment.held.name
+    return "" if moment.motion.closed[moment.t] else "nothing"
+
+
+def ask_holding(moment, rng) -> Asked | None:
+    answer = holding(moment)
+    if not answer:
+        return None
+    names = [*(thing.name for thing in moment.objects), "nothing"]
+    name = f"the {answer}" if moment.held else answer
+    return Asked(
+        text=pick(rng, ["What is the hand holding?", "What is between the fingers?"]),
+        hint=names_hint(rng, names),
+        answer=answer,
+        conclusion=phrase(moment, rng, ["It holds {}.", "So {} is held.", "That is {}."]).format(
+            name
+        ),
+        options=name_options(rng, answer, names),
+        context=("hand", "primitive", "objects"),
+        told=False,
+    )
+
+
+def ask_object_point(moment, rng) -> Asked | None:
+    if not moment.objects:
+        return None
+    thing = pick(rng, moment.objects)
+    pixel = moment.motion.object_pixel[moment.t, thing.index]
+    return pointing(moment, rng, thing.name, pixel, ("objects", "hand"))
+
+
+# ---- Kinds ---------------------------------------------------------------------------------------
+
+
+def most_objects(motion: Motion) -> int:
+    """The most that are there at once."""
+    return int(np.isfinite(motion.object_position).all(2).sum(1).max())
+
+
+class Need(NamedTuple):
+    """What a kind asks about."""
+
+    met: Callable[[Motion, World], bool]
+    cure: str  # how to come by it
+
+
+NEEDS = {
+    "": Need(lambda motion, world: True, ""),
+    "instructions": Need(lambda motion, world: len(world.instructions) > 1, "two instructions"),
+    "hand pixels": Need(
+        lambda motion, world: motion.hand_pixel is not None,
+        "--camera FILE, or episodes that record hand_pixel",
+    ),
+    "object": Need(lambda motion, world: most_objects(motion) > 0, "episodes that record objects"),
+    "objects": Need(
+        lambda motion, world: most_objects(motion) > 1, "episodes that record two objects or more"
+    ),
+    "object pixels": Need(
+        lambda motion, world: motion.object_pixel is not None and most_objects(motion) > 0,
+        "episodes that record objects and their pixels, or --camera FILE",
+    ),
+    "targets": Need(
+        lambda motion, world: (motion.target >= 0).any() and most_objects(motion) > 1,
+        "episodes that record targets among two objects or more",
+    ),
+}
 
 
 class Kind(NamedTuple):
     weight: float  # how often, among all kinds
     ask: Callable[..., Asked | None]  # (moment, rng); None: not at this moment
     classes: Callable[[Moment], str] | None = None  # answers of which each is asked as often
+    needs: str = ""  # of NEEDS
 
 
 # fork point: the kinds of questions
@@ -785,28 +1013,60 @@ KINDS = {
     "waypoint": Kind(2, ask_waypoint),
     "gripper": Kind(1, ask_gripper, gripper_state),
     "primitive": Kind(1, ask_primitive, lambda moment: moment.motion.primitive[moment.t]),
-    "instruction": Kind(1, ask_instruction),
+    "instruction": Kind(1, ask_instruction, needs="instructions"),
     "order": Kind(1, ask_order),
     "progress": Kind(1, ask_progress),
-    "point": Kind(1, ask_point),
-    "path": Kind(1, ask_path),
+    "point": Kind(1, ask_point, needs="hand pixels"),
+    "path": Kind(1, ask_path, needs="hand pixels"),
+    "where": Kind(3, ask_where, needs="object"),
+    "which": Kind(2, ask_which, needs="objects"),
+    "relation": Kind(2, ask_relation, needs="objects"),
+    "target": Kind(2, ask_target, target_name, needs="targets"),
+    "offset": Kind(2, ask_offset, needs="object"),
+    "holding": Kind(1, ask_holding, holding, needs="object"),
+    "object_point": Kind(3, ask_object_point, needs="object pixels"),
 }
 
 
-def possible_kinds(world: World) -> list[str]:
-    """Those that these data can answer."""
-    missing = set()
-    if world.camera is None:
-        missing |= {"point", "path"}
-    if len(world.instructions) < 2:
-        missing.add("instruction")
-    return [kind for kind in KINDS if kind not in missing]
+# ---- Rows ----------------------------------------------------------------------------------------
+
+TRIES = 200  # to find a moment at which a question can be asked
 
 
-def parse_shares(text: str, world: World) -> dict[str, float]:
+class Pool(NamedTuple):
+    """Episodes of a source that have what a question needs."""
+
+    indices: list[int]
+    ends: np.ndarray  # how many steps there are up to the end of each
+
+
+class Source(NamedTuple):
+    """Episodes to ask about."""
+
+    world: World
+    motions: list[Motion]
+    pools: dict[str, Pool]  # by what is needed, of NEEDS
+    first_frame: int  # frames are counted from here
+    saved: dict[int, str]  # the path of each frame that is written, by its number
+
+
+def make_source(world: World, motions: list[Motion], first_frame: int) -> Source:
+    pools = {}
+    for name, need in NEEDS.items():
+        indices = [i for i, motion in enumerate(motions) if need.met(motion, world)]
+        ends = np.cumsum([len(motions[i].position) for i in indices], dtype=int)
+        pools[name] = Pool(indices, ends)
+    return Source(world, motions, pools, first_frame, {})
+
+
+def parse_shares(text: str, sources: list[Source]) -> dict[str, float]:
     """The value of --shares, "kind:share,...", "" for the weights of KINDS -> shares that sum to 1.
-    ValueError for an unknown kind, one that the data cannot answer, a share that is no number."""
-    possible = possible_kinds(world)
+    ValueError for an unknown kind, one that a source cannot answer, a share that is no number."""
+    possible = [
+        name
+        for name, kind in KINDS.items()
+        if all(source.pools[kind.needs].indices for source in sources)
+    ]
     if text:
         shares = {}
         for item in text.split(","):
@@ -814,8 +1074,11 @@ def parse_shares(text: str, world: World) -> dict[str, float]:
             if kind not in KINDS:
                 raise ValueError(f"--shares: no kind {kind!r}; there are {', '.join(KINDS)}")
             if kind not in possible:
-                needs = "two instructions" if kind == "instruction" else "--camera FILE"
-                raise ValueError(f"--shares: {kind} needs {needs}; leave it out or give that")
+                cure = NEEDS[KINDS[kind].needs].cure
+                raise ValueError(
+                    f"--shares: {kind} needs {cure}, to train on and held out; leave it out or "
+                    "give that"
+                )
             if kind in shares:
                 raise ValueError(f"--shares: {kind} is named twice; name each once")
             try:
@@ -830,33 +1093,15 @@ def parse_shares(text: str, world: World) -> dict[str, float]:
     return {kind: share / total for kind, share in shares.items()}
 
 
-# ---- Rows ----------------------------------------------------------------------------------------
-
-TRIES = 200  # to find a moment at which a question can be asked
-
-
-class Source(NamedTuple):
-    """Episodes to ask about."""
-
-    world: World
-    motions: list[Motion]
-    ends: np.ndarray  # (episodes,) how many steps there are up to the end of each
-    first_frame: int  # frames are counted from here
-    saved: dict[int, str]  # the path of each frame that is written, by its number
-
-
-def make_source(world: World, motions: list[Motion], first_frame: int) -> Source:
-    ends = np.cumsum([len(motion.position) for motion in motions])
-    return Source(world, motions, ends, first_frame, {})
-
-
-def draw_moment(source: Source, rng, classes=None) -> tuple[int, Moment]:
-    """The index of an episode and a step of it, all steps alike; with `classes` those of one class
-    of the episode, which is drawn first."""
-    step = int(rng.integers(source.ends[-1]))
-    index = int(np.searchsorted(source.ends, step, side="right"))
+def draw_moment(source: Source, rng, needs: str = "", classes=None) -> tuple[int, Moment]:
+    """The index of an episode that has what is needed and a step of it, all steps alike; with
+    `classes` those of one class of the episode, which is drawn first."""
+    pool = source.pools[needs]
+    step = int(rng.integers(pool.ends[-1]))
+    position = int(np.searchsorted(pool.ends, step, side="right"))
+    index = pool.indices[position]
     motion = source.motions[index]
-    start = int(source.ends[index]) - len(motion.position)
+    start = int(pool.ends[position]) - len(motion.position)
     moment = Moment(source.world, motion, step - start)
     if classes is None:
         return index, moment
@@ -869,7 +1114,7 @@ def draw_moment(source: Source, rng, classes=None) -> tuple[int, Moment]:
 def save_frames(source: Source, out: Path, index: int, steps) -> list[str]:
     """Writes frames of an episode, those that are not there yet -> their paths below `out`."""
     motion = source.motions[index]
-    start = source.first_frame + int(source.ends[index]) - len(motion.position)
+    start = source.first_frame + int(source.pools[""].ends[index]) - len(motion.position)
     names = []
     for step in steps:
         number = start + step
@@ -889,15 +1134,16 @@ class Row(NamedTuple):
 def make_row(source: Source, out: Path, shares: dict[str, float], rng) -> Row:
     """A question about a random moment. ValueError when none can be asked."""
     # 1. what is asked, and when
-    kind = str(rng.choice(list(shares), p=list(shares.values())))
+    name = str(rng.choice(list(shares), p=list(shares.values())))
+    kind = KINDS[name]
     for _ in range(TRIES):
-        index, moment = draw_moment(source, rng, KINDS[kind].classes)
-        asked = KINDS[kind].ask(moment, rng)
+        index, moment = draw_moment(source, rng, kind.needs, kind.classes)
+        asked = kind.ask(moment, rng)
         if asked:
             break
     else:
         raise ValueError(
-            f"{source.motions[0].file.path.parent}: found no step for a question of kind {kind}; "
+            f"{source.motions[0].file.path.parent}: found no step for a question of kind {name}; "
             f"leave it out of --shares, or shorten --ahead"
         )
     # 2. how
@@ -906,30 +1152,28 @@ def make_row(source: Source, out: Path, shares: dict[str, float], rng) -> Row:
     more = {"score": asked.score, **asked.more}
     ending = asked.hint
     answer = asked.answer
-    conclusion = asked.conclusion
     if is_choice:
         ending, answer = multiple_choice(rng, *asked.options)
         more = {"score": "choice"}
-        if rng.random() < 0.5:
-            conclusion += f" That is {answer}."
+        if source.world.thought_style == "varied" and rng.random() < 0.5:
+            asked = asked._replace(conclusion=f"{asked.conclusion} That is {answer}.")
     text = f"{asked.text} {ending}".strip()
     if asked.told:
         text = f"Instruction: {moment.task}\n{text}"
-    reason = thought(moment, rng, asked.context, conclusion) if has_thought else None
+    reason = thought(moment, rng, asked) if has_thought else None
     # 3. the line
     frames = save_frames(source, out, index, asked.steps or [moment.t])
-    way = kind + ("+choice" if is_choice else "") + ("+think" if has_thought else "")
+    way = name + ("+choice" if is_choice else "") + ("+think" if has_thought else "")
     line = json_row(frames, [Question(text, reason, answer)], kind=way, **more)
-    return Row(line, kind, has_thought, is_choice)
+    return Row(line, name, has_thought, is_choice)
 
 
-def make_thought_action(source: Source, out: Path, horizon: int, rng) -> str:
-    """A line of thought_actions.jsonl: a thought, then the recorded actions (`horizon` x A)."""
-    while True:
-        index, moment = draw_moment(source, rng)
-        motion = moment.motion
-        if moment.t in chunk_starts(motion.file, horizon):
-            break
+def action_thought(moment: Moment, rng) -> str:
+    """The thought before the next actions: phase and direction, after some facts; where the target
+    is known always after its place, the hand's and the hand's state."""
+    if moment.world.thought_style != "varied":
+        return plan_thought(moment)
+    primitive = moment.motion.primitive[moment.t]
     move = move_words(moment, moment.move_to(moment.later))
     fingers = {
         "open": "keep the fingers open",
@@ -937,17 +1181,38 @@ def make_thought_action(source: Source, out: Path, horizon: int, rng) -> str:
         "about to open": "open the fingers",
         "about to close": "close the fingers",
     }[gripper_state(moment)]
-    conclusion = pick(
-        rng,
-        [
-            f"Now {motion.primitive[moment.t]}: {move}, {fingers}.",
-            f"So move {move} and {fingers}.",
-            f"Next: {fingers} and go {move}.",
-        ],
-    )
-    context = ("instruction", "position", "gripper", "primitive", "waypoint")
-    reason = thought(moment, rng, context, conclusion)
-    chunk = action_chunks(motion.file, horizon)[moment.t].astype(float).round(6).tolist()
+    if moment.target:
+        further = ["instruction", "waypoint", "target from hand"]
+        drawn = [further[i] for i in rng.permutation(len(further))[: rng.integers(3)]]
+        lead = say_all(moment, rng, ["target", "hand", *drawn])
+        endings = [
+            f"Now {primitive}: {move}, {fingers}.",
+            f"The phase is {primitive}, so move {move} and {fingers}.",
+            f"To {primitive}, {fingers} and go {move}.",
+            f"It is time to {primitive}. Move {move}; {fingers}.",
+        ]
+        return f"{lead} {pick(rng, endings)}"
+    endings = [
+        f"Now {primitive}: {move}, {fingers}.",
+        f"So move {move} and {fingers}.",
+        f"Next: {fingers} and go {move}.",
+    ]
+    ending = pick(rng, endings)
+    context = ["instruction", "position", "gripper", "primitive", "waypoint"]
+    n = int(rng.integers(1, 4))
+    facts = [context[i] for i in rng.permutation(len(context))[:n]]
+    return " ".join([*(say(moment, rng, fact) for fact in facts), ending])
+
+
+def make_thought_action(source: Source, out: Path, horizon: int, rng) -> str:
+    """A line of thought_actions.jsonl: a thought, then the recorded actions (`horizon` x A)."""
+    while True:
+        index, moment = draw_moment(source, rng)
+        file = moment.motion.file
+        if moment.t in chunk_starts(file, horizon):
+            break
+    reason = action_thought(moment, rng)
+    chunk = action_chunks(file, horizon)[moment.t].astype(float).round(6).tolist()
     frames = save_frames(source, out, index, [moment.t])
     text = f"Instruction: {moment.task}\n{ACTION_QUESTION}"
     return json_row(frames, [Question(text, reason, "<ACTION>")], chunk=chunk)
@@ -977,12 +1242,22 @@ def write_questions(args) -> dict:
     path = axes_path(args.axes, files)
     axes = read_axes(path, state_dim, files[0].action.shape[1])
     camera = read_camera(args.camera) if args.camera else None
-    world = World(axes, camera, sorted({file.task for file in files}))
-    shares = parse_shares(args.shares, world)
+    if args.thought_style == "recorded":
+        for file in files:
+            if file.thoughts is None:
+                raise ValueError(
+                    f"{file}: no thoughts are recorded; record them, or name another style"
+                )
+    world = World(axes, sorted({file.task for file in files}), args.thought_style)
     train_files, held_files = split_episodes(files)
-    train = make_source(world, [read_motion(file, axes, args.ahead) for file in train_files], 0)
-    held_motions = [read_motion(file, axes, args.ahead) for file in held_files]
-    held = make_source(world, held_motions, int(train.ends[-1]))
+    sources = []
+    first_frame = 0
+    for part_files in (train_files, held_files):
+        motions = [read_motion(file, axes, args.ahead, camera) for file in part_files]
+        sources.append(make_source(world, motions, first_frame))
+        first_frame += sum(len(file) for file in part_files)
+    train, held = sources
+    shares = parse_shares(args.shares, sources if args.held_rows else [train])
 
     # 2. frames, and the lines in memory
     out = Path(args.out)
@@ -992,7 +1267,9 @@ def write_questions(args) -> dict:
         "seed": args.seed,
         "train_episodes": len(train_files),
         "held_out_episodes": len(held_files),
+        "episodes_with_objects": sum(bool(file.objects) for file in files),
         "instructions": len(world.instructions),
+        "thought_style": args.thought_style,
         "not_asked": [kind for kind in KINDS if kind not in shares],
         "thought_actions": args.thought_actions,
     }
@@ -1031,10 +1308,16 @@ def main(argv: list[str] | None = None):
     add("--rows", type=count, default=20000, help="questions about training episodes")
     add("--held-rows", type=natural, default=1000, help="questions about held-out episodes")
     add("--axes", default="", help="what the state means, .json; empty: by the episodes' source")
-    add("--camera", default="", help="its 3x4 matrix, .json: adds the kinds point and path")
+    add("--camera", default="", help="its 3x4 matrix, .json; empty: pixels that are recorded")
     add("--shares", default="", help="kind:share,... of the rows; empty: all kinds")
     add("--ahead", type=positive, default=0.4, help="seconds that `next` means")
     add("--thought-actions", type=natural, default=0, help="rows of thought_actions.jsonl")
+    add(
+        "--thought-style",
+        default="varied",
+        choices=list(THOUGHT_STYLES),
+        help="; ".join(f"{name}: {style}" for name, style in THOUGHT_STYLES.items()),
+    )
     add("--horizon", type=count, default=5, help="actions in each, as of the FAST tokenizer")
     add("--seed", type=natural, default=0)
     args = parser.parse_args(argv)
