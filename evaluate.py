@@ -5,16 +5,18 @@
     python evaluate.py vqa --policy assets/tiny-vlm --data data/test/conversations.jsonl
     python evaluate.py metaworld|libero --policy runs/vla
     python evaluate.py tabletop --policy runs/grpo --mode think   # or direct: by its own tokens
+    python evaluate.py tokens --action-tokenizer runs/fast        # the expert, through these tokens
     python evaluate.py calvin --policy runs/vla --data task_ABC_D --out results/calvin.json
     torchrun --nproc_per_node 8 evaluate.py libero --policy runs/vla      # or any but report
     python evaluate.py report results/run.json
 
-Each command but `report` measures one model and writes its metrics to a results file, under the
-name of a variant; `report` makes one Markdown table of such a file, a row for each variant, with
-the paired differences between consecutive ones. Under torchrun each rank takes its share of the
-trials, prompts or questions, rank 0 writes the results of all, and those are what one process finds
-(up to rounding in batches of other sizes). Every success rate carries its n and a 95% Wilson
-interval; means carry a 95% bootstrap interval over prompts or chains (2,000 resamples, seed 0).
+Each command but `report` and `tokens` measures one model and writes its metrics to a results file,
+under the name of a variant; `report` makes one Markdown table of such a file, a row for each
+variant, with the paired differences between consecutive ones. Under torchrun each rank takes its
+share of the trials, prompts or questions, rank 0 writes the results of all, and those are what one
+process finds (up to rounding in batches of other sizes). Every success rate carries its n and a 95%
+Wilson interval; means carry a 95% bootstrap interval over prompts or chains (2,000 resamples, seed
+0).
 
 In the order of the file: intervals, the results file, ranks, then what is measured (closed loop,
 action tokens, questions), the report, the command line. tabletop, metaworld, libero and calvin are
@@ -22,6 +24,7 @@ modules of benchmarks/, and so are the questions; only the one that was asked fo
 wants to know what a number means reads the three sections of what is measured."""
 
 import argparse
+import contextlib
 import fcntl
 import importlib
 import itertools
@@ -31,6 +34,7 @@ import platform
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, TypedDict, TypeVar
 
@@ -88,11 +92,12 @@ def bootstrap(values, resamples: int = 2000) -> Interval:
 #
 # One JSON file a run. The key of the variants on disk is "arms", as in files of earlier versions:
 #   {"preset", "arms": {variant: {"metrics": {name: Interval}, "paired": {name: values}, ...}},
-#    "commands", "seeds", "hardware", "minutes", "versions"}
+#    "tokens", "commands", "seeds", "hardware", "minutes", "versions"}
 # "paired" holds a metric's value of each prompt, trial or chain, in an order that all share. Beside
 # it a variant has "checkpoints" {command: path}, "prompts": where those of `actions` come from, and
 # "seconds" {command: {"chunk", "forward"}}: of a policy, on average. They are no metrics: the same
-# command gives others each time.
+# command gives others each time. "tokens" holds what `tokens` found: {"action_tokenizer": path,
+# "horizon", "execute": actions, "metrics"}; a later one takes its place.
 
 
 def read_results(path: str | Path) -> dict:
@@ -106,20 +111,11 @@ def read_results(path: str | Path) -> dict:
     return results
 
 
-def write_metrics(
-    metrics: dict[str, Interval],
-    paired: dict[str, list[float]],
-    args: argparse.Namespace,
-    started: float,
-    prompts: str = "",
-    seconds: dict[str, float] | None = None,
-):
-    """Add metrics to the variant args.variant of the file args.out, and print them.
-
-    paired: the values of each prompt, trial or chain, by metric. started: when the evaluation
-    began, time.time(). prompts: of action tokens, where they come from. seconds: of a policy, for a
-    "chunk" and for a "forward". Evaluations may write to one file at once: each takes the lock
-    beside it."""
+@contextlib.contextmanager
+def open_results(args: argparse.Namespace, started: float) -> Iterator[dict]:
+    """The results file args.out as a dict, to be added to; at the end it is written, with how its
+    numbers came about. started: when the evaluation began, time.time(). Evaluations may write to
+    one file at once: each takes the lock beside it."""
     path = Path(args.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "a") as lock:
@@ -127,21 +123,8 @@ def write_metrics(
         if path.exists():
             results = read_results(path)
         else:
-            results = {"preset": args.preset, "arms": {}, "commands": []}
-
-        # 1. the variant: metrics of the same name are replaced, others stay
-        new_variant = {"metrics": {}, "paired": {}, "checkpoints": {}}
-        variant = results["arms"].setdefault(args.variant, new_variant)
-        variant["metrics"].update(metrics)
-        variant["paired"].update(paired)
-        variant["checkpoints"][args.command] = str(args.policy)
-        if prompts:
-            variant["prompts"] = prompts
-        if seconds:
-            variant.setdefault("seconds", {})[args.command] = seconds
-
-        # 2. how the numbers came about
-        results["seeds"] = sorted({*results.get("seeds", []), args.seed})
+            results = {"preset": args.preset, "arms": {}, "commands": [], "seeds": []}
+        yield results
         results["hardware"] = hardware()
         minutes = (time.time() - started) / 60
         results["minutes"] = round(results.get("minutes", 0) + minutes, 2)
@@ -151,12 +134,43 @@ def write_metrics(
         results["commands"] = [*earlier, command]
         model.write_json(path, results)
 
-    for name, value in metrics.items():
-        if len(name.split()) < 3:  # not those of single tasks; `actions` prints lines of its own
-            print(f"{name:24s}", "{mean:6.3f}  [{low:.3f}, {high:.3f}]  n {n}".format(**value))
+
+def write_metrics(
+    metrics: dict[str, Interval],
+    paired: dict[str, list[float]],
+    args: argparse.Namespace,
+    started: float,
+    prompts: str = "",
+    seconds: dict[str, float] | None = None,
+):
+    """Add metrics to the variant args.variant of the file args.out, and print them. Metrics of the
+    same name are replaced, others stay.
+
+    paired: the values of each prompt, trial or chain, by metric. started: see open_results().
+    prompts: of action tokens, where they come from. seconds: of a policy, for a "chunk" and for a
+    "forward"."""
+    with open_results(args, started) as results:
+        new_variant = {"metrics": {}, "paired": {}, "checkpoints": {}}
+        variant = results["arms"].setdefault(args.variant, new_variant)
+        variant["metrics"].update(metrics)
+        variant["paired"].update(paired)
+        variant["checkpoints"][args.command] = str(args.policy)
+        if prompts:
+            variant["prompts"] = prompts
+        if seconds:
+            variant.setdefault("seconds", {})[args.command] = seconds
+        results["seeds"] = sorted({*results["seeds"], args.seed})
+    print_metrics(metrics)
     for unit, value in (seconds or {}).items():
         print(f"{f'seconds a {unit}':24s} {value:.4f}")
-    print(f"{path}: variant {args.variant}, {len(metrics)} metrics")
+    print(f"{args.out}: variant {args.variant}, {len(metrics)} metrics")
+
+
+def print_metrics(metrics: dict[str, Interval]):
+    """A line each, but for those of single tasks; `actions` prints lines of its own."""
+    for name, value in metrics.items():
+        if len(name.split()) < 3:
+            print(f"{name:24s}", "{mean:6.3f}  [{low:.3f}, {high:.3f}]  n {n}".format(**value))
 
 
 def hardware() -> str:
@@ -175,16 +189,21 @@ T = TypeVar("T")
 
 def start_ranks(args: argparse.Namespace) -> model.Dist:
     """This process among those of torchrun, one alone without; puts args.device right, and checks
-    before hours are spent that the results can be written."""
+    that the results can be written."""
     dist = model.setup(args.seed)
     args.device = args.device or str(dist.device)
-    path = Path(args.out)
+    check_out(args.out)
+    return dist
+
+
+def check_out(out: str):
+    """Before hours are spent: ValueError when no results can be written to this file."""
+    path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         raise ValueError(f"--out {path}: a folder; name a file in it, as results/run.json")
     if path.exists():
         read_results(path)
-    return dist
 
 
 def local_share(dist: model.Dist) -> slice:
@@ -280,6 +299,33 @@ def chain_metrics(lengths: list[int]) -> dict[str, Interval]:
         reached = sum(length >= k for length in lengths)
         metrics[f"chain {k}"] = wilson(reached, len(lengths))
     return metrics
+
+
+def expert_through_tokens(args: argparse.Namespace):
+    """`evaluate.py tokens`: success of Tabletop's expert when its actions pass through the tokens.
+
+    It is a fact of the tokenizer, not of a model: the table has it in its caption."""
+    from benchmarks import tabletop_tokens
+
+    started = time.time()
+    dist = model.setup(seed=0)  # nothing is drawn
+    check_out(args.out)
+    tokenizer = None
+    if args.action_tokenizer:
+        tokenizer = fast_tokenizer.FastTokenizer.load(args.action_tokenizer)
+    local_trials = tabletop_tokens.evaluate(tokenizer, args, local_share(dist))
+    metrics = success_metrics(gather(local_trials, dist))
+    if dist.rank > 0:
+        return
+    with open_results(args, started) as results:
+        results["tokens"] = {
+            "action_tokenizer": args.action_tokenizer,
+            "horizon": tokenizer.horizon if tokenizer else args.execute,
+            "execute": args.execute,
+            "metrics": metrics,
+        }
+    print_metrics(metrics)
+    print(tokens_sentence(results["tokens"]))
 
 
 # ---- Models that write ---------------------------------------------------------------------------
@@ -610,9 +656,24 @@ def heading(results: dict) -> str:
     minutes = f"evaluation {results['minutes']} min"
     if whole_run:
         minutes = f"the whole run {whole_run} min, {minutes}"
-    return (
+    words = (
         f"Preset {results['preset']}, seeds {results['seeds']}, {results['hardware']}; {minutes}. "
         "Mean [95% interval]; success in percent."
+    )
+    if "tokens" in results:
+        words += f" {tokens_sentence(results['tokens'])}"
+    return words
+
+
+def tokens_sentence(tokens: dict) -> str:
+    """What `evaluate.py tokens` found, for the caption of the table."""
+    success = tokens["metrics"]["success"]
+    subject = "Through these action tokens the expert itself"
+    if not tokens["action_tokenizer"]:
+        subject = "Without action tokens the expert"
+    return (
+        f"{subject} succeeds in {cell('success', success)} percent of {success['n']} trials "
+        f"({tokens['execute']} of {tokens['horizon']} actions executed)."
     )
 
 
@@ -668,16 +729,21 @@ def distinct_actions(variants: list[tuple[str, dict]]) -> list[str]:
 # ---- Command line --------------------------------------------------------------------------------
 
 
+def results_flags(add):
+    """Flags of all commands that measure something."""
+    add("--out", default="results/results.json", help="results file, which is added to")
+    add("--preset", default="tabletop", help="name of the run, noted in the results file")
+
+
 def common_flags(add):
     """Flags of all commands that measure a model."""
+    results_flags(add)
     add(
         "--policy",
         required=True,
         help="checkpoint: vla, sft or grpo in a closed loop; base, sft or grpo else",
     )
     add("--variant", default="policy", help="name of the model: its row of the results table")
-    add("--out", default="results/results.json", help="results file; the variant is added to it")
-    add("--preset", default="tabletop", help="name of the run, noted in the results file")
     add("--seed", type=natural, default=0, help="seed of sampling and of the policy's noise")
     add(
         "--device",
@@ -748,6 +814,14 @@ def make_parser(asked: str) -> argparse.ArgumentParser:
         if name == asked:
             simulator_module(name).arguments(command.add_argument)
         command.set_defaults(run=closed_loop)
+
+    command = commands.add_parser("tokens", help="success of the expert through action tokens")
+    results_flags(command.add_argument)
+    if asked == "tokens":
+        from benchmarks import tabletop_tokens
+
+        tabletop_tokens.arguments(command.add_argument)
+    command.set_defaults(run=expert_through_tokens)
 
     command = commands.add_parser("actions", help="action tokens on prompts from episodes")
     common_flags(command.add_argument)

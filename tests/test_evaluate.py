@@ -19,7 +19,7 @@ import evaluate
 import fast_tokenizer
 import model
 import sft
-from benchmarks import simulate, tabletop_data
+from benchmarks import simulate, tabletop_data, tabletop_tokens
 from benchmarks import tabletop as tt
 from benchmarks.simulate import Outcome, TrialResult
 from benchmarks.tabletop import drive
@@ -216,6 +216,85 @@ def test_what_a_benchmark_has_none_of_is_not_written(tmp_path, monkeypatch):
     assert variant["metrics"]["chain 5"]["mean"] == 0.5
 
 
+# ---- the expert through action tokens
+
+
+@pytest.fixture(scope="module")
+def expert_chunks():
+    """What the expert does in each suite, K = 5 actions at a time: (B, 5, 7)."""
+    chunks = []
+    for suite in tt.SUITES:
+        for task in range(10):
+            env = tt.Tabletop(suite)
+            env.place(task, 0, "train")
+            while env.steps < 40:
+                chunks.append(tabletop_tokens.expert_chunk(env, 5))
+                for action in chunks[-1][:2]:
+                    env.advance(action)
+    return np.stack(chunks)
+
+
+def tokens_metrics(path):
+    return json.loads(path.read_text())["tokens"]["metrics"]
+
+
+def test_fine_tokens_drive_and_coarse_ones_do_not(expert_chunks, tmp_path, capsys):
+    """The speedrun's tokens were so coarse that the expert itself failed two of three tasks through
+    them; r_a, which they made easy, had hidden it."""
+    out = tmp_path / "r.json"
+    shares = {}
+    for scale, vocab_size in ((10, 256), (1, 18)):
+        tokenizer = fast_tokenizer.FastTokenizer.fit(expert_chunks, vocab_size, scale)
+        tokenizer.save(tmp_path / "fast")
+        flags = ["--action-tokenizer", str(tmp_path / "fast"), "--trials", "1"]
+        evaluate.main(["tokens", "--out", str(out), *flags])
+        shares[scale] = tokens_metrics(out)["success"]["mean"]
+        assert tokens_metrics(out)["success"]["n"] == 40
+    assert shares[10] == 1
+    assert shares[1] < 0.7
+    printed = capsys.readouterr().out
+    assert (
+        "Through these action tokens the expert itself succeeds in 100.0 [91.2, 100.0]" in printed
+    )
+    assert "(2 of 5 actions executed)" in printed
+
+    write_variant(out, "SFT")  # the caption of the table says it
+    evaluate.main(["report", str(out)])
+    _, _, report = capsys.readouterr().out.partition("Preset tabletop, ")
+    caption = report.splitlines()[0]
+    percent = 100 * shares[1]
+    assert f"Through these action tokens the expert itself succeeds in {percent:.1f} [" in caption
+    assert json.loads(out.read_text())["arms"].keys() == {"SFT"}, "it is no model"
+
+
+def test_without_tokens_the_expert_does_all_trials_on_any_number_of_ranks(tmp_path, capsys):
+    for world in (1, 2):
+        argv = ["tokens", "--trials", "1", "--execute", "3", "--out", str(tmp_path / f"{world}")]
+        on_ranks(evaluate.main, argv, world)
+    one = json.loads((tmp_path / "1").read_text())
+    two = json.loads((tmp_path / "2").read_text())
+    assert one["tokens"] == two["tokens"]
+    assert one["tokens"]["metrics"]["success long"] == evaluate.wilson(10, 10)
+    assert one["seeds"] == [], "nothing is drawn"
+
+
+def test_the_experts_chunk_leaves_the_environment_alone():
+    env = tt.Tabletop("long")
+    env.place(3, 0, "eval")
+    chunk = tabletop_tokens.expert_chunk(env, 4)
+    assert env.steps == 0
+    for action in chunk:
+        assert (env.expert()[0] == action).all()
+        env.advance(action)
+
+
+def test_more_actions_than_a_chunk_has_are_refused(expert_chunks, tmp_path):
+    fast_tokenizer.FastTokenizer.fit(expert_chunks, 64, 2).save(tmp_path / "fast")
+    flags = ["--action-tokenizer", str(tmp_path / "fast"), "--out", str(tmp_path / "r.json")]
+    with pytest.raises(ValueError, match="--execute 6: .*fast has chunks of 5 actions"):
+        evaluate.main(["tokens", "--execute", "6", *flags])
+
+
 # ---- ranks, the split, the limit of tokens
 
 
@@ -402,9 +481,15 @@ def test_prompts_are_called_held_out_only_when_they_are(written, tmp_path, monke
 def test_results_that_could_not_be_written_stop_before_the_work(tmp_path):
     """A results file cut short was found after the last of 2,000 trials, and they were lost."""
     (tmp_path / "r.json").write_text('{"arms"')
-    for argv in (["tabletop"], ["vqa", "--data", "x"], ["actions", "--data", "x"]):
+    policy = ["--policy", "nowhere/x"]
+    for argv in (
+        ["tabletop", *policy],
+        ["vqa", "--data", "x", *policy],
+        ["actions", "--data", "x", *policy],
+        ["tokens", "--action-tokenizer", "nowhere/x"],
+    ):
         with pytest.raises(ValueError, match="r.json:1: not JSON"):
-            evaluate.main([*argv, "--policy", "nowhere/x", "--out", str(tmp_path / "r.json")])
+            evaluate.main([*argv, "--out", str(tmp_path / "r.json")])
     with pytest.raises(ValueError, match="--out .*: a folder; name a file"):
         evaluate.main(["tabletop", "--policy", "nowhere/x", "--out", str(tmp_path)])
     argv = ["vqa", "--data", "x", "--policy", "nowhere/x", "--out", str(tmp_path / "new.json")]
@@ -434,13 +519,16 @@ def test_results_that_could_not_be_written_stop_before_the_work(tmp_path):
         "libero --size -1",
         "metaworld --limit -1",
         "calvin --chains 0",
+        "tokens --trials 0",
+        "tokens --execute 0",
     ],
 )
 def test_flags_out_of_range_stop_before_anything_loads(flags, capsys):
     """--batch 0, --prompts 0 and --max-new-tokens 0 were tracebacks after the model had loaded."""
     command, flag, value = flags.split()
+    required = [] if command == "tokens" else ["--policy", "x", "--data", "x"]
     with pytest.raises(SystemExit) as stop:
-        evaluate.main([command, "--policy", "x", "--data", "x", flag, value])
+        evaluate.main([command, *required, flag, value])
     assert stop.value.code == 2
     assert f"argument {flag}: {value} is not a" in capsys.readouterr().err
 
