@@ -59,6 +59,15 @@ from tqdm import tqdm
 OPEN_FILES = 256
 
 
+SHAPES = {  # of an episode's arrays beside its frames, float32; all but the first two are optional
+    "action": "(T, A)",
+    "state": "(T, S)",
+    "object_position": "(T, N, 3)",
+    "object_pixel": "(T, N, 2)",
+    "hand_pixel": "(T, 2)",
+}
+
+
 @functools.lru_cache(OPEN_FILES)
 def open_arrays(path: Path, framework: str = "numpy") -> safe_open:
     """A safetensors file to read slices from ("numpy" or "pt"); the last OPEN_FILES stay open."""
@@ -78,7 +87,14 @@ class EpisodeFile:
     state: np.ndarray  # (T, S) float32
     image_sizes: dict[str, tuple[int, int]]  # camera, "image" and any "image_<name>" -> (H, W)
     ends: dict[str, np.ndarray]  # camera with encoded frames -> where each ends in the file's blob
-    first_row: int = 0  # of the file's arrays
+    first_row: int  # of the file's arrays
+    # What a recorder may know beside; pixels as shares of width and height of "image".
+    objects: list[str]  # N names, each its own, as instructions say them
+    object_position: np.ndarray | None  # (T, N, 3) m, in the frame of the state; NaN: not there
+    object_pixel: np.ndarray | None  # (T, N, 2) x, y from the top left; NaN: unknown
+    hand_pixel: np.ndarray | None  # (T, 2)
+    targets: list[int] | None  # T: the object that the expert is going for; -1: none
+    thoughts: list[str] | None  # T: the expert's reasoning
 
     def __len__(self) -> int:
         return len(self.action)
@@ -121,7 +137,7 @@ def read_episode_file(path: str | Path) -> list[EpisodeFile]:
     # 2. encoded frames
     image_sizes = {}
     ends = {}
-    for name in sorted(set(shapes) - {"action", "state"}):
+    for name in sorted(set(shapes) - set(SHAPES)):
         if len(shapes[name]) == 4:
             image_sizes[name] = tuple(shapes[name][1:3])
             continue
@@ -132,8 +148,8 @@ def read_episode_file(path: str | Path) -> list[EpisodeFile]:
     if len(lengths) != 1 or lengths == {0}:
         raise ValueError(f"{path}: steps differ or are none ({shapes}); record it again")
     # 4. the numbers are finite
-    for name in ("action", "state"):
-        bad_rows = np.flatnonzero(~np.isfinite(arrays[name]).all(1))
+    for name in SHAPES:
+        bad_rows = _bad_rows(arrays, name)
         if len(bad_rows):
             raise ValueError(
                 f"{path}: {name} row {bad_rows[0]} is not finite; "
@@ -156,14 +172,15 @@ def read_episode_file(path: str | Path) -> list[EpisodeFile]:
             image_sizes=image_sizes,
             ends=ends,
             first_row=start,
+            **_known_objects(path, entry, arrays, start, end),
         )
         files.append(file)
     return files
 
 
 def _open_episodes(path):
-    """-> header {key: text}, {name: array} of all but frames, {name: shape} of action, state and
-    the cameras. Other arrays of the file are passed over."""
+    """-> header {key: text}, {name: array} of all but frames, {name: shape} of SHAPES and the
+    cameras. Other arrays of the file are passed over."""
     arrays = {}
     shapes = {}
     try:
@@ -174,14 +191,15 @@ def _open_episodes(path):
                     arrays[name] = file.get_tensor(name)
                     continue
                 is_camera = name == "image" or name.startswith("image_")
-                if not is_camera and name not in ("action", "state"):
+                if not is_camera and name not in SHAPES:
                     continue
                 on_disk = file.get_slice(name)
                 dtype = on_disk.get_dtype()
                 shape = on_disk.get_shape()
-                wanted = "F32 (T, D)"
-                fits = (dtype, len(shape)) == ("F32", 2)
-                if is_camera:
+                if not is_camera:
+                    wanted = f"F32 {SHAPES[name]}"
+                    fits = dtype == "F32" and _has_shape(shape, SHAPES[name])
+                else:
                     wanted = "U8 (T, H, W, 3), nor U8 (N,) with its codec"
                     encoded = f"{name}.codec" in header
                     fits = dtype == "U8" and (len(shape) == 1 if encoded else len(shape) == 4)
@@ -199,6 +217,25 @@ def _open_episodes(path):
             f"{path}: not a complete safetensors file ({e}); record it again or delete it"
         ) from e
     return header, arrays, shapes
+
+
+def _has_shape(shape, wanted):
+    """Is the shape [7, 4, 3] a "(T, N, 3)"? Letters stand for any size."""
+    sizes = wanted.strip("()").split(", ")
+    if len(shape) != len(sizes):
+        return False
+    return all(
+        not text.isdigit() or int(text) == size for text, size in zip(sizes, shape, strict=True)
+    )
+
+
+def _bad_rows(arrays, name):
+    """The rows of an array, if it is there, that hold what is no number. Of objects, NaN says that
+    they are not there."""
+    if name not in arrays:
+        return []
+    is_bad = ~np.isfinite(arrays[name]) if name in ("action", "state") else np.isinf(arrays[name])
+    return np.flatnonzero(is_bad.any(axis=tuple(range(1, is_bad.ndim))))
 
 
 def _encoded_frames(path, name, header, arrays, shape):
@@ -227,6 +264,51 @@ def _episode_entries(path, header, rows):
     except (ValueError, TypeError, AttributeError) as e:
         raise ValueError(f"{path}: {e}; convert the episode again") from e
     return entries
+
+
+def _known_objects(path, entry, arrays, start, end):
+    """What the recorder knew of objects in the episode `entry`, rows start .. end of the file: the
+    fields of EpisodeFile that it fills. ValueError when lists and arrays do not fit together."""
+    known = {"objects": [], "targets": None, "thoughts": None}
+    # 1. lists: names; what belongs to each of T steps
+    for key, kind, length in (
+        ("objects", str, None),
+        ("targets", int, end - start),
+        ("thoughts", str, end - start),
+    ):
+        if key not in entry:
+            continue
+        try:
+            values = json.loads(entry[key])
+        except (json.JSONDecodeError, TypeError) as e:
+            raise ValueError(f"{path}: {key} is no JSON ({e}); record the episode again") from e
+        if not isinstance(values, list) or not all(type(value) is kind for value in values):
+            raise ValueError(
+                f"{path}: {key} is no JSON list of {kind.__name__}; record the episode again"
+            )
+        if length is not None and len(values) != length:
+            raise ValueError(
+                f"{path}: {len(values)} {key} of {length} steps; record the episode again"
+            )
+        known[key] = values
+    names = known["objects"]
+    if len(set(names)) != len(names) or not all(name.strip() for name in names):
+        raise ValueError(f"{path}: objects {names}: each needs a name of its own; name them anew")
+    for t, target in enumerate(known["targets"] or []):
+        if not -1 <= target < len(names):
+            raise ValueError(
+                f"{path}: targets: {target} in step {t} is none of {len(names)} objects, nor -1; "
+                "record the episode again"
+            )
+    # 2. arrays
+    for name in ("object_position", "object_pixel", "hand_pixel"):
+        known[name] = arrays[name][start:end] if name in arrays else None
+        if name in arrays and name != "hand_pixel" and arrays[name].shape[1] != len(names):
+            raise ValueError(
+                f"{path}: {name} holds {arrays[name].shape[1]} objects, the header names "
+                f"{len(names)}; record the episode again"
+            )
+    return known
 
 
 def _episode_folder(folder):
@@ -301,12 +383,15 @@ def split_episodes(
 
 
 def episodes_sha256(files: Sequence[EpisodeFile]) -> str:
-    """SHA-256 of the names, instructions, actions and states of episodes, in their order."""
+    """SHA-256 of the names, instructions, actions, states and thoughts (where there are some) of
+    episodes, in their order."""
     content = hashlib.sha256()
     for file in files:
         content.update(f"{file.name}\n{file.task}\n".encode())
         content.update(np.ascontiguousarray(file.action))
         content.update(np.ascontiguousarray(file.state))
+        if file.thoughts is not None:
+            content.update(json.dumps(file.thoughts).encode())
     return content.hexdigest()
 
 
@@ -602,8 +687,9 @@ def _statistics_of(files):
 # ---- Episodes on disk: writing -------------------------------------------------------------------
 
 # What a converter yields for an episode: its arrays ("action" (T, A), "state" (T, S), "image" and
-# any "image_<name>" (T, H, W, 3) uint8 or what encode_frames() makes of it), and its header
-# ("task", "fps", "source", and what encode_frames() adds, all text).
+# any "image_<name>" (T, H, W, 3) uint8 or what encode_frames() makes of it; the others of SHAPES
+# where it knows them), and its header ("task", "fps", "source", and what encode_frames() adds, all
+# text; "objects", "targets" and "thoughts" of EpisodeFile as JSON).
 Recording = tuple[dict[str, np.ndarray], dict[str, str]]
 
 CODECS = {  # codec -> how Pillow writes it
@@ -758,13 +844,15 @@ def _checked_recording(arrays, header):
     for key, text in header.items():
         if not isinstance(text, str):
             raise ValueError(f"{source}: {key} is {text!r}; give it as text")
-    for name in ("action", "state"):
+    for name, shape in SHAPES.items():
+        if name not in arrays and name not in ("action", "state"):
+            continue
         numbers = arrays.get(name)
-        if np.ndim(numbers) != 2:
-            raise ValueError(f"{source}: {name} is no array (T, D); give a row of numbers a step")
+        if not _has_shape(np.shape(numbers), shape):
+            raise ValueError(f"{source}: {name} is no array {shape}; give a row of numbers a step")
         with np.errstate(over="ignore"):  # infinity, which is no number either
-            arrays[name] = np.asarray(numbers).astype(np.float32)  # (T, D)
-        bad_rows = np.flatnonzero(~np.isfinite(arrays[name]).all(1))
+            arrays[name] = np.asarray(numbers).astype(np.float32)
+        bad_rows = _bad_rows(arrays, name)
         if len(bad_rows):
             raise ValueError(
                 f"{source}: {name} of step {bad_rows[0]} is not finite; "

@@ -625,6 +625,109 @@ def test_damaged_encoded_frames_are_one_line(tmp_path):
             ft.read_episodes(tmp_path / "out")[0].frame(0)
 
 
+def objects_of(T, names=("black bowl", "other black bowl"), **change):
+    """What a recorder that knows the objects adds -> arrays, header; `change`: header's lists."""
+    rng = np.random.default_rng(T)
+    arrays = {
+        "object_position": rng.normal(size=(T, len(names), 3)).astype(np.float32),
+        "object_pixel": rng.uniform(size=(T, len(names), 2)).astype(np.float32),
+        "hand_pixel": rng.uniform(size=(T, 2)).astype(np.float32),
+    }
+    arrays["object_position"][0, -1] = np.nan  # not there yet
+    lists = {
+        "objects": list(names),
+        "targets": [0] * (T - 2) + [1, -1],
+        "thoughts": [f"Now reach: left {t}, \u628a." for t in range(T)],
+    }
+    return arrays, {key: json.dumps(value) for key, value in (lists | change).items()}
+
+
+@pytest.mark.parametrize("per_file", [1, 3])
+def test_objects_of_an_episode_come_back(tmp_path, per_file):
+    written = []
+    for arrays, header in recordings(7):
+        added, said = objects_of(len(arrays["action"]))
+        written.append((arrays | added, header | said))
+    ft.write_episodes(tmp_path / "out", written, per_file)
+    files = ft.read_episodes(tmp_path / "out")
+    assert len({file.path for file in files}) == (7 if per_file == 1 else 3)
+    for file, (arrays, header) in zip(files, written, strict=True):
+        assert file.objects == ["black bowl", "other black bowl"]
+        assert file.cameras == ("image", "image_wrist")
+        assert file.targets == json.loads(header["targets"])
+        assert file.thoughts == json.loads(header["thoughts"])
+        for name in ("object_position", "object_pixel", "hand_pixel"):
+            np.testing.assert_array_equal(getattr(file, name), arrays[name])
+        assert np.isnan(file.object_position[0, 1]).all()
+
+
+def test_episodes_without_objects_are_what_they_were(tmp_path):
+    """Statistics, split and fingerprint are of action and state; thoughts, which a stage may train
+    on, count where there are some."""
+    plain = list(recordings(5))
+    known = []
+    for arrays, header in plain:
+        added, said = objects_of(len(arrays["action"]))
+        del said["thoughts"]
+        known.append((arrays | added, header | said))
+    ft.write_episodes(tmp_path / "plain", plain)
+    ft.write_episodes(tmp_path / "known", known)
+    files = ft.read_episodes(tmp_path / "plain")
+    of_known = ft.read_episodes(tmp_path / "known")
+    first = files[0]
+    assert (first.objects, first.targets, first.thoughts) == ([], None, None)
+    assert first.object_position is first.object_pixel is first.hand_pixel is None
+    assert ft.episodes_sha256(files) == ft.episodes_sha256(of_known)
+    stats = [(tmp_path / name / "stats.json").read_bytes() for name in ("plain", "known")]
+    assert stats[0] == stats[1]
+    of_known[2].thoughts = ["so"] * len(of_known[2])
+    assert ft.episodes_sha256(files) != ft.episodes_sha256(of_known)
+
+
+@pytest.mark.parametrize("per_file", [1, 3])
+@pytest.mark.parametrize(
+    ("arrays", "header", "message"),
+    [
+        ({}, {"targets": "[0, 0]"}, "2 targets of 7 steps"),
+        ({}, {"targets": "[0, 1, 2, 0, 0, 0, 0]"}, "2 in step 2 is none of 2 objects, nor -1"),
+        ({}, {"targets": "[0, 0, 0, true, 0, 0, 0]"}, "targets is no JSON list of int"),
+        ({}, {"thoughts": '["one"]'}, "1 thoughts of 7 steps"),
+        ({}, {"thoughts": "none"}, "thoughts is no JSON "),
+        ({}, {"objects": '{"bowl": 1}'}, "objects is no JSON list of str"),
+        ({}, {"objects": '["bowl", "bowl"]'}, "each needs a name of its own"),
+        ({}, {"objects": '["bowl", " "]'}, "each needs a name of its own"),
+        ({}, {"objects": '["bowl"]', "targets": "[0, 0, 0, 0, 0, 0, 0]"}, "position holds 2 obj"),
+        ({"object_pixel": np.zeros((7, 3, 2))}, {}, "object_pixel holds 3 objects, .* names 2"),
+        ({"object_position": np.zeros((7, 2, 2))}, {}, r"is no array \(T, N, 3\)"),
+        ({"hand_pixel": np.zeros((6, 2))}, {}, "steps differ .*'hand_pixel': 6"),
+        ({"hand_pixel": np.full((7, 2), np.inf)}, {}, "hand_pixel of step 0 is not finite"),
+    ],
+)
+def test_objects_that_do_not_fit_are_one_line(tmp_path, per_file, arrays, header, message):
+    ours, our_header = next(recordings(1))
+    added, said = objects_of(7)
+    bad = (ours | added | arrays, our_header | said | header)
+    with pytest.raises(SystemExit, match=f"lab 0: .*{message}") as e:
+        ft.write_episodes(tmp_path / "out", [bad], per_file)
+    assert "\n" not in str(e.value)
+
+
+def test_damaged_objects_on_disk_are_one_line(tmp_path):
+    """As another program, which does not check, may have written them."""
+    ours, header = next(recordings(1))
+    added, said = objects_of(7)
+    path = tmp_path / "episode_000000.safetensors"
+    for arrays, words, message in (
+        ({}, {"objects": '["bowl"]', "targets": "[]"}, "0 targets of 7 steps; record the"),
+        ({"object_position": np.zeros((7, 2, 3))}, said, r"is F64 .*, not F32 \(T, N, 3\); conv"),
+        ({"object_pixel": added["object_pixel"]}, {}, "object_pixel holds 2 objects, .* names 0"),
+        ({"hand_pixel": np.full((7, 2), -np.inf, np.float32)}, {}, "hand_pixel row 0 is not fin"),
+    ):
+        save_file(ours | arrays, path, header | words)
+        with pytest.raises(ValueError, match=f"episode_000000.safetensors: .*{message}"):
+            ft.read_episodes(tmp_path)
+
+
 def test_many_episodes_need_few_memory_maps(tmp_path):
     """Each episode kept a map: MemoryError near 65,000 of them, hours into a run."""
     ft.write_episodes(tmp_path / "out", (r for _ in range(40) for r in recordings(10)))
@@ -692,8 +795,8 @@ def test_instructions_keep_every_character(tmp_path, per_file):
 @pytest.mark.parametrize(
     ("arrays", "header", "message"),
     [
-        ({"state": None}, {}, r"lab 0: state is no array \(T, D\)"),
-        ({"action": np.zeros(6)}, {}, r"lab 0: action is no array \(T, D\)"),
+        ({"state": None}, {}, r"lab 0: state is no array \(T, S\)"),
+        ({"action": np.zeros(6)}, {}, r"lab 0: action is no array \(T, A\)"),
         ({"action": np.full((6, 2), 1e300)}, {}, "lab 0: action of step 0 is not finite"),
         ({}, {"task": None}, "lab 0: task is None; give it as text"),
         ({}, {"fps": 5}, "lab 0: fps is 5; give it as text"),
