@@ -34,7 +34,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, TypedDict, TypeVar
 
@@ -350,6 +350,7 @@ class Prompts(NamedTuple):
     rows: list[model.Row]  # B of them
     targets: list[list[int]]  # B lists of action ids
     chunks: np.ndarray  # (B, K, A), dataset units
+    thoughts: list[str | None]  # B recorded ones, which are true
 
 
 def episodes_to_ask(backbone: model.Backbone, data: str, split: str) -> tuple[list, str]:
@@ -396,19 +397,47 @@ def draw_prompts(
 
     rows = []
     chunks = []
+    thoughts = []
     for episode, step in drawn[local]:
         prompt = model.action_prompt(episode.task, think)
         rows.append(model.encode(backbone, prompt, [episode.frame(step)], prompt_only=True))
         chunks.append(fast_tokenizer.action_chunks(episode, tokenizer.horizon)[step])  # (K, A)
+        thoughts.append(episode.thoughts[step] if episode.thoughts else None)
     chunks = np.reshape(chunks, (-1, tokenizer.horizon, tokenizer.action_dim)).astype(np.float32)
     targets = tokenizer.encode(chunks) if rows else []
-    return Prompts(list(range(args.prompts)[local]), rows, targets, chunks)
+    return Prompts(list(range(args.prompts)[local]), rows, targets, chunks, thoughts)
+
+
+STATEMENTS = {  # the world that an episode's source begins with -> module that has statements()
+    "tabletop": "benchmarks.tabletop_data",
+}
+Statements = Callable[[str, str], dict[str, bool]]
+
+
+def statements_of(episodes: list) -> Statements | None:
+    """What tells which statements of a thought are true, given the true thought; None when these
+    episodes hold no thoughts, or are not all of one world in STATEMENTS."""
+    worlds = {episode.source.partition(" ")[0] for episode in episodes}
+    known = [STATEMENTS.get(world) for world in worlds]
+    if len(known) != 1 or None in known or any(episode.thoughts is None for episode in episodes):
+        return None
+    return importlib.import_module(known[0]).statements
+
+
+def true_shares(statements: Statements, texts: list[str], true_thought: str) -> dict[str, float]:
+    """Answers to one prompt -> {"thought true": share of true statements, "thought true NAME": how
+    often this one is true}."""
+    each = [statements(model.read_thought(text), true_thought) for text in texts]
+    shares = {name: float(np.mean([is_true[name] for is_true in each])) for name in each[0]}
+    by_name = {f"thought true {name}": share for name, share in shares.items()}
+    return {"thought true": float(np.mean(list(shares.values()))), **by_name}
 
 
 class Score(NamedTuple):
     """What a prompt's n completions are worth."""
 
-    means: dict[str, float]  # "reward", "r_f", "r_a", "l1" (NaN: none decodes), "truncated"
+    # "reward", "r_f", "r_a", "l1" (NaN: none decodes), "truncated"; of true_shares() what is known
+    means: dict[str, float]
     thoughts: set[str]  # those that differ
     actions: set[tuple[int, ...]]  # lists of action ids that decode
 
@@ -443,9 +472,10 @@ def score_completions(
     prompts: Prompts,
     kind: str,
     think: bool,
+    statements: Statements | None = None,
 ) -> list[Score]:
     """Scores of B prompts with n completions each, those of a prompt side by side. kind: one of
-    grpo.REWARDS.
+    grpo.REWARDS. statements: of thoughts, where it is known which are true.
 
     "l1" is over the completions that decode, in normalised units (range 2); r_f says how many there
     are. "truncated" is the share that the limit of tokens cut off: it is never in the format.
@@ -481,6 +511,8 @@ def score_completions(
         means["l1"] = float(finite.mean()) if len(finite) else float("nan")
         means["truncated"] = float(truncated[of_prompt].mean())
         texts = [backbone.tokenizer.decode(ids) for ids in completions[of_prompt]]
+        if statements:
+            means |= true_shares(statements, texts, prompts.thoughts[b])
         thoughts = {text.split("</think>")[0] for text in texts}
         actions = {tuple(ids) for ids in action_ids[of_prompt] if ids}
         scores.append(Score(means, thoughts, actions))
@@ -488,7 +520,8 @@ def score_completions(
 
 
 def action_tokens(args: argparse.Namespace):
-    """`evaluate.py actions`: format rate, r_a, L1; thinking and direct; sampled and greedy.
+    """`evaluate.py actions`: format rate, r_a, L1; thinking and direct; sampled and greedy. Of
+    thoughts, where the episodes hold true ones, the share of true statements.
 
     1. the model, with an action tokenizer for the targets   2. this rank's prompts
     3. complete and score them   4. metrics, of the prompts of all ranks"""
@@ -515,46 +548,54 @@ def action_tokens(args: argparse.Namespace):
         # 2. this rank's prompts
         prompts = draw_prompts(backbone, episodes, args, think, local_share(dist))
         targets = gather(prompts.targets, dist)
+        statements = statements_of(episodes) if think else None
         for style, n in (("sampled", args.samples), ("greedy", 1)):
             # 3. complete and score them
             completions = complete(backbone, prompts, n, style == "greedy", args)
-            local_scores = score_completions(backbone, completions, n, prompts, args.reward, think)
+            local_scores = score_completions(
+                backbone, completions, n, prompts, args.reward, think, statements
+            )
 
             # 4. metrics, of the prompts of all ranks
-            new_metrics, values = action_metrics(gather(local_scores, dist), n)
+            new_metrics, new_paired = action_metrics(gather(local_scores, dist), n)
             if dist.rank == 0:
                 print_scores(mode, style, new_metrics, targets)
             for name, interval in new_metrics.items():
                 metrics[f"{mode} {style} {name}"] = interval
-            for name in ("reward", "r_a"):
-                paired[f"{mode} {style} {name}"] = [round(value, 5) for value in values[name]]
+            for name, values in new_paired.items():
+                paired[f"{mode} {style} {name}"] = values
     if dist.rank == 0:
         write_metrics(metrics, paired, args, started, prompts=f"{args.prompts} from {words}")
 
 
+PAIRED = ["reward", "r_a", "l1", "thought true"]  # what two models are compared in, by prompt
+
+
 def action_metrics(
     scores: list[Score], n: int
-) -> tuple[dict[str, Interval], dict[str, list[float]]]:
-    """Scores of all prompts, n completions each -> metrics, and each prompt's values by metric.
+) -> tuple[dict[str, Interval], dict[str, list[float | None]]]:
+    """Scores of all prompts, n completions each -> metrics; of those in PAIRED each prompt's value.
 
-    "l1" leaves out prompts without a completion that decodes. Few distinct actions to many prompts
-    are a collapsed policy."""
+    "l1" leaves out prompts without a completion that decodes: their value is None. Few distinct
+    actions to many prompts are a collapsed policy."""
     metrics = {}
-    values = {}
+    paired = {}
     for name in scores[0].means:
         of_prompts = [score.means[name] for score in scores]
-        values[name] = [value for value in of_prompts if not np.isnan(value)]
-        metrics[name] = bootstrap(values[name])
+        metrics[name] = bootstrap([value for value in of_prompts if not np.isnan(value)])
+        if name in PAIRED:
+            rounded = [round(value, 5) for value in of_prompts]
+            paired[name] = [None if np.isnan(value) else value for value in rounded]
     for kind in ("thoughts", "actions"):
         distinct = set().union(*[getattr(score, kind) for score in scores])
         total = len(scores) * n
         of_all = {"mean": len(distinct), "low": None, "high": None, "n": total}
         metrics[f"distinct {kind}"] = of_all
-    return metrics, values
+    return metrics, paired
 
 
 def print_scores(mode: str, style: str, metrics: dict[str, Interval], targets: list[list[int]]):
-    """One line of `evaluate.py actions`; a dash where no completion decodes."""
+    """A line or two of `evaluate.py actions`; a dash where no completion decodes."""
     words = []
     for name in ("reward", "r_f", "r_a", "l1", "truncated"):
         mean = metrics[name]["mean"]
@@ -567,6 +608,13 @@ def print_scores(mode: str, style: str, metrics: dict[str, Interval], targets: l
         f"distinct thoughts {thoughts['mean']}, actions {actions['mean']} "
         f"of {thoughts['n']} (targets {distinct_targets} of {len(targets)})"
     )
+    statements = []
+    for name, value in metrics.items():
+        if name.startswith("thought true"):
+            short = name.removeprefix("thought true").strip() or "all"
+            statements.append(f"{short} {value['mean']:.3f}")
+    if statements:
+        print(f"  true in thoughts: {', '.join(statements)}")
 
 
 # ---- Questions -----------------------------------------------------------------------------------
@@ -609,6 +657,7 @@ COLUMNS = {  # head of a column: its metric
     "reward": "think sampled reward",
     "r_a": "think sampled r_a",
     "L1": "think sampled l1",
+    "true thoughts": "think sampled thought true",
     "spatial": "success spatial",
     "object": "success object",
     "goal": "success goal",
@@ -616,6 +665,8 @@ COLUMNS = {  # head of a column: its metric
     "average": "success",
     "chain length": "chain length",
 }
+# What variants are compared in, where each prompt's, trial's or chain's value is known.
+COMPARED = [*COLUMNS.values(), "think greedy r_a", "think greedy l1", "think greedy thought true"]
 
 
 def report(args: argparse.Namespace):
@@ -643,6 +694,7 @@ def report(args: argparse.Namespace):
             "",
             *paired_differences(variants),
             *distinct_actions(variants),
+            *true_statements(variants),
         ]
         text = "\n".join(lines) + "\n"
         print(text)
@@ -701,29 +753,56 @@ def cell(metric: str, value: Interval | None) -> str:
 
 
 def paired_differences(variants: list[tuple[str, dict]]) -> list[str]:
-    """Each variant minus the one above it, for the columns that both measured on as many items."""
+    """Each variant minus the one above it, for what is COMPARED and both measured on as many items.
+    Left out are items of which one of the two has no value."""
     lines = []
     for (old_name, old), (new_name, new) in itertools.pairwise(variants):
-        for metric in COLUMNS.values():
-            before = old["paired"].get(metric)
-            after = new["paired"].get(metric)
-            if before and after and len(before) == len(after):
-                gain = bootstrap(np.array(after, float) - np.array(before, float))
+        for metric in COMPARED:
+            before = np.array(old["paired"].get(metric, []), float)  # NaN: no value
+            after = np.array(new["paired"].get(metric, []), float)
+            if len(before) != len(after):
+                continue
+            differences = after - before
+            gain = bootstrap(differences[~np.isnan(differences)])
+            if gain["n"]:
                 value = f"{cell(metric, gain)}, n {gain['n']}"
                 lines.append(f"- {metric}: {new_name} - {old_name} = {value}")
     return lines
 
 
 def distinct_actions(variants: list[tuple[str, dict]]) -> list[str]:
-    """One line with the counts of all variants, none when nobody counted."""
-    metric = "think sampled distinct actions"
-    counts = []
-    for name, variant in variants:
-        if metric in variant["metrics"]:
-            counts.append(f"{name} {variant['metrics'][metric]['mean']}")
-    if not counts:
+    """A line each for sampled and greedy rollouts with the counts of all variants, none when nobody
+    counted."""
+    lines = []
+    for style in ("sampled", "greedy"):
+        metric = f"think {style} distinct actions"
+        counts = []
+        for name, variant in variants:
+            if metric in variant["metrics"]:
+                counts.append(f"{name} {variant['metrics'][metric]['mean']}")
+        if counts:
+            lines.append(f"- distinct actions in {style} thinking rollouts: {', '.join(counts)}")
+    return lines
+
+
+def true_statements(variants: list[tuple[str, dict]]) -> list[str]:
+    """Lines of a second Markdown table: how often each statement of sampled thoughts is true, a
+    column for each variant. None when nobody measured it."""
+    start = "think sampled thought true "
+    metrics = {}  # in their order, each once
+    for _, variant in variants:
+        metrics |= dict.fromkeys(name for name in variant["metrics"] if name.startswith(start))
+    if not metrics:
         return []
-    return ["- distinct actions in sampled thinking rollouts: " + ", ".join(counts)]
+    lines = [
+        "",
+        "| true in sampled thoughts | " + " | ".join(name for name, _ in variants) + " |",
+        "|---" * (len(variants) + 1) + "|",
+    ]
+    for metric in metrics:
+        cells = [cell(metric, variant["metrics"].get(metric)) for _, variant in variants]
+        lines.append(f"| {metric.removeprefix(start)} | " + " | ".join(cells) + " |")
+    return lines
 
 
 # ---- Command line --------------------------------------------------------------------------------

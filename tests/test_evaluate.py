@@ -144,6 +144,21 @@ def test_report_table_and_paired_differences(tmp_path, capsys):
         evaluate.main(["report", str(path), "--variants", "base,SFT"])
 
 
+def test_differences_leave_out_prompts_of_which_nothing_decodes(tmp_path, capsys):
+    """L1 was compared by its means alone: it has no value where no completion decodes."""
+
+    def variant(values):
+        return {"metrics": {}, "paired": {"think greedy l1": values}}
+
+    before = variant([0.3, None, 0.3, 0.5])
+    after = variant([0.2, 0.2, None, 0.4])
+    path = write_results(tmp_path, {"SFT": before, "SFT+RL": after, "none": variant([None] * 4)})
+    evaluate.main(["report", str(path)])
+    out = capsys.readouterr().out
+    assert "- think greedy l1: SFT+RL - SFT = -0.100 [-0.100, -0.100], n 2" in out
+    assert "none - SFT+RL" not in out
+
+
 def write_variant(path, name):
     args = argparse.Namespace(
         out=path, variant=name, preset="p", command="actions", policy="x", seed=0, argv=[name]
@@ -476,6 +491,68 @@ def test_prompts_are_called_held_out_only_when_they_are(written, tmp_path, monke
     sentence = f"5 prompts from the 1 held-out ones of {len(files)} episodes"
     assert sentence in capsys.readouterr().out
     assert "held-out" in json.loads(out.read_text())["arms"]["policy"]["prompts"]
+
+
+def with_thoughts(folder, out):
+    """Three episodes of a folder, each step with a thought of some state of Tabletop."""
+    some_thoughts = []
+    for number in range(20):
+        env = tabletop_data.random_state(np.random.default_rng(number))
+        some_thoughts.append(tabletop_data.thought(env, env.expert()[1]))
+    recordings = []
+    for file in fast_tokenizer.read_episodes(folder, 3):
+        arrays = {"state": file.state, "action": file.action}
+        arrays["image"] = np.stack([file.frame(t) for t in range(len(file))])
+        thoughts = [some_thoughts[t % 20] for t in range(len(file))]
+        header = {"task": file.task, "source": file.source, "thoughts": json.dumps(thoughts)}
+        recordings.append((arrays, header))
+    fast_tokenizer.write_episodes(out / "episodes", recordings)
+    return out
+
+
+def test_true_statements_in_thoughts_are_counted(written, tmp_path, monkeypatch, capsys):
+    """Of the two completions of each prompt the first has a true thought; the second one that has
+    the target in another cell, or none that can be read."""
+    data = with_thoughts(written / "data", tmp_path / "data")
+
+    def complete(backbone, prompts, n, greedy, args):
+        completions = []
+        for number, thought in zip(prompts.keys, prompts.thoughts, strict=True):
+            cell = tabletop_data.parse_thought(thought).target_cell
+            elsewhere = "b1" if cell == "a1" else "a1"
+            second = thought.replace(f"is at {cell}", f"is at {elsewhere}", 1)
+            if number % 2:
+                second = "no idea"
+            for text in [thought, second][:n]:
+                answer = f"<think>{text}</think><answer>"
+                completions.append(backbone.tokenizer(answer)["input_ids"])
+        return completions
+
+    monkeypatch.setattr(evaluate, "complete", complete)
+    out = tmp_path / "r.json"
+    flags = ["--data", str(data), "--prompts", "6"]
+    evaluate.main([*actions(written, out), *flags])
+    metrics = metrics_of(out)["metrics"]
+    paired = metrics_of(out)["paired"]
+    assert metrics["think greedy thought true"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 6}
+    assert paired["think sampled thought true"] == [round(25 / 26, 5), 0.5] * 3  # 13 statements
+    assert metrics["think sampled thought true phase"]["mean"] == 0.75
+    assert metrics["think sampled thought true target cell"]["mean"] == 0.5
+    assert not [name for name in metrics if name.startswith("direct") and "true" in name]
+    printed = capsys.readouterr().out
+    assert "true in thoughts: all 0.731" in printed and "x within 2 cm 0.750" in printed
+    evaluate.main(["report", str(out)])
+    printed = capsys.readouterr().out
+    assert "| true in sampled thoughts | policy |" in printed
+    assert "| target cell | 0.500 [0.500, 0.500] |" in printed
+
+    files = fast_tokenizer.read_episodes(data)
+    assert evaluate.statements_of(files) is tabletop_data.statements
+    files[1].source = "another world"
+    assert evaluate.statements_of(files) is None
+    files = fast_tokenizer.read_episodes(data)
+    files[2].thoughts = None
+    assert evaluate.statements_of(files) is None
 
 
 def test_results_that_could_not_be_written_stop_before_the_work(tmp_path):

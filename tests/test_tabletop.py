@@ -265,6 +265,72 @@ def test_heading_in_words():
     assert td.heading(np.array([-0.4, 0, -0.08]), 1) == "left 40, down 8, close"
 
 
+def test_a_thought_is_true_of_the_state_it_is_about():
+    """Whatever thought() may say is read back, so that a true one states nothing false."""
+    phases = set()
+    for number in range(300):
+        env = td.random_state(np.random.default_rng(number))
+        _, plan = env.expert()
+        true = td.thought(env, plan)
+        assert all(td.statements(true, true).values()), true
+        phases.add(plan.phase)
+        parsed = td.parse_thought(true)
+        assert (parsed.target_cell, parsed.phase) == (td.cell(*plan.target_xy), plan.phase)
+        np.testing.assert_allclose(parsed.move, 100 * plan.move, atol=0.5001)
+    assert len(phases) == 10
+
+
+TRUE = (
+    "The red cube is at d5. The gripper is at c4, high, open. Now reach: right 7, front 3, close."
+)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "false"),
+    [
+        ("red cube", "blue cube", {"target", "target cell"}),  # d5 is not where the blue one is
+        ("d5", "d6", {"target cell"}),
+        ("c4", "c5", {"gripper cell"}),
+        ("high", "mid", {"height"}),
+        ("open.", "holding the red cube.", {"doing"}),
+        ("reach", "grasp", {"phase"}),
+        ("right 7", "right 9", set()),
+        ("right 7", "right 10", {"x within 2 cm"}),
+        ("right 7", "left 7", {"x sign", "x within 2 cm"}),
+        ("right 7, ", "", {"x sign", "x within 2 cm"}),
+        ("front 3", "back 1", {"y sign", "y within 2 cm"}),
+        ("front 3, ", "front 3, up 2, ", {"z sign"}),  # it should stay at its height
+        ("close.", "open.", {"fingers"}),
+    ],
+)
+def test_each_statement_is_told_apart(old, new, false):
+    is_true = td.statements(TRUE.replace(old, new), TRUE)
+    assert {name for name, value in is_true.items() if not value} == false
+    assert len(is_true) == 13
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        TRUE.removesuffix(" Now reach: right 7, front 3, close."),  # cut off
+        TRUE.replace("right 7", "right seven"),
+        TRUE.replace("right 7", "right 7, left 7"),  # whatever it is, one would be true
+        TRUE + " " + TRUE,
+        TRUE.replace("d5", "m9"),
+    ],
+)
+def test_what_cannot_be_read_states_nothing_true(text):
+    is_true = td.statements(text, TRUE)
+    assert is_true.keys() == td.statements(TRUE, TRUE).keys()
+    assert not any(is_true.values())
+
+
+def test_a_recorded_thought_of_another_world_is_one_line():
+    with pytest.raises(ValueError, match="no thought of Tabletop: 'grasp it'; record the episodes"):
+        td.statements(TRUE, "grasp it")
+
+
 def digest(folder):
     return {
         str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
