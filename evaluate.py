@@ -672,11 +672,15 @@ COMPARED = [*COLUMNS.values(), "think greedy r_a", "think greedy l1", "think gre
 def report(args: argparse.Namespace):
     """`evaluate.py report`: a results file -> a Markdown table, differences between variants.
 
-    Prints them, writes them to args.markdown if that is set, and notes args.minutes in the file."""
+    Prints them, writes them to args.markdown if that is set, and keeps args.minutes and args.note
+    in the file."""
     for path in args.files:
         results = read_results(path)
         if args.minutes:
             results["minutes_whole_run"] = args.minutes
+        if args.note:
+            results["note"] = args.note
+        if args.minutes or args.note:
             model.write_json(path, results)
         names = args.variants.split(",") if args.variants else list(results["arms"])
         unknown = sorted(set(names) - set(results["arms"]))
@@ -714,6 +718,8 @@ def heading(results: dict) -> str:
     )
     if "tokens" in results:
         words += f" {tokens_sentence(results['tokens'])}"
+    if "note" in results:
+        words = f"**{results['note']}** {words}"
     return words
 
 
@@ -879,6 +885,7 @@ def report_flags(add):
     add("--markdown", default="", help="also write the table here")
     add("--variants", default="", help="rows of the table, in this order; empty: all")
     add("--minutes", type=non_negative, default=0, help="of the whole run, to be noted in the file")
+    add("--note", default="", help="what the table's caption begins with, to be noted in the file")
 
 
 def make_parser(asked: str) -> argparse.ArgumentParser:
