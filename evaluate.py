@@ -159,7 +159,7 @@ def write_metrics(
             variant["prompts"] = prompts
         if seconds:
             variant.setdefault("seconds", {})[args.command] = seconds
-        results["seeds"] = sorted({*results["seeds"], args.seed})
+        results["seeds"] = sorted({*results.get("seeds", []), args.seed})
     print_metrics(metrics)
     for unit, value in (seconds or {}).items():
         print(f"{f'seconds a {unit}':24s} {value:.4f}")

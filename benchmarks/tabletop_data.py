@@ -127,9 +127,7 @@ class ParsedThought(NamedTuple):
     fingers: str
 
 
-UNREADABLE = ParsedThought(
-    "", "", "", "", "", "", (math.nan, math.nan, math.nan), ""
-)  # equals none
+UNREADABLE = ParsedThought(*[""] * 6, (math.nan, math.nan, math.nan), "")  # equal to no other
 MOVE = "".join(rf"(?:({minus}|{plus}) (\d+), )?" for minus, plus in DIRECTIONS)
 THOUGHT = re.compile(
     r"The ([a-z ]+) is at ([a-h][1-8])\. "
