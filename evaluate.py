@@ -350,7 +350,7 @@ class Prompts(NamedTuple):
     rows: list[model.Row]  # B of them
     targets: list[list[int]]  # B lists of action ids
     chunks: np.ndarray  # (B, K, A), dataset units
-    thoughts: list[str | None]  # B recorded ones, which are true
+    steps: list[tuple[fast_tokenizer.EpisodeFile, int]]  # B episodes, each with its step
 
 
 def episodes_to_ask(backbone: model.Backbone, data: str, split: str) -> tuple[list, str]:
@@ -397,15 +397,13 @@ def draw_prompts(
 
     rows = []
     chunks = []
-    thoughts = []
     for episode, step in drawn[local]:
         prompt = model.action_prompt(episode.task, think)
         rows.append(model.encode(backbone, prompt, [episode.frame(step)], prompt_only=True))
         chunks.append(fast_tokenizer.action_chunks(episode, tokenizer.horizon)[step])  # (K, A)
-        thoughts.append(episode.thoughts[step] if episode.thoughts else None)
     chunks = np.reshape(chunks, (-1, tokenizer.horizon, tokenizer.action_dim)).astype(np.float32)
     targets = tokenizer.encode(chunks) if rows else []
-    return Prompts(list(range(args.prompts)[local]), rows, targets, chunks, thoughts)
+    return Prompts(list(range(args.prompts)[local]), rows, targets, chunks, drawn[local])
 
 
 STATEMENTS = {  # the world that an episode's source begins with -> module that has statements()
@@ -424,10 +422,10 @@ def statements_of(episodes: list) -> Statements | None:
     return importlib.import_module(known[0]).statements
 
 
-def true_shares(statements: Statements, texts: list[str], true_thought: str) -> dict[str, float]:
-    """Answers to one prompt -> {"thought true": share of true statements, "thought true NAME": how
-    often this one is true}."""
-    each = [statements(model.read_thought(text), true_thought) for text in texts]
+def true_shares(statements: Statements, own: list[str], true_thought: str) -> dict[str, float]:
+    """The model's own thoughts about one prompt -> {"thought true": share of their statements that
+    are true, "thought true NAME": how often this one is}."""
+    each = [statements(thought, true_thought) for thought in own]
     shares = {name: float(np.mean([is_true[name] for is_true in each])) for name in each[0]}
     by_name = {f"thought true {name}": share for name, share in shares.items()}
     return {"thought true": float(np.mean(list(shares.values()))), **by_name}
@@ -512,7 +510,9 @@ def score_completions(
         means["truncated"] = float(truncated[of_prompt].mean())
         texts = [backbone.tokenizer.decode(ids) for ids in completions[of_prompt]]
         if statements:
-            means |= true_shares(statements, texts, prompts.thoughts[b])
+            episode, step = prompts.steps[b]
+            own_thoughts = [vla.thought_text(backbone, ids) for ids in completions[of_prompt]]
+            means |= true_shares(statements, own_thoughts, episode.thoughts[step])
         thoughts = {text.split("</think>")[0] for text in texts}
         actions = {tuple(ids) for ids in action_ids[of_prompt] if ids}
         scores.append(Score(means, thoughts, actions))

@@ -147,11 +147,6 @@ def parse_actions(backbone: "Backbone", token_ids: Sequence[int]) -> ParsedAnswe
     return ParsedAnswer(well_formed, has_thought, action_ids)
 
 
-def read_thought(answer: str) -> str:
-    """What an answer says inside <think>, as far as it got; "" when it does not think."""
-    return answer.partition("<think>")[2].partition("</think>")[0].strip()
-
-
 def prefix_reward(generated: Sequence[int], target: Sequence[int]) -> float:
     """r_a of the paper (section 3), in [0, 1]: length of the common prefix of two lists of action
     ids over the length of the longer one; 0 when either is empty.

@@ -1061,7 +1061,7 @@ class TokenPolicy:
             action_ids = [model.parse_actions(self.backbone, ids).action_ids for ids in answers]
             chunks[failed], decodes = self.action_tokenizer.decode(action_ids)
             for b, ids in zip(failed, answers, strict=True):
-                thoughts[b] = model.read_thought(self.backbone.tokenizer.decode(ids))
+                thoughts[b] = self._thought(ids)
             failed = [b for b, is_chunk in zip(failed, decodes, strict=True) if not is_chunk]
             if attempt == 0:
                 self.count["retried"] += len(failed)
@@ -1090,6 +1090,11 @@ class TokenPolicy:
         for ids, mask in zip(samples["ids"], samples["mask"].bool(), strict=True):
             answers.append(ids[mask].tolist())
         return answers
+
+    def _thought(self, ids):
+        """What an answer says inside <think>, as far as it got."""
+        text = self.backbone.tokenizer.decode(ids)
+        return text.partition("<think>")[2].partition("</think>")[0].strip()
 
 
 def policy_flags(add: Callable) -> None:

@@ -517,7 +517,8 @@ def test_true_statements_in_thoughts_are_counted(written, tmp_path, monkeypatch,
 
     def complete(backbone, prompts, n, greedy, args):
         completions = []
-        for number, thought in zip(prompts.keys, prompts.thoughts, strict=True):
+        for number, (episode, step) in zip(prompts.keys, prompts.steps, strict=True):
+            thought = episode.thoughts[step]
             cell = tabletop_data.parse_thought(thought).target_cell
             elsewhere = "b1" if cell == "a1" else "a1"
             second = thought.replace(f"is at {cell}", f"is at {elsewhere}", 1)
