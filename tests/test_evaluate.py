@@ -48,6 +48,7 @@ class Scripted:
 
     horizon = 8
     hold = None
+    thoughts = None
 
     def __init__(self, trials, still=False):
         self.trials = trials

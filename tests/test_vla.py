@@ -384,19 +384,23 @@ def test_stride_keeps_every_third_frame(data, tmp_path):
     """Of episodes of unequal lengths: the same chunks, targets and features as without it."""
     every = source_of(data, tmp_path / "every", "cached", stride=1)
     third = source_of(data, tmp_path / "third", "cached", stride=3)
-    count = len(third.frames.state)
-    assert count == sum(-(-len(episode) // 3) for episode in third.frames.episodes)
-    places = [third.frames.locate(i) for i in range(count)]
+    count = len(third.files.frames.state)
+    assert count == sum(-(-len(episode) // 3) for episode in third.files.frames.episodes)
+    places = [third.files.frames.locate(i) for i in range(count)]
     for number, step in places:
         assert step % 3 == 0
-        assert step < len(third.frames.episodes[number])
-    same = [i for i in range(len(every.frames.state)) if every.frames.locate(i) in places]
+        assert step < len(third.files.frames.episodes[number])
+    same = [
+        i for i in range(len(every.files.frames.state)) if every.files.frames.locate(i) in places
+    ]
     for name in ("state", "action", "mask"):
-        assert np.array_equal(getattr(third.frames, name), getattr(every.frames, name)[same])
+        assert np.array_equal(
+            getattr(third.files.frames, name), getattr(every.files.frames, name)[same]
+        )
     for a, b in zip(third.read(range(count)), every.read(same), strict=True):
         torch.testing.assert_close(a, b, atol=2e-3, rtol=2e-3)
-    first_held = every.frames.locate(every.frames.held[0])
-    assert first_held == third.frames.locate(third.frames.held[0])
+    first_held = every.files.frames.locate(every.files.frames.held[0])
+    assert first_held == third.files.frames.locate(third.files.frames.held[0])
 
 
 def test_stale_cache_is_refused(data, tmp_path):

@@ -275,7 +275,7 @@ def grpo_estimate(cfg: grpo.Config, net: nn.Module, load: Load) -> Estimate:
 def vla_estimate(cfg: vla.Config, net: nn.Module, load: Load) -> Estimate:
     """vla.py: the backbone, which is cut here, frozen in the compute type, and the head."""
     language = net.model.language_model
-    vla.truncate(net, vla.feature_layer(net, cfg.layer))
+    vla.truncate(net, cfg.layer)
     shards = cfg.shards or load.ranks
 
     # 1. the head, and what it keeps of a batch

@@ -8,7 +8,8 @@ A client receives the metadata as it connects; then each observation is answered
     -> {"actions": float32 (n, A) in dataset units, "clipped": numbers that were, "server_timing"}
 
 A checkpoint of sft or grpo, which drives by the tokens that it writes (vla.TokenPolicy), reads no
-state; its thoughts, if it thinks (--mode), are in the answer as "thought".
+state; its thoughts, if it thinks (--mode), are in the answer as "thought", and so are those that a
+head reads (vla.py --condition).
 openpi-client drives it unchanged. "reset" begins an episode, as a new prompt does. What does not
 fit is answered by one line of text. The message seeds the noise: the same one gets the same answer.
 
