@@ -667,7 +667,8 @@ def frame_thoughts(
         files.make(write, made_from, dist)
     files.open()
     thoughts = [files.read(frame_id).numpy() for frame_id in range(len(frames.state))]
-    backbone.net.to(dist.build)  # out of the GPU's way; rank 0 alone saves it
+    backbone.net.to(dist.build)  # out of the GPU's way, and as open_features() expects it
+    backbone.net.tie_weights()  # to META tied ones went as two
 
     # 3. how it went
     if dist.rank == 0:
