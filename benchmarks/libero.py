@@ -17,12 +17,14 @@ demonstrations.
 
 import functools
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from benchmarks import simulate
+from benchmarks.simulate import distinct
 from tools.extras import require
 
 # ---- Flags and tasks -----------------------------------------------------------------------------
@@ -32,6 +34,23 @@ LIMITS = {"spatial": 220, "object": 280, "goal": 300, "long": 520}  # long: LIBE
 STATE_DIM = 8
 ACTION_NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")  # each -1 .. 1
 VIEWS = {"image": "agentview", "image_wrist": "robot0_eye_in_hand"}  # our name: LIBERO's
+WORDS = {  # how instructions call a thing: the first that is in one, else the last; others by name
+    "akita_black_bowl": ("black bowl", "bowl"),
+    "black_book": ("book",),
+    "chefmate_8_frypan": ("frying pan",),
+    "cookies": ("cookie box",),
+    "desk_caddy": ("caddy",),
+    "flat_stove": ("stove",),
+    "glazed_rim_porcelain_ramekin": ("ramekin",),
+    "plate_1": ("left plate", "plate"),
+    "plate_2": ("right plate", "plate"),
+    "porcelain_mug": ("white mug",),
+    "red_coffee_mug": ("red mug",),
+    "white_cabinet": ("white cabinet", "cabinet"),
+    "white_yellow_mug": ("yellow and white mug",),
+    "wine_rack": ("rack", "wine rack"),
+    "wooden_cabinet": ("wooden cabinet", "cabinet"),
+}
 
 
 def task_arguments(add):
@@ -126,6 +145,8 @@ class Simulator:
         for i in range(10):  # to settle
             self.advance([0, 0, 0, 0, 0, 0, -1], look=i == 9)
         self.script = demonstrate(self)
+        self.target = ""  # LIBERO's name of what the expert is going for
+        self.objects = self._find_objects()
 
     def _render_if_looking(self, sensor):
         """A camera's sensor that renders nothing while look is False."""
@@ -155,6 +176,56 @@ class Simulator:
 
     def expert(self) -> list[float]:
         return next(self.script)
+
+    def _find_objects(self) -> dict[str, str]:
+        """What a recording names -> LIBERO's name: what the task is about first, then the other
+        things, the furniture, and the drawers that the instruction names."""
+        world = self.env.env
+        found = [name for name in world.obj_of_interest if name in world.obj_body_id]
+        found += [name for name in world.obj_body_id if name not in found]
+        names = distinct([spoken(name, self.prompt) for name in found])
+        objects = dict(zip(names, found, strict=True))
+        for site in world.object_sites_dict:
+            drawer = re.fullmatch(r".*cabinet_\d+_(top|middle|bottom)_region", site)
+            if drawer and f"{drawer[1]} drawer" in self.prompt:
+                objects[f"{drawer[1]} drawer"] = site
+        return objects
+
+    def scene(self) -> simulate.Scene:
+        """Things are where their centre of mass is, furniture is where the middle of its largest
+        part is: a stove's is its plate. A drawer is where things lie in it."""
+        world = self.env.env
+        model = world.sim.model
+        data = world.sim.data
+        positions = {}
+        for name, key in self.objects.items():
+            if key in world.objects_dict:
+                positions[name] = data.subtree_com[world.obj_body_id[key]]
+            elif key in world.fixtures_dict:
+                parts = [part for part in model.geom_names if part and part.startswith(key + "_")]
+                parts = [model.geom_name2id(part) for part in parts]
+                visible = [part for part in parts if model.geom_group[part] == 1]
+                largest = max(visible, key=lambda part: model.geom_rbound[part])
+                positions[name] = data.geom_xpos[largest]
+            else:
+                positions[name] = data.get_site_xpos(key)
+        view = model.camera_name2id(VIEWS["image"])
+        camera = simulate.mujoco_camera(
+            data.cam_xpos[view], data.cam_xmat[view], model.cam_fovy[view], mirrored=True
+        )
+        names = {key: name for name, key in self.objects.items()}
+        positions = {name: position.copy() for name, position in positions.items()}
+        return simulate.Scene(
+            self.seen["robot0_eef_pos"], positions, camera, names.get(self.target, "")
+        )
+
+
+def spoken(name: str, instruction: str) -> str:
+    """LIBERO's name of a thing, as akita_black_bowl_1, in the words of an instruction."""
+    kind = name.rpartition("_")[0]
+    words = WORDS.get(name) or WORDS.get(kind) or (kind.replace("_", " "),)
+    named = [word for word in words if word in instruction]
+    return [*named, words[-1]][0]
 
 
 # ---- Expert --------------------------------------------------------------------------------------
@@ -211,6 +282,7 @@ def demonstrate(simulator: Simulator):
 
 def go(simulator: Simulator, goal: str, offset, gripper: int, near: float, yaw, steps: int = 60):
     """Yields actions towards goal + offset until the hand is `near` (m) along each axis."""
+    simulator.target = goal.removesuffix("_pos")
     for _ in range(steps):
         gap = simulator.seen[goal] + offset - simulator.seen["robot0_eef_pos"]  # (3,) m
         if np.abs(gap).max() < near:

@@ -8,6 +8,8 @@ xyz (m), finger opening. Trial n begins in the state of seed n; demonstrations b
 benchmarks/simulate.py has the interface and what drives it.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from benchmarks import simulate
@@ -29,6 +31,32 @@ PROMPTS = {  # MT10; other tasks are asked for by the words of their names
     "peg-insert-side-v3": "insert the peg sideways",
     "window-open-v3": "open the window",
     "window-close-v3": "close the window",
+}
+
+
+class Place(NamedTuple):
+    """Where Meta-World keeps the place of an object."""
+
+    kind: str  # thing, goal: of the observation; site, body: of mujoco
+    name: str = ""  # of the site or body
+    offset: tuple[float, float, float] = (0, 0, 0)  # from there, m
+
+
+THING = Place("thing")
+GOAL = Place("goal")
+# The place in the observation is 5 cm too high in drawer-close.
+DRAWER_HANDLE = Place("body", "drawer_link", (0, -0.16, 0))
+OBJECTS = {  # in the order of the recordings; other tasks have an "object" and a "goal"
+    "reach-v3": {"red ball": GOAL, "puck": THING},
+    "push-v3": {"puck": THING, "goal": GOAL},
+    "pick-place-v3": {"puck": THING, "goal": GOAL},
+    "door-open-v3": {"door handle": THING},
+    "drawer-open-v3": {"drawer handle": DRAWER_HANDLE},
+    "drawer-close-v3": {"drawer handle": DRAWER_HANDLE},
+    "button-press-topdown-v3": {"button": THING},
+    "peg-insert-side-v3": {"peg": THING, "hole": Place("site", "hole")},
+    "window-open-v3": {"window handle": THING},
+    "window-close-v3": {"window handle": THING},
 }
 
 
@@ -67,12 +95,15 @@ class Simulator:
         """sizes: camera -> [H, W] of its images. limit: steps of a trial, 0: 300. ValueError for an
         unknown task."""
         simulate.render_headless()
-        world, policies = require("metaworld==3.1.1", "metaworld.env_dict", "metaworld.policies")
+        world, policies, self.mujoco = require(
+            "metaworld==3.1.1", "metaworld.env_dict", "metaworld.policies", "mujoco"
+        )
         name = task.split("/")[1]
         if name not in world.ALL_V3_ENVIRONMENTS:
             raise ValueError(f"Meta-World has no task {name!r}; --tasks of names like reach-v3")
         self.limit = limit or 300
         self.prompt = PROMPTS.get(name, name.removesuffix("-v3").replace("-", " "))
+        self.task = name
         self.make_expert = policies.ENV_POLICY_MAP[name]
         height, width = sizes["image"]
         env = world.ALL_V3_ENVIRONMENTS[name](
@@ -92,6 +123,8 @@ class Simulator:
     def reset(self, number: int, split: str):
         self.env.seed(number if split == "eval" else (1 << 20) + number)
         self.seen, _ = self.env.reset()
+        # reset() moves the goal after the last step: the first image showed it where it was before
+        self.mujoco.mj_kinematics(self.env.model, self.env.data)
         self.policy = self.make_expert()
 
     def observe(self, cameras: list[str]) -> dict[str, np.ndarray]:
@@ -103,7 +136,48 @@ class Simulator:
         return bool(info["success"])
 
     def expert(self) -> np.ndarray:
-        return self.policy.get_action(self.seen)
+        return self.policy.get_action(self.seen.copy())  # some write into it
+
+    def scene(self) -> simulate.Scene:
+        data = self.env.data
+        positions = {}
+        for name, place in OBJECTS.get(self.task, {"object": THING, "goal": GOAL}).items():
+            match place.kind:
+                case "thing":
+                    position = self.seen[4:7]
+                case "goal":
+                    position = self.seen[-3:]
+                case "site":
+                    position = data.site(place.name).xpos
+                case "body":
+                    position = data.body(place.name).xpos
+            positions[name] = position + place.offset
+        corner = self.env.model.camera("corner2").id
+        camera = simulate.mujoco_camera(
+            data.cam_xpos[corner],
+            data.cam_xmat[corner],
+            self.env.model.cam_fovy[corner],
+            upside_down=True,
+        )
+        return simulate.Scene(self.seen[:3], positions, camera, self._target(list(positions)))
+
+    def _target(self, names: list[str]) -> str:
+        """Which object the expert is going for."""
+        if self.task not in OBJECTS:
+            return ""  # the experts of these were not looked at
+        thing = names[0]
+        if self.task == "reach-v3" or len(names) == 1:
+            return thing
+        # The others go to a place beside the thing, then wait for the fingers to close on it, then
+        # go to the goal. Which of these: does the place that they go to move with the thing?
+        places = []
+        for shift in (0, 1e-7):
+            seen = self.seen.copy()
+            seen[4:7] += shift
+            places.append(self.policy._desired_pos(self.policy._parse_obs(seen)))  # (3,) m
+        follows = not np.array_equal(*places)
+        waits = np.array_equal(places[0], self.seen[:3])
+        return thing if follows or waits else names[1]
 
 
 if __name__ == "__main__":

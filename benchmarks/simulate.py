@@ -14,6 +14,7 @@ evaluation alike), tasks(args) -> ["group/task"] and Simulator(task, sizes, limi
     observe(cameras)             -> {"image": uint8 (H, W, 3), ..., "state": (S,)}
     advance(action, look)        (A,) in [-1, 1] -> success; renders only if look: observe follows
     expert()                     -> the next action
+    scene()                      -> Scene: what a recording keeps beside, of the state then seen
 
 A real simulator runs in processes of its own (`python -m benchmarks.simulate` is one), in any
 Python that has it, even one without torch, and asks the evaluating process through tools/serve.py.
@@ -329,6 +330,60 @@ def run_trial(env, number: int, infer, cameras: list[str]) -> tuple[bool, int]:
     return success, step + 1
 
 
+# ---- What is where -------------------------------------------------------------------------------
+
+
+class Scene(NamedTuple):
+    """What a simulator knows of objects at a step; places in metres, in the frame of the state."""
+
+    hand: np.ndarray  # (3,)
+    positions: dict[str, np.ndarray]  # name, each its own -> (3,); the same names at every step
+    camera: np.ndarray  # (3, 4), of the first camera's images as they are recorded: see project()
+    target: str  # the one of them that the expert is going for; "": none
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Equal names told apart, the first one being meant: "black bowl", "other black bowl", then
+    "black bowl 3"."""
+    told_apart = []
+    for i, name in enumerate(names):
+        same_before = names[:i].count(name)
+        if same_before == 0:
+            told_apart.append(name)
+        elif same_before == 1:
+            told_apart.append(f"other {name}")
+        else:
+            told_apart.append(f"{name} {same_before + 1}")
+    return told_apart
+
+
+def mujoco_camera(
+    position: np.ndarray, axes: np.ndarray, fovy: float, mirrored=False, upside_down=False
+) -> np.ndarray:
+    """The matrix (3, 4), see project(), of mujoco's camera at position (3,) m, with square images.
+
+    axes: 9 numbers, the columns of (3, 3) are its right, its up and its back. fovy: its field of
+    view, degrees. Its images are recorded mirrored, left is right, or turned by 180 degrees."""
+    axes = np.reshape(axes, (3, 3))
+    focal = 0.5 / np.tan(np.radians(fovy) / 2)  # in sides of the image
+    inner = np.array([[focal, 0, -0.5], [0, -focal, -0.5], [0, 0, -1]])
+    outer = np.column_stack([axes.T, -axes.T @ position])  # (3, 4): world to camera
+    matrix = inner @ outer
+    if mirrored or upside_down:
+        matrix[0] = matrix[2] - matrix[0]
+    if upside_down:
+        matrix[1] = matrix[2] - matrix[1]
+    return matrix
+
+
+def project(camera: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Points (N, 3) m -> (N, 2): x, y as shares of the image's width and height, from its top left;
+    NaN behind the camera. camera (3, 4): (x, y, z, 1) m -> (u w, v w, w)."""
+    scaled = np.column_stack([points, np.ones(len(points))]) @ camera.T  # (N, 3)
+    depth = np.where(scaled[:, 2:] > 0, scaled[:, 2:], np.nan)  # (N, 1)
+    return scaled[:, :2] / depth
+
+
 # ---- Demonstrations ------------------------------------------------------------------------------
 
 
@@ -344,16 +399,29 @@ def demonstration(name: str, args, number: int, task: str) -> tuple[dict | None,
     env.reset(seed, "train")
     rng = np.random.default_rng(seed)
     rows = []
+    targets = []
     success = False
     while not success and len(rows) < env.limit:
         action = np.clip(env.expert(), -1, 1).astype(np.float32)
-        rows.append({**env.observe(env.cameras), "action": action})
+        scene = env.scene()
+        objects = list(scene.positions)
+        positions = np.stack(list(scene.positions.values()))  # (N, 3)
+        row = {
+            **env.observe(env.cameras),
+            "action": action,
+            "object_position": positions.astype(np.float32),
+            "object_pixel": project(scene.camera, positions).astype(np.float32),
+            "hand_pixel": project(scene.camera, scene.hand[None])[0].astype(np.float32),
+        }
+        rows.append(row)
+        targets.append(objects.index(scene.target) if scene.target else -1)
         push = np.append(rng.normal(0, args.noise, len(action) - 1), 0)  # not on the gripper
         success = env.advance(np.clip(action + push, -1, 1).astype(np.float32))
     env.env.close()
     header = {"task": env.prompt, "fps": str(env.fps), "source": task}
     if not success:
         return None, header
+    header |= {"objects": json.dumps(objects), "targets": json.dumps(targets)}
     arrays = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
     return arrays, header
 

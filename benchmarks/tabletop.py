@@ -45,6 +45,7 @@ BUTTON = 0.028  # radius, m
 OPEN = 0.07  # the drawer is open when pulled further than this, m
 CLOSED = 0.01  # and closed when pulled less far than this, m
 TRAVEL = 0.085  # longest pull of the drawer, m
+HANDLE = 0.02  # height of its handle, m
 
 COLORS = {
     "red": (225, 40, 40),
@@ -552,6 +553,11 @@ class Tabletop:
         image = paint(self.background.copy(), self._moving_shapes())
         return (image + 0.5).astype(np.uint8)
 
+    def pixel(self, x: float, y: float, z: float) -> tuple[float, float]:
+        """Where the camera shows what is at (x, y, z) m: shares of the image's width and height,
+        from its top left."""
+        return (x + EDGE) / (2 * EDGE), (y - self.tilt * z + EDGE) / (2 * EDGE)
+
     def _disc(self, x, y, z, radius, color, alpha=1.0) -> Shape:
         """A disc at height z: to a tilted camera, what is higher shows further back."""
         return Shape(True, x, y - self.tilt * z, radius, radius, 0.0, *color, alpha)
@@ -576,7 +582,7 @@ class Tabletop:
             x, y = handle
             half = (y + EDGE) / 2  # from the back edge to the handle
             shapes.append(self._box(x, -EDGE + half, 0, 0.05, half, (125, 85, 45)))
-            shapes.append(self._box(x, y, 0.02, 0.025, 0.008, (60, 40, 20)))
+            shapes.append(self._box(x, y, HANDLE, 0.025, 0.008, (60, 40, 20)))
         return shapes
 
     def _moving_shapes(self) -> list[Shape]:

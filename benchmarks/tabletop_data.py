@@ -2,7 +2,8 @@
 
     python -m benchmarks.tabletop_data --out data/tabletop --episodes 600 --conversations 20000
 
-writes episodes/episode_*.safetensors, episodes/stats.json, conversations.jsonl and frames/*.png
+writes episodes/episode_*.safetensors (with what is where, and the expert's thoughts),
+episodes/stats.json, conversations.jsonl and frames/*.png
 (formats: docs/data.md). The same seed gives the same bytes at any number of workers.
 
 In the order of the file: words for what is on the table and for the expert's plan; questions, a
@@ -22,8 +23,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from benchmarks.tabletop import EDGE, OBJECTS, SUITES, Plan, Tabletop, suite_tasks
-from fast_tokenizer import count, natural, non_negative, share, write_episodes
+from benchmarks.simulate import distinct
+from benchmarks.tabletop import EDGE, HANDLE, OBJECTS, SIZE, SUITES, Plan, Tabletop
+from fast_tokenizer import Recording, count, natural, non_negative, share, write_episodes
 
 ACTION_QUESTION = "What should the robot do next?"  # as model.action_question asks it
 
@@ -344,10 +346,34 @@ def conversation(
 # ---- Demonstrations ------------------------------------------------------------------------------
 
 
+class Seen(NamedTuple):
+    """An object as a recording keeps it."""
+
+    name: str  # its own: of two red cubes, "red cube" and "other red cube"
+    position: tuple[float, float, float]  # of its middle, m
+    pixel: tuple[float, float]  # shares of the image
+
+
+def seen_objects(env: Tabletop) -> list[Seen]:
+    """The things in their own order, by which the first of two equal ones is the one that an
+    instruction means; then plate, button and drawer handle, as far as they are there."""
+    seen = []
+    names = distinct([thing.name for thing in env.things])
+    for name, thing in zip(names, env.things, strict=True):
+        middle = (thing.x, thing.y, thing.z + SIZE / 2)
+        # pixels as it is drawn: by the height of its bottom
+        seen.append(Seen(name, middle, env.pixel(thing.x, thing.y, thing.z)))
+    for name, x, y in everything(env)[len(env.things) :]:
+        z = HANDLE if name == "drawer handle" else 0.0
+        seen.append(Seen(name, (x, y, z), env.pixel(x, y, z)))
+    return seen
+
+
 def demonstration(
     suite: str, task: int, seed: int, noise: float, size: int = 64, tilt: float = 0.0
-) -> dict[str, np.ndarray] | None:
-    """image (T, size, size, 3), state (T, 8), action (T, 7); None when the expert failed.
+) -> Recording | None:
+    """image (T, size, size, 3), state (T, 8), action (T, 7), what is known of N objects (formats:
+    docs/data.md), and the header of all that; None when the expert failed.
 
     Some are disturbed: the recorded actions are always the expert's for the state seen, but
     disturbed steps execute a random push, so that demonstrations contain recoveries (as in DART,
@@ -357,14 +383,27 @@ def demonstration(
     rng = np.random.default_rng([4, SUITES.index(suite), task, seed])
     disturbed = rng.random() < 0.5
     steps_left = 0  # of a disturbance
-    arrays = {"image": [], "state": [], "action": []}
+    rows = []  # a dict of arrays a step
+    names = [thing.name for thing in seen_objects(env)]
+    targets = []
+    thoughts = []
     success = False
     while not success and env.steps < env.limit:
         obs = env.observe()
-        action, _ = env.expert()
-        arrays["image"].append(obs["image"])
-        arrays["state"].append(obs["state"])
-        arrays["action"].append(action.astype(np.float32))
+        action, plan = env.expert()
+        seen = seen_objects(env)
+        row = {
+            "image": obs["image"],
+            "state": obs["state"],
+            "action": action,
+            "object_position": [thing.position for thing in seen],
+            "object_pixel": [thing.pixel for thing in seen],
+            "hand_pixel": env.pixel(*env.gripper_xyz),
+        }
+        rows.append(row)
+        target = {"drawer": "drawer handle"}.get(plan.target, plan.target)
+        targets.append(names.index(target) if target in names else -1)  # -1: "gripper"
+        thoughts.append(thought(env, plan))
         if disturbed and steps_left == 0 and rng.random() < noise:
             steps_left = int(rng.integers(2, 5))
             push = rng.uniform(-1, 1, 3)
@@ -374,24 +413,31 @@ def demonstration(
         success = env.advance(action)
     if not success:
         return None
-    return {name: np.stack(values) for name, values in arrays.items()}
+    arrays = {}
+    for name in rows[0]:
+        dtype = np.uint8 if name == "image" else np.float32
+        arrays[name] = np.array([row[name] for row in rows], dtype)
+    header = {
+        "task": env.instruction,
+        "fps": "5",
+        "source": f"tabletop {suite} task {task}",
+        "objects": json.dumps(names),
+        "targets": json.dumps(targets),
+        "thoughts": json.dumps(thoughts),
+    }
+    return arrays, header
 
 
 def make_episode(args, number: int) -> tuple[int, dict[str, np.ndarray], dict[str, str]]:
     """Demonstration `number`: how many failures were dropped before it, its arrays and header."""
     suite = SUITES[number % 4]
     task = number // 4 % 10
-    header = {
-        "task": suite_tasks(suite)[task].instruction,
-        "fps": "5",
-        "source": f"tabletop {suite} task {task}",
-    }
     dropped = 0
     while True:
         seed = (args.seed << 24) + (number << 4) + dropped
-        arrays = demonstration(suite, task, seed, args.noise, args.size, args.tilt)
-        if arrays is not None:
-            return dropped, arrays, header
+        recording = demonstration(suite, task, seed, args.noise, args.size, args.tilt)
+        if recording is not None:
+            return dropped, *recording
         dropped += 1
 
 

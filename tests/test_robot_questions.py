@@ -469,9 +469,7 @@ def test_axes_by_the_source_of_a_recording(moment, source, name):
 
 def test_tabletop_facts_agree_with_its_world(tmp_path):
     """Position, gripper and pixels of a demonstration, as benchmarks/tabletop.py names them."""
-    arrays = td.demonstration("goal", 0, 5, 0.0)
-    header = {"task": "put the red cube on the plate", "fps": "5", "source": "tabletop goal task 0"}
-    write_episodes(tmp_path / "one", [(arrays, header)])
+    write_episodes(tmp_path / "one", [td.demonstration("goal", 0, 5, 0.0)])
     (file,) = read_episode_file(next((tmp_path / "one").glob("*.safetensors")))
     axes = rq.read_axes(rq.axes_path("", [file]), 8, 7)
     motion = rq.read_motion(file, axes, 0.4)

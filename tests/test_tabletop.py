@@ -394,7 +394,7 @@ def test_grid_of_questions_and_ways_to_answer_is_covered():
 def test_demonstrations_are_the_experts():
     """Recorded actions are the expert's in the recorded states, whatever was executed instead."""
     for seed, disturbed in ((12, False), (16, True)):
-        demo = td.demonstration("goal", 0, seed, noise=0.06)
+        demo, _ = td.demonstration("goal", 0, seed, noise=0.06)
         assert demo["image"].shape == (len(demo["action"]), 64, 64, 3)
         moved = np.diff(demo["state"][:, :3], axis=0) / tt.STEP
         gap = np.abs(moved - demo["action"][:-1, :3]).max()
@@ -404,6 +404,79 @@ def test_demonstrations_are_the_experts():
         for action, move in zip(demo["action"], moved, strict=False):  # the last has none
             assert np.allclose(env.expert()[0], action, atol=1e-3)
             env.advance([*move, *action[3:]])
+
+
+@pytest.mark.parametrize("tilt", [0.0, 0.5])
+@pytest.mark.parametrize("suite", tt.SUITES)
+def test_recorded_objects_are_where_the_image_shows_them(suite, tilt):
+    """Each in its own colour, unless the hand or another thing is over it; positions in the frame
+    of the state: what is held moves with the hand."""
+    shown = 0
+    asked = 0
+    for task in (0, 5):
+        arrays, header = td.demonstration(suite, task, 12, 0.06, 128, tilt)
+        names = json.loads(header["objects"])
+        T = len(arrays["action"])
+        assert arrays["object_position"].shape == (T, len(names), 3)
+        for i, name in enumerate(names):
+            color = {"plate": (215, 215, 225), "drawer handle": (60, 40, 20)}.get(name)
+            color = color or tt.COLORS.get(name.removeprefix("other ").split()[0])
+            if color is None:  # the button, whose light changes
+                continue
+            for t in range(T):
+                x, y = arrays["object_pixel"][t, i] * 128 + [4, 0]  # beside the light on a ball
+                shown += np.abs(arrays["image"][t, int(y), int(x)].astype(int) - color).max() < 12
+                asked += 1
+        state = arrays["state"]
+        np.testing.assert_allclose(arrays["hand_pixel"][:, 0], (state[:, 0] + 0.2) / 0.4, atol=1e-6)
+        y = state[:, 1] - tilt * state[:, 2]
+        np.testing.assert_allclose(arrays["hand_pixel"][:, 1], (y + 0.2) / 0.4, atol=1e-6)
+        held = ["holding" in text for text in json.loads(header["thoughts"])]
+        if suite != "object" and task == 0:  # a cube is carried to the plate
+            carried = arrays["object_position"][held, 0] - state[held, :3]
+            assert sum(held) > 3 and np.abs(carried).max() < 0.03
+    assert shown > 0.7 * asked
+
+
+@pytest.mark.parametrize("suite", tt.SUITES)
+def test_recorded_thoughts_and_targets_are_the_experts(suite):
+    """The text that thought_actions.jsonl has for the same state, and the object that it names."""
+    for task in range(10):
+        arrays, header = td.demonstration(suite, task, 16, 0.0)
+        names = json.loads(header["objects"])
+        targets = json.loads(header["targets"])
+        thoughts = json.loads(header["thoughts"])
+        env = tt.Tabletop(suite)
+        env.place(task, 16, "train")
+        assert header["task"] == env.instruction
+        for t, action in enumerate(arrays["action"]):
+            _, plan = env.expert()
+            assert thoughts[t] == td.thought(env, plan)
+            said = re.match(r"The (.*?) is at (..)\.", thoughts[t])
+            if targets[t] < 0:
+                assert said[1] == "drop spot"
+            else:
+                assert names[targets[t]].endswith(said[1])
+                position = arrays["object_position"][t, targets[t]]
+                assert td.cell(*position[:2]) == said[2] or np.abs(position % 0.05).min() < 1e-3
+            env.advance(action)
+        if suite == "spatial":
+            assert names == ["red cube", "other red cube", "plate", "button"]
+            assert set(targets) == {0, 2}, "of two red cubes the one that is meant"
+        if env.goals[0].object == "drawer":
+            assert names[targets[0]] == "drawer handle"
+
+
+def test_episodes_hold_what_is_known_of_objects(made):
+    for file in fast_tokenizer.read_episodes(made[0] / "a" / "episodes"):
+        assert {"plate"} < set(file.objects) and set(file.targets) <= {
+            -1,
+            *range(len(file.objects)),
+        }
+        assert len(file.thoughts) == len(file.targets) == len(file)
+        assert file.object_position.shape == (len(file), len(file.objects), 3)
+        assert file.object_pixel.shape == (len(file), len(file.objects), 2)
+        assert file.hand_pixel.shape == (len(file), 2)
 
 
 @pytest.mark.parametrize("resume", [False, True])
