@@ -867,8 +867,17 @@ def make_trials(
     return [Trial(*trial, size) for trial in single[local] + chained[local]]
 
 
-def drive(policy, trials: list[Trial], batch: int, execute: int = 0, ensemble: float = 0.0):
-    """Run all trials to their ends: a round is one batched forward and `execute` steps of each."""
+def drive(
+    policy,
+    trials: list[Trial],
+    batch: int,
+    execute: int = 0,
+    ensemble: float = 0.0,
+    tell_thoughts: bool = False,
+):
+    """Run all trials to their ends: a round is one batched forward and `execute` steps of each.
+    tell_thoughts: the policy is given the expert's, as a head that was trained on recorded ones."""
+    from benchmarks.tabletop_data import thought as expert_thought  # it imports this module
     from vla import ChunkExecutor  # not above: to make data takes no torch
 
     progress = tqdm(total=len(trials), desc="trials", disable=None)
@@ -884,7 +893,11 @@ def drive(policy, trials: list[Trial], batch: int, execute: int = 0, ensemble: f
             states = np.stack([obs["state"] for obs in seen])
             texts = [obs["instruction"] for obs in seen]
             keys = [trial.noise_key() for trial in together]
-            chunks = policy.act_batch(images, texts, states, keys=keys)  # (B, K, A)
+            given = {}
+            if tell_thoughts:
+                envs = [trial.env for trial in together]
+                given["thoughts"] = [expert_thought(env, env.expert()[1]) for env in envs]
+            chunks = policy.act_batch(images, texts, states, keys=keys, **given)  # (B, K, A)
             thoughts = policy.thoughts or [None] * len(together)
             for trial, text, chunk, thought in zip(together, texts, chunks, thoughts, strict=True):
                 trial.act(executors[trial](chunk, text), thought)
@@ -926,7 +939,8 @@ def evaluate(policy, args, local: slice) -> Outcome:
     trials = make_trials(args.suites.split(","), args.trials, args.chains, local, height)
     for trial in trials:
         trial.film = bool(args.gif) and trial.seed == 0 and trial.task < 2
-    drive(policy, trials, args.batch, args.execute, args.ensemble)
+    tell_thoughts = policy.spec.get("thoughts") == "recorded"
+    drive(policy, trials, args.batch, args.execute, args.ensemble, tell_thoughts)
     results = []
     chain_lengths = []
     for trial in trials:

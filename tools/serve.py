@@ -90,7 +90,8 @@ class Server:
     policy: of vla.load_policy(). execute, ensemble: what a client carries out of a chunk, as in
     vla.ChunkExecutor. keys: {our name of an input: what clients call it}; the state may be several
     of theirs, joined by "+". batch: clients that share a forward at most.
-    ValueError when websockets or msgpack is missing, or execute or keys do not fit the policy."""
+    ValueError when websockets or msgpack is missing, execute or keys do not fit the policy, or its
+    head reads recorded thoughts."""
 
     def __init__(
         self,
@@ -101,6 +102,11 @@ class Server:
         batch: int = 64,
     ):
         network()  # a missing package shows now, not at the first client
+        if policy.spec.get("thoughts") == "recorded":
+            raise ValueError(
+                "the head reads recorded thoughts, which no client sends; train one with "
+                "--thoughts own"
+            )
         self.policy = policy
         self.execute = execute
         self.ensemble = ensemble
