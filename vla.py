@@ -108,7 +108,7 @@ class Config:
     # features of the backbone
     init: str = "runs/grpo"  # checkpoint of stage base, sft or grpo; or hub name
     layer: Natural = 0  # LLM layer whose output conditions the head; 0: 0.64 of the depth
-    think: bool = False  # the prompt asks to think first; the head acts without any text either way
+    think: bool = False  # the prompt asks to think first; without a thought to read no text follows
     condition: str = "prompt"  # what the head reads; a thought brings --think with it
     thoughts: str = "own"  # own: the model's, by its most probable tokens; recorded: the episodes'
     max_thought: Count = 64  # tokens of an own thought at most
