@@ -663,8 +663,8 @@ def frame_thoughts(
         return [torch.from_numpy(thought) for thought in written]
 
     is_new = not files.hold(made_from)
-    if is_new:
-        files.make(write, made_from, dist)
+    if is_new:  # writing takes as long for a few frames as for many
+        files.make(write, episode_groups(frames, FRAMES_AT_ONCE), made_from, dist)
     files.open()
     thoughts = [files.read(frame_id).numpy() for frame_id in range(len(frames.state))]
     backbone.net.to(dist.build)  # out of the GPU's way, and as open_features() expects it
@@ -877,29 +877,39 @@ class FrameFiles:
     def make(
         self,
         make_rows: Callable[[Sequence[int]], list[torch.Tensor]],
+        groups: list[list[int]],
         made_from: dict[str, str | int],
         dist: Dist,
     ) -> None:
-        """Writes them, split over the ranks by episodes. make_rows(frame_ids): of at most
-        FRAMES_AT_ONCE frames of an episode -> a row (t, ...) each."""
-        # 1. each rank makes those of its episodes
-        jobs = list(zip(self.paths, self.frames.frame_ranges, strict=True))
-        local_jobs = jobs[dist.rank :: dist.world_size]
+        """Writes them. make_rows(frame_ids): of at most FRAMES_AT_ONCE frames -> a row (t, ...)
+        each. groups: numbers of episodes that are made together, by one rank."""
+        # 1. each rank makes those of its groups
+        local_groups = groups[dist.rank :: dist.world_size]
         no_bar = None if dist.rank == 0 else True  # None: a bar where stderr is a terminal
-        for path, frame_range in tqdm(local_jobs, self.name, unit="episode", disable=no_bar):
+        for group in tqdm(local_groups, self.name, disable=no_bar):
+            frame_ids = []
+            for number in group:
+                frame_ids += self.frames.frame_ranges[number]
             rows = []
-            for first in range(0, len(frame_range), FRAMES_AT_ONCE):
-                rows += make_rows(frame_range[first : first + FRAMES_AT_ONCE])
-            tensors = {self.name: pad_sequence(rows, batch_first=True)}  # (frames, T, ...)
-            lengths = torch.tensor([len(row) for row in rows])
-            if lengths.min() < lengths.max():
-                tensors["length"] = lengths
-            save_file(tensors, path)
+            for first in range(0, len(frame_ids), FRAMES_AT_ONCE):
+                rows += make_rows(frame_ids[first : first + FRAMES_AT_ONCE])
+            start = 0
+            for number in group:
+                end = start + len(self.frames.frame_ranges[number])
+                self._save(self.paths[number], rows[start:end])
+                start = end
         # 2. when all ranks are done, rank 0 writes what the folder holds
         if distributed.is_initialized():
             distributed.barrier()
         if dist.rank == 0:
             model.write_json(self.folder / "fingerprint.json", made_from)
+
+    def _save(self, path, rows):
+        tensors = {self.name: pad_sequence(rows, batch_first=True)}  # (frames, T, ...)
+        lengths = torch.tensor([len(row) for row in rows])
+        if lengths.min() < lengths.max():
+            tensors["length"] = lengths
+        save_file(tensors, path)
 
     def open(self) -> None:
         """ValueError when one cannot be read."""
@@ -924,6 +934,20 @@ class FrameFiles:
 
 def feature_folder(cfg: Config) -> Path:
     return Path(cfg.cache_dir or Path(cfg.out) / "features")
+
+
+def episode_groups(frames: FrameDataset, most: int) -> list[list[int]]:
+    """Numbers of consecutive episodes with at most `most` frames together; one with more is alone.
+    Of 9, 5, 7 and 20 frames and at most 16: [[0, 1], [2], [3]]."""
+    groups = []
+    frames_in_group = most
+    for number, frame_range in enumerate(frames.frame_ranges):
+        if frames_in_group + len(frame_range) > most:
+            groups.append([])
+            frames_in_group = 0
+        groups[-1].append(number)
+        frames_in_group += len(frame_range)
+    return groups
 
 
 def first_frames(frames: FrameDataset) -> list[int]:
@@ -987,7 +1011,8 @@ def build_cache(
             )
         return rows
 
-    files.make(make_rows, made_from, dist)
+    each_alone = [[number] for number in range(len(frames.episodes))]  # without any padding
+    files.make(make_rows, each_alone, made_from, dist)
     return CachedFeatures(files, dist.device)
 
 

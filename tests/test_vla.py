@@ -793,6 +793,14 @@ def test_where_a_thought_ends(monkeypatch):
     assert stops == [{backbone.vocab.eos, one_token[-1]}], "the action token is not known yet"
 
 
+def test_short_episodes_are_thought_about_together(data):
+    """The groups are the same on any number of ranks, and so are the batches."""
+    frames = vla.FrameDataset(vla.Config(data=str(data), horizon=4))
+    assert vla.episode_groups(frames, 16) == [[0, 1], [2], [3], [4]]  # of 9, 5, 7, 12, 6 frames
+    assert vla.episode_groups(frames, 18) == [[0, 1], [2], [3, 4]]
+    assert vla.episode_groups(frames, 5) == [[0], [1], [2], [3], [4]]
+
+
 THINKING = {"condition": "thought", "max-thought": 5, "save-every": 2}
 
 
