@@ -95,9 +95,10 @@ def bootstrap(values, resamples: int = 2000) -> Interval:
 #    "tokens", "commands", "seeds", "hardware", "minutes", "versions"}
 # "paired" holds a metric's value of each prompt, trial or chain, in an order that all share. Beside
 # it a variant has "checkpoints" {command: path}, "prompts": where those of `actions` come from, and
-# "seconds" {command: {"chunk", "forward"}}: of a policy, on average. They are no metrics: the same
-# command gives others each time. "tokens" holds what `tokens` found: {"action_tokenizer": path,
-# "horizon", "execute": actions, "metrics"}; a later one takes its place.
+# "seconds" {command: {"chunk", "forward"}}: of a policy, on average; "thought" is the part of a
+# chunk's that a head's thought takes. They are no metrics: the same command gives others each time.
+# "tokens" holds what `tokens` found: {"action_tokenizer": path, "horizon", "execute": actions,
+# "metrics"}; a later one takes its place.
 
 
 def read_results(path: str | Path) -> dict:
@@ -244,7 +245,8 @@ def closed_loop(args: argparse.Namespace):
 
     Of a checkpoint of sft or grpo, which drives by the tokens that it writes, there are two more
     metrics: "retried", the share of chunks whose first answer did not decode, and "held still", of
-    those where no answer did."""
+    those where no answer did. Of a head that reads its own thoughts: "thoughts unfinished", the
+    share that --max-thought of vla.py cut off."""
     started = time.time()
     simulator = simulator_module(args.command)
     simulator.check(args)
@@ -264,13 +266,16 @@ def closed_loop(args: argparse.Namespace):
         chain_lengths = gather(local_outcome.chain_lengths, dist)
         metrics |= chain_metrics(chain_lengths)
         paired["chain length"] = chain_lengths
-    names = ("chunks", "forwards", "seconds", "retried", "held")
+    names = ("chunks", "forwards", "seconds", "retried", "held", "thinking", "unfinished")
     of_all_ranks = model.all_sum([policy.count[name] for name in names])
     count = dict(zip(names, of_all_ranks, strict=True))
     seconds = {}
     if count["chunks"]:  # else all trials were over before
         for unit in ("chunk", "forward"):
             seconds[unit] = round(count["seconds"] / count[f"{unit}s"], 5)
+        if count["thinking"]:
+            seconds["thought"] = round(count["thinking"] / count["chunks"], 5)
+            metrics["thoughts unfinished"] = wilson(int(count["unfinished"]), int(count["chunks"]))
         if isinstance(policy, vla.TokenPolicy):
             metrics["retried"] = wilson(int(count["retried"]), int(count["chunks"]))
             metrics["held still"] = wilson(int(count["held"]), int(count["chunks"]))

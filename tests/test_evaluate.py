@@ -48,6 +48,7 @@ class Scripted:
 
     horizon = 8
     hold = None
+    thoughts = None
 
     def __init__(self, trials, still=False):
         self.trials = trials
@@ -229,6 +230,24 @@ def test_what_a_benchmark_has_none_of_is_not_written(tmp_path, monkeypatch):
     assert variant["paired"] == {"success": [True, False], "chain length": [5, 0]}
     assert variant["metrics"]["success goal 1"]["mean"] == 0
     assert variant["metrics"]["chain 5"]["mean"] == 0.5
+
+
+def test_what_thoughts_cost_is_reported(tmp_path, monkeypatch):
+    """Of a head that reads its own: 4 chunks in 2 forwards, a quarter of their time for thoughts,
+    one of which was cut off."""
+    path = tmp_path / "r.json"
+    count = collections.Counter(chunks=4, forwards=2, seconds=8.0, thinking=2.0, unfinished=1)
+    policy = types.SimpleNamespace(count=count)
+    monkeypatch.setattr(evaluate.vla, "load_policy", lambda *args: policy)
+    module = evaluate.simulator_module("tabletop")
+    outcome = Outcome(trials=[TrialResult("goal", "0", True)])
+    monkeypatch.setattr(module, "evaluate", lambda policy, args, local: outcome)
+    evaluate.main(["tabletop", "--policy", "x", "--out", str(path)])
+    variant = json.loads(path.read_text())["arms"]["policy"]
+    assert variant["seconds"]["tabletop"] == {"chunk": 2.0, "forward": 4.0, "thought": 0.5}
+    unfinished = variant["metrics"]["thoughts unfinished"]
+    assert (unfinished["mean"], unfinished["n"]) == (0.25, 4)
+    assert "retried" not in variant["metrics"], "a head always gives a chunk"
 
 
 # ---- the expert through action tokens

@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -564,3 +565,65 @@ def test_a_second_writer_leaves_the_first_ones_work_alone(tmp_path, resume):
 
     fast_tokenizer.write_episodes(tmp_path / "out", slow(), resume=resume)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 2
+
+
+class Thinker:
+    """Stays where it is and thinks of its instruction; notes which thoughts it is told."""
+
+    horizon = 4
+    hold = None
+    thoughts = None
+
+    def __init__(self):
+        self.told = []
+
+    def act_batch(self, images, instructions, states, keys, thoughts=None):
+        self.told.append(thoughts)
+        self.thoughts = [f"So I {text}. " * 3 for text in instructions]
+        return np.zeros((len(images), 4, 7))
+
+
+def short_trials():
+    """Two that are filmed, each over after 6 steps."""
+    trials = tt.make_trials(["goal"], 1, 0)[:2]
+    for trial in trials:
+        trial.film = True
+        trial.env.limit = 6
+    return trials
+
+
+def test_films_show_what_is_thought(tmp_path):
+    """In words below the picture, from the first frame on; films of a policy that writes nothing
+    have none, and are as high as they were."""
+    policy = Thinker()
+    trials = short_trials()
+    tt.drive(policy, trials, batch=8, execute=3)
+    assert policy.told == [None, None]
+    for trial in trials:
+        assert trial.thought.startswith("So I ")
+        assert [frame.size for frame in trial.frames] == [(256, 356)] * 7, "before, and each step"
+        for frame in (trial.frames[0], trial.frames[-1]):
+            caption = np.asarray(frame.convert("L"))[280:]
+            for line in range(3):
+                assert caption[line * 19 : line * 19 + 19].min() < 60, "has black letters"
+        trial.save(tmp_path)
+    assert len(list(tmp_path.glob("goal_*_failure.gif"))) == 2
+    plain = short_trials()[0]
+    plain.act(np.zeros((1, 7)))
+    assert [frame.size for frame in plain.frames] == [(256, 280)] * 2
+
+
+def test_lines_are_whole_words():
+    font = types.SimpleNamespace(getlength=len)
+    assert tt.wrap("push the cube to its place", font, 9) == ["push the", "cube to", "its place"]
+    assert tt.wrap("unbelievable is a word", font, 5) == ["unbelievable", "is a", "word"]
+    assert tt.wrap("", font, 5) == []
+
+
+def test_a_head_of_recorded_thoughts_is_told_the_experts():
+    """Those that thought_actions.jsonl has for the same states."""
+    policy = Thinker()
+    trials = short_trials()
+    want = [td.thought(trial.env, trial.env.expert()[1]) for trial in trials]
+    tt.drive(policy, trials, batch=8, execute=3, tell_thoughts=True)
+    assert policy.told[0] == want and len(policy.told) == 2
