@@ -5,16 +5,18 @@
     python evaluate.py vqa --policy assets/tiny-vlm --data data/test/conversations.jsonl
     python evaluate.py metaworld|libero --policy runs/vla
     python evaluate.py tabletop --policy runs/grpo --mode think   # or direct: by its own tokens
+    python evaluate.py tokens --action-tokenizer runs/fast        # the expert, through these tokens
     python evaluate.py calvin --policy runs/vla --data task_ABC_D --out results/calvin.json
     torchrun --nproc_per_node 8 evaluate.py libero --policy runs/vla      # or any but report
     python evaluate.py report results/run.json
 
-Each command but `report` measures one model and writes its metrics to a results file, under the
-name of a variant; `report` makes one Markdown table of such a file, a row for each variant, with
-the paired differences between consecutive ones. Under torchrun each rank takes its share of the
-trials, prompts or questions, rank 0 writes the results of all, and those are what one process finds
-(up to rounding in batches of other sizes). Every success rate carries its n and a 95% Wilson
-interval; means carry a 95% bootstrap interval over prompts or chains (2,000 resamples, seed 0).
+Each command but `report` and `tokens` measures one model and writes its metrics to a results file,
+under the name of a variant; `report` makes one Markdown table of such a file, a row for each
+variant, with the paired differences between consecutive ones. Under torchrun each rank takes its
+share of the trials, prompts or questions, rank 0 writes the results of all, and those are what one
+process finds (up to rounding in batches of other sizes). Every success rate carries its n and a 95%
+Wilson interval; means carry a 95% bootstrap interval over prompts or chains (2,000 resamples, seed
+0).
 
 In the order of the file: intervals, the results file, ranks, then what is measured (closed loop,
 action tokens, questions), the report, the command line. tabletop, metaworld, libero and calvin are
@@ -22,6 +24,7 @@ modules of benchmarks/, and so are the questions; only the one that was asked fo
 wants to know what a number means reads the three sections of what is measured."""
 
 import argparse
+import contextlib
 import fcntl
 import importlib
 import itertools
@@ -31,6 +34,7 @@ import platform
 import shlex
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, TypedDict, TypeVar
 
@@ -88,11 +92,13 @@ def bootstrap(values, resamples: int = 2000) -> Interval:
 #
 # One JSON file a run. The key of the variants on disk is "arms", as in files of earlier versions:
 #   {"preset", "arms": {variant: {"metrics": {name: Interval}, "paired": {name: values}, ...}},
-#    "commands", "seeds", "hardware", "minutes", "versions"}
+#    "tokens", "commands", "seeds", "hardware", "minutes", "versions"}
 # "paired" holds a metric's value of each prompt, trial or chain, in an order that all share. Beside
 # it a variant has "checkpoints" {command: path}, "prompts": where those of `actions` come from, and
-# "seconds" {command: {"chunk", "forward"}}: of a policy, on average. They are no metrics: the same
-# command gives others each time.
+# "seconds" {command: {"chunk", "forward"}}: of a policy, on average; "thought" is the part of a
+# chunk's that a head's thought takes. They are no metrics: the same command gives others each time.
+# "tokens" holds what `tokens` found: {"action_tokenizer": path, "horizon", "execute": actions,
+# "metrics"}; a later one takes its place.
 
 
 def read_results(path: str | Path) -> dict:
@@ -106,20 +112,11 @@ def read_results(path: str | Path) -> dict:
     return results
 
 
-def write_metrics(
-    metrics: dict[str, Interval],
-    paired: dict[str, list[float]],
-    args: argparse.Namespace,
-    started: float,
-    prompts: str = "",
-    seconds: dict[str, float] | None = None,
-):
-    """Add metrics to the variant args.variant of the file args.out, and print them.
-
-    paired: the values of each prompt, trial or chain, by metric. started: when the evaluation
-    began, time.time(). prompts: of action tokens, where they come from. seconds: of a policy, for a
-    "chunk" and for a "forward". Evaluations may write to one file at once: each takes the lock
-    beside it."""
+@contextlib.contextmanager
+def open_results(args: argparse.Namespace, started: float) -> Iterator[dict]:
+    """The results file args.out as a dict, to be added to; at the end it is written, with how its
+    numbers came about. started: when the evaluation began, time.time(). Evaluations may write to
+    one file at once: each takes the lock beside it."""
     path = Path(args.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "a") as lock:
@@ -127,21 +124,8 @@ def write_metrics(
         if path.exists():
             results = read_results(path)
         else:
-            results = {"preset": args.preset, "arms": {}, "commands": []}
-
-        # 1. the variant: metrics of the same name are replaced, others stay
-        new_variant = {"metrics": {}, "paired": {}, "checkpoints": {}}
-        variant = results["arms"].setdefault(args.variant, new_variant)
-        variant["metrics"].update(metrics)
-        variant["paired"].update(paired)
-        variant["checkpoints"][args.command] = str(args.policy)
-        if prompts:
-            variant["prompts"] = prompts
-        if seconds:
-            variant.setdefault("seconds", {})[args.command] = seconds
-
-        # 2. how the numbers came about
-        results["seeds"] = sorted({*results.get("seeds", []), args.seed})
+            results = {"preset": args.preset, "arms": {}, "commands": [], "seeds": []}
+        yield results
         results["hardware"] = hardware()
         minutes = (time.time() - started) / 60
         results["minutes"] = round(results.get("minutes", 0) + minutes, 2)
@@ -151,12 +135,43 @@ def write_metrics(
         results["commands"] = [*earlier, command]
         model.write_json(path, results)
 
-    for name, value in metrics.items():
-        if len(name.split()) < 3:  # not those of single tasks; `actions` prints lines of its own
-            print(f"{name:24s}", "{mean:6.3f}  [{low:.3f}, {high:.3f}]  n {n}".format(**value))
+
+def write_metrics(
+    metrics: dict[str, Interval],
+    paired: dict[str, list[float]],
+    args: argparse.Namespace,
+    started: float,
+    prompts: str = "",
+    seconds: dict[str, float] | None = None,
+):
+    """Add metrics to the variant args.variant of the file args.out, and print them. Metrics of the
+    same name are replaced, others stay.
+
+    paired: the values of each prompt, trial or chain, by metric. started: see open_results().
+    prompts: of action tokens, where they come from. seconds: of a policy, for a "chunk" and for a
+    "forward"."""
+    with open_results(args, started) as results:
+        new_variant = {"metrics": {}, "paired": {}, "checkpoints": {}}
+        variant = results["arms"].setdefault(args.variant, new_variant)
+        variant["metrics"].update(metrics)
+        variant["paired"].update(paired)
+        variant["checkpoints"][args.command] = str(args.policy)
+        if prompts:
+            variant["prompts"] = prompts
+        if seconds:
+            variant.setdefault("seconds", {})[args.command] = seconds
+        results["seeds"] = sorted({*results.get("seeds", []), args.seed})
+    print_metrics(metrics)
     for unit, value in (seconds or {}).items():
         print(f"{f'seconds a {unit}':24s} {value:.4f}")
-    print(f"{path}: variant {args.variant}, {len(metrics)} metrics")
+    print(f"{args.out}: variant {args.variant}, {len(metrics)} metrics")
+
+
+def print_metrics(metrics: dict[str, Interval]):
+    """A line each, but for those of single tasks; `actions` prints lines of its own."""
+    for name, value in metrics.items():
+        if len(name.split()) < 3:
+            print(f"{name:24s}", "{mean:6.3f}  [{low:.3f}, {high:.3f}]  n {n}".format(**value))
 
 
 def hardware() -> str:
@@ -175,16 +190,21 @@ T = TypeVar("T")
 
 def start_ranks(args: argparse.Namespace) -> model.Dist:
     """This process among those of torchrun, one alone without; puts args.device right, and checks
-    before hours are spent that the results can be written."""
+    that the results can be written."""
     dist = model.setup(args.seed)
     args.device = args.device or str(dist.device)
-    path = Path(args.out)
+    check_out(args.out)
+    return dist
+
+
+def check_out(out: str):
+    """Before hours are spent: ValueError when no results can be written to this file."""
+    path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         raise ValueError(f"--out {path}: a folder; name a file in it, as results/run.json")
     if path.exists():
         read_results(path)
-    return dist
 
 
 def local_share(dist: model.Dist) -> slice:
@@ -225,7 +245,8 @@ def closed_loop(args: argparse.Namespace):
 
     Of a checkpoint of sft or grpo, which drives by the tokens that it writes, there are two more
     metrics: "retried", the share of chunks whose first answer did not decode, and "held still", of
-    those where no answer did."""
+    those where no answer did. Of a head that reads its own thoughts: "thoughts unfinished", the
+    share that --max-thought of vla.py cut off."""
     started = time.time()
     simulator = simulator_module(args.command)
     simulator.check(args)
@@ -245,13 +266,16 @@ def closed_loop(args: argparse.Namespace):
         chain_lengths = gather(local_outcome.chain_lengths, dist)
         metrics |= chain_metrics(chain_lengths)
         paired["chain length"] = chain_lengths
-    names = ("chunks", "forwards", "seconds", "retried", "held")
+    names = ("chunks", "forwards", "seconds", "retried", "held", "thinking", "unfinished")
     of_all_ranks = model.all_sum([policy.count[name] for name in names])
     count = dict(zip(names, of_all_ranks, strict=True))
     seconds = {}
     if count["chunks"]:  # else all trials were over before
         for unit in ("chunk", "forward"):
             seconds[unit] = round(count["seconds"] / count[f"{unit}s"], 5)
+        if count["thinking"]:
+            seconds["thought"] = round(count["thinking"] / count["chunks"], 5)
+            metrics["thoughts unfinished"] = wilson(int(count["unfinished"]), int(count["chunks"]))
         if isinstance(policy, vla.TokenPolicy):
             metrics["retried"] = wilson(int(count["retried"]), int(count["chunks"]))
             metrics["held still"] = wilson(int(count["held"]), int(count["chunks"]))
@@ -282,6 +306,33 @@ def chain_metrics(lengths: list[int]) -> dict[str, Interval]:
     return metrics
 
 
+def expert_through_tokens(args: argparse.Namespace):
+    """`evaluate.py tokens`: success of Tabletop's expert when its actions pass through the tokens.
+
+    It is a fact of the tokenizer, not of a model: the table has it in its caption."""
+    from benchmarks import tabletop_tokens
+
+    started = time.time()
+    dist = model.setup(seed=0)  # nothing is drawn
+    check_out(args.out)
+    tokenizer = None
+    if args.action_tokenizer:
+        tokenizer = fast_tokenizer.FastTokenizer.load(args.action_tokenizer)
+    local_trials = tabletop_tokens.evaluate(tokenizer, args, local_share(dist))
+    metrics = success_metrics(gather(local_trials, dist))
+    if dist.rank > 0:
+        return
+    with open_results(args, started) as results:
+        results["tokens"] = {
+            "action_tokenizer": args.action_tokenizer,
+            "horizon": tokenizer.horizon if tokenizer else args.execute,
+            "execute": args.execute,
+            "metrics": metrics,
+        }
+    print_metrics(metrics)
+    print(tokens_sentence(results["tokens"]))
+
+
 # ---- Models that write ---------------------------------------------------------------------------
 
 
@@ -304,6 +355,7 @@ class Prompts(NamedTuple):
     rows: list[model.Row]  # B of them
     targets: list[list[int]]  # B lists of action ids
     chunks: np.ndarray  # (B, K, A), dataset units
+    steps: list[tuple[fast_tokenizer.EpisodeFile, int]]  # B episodes, each with its step
 
 
 def episodes_to_ask(backbone: model.Backbone, data: str, split: str) -> tuple[list, str]:
@@ -356,13 +408,39 @@ def draw_prompts(
         chunks.append(fast_tokenizer.action_chunks(episode, tokenizer.horizon)[step])  # (K, A)
     chunks = np.reshape(chunks, (-1, tokenizer.horizon, tokenizer.action_dim)).astype(np.float32)
     targets = tokenizer.encode(chunks) if rows else []
-    return Prompts(list(range(args.prompts)[local]), rows, targets, chunks)
+    return Prompts(list(range(args.prompts)[local]), rows, targets, chunks, drawn[local])
+
+
+STATEMENTS = {  # the world that an episode's source begins with -> module that has statements()
+    "tabletop": "benchmarks.tabletop_data",
+}
+Statements = Callable[[str, str], dict[str, bool]]
+
+
+def statements_of(episodes: list) -> Statements | None:
+    """What tells which statements of a thought are true, given the true thought; None when these
+    episodes hold no thoughts, or are not all of one world in STATEMENTS."""
+    worlds = {episode.source.partition(" ")[0] for episode in episodes}
+    known = [STATEMENTS.get(world) for world in worlds]
+    if len(known) != 1 or None in known or any(episode.thoughts is None for episode in episodes):
+        return None
+    return importlib.import_module(known[0]).statements
+
+
+def true_shares(statements: Statements, own: list[str], true_thought: str) -> dict[str, float]:
+    """The model's own thoughts about one prompt -> {"thought true": share of their statements that
+    are true, "thought true NAME": how often this one is}."""
+    each = [statements(thought, true_thought) for thought in own]
+    shares = {name: float(np.mean([is_true[name] for is_true in each])) for name in each[0]}
+    by_name = {f"thought true {name}": share for name, share in shares.items()}
+    return {"thought true": float(np.mean(list(shares.values()))), **by_name}
 
 
 class Score(NamedTuple):
     """What a prompt's n completions are worth."""
 
-    means: dict[str, float]  # "reward", "r_f", "r_a", "l1" (NaN: none decodes), "truncated"
+    # "reward", "r_f", "r_a", "l1" (NaN: none decodes), "truncated"; of true_shares() what is known
+    means: dict[str, float]
     thoughts: set[str]  # those that differ
     actions: set[tuple[int, ...]]  # lists of action ids that decode
 
@@ -397,9 +475,10 @@ def score_completions(
     prompts: Prompts,
     kind: str,
     think: bool,
+    statements: Statements | None = None,
 ) -> list[Score]:
     """Scores of B prompts with n completions each, those of a prompt side by side. kind: one of
-    grpo.REWARDS.
+    grpo.REWARDS. statements: of thoughts, where it is known which are true.
 
     "l1" is over the completions that decode, in normalised units (range 2); r_f says how many there
     are. "truncated" is the share that the limit of tokens cut off: it is never in the format.
@@ -435,6 +514,10 @@ def score_completions(
         means["l1"] = float(finite.mean()) if len(finite) else float("nan")
         means["truncated"] = float(truncated[of_prompt].mean())
         texts = [backbone.tokenizer.decode(ids) for ids in completions[of_prompt]]
+        if statements:
+            episode, step = prompts.steps[b]
+            own_thoughts = [vla.thought_text(backbone, ids) for ids in completions[of_prompt]]
+            means |= true_shares(statements, own_thoughts, episode.thoughts[step])
         thoughts = {text.split("</think>")[0] for text in texts}
         actions = {tuple(ids) for ids in action_ids[of_prompt] if ids}
         scores.append(Score(means, thoughts, actions))
@@ -442,7 +525,8 @@ def score_completions(
 
 
 def action_tokens(args: argparse.Namespace):
-    """`evaluate.py actions`: format rate, r_a, L1; thinking and direct; sampled and greedy.
+    """`evaluate.py actions`: format rate, r_a, L1; thinking and direct; sampled and greedy. Of
+    thoughts, where the episodes hold true ones, the share of true statements.
 
     1. the model, with an action tokenizer for the targets   2. this rank's prompts
     3. complete and score them   4. metrics, of the prompts of all ranks"""
@@ -469,46 +553,54 @@ def action_tokens(args: argparse.Namespace):
         # 2. this rank's prompts
         prompts = draw_prompts(backbone, episodes, args, think, local_share(dist))
         targets = gather(prompts.targets, dist)
+        statements = statements_of(episodes) if think else None
         for style, n in (("sampled", args.samples), ("greedy", 1)):
             # 3. complete and score them
             completions = complete(backbone, prompts, n, style == "greedy", args)
-            local_scores = score_completions(backbone, completions, n, prompts, args.reward, think)
+            local_scores = score_completions(
+                backbone, completions, n, prompts, args.reward, think, statements
+            )
 
             # 4. metrics, of the prompts of all ranks
-            new_metrics, values = action_metrics(gather(local_scores, dist), n)
+            new_metrics, new_paired = action_metrics(gather(local_scores, dist), n)
             if dist.rank == 0:
                 print_scores(mode, style, new_metrics, targets)
             for name, interval in new_metrics.items():
                 metrics[f"{mode} {style} {name}"] = interval
-            for name in ("reward", "r_a"):
-                paired[f"{mode} {style} {name}"] = [round(value, 5) for value in values[name]]
+            for name, values in new_paired.items():
+                paired[f"{mode} {style} {name}"] = values
     if dist.rank == 0:
         write_metrics(metrics, paired, args, started, prompts=f"{args.prompts} from {words}")
 
 
+PAIRED = ["reward", "r_a", "l1", "thought true"]  # what two models are compared in, by prompt
+
+
 def action_metrics(
     scores: list[Score], n: int
-) -> tuple[dict[str, Interval], dict[str, list[float]]]:
-    """Scores of all prompts, n completions each -> metrics, and each prompt's values by metric.
+) -> tuple[dict[str, Interval], dict[str, list[float | None]]]:
+    """Scores of all prompts, n completions each -> metrics; of those in PAIRED each prompt's value.
 
-    "l1" leaves out prompts without a completion that decodes. Few distinct actions to many prompts
-    are a collapsed policy."""
+    "l1" leaves out prompts without a completion that decodes: their value is None. Few distinct
+    actions to many prompts are a collapsed policy."""
     metrics = {}
-    values = {}
+    paired = {}
     for name in scores[0].means:
         of_prompts = [score.means[name] for score in scores]
-        values[name] = [value for value in of_prompts if not np.isnan(value)]
-        metrics[name] = bootstrap(values[name])
+        metrics[name] = bootstrap([value for value in of_prompts if not np.isnan(value)])
+        if name in PAIRED:
+            rounded = [round(value, 5) for value in of_prompts]
+            paired[name] = [None if np.isnan(value) else value for value in rounded]
     for kind in ("thoughts", "actions"):
         distinct = set().union(*[getattr(score, kind) for score in scores])
         total = len(scores) * n
         of_all = {"mean": len(distinct), "low": None, "high": None, "n": total}
         metrics[f"distinct {kind}"] = of_all
-    return metrics, values
+    return metrics, paired
 
 
 def print_scores(mode: str, style: str, metrics: dict[str, Interval], targets: list[list[int]]):
-    """One line of `evaluate.py actions`; a dash where no completion decodes."""
+    """A line or two of `evaluate.py actions`; a dash where no completion decodes."""
     words = []
     for name in ("reward", "r_f", "r_a", "l1", "truncated"):
         mean = metrics[name]["mean"]
@@ -521,6 +613,13 @@ def print_scores(mode: str, style: str, metrics: dict[str, Interval], targets: l
         f"distinct thoughts {thoughts['mean']}, actions {actions['mean']} "
         f"of {thoughts['n']} (targets {distinct_targets} of {len(targets)})"
     )
+    statements = []
+    for name, value in metrics.items():
+        if name.startswith("thought true"):
+            short = name.removeprefix("thought true").strip() or "all"
+            statements.append(f"{short} {value['mean']:.3f}")
+    if statements:
+        print(f"  true in thoughts: {', '.join(statements)}")
 
 
 # ---- Questions -----------------------------------------------------------------------------------
@@ -569,6 +668,7 @@ COLUMNS = {  # head of a column: its metric
     "reward": "think sampled reward",
     "r_a": "think sampled r_a",
     "L1": "think sampled l1",
+    "true thoughts": "think sampled thought true",
     "spatial": "success spatial",
     "object": "success object",
     "goal": "success goal",
@@ -576,16 +676,22 @@ COLUMNS = {  # head of a column: its metric
     "average": "success",
     "chain length": "chain length",
 }
+# What variants are compared in, where each prompt's, trial's or chain's value is known.
+COMPARED = [*COLUMNS.values(), "think greedy r_a", "think greedy l1", "think greedy thought true"]
 
 
 def report(args: argparse.Namespace):
     """`evaluate.py report`: a results file -> a Markdown table, differences between variants.
 
-    Prints them, writes them to args.markdown if that is set, and notes args.minutes in the file."""
+    Prints them, writes them to args.markdown if that is set, and keeps args.minutes and args.note
+    in the file."""
     for path in args.files:
         results = read_results(path)
         if args.minutes:
             results["minutes_whole_run"] = args.minutes
+        if args.note:
+            results["note"] = args.note
+        if args.minutes or args.note:
             model.write_json(path, results)
         names = args.variants.split(",") if args.variants else list(results["arms"])
         unknown = sorted(set(names) - set(results["arms"]))
@@ -603,6 +709,7 @@ def report(args: argparse.Namespace):
             "",
             *paired_differences(variants),
             *distinct_actions(variants),
+            *true_statements(variants),
         ]
         text = "\n".join(lines) + "\n"
         print(text)
@@ -616,9 +723,26 @@ def heading(results: dict) -> str:
     minutes = f"evaluation {results['minutes']} min"
     if whole_run:
         minutes = f"the whole run {whole_run} min, {minutes}"
-    return (
+    words = (
         f"Preset {results['preset']}, seeds {results['seeds']}, {results['hardware']}; {minutes}. "
         "Mean [95% interval]; success in percent."
+    )
+    if "tokens" in results:
+        words += f" {tokens_sentence(results['tokens'])}"
+    if "note" in results:
+        words = f"**{results['note']}** {words}"
+    return words
+
+
+def tokens_sentence(tokens: dict) -> str:
+    """What `evaluate.py tokens` found, for the caption of the table."""
+    success = tokens["metrics"]["success"]
+    subject = "Through these action tokens the expert itself"
+    if not tokens["action_tokenizer"]:
+        subject = "Without action tokens the expert"
+    return (
+        f"{subject} succeeds in {cell('success', success)} percent of {success['n']} trials "
+        f"({tokens['execute']} of {tokens['horizon']} actions executed)."
     )
 
 
@@ -646,44 +770,76 @@ def cell(metric: str, value: Interval | None) -> str:
 
 
 def paired_differences(variants: list[tuple[str, dict]]) -> list[str]:
-    """Each variant minus the one above it, for the columns that both measured on as many items."""
+    """Each variant minus the one above it, for what is COMPARED and both measured on as many items.
+    Left out are items of which one of the two has no value."""
     lines = []
     for (old_name, old), (new_name, new) in itertools.pairwise(variants):
-        for metric in COLUMNS.values():
-            before = old["paired"].get(metric)
-            after = new["paired"].get(metric)
-            if before and after and len(before) == len(after):
-                gain = bootstrap(np.array(after, float) - np.array(before, float))
+        for metric in COMPARED:
+            before = np.array(old["paired"].get(metric, []), float)  # NaN: no value
+            after = np.array(new["paired"].get(metric, []), float)
+            if len(before) != len(after):
+                continue
+            differences = after - before
+            gain = bootstrap(differences[~np.isnan(differences)])
+            if gain["n"]:
                 value = f"{cell(metric, gain)}, n {gain['n']}"
                 lines.append(f"- {metric}: {new_name} - {old_name} = {value}")
     return lines
 
 
 def distinct_actions(variants: list[tuple[str, dict]]) -> list[str]:
-    """One line with the counts of all variants, none when nobody counted."""
-    metric = "think sampled distinct actions"
-    counts = []
-    for name, variant in variants:
-        if metric in variant["metrics"]:
-            counts.append(f"{name} {variant['metrics'][metric]['mean']}")
-    if not counts:
+    """A line each for sampled and greedy rollouts with the counts of all variants, none when nobody
+    counted."""
+    lines = []
+    for style in ("sampled", "greedy"):
+        metric = f"think {style} distinct actions"
+        counts = []
+        for name, variant in variants:
+            if metric in variant["metrics"]:
+                counts.append(f"{name} {variant['metrics'][metric]['mean']}")
+        if counts:
+            lines.append(f"- distinct actions in {style} thinking rollouts: {', '.join(counts)}")
+    return lines
+
+
+def true_statements(variants: list[tuple[str, dict]]) -> list[str]:
+    """Lines of a second Markdown table: how often each statement of sampled thoughts is true, a
+    column for each variant. None when nobody measured it."""
+    start = "think sampled thought true "
+    metrics = {}  # in their order, each once
+    for _, variant in variants:
+        metrics |= dict.fromkeys(name for name in variant["metrics"] if name.startswith(start))
+    if not metrics:
         return []
-    return ["- distinct actions in sampled thinking rollouts: " + ", ".join(counts)]
+    lines = [
+        "",
+        "| true in sampled thoughts | " + " | ".join(name for name, _ in variants) + " |",
+        "|---" * (len(variants) + 1) + "|",
+    ]
+    for metric in metrics:
+        cells = [cell(metric, variant["metrics"].get(metric)) for _, variant in variants]
+        lines.append(f"| {metric.removeprefix(start)} | " + " | ".join(cells) + " |")
+    return lines
 
 
 # ---- Command line --------------------------------------------------------------------------------
 
 
+def results_flags(add):
+    """Flags of all commands that measure something."""
+    add("--out", default="results/results.json", help="results file, which is added to")
+    add("--preset", default="tabletop", help="name of the run, noted in the results file")
+
+
 def common_flags(add):
     """Flags of all commands that measure a model."""
+    results_flags(add)
     add(
         "--policy",
         required=True,
         help="checkpoint: vla, sft or grpo in a closed loop; base, sft or grpo else",
     )
     add("--variant", default="policy", help="name of the model: its row of the results table")
-    add("--out", default="results/results.json", help="results file; the variant is added to it")
-    add("--preset", default="tabletop", help="name of the run, noted in the results file")
     add("--seed", type=natural, default=0, help="seed of sampling and of the policy's noise")
     add(
         "--device",
@@ -740,6 +896,7 @@ def report_flags(add):
     add("--markdown", default="", help="also write the table here")
     add("--variants", default="", help="rows of the table, in this order; empty: all")
     add("--minutes", type=non_negative, default=0, help="of the whole run, to be noted in the file")
+    add("--note", default="", help="what the table's caption begins with, to be noted in the file")
 
 
 def make_parser(asked: str) -> argparse.ArgumentParser:
@@ -754,6 +911,14 @@ def make_parser(asked: str) -> argparse.ArgumentParser:
         if name == asked:
             simulator_module(name).arguments(command.add_argument)
         command.set_defaults(run=closed_loop)
+
+    command = commands.add_parser("tokens", help="success of the expert through action tokens")
+    results_flags(command.add_argument)
+    if asked == "tokens":
+        from benchmarks import tabletop_tokens
+
+        tabletop_tokens.arguments(command.add_argument)
+    command.set_defaults(run=expert_through_tokens)
 
     command = commands.add_parser("actions", help="action tokens on prompts from episodes")
     common_flags(command.add_argument)

@@ -1,14 +1,49 @@
 #!/usr/bin/env bash
 # The whole of RoboAlign on Tabletop: data -> FAST -> SFT -> GRPO -> three action heads -> the table.
 # A fresh machine with Python 3.11+ and two CPU cores is enough; with a GPU the same script uses it.
+# QUICK=1 shows every stage in some five minutes, with a table that says that it is only that.
 # RUN, DATA and SEED name other folders and another seed; tools/venv.sh explains VENV, PYTHON and
 # SKIP_INSTALL.
 set -euo pipefail
 cd "$(dirname "$0")"
-RUN=${RUN:-runs/speedrun}
-DATA=${DATA:-data/speedrun}
+
+# ---- Sizes ----
+
+case ${QUICK:-0} in
+  0)
+    RUN=${RUN:-runs/speedrun}
+    DATA=${DATA:-data/speedrun}
+    RESULT=results/speedrun.json
+    preset=speedrun
+    train_data=(--episodes 1600 --conversations 3000 --thought-actions 3000)
+    test_data=(--episodes 120)
+    sft=(speedrun)  # a preset of the stage, and what differs from it
+    grpo=(speedrun)
+    head=(speedrun)
+    held_out=(--prompts 512)
+    trials=(--trials 5 --chains 50)
+    note=""
+    ;;
+  1)
+    RUN=${RUN:-runs/quick}
+    DATA=${DATA:-data/quick}
+    RESULT=$RUN/results.json
+    preset=quick
+    train_data=(--episodes 400 --conversations 1200 --thought-actions 1500)
+    test_data=(--episodes 40)
+    sft=(speedrun --steps 300)
+    grpo=(speedrun --steps 12)
+    head=(speedrun --steps 300)
+    held_out=(--prompts 128)
+    trials=(--trials 1 --chains 10)
+    note="A quick look: every stage ran, none to its end; these numbers say nothing of the method."
+    ;;
+  *)
+    echo "error: QUICK=$QUICK; give 1 for a quick look, or leave it away"
+    exit 1
+    ;;
+esac
 SEED=${SEED:-0}
-RESULT=results/speedrun.json
 
 # ---- Set-up ----
 
@@ -16,7 +51,7 @@ source tools/venv.sh
 use_venv -r requirements.txt
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 SECONDS=0  # bash counts on from here
-mkdir -p "$RUN" results
+mkdir -p "$RUN" "$(dirname "$RESULT")"
 if [ -e "$RUN/done" ] || [ -e "$DATA" ]; then
   echo "error: $RUN or $DATA is from an earlier run; delete them or set RUN and DATA"
   exit 1
@@ -69,29 +104,31 @@ side_by_side() {
 
 announce "demonstrations and conversations"
 python -m benchmarks.tabletop_data --out "$DATA/train" --seed "$SEED" \
-  --episodes 1600 --conversations 3000 --single --thought-actions 3000
-python -m benchmarks.tabletop_data --out "$DATA/test" --seed 1000 --episodes 120 --conversations 0
+  --single "${train_data[@]}"
+python -m benchmarks.tabletop_data --out "$DATA/test" --seed 1000 --conversations 0 "${test_data[@]}"
 
 announce "FAST tokenizer"
 python fast_tokenizer.py fit --data "$DATA/train" --out "$RUN/fast" \
   --horizon 5 --scale 1 --vocab-size 18 --max-episodes 400
+python evaluate.py tokens --action-tokenizer "$RUN/fast" --execute 2 --out "$RESULT" --preset "$preset"
 
 # ---- Stages 1 and 2: the backbone learns to see, to think and to act; then to think better ----
 
 announce "stage 1: SFT"
 mixture=$DATA/train/conversations.jsonl:0.5,$DATA/train/episodes:3
 mixture=$mixture,$DATA/train/thought_actions.jsonl:0.4
-on_all_ranks sft.py speedrun --data "$mixture" --action-tokenizer "$RUN/fast" \
+on_all_ranks sft.py "${sft[@]}" --data "$mixture" --action-tokenizer "$RUN/fast" \
   --out "$RUN/sft" --seed "$SEED"
 
 announce "stage 2: GRPO"
-on_all_ranks grpo.py speedrun --init "$RUN/sft" --data "$DATA/train/episodes" \
+on_all_ranks grpo.py "${grpo[@]}" --init "$RUN/sft" --data "$DATA/train/episodes" \
   --out "$RUN/grpo" --seed "$SEED"
 
 announce "held-out action tokens of base, SFT and SFT+RL"
 measure_action_tokens() {
   python evaluate.py actions --policy "$(backbone_of "$1")" --action-tokenizer "$RUN/fast" \
-    --data "$DATA/test" --variant "$1" --out "$RESULT" --preset speedrun --seed "$SEED"
+    --data "$DATA/test" --variant "$1" --out "$RESULT" --preset "$preset" --seed "$SEED" \
+    "${held_out[@]}"
 }
 side_by_side measure_action_tokens
 
@@ -100,7 +137,7 @@ side_by_side measure_action_tokens
 announce "stage 3: an action head on each of the three, frozen; logs in $RUN/vla"
 mkdir -p "$RUN/vla"
 train_head() {  # VARIANT COMMAND: the command is what runs vla.py
-  "$2" vla.py speedrun --init "$(backbone_of "$1")" --data "$DATA/train/episodes" \
+  "$2" vla.py "${head[@]}" --init "$(backbone_of "$1")" --data "$DATA/train/episodes" \
     --out "$RUN/vla/$1" --seed "$SEED"
 }
 train_head_on_one_core() {
@@ -118,7 +155,7 @@ rm -rf "$RUN"/vla/*/features
 announce "closed loop of the three heads"
 drive() {
   python evaluate.py tabletop --policy "$RUN/vla/$1" --variant "$1" --out "$RESULT" \
-    --preset speedrun --seed "$SEED" --execute 2 --trials 5 --chains 50 --gif "$RUN/gif/$1"
+    --preset "$preset" --seed "$SEED" --execute 2 "${trials[@]}" --gif "$RUN/gif/$1"
 }
 side_by_side drive
 
@@ -127,6 +164,6 @@ side_by_side drive
 minutes=$(python -c "print(round($SECONDS / 60, 1))")
 announce "results"
 python evaluate.py report "$RESULT" --variants base,SFT,SFT+RL --minutes "$minutes" \
-  --markdown results/speedrun.md
+  --note "$note" --markdown "${RESULT%.json}.md"
 announce "done in $minutes minutes"
 touch "$RUN/done"

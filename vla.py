@@ -3,8 +3,9 @@ features of one layer of the frozen backbone.
 
 In: a checkpoint of stage base, sft or grpo, and episodes (images, state, actions, instruction).
 Out: a policy (images, instruction, state) -> the next K actions. It writes no text at run time:
-reasoning acts through the features that RL shaped. (TokenPolicy, which needs no stage 3, lets a
-checkpoint of sft or grpo drive by the action tokens that it writes.)
+reasoning acts through the features that RL shaped; with --condition the backbone first writes a
+thought, which the head reads too. (TokenPolicy, which needs no stage 3, lets a checkpoint of sft or
+grpo drive by the action tokens that it writes.)
 1. cut the frozen backbone after layer 0.64 L (18 of 28)
 2. its hidden states over all image and text tokens of the action prompt are the features
 3. the head reads them, and as one token the normalised state, which the backbone does not see
@@ -23,14 +24,15 @@ torchrun --nproc_per_node 8 vla.py paper --init runs/grpo-paper --data data/libe
                                  # 128 px (LIBERO as published) is 25 tokens for Qwen2.5-VL, one
                                  # of 256 px 81; for Qwen3-VL either is 64
 
-Read first: Config, "Flow-matching head", main. "Data" and "Features of the frozen backbone" can
-wait; "Policies" and "Carrying out chunks" are for who drives a robot.
+Read first: Config, "Flow-matching head", main. "Data", "Thoughts" and "Features of the frozen
+backbone" can wait; "Policies" and "Carrying out chunks" are for who drives a robot.
 
 Legend: B frames of a batch, R draws of a frame, K chunk length, A action dimensions, S state
 dimensions, T tokens of a prompt, F future tokens, Q query tokens of a block, N frames of the data,
 D width, H attention heads, d head width, L layers of the backbone. A mask is 1 where it counts.
 """
 
+import bisect
 import copy
 import functools
 import hashlib
@@ -41,7 +43,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, NotRequired, TypedDict
 
@@ -106,7 +108,10 @@ class Config:
     # features of the backbone
     init: str = "runs/grpo"  # checkpoint of stage base, sft or grpo; or hub name
     layer: Natural = 0  # LLM layer whose output conditions the head; 0: 0.64 of the depth
-    think: bool = False  # the prompt asks to think first; the head acts without any text either way
+    think: bool = False  # the prompt asks to think first; without a thought to read no text follows
+    condition: str = "prompt"  # what the head reads; a thought brings --think with it
+    thoughts: str = "own"  # own: the model's, by its most probable tokens; recorded: the episodes'
+    max_thought: Count = 64  # tokens of an own thought at most
     max_pixels: Natural = 0  # larger images are shrunk to so many pixels; 0: as the backbone says
 
     # head
@@ -167,10 +172,28 @@ PRESETS = {
 }  # fmt: skip
 
 
+# What the head reads. A thought follows the prompt that asks to think.
+CONDITIONS = {
+    "prompt": "the prompt",
+    "thought": "the prompt and the thought behind it",
+    "thought-only": "the thought's tokens, which have seen the prompt",
+}
+
+
 def check_config(cfg: Config) -> None:
     """ValueError for what the types of the flags let pass and makes no sense."""
-    if cfg.cache not in ("features", "none"):
-        raise ValueError(f"--cache {cfg.cache}: choose features or none")
+    for name, choices in (
+        ("cache", ("features", "none")),
+        ("condition", CONDITIONS),
+        ("thoughts", ("own", "recorded")),
+    ):
+        value = getattr(cfg, name)
+        if value not in choices:
+            raise ValueError(f"--{name} {value}: choose {' or '.join(choices)}")
+    if cfg.thoughts == "recorded" and cfg.condition == "prompt":
+        raise ValueError(
+            "--thoughts recorded: the head reads none; add --condition thought or thought-only"
+        )
     cameras = cfg.cameras.split(",")
     if len(set(cameras)) < len(cameras):
         raise ValueError(f"--cameras {cfg.cameras}: name each of them once")
@@ -258,6 +281,11 @@ class FrameDataset:
             if not episode.task.strip():
                 raise ValueError(
                     f"{episode}: its instruction is blank; write one, or delete the episode"
+                )
+            if cfg.thoughts == "recorded" and episode.thoughts is None:
+                raise ValueError(
+                    f"{episode}: holds no thoughts; record it by what knows them, as "
+                    "benchmarks.tabletop_data does, or use --thoughts own"
                 )
             for camera in self.cameras:
                 if camera not in episode.cameras:
@@ -541,14 +569,143 @@ class FlowHead(nn.Module):
         return x_t
 
 
+# ---- Thoughts ------------------------------------------------------------------------------------
+#
+# A thought is a list of token ids that follow the thinking prompt, <think> and </think> among them.
+
+THINK_END = "</think>"
+
+
+def write_thoughts(backbone: Backbone, prompts: list[Row], max_thought: int) -> list[np.ndarray]:
+    """The model's own thought about each prompt, by its most probable tokens, at least one and at
+    most max_thought -> its token ids (t,) each. backbone: a whole one, not cut.
+
+    It ends with the token that completes </think>; without one it is as far as the model got. Where
+    </think> is several tokens (Qwen2.5) writing stops at the action that follows."""
+    vocab = backbone.vocab
+    end = backbone.tokenizer.convert_tokens_to_ids(THINK_END)  # None: no one token
+    samples = model.generate(
+        backbone,
+        prompts,
+        max_new_tokens=max_thought,
+        greedy=True,
+        stop={vocab.eos, vocab.action_start, end} - {None},
+    )
+    thoughts = []
+    for ids, mask in zip(samples["ids"], samples["mask"].bool(), strict=True):
+        written = ids[mask].cpu().numpy()
+        thoughts.append(written[: thought_length(backbone, written)])
+    return thoughts
+
+
+def is_finished(backbone: Backbone, token_ids: np.ndarray) -> bool:
+    return THINK_END in backbone.tokenizer.decode(token_ids)
+
+
+def thought_length(backbone: Backbone, token_ids: np.ndarray) -> int:
+    """Tokens up to the one that completes </think>, that one included; without it all of them."""
+    return bisect.bisect_left(
+        range(len(token_ids)), True, key=lambda length: is_finished(backbone, token_ids[:length])
+    )
+
+
+def thought_text(backbone: Backbone, token_ids: Sequence[int]) -> str:
+    """What token ids say inside <think>, as far as they get."""
+    text = backbone.tokenizer.decode(token_ids)
+    return text.partition("<think>")[2].partition(THINK_END)[0].strip()
+
+
+def encode_thought(backbone: Backbone, text: str) -> np.ndarray:
+    """A thought in words -> its token ids (t,)."""
+    ids = backbone.tokenizer.encode(f"<think>{text}{THINK_END}", add_special_tokens=False)
+    return np.array(ids, np.int64)
+
+
+def with_thought(prompt: Row, thought: np.ndarray) -> Row:
+    """The row goes on with a thought (t,), which is its target: the assistant's turn."""
+    length = len(thought)
+    first = prompt["positions"].max() + 1  # text counts on in time, row and column
+    positions = np.tile(np.arange(first, first + length), (3, 1))
+    return {
+        **prompt,
+        "ids": np.concatenate([prompt["ids"], thought]),
+        "target": np.pad(prompt["target"], (0, length), constant_values=True),
+        "positions": np.concatenate([prompt["positions"], positions], axis=1),
+    }
+
+
+def frame_thoughts(
+    backbone: Backbone, frames: FrameDataset, cfg: Config, dist: Dist
+) -> list[np.ndarray]:
+    """The thought of each frame: recorded, or the whole backbone's own. These are written once,
+    split over the ranks by episodes, and stay on disk beside the features (--cache none keeps them
+    too: to write them again in each pass costs more than all the rest of a step)."""
+    # 1. recorded
+    if cfg.thoughts == "recorded":
+        thoughts = []
+        for episode, frame_range in zip(frames.episodes, frames.frame_ranges, strict=True):
+            for frame_id in frame_range:
+                _, step = frames.locate(frame_id)
+                thoughts.append(encode_thought(backbone, episode.thoughts[step]))
+        return thoughts
+
+    # 2. its own
+    started = time.perf_counter()
+    model.replicate(backbone.net, dist)
+    live = LiveFeatures(backbone, frames, cfg, dist.device)
+    made_from = fingerprint(backbone, frames, live.read(first_frames(frames)), cfg)
+    made_from["lm_head"] = sha256_of(bytes_of([backbone.net.lm_head.weight]))
+    made_from["max_thought"] = cfg.max_thought
+    files = FrameFiles(feature_folder(cfg) / "thoughts", "thoughts", frames)
+
+    def write(frame_ids):
+        written = write_thoughts(backbone, live.read(frame_ids), cfg.max_thought)
+        return [torch.from_numpy(thought) for thought in written]
+
+    is_new = not files.hold(made_from)
+    if is_new:  # writing takes as long for a few frames as for many
+        files.make(write, episode_groups(frames, FRAMES_AT_ONCE), made_from, dist)
+    files.open()
+    thoughts = [files.read(frame_id).numpy() for frame_id in range(len(frames.state))]
+    backbone.net.to(dist.build)  # out of the GPU's way, and as open_features() expects it
+    backbone.net.tie_weights()  # to META tied ones went as two
+
+    # 3. how it went
+    if dist.rank == 0:
+        tokens = np.mean([len(thought) for thought in thoughts])
+        unfinished = sum(not is_finished(backbone, thought) for thought in thoughts)
+        line = (
+            f"{len(thoughts)} thoughts of {tokens:.1f} tokens on average, {unfinished} unfinished"
+        )
+        if is_new:
+            seconds = time.perf_counter() - started
+            line += f"; {1000 * seconds / len(thoughts):.1f} ms each"
+        print(line, flush=True)
+    return thoughts
+
+
 # ---- Features of the frozen backbone -------------------------------------------------------------
 
 
 class Features(NamedTuple):
-    """What the backbone puts out at --layer for each token of a prompt."""
+    """What the backbone puts out at --layer for each token that the head reads."""
 
     feats: torch.Tensor  # (B, T, vl_dim)
     mask: torch.Tensor | None  # (B, T); None: no row is padded
+
+    def rows(self) -> list[torch.Tensor]:
+        """Those of each prompt without padding, (t, vl_dim)."""
+        if self.mask is None:
+            return list(self.feats)
+        return [feats[mask.bool()] for feats, mask in zip(self.feats, self.mask, strict=True)]
+
+
+def pad_features(rows: list[torch.Tensor]) -> Features:
+    """The features (t, vl_dim) of B prompts as one batch."""
+    lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)  # (B,)
+    feats = pad_sequence(rows, batch_first=True)  # (B, T, vl_dim)
+    mask = torch.arange(feats.shape[1], device=feats.device) < lengths[:, None]  # (B, T)
+    return Features(feats, None if mask.all() else mask)
 
 
 def compute_dtype(device: str | torch.device) -> torch.dtype:
@@ -564,12 +721,10 @@ def autocast(device: torch.device) -> torch.autocast:
 
 def truncate(net: nn.Module, layer: int) -> None:
     """Keeps the first `layer` LLM blocks. model.hidden_states() then gives what the last one puts
-    out, without the final norm."""
+    out, without the final norm. ValueError when there are not so many."""
+    layer = feature_layer(net, layer)
     language_model = net.model.language_model
-    blocks = language_model.layers
-    if not 0 < layer <= len(blocks):
-        raise ValueError(f"layer {layer} is not in 1..{len(blocks)}; choose one of these")
-    language_model.layers = blocks[:layer]
+    language_model.layers = language_model.layers[:layer]
     language_model.norm = nn.Identity()
     config = language_model.config
     config.num_hidden_layers = layer
@@ -577,17 +732,29 @@ def truncate(net: nn.Module, layer: int) -> None:
         config.layer_types = config.layer_types[:layer]
 
 
+def whole_copy(backbone: Backbone) -> Backbone:
+    """The same weights in modules of their own, which stay whole when the others are cut."""
+    shared = {}  # id -> what is not to be copied
+    for tensor in [*backbone.net.parameters(), *backbone.net.buffers()]:
+        shared[id(tensor)] = tensor
+    return replace(backbone, net=copy.deepcopy(backbone.net, shared))
+
+
 def feature_layer(net: nn.Module, layer: int) -> int:
-    """--layer, where 0 means 0.64 L of the L blocks: 18 of 28."""
+    """--layer, where 0 means 0.64 L of the L blocks: 18 of 28. ValueError when there are not so
+    many."""
     # fork point: the feature layer. Which tokens of it are read: encode_prompts().
-    return layer or round(0.64 * len(net.model.language_model.layers))
+    L = len(net.model.language_model.layers)
+    if not 0 <= layer <= L:
+        raise ValueError(f"layer {layer} is not in 1..{L}; choose one of these")
+    return layer or round(0.64 * L)
 
 
 def freeze_backbone(backbone: Backbone, layer: int) -> nn.Module:
     """Cuts the backbone after feature_layer() and freezes it. -> its final norm, which the features
     do without and save_policy() puts back."""
     final_norm = backbone.net.model.language_model.norm
-    truncate(backbone.net, feature_layer(backbone.net, layer))
+    truncate(backbone.net, layer)
     backbone.net.requires_grad_(False).eval()
     return final_norm
 
@@ -600,67 +767,78 @@ def prompt_row(
     return model.encode(backbone, messages, images, prompt_only=True)
 
 
+def asks_to_think(cfg: Config) -> bool:
+    """Whether the prompt asks for a thought."""
+    return cfg.think or cfg.condition != "prompt"
+
+
 @torch.no_grad()
-def encode_prompts(backbone: Backbone, prompts: list[Row], device: str | torch.device) -> Features:
-    """The features of all image and text tokens of the prompts."""
+def encode_prompts(
+    backbone: Backbone,
+    prompts: list[Row],
+    device: str | torch.device,
+    condition: str = "prompt",
+) -> Features:
+    """The features of all image and text tokens of the prompts, and of their thoughts where they
+    have one; by the condition thought-only of these alone."""
     batch = model.to_device(model.collate(prompts, backbone.vocab.pad), device)
+    hidden = model.hidden_states(backbone.net, batch)  # (B, T, D)
+    if condition == "thought-only":
+        return pad_features(Features(hidden, batch["target"]).rows())
     lengths = {len(prompt["ids"]) for prompt in prompts}
-    mask = None if len(lengths) == 1 else batch["mask"]
-    return Features(model.hidden_states(backbone.net, batch), mask)
+    return Features(hidden, None if len(lengths) == 1 else batch["mask"])
 
 
 class LiveFeatures:
     """Features by running the backbone on each batch (--cache none).
 
     read(frame_ids) is what a thread may do ahead of training, on the CPU; features(what it gave)
-    is the rest. CachedFeatures has the same two."""
+    is the rest. CachedFeatures has the same two. thoughts: of each frame; None: the prompt alone is
+    read."""
 
-    def __init__(self, backbone: Backbone, frames: FrameDataset, cfg: Config, device: torch.device):
+    def __init__(
+        self,
+        backbone: Backbone,
+        frames: FrameDataset,
+        cfg: Config,
+        device: torch.device,
+        thoughts: list[np.ndarray] | None = None,
+    ):
         self.backbone = backbone
         self.frames = frames
-        self.think = cfg.think
+        self.think = asks_to_think(cfg)
+        self.condition = cfg.condition
         self.device = device
+        self.thoughts = thoughts
 
     def read(self, frame_ids: Iterable[int]) -> list[Row]:
         prompts = []
         for frame_id in frame_ids:
             images, instruction = self.frames.observation(frame_id)
-            prompts.append(prompt_row(self.backbone, images, instruction, self.think))
+            prompt = prompt_row(self.backbone, images, instruction, self.think)
+            if self.thoughts is not None:
+                prompt = with_thought(prompt, self.thoughts[frame_id])
+            prompts.append(prompt)
         return prompts
 
     def features(self, prompts: list[Row]) -> Features:
-        return encode_prompts(self.backbone, prompts, self.device)
+        return encode_prompts(self.backbone, prompts, self.device, self.condition)
 
 
 class CachedFeatures:
-    """Features from disk (--cache features): for each episode a file of its name with the tensor
-    "features" (frames, T, vl_dim), read by slice. fp16 on CPU, bf16 on GPU."""
+    """Features from disk (--cache features), fp16 on CPU, bf16 on GPU."""
 
-    def __init__(self, folder: Path, frames: FrameDataset, device: torch.device):
-        self.frames = frames
+    def __init__(self, files: "FrameFiles", device: torch.device):
+        self.files = files
         self.device = device
-        self.paths = [folder / f"{episode.name}.safetensors" for episode in frames.episodes]
-        open_arrays.cache_clear()  # they may have been written anew
-        for path in self.paths:
-            try:
-                open_arrays(path, "pt")
-            except (SafetensorError, OSError) as e:
-                raise ValueError(f"{path}: {e}; delete {folder} to compute it again") from e
+        files.open()
 
     def read(self, frame_ids: Iterable[int]) -> list[torch.Tensor]:
-        stored = []
-        for frame_id in frame_ids:
-            number, step = self.frames.locate(frame_id)
-            index = step // self.frames.stride
-            on_disk = open_arrays(self.paths[number], "pt").get_slice("features")
-            stored.append(on_disk[index : index + 1][0])  # (T, vl_dim)
-        return stored
+        return [self.files.read(frame_id) for frame_id in frame_ids]
 
     def features(self, stored: list[torch.Tensor]) -> Features:
-        lengths = torch.tensor([len(feats) for feats in stored])  # (B,)
-        feats = pad_sequence(stored, batch_first=True)  # (B, T, vl_dim)
-        mask = torch.arange(feats.shape[1]) < lengths[:, None]  # (B, T)
-        return Features(feats.to(self.device), None if mask.all() else mask.to(self.device))
+        feats, mask = pad_features(stored)
+        return Features(feats.to(self.device), None if mask is None else mask.to(self.device))
 
 
 FeatureSource = LiveFeatures | CachedFeatures
@@ -668,34 +846,147 @@ FeatureSource = LiveFeatures | CachedFeatures
 FRAMES_AT_ONCE = 64  # in a forward that fills the cache
 
 
-def build_cache(
-    backbone: Backbone, frames: FrameDataset, cfg: Config, dist: Dist
-) -> CachedFeatures:
-    """Runs the backbone over all frames, split over the ranks by episodes, unless the folder holds
-    the very same features already. ValueError when it holds other ones or has no room, or when a
-    feature is not finite."""
-    folder = Path(cfg.cache_dir or Path(cfg.out) / "features")
-    folder.mkdir(parents=True, exist_ok=True)
-    live = LiveFeatures(backbone, frames, cfg, dist.device)
-    first_prompts = live.read([frame_range[0] for frame_range in frames.frame_ranges])
+class FrameFiles:
+    """What is made of each frame once, features or thoughts, on disk: for each episode a file of
+    its name with one tensor (frames, T, ...), read by slice. Where rows are of unequal length they
+    are padded, and "length" (frames,) is beside them. fingerprint.json says what they were made
+    from; it is written last: a folder without it is incomplete."""
 
-    # 1. are they there already? The fingerprint is written last: a folder without it is incomplete
-    made_from = fingerprint(backbone, frames, first_prompts, cfg)
-    fingerprint_path = folder / "fingerprint.json"
-    if fingerprint_path.exists():
-        stored = model.read_json(fingerprint_path)
-        stale = [name for name in made_from if stored.get(name) != made_from[name]]
+    def __init__(self, folder: Path, name: str, frames: FrameDataset):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.name = name  # of the tensor
+        self.frames = frames
+        self.paths = [folder / f"{episode.name}.safetensors" for episode in frames.episodes]
+
+    def hold(self, made_from: dict[str, str | int]) -> bool:
+        """Whether they are there. ValueError when they were made from something else."""
+        path = self.folder / "fingerprint.json"
+        if not path.exists():
+            return False
+        stored = model.read_json(path)
+        names = dict.fromkeys([*made_from, *stored])
+        stale = [name for name in names if stored.get(name) != made_from.get(name)]
         if stale:
             raise ValueError(
-                f"{folder}: features of other {', '.join(stale)} than this run's; "
+                f"{self.folder}: {self.name} of other {', '.join(stale)} than this run's; "
                 "delete the folder or name another --cache-dir"
             )
-        return CachedFeatures(folder, frames, dist.device)
+        return True
+
+    def make(
+        self,
+        make_rows: Callable[[Sequence[int]], list[torch.Tensor]],
+        groups: list[list[int]],
+        made_from: dict[str, str | int],
+        dist: Dist,
+    ) -> None:
+        """Writes them. make_rows(frame_ids): of at most FRAMES_AT_ONCE frames -> a row (t, ...)
+        each. groups: numbers of episodes that are made together, by one rank."""
+        # 1. each rank makes those of its groups
+        local_groups = groups[dist.rank :: dist.world_size]
+        no_bar = None if dist.rank == 0 else True  # None: a bar where stderr is a terminal
+        for group in tqdm(local_groups, self.name, disable=no_bar):
+            frame_ids = []
+            for number in group:
+                frame_ids += self.frames.frame_ranges[number]
+            rows = []
+            for first in range(0, len(frame_ids), FRAMES_AT_ONCE):
+                rows += make_rows(frame_ids[first : first + FRAMES_AT_ONCE])
+            start = 0
+            for number in group:
+                end = start + len(self.frames.frame_ranges[number])
+                self._save(self.paths[number], rows[start:end])
+                start = end
+        # 2. when all ranks are done, rank 0 writes what the folder holds
+        if distributed.is_initialized():
+            distributed.barrier()
+        if dist.rank == 0:
+            model.write_json(self.folder / "fingerprint.json", made_from)
+
+    def _save(self, path, rows):
+        tensors = {self.name: pad_sequence(rows, batch_first=True)}  # (frames, T, ...)
+        lengths = torch.tensor([len(row) for row in rows])
+        if lengths.min() < lengths.max():
+            tensors["length"] = lengths
+        save_file(tensors, path)
+
+    def open(self) -> None:
+        """ValueError when one cannot be read."""
+        open_arrays.cache_clear()  # they may have been written anew
+        for path in self.paths:
+            try:
+                open_arrays(path, "pt")
+            except (SafetensorError, OSError) as e:
+                raise ValueError(f"{path}: {e}; delete {self.folder} to compute it again") from e
+
+    def read(self, frame_id: int) -> torch.Tensor:
+        """-> the row (t, ...) of a frame."""
+        number, step = self.frames.locate(frame_id)
+        index = step // self.frames.stride
+        file = open_arrays(self.paths[number], "pt")
+        row = file.get_slice(self.name)[index : index + 1][0]
+        names = file.keys()
+        if "length" in names:
+            row = row[: int(file.get_slice("length")[index : index + 1])]
+        return row
+
+
+def feature_folder(cfg: Config) -> Path:
+    return Path(cfg.cache_dir or Path(cfg.out) / "features")
+
+
+def episode_groups(frames: FrameDataset, most: int) -> list[list[int]]:
+    """Numbers of consecutive episodes with at most `most` frames together; one with more is alone.
+    Of 9, 5, 7 and 20 frames and at most 16: [[0, 1], [2], [3]]."""
+    groups = []
+    frames_in_group = most
+    for number, frame_range in enumerate(frames.frame_ranges):
+        if frames_in_group + len(frame_range) > most:
+            groups.append([])
+            frames_in_group = 0
+        groups[-1].append(number)
+        frames_in_group += len(frame_range)
+    return groups
+
+
+def first_frames(frames: FrameDataset) -> list[int]:
+    """Of each episode."""
+    return [frame_range[0] for frame_range in frames.frame_ranges]
+
+
+def build_cache(
+    backbone: Backbone,
+    frames: FrameDataset,
+    cfg: Config,
+    dist: Dist,
+    thoughts: list[np.ndarray] | None = None,
+) -> CachedFeatures:
+    """Runs the backbone over all frames, unless the folder holds the very same features already.
+    thoughts: of each frame. ValueError when it holds other ones or has no room, or when a feature
+    is not finite."""
+    folder = feature_folder(cfg)
+    files = FrameFiles(folder, "features", frames)
+    live = LiveFeatures(backbone, frames, cfg, dist.device, thoughts)
+    first_prompts = live.read(first_frames(frames))
+
+    # 1. are they there already?
+    made_from = fingerprint(backbone, frames, first_prompts, cfg)
+    if thoughts is not None:
+        made_from["condition"] = cfg.condition
+        made_from["thoughts"] = sha256_of(thought.tobytes() for thought in thoughts)
+    if files.hold(made_from):
+        return CachedFeatures(files, dist.device)
 
     # 2. is there room for them?
     tokens = 0
     for frame_range, prompt in zip(frames.frame_ranges, first_prompts, strict=True):
-        tokens += len(frame_range) * len(prompt["ids"])  # one length in all of an episode
+        length = 0
+        if cfg.condition != "thought-only":
+            length += int((~prompt["target"]).sum())  # the prompt, one length in all of an episode
+        if thoughts is not None:
+            length += max(len(thoughts[frame_id]) for frame_id in frame_range)
+        tokens += len(frame_range) * length
     width = backbone.net.config.text_config.hidden_size
     needed_gb = tokens * width * 2 / 1e9  # 16 bits a number
     free_gb = shutil.disk_usage(folder).free / 1e9
@@ -705,38 +996,31 @@ def build_cache(
             "another --cache-dir or use --cache none"
         )
 
-    # 3. each rank makes those of its episodes
+    # 3. make them
     fp32 = backbone.net.dtype == torch.float32
     stored_dtype = torch.float16 if fp32 else backbone.net.dtype
-    all_episodes = list(zip(frames.episodes, frames.frame_ranges, strict=True))
-    local_episodes = all_episodes[dist.rank :: dist.world_size]
-    no_bar = None if dist.rank == 0 else True  # None: a bar where stderr is a terminal
-    for episode, frame_range in tqdm(local_episodes, "features", unit="episode", disable=no_bar):
-        batches = []
-        for first in range(0, len(frame_range), FRAMES_AT_ONCE):
-            frame_ids = frame_range[first : first + FRAMES_AT_ONCE]
-            feats = live.features(live.read(frame_ids)).feats  # (B, T, vl_dim)
-            batches.append(feats.to(stored_dtype).cpu())
-        episode_feats = torch.cat(batches)  # (frames, T, vl_dim)
-        if not episode_feats.isfinite().all():
-            raise ValueError(
-                f"{episode}: its features are not finite as {stored_dtype}; check the "
-                "checkpoint, or use --cache none"
-            )
-        save_file({"features": episode_feats}, folder / f"{episode.name}.safetensors")
 
-    # 4. when all ranks are done, rank 0 writes what the folder holds
-    if distributed.is_initialized():
-        distributed.barrier()
-    if dist.rank == 0:
-        model.write_json(fingerprint_path, made_from)
-    return CachedFeatures(folder, frames, dist.device)
+    def make_rows(frame_ids):
+        features = live.features(live.read(frame_ids))
+        rows = [row.to(stored_dtype).cpu() for row in features.rows()]  # (t, vl_dim)
+        if not all(row.isfinite().all() for row in rows):
+            number, _ = frames.locate(frame_ids[0])
+            raise ValueError(
+                f"{frames.episodes[number]}: its features are not finite as {stored_dtype}; check "
+                "the checkpoint, or use --cache none"
+            )
+        return rows
+
+    each_alone = [[number] for number in range(len(frames.episodes))]  # without any padding
+    files.make(make_rows, each_alone, made_from, dist)
+    return CachedFeatures(files, dist.device)
 
 
 def fingerprint(
     backbone: Backbone, frames: FrameDataset, first_prompts: list[Row], cfg: Config
 ) -> dict[str, str | int]:
-    """What the features depend on. first_prompts: of each episode, for words, mode, image sizes."""
+    """What features and thoughts depend on. first_prompts: of each episode, for words, mode, image
+    sizes."""
     weights = [weight for _, weight in sorted(backbone.net.model.state_dict().items())]
     files = []
     for path in sorted({episode.path for episode in frames.episodes}):
@@ -774,7 +1058,8 @@ def sha256_of(pieces: Iterable[bytes | np.ndarray]) -> str:
 #   horizon, cameras, spec         K; camera names in their order; PolicySpec, as far as known
 #   hold                           how ChunkExecutor holds still where there is no chunk; or None
 #   thoughts                       of each row of the last act_batch; None: it writes none
-#   count                          so far: chunks, forwards, seconds; of TokenPolicy retried, held
+#   count                          so far: chunks, forwards, seconds; of TokenPolicy retried, held;
+#                                  of a head that reads thoughts thinking (seconds), unfinished
 #   identity()                     bytes that tell it from any other policy
 
 
@@ -790,6 +1075,10 @@ class PolicySpec(TypedDict):
     image_sizes: NotRequired[dict[str, list[int]]]  # camera -> [H, W] of the images of training
     # "low", "high": least and largest training action, dataset units, (A,) each
     action_range: NotRequired[dict[str, list[float]]]
+    # Of a head that reads thoughts: Config's. Of own ones the checkpoint holds the whole backbone.
+    condition: NotRequired[str]
+    thoughts: NotRequired[str]
+    max_thought: NotRequired[int]
 
 
 def pixels(size: Sequence[int]) -> str:
@@ -881,13 +1170,24 @@ class Policy:
 
     Attributes: horizon K, action_dim A, cameras (names, in the order in which images are given).
     Call n draws its noise from (seed, n): row b of a batch gets the same at any batch size. For
-    images of another size than in training see CameraViews."""
+    images of another size than in training see CameraViews.
+
+    writer: the whole backbone of a head that reads its own thoughts (vla.py --condition), which
+    writes one a chunk. backbone, which is cut, shares its weights."""
 
     hold = None  # a head always gives a chunk
-    thoughts = None
 
-    def __init__(self, backbone: Backbone, head: FlowHead, spec: PolicySpec, device, seed: int = 0):
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: FlowHead,
+        spec: PolicySpec,
+        device,
+        seed: int = 0,
+        writer: Backbone | None = None,
+    ):
         self.backbone = backbone
+        self.writer = writer
         self.head = head.eval()
         self.spec = spec
         self.device = torch.device(device)
@@ -896,6 +1196,7 @@ class Policy:
         self.action_dim = head.cfg.action_dim
         self.cameras = spec["cameras"]
         self.views = CameraViews(self.cameras, spec.get("image_sizes", {}))
+        self.thoughts = None
         self.calls = 0
         self.count = Counter()
 
@@ -907,10 +1208,11 @@ class Policy:
         if "policy" not in backbone.run:
             raise ValueError(f"{path}: no policy; train one from it with vla.py --init {path}")
         spec = backbone.run["policy"]
+        writer = whole_copy(backbone) if spec.get("thoughts") == "own" else None
         freeze_backbone(backbone, spec["layer"])
         head = FlowHead(HeadConfig(**spec["head"]))
         head.load_state_dict(load_file(folder / "head.safetensors"))
-        return cls(backbone, head.to(device), spec, device, seed)
+        return cls(backbone, head.to(device), spec, device, seed, writer)
 
     def identity(self) -> Iterator[np.ndarray]:
         return bytes_of(self.head.parameters())
@@ -923,11 +1225,17 @@ class Policy:
     @counted
     @torch.no_grad()
     def act_batch(
-        self, images: list, instructions: list[str], states: np.ndarray, keys: list | None = None
+        self,
+        images: list,
+        instructions: list[str],
+        states: np.ndarray,
+        keys: list | None = None,
+        thoughts: list[str] | None = None,
     ) -> np.ndarray:
         """B observations: images what `act` takes for each, states (B, S) -> (B, K, A) float32, not
         clipped. keys: a list of integers for each row, by which its noise is drawn, whatever the
-        batch. ValueError when sizes or values do not fit."""
+        batch. thoughts: in words, for a head that was trained on recorded ones. ValueError when
+        sizes or values do not fit."""
         # 1. check
         states = np.asarray(states, np.float32)
         expected_shape = (len(images), self.head.cfg.state_dim)
@@ -949,11 +1257,33 @@ class Policy:
             prompts.append(prompt_row(self.backbone, views, instruction, think))
         state = torch.from_numpy(normalize(states, self.spec["stats"]["state"])).to(self.device)
         noise = torch.from_numpy(self._noise(len(prompts), keys)).to(self.device)  # (B, K, A)
-        # 3. features, then the flow
-        features = encode_prompts(self.backbone, prompts, self.device)
+        # 3. thoughts, where the head reads them
+        condition = self.spec.get("condition", "prompt")
+        if condition != "prompt":
+            prompts = self._with_thoughts(prompts, thoughts)
+        # 4. features, then the flow
+        features = encode_prompts(self.backbone, prompts, self.device, condition)
         with autocast(self.device):
             chunks = self.head.sample(*features, state, noise)  # (B, K, A)
         return unnormalize(chunks.cpu().numpy(), self.spec["stats"]["action"])
+
+    def _with_thoughts(self, prompts, given):
+        """The prompts go on with the thoughts that are given, or else with the model's own."""
+        if self.writer is None:
+            if given is None or len(given) != len(prompts):
+                raise ValueError(
+                    "the head was trained on recorded thoughts and is given none here; train it "
+                    "with --thoughts own"
+                )
+            thoughts = [encode_thought(self.backbone, text) for text in given]
+        else:
+            start = time.perf_counter()
+            thoughts = write_thoughts(self.writer, prompts, self.spec["max_thought"])
+            self.count["thinking"] += time.perf_counter() - start
+            unfinished = [not is_finished(self.writer, thought) for thought in thoughts]
+            self.count["unfinished"] += sum(unfinished)
+        self.thoughts = [thought_text(self.backbone, thought) for thought in thoughts]
+        return [with_thought(*pair) for pair in zip(prompts, thoughts, strict=True)]
 
     def _noise(self, batch, keys):
         """-> (B, K, A) float32; by the keys of each row, else by the number of the call."""
@@ -1061,7 +1391,7 @@ class TokenPolicy:
             action_ids = [model.parse_actions(self.backbone, ids).action_ids for ids in answers]
             chunks[failed], decodes = self.action_tokenizer.decode(action_ids)
             for b, ids in zip(failed, answers, strict=True):
-                thoughts[b] = self._thought(ids)
+                thoughts[b] = thought_text(self.backbone, ids)
             failed = [b for b, is_chunk in zip(failed, decodes, strict=True) if not is_chunk]
             if attempt == 0:
                 self.count["retried"] += len(failed)
@@ -1090,11 +1420,6 @@ class TokenPolicy:
         for ids, mask in zip(samples["ids"], samples["mask"].bool(), strict=True):
             answers.append(ids[mask].tolist())
         return answers
-
-    def _thought(self, ids):
-        """What an answer says inside <think>, as far as it got."""
-        text = self.backbone.tokenizer.decode(ids)
-        return text.partition("<think>")[2].partition("</think>")[0].strip()
 
 
 def policy_flags(add: Callable) -> None:
@@ -1130,7 +1455,7 @@ def load_policy(
     if stage != "vla":
         return TokenPolicy.load(path, mode or "think", tries, temperature, device, seed)
     if mode:
-        raise ValueError(f"--mode {mode}: the head of {path} writes nothing; leave --mode out")
+        raise ValueError(f"--mode {mode}: the head of {path} has no modes; leave --mode out")
     return Policy.load(path, device, seed)
 
 
@@ -1369,9 +1694,9 @@ def evaluate(
 ROOM_SHARE = 0.5  # of a rank's free memory that a whole backbone may take; the head needs the rest
 
 
-def load_backbone(cfg: Config, newest: Path | None, dist: Dist) -> tuple[Backbone, nn.Module]:
-    """The backbone of --init, or of the checkpoint to resume (already cut), frozen. -> it, and its
-    final norm."""
+def load_backbone(cfg: Config, newest: Path | None, dist: Dist) -> Backbone:
+    """The backbone of --init, or of the checkpoint to resume (already cut, unless it writes
+    thoughts)."""
     backbone = model.load(
         newest or cfg.init,
         dist.build,  # open_features() gives it to all ranks
@@ -1382,12 +1707,15 @@ def load_backbone(cfg: Config, newest: Path | None, dist: Dist) -> tuple[Backbon
     )
     if newest and backbone.image_spec != model.ImageSpec.load(newest):
         raise ValueError(f"{newest}: was run with another --max-pixels; leave it out to go on")
-    layer = backbone.run["policy"]["layer"] if newest else cfg.layer
-    return backbone, freeze_backbone(backbone, layer)
+    return backbone
 
 
 def open_features(
-    backbone: Backbone, frames: FrameDataset, cfg: Config, dist: Dist
+    backbone: Backbone,
+    frames: FrameDataset,
+    cfg: Config,
+    dist: Dist,
+    thoughts: list[np.ndarray] | None,
 ) -> FeatureSource:
     """Where the features come from, as --cache says; the backbone goes to where they are made."""
     if cfg.cache == "none":
@@ -1395,10 +1723,10 @@ def open_features(
             model.shard(backbone.net, dist, compute_dtype(dist.device))
         else:
             model.replicate(backbone.net, dist)
-        return LiveFeatures(backbone, frames, cfg, dist.device)
+        return LiveFeatures(backbone, frames, cfg, dist.device, thoughts)
     # Not sharded: the ranks fill the cache by unequal numbers of forwards.
     model.replicate(backbone.net, dist)
-    source = build_cache(backbone, frames, cfg, dist)
+    source = build_cache(backbone, frames, cfg, dist, thoughts)
     backbone.net.to(dist.build)  # out of the GPU's way; rank 0 alone saves it
     return source
 
@@ -1441,8 +1769,9 @@ def make_heads(
 def save_policy(
     folder: Path, backbone: Backbone, final_norm: nn.Module, heads: dict, run: dict, optim=None
 ) -> None:
-    """Self-contained: the cut backbone with its final norm (it loads in plain transformers), the
-    head in head.safetensors, and in run.json under "policy" all else that acting needs."""
+    """Self-contained: the cut backbone with its final norm (it loads in plain transformers), or the
+    whole one that writes thoughts, the head in head.safetensors, and in run.json under "policy" all
+    else that acting needs."""
     language_model = backbone.net.model.language_model
     identity = language_model.norm  # of truncate()
     language_model.norm = final_norm
@@ -1456,7 +1785,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model.keep_freed_memory()
     dist = model.setup(cfg.seed, cfg.shards, cfg.batch, cfg.timeout_hours)
 
-    # 1. the frozen backbone, cut after a layer
+    # 1. the frozen backbone, cut after a layer; before, it may think about each frame
     frames = FrameDataset(cfg)
     if dist.rank == 0:
         for name, stats in frames.stats.items():
@@ -1466,7 +1795,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = {cfg.data: {"sha256": episodes_sha256(frames.episodes)}}
     if newest and not cfg.changed_data:
         model.check_unchanged(data, newest)
-    backbone, final_norm = load_backbone(cfg, newest, dist)
+    backbone = load_backbone(cfg, newest, dist)
+    layer = backbone.run["policy"]["layer"] if newest else feature_layer(backbone.net, cfg.layer)
+    thoughts = None
+    saved_backbone = backbone
+    if cfg.condition != "prompt":
+        thoughts = frame_thoughts(backbone, frames, cfg, dist)
+        if cfg.thoughts == "own":
+            saved_backbone = whole_copy(backbone)  # the policy goes on thinking
+    final_norm = freeze_backbone(backbone, layer)
     head_config = HeadConfig(
         vl_dim=backbone.net.config.text_config.hidden_size,
         dim=cfg.dim,
@@ -1480,7 +1817,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         dropout=cfg.dropout,
     )
     # 2. its features
-    source = open_features(backbone, frames, cfg, dist)
+    source = open_features(backbone, frames, cfg, dist, thoughts)
 
     # 3. the head, which reads them and the state
     heads = make_heads(head_config, newest, cfg, dist)
@@ -1494,13 +1831,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     spec: PolicySpec = {
         "head": asdict(head_config),
-        "layer": len(backbone.net.model.language_model.layers),
-        "think": cfg.think,
+        "layer": layer,
+        "think": asks_to_think(cfg),
         "cameras": frames.cameras,
         "stats": frames.stats,
         "image_sizes": frames.image_sizes,
         "action_range": frames.action_range,
     }
+    if cfg.condition != "prompt":
+        for name in ("condition", "thoughts", "max_thought"):
+            spec[name] = getattr(cfg, name)
     split = [split_record(frames.episodes, frames.held_out)]
     if dist.rank == 0 and frames.held_out:
         warn_of_other_split(backbone.run.get("split", []), split)
@@ -1513,7 +1853,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "policy": spec,
     }
     save = functools.partial(
-        save_policy, backbone=backbone, final_norm=final_norm, heads=heads, optim=optim
+        save_policy, backbone=saved_backbone, final_norm=final_norm, heads=heads, optim=optim
     )
     local = local_slice(cfg, dist)
 
@@ -1558,7 +1898,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     final = Path(cfg.out) / "final"
     run |= {"step": cfg.steps}
-    save_policy(final, backbone, final_norm, {"head": heads["head"]}, run)
+    save_policy(final, saved_backbone, final_norm, {"head": heads["head"]}, run)
     metrics = evaluate(heads["head"], source, frames, cfg, dist)
     if metrics:
         log.write(step=cfg.steps, **metrics)

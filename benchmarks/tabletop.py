@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from benchmarks.simulate import Outcome, TrialResult, check_once, check_policy, image_sizes
@@ -772,6 +772,7 @@ class Trial:
         self.solved = 0
         self.film = False
         self.frames = []
+        self.thought = None  # what the policy last thought, if it thinks
         if suite == "chain":
             self.env = Tabletop("goal", size)
             start, instructions = chain(seed)
@@ -788,9 +789,13 @@ class Trial:
         """What the next chunk's noise is drawn by: the same whatever other trials there are."""
         return [EVALUATED.index(self.suite), self.task, self.seed, self.forwards]
 
-    def act(self, actions: np.ndarray):
+    def act(self, actions: np.ndarray, thought: str | None = None):
         """Carry out a chunk's actions (K, 7), or as many as the instruction lasts. A chain's next
-        one is given in the state that this one leaves."""
+        one is given in the state that this one leaves. thought: before them, of a policy that
+        thinks."""
+        self.thought = thought
+        if self.forwards == 0:
+            self.shoot()
         self.forwards += 1
         for action in actions:
             success = self.env.advance(action)
@@ -804,12 +809,19 @@ class Trial:
                 return
 
     def shoot(self):
-        """Keep a frame, under its instruction, if the trial is filmed."""
+        """Keep a frame, under its instruction and over the thought, if the trial is filmed."""
         if not self.film:
             return
-        picture = Image.new("RGB", (256, 280), "white")
+        height = 280 if self.thought is None else 280 + CAPTION_LINES * CAPTION_HEIGHT
+        picture = Image.new("RGB", (256, height), "white")
         picture.paste(Image.fromarray(self.env.render(256)), (0, 24))
-        ImageDraw.Draw(picture).text((4, 6), self.env.instruction[:48], "black")
+        draw = ImageDraw.Draw(picture)
+        draw.text((4, 6), self.env.instruction[:48], "black")
+        if self.thought is not None:
+            font = ImageFont.load_default(CAPTION_HEIGHT - 3)
+            lines = wrap(self.thought, font, 256 - 8)[:CAPTION_LINES]
+            for number, line in enumerate(lines):
+                draw.text((4, 280 + number * CAPTION_HEIGHT), line, "black", font)
         self.frames.append(picture.quantize(64))
 
     def save(self, folder: str | Path):
@@ -822,6 +834,22 @@ class Trial:
         first, *others = self.frames
         pause = [self.frames[-1]] * 6  # the end stays to be seen
         first.save(path, save_all=True, append_images=others + pause, duration=120, loop=0)
+
+
+CAPTION_LINES = 4  # of the thought below a film's frame
+CAPTION_HEIGHT = 19  # of a line, pixels: readable also where the film is shown at half its size
+
+
+def wrap(text: str, font, width: int) -> list[str]:
+    """Lines of whole words, each at most `width` pixels wide (or one word)."""
+    lines = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
 
 
 def make_trials(
@@ -839,8 +867,17 @@ def make_trials(
     return [Trial(*trial, size) for trial in single[local] + chained[local]]
 
 
-def drive(policy, trials: list[Trial], batch: int, execute: int = 0, ensemble: float = 0.0):
-    """Run all trials to their ends: a round is one batched forward and `execute` steps of each."""
+def drive(
+    policy,
+    trials: list[Trial],
+    batch: int,
+    execute: int = 0,
+    ensemble: float = 0.0,
+    tell_thoughts: bool = False,
+):
+    """Run all trials to their ends: a round is one batched forward and `execute` steps of each.
+    tell_thoughts: the policy is given the expert's, as a head that was trained on recorded ones."""
+    from benchmarks.tabletop_data import thought as expert_thought  # it imports this module
     from vla import ChunkExecutor  # not above: to make data takes no torch
 
     progress = tqdm(total=len(trials), desc="trials", disable=None)
@@ -856,9 +893,14 @@ def drive(policy, trials: list[Trial], batch: int, execute: int = 0, ensemble: f
             states = np.stack([obs["state"] for obs in seen])
             texts = [obs["instruction"] for obs in seen]
             keys = [trial.noise_key() for trial in together]
-            chunks = policy.act_batch(images, texts, states, keys=keys)  # (B, K, A)
-            for trial, text, chunk in zip(together, texts, chunks, strict=True):
-                trial.act(executors[trial](chunk, text))
+            given = {}
+            if tell_thoughts:
+                envs = [trial.env for trial in together]
+                given["thoughts"] = [expert_thought(env, env.expert()[1]) for env in envs]
+            chunks = policy.act_batch(images, texts, states, keys=keys, **given)  # (B, K, A)
+            thoughts = policy.thoughts or [None] * len(together)
+            for trial, text, chunk, thought in zip(together, texts, chunks, thoughts, strict=True):
+                trial.act(executors[trial](chunk, text), thought)
         progress.update(sum(trial.done for trial in active))
         active = [trial for trial in trials if not trial.done]
     progress.close()
@@ -875,7 +917,7 @@ def arguments(add):
         default=0,
         help=f"image side, pixels; 0: as in training, {SIDE} for an old checkpoint",
     )
-    add("--gif", default="", help="folder for rollouts as animated GIFs (two tasks a suite)")
+    add("--gif", default="", help="folder for animated GIFs (two tasks a suite), with any thoughts")
 
 
 def check(args):
@@ -897,8 +939,8 @@ def evaluate(policy, args, local: slice) -> Outcome:
     trials = make_trials(args.suites.split(","), args.trials, args.chains, local, height)
     for trial in trials:
         trial.film = bool(args.gif) and trial.seed == 0 and trial.task < 2
-        trial.shoot()
-    drive(policy, trials, args.batch, args.execute, args.ensemble)
+    tell_thoughts = policy.spec.get("thoughts") == "recorded"
+    drive(policy, trials, args.batch, args.execute, args.ensemble, tell_thoughts)
     results = []
     chain_lengths = []
     for trial in trials:

@@ -14,7 +14,9 @@ kind of question adds a function and a line to SCENE or TASK.
 import argparse
 import functools
 import json
+import math
 import multiprocessing
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -122,6 +124,67 @@ def thought(env: Tabletop, plan: Plan) -> str:
         plan.phase,
         heading(plan.move, plan.fingers),
     )
+
+
+class ParsedThought(NamedTuple):
+    """What thought() says, taken apart."""
+
+    target: str
+    target_cell: str
+    gripper_cell: str
+    height: str
+    doing: str
+    phase: str
+    move: tuple[float, float, float]  # along x, y, z, whole cm
+    fingers: str
+
+
+UNREADABLE = ParsedThought(*[""] * 6, (math.nan, math.nan, math.nan), "")  # equal to no other
+MOVE = "".join(rf"(?:({minus}|{plus}) (\d+), )?" for minus, plus in DIRECTIONS)
+THOUGHT = re.compile(
+    r"The ([a-z ]+) is at ([a-h][1-8])\. "
+    r"The gripper is at ([a-h][1-8]), (low|mid|high), ([a-z ]+)\. "
+    rf"Now ([a-z]+): {MOVE}(open|close)\."
+)
+
+
+def parse_thought(text: str) -> ParsedThought:
+    """The reverse of thought(). UNREADABLE when the text is not of that form."""
+    match = THOUGHT.fullmatch(text.strip())
+    if match is None:
+        return UNREADABLE
+    *words, fingers = match.groups()
+    move = []
+    for axis, (minus, _) in enumerate(DIRECTIONS):
+        direction, count = words[6 + 2 * axis : 8 + 2 * axis]
+        distance = int(count or 0)
+        move.append(-distance if direction == minus else distance)
+    return ParsedThought(*words[:6], tuple(move), fingers)
+
+
+def statements(text: str, true_text: str) -> dict[str, bool]:
+    """Which statements of a thought are true, by name; true_text: the one that is right here.
+
+    The target's cell is right only for the right target. Of each axis "x", "y", "z" of the move:
+    "... sign" (0 cm has a sign of its own), and "... within 2 cm". A thought that cannot be read
+    states nothing true. ValueError when true_text cannot be read."""
+    stated = parse_thought(text)
+    true = parse_thought(true_text)
+    if true is UNREADABLE:
+        raise ValueError(f"no thought of Tabletop: {true_text!r}; record the episodes again")
+    is_true = {
+        "target": stated.target == true.target,
+        "target cell": (stated.target, stated.target_cell) == (true.target, true.target_cell),
+        "gripper cell": stated.gripper_cell == true.gripper_cell,
+        "height": stated.height == true.height,
+        "doing": stated.doing == true.doing,
+        "phase": stated.phase == true.phase,
+    }
+    for axis, stated_cm, true_cm in zip("xyz", stated.move, true.move, strict=True):
+        is_true[f"{axis} sign"] = bool(np.sign(stated_cm) == np.sign(true_cm))
+        is_true[f"{axis} within 2 cm"] = abs(stated_cm - true_cm) <= 2
+    is_true["fingers"] = stated.fingers == true.fingers
+    return is_true
 
 
 def caption(env: Tabletop, where=cell) -> str:

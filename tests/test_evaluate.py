@@ -19,7 +19,7 @@ import evaluate
 import fast_tokenizer
 import model
 import sft
-from benchmarks import simulate, tabletop_data
+from benchmarks import simulate, tabletop_data, tabletop_tokens
 from benchmarks import tabletop as tt
 from benchmarks.simulate import Outcome, TrialResult
 from benchmarks.tabletop import drive
@@ -48,6 +48,7 @@ class Scripted:
 
     horizon = 8
     hold = None
+    thoughts = None
 
     def __init__(self, trials, still=False):
         self.trials = trials
@@ -144,6 +145,21 @@ def test_report_table_and_paired_differences(tmp_path, capsys):
         evaluate.main(["report", str(path), "--variants", "base,SFT"])
 
 
+def test_differences_leave_out_prompts_of_which_nothing_decodes(tmp_path, capsys):
+    """L1 was compared by its means alone: it has no value where no completion decodes."""
+
+    def variant(values):
+        return {"metrics": {}, "paired": {"think greedy l1": values}}
+
+    before = variant([0.3, None, 0.3, 0.5])
+    after = variant([0.2, 0.2, None, 0.4])
+    path = write_results(tmp_path, {"SFT": before, "SFT+RL": after, "none": variant([None] * 4)})
+    evaluate.main(["report", str(path)])
+    out = capsys.readouterr().out
+    assert "- think greedy l1: SFT+RL - SFT = -0.100 [-0.100, -0.100], n 2" in out
+    assert "none - SFT+RL" not in out
+
+
 def write_variant(path, name):
     args = argparse.Namespace(
         out=path, variant=name, preset="p", command="actions", policy="x", seed=0, argv=[name]
@@ -214,6 +230,103 @@ def test_what_a_benchmark_has_none_of_is_not_written(tmp_path, monkeypatch):
     assert variant["paired"] == {"success": [True, False], "chain length": [5, 0]}
     assert variant["metrics"]["success goal 1"]["mean"] == 0
     assert variant["metrics"]["chain 5"]["mean"] == 0.5
+
+
+def test_what_thoughts_cost_is_reported(tmp_path, monkeypatch):
+    """Of a head that reads its own: 4 chunks in 2 forwards, a quarter of their time for thoughts,
+    one of which was cut off."""
+    path = tmp_path / "r.json"
+    count = collections.Counter(chunks=4, forwards=2, seconds=8.0, thinking=2.0, unfinished=1)
+    policy = types.SimpleNamespace(count=count)
+    monkeypatch.setattr(evaluate.vla, "load_policy", lambda *args: policy)
+    module = evaluate.simulator_module("tabletop")
+    outcome = Outcome(trials=[TrialResult("goal", "0", True)])
+    monkeypatch.setattr(module, "evaluate", lambda policy, args, local: outcome)
+    evaluate.main(["tabletop", "--policy", "x", "--out", str(path)])
+    variant = json.loads(path.read_text())["arms"]["policy"]
+    assert variant["seconds"]["tabletop"] == {"chunk": 2.0, "forward": 4.0, "thought": 0.5}
+    unfinished = variant["metrics"]["thoughts unfinished"]
+    assert (unfinished["mean"], unfinished["n"]) == (0.25, 4)
+    assert "retried" not in variant["metrics"], "a head always gives a chunk"
+
+
+# ---- the expert through action tokens
+
+
+@pytest.fixture(scope="module")
+def expert_chunks():
+    """What the expert does in each suite, K = 5 actions at a time: (B, 5, 7)."""
+    chunks = []
+    for suite in tt.SUITES:
+        for task in range(10):
+            env = tt.Tabletop(suite)
+            env.place(task, 0, "train")
+            while env.steps < 40:
+                chunks.append(tabletop_tokens.expert_chunk(env, 5))
+                for action in chunks[-1][:2]:
+                    env.advance(action)
+    return np.stack(chunks)
+
+
+def tokens_metrics(path):
+    return json.loads(path.read_text())["tokens"]["metrics"]
+
+
+def test_fine_tokens_drive_and_coarse_ones_do_not(expert_chunks, tmp_path, capsys):
+    """The speedrun's tokens were so coarse that the expert itself failed two of three tasks through
+    them; r_a, which they made easy, had hidden it."""
+    out = tmp_path / "r.json"
+    shares = {}
+    for scale, vocab_size in ((10, 256), (1, 18)):
+        tokenizer = fast_tokenizer.FastTokenizer.fit(expert_chunks, vocab_size, scale)
+        tokenizer.save(tmp_path / "fast")
+        flags = ["--action-tokenizer", str(tmp_path / "fast"), "--trials", "1"]
+        evaluate.main(["tokens", "--out", str(out), *flags])
+        shares[scale] = tokens_metrics(out)["success"]["mean"]
+        assert tokens_metrics(out)["success"]["n"] == 40
+    assert shares[10] == 1
+    assert shares[1] < 0.7
+    printed = capsys.readouterr().out
+    assert (
+        "Through these action tokens the expert itself succeeds in 100.0 [91.2, 100.0]" in printed
+    )
+    assert "(2 of 5 actions executed)" in printed
+
+    write_variant(out, "SFT")  # the caption of the table says it
+    evaluate.main(["report", str(out)])
+    _, _, report = capsys.readouterr().out.partition("Preset tabletop, ")
+    caption = report.splitlines()[0]
+    percent = 100 * shares[1]
+    assert f"Through these action tokens the expert itself succeeds in {percent:.1f} [" in caption
+    assert json.loads(out.read_text())["arms"].keys() == {"SFT"}, "it is no model"
+
+
+def test_without_tokens_the_expert_does_all_trials_on_any_number_of_ranks(tmp_path, capsys):
+    for world in (1, 2):
+        argv = ["tokens", "--trials", "1", "--execute", "3", "--out", str(tmp_path / f"{world}")]
+        on_ranks(evaluate.main, argv, world)
+    one = json.loads((tmp_path / "1").read_text())
+    two = json.loads((tmp_path / "2").read_text())
+    assert one["tokens"] == two["tokens"]
+    assert one["tokens"]["metrics"]["success long"] == evaluate.wilson(10, 10)
+    assert one["seeds"] == [], "nothing is drawn"
+
+
+def test_the_experts_chunk_leaves_the_environment_alone():
+    env = tt.Tabletop("long")
+    env.place(3, 0, "eval")
+    chunk = tabletop_tokens.expert_chunk(env, 4)
+    assert env.steps == 0
+    for action in chunk:
+        assert (env.expert()[0] == action).all()
+        env.advance(action)
+
+
+def test_more_actions_than_a_chunk_has_are_refused(expert_chunks, tmp_path):
+    fast_tokenizer.FastTokenizer.fit(expert_chunks, 64, 2).save(tmp_path / "fast")
+    flags = ["--action-tokenizer", str(tmp_path / "fast"), "--out", str(tmp_path / "r.json")]
+    with pytest.raises(ValueError, match="--execute 6: .*fast has chunks of 5 actions"):
+        evaluate.main(["tokens", "--execute", "6", *flags])
 
 
 # ---- ranks, the split, the limit of tokens
@@ -399,12 +512,81 @@ def test_prompts_are_called_held_out_only_when_they_are(written, tmp_path, monke
     assert "held-out" in json.loads(out.read_text())["arms"]["policy"]["prompts"]
 
 
+def with_thoughts(folder, out):
+    """Three episodes of a folder, each step with a thought of some state of Tabletop."""
+    some_thoughts = []
+    for number in range(20):
+        env = tabletop_data.random_state(np.random.default_rng(number))
+        some_thoughts.append(tabletop_data.thought(env, env.expert()[1]))
+    recordings = []
+    for file in fast_tokenizer.read_episodes(folder, 3):
+        arrays = {"state": file.state, "action": file.action}
+        arrays["image"] = np.stack([file.frame(t) for t in range(len(file))])
+        thoughts = [some_thoughts[t % 20] for t in range(len(file))]
+        header = {"task": file.task, "source": file.source, "thoughts": json.dumps(thoughts)}
+        recordings.append((arrays, header))
+    fast_tokenizer.write_episodes(out / "episodes", recordings)
+    return out
+
+
+def test_true_statements_in_thoughts_are_counted(written, tmp_path, monkeypatch, capsys):
+    """Of the two completions of each prompt the first has a true thought; the second one that has
+    the target in another cell, or none that can be read."""
+    data = with_thoughts(written / "data", tmp_path / "data")
+
+    def complete(backbone, prompts, n, greedy, args):
+        completions = []
+        for number, (episode, step) in zip(prompts.keys, prompts.steps, strict=True):
+            thought = episode.thoughts[step]
+            cell = tabletop_data.parse_thought(thought).target_cell
+            elsewhere = "b1" if cell == "a1" else "a1"
+            second = thought.replace(f"is at {cell}", f"is at {elsewhere}", 1)
+            if number % 2:
+                second = "no idea"
+            for text in [thought, second][:n]:
+                answer = f"<think>{text}</think><answer>"
+                completions.append(backbone.tokenizer(answer)["input_ids"])
+        return completions
+
+    monkeypatch.setattr(evaluate, "complete", complete)
+    out = tmp_path / "r.json"
+    flags = ["--data", str(data), "--prompts", "6"]
+    evaluate.main([*actions(written, out), *flags])
+    metrics = metrics_of(out)["metrics"]
+    paired = metrics_of(out)["paired"]
+    assert metrics["think greedy thought true"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 6}
+    assert paired["think sampled thought true"] == [round(25 / 26, 5), 0.5] * 3  # 13 statements
+    assert metrics["think sampled thought true phase"]["mean"] == 0.75
+    assert metrics["think sampled thought true target cell"]["mean"] == 0.5
+    assert not [name for name in metrics if name.startswith("direct") and "true" in name]
+    printed = capsys.readouterr().out
+    assert "true in thoughts: all 0.731" in printed and "x within 2 cm 0.750" in printed
+    evaluate.main(["report", str(out)])
+    printed = capsys.readouterr().out
+    assert "| true in sampled thoughts | policy |" in printed
+    assert "| target cell | 0.500 [0.500, 0.500] |" in printed
+
+    files = fast_tokenizer.read_episodes(data)
+    assert evaluate.statements_of(files) is tabletop_data.statements
+    files[1].source = "another world"
+    assert evaluate.statements_of(files) is None
+    files = fast_tokenizer.read_episodes(data)
+    files[2].thoughts = None
+    assert evaluate.statements_of(files) is None
+
+
 def test_results_that_could_not_be_written_stop_before_the_work(tmp_path):
     """A results file cut short was found after the last of 2,000 trials, and they were lost."""
     (tmp_path / "r.json").write_text('{"arms"')
-    for argv in (["tabletop"], ["vqa", "--data", "x"], ["actions", "--data", "x"]):
+    policy = ["--policy", "nowhere/x"]
+    for argv in (
+        ["tabletop", *policy],
+        ["vqa", "--data", "x", *policy],
+        ["actions", "--data", "x", *policy],
+        ["tokens", "--action-tokenizer", "nowhere/x"],
+    ):
         with pytest.raises(ValueError, match="r.json:1: not JSON"):
-            evaluate.main([*argv, "--policy", "nowhere/x", "--out", str(tmp_path / "r.json")])
+            evaluate.main([*argv, "--out", str(tmp_path / "r.json")])
     with pytest.raises(ValueError, match="--out .*: a folder; name a file"):
         evaluate.main(["tabletop", "--policy", "nowhere/x", "--out", str(tmp_path)])
     argv = ["vqa", "--data", "x", "--policy", "nowhere/x", "--out", str(tmp_path / "new.json")]
@@ -434,13 +616,16 @@ def test_results_that_could_not_be_written_stop_before_the_work(tmp_path):
         "libero --size -1",
         "metaworld --limit -1",
         "calvin --chains 0",
+        "tokens --trials 0",
+        "tokens --execute 0",
     ],
 )
 def test_flags_out_of_range_stop_before_anything_loads(flags, capsys):
     """--batch 0, --prompts 0 and --max-new-tokens 0 were tracebacks after the model had loaded."""
     command, flag, value = flags.split()
+    required = [] if command == "tokens" else ["--policy", "x", "--data", "x"]
     with pytest.raises(SystemExit) as stop:
-        evaluate.main([command, "--policy", "x", "--data", "x", flag, value])
+        evaluate.main([command, *required, flag, value])
     assert stop.value.code == 2
     assert f"argument {flag}: {value} is not a" in capsys.readouterr().err
 

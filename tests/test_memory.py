@@ -10,6 +10,7 @@ import untrained
 import grpo
 import model
 import sft
+import vla
 from fast_tokenizer import FastTokenizer
 from tools import backbones, memory
 
@@ -193,6 +194,35 @@ def test_no_more_rows_are_counted_than_a_rank_has(stage):
     more = {flag.name: 8 for flag in memory.ROWS_FLAGS[stage.__name__]}
     exact = memory.estimate(stage.__name__, cfg, net, load)
     assert memory.estimate(stage.__name__, dataclasses.replace(cfg, **more), net, load) == exact
+
+
+def test_thoughts_take_the_whole_backbone_and_longer_features():
+    """By hand: two layers of 64 frames of 256 + 8 tokens, keys and values; the head's activations
+    grow with the tokens that it reads."""
+    load = memory.Load(ranks=1, row_tokens=256, row_patches=64, dtype=torch.bfloat16)
+    estimates = {}
+    for condition, thoughts in (
+        ("prompt", "own"),
+        ("thought", "own"),
+        ("thought-only", "own"),
+        ("thought", "recorded"),
+    ):
+        net = backbones.random_backbone("tiny-qwen3-vl", device="meta").net
+        cfg = vla.Config(condition=condition, thoughts=thoughts, max_thought=8)
+        estimates[condition, thoughts] = memory.estimate("vla", cfg, net, load)
+    net = backbones.random_backbone("tiny-qwen3-vl", device="meta").net
+    config = net.config.text_config
+    parts = estimates["thought", "own"].parts
+    assert parts["whole model"] == sum(p.numel() for p in net.parameters()) * 2
+    kv_width = config.num_key_value_heads * config.head_dim
+    assert parts["KV cache"] == 64 * (256 + 8) * 2 * kv_width * 2 * config.num_hidden_layers
+    assert estimates["thought", "own"].peaks["thoughts"] > parts["whole model"] + parts["KV cache"]
+    for key in (("prompt", "own"), ("thought", "recorded")):
+        assert set(estimates[key].peaks) == {"update"}
+    by_length = [("thought-only", "own"), ("prompt", "own"), ("thought", "own")]
+    sizes = [estimates[key].parts["activations"] for key in by_length]
+    assert sizes[0] < sizes[1] < sizes[2]
+    assert parts["activations"] == estimates["thought", "recorded"].parts["activations"]
 
 
 def test_what_fits_no_card_is_told_its_cures(capsys):

@@ -3,12 +3,16 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import untrained
+
+import evaluate
+from fast_tokenizer import config_parser
 
 ROOT = Path(__file__).parents[1]
 
@@ -155,3 +159,78 @@ def test_wrong_stage_is_refused_in_one_line(made):
     untrained_model = untrained.folder("tiny-vlm")
     line = refusal(f"evaluate.py tabletop --policy {untrained_model} --out {made}/x.json")
     assert "no policy; train one from it" in line
+
+
+# ---- speedrun.sh itself, its commands noted instead of run
+
+STAND_IN = r"""#!/bin/sh
+case "$*" in
+  *torch.cuda*) echo 0 ;;
+  -c*) exec {python} "$@" ;;
+  *) words=$(printf '%s\037' {name} "$@"); echo "$words" >> {commands} ;;
+esac
+"""
+
+
+def commands_of_speedrun(folder, **environment):
+    """The commands that speedrun.sh gives with this environment, each as a list of words."""
+    shutil.copy(ROOT / "speedrun.sh", folder)
+    (folder / "tools").mkdir()
+    shutil.copy(ROOT / "tools/venv.sh", folder / "tools")
+    commands = folder / "commands"
+    for name in ("python", "torchrun"):
+        stand_in = folder / "bin" / name
+        stand_in.parent.mkdir(exist_ok=True)
+        stand_in.write_text(STAND_IN.format(python=sys.executable, name=name, commands=commands))
+        stand_in.chmod(0o755)
+    path = f"{folder}/bin:{os.environ['PATH']}"
+    kept = {name: os.environ[name] for name in ("HOME", "PYTHONPATH") if name in os.environ}
+    process = subprocess.run(
+        ["bash", "speedrun.sh"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**kept, "PATH": path, "SKIP_INSTALL": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
+        check=False,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    return [line.split("\037")[:-1] for line in commands.read_text().split("\n")[:-1]]
+
+
+def check_command(command):
+    """The flags of a command are flags of what it runs: SystemExit where one is not."""
+    scripts = [i for i, word in enumerate(command) if word.endswith(".py")]
+    if not scripts or command[scripts[0]] == "fast_tokenizer.py":
+        return None  # python -m benchmarks.tabletop_data, and fit
+    script, *words = command[scripts[0] :]
+    if script == "evaluate.py":
+        evaluate.make_parser(words[0]).parse_args(words)
+    else:
+        config_parser(ROOT / script).parse_args(words)
+    return script
+
+
+@pytest.mark.parametrize("quick", ["0", "1"])
+def test_speedrun_gives_commands_that_there_are(quick, tmp_path):
+    commands = commands_of_speedrun(tmp_path, QUICK=quick)
+    checked = [check_command(command) for command in commands]
+    assert checked.count("vla.py") == 3
+    assert checked.count("evaluate.py") == 8  # tokens, 3 x actions, 3 x tabletop, report
+    name = "quick" if quick == "1" else "speedrun"
+    assert f"data/{name}/train" in commands[0]
+    assert (tmp_path / "runs" / name / "done").exists()
+    report = commands[-1]
+    note = report[report.index("--note") + 1]
+    assert note.startswith("A quick look: every stage ran, none to its end") == (quick == "1")
+
+    # A quick look would overwrite the speedrun's table, checkpoints and data.
+    words = " ".join(" ".join(command) for command in commands)
+    other = ["results/", "data/speedrun", "runs/speedrun"] if quick == "1" else ["quick"]
+    assert not [place for place in other if place in words]
+    assert (tmp_path / "results").exists() == (quick != "1")
+
+
+def test_another_quick_is_refused(tmp_path):
+    """QUICK=yes would be the whole speedrun, which nobody waits for who asks so."""
+    with pytest.raises(AssertionError, match="error: QUICK=yes; give 1 for a quick look"):
+        commands_of_speedrun(tmp_path, QUICK="yes")

@@ -7,10 +7,13 @@ import pytest
 from tools import same_numbers
 
 
-def tree(folder, r_a=0.25, log_key="grad_norm", grad_norm=1.5, seconds=3.0):
+def tree(folder, r_a=0.25, log_key="grad_norm", grad_norm=1.5, seconds=3.0, expert=0.99):
     """What a speedrun leaves, as far as it is compared."""
     metrics = {"think sampled r_a": {"mean": r_a, "low": 0.1, "high": 0.4, "n": 8}}
-    results = {"arms": {"SFT": {"metrics": metrics, "paired": {"success": [1, 0]}}}}
+    results = {
+        "arms": {"SFT": {"metrics": metrics, "paired": {"success": [1, 0]}}},
+        "tokens": {"metrics": {"success": {"mean": expert, "low": 0.9, "high": 1, "n": 200}}},
+    }
     (folder / "results").mkdir(parents=True)
     (folder / "results/speedrun.json").write_text(json.dumps(results))
     for name in same_numbers.LOGS:
@@ -26,7 +29,7 @@ def test_clocks_and_renamed_keys_are_no_difference(tmp_path, capsys):
     before = tree(tmp_path / "a", log_key="norm")
     after = tree(tmp_path / "b", seconds=9.0)
     assert same_numbers.main([before, after, "--renamed", "norm=grad_norm"]) == 0
-    assert "the same: 7 metrics and records" in capsys.readouterr().out  # 2 and 5 logs of one
+    assert "the same: 8 metrics and records" in capsys.readouterr().out  # 3 and 5 logs of one
     assert same_numbers.main([before, after]) == 1
 
 
@@ -34,6 +37,7 @@ def test_clocks_and_renamed_keys_are_no_difference(tmp_path, capsys):
     ("change", "line"),
     [
         ({"r_a": 0.25000001}, "results/speedrun.json: SFT: metrics: think sampled r_a was"),
+        ({"expert": 0.98}, "results/speedrun.json: tokens: success was"),
         ({"grad_norm": 1.5000001}, "runs/speedrun/grpo/log.jsonl: step 1: grad_norm differ"),
     ],
 )

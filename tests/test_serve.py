@@ -356,6 +356,19 @@ def test_a_fault_of_the_server_leaves_no_client_waiting():
 
 
 @network
+def test_a_head_that_reads_recorded_thoughts_serves_nobody():
+    """Said as the server starts: no client could cure what it would be told at each request."""
+    policy = FakePolicy()
+    policy.spec["thoughts"] = "recorded"
+    with pytest.raises(ValueError, match="recorded thoughts, which no client sends; train one"):
+        serve.Server(policy)
+    policy.spec["thoughts"] = "own"
+    policy.thoughts = ["left of the cup"]
+    with serve.Server(policy).listen() as port, protocol.client(port) as robot:
+        assert robot.infer(seen())["thought"] == "left of the cup"
+
+
+@network
 def test_images_of_another_size(monkeypatch):
     """The policy resizes one of the same aspect. Another aspect is refused as it comes in: in the
     policy it would fail the forward that it shares with other clients, who would go alone."""

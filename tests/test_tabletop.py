@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -265,6 +266,72 @@ def test_heading_in_words():
     assert td.heading(np.array([-0.4, 0, -0.08]), 1) == "left 40, down 8, close"
 
 
+def test_a_thought_is_true_of_the_state_it_is_about():
+    """Whatever thought() may say is read back, so that a true one states nothing false."""
+    phases = set()
+    for number in range(300):
+        env = td.random_state(np.random.default_rng(number))
+        _, plan = env.expert()
+        true = td.thought(env, plan)
+        assert all(td.statements(true, true).values()), true
+        phases.add(plan.phase)
+        parsed = td.parse_thought(true)
+        assert (parsed.target_cell, parsed.phase) == (td.cell(*plan.target_xy), plan.phase)
+        np.testing.assert_allclose(parsed.move, 100 * plan.move, atol=0.5001)
+    assert len(phases) == 10
+
+
+TRUE = (
+    "The red cube is at d5. The gripper is at c4, high, open. Now reach: right 7, front 3, close."
+)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "false"),
+    [
+        ("red cube", "blue cube", {"target", "target cell"}),  # d5 is not where the blue one is
+        ("d5", "d6", {"target cell"}),
+        ("c4", "c5", {"gripper cell"}),
+        ("high", "mid", {"height"}),
+        ("open.", "holding the red cube.", {"doing"}),
+        ("reach", "grasp", {"phase"}),
+        ("right 7", "right 9", set()),
+        ("right 7", "right 10", {"x within 2 cm"}),
+        ("right 7", "left 7", {"x sign", "x within 2 cm"}),
+        ("right 7, ", "", {"x sign", "x within 2 cm"}),
+        ("front 3", "back 1", {"y sign", "y within 2 cm"}),
+        ("front 3, ", "front 3, up 2, ", {"z sign"}),  # it should stay at its height
+        ("close.", "open.", {"fingers"}),
+    ],
+)
+def test_each_statement_is_told_apart(old, new, false):
+    is_true = td.statements(TRUE.replace(old, new), TRUE)
+    assert {name for name, value in is_true.items() if not value} == false
+    assert len(is_true) == 13
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        TRUE.removesuffix(" Now reach: right 7, front 3, close."),  # cut off
+        TRUE.replace("right 7", "right seven"),
+        TRUE.replace("right 7", "right 7, left 7"),  # whatever it is, one would be true
+        TRUE + " " + TRUE,
+        TRUE.replace("d5", "m9"),
+    ],
+)
+def test_what_cannot_be_read_states_nothing_true(text):
+    is_true = td.statements(text, TRUE)
+    assert is_true.keys() == td.statements(TRUE, TRUE).keys()
+    assert not any(is_true.values())
+
+
+def test_a_recorded_thought_of_another_world_is_one_line():
+    with pytest.raises(ValueError, match="no thought of Tabletop: 'grasp it'; record the episodes"):
+        td.statements(TRUE, "grasp it")
+
+
 def digest(folder):
     return {
         str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
@@ -498,3 +565,65 @@ def test_a_second_writer_leaves_the_first_ones_work_alone(tmp_path, resume):
 
     fast_tokenizer.write_episodes(tmp_path / "out", slow(), resume=resume)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 2
+
+
+class Thinker:
+    """Stays where it is and thinks of its instruction; notes which thoughts it is told."""
+
+    horizon = 4
+    hold = None
+    thoughts = None
+
+    def __init__(self):
+        self.told = []
+
+    def act_batch(self, images, instructions, states, keys, thoughts=None):
+        self.told.append(thoughts)
+        self.thoughts = [f"So I {text}. " * 3 for text in instructions]
+        return np.zeros((len(images), 4, 7))
+
+
+def short_trials():
+    """Two that are filmed, each over after 6 steps."""
+    trials = tt.make_trials(["goal"], 1, 0)[:2]
+    for trial in trials:
+        trial.film = True
+        trial.env.limit = 6
+    return trials
+
+
+def test_films_show_what_is_thought(tmp_path):
+    """In words below the picture, from the first frame on; films of a policy that writes nothing
+    have none, and are as high as they were."""
+    policy = Thinker()
+    trials = short_trials()
+    tt.drive(policy, trials, batch=8, execute=3)
+    assert policy.told == [None, None]
+    for trial in trials:
+        assert trial.thought.startswith("So I ")
+        assert [frame.size for frame in trial.frames] == [(256, 356)] * 7, "before, and each step"
+        for frame in (trial.frames[0], trial.frames[-1]):
+            caption = np.asarray(frame.convert("L"))[280:]
+            for line in range(3):
+                assert caption[line * 19 : line * 19 + 19].min() < 60, "has black letters"
+        trial.save(tmp_path)
+    assert len(list(tmp_path.glob("goal_*_failure.gif"))) == 2
+    plain = short_trials()[0]
+    plain.act(np.zeros((1, 7)))
+    assert [frame.size for frame in plain.frames] == [(256, 280)] * 2
+
+
+def test_lines_are_whole_words():
+    font = types.SimpleNamespace(getlength=len)
+    assert tt.wrap("push the cube to its place", font, 9) == ["push the", "cube to", "its place"]
+    assert tt.wrap("unbelievable is a word", font, 5) == ["unbelievable", "is a", "word"]
+    assert tt.wrap("", font, 5) == []
+
+
+def test_a_head_of_recorded_thoughts_is_told_the_experts():
+    """Those that thought_actions.jsonl has for the same states."""
+    policy = Thinker()
+    trials = short_trials()
+    want = [td.thought(trial.env, trial.env.expert()[1]) for trial in trials]
+    tt.drive(policy, trials, batch=8, execute=3, tell_thoughts=True)
+    assert policy.told[0] == want and len(policy.told) == 2

@@ -222,7 +222,7 @@ def test_the_stage_decides_who_drives(checkpoints):
     for name, flags, words in (
         ("base", {}, "stage 'base', expected sft or grpo"),
         ("wordy", {}, "no action tokenizer.*train it on episodes with sft.py"),
-        ("vla", {"mode": "think"}, "--mode think: the head of .* writes nothing; leave --mode out"),
+        ("vla", {"mode": "think"}, "--mode think: the head of .* has no modes; leave --mode out"),
         ("vla", {}, "no policy; train one"),
     ):
         with pytest.raises(ValueError, match=words) as e:

@@ -384,19 +384,23 @@ def test_stride_keeps_every_third_frame(data, tmp_path):
     """Of episodes of unequal lengths: the same chunks, targets and features as without it."""
     every = source_of(data, tmp_path / "every", "cached", stride=1)
     third = source_of(data, tmp_path / "third", "cached", stride=3)
-    count = len(third.frames.state)
-    assert count == sum(-(-len(episode) // 3) for episode in third.frames.episodes)
-    places = [third.frames.locate(i) for i in range(count)]
+    count = len(third.files.frames.state)
+    assert count == sum(-(-len(episode) // 3) for episode in third.files.frames.episodes)
+    places = [third.files.frames.locate(i) for i in range(count)]
     for number, step in places:
         assert step % 3 == 0
-        assert step < len(third.frames.episodes[number])
-    same = [i for i in range(len(every.frames.state)) if every.frames.locate(i) in places]
+        assert step < len(third.files.frames.episodes[number])
+    same = [
+        i for i in range(len(every.files.frames.state)) if every.files.frames.locate(i) in places
+    ]
     for name in ("state", "action", "mask"):
-        assert np.array_equal(getattr(third.frames, name), getattr(every.frames, name)[same])
+        assert np.array_equal(
+            getattr(third.files.frames, name), getattr(every.files.frames, name)[same]
+        )
     for a, b in zip(third.read(range(count)), every.read(same), strict=True):
         torch.testing.assert_close(a, b, atol=2e-3, rtol=2e-3)
-    first_held = every.frames.locate(every.frames.held[0])
-    assert first_held == third.frames.locate(third.frames.held[0])
+    first_held = every.files.frames.locate(every.files.frames.held[0])
+    assert first_held == third.files.frames.locate(third.files.frames.held[0])
 
 
 def test_stale_cache_is_refused(data, tmp_path):
@@ -692,6 +696,250 @@ def test_checkpoint_loads_in_transformers_with_nothing_missing(trained):
     assert run["stage"] == "vla"
     assert run["parent"] == untrained.folder("tiny-vlm")
     assert run["step"] == 4
+
+
+# ---- Thoughts ------------------------------------------------------------------------------------
+
+WORDS = ("The block is at b4. Now reach: left 3.", "open it", "")
+VIEW = np.random.default_rng(2).integers(0, 256, (32, 32, 3), np.uint8)
+
+
+def rows_with_thoughts(backbone):
+    """Of unequal lengths, prompts and thoughts both."""
+    rows = []
+    for instruction, words in zip((*TASKS, "go"), WORDS, strict=True):
+        prompt = vla.prompt_row(backbone, [VIEW], instruction, True)
+        rows.append(vla.with_thought(prompt, vla.encode_thought(backbone, words)))
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("size", "layer"), [("tiny-vlm", 3), ("tiny-qwen2.5-vl", 1), ("tiny-qwen3-vl", 2)]
+)
+def test_features_of_thoughts_are_those_of_one_plain_forward(size, layer):
+    """Of transformers, with its own positions, of each row alone: padding in our batch counts for
+    nothing. thought-only are the last of them. Of Qwen3-VL it is the last layer, behind the final
+    norm: between its first ones it adds to image tokens what its hidden_states do not show."""
+    backbone = backbones.random_backbone(size)
+    rows = rows_with_thoughts(backbone)
+    wants = []
+    for row in rows:
+        batch = model.collate([row], backbone.vocab.pad)
+        patches = model.cut_patches(batch["pixels"], batch["grid"], backbone.image_spec)
+        with torch.no_grad():
+            output = backbone.net(
+                input_ids=batch["ids"],
+                attention_mask=batch["mask"],
+                pixel_values=patches,
+                image_grid_thw=batch["grid"],
+                mm_token_type_ids=(batch["ids"] == backbone.vocab.image).int(),
+                output_hidden_states=True,
+            )
+        wants.append(output.hidden_states[layer][0])  # (T, D)
+    is_last = layer == len(backbone.net.model.language_model.layers)
+    final_norm = vla.freeze_backbone(backbone, layer)
+    norm = final_norm if is_last else torch.nn.Identity()
+    both = vla.encode_prompts(backbone, rows, "cpu", "thought").rows()
+    alone = vla.encode_prompts(backbone, rows, "cpu", "thought-only").rows()
+    for row, want, of_both, of_thought in zip(rows, wants, both, alone, strict=True):
+        length = int(row["target"].sum())
+        text = backbone.tokenizer.decode(row["ids"][-length:])
+        assert text.startswith("<think>") and text.endswith("</think>")
+        torch.testing.assert_close(norm(of_both), want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(norm(of_thought), want[-length:], rtol=1e-4, atol=1e-4)
+    assert len({len(feats) for feats in alone}) == 3
+
+
+def test_thoughts_are_the_same_in_any_batch_and_by_a_copy_beside_the_cut_backbone():
+    """The copy shares the weights and stays whole."""
+    backbone = backbones.random_backbone("tiny-vlm")
+    prompts = [vla.prompt_row(backbone, [VIEW], text, True) for text in (*TASKS, "go")]
+    singles = [vla.write_thoughts(backbone, [prompt], 7)[0] for prompt in prompts]
+    whole = vla.whole_copy(backbone)
+    vla.freeze_backbone(backbone, 1)
+    together = vla.write_thoughts(whole, prompts, 7)
+    assert all(np.array_equal(*pair) for pair in zip(singles, together, strict=True))
+    assert len(whole.net.model.language_model.layers) == 4 and len(together[0]) == 7
+    for name, p in backbone.net.named_parameters():
+        assert name.endswith("norm.weight") or p is whole.net.get_parameter(name), name
+
+
+def test_where_a_thought_ends(monkeypatch):
+    """At the token that completes </think>, which is one in Qwen3 and text in Qwen2.5; a thought
+    that never closes is used as far as it got."""
+    backbone = backbones.random_backbone("tiny-vlm")
+    encode = backbone.tokenizer.encode
+    one_token = encode("<think>left</think>")
+    in_pieces = [*encode("<think>up"), *encode("</"), *encode("think"), *encode(">")]
+    unfinished = encode("<think>and on")
+    written = [one_token, [*in_pieces, *encode("\n<answer>")], unfinished, [backbone.vocab.eos]]
+    stops = []
+
+    def generate(backbone, rows, stop, **flags):
+        stops.append(stop)
+        ids = [torch.tensor(ids) for ids in written]
+        mask = [torch.ones_like(row) for row in ids]
+        pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+        return {"ids": pad(ids), "mask": pad(mask)}
+
+    monkeypatch.setattr(model, "generate", generate)
+    thoughts = vla.write_thoughts(backbone, [None] * 4, 9)
+    want = [one_token, in_pieces, unfinished, [backbone.vocab.eos]]
+    assert [thought.tolist() for thought in thoughts] == want
+    finished = [vla.is_finished(backbone, thought) for thought in thoughts]
+    assert finished == [True, True, False, False]
+    texts = [vla.thought_text(backbone, thought) for thought in thoughts]
+    assert texts == ["left", "up", "and on", ""]
+    assert stops == [{backbone.vocab.eos, one_token[-1]}], "the action token is not known yet"
+
+
+def test_short_episodes_are_thought_about_together(data):
+    """The groups are the same on any number of ranks, and so are the batches."""
+    frames = vla.FrameDataset(vla.Config(data=str(data), horizon=4))
+    assert vla.episode_groups(frames, 16) == [[0, 1], [2], [3], [4]]  # of 9, 5, 7, 12, 6 frames
+    assert vla.episode_groups(frames, 18) == [[0, 1], [2], [3, 4]]
+    assert vla.episode_groups(frames, 5) == [[0], [1], [2], [3], [4]]
+
+
+THINKING = {"condition": "thought", "max-thought": 5, "save-every": 2}
+
+
+@pytest.fixture(scope="module")
+def thinking(data, tmp_path_factory):
+    """A run whose head reads the untrained model's own thoughts."""
+    out = tmp_path_factory.mktemp("thinking")
+    vla.main(argv(data, out, **THINKING))
+    return out
+
+
+def test_resume_with_thoughts_equals_uninterrupted(data, thinking, tmp_path, monkeypatch):
+    """Also where the thoughts on disk are not written again."""
+    shutil.copytree(thinking, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "final")
+    shutil.rmtree(tmp_path / "run" / "step_000004")
+    monkeypatch.setattr(model, "generate", None)
+    vla.main(argv(data, tmp_path / "run", **THINKING, resume=True))
+    got = load_file(tmp_path / "run" / "final" / "head.safetensors")
+    want = load_file(thinking / "final" / "head.safetensors")
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    for old, new in zip(records(thinking)[-3:], records(tmp_path / "run")[-3:], strict=True):
+        for key in old.keys() - {"seconds", "steps_per_s"}:
+            assert old[key] == new[key]
+
+
+def test_thoughts_on_two_ranks_and_in_the_loop_train_alike(data, thinking, tmp_path):
+    """--cache none on two ranks, of which the second builds no weights, against cached features on
+    one: the same thoughts, and features up to fp16."""
+    on_ranks(vla.main, argv(data, tmp_path, **THINKING, cache="none"), 2)
+    for path in sorted((thinking / "features" / "thoughts").glob("*.safetensors")):
+        other = load_file(tmp_path / "features" / "thoughts" / path.name)
+        for name, tensor in load_file(path).items():
+            assert torch.equal(tensor, other[name]), path
+    assert not list((tmp_path / "features").glob("*.safetensors"))
+    for a, b in zip(records(thinking)[1:], records(tmp_path)[1:], strict=True):
+        for key in {"loss", "held_loss", "held_l1"} & set(a):
+            assert a[key] == pytest.approx(b[key], rel=2e-3), key
+    weights = [load_file(out / "final" / "model.safetensors") for out in (thinking, tmp_path)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_head_reads_at_run_time_what_it_read_in_training(data, thinking):
+    """The features of frames, by the checkpoint alone: it holds the whole backbone, which
+    transformers loads."""
+    policy = vla.Policy.load(thinking)
+    seen = []
+
+    def sample(feats, mask, state, noise):
+        seen.extend(vla.Features(feats, mask).rows())
+        return noise
+
+    policy.head.sample = sample
+    images, instructions, states = observations(data)
+    policy.act_batch(images, instructions, states)
+    for feats, (episode, step) in zip(seen, [(0, 0), (1, 2), (0, 5)], strict=True):
+        stored = load_file(thinking / "features" / f"episode_{episode:06d}.safetensors")
+        torch.testing.assert_close(stored["features"][step].float(), feats, atol=2e-3, rtol=2e-3)
+    assert len(policy.thoughts) == 3 and policy.count["thinking"] > 0
+    assert policy.count["unfinished"] == 3, "an untrained model closes none: counted, not refused"
+    assert len(policy.writer.net.model.language_model.layers) == 4
+    assert len(policy.backbone.net.model.language_model.layers) == policy.spec["layer"] == 3
+    assert {"condition": "thought", "thoughts": "own", "max_thought": 5}.items() <= (
+        policy.spec.items()
+    )
+
+
+def test_a_thinking_policy_gives_a_row_the_same_in_any_batch(data, thinking, capsys):
+    images, instructions, states = observations(data)
+    keys = [[0], [1], [2]]
+    policy = vla.Policy.load(thinking)
+    chunks = policy.act_batch(images, instructions, states, keys)
+    for i in range(3):
+        row = slice(i, i + 1)
+        single = policy.act_batch(images[row], instructions[row], states[row], keys[row])
+        np.testing.assert_allclose(single[0], chunks[i], atol=1e-4)
+    assert policy.count["unfinished"] == policy.count["chunks"] == 6
+
+
+@pytest.fixture(scope="module")
+def thoughtful(data, tmp_path_factory):
+    """`data` with a thought at each step."""
+    folder = tmp_path_factory.mktemp("thoughtful")
+    for number, length in enumerate(LENGTHS):
+        name = f"episode_{number:06d}.safetensors"
+        thoughts = [f"step {step} " + "on " * (step % 3) for step in range(length)]
+        header = {"task": TASKS[number % 2], "thoughts": json.dumps(thoughts)}
+        tensors = {name: tensor.numpy() for name, tensor in load_file(data / name).items()}
+        save_file(tensors, folder / name, header)
+    return folder
+
+
+def test_recorded_thoughts_condition_the_head(data, thoughtful, tmp_path, monkeypatch):
+    """Nothing is written, the backbone is stored cut, and acting takes the thoughts in words."""
+    flags = {"condition": "thought-only", "thoughts": "recorded", "steps": 1}
+    monkeypatch.setattr(model, "generate", None)
+    vla.main(argv(thoughtful, tmp_path, **flags))
+    stored = load_file(tmp_path / "features" / "episode_000001.safetensors")
+    policy = vla.Policy.load(tmp_path)
+    lengths = []
+    for step in range(LENGTHS[1]):
+        words = f"step {step} " + "on " * (step % 3)
+        lengths.append(len(vla.encode_thought(policy.backbone, words)))
+    assert stored["length"].tolist() == lengths and stored["features"].shape[1] == max(lengths)
+    assert policy.writer is None and len(policy.backbone.net.model.language_model.layers) == 3
+    images, instructions, states = observations(data)
+    given = policy.act_batch(images, instructions, states, [[0]] * 3, ["a", "b", "c"])
+    other = policy.act_batch(images, instructions, states, [[0]] * 3, ["a", "b", "left"])
+    assert np.allclose(given[:2], other[:2], atol=1e-4) and not np.allclose(given[2], other[2])
+    assert policy.thoughts == ["a", "b", "left"]
+    for thoughts in (None, ["a"]):
+        with pytest.raises(ValueError, match="recorded thoughts and is given none here; train it"):
+            policy.act_batch(images, instructions, states, thoughts=thoughts)
+
+
+def test_wrong_combinations_of_thoughts_are_one_line(data, thoughtful, thinking, tmp_path):
+    for folder, flags, words in (
+        (data, {"condition": "mind"}, "--condition mind: choose prompt or thought or thought-only"),
+        (data, {"thoughts": "true"}, "--thoughts true: choose own or recorded"),
+        (thoughtful, {"thoughts": "recorded"}, "the head reads none; add --condition thought"),
+        (
+            data,
+            {"condition": "thought", "thoughts": "recorded"},
+            "episode_000000: holds no thoughts; record it .* or use --thoughts own",
+        ),
+        (data, {"condition": "thought", "layer": 5}, r"layer 5 is not in 1\.\.4"),
+    ):
+        with pytest.raises(ValueError, match=words) as e:
+            vla.main(argv(folder, tmp_path, **flags))
+        assert "\n" not in str(e.value)
+    assert not list(tmp_path.rglob("*.safetensors")), "refused before anything is made"
+    cache = {"cache-dir": thinking / "features"}
+    for flags, words in (
+        ({"max-thought": 6}, "thoughts: thoughts of other max_thought than"),
+        ({"condition": "thought-only"}, "features: features of other condition than"),
+        ({"condition": "prompt", "think": True}, "features of other .*condition, thoughts than"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            vla.main(argv(data, tmp_path, **{**THINKING, **flags}, **cache))
 
 
 # ---- Bad input -----------------------------------------------------------------------------------

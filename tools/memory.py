@@ -227,11 +227,24 @@ def sft_estimate(cfg: sft.Config, net: nn.Module, load: Load) -> Estimate:
     return Estimate(parts, peaks={"update": sum(parts.values())})
 
 
+def kv_bytes(net: nn.Module, load: Load) -> int:
+    """Keys and values of a token in one layer."""
+    attention = net.model.language_model.layers[0].self_attn
+    return 2 * attention.k_proj.out_features * load.dtype.itemsize
+
+
+def sampling_parts(net: nn.Module, cached_tokens: int, samples: int, load: Load) -> dict:
+    """Keys and values of so many tokens, and the next token's scores of so many samples."""
+    config = net.config.text_config
+    return {
+        "KV cache": cached_tokens * kv_bytes(net, load) * config.num_hidden_layers,
+        "sampling": samples * config.vocab_size * 3 * FP32,
+    }
+
+
 def grpo_estimate(cfg: grpo.Config, net: nn.Module, load: Load) -> Estimate:
     """grpo.py when all completions reach --max-new-tokens."""
     layers = net.config.text_config.num_hidden_layers
-    attention = net.model.language_model.layers[0].self_attn
-    kv_bytes = 2 * attention.k_proj.out_features * load.dtype.itemsize  # a token and layer
     weights = count(net.parameters())
     fixed = resident_parts(cfg, net, load)
 
@@ -247,7 +260,7 @@ def grpo_estimate(cfg: grpo.Config, net: nn.Module, load: Load) -> Estimate:
     # In attention they are copied for each completion: at all layers, or at the one that is
     # computed again.
     copied_layers = 1 if cfg.recompute else layers
-    work["activations"] += B * load.row_tokens * kv_bytes * (layers + G * copied_layers)
+    work["activations"] += B * load.row_tokens * kv_bytes(net, load) * (layers + G * copied_layers)
 
     # 2. the model that RL started from
     shards = cfg.shards or load.ranks
@@ -261,8 +274,7 @@ def grpo_estimate(cfg: grpo.Config, net: nn.Module, load: Load) -> Estimate:
     cached_tokens = prompts * load.row_tokens + samples * cfg.max_new_tokens
     sampling = {
         "whole model": weights * load.dtype.itemsize if is_copied(load) else 0,
-        "KV cache": cached_tokens * kv_bytes * layers,
-        "sampling": samples * net.config.text_config.vocab_size * 3 * FP32,
+        **sampling_parts(net, cached_tokens, samples, load),
     }
     idle = fixed["gradients"] + fixed["gathered units"]
     peaks = {
@@ -273,9 +285,24 @@ def grpo_estimate(cfg: grpo.Config, net: nn.Module, load: Load) -> Estimate:
 
 
 def vla_estimate(cfg: vla.Config, net: nn.Module, load: Load) -> Estimate:
-    """vla.py: the backbone, which is cut here, frozen in the compute type, and the head."""
+    """vla.py: the backbone, which is cut here, frozen in the compute type, and the head. Thoughts
+    are counted at --max-thought tokens, recorded ones too."""
+    # 0. thoughts, which the whole backbone writes before anything else is there
+    thinking = {}
+    feature_tokens = load.row_tokens
+    if cfg.condition != "prompt":
+        feature_tokens = cfg.max_thought
+        if cfg.condition == "thought":
+            feature_tokens += load.row_tokens
+        if cfg.thoughts == "own":
+            rows = vla.FRAMES_AT_ONCE
+            cached_tokens = rows * (load.row_tokens + cfg.max_thought)
+            thinking = {
+                "whole model": count(net.parameters()) * load.dtype.itemsize,
+                **sampling_parts(net, cached_tokens, rows, load),
+            }
     language = net.model.language_model
-    vla.truncate(net, vla.feature_layer(net, cfg.layer))
+    vla.truncate(net, cfg.layer)
     shards = cfg.shards or load.ranks
 
     # 1. the head, and what it keeps of a batch
@@ -302,7 +329,7 @@ def vla_estimate(cfg: vla.Config, net: nn.Module, load: Load) -> Estimate:
         activation_bytes = kept(
             head,
             head.loss,
-            feats=torch.empty(B, load.row_tokens, width),
+            feats=torch.empty(B, feature_tokens, width),
             mask=None,
             state=torch.empty(B, STATE_DIM),
             action=action,
@@ -324,7 +351,10 @@ def vla_estimate(cfg: vla.Config, net: nn.Module, load: Load) -> Estimate:
     parts["weights"] = head_bytes * copies / shards + head_bytes
     parts |= optimizer_parts(cfg, head, shards)
     parts["activations"] = activation_bytes
-    return Estimate(parts, peaks={"update": sum(parts.values())})
+    peaks = {"update": sum(parts.values())}
+    if thinking:
+        peaks["thoughts"] = sum(thinking.values())
+    return Estimate({**parts, **thinking}, peaks)
 
 
 def estimate(stage: str, cfg, net: nn.Module, load: Load) -> Estimate:

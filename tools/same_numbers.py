@@ -20,9 +20,12 @@ LOGS = ["sft", "grpo", "vla/base", "vla/SFT", "vla/SFT+RL"]  # folders of a spee
 
 
 def result_records(tree: Path) -> dict[str, dict]:
-    """ "model: metric" -> its interval, or the values that differences are made from."""
+    """ "model: metric" -> its interval, or the values that differences are made from; "tokens:
+    metric" of the expert through the action tokens."""
     results = json.loads((tree / "results/speedrun.json").read_text())
     records = {}
+    for metric, value in results.get("tokens", {"metrics": {}})["metrics"].items():
+        records[f"tokens: {metric}"] = value
     for name, variant in results["arms"].items():
         for kind in ("metrics", "paired"):
             for metric, value in variant[kind].items():

@@ -8,7 +8,8 @@ A client receives the metadata as it connects; then each observation is answered
     -> {"actions": float32 (n, A) in dataset units, "clipped": numbers that were, "server_timing"}
 
 A checkpoint of sft or grpo, which drives by the tokens that it writes (vla.TokenPolicy), reads no
-state; its thoughts, if it thinks (--mode), are in the answer as "thought".
+state; its thoughts, if it thinks (--mode), are in the answer as "thought", and so are those that a
+head reads (vla.py --condition).
 openpi-client drives it unchanged. "reset" begins an episode, as a new prompt does. What does not
 fit is answered by one line of text. The message seeds the noise: the same one gets the same answer.
 
@@ -89,7 +90,8 @@ class Server:
     policy: of vla.load_policy(). execute, ensemble: what a client carries out of a chunk, as in
     vla.ChunkExecutor. keys: {our name of an input: what clients call it}; the state may be several
     of theirs, joined by "+". batch: clients that share a forward at most.
-    ValueError when websockets or msgpack is missing, or execute or keys do not fit the policy."""
+    ValueError when websockets or msgpack is missing, execute or keys do not fit the policy, or its
+    head reads recorded thoughts."""
 
     def __init__(
         self,
@@ -100,6 +102,11 @@ class Server:
         batch: int = 64,
     ):
         network()  # a missing package shows now, not at the first client
+        if policy.spec.get("thoughts") == "recorded":
+            raise ValueError(
+                "the head reads recorded thoughts, which no client sends; train one with "
+                "--thoughts own"
+            )
         self.policy = policy
         self.execute = execute
         self.ensemble = ensemble
