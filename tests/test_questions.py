@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import evaluate
+import grpo
 import model
 import sft
 from benchmarks import questions
@@ -171,15 +172,19 @@ def folder(tmp_path):
 @pytest.mark.parametrize("score", CASES)
 def test_scores(score, folder):
     for answer, right, row, value in CASES[score]:
-        found = questions.answer_score(score, answer, right, row, folder)
-        assert found == pytest.approx(value), answer
+        assert worth(score, answer, right, row, folder) == pytest.approx(value), answer
+
+
+def worth(score, answer, right, row, folder="", unit=1, graded=False):
+    right_answer = grpo.RightAnswer(score, right, row, model.Path(folder), unit)
+    return grpo.answer_score(answer, right_answer, graded)
 
 
 def test_points_in_thousandths_and_in_pixels(folder):
     row = {"mask": "m.png", "images": ["i.png"]}
     thousandths = '{"point_2d": [500, 250]}'
-    assert questions.answer_score("point", thousandths, "", row, folder, 1000) == 1
-    assert questions.answer_score("point", "(40, 10), (40, 20)", "", row, folder, 0) == 0.5
+    assert worth("point", thousandths, "", row, folder, 1000) == 1
+    assert worth("point", "(40, 10), (40, 20)", "", row, folder, 0) == 0.5
 
 
 def turned(folder):
@@ -195,7 +200,7 @@ def test_points_in_pixels_of_a_turned_photo(folder):
     """The model sees the photo upright, 80 high; points were divided by the stored 80 x 40, so that
     (20, 70) lay below the picture. The mask lay sideways just so."""
     row = {"images": [turned(folder)], "box": [0.4, 0.8, 0.6, 0.95]}
-    assert questions.answer_score("point", "(20, 70)", "", row, folder, 0) == 1
+    assert worth("point", "(20, 70)", "", row, folder, 0) == 1
     mask = np.zeros((40, 80), np.uint8)
     mask[10:20, 60:] = 255  # upright: its rows 60 to 79, columns 20 to 29
     exif = Image.Exif()
@@ -203,8 +208,8 @@ def test_points_in_pixels_of_a_turned_photo(folder):
     Image.fromarray(mask).save(folder / "phone_mask.jpg", exif=exif, quality=100)
     row["mask"] = "phone_mask.jpg"
     del row["box"]
-    assert questions.answer_score("point", "(25, 70)", "", row, folder, 0) == 1
-    assert questions.answer_score("point", "(35, 15)", "", row, folder, 0) == 0
+    assert worth("point", "(25, 70)", "", row, folder, 0) == 1
+    assert worth("point", "(35, 15)", "", row, folder, 0) == 0
 
 
 @pytest.mark.parametrize("depth", [8, 16])
@@ -215,10 +220,10 @@ def test_masks_of_any_depth(folder, depth):
     mask[10:20, 40:60] = white
     row = {"mask": "deep.png", "images": ["i.png"]}
     Image.fromarray(mask).save(folder / "deep.png")
-    assert questions.answer_score("point", "(0.5, 0.3), (0.1, 0.1)", "", row, folder) == 0.5
+    assert worth("point", "(0.5, 0.3), (0.1, 0.1)", "", row, folder) == 0.5
     Image.fromarray(mask // white).save(folder / "deep.png")
     with pytest.raises(ValueError, match="deep.png: nothing is white in it"):
-        questions.answer_score("point", "(0.5, 0.3)", "", row, folder)
+        worth("point", "(0.5, 0.3)", "", row, folder)
 
 
 def test_images_of_rows_are_opened_like_those_of_training(tmp_path):
@@ -471,11 +476,15 @@ def cut(path):
 @pytest.mark.parametrize(
     ("score", "row", "message"),
     [
-        ("choice", ("k", "q", "the ball", {}), "d.jsonl:2: its answer 'the ball' is none for --sc"),
+        (
+            "choice",
+            ("k", "q", "the ball", {}),
+            "d.jsonl:2: its answer 'the ball' is none for the sc",
+        ),
         (
             "number",
             ("k", "q", "many", {}),
-            "d.jsonl:2: its answer 'many' is none for --score number",
+            "d.jsonl:2: its answer 'many' is none for the score number",
         ),
         ("point", ("k", "q", "", {}), "d.jsonl:2: KeyError: 'mask'"),
         (
