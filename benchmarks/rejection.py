@@ -93,7 +93,7 @@ def diverse(thoughts: list[str], k: int) -> list[int]:
     two by the words and pairs of neighbouring words that both have, over those that either has
     (Jaccard); two in which these are the same are never both chosen.
 
-        "a b c", "a b d", "e", k 2  ->  the first and "e"    (a, b and "a b" of 7 are shared; of "e" none)
+        of "a b c", "a b d", "e" two: the first and "e", as "a b d" shares a, b and "a b" of 7
     """
     parts = [words_and_pairs(thought) for thought in thoughts]
     chosen = []
