@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import grpo
 import model
-from benchmarks import questions
 from benchmarks import tabletop_data as td
 from fast_tokenizer import (
     FastTokenizer,
@@ -123,9 +123,7 @@ def test_answers_by_hand(moment, kind):
     assert asked.answer == answer
     right, wrong = asked.options or ("", [])
     assert right not in wrong
-    assert questions.answer_score(asked.score, answer, answer, asked.more, Path()) == 1 or (
-        kind == "point"
-    )
+    assert worth(answer, asked.score, asked.more, Path()) == 1 or (kind == "point")
 
 
 def test_words_by_hand(moment):
@@ -252,6 +250,11 @@ def rows_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def worth(right: str, score: str, row: dict, folder: Path) -> float:
+    """What a row's own answer is worth."""
+    return grpo.answer_score(right, grpo.RightAnswer(score, right, row, folder))
+
+
 def contents(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(folder.rglob("*")):
@@ -267,8 +270,8 @@ def test_every_right_answer_scores_1(written):
     for row in rows:
         answer = row["messages"][1]["content"]
         right = model.answer_text(answer)
-        assert questions.answer_score(row["score"], right, right, row, written) == 1
-        assert questions.answer_score("exact", right, right, row, written) == 1
+        assert worth(right, row["score"], row, written) == 1
+        assert worth(right, "exact", row, written) == 1
         assert row["messages"][0]["content"].count("<image>") == len(row["images"])
         assert answer.startswith("<think>" if "+think" in row["kind"] else "<answer>")
         kinds.add(row["kind"])
