@@ -1,5 +1,6 @@
 """Own thoughts that led to right answers: which are kept, and that sft.py reads them."""
 
+import argparse
 import json
 
 import numpy as np
@@ -164,14 +165,10 @@ def test_thoughts_before_actions(tmp_path, monkeypatch):
     assert [episode.name for episode in asked] == [episode.name for episode in train]
     assert words.startswith("the 2 of 3 episodes")
 
-    def drawn(backbone, episodes, args, think, local):
-        steps = [(train[0], 1), (train[1], 3)]
-        chunks = np.stack([episode.action[t : t + K] for episode, t in steps])
-        prompts = evaluate.Prompts([0, 1], [{}, {}], encode(chunks), chunks, steps)
-        return evaluate.Prompts(*(part[local] for part in prompts))
-
-    encode = backbone.action_tokenizer.encode
-    first, second = encode(np.stack([train[0].action[1 : 1 + K], train[1].action[3 : 3 + K]]))
+    args = argparse.Namespace(seed=0, prompts=2)
+    prompts = evaluate.draw_prompts(backbone, train, args, True, slice(None))
+    first, second = prompts.targets
+    episode, step = prompts.steps[0]
 
     def acted(thought, ids):
         return f"<think>{thought}</think>{model.action_answer(ids)}<|im_end|>"
@@ -189,17 +186,25 @@ def test_thoughts_before_actions(tmp_path, monkeypatch):
     assert model.prefix_reward(first, second) < 0.5
     direct = [model.action_answer(first) + "<|im_end|>"] * 2
     scripted_samples(monkeypatch, backbone, [*texts, *direct, *texts, *direct])
-    monkeypatch.setattr(evaluate, "draw_prompts", drawn)
     file = tmp_path / "own.jsonl"
     flags = ["--device", "cpu", "--data", str(tmp_path / "episodes"), "--split", "train"]
-    flags += ["--samples", "3", "--out", str(tmp_path / "r.json"), "--keep-right", str(file)]
+    flags += [
+        "--prompts",
+        "2",
+        "--samples",
+        "3",
+        "--out",
+        str(tmp_path / "r.json"),
+        "--keep-right",
+        str(file),
+    ]
     evaluate.main(["actions", "--policy", "x", *flags, "--keep", "1"])
     source = model.ConversationDataset(file, backbone.action_tokenizer, 0)
     (row,) = [source.row(i) for i in source.train]
-    assert np.allclose(row["chunk"], train[0].action[1 : 1 + K], atol=1e-6)
-    assert np.array_equal(model.open_images(source[0])[0], train[0].frame(1))
+    assert np.allclose(row["chunk"], episode.action[step : step + K], atol=1e-6)
+    assert np.array_equal(model.open_images(source[0])[0], episode.frame(step))
     question, answer = source[0].messages
-    assert question["content"] == model.action_prompt(train[0].task, think=True)[0]["content"]
+    assert question["content"] == model.action_prompt(episode.task, think=True)[0]["content"]
     assert answer["content"] + "<|im_end|>" == acted("right", first)
     scripted_samples(monkeypatch, backbone, [*texts, *direct, *texts, *direct])
     evaluate.main(["actions", "--policy", "x", *flags])  # two of each
