@@ -19,7 +19,6 @@ python grpo.py                                   # tabletop, one CPU process
 torchrun --nproc_per_node 2 grpo.py              # 2 CPU processes, 2 s a step; or 2 GPUs
 torchrun --nproc_per_node 8 grpo.py paper        # 8 GPUs; took the authors about 1 h"""
 
-import os
 import re
 import time
 from collections import Counter
@@ -343,8 +342,8 @@ def token_advantages(
         answer = model.parse_actions(backbone, sequence)
         credited = len(sequence)
         if answer.well_formed:
-            common = os.path.commonprefix([answer.action_ids, target])
-            credited = sequence.index(backbone.vocab.action_start) + 1 + len(common) + 1
+            first_wrong = model.common_prefix(answer.action_ids, target)
+            credited = sequence.index(backbone.vocab.action_start) + 1 + first_wrong + 1
         is_credited = torch.arange(len(sequence)) < credited
         result.append(torch.where(is_credited, advantages[i], format_part[i]))
     return result
