@@ -1126,14 +1126,20 @@ class FastTokenizer:
         # _fast: without the place of each token in the text, which nobody asks for
         return [encoding.ids for encoding in self.bpe.encode_batch_fast(_codes_to_texts(codes))]
 
-    def decode(self, ids: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    def decode(
+        self, ids: Sequence[Sequence[int]], partial: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
         """B lists of ids -> (chunks (B, K, A) float32, ok (B,) bool).
 
         ok is False for a sequence that is empty, holds an id out of range or gives no K x A
-        coefficients (byte level: or no valid text); its chunk is NaN."""
+        coefficients (byte level: or no valid text); its chunk is NaN. partial: coefficients that
+        are missing are 0, those too many are left out."""
         # 1. ids -> texts, one character a coefficient; a chunk has K x A
         texts = self._spell(ids)
         chunk_size = self.horizon * self.action_dim
+        if partial:
+            zero = chr(-self.min_coef)
+            texts = [text[:chunk_size].ljust(chunk_size, zero) for text in texts]
         ok = np.array([len(text) == chunk_size and BROKEN not in text for text in texts], bool)
         # 2. the texts of chunks -> coefficients -> actions
         chunks = np.full((len(ids), self.horizon, self.action_dim), np.nan, np.float32)

@@ -54,6 +54,7 @@ if __name__ == "__main__":
 import torch
 from torch import distributed, nn
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache, DynamicLayer
 
 import model
@@ -82,6 +83,7 @@ class Config:
     # reward and objective
     reward: str = "prefix"  # r_a of actions, one of REWARDS; of words, as their row says
     advantage: str = "grpo"  # grpo, or drgrpo: no std, and a constant in place of the token count
+    credit: str = "all"  # tokens that r_a's advantage reaches: all, or prefix: to the first wrong
     clip_low: NonNegative = 0.2  # ratio at least 1 - this
     clip_high: NonNegative = 0.3  # ratio at most 1 + this
     dual_clip: NonNegative = 3.0  # loss at most this x |A| where the advantage A < 0; 0: off
@@ -571,11 +573,36 @@ def action_closeness(
     where they do not decode."""
     actions, decodes = action_tokenizer.decode(generated)
     target_actions, _ = action_tokenizer.decode(targets)  # (N, K, A)
+    return np.where(decodes, closeness(action_tokenizer, actions, target_actions), 0.0)
+
+
+def closeness(action_tokenizer: FastTokenizer, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """exp(-L1 / 0.1) between chunks a and b (N, K, A) -> (N,); NaN where one is."""
     if action_tokenizer.stats is not None:
-        actions = normalize(actions, action_tokenizer.stats)
-        target_actions = normalize(target_actions, action_tokenizer.stats)
-    l1 = np.abs(actions - target_actions).mean((1, 2))  # (N,), NaN where not decoded
-    return np.where(decodes, np.exp(-l1 / 0.1), 0.0)
+        a = normalize(a, action_tokenizer.stats)
+        b = normalize(b, action_tokenizer.stats)
+    return np.exp(-np.abs(a - b).mean((1, 2)) / 0.1)
+
+
+def ladder_rewards(
+    action_tokenizer: FastTokenizer, generated: IdLists, targets: IdLists
+) -> np.ndarray:
+    """The prefix reward with a soft "equal": the mean, over k up to the longer of the two, of
+    exp(-L1 / 0.1) between what the first k tokens of each decode to, later coefficients 0. A rung
+    for each token, low frequencies first (OAT, 2602.04215); a near miss early is not the end."""
+    ours, theirs, counts = [], [], []
+    for a, b in zip(generated, targets, strict=True):
+        rungs = max(len(a), len(b))
+        ours += [a[:k] for k in range(1, rungs + 1)]
+        theirs += [b[:k] for k in range(1, rungs + 1)]
+        counts.append(rungs)
+    if not ours:
+        return np.zeros(len(generated))
+    our_actions, _ = action_tokenizer.decode(ours, partial=True)
+    their_actions, _ = action_tokenizer.decode(theirs, partial=True)
+    values = closeness(action_tokenizer, our_actions, their_actions)
+    rungs_of_each = np.split(np.nan_to_num(values), np.cumsum(counts)[:-1])
+    return np.array([rungs.mean() if len(rungs) else 0.0 for rungs in rungs_of_each])
 
 
 def subsequence_rewards(_: FastTokenizer, generated: IdLists, targets: IdLists) -> np.ndarray:
@@ -598,7 +625,12 @@ def common_subsequence(a: Sequence[int], b: Sequence[int]) -> int:
     return best[-1]
 
 
-REWARDS = {"prefix": prefix_rewards, "l1": action_closeness, "lcs": subsequence_rewards}
+REWARDS = {
+    "prefix": prefix_rewards,
+    "ladder": ladder_rewards,
+    "l1": action_closeness,
+    "lcs": subsequence_rewards,
+}
 
 
 def reward(
@@ -697,20 +729,53 @@ def format_diagnostics(backbone, token_ids, parsed, think) -> dict[str, np.ndarr
     return {"tags": np.array(tags, np.float64), "markers": np.array(markers, np.float64)}
 
 
-def advantage(r: torch.Tensor, kind: str = "grpo") -> tuple[torch.Tensor, torch.Tensor]:
+def advantage(
+    r: torch.Tensor, kind: str = "grpo", part: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """r (B, G) -> advantages (B, G), and which groups have no spread, zero_std (B,) bool.
 
     grpo: (r - mean) / (std + 1e-6), std over G - 1 as in the paper's framework; drgrpo: r - mean
-    (2503.20783), since the std weighs up groups that are nearly all right or all wrong."""
+    (2503.20783), since the std weighs up groups that are nearly all right or all wrong. part
+    (B, G): what a summand of r adds to that, (part - its mean) / the std of r."""
     # fork point: the advantage. A new kind also goes into check_config().
     zero_std = r.amax(1) - r.amin(1) < 1e-6
-    advantages = r - r.mean(1, keepdim=True)
+    deviations = r - r.mean(1, keepdim=True)
+    divisor = 1.0
     if kind == "grpo":
         degrees = max(r.shape[1] - 1, 1)  # G = 1: greedy evaluation
-        variance = advantages.square().sum(1, keepdim=True) / degrees
-        advantages = advantages / (variance.sqrt() + 1e-6)
+        variance = deviations.square().sum(1, keepdim=True) / degrees
+        divisor = variance.sqrt() + 1e-6
+    if part is not None:
+        deviations = part - part.mean(1, keepdim=True)
     # else a rounding error over 1e-6 would pass for an advantage
-    return advantages.masked_fill(zero_std[:, None], 0.0), zero_std
+    return (deviations / divisor).masked_fill(zero_std[:, None], 0.0), zero_std
+
+
+def token_advantages(
+    backbone: Backbone,
+    token_ids: list[list[int]],
+    targets: list[list[int]],
+    advantages: torch.Tensor,
+    format_part: torch.Tensor,
+) -> list[torch.Tensor]:
+    """--credit prefix: what follows the first wrong action token cannot change the prefix reward,
+    so only the format's part of the advantage reaches it. Of a target 3 5 and advantage A:
+
+        <think> ... <ACTION_START>  3  7  2  <ACTION_END></answer>
+           A    ...       A         A  A  F    F           F        F: the format's part
+
+    token_ids, targets: N sequences and lists of action ids; advantages, format_part (N,). -> N
+    tensors, (T,) each. All of a malformed completion is credited."""
+    result = []
+    for i, (sequence, target) in enumerate(zip(token_ids, targets, strict=True)):
+        answer = model.parse_actions(backbone, sequence)
+        credited = len(sequence)
+        if answer.well_formed:
+            first_wrong = model.common_prefix(answer.action_ids, target)
+            credited = sequence.index(backbone.vocab.action_start) + 1 + first_wrong + 1
+        is_credited = torch.arange(len(sequence)) < credited
+        result.append(torch.where(is_credited, advantages[i], format_part[i]))
+    return result
 
 
 # ---- Objective -----------------------------------------------------------------------------------
@@ -861,7 +926,7 @@ class Group:
     ids: torch.Tensor  # (G, T) long
     mask: torch.Tensor  # (G, T) long
     old_logp: torch.Tensor  # (G, T) fp32, at sampling; see recompute_old_logp
-    advantages: torch.Tensor  # (G,) fp32
+    advantages: torch.Tensor  # (G, T) fp32, of each token
     zero_std: bool  # all rewards are equal: no advantage
 
 
@@ -908,9 +973,15 @@ def rollout(
     # 3. and 4. score, compare within groups
     repeated_targets = [target for target in targets for _ in range(G)]
     r, diagnostics = reward(backbone, token_ids, repeated_targets, cfg.reward)
-    advantages, zero_std = advantage(
-        torch.tensor(r, dtype=torch.float32).view(-1, G), cfg.advantage
-    )
+    by_group = torch.tensor(r, dtype=torch.float32).view(-1, G)
+    advantages, zero_std = advantage(by_group, cfg.advantage)
+    of_tokens = [a.expand(len(ids)) for a, ids in zip(advantages.flatten(), token_ids, strict=True)]
+    if cfg.credit == "prefix":
+        format_reward = torch.tensor(diagnostics["r_f"] / 2, dtype=torch.float32).view(-1, G)
+        format_part, _ = advantage(by_group, cfg.advantage, format_reward)
+        of_tokens = token_advantages(
+            backbone, token_ids, repeated_targets, advantages.flatten(), format_part.flatten()
+        )
     groups = []
     for b, row in enumerate(rows):
         completions = slice(b * G, b * G + G)
@@ -920,7 +991,7 @@ def rollout(
             ids=samples["ids"][completions, :T],
             mask=samples["mask"][completions, :T],
             old_logp=samples["logp"][completions, :T],
-            advantages=advantages[b].to(samples["ids"].device),
+            advantages=pad_sequence(of_tokens[completions], True).to(samples["ids"].device),
             zero_std=bool(zero_std[b]),
         )
         groups.append(group)
@@ -1018,7 +1089,7 @@ class Stacked(NamedTuple):
     ids: torch.Tensor  # (B*G, T) long
     mask: torch.Tensor  # (B*G, T) long
     old_logp: torch.Tensor  # (B*G, T)
-    advantages: torch.Tensor  # (B*G, 1)
+    advantages: torch.Tensor  # (B*G, T)
 
 
 def stack_groups(groups: list[Group]) -> Stacked:
@@ -1029,8 +1100,9 @@ def stack_groups(groups: list[Group]) -> Stacked:
         return torch.cat([pad(tensor, (0, T - tensor.shape[1])) for tensor in tensors])
 
     rows = [group.row for group in groups]
-    advantages = torch.cat([group.advantages for group in groups])[:, None]
-    return Stacked(rows, stack("ids"), stack("mask"), stack("old_logp"), advantages)
+    return Stacked(
+        rows, stack("ids"), stack("mask"), stack("old_logp"), advantages=stack("advantages")
+    )
 
 
 def group_loss(
@@ -1176,7 +1248,8 @@ def all_max(count: int) -> int:
 
 def idle_group(group: Group) -> Group:
     """The same prompt with one token a completion, which does not count."""
-    one_token = {"ids": group.ids[:, :1], "old_logp": group.old_logp[:, :1]}
+    names = ("ids", "old_logp", "advantages")
+    one_token = {name: getattr(group, name)[:, :1] for name in names}
     return replace(group, **one_token, mask=torch.zeros_like(group.mask[:, :1]))
 
 
@@ -1236,11 +1309,15 @@ def check_config(cfg: Config) -> None:
             f"--dual-clip {cfg.dual_clip} bounds tokens that have not changed; give more than 1, "
             "or 0 for none"
         )
-    if cfg.advantage not in ("grpo", "drgrpo") or cfg.reward not in REWARDS:
-        raise ValueError(
-            f"--advantage {cfg.advantage} --reward {cfg.reward}; choose grpo or drgrpo, and one of "
-            f"{', '.join(REWARDS)}"
-        )
+    choices = {
+        "advantage": ("grpo", "drgrpo"),
+        "credit": ("all", "prefix"),
+        "reward": tuple(REWARDS),
+    }
+    for name, allowed in choices.items():
+        value = getattr(cfg, name)
+        if value not in allowed:
+            raise ValueError(f"--{name} {value}: choose one of {', '.join(allowed)}")
 
 
 class Prepared(NamedTuple):

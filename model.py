@@ -198,12 +198,17 @@ def prefix_reward(generated: Sequence[int], target: Sequence[int]) -> float:
         generated 4 9 2 7 7, target 4 9 5 7  ->  common prefix 4 9, longer list 5  ->  0.4
 
     The paper divides by the target's length; here tokens after a full match cost something."""
+    return common_prefix(generated, target) / max(len(generated), len(target), 1)
+
+
+def common_prefix(generated: Sequence[int], target: Sequence[int]) -> int:
+    """How many ids two lists begin with in common."""
     common = 0
     for generated_id, target_id in zip(generated, target, strict=False):
         if generated_id != target_id:
             break
         common += 1
-    return common / max(len(generated), len(target), 1)
+    return common
 
 
 # ---- Backbone and vocabulary ---------------------------------------------------------------------

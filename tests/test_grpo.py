@@ -228,6 +228,56 @@ def test_reward_of_partly_right_actions(backbone):
     assert score([b] + [a] * 11, "l1") == pytest.approx(math.exp(-gap / 0.1), rel=1e-5)
     assert score([a] * 12, "l1") == 1
     assert score([a] * 13, "l1") == 0  # does not decode: a failure, never zeros
+    # the ladder: rungs below the first wrong token are whole, those from there on are partly paid
+    near = score([a] * 9 + [b] + [a] * 2, "ladder")
+    assert 9 / 12 < near < 1 and score([b] + [a] * 11, "ladder") < near
+    assert score([a] * 12, "ladder") == 1 and score([a] * 13, "ladder") == 0
+
+
+def test_the_ladder_by_hand(backbone):
+    """Each rung compares what as many tokens of both decode to, with zeros for the rest."""
+    one = [i for i, p in backbone.action_tokenizer.pieces.items() if len(p.decode()) == 1]
+    a, b = one[0], one[1]
+    generated, target = [a, b, a], [a, a]
+    rungs = []
+    for k in (1, 2, 3):
+        chunks, ok = backbone.action_tokenizer.decode([generated[:k], target[:k]], partial=True)
+        assert ok.all()
+        rungs.append(grpo.closeness(backbone.action_tokenizer, chunks[:1], chunks[1:])[0])
+    assert rungs[0] == 1 > rungs[1]
+    ladder = grpo.ladder_rewards(backbone.action_tokenizer, [generated, []], [target, [a]])
+    assert ladder[0] == pytest.approx(np.mean(rungs))
+    nothing, _ = backbone.action_tokenizer.decode([[], [a]], partial=True)
+    assert ladder[1] == grpo.closeness(backbone.action_tokenizer, nothing[:1], nothing[1:])[0]
+
+
+def test_credit_ends_at_the_first_wrong_token(backbone):
+    """Two completions of one prompt, both well formed, r_a 1 and 1/3: A = +-0.707 (std over G - 1).
+    What follows the wrong token gets the format's part alone, which is 0 here; with a third,
+    malformed one it is not."""
+    target = [1, 2, 3]
+    texts = [model.action_answer([1, 2, 3]), model.action_answer([1, 9, 3]), "no answer"]
+    rows = [ids_of(backbone, f"<think>x</think>{text}<|im_end|>") for text in texts]
+    start = rows[1].index(backbone.vocab.action_start)
+
+    r = torch.tensor([[1.0, 2 / 3]])
+    A, _ = grpo.advantage(r)
+    F, _ = grpo.advantage(r, part=torch.tensor([[0.5, 0.5]]))
+    right, wrong = grpo.token_advantages(backbone, rows[:2], [target] * 2, A[0], F[0])
+    assert A[0].tolist() == pytest.approx([0.7071, -0.7071], abs=1e-4) and F.tolist() == [[0, 0]]
+    end = rows[0].index(backbone.vocab.action_end) + 1
+    assert (right[:end] == A[0, 0]).all() and (right[end:] == 0).all()
+    assert (wrong[: start + 3] == A[0, 1]).all()  # up to the wrong one, the second
+    assert (wrong[start + 3 :] == 0).all() and len(wrong) == len(rows[1])
+
+    r = torch.tensor([[1.0, 2 / 3, 0.0]])
+    A, _ = grpo.advantage(r)
+    F, _ = grpo.advantage(r, part=torch.tensor([[0.5, 0.5, 0.0]]))
+    R, _ = grpo.advantage(r, part=torch.tensor([[0.5, 1 / 6, 0.0]]))
+    assert torch.allclose(A, F + R)  # the parts sum to the whole
+    _, wrong, malformed = grpo.token_advantages(backbone, rows, [target] * 3, A[0], F[0])
+    assert (wrong[: start + 3] == A[0, 1]).all() and (wrong[start + 3 :] == F[0, 1]).all()
+    assert (malformed == A[0, 2]).all()  # all of it
 
 
 def right_answer(score, text, **row):
@@ -375,7 +425,8 @@ def make_groups(backbone, n=3, G=4, max_new_tokens=6):
     groups, sums, _ = grpo.rollout(backbone, cfg, rows, targets, range(n), 0, G)
     for i, group in enumerate(groups):  # an untrained model earns nothing: advantages by hand
         group.zero_std = i == 1
-        group.advantages = torch.zeros(G) if group.zero_std else torch.linspace(-1, 1, G)
+        one_each = torch.zeros(G) if group.zero_std else torch.linspace(-1, 1, G)
+        group.advantages = one_each[:, None].expand(group.ids.shape)
     return groups, sums
 
 
@@ -966,7 +1017,8 @@ def test_bad_input_is_one_line(world, tmp_path):
     error("--prompts", "3", match="--prompts 3 must be a multiple of --batch 2")
     error("--group", "1", match="at least 2 completions")
     error("--dual-clip", "0.5", match="--dual-clip 0.5 .* give more than 1, or 0")
-    error("--reward", "exact", match="--reward exact.*prefix, l1, lcs")
+    error("--reward", "exact", match="--reward exact.*prefix, ladder, l1, lcs")
+    error("--credit", "first", match="--credit first: choose one of all, prefix")
     two = {
         "image": np.zeros((4, 32, 32, 3), np.uint8),
         "state": np.zeros((4, 2), np.float32),
