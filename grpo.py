@@ -754,7 +754,7 @@ def advantage(
 def token_advantages(
     backbone: Backbone,
     token_ids: list[list[int]],
-    targets: list[list[int]],
+    targets: list[Target],
     advantages: torch.Tensor,
     format_part: torch.Tensor,
 ) -> list[torch.Tensor]:
@@ -764,13 +764,13 @@ def token_advantages(
         <think> ... <ACTION_START>  3  7  2  <ACTION_END></answer>
            A    ...       A         A  A  F    F           F        F: the format's part
 
-    token_ids, targets: N sequences and lists of action ids; advantages, format_part (N,). -> N
-    tensors, (T,) each. All of a malformed completion is credited."""
+    token_ids, targets: N sequences and what they should say; advantages, format_part (N,). -> N
+    tensors, (T,) each. All of a malformed completion and of an answer in words is credited."""
     result = []
     for i, (sequence, target) in enumerate(zip(token_ids, targets, strict=True)):
         answer = model.parse_actions(backbone, sequence)
         credited = len(sequence)
-        if answer.well_formed:
+        if answer.well_formed and not isinstance(target, RightAnswer):
             first_wrong = model.common_prefix(answer.action_ids, target)
             credited = sequence.index(backbone.vocab.action_start) + 1 + first_wrong + 1
         is_credited = torch.arange(len(sequence)) < credited
@@ -977,8 +977,8 @@ def rollout(
     advantages, zero_std = advantage(by_group, cfg.advantage)
     of_tokens = [a.expand(len(ids)) for a, ids in zip(advantages.flatten(), token_ids, strict=True)]
     if cfg.credit == "prefix":
-        format_reward = torch.tensor(diagnostics["r_f"] / 2, dtype=torch.float32).view(-1, G)
-        format_part, _ = advantage(by_group, cfg.advantage, format_reward)
+        half_r_f = torch.tensor(diagnostics["r_f"] / 2, dtype=torch.float32).view(-1, G)
+        format_part, _ = advantage(by_group, cfg.advantage, half_r_f)
         of_tokens = token_advantages(
             backbone, token_ids, repeated_targets, advantages.flatten(), format_part.flatten()
         )
