@@ -37,9 +37,13 @@ def test_protocol_settings():
         with pytest.raises(ValueError, match="--suites of spatial.*0 to 9"):
             libero.tasks(parser.parse_args(flags))
     parser.add_argument("--episodes", default=20)  # a recording
-    assert len(libero.tasks(parser.parse_args(["--suites", "spatial,object"]))) == 20
-    with pytest.raises(ValueError, match="the expert can do"):
-        libero.tasks(parser.parse_args(["--suites", "spatial,goal"]))
+    recorded = libero.tasks(parser.parse_args(["--suites", "spatial,object"]))
+    assert len(recorded) == 19 and "spatial/4" not in recorded  # in it each try failed
+    goal = libero.tasks(parser.parse_args(["--suites", "goal"]))
+    assert goal == [f"goal/{number}" for number in libero.GOAL_GRASPS]
+    for flags in (["--suites", "spatial,long"], ["--suites", "goal", "--tasks", "1,2"]):
+        with pytest.raises(ValueError, match="the expert can do .*spatial 0,1,2,3,5,6,7,8,9, obj"):
+            libero.tasks(parser.parse_args(flags))
 
 
 def test_things_are_called_as_instructions_call_them():
