@@ -266,7 +266,8 @@ def demonstrate(simulator: Simulator):
     """Yields the expert's actions (7,), each for the state then seen; without end.
 
     Spatial: takes the bowl by its rim, lifts it, puts it on the plate. Object: takes the thing
-    across its middle, lets it into the basket. Goal: the bowl and the cream cheese likewise, the bottle by its neck.
+    across its middle, lets it into the basket. Goal: bowl and cream cheese likewise, the bottle by
+    its neck.
     1. approach   2. grasp   3. lift, carry, lower   4. let go"""
     if simulator.suite == "spatial":
         grasp = bowl_grasp("plate_1")
