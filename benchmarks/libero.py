@@ -24,13 +24,12 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks import simulate
-from benchmarks.simulate import distinct
 from tools.extras import require
 
 # ---- Flags and tasks -----------------------------------------------------------------------------
 
 TRIALS = 50  # a task
-EXPERT = {"spatial": "012356789", "object": "0123456789", "goal": "12468"}  # tasks that it can do
+EXPERT = {"spatial": "012356789", "object": "0123456789", "goal": "124689"}  # tasks that it can do
 LIMITS = {"spatial": 220, "object": 280, "goal": 300, "long": 520}  # long: LIBERO's "libero_10"
 STATE_DIM = 8
 ACTION_NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")  # each -1 .. 1
@@ -200,7 +199,7 @@ class Simulator:
         world = self.env.env
         found = [name for name in world.obj_of_interest if name in world.obj_body_id]
         found += [name for name in world.obj_body_id if name not in found]
-        names = distinct([spoken(name, self.prompt) for name in found])
+        names = simulate.distinct([spoken(name, self.prompt) for name in found])
         objects = dict(zip(names, found, strict=True))
         for site in world.object_sites_dict:
             drawer = re.fullmatch(r".*cabinet_\d+_(top|middle|bottom)_region", site)
@@ -230,11 +229,13 @@ class Simulator:
         camera = simulate.pinhole_camera(
             data.cam_xpos[view], data.cam_xmat[view], model.cam_fovy[view], mirrored=True
         )
-        names = {key: name for name, key in self.objects.items()}
+        target = ""
+        for name, key in self.objects.items():
+            if f"{self.target}_".startswith(f"{key}_"):  # or a part of it, as ..._cook_region
+                target = name
+        # the simulator writes into its own arrays at the next step
         positions = {name: position.copy() for name, position in positions.items()}
-        return simulate.Scene(
-            self.seen["robot0_eef_pos"], positions, camera, names.get(self.target, "")
-        )
+        return simulate.Scene(self.seen["robot0_eef_pos"], positions, camera, target)
 
 
 def spoken(name: str, instruction: str) -> str:
@@ -335,19 +336,24 @@ def bowl_grasp(place: str, lift: float = 0.15, down: float = 0.03) -> Grasp:
     )
 
 
-GOAL_GRASPS = {  # of the suite goal: task -> how
-    "1": bowl_grasp("flat_stove_1_cook_region", down=0.05),
-    "2": Grasp(  # by the neck
+def bottle_grasp(place: str, down: float) -> Grasp:
+    """By the neck; it stays upright."""
+    return Grasp(
         thing="wine_bottle_1",
-        place="wooden_cabinet_1_top_side",
+        place=place,
         yaw=0,
         above=[0, 0, 0.25],
         around=[0, 0, 0.15],
         precision=0.008,
         lift=0.3,
         over=0.3,
-        down=0.03,
-    ),
+        down=down,
+    )
+
+
+GOAL_GRASPS = {  # of the suite goal: task -> how
+    "1": bowl_grasp("flat_stove_1_cook_region", down=0.05),
+    "2": bottle_grasp("wooden_cabinet_1_top_side", down=0.03),
     "4": bowl_grasp("wooden_cabinet_1_top_side", lift=0.35),
     "6": Grasp(
         thing="cream_cheese_1",
@@ -361,6 +367,7 @@ GOAL_GRASPS = {  # of the suite goal: task -> how
         down=0.08,
     ),
     "8": bowl_grasp("plate_1"),
+    "9": bottle_grasp("wine_rack_1_top_region", down=0),  # it counts as soon as it touches the rack
 }
 
 
