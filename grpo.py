@@ -233,8 +233,7 @@ def check_question(source: ConversationDataset, i: int, right: RightAnswer | Non
     with reading(sample_id):
         messages, image_sizes = source.outline(i)
         model.check_messages(messages, len(image_sizes))
-        for message in messages:
-            model.check_text(message["content"])
+        model.check_text(source[i].kind or "")
         if right is None:
             return
         if "mask" in right.row:
@@ -244,10 +243,20 @@ def check_question(source: ConversationDataset, i: int, right: RightAnswer | Non
             raise ValueError(f"its answer {right.text!r} is none for the score {right.score}")
 
 
+def named_kinds(text: str) -> set[str]:
+    """The value of --kinds, "where,what"; none: all."""
+    return {kind.strip() for kind in text.split(",") if kind.strip()}
+
+
+def base_kind(row: dict) -> str:
+    """The kind of question of a row: "point" of "point", "point+think" and "point+choice"."""
+    return (row.get("kind") or "").partition("+")[0]
+
+
 def keep_kinds(sources: list[Source], kinds: str) -> None:
     """Checks the rows of conversations, and leaves those of the kinds alone; "point" is
     "point+think" too. ValueError for a kind that no row has."""
-    wanted = {kind.strip() for kind in kinds.split(",") if kind.strip()}
+    wanted = named_kinds(kinds)
     found = set()
     for source in sources:
         if isinstance(source, EpisodeDataset):
@@ -255,7 +264,7 @@ def keep_kinds(sources: list[Source], kinds: str) -> None:
         left = []
         for i in range(source.units):
             row = source.row(i)
-            kind = (row.get("kind") or "").partition("+")[0]
+            kind = base_kind(row)
             if wanted and kind not in wanted:
                 continue
             found.add(kind)

@@ -99,7 +99,8 @@ def arguments(add):
         help="what points are divided by; 0: the image's pixels",
     )
     add("--answers", default="", help="also write each answer here, .jsonl")
-    add("--rows", type=natural, default=0, help="first rows of the file; 0: all")
+    add("--kinds", default="", help="only rows of these kinds, as where,what; empty: all")
+    add("--rows", type=natural, default=0, help="first rows of the file, of these kinds; 0: all")
     add("--outside-images", action="store_true", help="images may lie outside the file's folder")
 
 
@@ -119,29 +120,33 @@ class Answer(NamedTuple):
     line: dict  # of the file of --answers
 
 
-def questions_to_ask(source: model.ConversationDataset, args) -> list[Asked]:
-    """The first question of each row. ValueError naming the row when it cannot be asked or scored:
-    all rows are looked at before the first is asked."""
+def questions_to_ask(backbone, args) -> list[Asked]:
+    """The first question of each row of args.data. ValueError naming the row when it cannot be
+    asked or scored: all are looked at before the first is asked."""
+    source = model.ConversationDataset(args.data, backbone.action_tokenizer, 0, args.outside_images)
     score = "" if args.score == "row" else args.score
     think = {"row": None, "think": True, "direct": False}[args.prompt]
+    kinds = grpo.named_kinds(args.kinds)
     asked = []
-    for i in source.train[: args.rows or None]:
+    for i in range(source.units):
+        if kinds and grpo.base_kind(source.row(i)) not in kinds:
+            continue
+        if args.rows and len(asked) == args.rows:
+            break
         right = grpo.right_answer(source, i, score, args.unit)
         grpo.check_question(source, i, right)
         asked.append(Asked(source.question(i, think), right))
+    if not asked:
+        raise ValueError(f"{args.data}: no row is of --kinds {args.kinds}")
     return asked
 
 
-def score_answers(backbone, args, local: slice) -> list[Answer]:
-    """Greedy answers to the share `local` of the rows of args.data. ValueError when a row, of any
-    share, cannot be scored."""
-    source = model.ConversationDataset(args.data, backbone.action_tokenizer, 0, args.outside_images)
-    asked = questions_to_ask(source, args)[local]
+def score_answers(backbone, asked: list[Asked], args) -> list[Answer]:
+    """Greedy answers to questions."""
     samples = [one.sample for one in asked]
     answers = sft.greedy_answers(
         backbone, samples, args.max_new_tokens, args.batch, args.cuda_graphs
     )
-
     scored = []
     for (sample, right), (text, truncated) in zip(asked, answers, strict=True):
         score = grpo.answer_score(text, right, args.graded)
