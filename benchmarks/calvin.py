@@ -16,6 +16,7 @@ numbers; who wants to know how a policy is evaluated reads the third alone.
 import argparse
 import functools
 import itertools
+import json
 import pickle
 import re
 from pathlib import Path
@@ -25,7 +26,14 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
-from benchmarks.simulate import FinishedTrials, Outcome, check_policy, render_headless
+from benchmarks.simulate import (
+    FinishedTrials,
+    Outcome,
+    check_policy,
+    pinhole_camera,
+    project,
+    render_headless,
+)
 from fast_tokenizer import count, reading, write_episodes
 from tools.extras import require
 
@@ -332,6 +340,13 @@ class NumpyUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+# Blocks: in the words of the annotations, and where scene_obs has x, y, z of each. What stands for
+# the slider, the drawer and the lights there are joints and switches, not places.
+BLOCK_STARTS = {
+    name.replace("_", " "): start for name, start in zip(BLOCKS, (6, 12, 18), strict=True)
+}
+
+
 class Window(NamedTuple):
     """An annotated stretch of a recording."""
 
@@ -368,15 +383,58 @@ def read_frame(path: Path) -> dict[str, np.ndarray]:
         size = abs(step["action"])  # (7,), the last is the gripper
         if size.max() > 1.001 or size[6] != 1:
             raise ValueError(f"rel_actions above 1, or a gripper not -1 or 1: {step['action']}")
+        scene = f["scene_obs"]
+        if scene.shape != (24,):
+            raise ValueError(f"scene_obs is {scene.shape}, not (24,)")
+        positions = [scene[start : start + 3] for start in BLOCK_STARTS.values()]
+        step["object_position"] = np.stack(positions)  # (3, 3) m
     return step
 
 
+def static_camera(folder: Path) -> np.ndarray | None:
+    """The matrix (3, 4) of the static camera, see simulate.project(), by the split's own
+    description of its environment; None when it has none. Damaged when that says less."""
+    path = folder / ".hydra" / "merged_config.yaml"
+    if not path.exists():
+        return None
+    with reading(path, yaml.YAMLError):
+        camera = yaml.safe_load(path.read_text())["cameras"]["static"]
+        eye = np.array(camera["look_from"], float)
+        back = eye - camera["look_at"]
+        back /= np.linalg.norm(back)
+        right = np.cross(camera["up_vector"], back)
+        right /= np.linalg.norm(right)
+        axes = np.column_stack([right, np.cross(back, right), back])
+        if camera["aspect"] != 1:
+            raise ValueError(f"aspect of the static camera is {camera['aspect']}, not 1")
+        return pinhole_camera(eye, axes, float(camera["fov"]))
+
+
 def recordings(folder: Path):
-    """Yields (arrays, header) of each annotated window of a split."""
+    """Yields (arrays, header) of each annotated window of a split. The block that an annotation
+    names, if it is one alone, is what the whole window goes for."""
+    camera = static_camera(folder)
+    blocks = list(BLOCK_STARTS)
     for text, start, end in read_windows(folder):
         steps = [read_frame(folder / f"episode_{t:07d}.npz") for t in range(start, end + 1)]
-        arrays = {name: np.stack([step[name] for step in steps]) for name in KEPT}
-        yield arrays, {"task": text, "fps": "30", "source": f"calvin {folder.name} {start}-{end}"}
+        arrays = {name: np.stack([step[name] for step in steps]) for name in steps[0]}
+        if camera is not None:
+            hands = arrays["state"][:, :3]
+            positions = arrays["object_position"]  # (T, 3, 3)
+            arrays["hand_pixel"] = project(camera, hands)
+            arrays["object_pixel"] = np.stack([project(camera, points) for points in positions])
+        named = [blocks.index(name) for name in blocks if name in text]
+        target = named[0] if len(named) == 1 else -1
+        yield (
+            arrays,
+            {
+                "task": text,
+                "fps": "30",
+                "source": f"calvin {folder.name} {start}-{end}",
+                "objects": json.dumps(blocks),
+                "targets": json.dumps([target] * len(steps)),
+            },
+        )
 
 
 def main(argv: list[str] | None = None):

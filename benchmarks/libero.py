@@ -210,7 +210,7 @@ class Simulator:
             else:
                 positions[name] = data.get_site_xpos(key)
         view = model.camera_name2id(VIEWS["image"])
-        camera = simulate.mujoco_camera(
+        camera = simulate.pinhole_camera(
             data.cam_xpos[view], data.cam_xmat[view], model.cam_fovy[view], mirrored=True
         )
         names = {key: name for name, key in self.objects.items()}

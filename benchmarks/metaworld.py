@@ -153,7 +153,7 @@ class Simulator:
                     position = data.body(place.name).xpos
             positions[name] = position + place.offset
         corner = self.env.model.camera("corner2").id
-        camera = simulate.mujoco_camera(
+        camera = simulate.pinhole_camera(
             data.cam_xpos[corner],
             data.cam_xmat[corner],
             self.env.model.cam_fovy[corner],

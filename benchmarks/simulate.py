@@ -357,13 +357,14 @@ def distinct(names: Sequence[str]) -> list[str]:
     return told_apart
 
 
-def mujoco_camera(
+def pinhole_camera(
     position: np.ndarray, axes: np.ndarray, fovy: float, mirrored=False, upside_down=False
 ) -> np.ndarray:
-    """The matrix (3, 4), see project(), of mujoco's camera at position (3,) m, with square images.
+    """The matrix (3, 4), see project(), of a camera at position (3,) m with square images.
 
-    axes: 9 numbers, the columns of (3, 3) are its right, its up and its back. fovy: its field of
-    view, degrees. Its images are recorded mirrored, left is right, or turned by 180 degrees."""
+    axes: 9 numbers, the columns of (3, 3) are its right, its up and its back (mujoco's cam_xmat).
+    fovy: its field of view, degrees. Its images are recorded mirrored (left is right), or turned by
+    180 degrees."""
     axes = np.reshape(axes, (3, 3))
     focal = 0.5 / np.tan(np.radians(fovy) / 2)  # in sides of the image
     inner = np.array([[focal, 0, -0.5], [0, -focal, -0.5], [0, 0, -1]])

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import sys
 
 import numpy as np
@@ -293,7 +294,7 @@ def write(folder, texts=None):
             rel_actions=action,
             actions=10 * action,
             robot_obs=np.arange(15) + t / 10,
-            scene_obs=np.zeros(24),
+            scene_obs=np.arange(24) / 10 + t,
         )
     np.save(folder / "ep_start_end_ids.npy", np.array([[0, 9]]))
     annotate(folder, texts or [w[0] for w in WINDOWS], [w[1] for w in WINDOWS])
@@ -330,6 +331,78 @@ def test_each_annotated_window_becomes_an_episode(tmp_path):
                 assert (file.state[k] == f["robot_obs"].astype(np.float32)).all()
     stats = json.loads((tmp_path / "out" / "stats.json").read_text())
     assert stats["action"]["count"] == 9 and len(stats["state"]["q01"]) == 15
+
+
+HYDRA = """
+cameras:
+  static: {fov: 10, aspect: 1, width: 200, height: 200, look_at: [-0.0262, -0.0302, 0.392],
+    look_from: [2.8715, -2.1666, 2.5552], up_vector: [0.4041, 0.2281, 0.8811]}
+"""
+
+
+def pybullet_share(point):
+    """x, y of a point in the image of HYDRA's camera, by pybullet's own two matrices
+    (computeViewMatrix, computeProjectionMatrixFOV), as its documentation writes them."""
+    eye, target = np.array([2.8715, -2.1666, 2.5552]), np.array([-0.0262, -0.0302, 0.392])
+    forward = (target - eye) / np.linalg.norm(target - eye)
+    side = np.cross(forward, [0.4041, 0.2281, 0.8811])
+    side /= np.linalg.norm(side)
+    up = np.cross(side, forward)
+    view = np.eye(4)
+    view[:3, :3] = [side, up, -forward]
+    view[:3, 3] = [-side @ eye, -up @ eye, forward @ eye]
+    y_scale = 1 / np.tan(np.radians(10) / 2)
+    near, far = 0.01, 10
+    projection = np.diag([y_scale, y_scale, (near + far) / (near - far), 0])
+    projection[2, 3] = 2 * near * far / (near - far)
+    projection[3, 2] = -1
+    x, y, _, w = projection @ view @ [*point, 1]
+    return (x / w + 1) / 2, (1 - y / w) / 2
+
+
+def test_blocks_of_a_window(tmp_path):
+    """Their places as scene_obs has them; pixels where the split says how its camera stands."""
+    folder = write(
+        tmp_path / "training", ["lift the pink block", "put the red block on the blue block"]
+    )
+    first, second = convert(tmp_path)
+    assert first.objects == second.objects == ["red block", "blue block", "pink block"]
+    assert first.targets == [2] * 4 and second.targets == [-1] * 5
+    for file, start in ((first, 3), (second, 5)):
+        steps = np.arange(len(file))[:, None] + start
+        for i, column in enumerate((6, 12, 18)):
+            expected = (np.arange(column, column + 3) / 10 + steps).astype(np.float32)
+            np.testing.assert_allclose(file.object_position[:, i], expected, rtol=1e-6)
+    assert first.object_pixel is first.hand_pixel is None  # no camera is known
+    (folder / ".hydra").mkdir()
+    (folder / ".hydra/merged_config.yaml").write_text(HYDRA)
+    near_table = np.zeros(24)
+    near_table[[6, 7, 8, 12, 13, 14, 18, 19, 20]] = [0.2, 0, 0.46, 0, -0.1, 0.5, -0.2, 0.1, 0.46]
+    for t in range(10):
+        hand = np.zeros(15)
+        hand[:3] = [0.03, -0.2, 0.57 - t / 100]
+        change(folder / f"episode_{t:07d}.npz", scene_obs=near_table, robot_obs=hand)
+    shutil.rmtree(tmp_path / "out")
+    first, _ = convert(tmp_path)
+    for t in range(4):
+        shares = [pybullet_share(point) for point in first.object_position[t]]
+        np.testing.assert_allclose(first.object_pixel[t], shares, atol=1e-5)
+        share = pybullet_share(first.state[t, :3])
+        np.testing.assert_allclose(first.hand_pixel[t], share, atol=1e-5)
+    assert (np.abs(first.object_pixel - 0.5) < 0.5).all(), "the table is in the picture"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("cameras: {}", "KeyError: 'static'"), (HYDRA.replace("aspect: 1", "aspect: 2"), "is 2, not")],
+)
+def test_a_camera_that_is_not_described_is_one_line(tmp_path, text, message):
+    folder = write(tmp_path / "training")
+    (folder / ".hydra").mkdir()
+    (folder / ".hydra/merged_config.yaml").write_text(text)
+    with pytest.raises(SystemExit, match=f"merged_config.yaml: .*{message}") as e:
+        convert(tmp_path)
+    assert "\n" not in str(e.value)
 
 
 def test_a_conversion_goes_on_after_a_stop(tmp_path):
@@ -390,6 +463,7 @@ BAD = {
         lambda f: change(f / FRAME, robot_obs=np.full(15, np.nan)),
         "calvin training 3-6: state of step 3 is not finite",
     ),
+    "no scene": (lambda f: change(f / FRAME, scene_obs=np.zeros(6)), r"scene_obs is \(6,\), not"),
     "no annotations": (lambda f: (f / "lang_annotations" / ANN).unlink(), f"{ANN}: FileNotFound"),
     "annotations cut": (lambda f: cut(f / "lang_annotations" / ANN), f"{ANN}: "),
     "code in annotations": (trap, rf"{ANN}: UnpicklingError: it would run \w+.mkdir"),

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,6 +40,23 @@ def test_protocol_settings():
     assert len(libero.tasks(parser.parse_args(["--suites", "spatial,object"]))) == 20
     with pytest.raises(ValueError, match="the expert can do"):
         libero.tasks(parser.parse_args(["--suites", "spatial,goal"]))
+
+
+def test_things_are_called_as_instructions_call_them():
+    spatial = "pick up the black bowl next to the cookie box and place it on the plate"
+    for name, instruction, words in (
+        ("akita_black_bowl_1", spatial, "black bowl"),
+        ("akita_black_bowl_1", "put the bowl on the stove", "bowl"),
+        ("cookies_1", spatial, "cookie box"),
+        ("glazed_rim_porcelain_ramekin_1", spatial, "ramekin"),
+        ("wooden_cabinet_1", spatial, "cabinet"),
+        ("wooden_cabinet_1", "pick up the bowl on the wooden cabinet", "wooden cabinet"),
+        ("alphabet_soup_1", "pick up the alphabet soup", "alphabet soup"),
+        ("plate_2", "put the white mug on the right plate", "right plate"),
+        ("plate_2", "put the white mug on the plate", "plate"),
+        ("wine_rack_1", spatial, "wine rack"),
+    ):
+        assert libero.spoken(name, instruction) == words
 
 
 def write(path, demos=2, steps=6, **changes):
@@ -134,6 +152,40 @@ def test_files_that_are_no_demonstrations(tmp_path, monkeypatch):
         (tmp_path / "b_demo.hdf5").write_bytes(content)
         with pytest.raises(SystemExit, match="b_demo.hdf5: .*copy the dataset again"):
             convert(monkeypatch, tmp_path, tmp_path / f"out{i}")
+
+
+@pytest.mark.sim
+@pytest.mark.parametrize(
+    ("task", "first", "others"),
+    [
+        ("spatial/0", ["black bowl", "plate"], {"other black bowl", "cabinet", "stove", "ramekin"}),
+        ("spatial/4", ["black bowl", "plate"], {"other black bowl", "top drawer"}),
+        ("object/0", ["alphabet soup", "basket"], {"milk", "butter", "tomato sauce"}),
+        ("goal/0", ["bowl", "cream cheese"], {"middle drawer", "stove", "wine rack"}),
+    ],
+)
+def test_objects_of_the_real_simulator(task, first, others):
+    """Names, what the expert goes for, and the camera of tools/axes."""
+    pytest.importorskip("libero.libero.envs", reason="runs in LIBERO's Python, see README")
+    env = libero.Simulator(task, {"image": [64, 64], "image_wrist": [64, 64]}, 0)
+    env.reset(1, "train")
+    suite = task.split("/")[0]
+    if suite != "goal":
+        env.expert()
+    scene = env.scene()
+    assert list(scene.positions)[:2] == first and others < set(scene.positions)
+    assert scene.target == ("" if suite == "goal" else first[0])
+    axes = Path(libero.__file__).parents[1] / "tools/axes"
+    kind = "object" if suite == "object" else "spatial"
+    committed = json.loads((axes / f"libero_{kind}_camera.json").read_text())["matrix"]
+    np.testing.assert_allclose(scene.camera, committed, atol=1e-3)
+    for name, key in env.objects.items():
+        position = scene.positions[name]
+        if key + "_pos" in env.seen:  # the middle of a thing is near its origin
+            assert np.linalg.norm(position - env.seen[key + "_pos"]) < 0.08
+        share = simulate.project(scene.camera, position[None])
+        assert (share > 0).all() and (share < 1).all()
+    env.env.close()
 
 
 @pytest.mark.sim
