@@ -108,12 +108,6 @@ def among_objects(world, tmp_path):
     return at_first._replace(t=10)
 
 
-def worth(answer: str, row: dict, folder: Path, score: str = "") -> float:
-    """Of an answer to a row whose own answer is the same."""
-    right = grpo.RightAnswer(score or row["score"], answer, row, folder)
-    return grpo.answer_score(answer, right)
-
-
 def test_motion_by_hand(moment):
     motion = moment.motion
     assert motion.ahead == 2
@@ -186,7 +180,7 @@ def test_answers_by_hand(moment, kind):
     assert asked.answer == answer
     right, wrong = asked.options or ("", [])
     assert right not in wrong
-    assert kind == "point" or worth(answer, asked.more, Path(), asked.score) == 1
+    assert worth(answer, asked.score, asked.more, Path()) == 1 or (kind == "point")
 
 
 def test_words_by_hand(moment):
@@ -513,6 +507,11 @@ def rows_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def worth(right: str, score: str, row: dict, folder: Path) -> float:
+    """What a row's own answer is worth."""
+    return grpo.answer_score(right, grpo.RightAnswer(score, right, row, folder))
+
+
 def contents(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(folder.rglob("*")):
@@ -530,8 +529,8 @@ def test_every_right_answer_scores_1(written, written_objects, of_objects):
     for row in rows:
         answer = row["messages"][1]["content"]
         right = model.answer_text(answer)
-        assert worth(right, row, written) == 1
-        assert worth(right, row, written, "exact") == 1
+        assert worth(right, row["score"], row, written) == 1
+        assert worth(right, "exact", row, written) == 1
         assert row["messages"][0]["content"].count("<image>") == len(row["images"])
         assert answer.startswith("<think>" if "+think" in row["kind"] else "<answer>")
         kinds.add(row["kind"])
