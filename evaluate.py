@@ -3,6 +3,7 @@
     python evaluate.py tabletop --policy runs/vla --chains 50 --variant RL --out results/run.json
     python evaluate.py actions --policy runs/grpo --data data/test --variant RL
     python evaluate.py vqa --policy assets/tiny-vlm --data data/test/conversations.jsonl
+    python evaluate.py vqa|actions ... --keep-right own.jsonl   # own thoughts for the next SFT
     python evaluate.py metaworld|libero --policy runs/vla
     python evaluate.py tabletop --policy runs/grpo --mode think   # or direct: by its own tokens
     python evaluate.py tokens --action-tokenizer runs/fast        # the expert, through these tokens
@@ -361,8 +362,9 @@ class Prompts(NamedTuple):
 def episodes_to_ask(backbone: model.Backbone, data: str, split: str) -> tuple[list, str]:
     """The episodes of `data` that prompts are drawn from -> (they, in words which they are).
 
-    split: "all", "held-out" (those that every stage holds out of such a folder), or "auto": held
-    out when the checkpoint says that it was trained on this folder, else all."""
+    split: "all", "held-out" (those that every stage holds out of such a folder), "train" (the
+    others), or "auto": held out when the checkpoint says that it was trained on this folder, else
+    all."""
     # 1. what the checkpoint says of this folder
     episodes = fast_tokenizer.read_episodes(data, 0, backbone.action_tokenizer)
     records = backbone.run.get("split", [])
@@ -379,7 +381,9 @@ def episodes_to_ask(backbone: model.Backbone, data: str, split: str) -> tuple[li
         else:
             why = "the checkpoint names no episodes that it was trained on"
         return episodes, f"all {len(episodes)} episodes of {folder}: {why}"
-    _, held_out = fast_tokenizer.split_episodes(episodes)
+    train, held_out = fast_tokenizer.split_episodes(episodes)
+    if split == "train":
+        return train, f"the {len(train)} of {len(episodes)} episodes of {folder} to train on"
     words = f"the {len(held_out)} held-out ones of {len(episodes)} episodes of {folder}"
     record = fast_tokenizer.split_record(episodes, held_out)
     if any(other["sha256"] != record["sha256"] for other in own):
@@ -530,7 +534,10 @@ def action_tokens(args: argparse.Namespace):
 
     1. the model, with an action tokenizer for the targets   2. this rank's prompts
     3. complete and score them   4. metrics, of the prompts of all ranks"""
+    from benchmarks import rejection
+
     started = time.time()
+    rejection.check_actions(args)
     dist = start_ranks(args)
 
     # 1. the model, with an action tokenizer for the targets
@@ -569,8 +576,13 @@ def action_tokens(args: argparse.Namespace):
                 metrics[f"{mode} {style} {name}"] = interval
             for name, values in new_paired.items():
                 paired[f"{mode} {style} {name}"] = values
+            if args.keep_right and (mode, style) == ("think", "sampled"):
+                local_kept = rejection.kept_actions(backbone, completions, prompts, args)
+                kept = gather(local_kept, dist)
     if dist.rank == 0:
         write_metrics(metrics, paired, args, started, prompts=f"{args.prompts} from {words}")
+        if args.keep_right:
+            rejection.write_actions(kept, args)
 
 
 PAIRED = ["reward", "r_a", "l1", "thought true"]  # what two models are compared in, by prompt
@@ -626,33 +638,46 @@ def print_scores(mode: str, style: str, metrics: dict[str, Interval], targets: l
 
 
 def vqa(args: argparse.Namespace):
-    """`evaluate.py vqa`: scores of greedy answers, by kind of row, and how many were cut off."""
-    from benchmarks import questions
+    """`evaluate.py vqa`: scores of greedy answers, by kind of row, and how many were cut off. By
+    --score row also the mean of all, "answers", whose paired values stand in the order of rows."""
+    from benchmarks import questions, rejection
 
     started = time.time()
+    rejection.check_answers(args)
     dist = start_ranks(args)
     if args.answers and Path(args.answers).is_dir():
         raise ValueError(f"--answers {args.answers}: a folder; name a file in it")
     backbone = load_backbone(args)
     args.max_new_tokens = model.token_limit(args.max_new_tokens, backbone, 128)
-    local_answers = questions.score_answers(backbone, args, local_share(dist))
-    answers = gather(local_answers, dist)
+    asked = questions.questions_to_ask(backbone, args)
+    local = local_share(dist)
+    answers = gather(questions.score_answers(backbone, asked[local], args), dist)
+    if args.keep_right:
+        keys = list(range(len(asked)))[local]
+        kept = gather(rejection.kept_answers(backbone, asked[local], keys, args), dist)
     if dist.rank > 0:
         return
     if args.answers:
         questions.write_answers(args.answers, answers)
-    scores_by_kind = {}
+    values = {}  # metric -> scores
     for answer in answers:
-        scores_by_kind.setdefault(answer.kind, []).append(answer.score)
+        values.setdefault(answer.metric, []).append(answer.score)
     metrics = {}
-    for kind, scores in sorted(scores_by_kind.items()):
-        if args.score == "point":  # the share of points that hit, not a yes or no
-            metrics[f"{args.score} {kind}"] = bootstrap(scores)
+    for name, scores in sorted(values.items()):
+        score, _ = name.split()
+        if score in ("exact", "choice", "number"):  # each answer is right or wrong
+            metrics[name] = wilson(sum(scores), len(scores))
         else:
-            metrics[f"{args.score} {kind}"] = wilson(sum(scores), len(scores))
+            metrics[name] = bootstrap(scores)
+    paired = {}
+    if args.score == "row":
+        paired["answers"] = [round(answer.score, 5) for answer in answers]
+        metrics["answers"] = bootstrap(paired["answers"])
     truncated = sum(answer.truncated for answer in answers)
     metrics["truncated"] = wilson(truncated, len(answers))
-    write_metrics(metrics, {}, args, started)
+    write_metrics(metrics, paired, args, started)
+    if args.keep_right:
+        rejection.write(kept, args)
 
 
 # ---- Report --------------------------------------------------------------------------------------
@@ -671,7 +696,8 @@ COLUMNS = {  # head of a column: its metric
     "chain length": "chain length",
 }
 # What variants are compared in, where each prompt's, trial's or chain's value is known.
-COMPARED = [*COLUMNS.values(), "think greedy r_a", "think greedy l1", "think greedy thought true"]
+GREEDY = ["think greedy r_a", "think greedy l1", "think greedy thought true"]
+COMPARED = [*COLUMNS.values(), *GREEDY, "answers"]
 
 
 def report(args: argparse.Namespace):
@@ -872,7 +898,7 @@ def action_token_flags(add):
     add(
         "--split",
         default="auto",
-        choices=["auto", "held-out", "all"],
+        choices=["auto", "train", "held-out", "all"],
         help="which of them; auto: held-out if the checkpoint was trained on this folder, else all",
     )
     add(
@@ -918,15 +944,21 @@ def make_parser(asked: str) -> argparse.ArgumentParser:
     common_flags(command.add_argument)
     writing_flags(command.add_argument)
     action_token_flags(command.add_argument)
+    if asked == "actions":
+        from benchmarks import rejection
+
+        rejection.arguments(command.add_argument)
     command.set_defaults(run=action_tokens)
 
     command = commands.add_parser("vqa", help="scored answers to questions")
     common_flags(command.add_argument)
     writing_flags(command.add_argument)
     if asked == "vqa":
-        from benchmarks import questions
+        from benchmarks import questions, rejection
 
         questions.arguments(command.add_argument)
+        rejection.arguments(command.add_argument)
+        command.add_argument("--samples", type=count, help="answers to keep from, a question; 8")
     command.set_defaults(run=vqa)
 
     command = commands.add_parser("report", help="results files -> Markdown")

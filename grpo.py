@@ -1,6 +1,6 @@
 """Stage 2 of RoboAlign (arXiv 2603.21341): GRPO. Think in words, then act; learn from both.
 
-In: a checkpoint of sft.py (with its FAST tokenizer) and recorded episodes.
+In: a checkpoint of sft.py (with its FAST tokenizer) and recorded episodes, or rows of questions.
 Out: the same model with all weights trained, whose thoughts lead to better action tokens.
 1. draw prompts (image, instruction) at recorded steps; target: the FAST ids of the next K actions
 2. sample G completions of each: <think>words</think><answer>action tokens</answer>
@@ -11,20 +11,22 @@ Out: the same model with all weights trained, whose thoughts lead to better acti
 Our deviations: r_a is over max(m, n), the paper's over the target's m, so surplus tokens cost; and
 it is 0 where r_f is 0. Groups whose rewards are all equal are not forwarded (--no-skip-zero-std
 does): they get no gradient of the KL either, while their tokens stay in the mean's divisor. The G
-completions of a prompt share its keys and values, in sampling and update: same gradients. A first
-reader may skip the section "Log-probabilities".
+completions of a prompt share its keys and values, in sampling and update: same gradients.
+A question is answered in words instead, and r_a is its row's "score": language and visual RL, alone
+or mixed with episodes. A first reader may skip "Scores of answers" and "Log-probabilities".
 
 Reads --init, --data. Writes runs/grpo/{log.jsonl, step_*/, final/}.
 python grpo.py                                   # tabletop, one CPU process
 torchrun --nproc_per_node 2 grpo.py              # 2 CPU processes, 2 s a step; or 2 GPUs
-torchrun --nproc_per_node 8 grpo.py paper        # 8 GPUs; took the authors about 1 h"""
+torchrun --nproc_per_node 8 grpo.py paper        # 8 GPUs; took the authors about 1 h
+python grpo.py language --data data/tabletop/conversations.jsonl    # or visual: points and paths"""
 
 import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,22 +35,16 @@ import numpy as np
 from fast_tokenizer import (
     BelowOne,
     Count,
-    EpisodeFile,
     FastTokenizer,
     Natural,
     NonNegative,
     Positive,
     Share,
-    action_chunks,
     answer_help,
-    chunk_ends,
-    episodes_sha256,
     join_splits,
-    locate_step,
     normalize,
-    read_episodes,
-    split_episodes,
-    split_record,
+    read_image,
+    reading,
     warn_of_other_split,
 )
 
@@ -61,7 +57,7 @@ from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicLayer
 
 import model
-from model import Backbone, Dist, Row, all_sum
+from model import Backbone, ConversationDataset, Dist, EpisodeDataset, Row, Source, all_sum
 
 
 @dataclass(frozen=True)
@@ -69,7 +65,10 @@ class Config:
     preset: str = ""
     # what is read and written
     init: str = "runs/sft/final"  # checkpoint of stage sft, or grpo to go on from it as a new run
-    data: str = "data/tabletop/episodes"  # folder of episodes; 5% of them are held out
+    data: str = "data/tabletop/episodes"  # path:weight,... as in sft.py: episodes, conversations
+    kinds: str = ""  # of conversations only rows of these kinds, as where,what; empty: all
+    holdout_rows: Natural = 256  # rows of each .jsonl kept for evaluation, the last; of episodes 5%
+    outside_images: bool = False  # images of a .jsonl may lie outside its folder
     out: str = "runs/grpo"  # folder of checkpoints and log
     # rollouts
     seed: Natural = 0  # prompts and samples are a function of (seed, step, index)
@@ -81,7 +80,7 @@ class Config:
     dynamic_sampling: Natural = 0  # rounds of fresh prompts for groups with equal rewards (DAPO)
     max_pixels: Natural = 0  # larger images are shrunk to so many pixels; 0: as the backbone says
     # reward and objective
-    reward: str = "prefix"  # r_a, one of REWARDS
+    reward: str = "prefix"  # r_a of actions, one of REWARDS; of words, as their row says
     advantage: str = "grpo"  # grpo, or drgrpo: no std, and a constant in place of the token count
     clip_low: NonNegative = 0.2  # ratio at least 1 - this
     clip_high: NonNegative = 0.3  # ratio at most 1 + this
@@ -105,17 +104,28 @@ class Config:
     shards: Natural = 0  # ranks that share a copy of the weights, others mirror it; 0: all
     timeout_hours: Positive = 6.0  # ranks wait so long for the slowest, as when it downloads
     eval_every: Natural = 25  # steps between held-out evaluations, also at the end; 0: never
-    eval_prompts: Count = 64  # held-out prompts, fixed over the run; at most one a step
+    eval_prompts: Count = 64  # held-out prompts of all sources, fixed over the run, each once
     show_every: Natural = 10  # steps between printed rollouts; 0: never
     save_every: Natural = 50  # steps between checkpoints with optimizer; 0: only the final one
     keep: Natural = 0  # newest of these that stay; 0: all
     resume: bool = False  # go on from the newest checkpoint in OUT
-    changed_data: bool = False  # --resume although the episodes have changed
+    changed_data: bool = False  # --resume although a source of --data has changed
 
 
 PRESETS = {
     "tabletop": {},
     "speedrun": {"steps": 80, "lr": 2e-5, "save_every": 0},
+    # RL on answers in words, by themselves: two of the paper's baselines, on Tabletop's questions
+    "language": {
+        "data": "data/tabletop/conversations.jsonl", "out": "runs/grpo-language",
+        "kinds": "where,what,relation,holding,gripper,choice,caption,"
+        "target,direction,phase,fingers,movement",
+        "steps": 80, "lr": 2e-5, "save_every": 0,
+    },
+    "visual": {
+        "data": "data/tabletop/conversations.jsonl", "out": "runs/grpo-visual",
+        "kinds": "point,points,trajectory", "steps": 80, "lr": 2e-5, "save_every": 0,
+    },
     # Paper section "RL": 12.8K samples, 1 epoch = 25 rollout steps of 4 updates of 640 completions.
     "paper": {
         "init": "runs/sft-paper/final", "data": "data/bridge", "out": "runs/grpo-paper",
@@ -129,39 +139,422 @@ PRESETS = {
 # ---- Data ----------------------------------------------------------------------------------------
 
 
+class RightAnswer(NamedTuple):
+    """What an answer in words is scored by."""
+
+    score: str  # one of SCORES
+    text: str  # the row's own answer
+    row: dict  # of the file: "tolerance", "box", "mask" or "grid", see the scores
+    folder: Path  # of the file
+    unit: float = 1  # what points are divided by to be shares of the image; 0: its pixels
+
+
+Target = list[int] | RightAnswer  # of a prompt: action ids of the next K actions, or words
+
+
+class Pick(NamedTuple):
+    """What a prompt is about."""
+
+    source: int  # of those that --data names
+    i: int  # index in it: a step of its episodes, a row of its file
+
+
+def draw_prompts(
+    seed: int,
+    sources: list[Source],
+    weights: list[float],
+    prompt_numbers: Sequence[int],
+    again: int = 0,
+) -> list[Pick]:
+    """What each prompt is about. The prompts of a run are numbered: step * cfg.prompts + index in
+    the step. Sources are drawn by weight, as in sft.py; of each source every row comes once,
+    shuffled, before any comes again, as in an epoch of the paper. again: other draws for the same
+    numbers."""
+    total = max(prompt_numbers, default=-1) + 1
+    p = np.asarray(weights, float) / sum(weights)
+    source_of = model.rng(seed, "sources", again).choice(len(sources), total, p=p)  # of each number
+    picks = []
+    for number in prompt_numbers:
+        s = int(source_of[number])
+        train = sources[s].train
+        place = int(np.sum(source_of[:number] == s)) + (again << 40)  # no run is so long
+        epoch, place = divmod(place, len(train))
+        picks.append(Pick(s, train[shuffled_places(seed, s, len(train), epoch)[place]]))
+    return picks
+
+
+@lru_cache(maxsize=16)
+def shuffled_places(seed: int, source: int, n: int, epoch: int) -> list[int]:
+    keys = ("prompts", epoch, source) if source else ("prompts", epoch)
+    return model.rng(seed, *keys).permutation(n).tolist()
+
+
 def prompt_rows(
-    backbone: Backbone, episodes: Sequence[EpisodeFile], frames: Sequence[int]
-) -> tuple[list[Row], list[list[int]]]:
-    """Thinking prompts about `frames`, counted through all episodes -> rows, targets (action ids of
-    the K actions that follow). No frames, no prompts: a rank may have none."""
-    horizon = backbone.action_tokenizer.horizon
-    episode_ends = chunk_ends(episodes, horizon)
-    rows, chunks = [], []
-    for frame in frames:
-        episode, t = locate_step(episodes, episode_ends, frame)
-        prompt = model.action_prompt(episode.task, think=True)
-        row = model.encode(backbone, prompt, [episode.frame(t)], prompt_only=True)
-        rows.append(row | {"sample_id": f"{episode}:{t}"})
-        chunks.append(action_chunks(episode, horizon)[t])  # (K, A)
-    if not rows:
-        return [], []
-    return rows, backbone.action_tokenizer.encode(np.stack(chunks))
+    backbone: Backbone, sources: list[Source], picks: Sequence[Pick]
+) -> tuple[list[Row], list[Target]]:
+    """Thinking prompts -> rows, targets. No picks, no prompts: a rank may have none."""
+    rows, targets = [], []
+    for s, i in picks:
+        sample = sources[s].question(i, think=True)
+        row = model.encode_sample(backbone, sample, prompt_only=True)
+        rows.append(row | {"sample_id": sample.sample_id})
+        targets.append(target_of(sources[s], i))
+    return rows, targets
 
 
-def prompt_frames(seed: int, n: int, prompt_numbers: Sequence[int]) -> list[int]:
-    """Which of n recorded frames each prompt is about. The prompts of a run are numbered: step *
-    cfg.prompts + index in the step. Each frame comes once, shuffled, before any comes again, as in
-    an epoch of the paper."""
-    epochs = {number // n for number in prompt_numbers}
-    shuffled = {epoch: model.rng(seed, "prompts", epoch).permutation(n) for epoch in epochs}
-    return [int(shuffled[number // n][number % n]) for number in prompt_numbers]
+def target_of(source: Source, i: int) -> Target:
+    """Action ids of the K actions that follow, or what an answer in words is scored by."""
+    if isinstance(source, EpisodeDataset):
+        return source.target_ids(i)
+    row = source.row(i)
+    return source.action_ids(row, source.sample_id(i)) or right_answer(source, i)
+
+
+def right_answer(
+    source: ConversationDataset, i: int, score: str = "", unit: float = 1
+) -> RightAnswer:
+    """What answers to row i are scored by: by its own "score", or by another one. ValueError naming
+    the row when it has no first question, or "score" is unknown."""
+    sample_id = source.sample_id(i)
+    row = {**source.row(i), "sample_id": sample_id}
+    score = score or row.get("score")
+    if score not in SCORES:
+        raise ValueError(f'{sample_id}: its "score" is {score!r}; write one of {", ".join(SCORES)}')
+    answered = len(source.question(i).messages)
+    text = model.answer_text(row["messages"][answered]["content"])
+    return RightAnswer(score, text, row, source.path.parent, unit)
+
+
+def check_question(source: ConversationDataset, i: int, right: RightAnswer | None) -> None:
+    """Damaged when row i cannot be asked or, where its answer is in words, not be scored: text,
+    tags, images, of which the headers are opened, and an own answer that would not be right."""
+    sample_id = source.sample_id(i)
+    source.question(i)
+    with reading(sample_id):
+        messages, image_sizes = source.outline(i)
+        model.check_messages(messages, len(image_sizes))
+        model.check_text(source[i].kind or "")
+        if right is None:
+            return
+        if "mask" in right.row:
+            source.image_path(right.row["mask"], sample_id)
+        worth = answer_score(right.text, right)
+        if worth != 1 and right.score != "point":  # of a point the row has the place alone
+            raise ValueError(f"its answer {right.text!r} is none for the score {right.score}")
+
+
+def named_kinds(text: str) -> set[str]:
+    """The value of --kinds, "where,what"; none: all."""
+    return {kind.strip() for kind in text.split(",") if kind.strip()}
+
+
+def base_kind(row: dict) -> str:
+    """The kind of question of a row: "point" of "point", "point+think" and "point+choice"."""
+    return (row.get("kind") or "").partition("+")[0]
+
+
+def keep_kinds(sources: list[Source], kinds: str) -> None:
+    """Checks the rows of conversations, and leaves those of the kinds alone; "point" is
+    "point+think" too. ValueError for a kind that no row has."""
+    wanted = named_kinds(kinds)
+    found = set()
+    for source in sources:
+        if isinstance(source, EpisodeDataset):
+            continue
+        left = []
+        for i in range(source.units):
+            row = source.row(i)
+            kind = base_kind(row)
+            if wanted and kind not in wanted:
+                continue
+            found.add(kind)
+            check_question(source, i, None if "chunk" in row else right_answer(source, i))
+            left.append(i)
+        n_train = len(source.train)
+        source.train = [i for i in left if i < n_train]
+        source.held = [i for i in left if i >= n_train]
+        if not source.train:
+            raise ValueError(f"{source.path}: no row to train on is of --kinds {kinds}")
+    if wanted - found:
+        raise ValueError(f"--kinds: no row is of kind {', '.join(sorted(wanted - found))}")
+
+
+# ---- Scores of answers in words ------------------------------------------------------------------
+#
+# What an answer to a question is worth, 0 .. 1, to RL and to evaluate.py vqa. A row's "score" names
+# one of SCORES. Of both answers plain() leaves what is said; what can be read in two ways, one of
+# them wrong, and numbers in words ("twelve") are worth 0. RL asks for the `graded` worth: how near
+# an answer is, where a group of wrong ones would all earn 0; what is right is worth 1 either way.
+
+NEAR = 0.1  # shares of the image: a point or path so far off is worth 1 / e
+PATH_POINTS = 32  # of a path, when two are compared
+
+
+BOXED = r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}"  # LaTeX, with at most one pair of braces inside
+LATEX_WORDS = r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}"
+INTRODUCTION = (
+    r"(?i)^(?:so,? |therefore,? )?(?:the )?(?:final |correct )?answer(?: is)?(?:\s*:\s*|\s+)"
+)
+DECORATION = " \t\n\"'\u201c\u201d\u2018\u2019*_.,;!"  # around an answer
+
+
+AS_ASCII = {  # full-width forms, minus and spaces; not "\u00b2", which would make m\u00b2 a number
+    **{0xFF00 + code: 0x20 + code for code in range(1, 0x5F)},
+    **dict.fromkeys(map(ord, "\u00a0\u2009\u202f\u3000"), " "),
+    ord("\u2212"): "-",
+    ord("\u3002"): ".",
+}
+
+
+def plain(text: str) -> str:
+    """What an answer says, without how it is dressed: "**Yes**" -> "Yes", "$12$" -> "12",
+    "The answer is \\\\boxed{B}." -> "B"."""
+    text = text.translate(AS_ASCII)
+    boxes = re.findall(BOXED, text)
+    if boxes:
+        text = boxes[-1]  # the last one: what stands before it is the working
+    text = re.sub(LATEX_WORDS, r"\1", text).replace("{,}", ",")
+    text = re.sub(r"\*\*|__|[`$]|\\[()\[\],]", "", text)
+    return re.sub(INTRODUCTION, "", text.strip(" \t\n*_"))
+
+
+def exact(answer: str, right: RightAnswer, graded: bool) -> float:
+    """1 for the same text, case and punctuation around it aside, or the same number; for a yes or
+    no, for the same first word ("Yes or no" is none)."""
+    answer = undecorated(answer)
+    right_text = undecorated(right.text)
+    if right_text in ("yes", "no"):
+        said = re.match(r"(yes|no)\b(?!\s*(?:/|&|or\b|and\b)\s*(?:yes|no)\b)", answer)
+        return float(said is not None and said[1] == right_text)
+    if answer == right_text:
+        return float(answer != "")
+    wanted = whole_number(right_text)
+    return float(wanted is not None and whole_number(answer) == wanted)
+
+
+def undecorated(text: str) -> str:
+    """plain() in small letters, without the punctuation around it; the point of ".5" stays."""
+    text = plain(text).casefold().rstrip(DECORATION)
+    bare = text.lstrip(DECORATION)
+    if text.removesuffix(bare).endswith(".") and bare[:1].isdecimal():
+        return "." + bare
+    return bare
+
+
+def whole_number(text: str) -> float | None:
+    """The number that a text is, "1,024" -> 1024.0; None when it is something else."""
+    if not re.fullmatch(f"(?:{THOUSANDS}|{NUMBER})", text):
+        return None
+    joined = readings(text)[0]
+    return joined[0]
+
+
+def choice(answer: str, right: RightAnswer, graded: bool) -> float:
+    """1 for the same single letter; who names two has chosen none."""
+    chosen = letters(answer)
+    return float(chosen == letters(right.text) and len(chosen) == 1)
+
+
+LETTER = (
+    r"[(\[]([A-Ha-h])[)\]]"  # (B)  [B]  (b)
+    r"|^([a-h])(?:\)|[.:]\s)"  # b) the ball  b. the ball
+    r"|\b([A-H])(?=[.):]|,\s|\s+[-\u2013\u2014]\s|\s*$)"  # B.  B)  B: the ball  B - the ball  B
+    r"|\b([A-H])(?=\s*(?:/|or\b|and\b|&)\s*[A-H]\b)"  # A or B: two, whatever else is said
+    r"|\b([A-H])(?= is (?:the )?(?:correct|right)\b)"
+    r"|^([A-H])\s*\n"  # alone in the first line
+    r"|(?i:answer|option|choice)(?i: is)?:?\s?(?:([A-H])\b|([b-h])$)"  # Option B  option b
+)
+
+REFUSED_LETTER = r"\b[Nn]ot\s+(?:[Oo]ption\s+)?(?:[(\[][A-Ha-h][)\]]|[A-H]\b)"  # not A  not (a)
+
+
+def letters(text: str) -> set[str]:
+    """The letters A .. H that a text names as options: "(B)", "B.", "The answer is B", "not A but
+    B" -> {"B"}."""
+    text = re.sub(REFUSED_LETTER, "", plain(text)).strip("\"'\u201c\u201d\u2018\u2019., \n")
+    if len(text) < 4:  # a lone letter may be small
+        text = text.upper()
+    return {"".join(groups).upper() for groups in re.findall(LETTER, text)}
+
+
+NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+# 1,024 or 1 024 or 1'024, the same separator throughout; not part of a longer number
+THOUSANDS = r"(?<![\d.,'])[-+]?\d{1,3}([, '\u2019])\d{3}(?:\1\d{3})*(?!\d|[,'\u2019]\d)(?:\.\d+)?"
+FRACTION = r"[\d.,]*[\u00bc-\u00be\u2150-\u215e]|[\d.,]*\d[\u00b2\u00b3\u00b9]"  # 1\u00bd is not 1
+LONE_NUMBER = rf"(?<!\S){NUMBER}(?!\S)"  # not the 5 of "d5"
+PAIR = rf"[(\[]\s*({NUMBER})\s*,\s*({NUMBER})\s*[)\]]"  # RoboPoint's and Qwen's way to point
+
+
+def readings(text: str) -> list[list[float]]:
+    """The numbers of a text in order, in each way that they can be read: "1,024" is 1024, since
+    nobody writes 024; "10,200" is 10200 or 10 and 200."""
+    text = re.sub(FRACTION, "?", plain(text))
+    without_separators = re.sub(THOUSANDS, lambda match: re.sub(r"[, '\u2019]", "", match[0]), text)
+    joined = [float(number) for number in re.findall(NUMBER, without_separators)]
+    apart = re.findall(NUMBER, text)
+    if without_separators == text or any(re.match(r"0\d", number) for number in apart):
+        return [joined]
+    return [joined, [float(number) for number in apart]]
+
+
+def number(answer: str, right: RightAnswer, graded: bool) -> float:
+    """1 for the same numbers in the same order, each within the row's "tolerance" (0 if none), else
+    0. Graded: the mean of exp(-excess / tolerance) over the numbers, excess being what a number is
+    off beyond the tolerance (none: exp(-excess)). The tolerance is the scale since it says what the
+    row's unit calls near.
+
+        right "10 4 0", tolerance 2, answer "10 8 0"  ->  0;  graded (1 + e^-1 + 1) / 3 = 0.79"""
+    worths = [0.0]
+    for said in readings(answer):
+        for wanted in readings(right.text):
+            if len(said) == len(wanted) and said:
+                worths.append(numbers_worth(said, wanted, right, graded))
+    return max(worths)
+
+
+def numbers_worth(said: list[float], wanted: list[float], right: RightAnswer, graded: bool):
+    """What equally many numbers are worth; see number()."""
+    tolerance = right.row.get("tolerance", 0)
+    excess = np.abs(np.subtract(said, wanted)) - tolerance
+    if not graded:
+        return float(excess.max() <= 1e-9)
+    return float(np.exp(-np.maximum(excess, 0) / (tolerance or 1)).mean())
+
+
+def items(answer: str, right: RightAnswer, graded: bool) -> float:
+    """A list divided by commas, in any order: the share of items that are right, over the longer of
+    the two. An item is right by its words and, as in number(), the numbers that stand among them.
+
+        right "plate 10 4, red cube d5", answer "red cube d5, plate 10 9, gripper a1"  ->  1 / 3"""
+    left = split_items(answer)
+    wanted = split_items(right.text)
+    longer = max(len(left), len(wanted), 1)
+    worth = 0.0
+    for words, numbers in wanted:
+        worths = {}  # of the answer's items that it may be -> what they are worth
+        for i, (other_words, said) in enumerate(left):
+            if other_words == words:
+                worths[i] = numbers_worth(said, numbers, right, graded) if numbers else 1.0
+        if worths:
+            best = max(worths, key=worths.get)
+            worth += worths[best]
+            del left[best]
+    return worth / longer
+
+
+def split_items(text: str) -> list[tuple[str, list[float]]]:
+    """A list divided by commas -> of each item its words, with # for each number, and these."""
+    parts = []
+    for item in re.split(r"[,\n]", undecorated(text)):
+        words = " ".join(item.split())
+        if words:
+            numbers = [float(number) for number in re.findall(LONE_NUMBER, words)]
+            parts.append((re.sub(LONE_NUMBER, "#", words), numbers))
+    return parts
+
+
+def point(answer: str, right: RightAnswer, graded: bool) -> float:
+    """The share of the answer's points inside the row's "mask" (white) or "box" [left, top, right,
+    bottom], 0 .. 1 of the image. Graded: the mean over the points of exp(-distance / NEAR), with
+    the distance to mask or box in shares of the image, 0 inside. ValueError for a box that is none,
+    and for a mask without white."""
+    points = points_in(answer, right)  # (N, 2)
+    if "box" in right.row:
+        distances = box_distances(points, right.row["box"])
+    else:
+        mask = open_of_row(right, right.row["mask"]).mean(2) > 127  # (H, W)
+        if not mask.any():
+            raise ValueError(
+                f"{right.row['mask']}: nothing is white in it, so that every answer is wrong"
+            )
+        distances = mask_distances(points, mask)
+    if not len(points):
+        return 0.0
+    return float(np.mean(np.exp(-distances / NEAR) if graded else distances == 0))
+
+
+def path(answer: str, right: RightAnswer, graded: bool) -> float:
+    """exp(-d / NEAR), d the mean distance between the two paths (shares of the image) when both
+    have PATH_POINTS points, equally far apart along them; 0 for no path. Graded or not."""
+    said = points_in(answer, right)
+    wanted = points_in(right.text, right)
+    if not len(said) or not len(wanted):
+        return 0.0
+    gaps = along_path(said) - along_path(wanted)  # (PATH_POINTS, 2)
+    return float(np.exp(-np.linalg.norm(gaps, axis=1).mean() / NEAR))
+
+
+def along_path(points: np.ndarray) -> np.ndarray:
+    """Points (N, 2) of a path -> (PATH_POINTS, 2), equally far apart along it."""
+    steps = np.linalg.norm(np.diff(points, axis=0), axis=1)  # (N - 1,)
+    lengths = np.concatenate([[0.0], np.cumsum(steps)])  # (N,) from the start
+    places = np.linspace(0, lengths[-1], PATH_POINTS)
+    return np.stack([np.interp(places, lengths, axis) for axis in points.T], 1)
+
+
+def points_in(text: str, right: RightAnswer) -> np.ndarray:
+    """The points that a text names, (N, 2) x, y in shares: "(0.3, 0.4)". Where the row has a "grid"
+    [columns, rows] they are the middles of its cells: "d5" is in column 4 of row 5."""
+    if "grid" in right.row:
+        cells = re.findall(r"\b([a-z])(\d{1,2})\b", plain(text).casefold())
+        middles = [(ord(column) - ord("a") + 0.5, int(row) - 0.5) for column, row in cells]
+        return np.array(middles, float).reshape(-1, 2) / right.row["grid"]
+    scale = right.unit
+    if not scale:
+        height, width = open_of_row(right, right.row["images"][0]).shape[:2]
+        scale = (width, height)
+    pairs = np.array(re.findall(PAIR, text.translate(AS_ASCII)), float)
+    return (pairs.reshape(-1, 2) / scale).clip(-99, 99)  # "1e999" is far outside, and no more
+
+
+def open_of_row(right: RightAnswer, name: str) -> np.ndarray:
+    """An image that the row names, (H, W, 3) uint8 as training sees it. Damaged naming the row."""
+    path = right.folder / name
+    return read_image(path, f"{right.row.get('sample_id', '')}: {path}")
+
+
+def box_distances(points: np.ndarray, box: list[float]) -> np.ndarray:
+    """Points (N, 2) in 0 .. 1 -> how far from the box they are, 0 inside, (N,)."""
+    low, high = np.reshape(box, (2, 2))
+    if not (0 <= low.min() and (low < high).all() and high.max() <= 1):  # nor NaN
+        raise ValueError(f"box {box} is not left, top, right, bottom in 0 .. 1")
+    outside = np.maximum(np.maximum(low - points, points - high), 0)
+    return np.linalg.norm(outside, axis=1)
+
+
+def mask_distances(points: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Points (N, 2) in 0 .. 1 -> how far from the mask (H, W) they are: 0 in a pixel where it is
+    true, else to the middle of the nearest such pixel, (N,)."""
+    size = np.array(mask.shape[::-1])  # width, height
+    framed = np.pad(mask, 1)  # a frame of False catches points outside
+    x, y = (np.floor(points * size).astype(int).T + 1).clip(0, size[:, None] + 1)
+    rows, columns = np.nonzero(mask)
+    white = (np.stack([columns, rows], 1) + 0.5) / size  # (M, 2)
+    nearest = [np.linalg.norm(white - point, axis=1).min() for point in points]
+    return np.where(framed[y, x], 0.0, np.reshape(nearest, -1))
+
+
+SCORES = {
+    "exact": exact,
+    "choice": choice,
+    "number": number,
+    "items": items,
+    "point": point,
+    "path": path,
+}
+
+
+def answer_score(answer: str, right: RightAnswer, graded: bool = False) -> float:
+    """What an answer is worth, 0 .. 1; graded: by how near it is."""
+    return SCORES[right.score](answer, right, graded)
 
 
 # ---- Reward --------------------------------------------------------------------------------------
 
 
-# fork point: the reward. r_a is a function (action tokenizer, N generated and N target lists of
-# action ids) -> (N,) in [0, 1], with a name in REWARDS, which --reward and evaluate.py take.
+# fork point: the reward. r_a of actions is a function (action tokenizer, N generated and N target
+# lists of action ids) -> (N,) in [0, 1], with a name in REWARDS, which --reward and evaluate.py
+# take. r_a of words is one of SCORES.
 IdLists = list[list[int]]
 
 
@@ -211,26 +604,62 @@ REWARDS = {"prefix": prefix_rewards, "l1": action_closeness, "lcs": subsequence_
 def reward(
     backbone: Backbone,
     token_ids: list[list[int]],
-    targets: list[list[int]],
+    targets: list[Target],
     kind: str = "prefix",
     think: bool = True,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """r = (r_f + r_a) / 2 in [0, 1] (2603.21341, "Reward").
 
-    token_ids: N sampled sequences, without padding. targets: N lists of action ids. kind: one of
-    REWARDS. think=False scores direct answers (evaluate.py), where r_f asks for no thought.
-    -> r (N,) float64, and {"r_f", "r_a", "tags", "markers", "decodes"}: (N,) float64 each."""
+    token_ids: N sampled sequences, without padding. targets: N lists of action ids, or what answers
+    in words are scored by. kind: one of REWARDS, of actions. think=False scores direct answers
+    (evaluate.py), where r_f asks for no thought.
+    -> r (N,) float64, and {"r_f", "r_a", "tags", "markers", "decodes"}: (N,) float64 each, the last
+    two 0 for words."""
     if kind not in REWARDS:
         raise ValueError(f"reward {kind!r} is unknown; choose one of {', '.join(REWARDS)}")
+    names = ("r_f", "r_a", "tags", "markers", "decodes")
+    parts = {name: np.zeros(len(token_ids)) for name in names}
+    in_words = is_in_words(targets)
+    for members, score in (
+        (np.flatnonzero(~in_words), partial(action_parts, kind=kind)),
+        (np.flatnonzero(in_words), word_parts),
+    ):
+        if len(members):
+            member_ids = [token_ids[i] for i in members]
+            member_targets = [targets[i] for i in members]
+            for name, values in score(backbone, member_ids, member_targets, think).items():
+                parts[name][members] = values
+    # ours: a malformed answer earns nothing, whatever its tokens
+    parts["r_a"] = np.where(parts["r_f"], parts["r_a"], 0.0)
+    return (parts["r_f"] + parts["r_a"]) / 2, parts
+
+
+def is_in_words(targets: list[Target]) -> np.ndarray:
+    """(N,) bool: which are answered in words, not by actions."""
+    return np.array([isinstance(target, RightAnswer) for target in targets], bool)
+
+
+def action_parts(backbone, token_ids, targets, think, kind) -> dict[str, np.ndarray]:
+    """reward()'s parts of answers by actions."""
     parsed = [model.parse_actions(backbone, sequence) for sequence in token_ids]
     generated = [answer.action_ids for answer in parsed]
     _, decodes = backbone.action_tokenizer.decode(generated)
-    r_f = format_reward(parsed, decodes, think)
-    r_a = np.asarray(REWARDS[kind](backbone.action_tokenizer, generated, targets), np.float64)
-    r_a = np.where(r_f, r_a, 0.0)  # ours: a malformed answer earns nothing, whatever its tokens
-    diagnostics = format_diagnostics(backbone, token_ids, parsed, think)
-    diagnostics["decodes"] = decodes.astype(np.float64)
-    return (r_f + r_a) / 2, {"r_f": r_f, "r_a": r_a, **diagnostics}
+    return {
+        "r_f": format_reward(parsed, decodes, think),
+        "r_a": REWARDS[kind](backbone.action_tokenizer, generated, targets),
+        **format_diagnostics(backbone, token_ids, parsed, think),
+        "decodes": decodes,
+    }
+
+
+def word_parts(backbone, token_ids, targets, think) -> dict[str, np.ndarray]:
+    """reward()'s parts of answers in words: r_f is the tags alone."""
+    parsed = [model.parse_words(backbone, sequence) for sequence in token_ids]
+    r_f = np.array([words.has_thought if think else words.well_formed for words in parsed], float)
+    r_a = []
+    for words, right in zip(parsed, targets, strict=True):
+        r_a.append(answer_score(words.answer, right, graded=True) if words.well_formed else 0.0)
+    return {"r_f": r_f, "r_a": np.array(r_a), "tags": r_f}
 
 
 def format_reward(parsed: list[model.ParsedAnswer], decodes: np.ndarray, think: bool) -> np.ndarray:
@@ -438,8 +867,11 @@ class Group:
 
 METRICS = [
     "reward", "r_f", "r_a", "tags", "markers", "decodes", "frac_reward_zero_std",
-    "completion_length", "truncated", "distinct_thoughts", "distinct_actions", "entropy",
+    "completion_length", "truncated", "distinct_thoughts", "distinct_actions", "distinct_answers",
+    "entropy",
 ]  # fmt: skip
+KINDS = ["action", *SCORES]  # of answers, for each of which there is an r_a too
+METRICS += [f"r_a_{kind}" for kind in KINDS]
 Sums = dict[str, list[float]]  # metric -> [sum, count] over completions, groups or tokens of a rank
 
 
@@ -447,7 +879,7 @@ def rollout(
     backbone: Backbone,
     cfg: Config,
     rows: list[Row],
-    targets: list[list[int]],
+    targets: list[Target],
     keys: Sequence[int],
     seed: int,
     G: int,
@@ -495,34 +927,46 @@ def rollout(
     # -log p of what was sampled: its mean is the entropy, of all groups, and costs no forward
     surprise = -samples["logp"][samples["mask"].bool()].cpu()  # (tokens,)
     diagnostics["entropy"] = surprise.numpy()
-    sums = rollout_metrics(backbone, token_ids, r, diagnostics, zero_std, G)
+    sums = rollout_metrics(backbone, token_ids, repeated_targets, r, diagnostics, zero_std, G)
     text = backbone.tokenizer.decode(token_ids[0])
-    target_text = model.action_answer(targets[0])
+    target = targets[0]
+    target_text = target.text if isinstance(target, RightAnswer) else model.action_answer(target)
     return groups, sums, f"{text!r} r {r[0]:.3f}, target {target_text}"
 
 
-def rollout_metrics(backbone, token_ids, r, diagnostics, zero_std, G) -> Sums:
-    """Sums and counts of METRICS. Distinct thoughts and actions: different ones / G, 1 when all
-    of a group differ; falling, they show a collapse."""
+def rollout_metrics(backbone, token_ids, targets, r, diagnostics, zero_std, G) -> Sums:
+    """Sums and counts of METRICS, those of actions or words over their completions alone. Distinct
+    thoughts, actions, answers: different ones / G, 1 when all of a group differ; falling, they show
+    a collapse."""
     fast = set(backbone.vocab.fast)
-    thoughts, actions = [], []
+    thoughts, actions, answers = [], [], []
     for sequence in token_ids:
-        thoughts.append(backbone.tokenizer.decode(sequence).split("<answer>")[0])
+        thought, _, answer = backbone.tokenizer.decode(sequence).partition("<answer>")
+        thoughts.append(thought)
+        answers.append(answer)
         actions.append(tuple(token for token in sequence if token in fast))
 
     def distinct(items):
         groups = [items[i : i + G] for i in range(0, len(items), G)]
-        return [len(set(group)) / G for group in groups]
+        return np.array([len(set(group)) / G for group in groups])
 
+    in_words = is_in_words(targets)  # (N,), N = B * G
+    of_words = in_words[::G]  # (B,)
+    kinds = np.array([t.score if isinstance(t, RightAnswer) else "action" for t in targets])
     values = {
         "reward": r,
         **diagnostics,
+        "markers": diagnostics["markers"][~in_words],
+        "decodes": diagnostics["decodes"][~in_words],
         "frac_reward_zero_std": zero_std.tolist(),
         "completion_length": [len(sequence) for sequence in token_ids],
         "truncated": [sequence[-1] != backbone.vocab.eos for sequence in token_ids],
         "distinct_thoughts": distinct(thoughts),
-        "distinct_actions": distinct(actions),
+        "distinct_actions": distinct(actions)[~of_words],
+        "distinct_answers": distinct(answers)[of_words],
     }
+    for kind in KINDS:
+        values[f"r_a_{kind}"] = diagnostics["r_a"][kinds == kind]
     return {name: [float(np.sum(values[name])), len(values[name])] for name in METRICS}
 
 
@@ -531,28 +975,33 @@ def add_sums(a: Sums, b: Sums) -> Sums:
 
 
 def means(sums: Sums) -> dict[str, float]:
-    """Sums of this rank -> means over all ranks."""
+    """Sums of this rank -> means over all ranks, of what there is: no r_a_path without paths, and
+    none beside r_a itself where all answers are paths."""
     flat = []
     for pair in sums.values():
         flat += pair
-    total = all_sum(flat)
-    return {name: total[2 * i] / max(total[2 * i + 1], 1) for i, name in enumerate(sums)}
+    total = np.reshape(all_sum(flat), (-1, 2))
+    of_all = dict(zip(sums, total.tolist(), strict=True))
+    mean = {}
+    for name, (value, count) in of_all.items():
+        is_r_a_itself = name.startswith("r_a_") and count == of_all["r_a"][1]
+        if count and not is_r_a_itself:
+            mean[name] = value / count
+    return mean
 
 
-def replace_zero_std_groups(backbone, cfg, episodes, groups, prompt_numbers, sums) -> Sums:
+def replace_zero_std_groups(backbone, cfg, sources, weights, groups, prompt_numbers, sums) -> Sums:
     """Dynamic sampling (DAPO, 2503.14476, section 3.2): fresh prompts take the place of groups
     with equal rewards, in `groups` itself, up to cfg.dynamic_sampling times. -> sums, in which the
     replaced groups count too."""
-    frame_count = int(chunk_ends(episodes, backbone.action_tokenizer.horizon)[-1])
     for again in range(1, cfg.dynamic_sampling + 1):
         places = [i for i, group in enumerate(groups) if group.zero_std]
-        # prompt numbers that no step reaches: other shuffles and draws, so a frame may come again
-        fresh_numbers = [prompt_numbers[i] + (again << 40) for i in places]
-        frames = prompt_frames(cfg.seed, frame_count, fresh_numbers)
-        rows, targets = prompt_rows(backbone, episodes, frames)
-        fresh, fresh_sums, _ = rollout(
-            backbone, cfg, rows, targets, fresh_numbers, cfg.seed, cfg.group
-        )
+        # other shuffles, so a row may come again, and keys that no step reaches: other samples
+        numbers = [prompt_numbers[i] for i in places]
+        picks = draw_prompts(cfg.seed, sources, weights, numbers, again)
+        rows, targets = prompt_rows(backbone, sources, picks)
+        keys = [number + (again << 40) for number in numbers]
+        fresh, fresh_sums, _ = rollout(backbone, cfg, rows, targets, keys, cfg.seed, cfg.group)
         for i, group in zip(places, fresh, strict=True):
             groups[i] = group
         sums = add_sums(sums, fresh_sums)
@@ -742,17 +1191,21 @@ def arrays_of(groups: list[Group]) -> Iterator[dict]:
 
 
 def held_out_prompts(
-    backbone: Backbone, cfg: Config, held_out: list[EpisodeFile], dist: Dist
-) -> tuple[list[Row], list[list[int]]]:
-    """This rank's share of --eval-prompts steps, spread evenly over the held-out episodes; each
-    step once, also where there are fewer. -> rows, targets."""
-    n = int(chunk_ends(held_out, backbone.action_tokenizer.horizon)[-1])
-    frames = np.linspace(0, n - 1, min(cfg.eval_prompts, n)).astype(int)
-    return prompt_rows(backbone, held_out, frames[dist.rank :: dist.world_size])
+    backbone: Backbone, cfg: Config, sources: list[Source], weights: list[float], dist: Dist
+) -> tuple[list[Row], list[Target]]:
+    """This rank's share of --eval-prompts prompts, which are divided by the weights of the sources
+    and spread evenly over what each holds out; each once, also where there are fewer. -> rows,
+    targets."""
+    picks = []
+    for s, (source, weight) in enumerate(zip(sources, weights, strict=True)):
+        n = round(cfg.eval_prompts * weight / sum(weights))
+        if source.held:
+            picks += [Pick(s, i) for i in model.evenly_spaced(source.held, n)]
+    return prompt_rows(backbone, sources, picks[dist.rank :: dist.world_size])
 
 
 def evaluate(
-    backbone: Backbone, cfg: Config, rows: list[Row], targets: list[list[int]], dist: Dist
+    backbone: Backbone, cfg: Config, rows: list[Row], targets: list[Target], dist: Dist
 ) -> dict[str, float]:
     """Held-out reward, greedy and sampled; the same prompts and draws each time, other draws than
     in training (seed + 1). rows, targets: this rank's, as held_out_prompts() gives them."""
@@ -763,8 +1216,9 @@ def evaluate(
             is_greedy = style == "greedy"
             _, sums, _ = rollout(backbone, cfg, rows, targets, keys, cfg.seed + 1, G, is_greedy)
             mean = means(sums)
-            for name in ("reward", "r_f", "r_a"):
-                metrics[f"eval_{style}_{name}"] = mean[name]
+            for name, value in mean.items():
+                if name in ("reward", "r_f") or name.startswith("r_a"):
+                    metrics[f"eval_{style}_{name}"] = value
     return metrics
 
 
@@ -793,8 +1247,8 @@ class Prepared(NamedTuple):
     backbone: Backbone  # sharded
     reference: Backbone | None  # sharded and frozen; None without KL
     optim: torch.optim.Optimizer
-    episodes: list[EpisodeFile]
-    held_out: list[EpisodeFile]
+    sources: list[Source]
+    weights: list[float]  # by which prompts are drawn from them
     data: dict[str, dict]  # what run.json says of them
     first_step: int  # 0, or where a resumed run goes on
 
@@ -804,15 +1258,22 @@ def prepare(cfg: Config, dist: Dist) -> Prepared:
     ValueError when checkpoint and data do not fit."""
     resume_from = model.checkpoint_to_resume(cfg)  # None: a new run
     path = resume_from or cfg.init
-    backbone = model.load(path, dist.build, stages=("sft", "grpo"), max_pixels=cfg.max_pixels)
-    if backbone.action_tokenizer is None:
+    stages = ("base", "sft", "grpo")  # base: it knows no actions, and may be asked for words
+    backbone = model.load(path, dist.build, stages=stages, max_pixels=cfg.max_pixels)
+    mixture = model.parse_mixture(cfg.data)
+    if backbone.action_tokenizer is None and any(
+        not item.path.endswith(".jsonl") for item in mixture
+    ):
         raise ValueError(
             f"{path}: no fast/ in this checkpoint, so it knows no action tokens; run sft.py on "
             "episodes with --action-tokenizer"
         )
-    all_episodes = read_episodes(cfg.data, action_tokenizer=backbone.action_tokenizer)
-    episodes, held_out = split_episodes(all_episodes)  # held out from sft.py too
-    data = {cfg.data: {"sha256": episodes_sha256(all_episodes)}}
+    sources = model.open_sources(
+        mixture, backbone.action_tokenizer, cfg.holdout_rows, cfg.outside_images
+    )
+    keep_kinds(sources, cfg.kinds)
+    weights, _ = model.mixture_shares(mixture, [len(source.train) for source in sources])
+    data = {str(source.path): {"sha256": source.fingerprint} for source in sources}
     if resume_from and not cfg.changed_data:
         model.check_unchanged(data, resume_from)
     if cfg.recompute:
@@ -827,7 +1288,7 @@ def prepare(cfg: Config, dist: Dist) -> Prepared:
     optim = model.make_optimizer(backbone.net, cfg.lr, cfg.weight_decay, betas)
     first_step, _ = model.load_train_state(resume_from, backbone.net, optim)
     model.check_steps(resume_from, first_step, cfg.steps)
-    return Prepared(backbone, reference, optim, episodes, held_out, data, first_step)
+    return Prepared(backbone, reference, optim, sources, weights, data, first_step)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -835,11 +1296,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     model.keep_freed_memory()
     dist = model.setup(cfg.seed, cfg.shards, cfg.batch, cfg.timeout_hours)
     check_config(cfg)
-    backbone, reference, optim, episodes, held_out, data, first_step = prepare(cfg, dist)
-    horizon = backbone.action_tokenizer.horizon
-    frame_count = int(chunk_ends(episodes, horizon)[-1])  # steps with a whole chunk
-    eval_rows, eval_targets = held_out_prompts(backbone, cfg, held_out, dist)
-    split = [split_record([*episodes, *held_out], held_out)]
+    backbone, reference, optim, sources, weights, data, first_step = prepare(cfg, dist)
+    eval_rows, eval_targets = held_out_prompts(backbone, cfg, sources, weights, dist)
+    split = [source.split for source in sources if isinstance(source, EpisodeDataset)]
     if dist.rank == 0:
         warn_of_other_split(backbone.run.get("split", []), split)
     run = {
@@ -862,8 +1321,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         first_number = step * cfg.prompts
         prompt_numbers = range(first_number, first_number + cfg.prompts)
         local_numbers = prompt_numbers[dist.rank :: dist.world_size]
-        frames = prompt_frames(cfg.seed, frame_count, local_numbers)
-        rows, targets = prompt_rows(backbone, episodes, frames)
+        picks = draw_prompts(cfg.seed, sources, weights, local_numbers)
+        rows, targets = prompt_rows(backbone, sources, picks)
 
         # 2. to 4. sample, score, compare within groups
         with model.unsharded(backbone.net):
@@ -871,7 +1330,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 backbone, cfg, rows, targets, local_numbers, cfg.seed, cfg.group
             )
             if cfg.dynamic_sampling:
-                sums = replace_zero_std_groups(backbone, cfg, episodes, groups, local_numbers, sums)
+                sums = replace_zero_std_groups(
+                    backbone, cfg, sources, weights, groups, local_numbers, sums
+                )
         rollout_time = time.perf_counter()
 
         # 5. and 6. update, each time on other prompts of the rollout

@@ -26,6 +26,7 @@ import contextlib
 import ctypes
 import datetime
 import functools
+import hashlib
 import inspect
 import itertools
 import json
@@ -61,7 +62,21 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from fast_tokenizer import FastTokenizer, config_parser
+from fast_tokenizer import (
+    FastTokenizer,
+    action_chunks,
+    chunk_ends,
+    config_parser,
+    count,
+    episodes_sha256,
+    image_size,
+    locate_step,
+    non_negative,
+    read_episodes,
+    read_image,
+    split_episodes,
+    split_record,
+)
 
 META = torch.device("meta")  # tensors with shapes but without values
 
@@ -145,6 +160,35 @@ def parse_actions(backbone: "Backbone", token_ids: Sequence[int]) -> ParsedAnswe
     well_formed = bool(before and action_ids and closed and after)
     has_thought = well_formed and bool((before[1] or "").strip())
     return ParsedAnswer(well_formed, has_thought, action_ids)
+
+
+class ParsedWords(NamedTuple):
+    """What one sampled sequence says in words; see parse_words."""
+
+    well_formed: bool
+    has_thought: bool  # well formed, with a thought that is not blank
+    thought: str
+    answer: str  # what stands in <answer></answer>; of a malformed sequence both are ""
+
+
+WORDS = re.compile(
+    rf"\s*(?:<think>({TAGLESS})</think>)?\s*<answer>({TAGLESS})</answer>\s*<\|im_end\|>", re.DOTALL
+)
+
+
+def parse_words(backbone: "Backbone", token_ids: Sequence[int]) -> ParsedWords:
+    """One sampled sequence of token ids -> ParsedWords. Well formed is, but for white space between
+    the parts, and with no tag or action token in them:
+
+        [<think>words</think>] <answer> words </answer> <|im_end|>"""
+    token_ids = [int(token) for token in token_ids]
+    if backbone.vocab.eos in token_ids:
+        token_ids = token_ids[: token_ids.index(backbone.vocab.eos) + 1]
+    parts = WORDS.fullmatch(backbone.tokenizer.decode(token_ids))
+    if parts is None:
+        return ParsedWords(False, False, "", "")
+    thought = (parts[1] or "").strip()
+    return ParsedWords(True, thought != "", thought, parts[2].strip())
 
 
 def prefix_reward(generated: Sequence[int], target: Sequence[int]) -> float:
@@ -562,6 +606,394 @@ def to_device(batch: Batch, device: str | torch.device) -> Batch:
         is_tensor = torch.is_tensor(value)
         moved[name] = value.to(device, non_blocking=True) if is_tensor else value
     return moved
+
+
+# ---- Sources: conversations and episodes as samples ----------------------------------------------
+
+
+# fork point: mixture. What to draw from and in which shares; sft.sample_order() draws what is
+# trained on, grpo.draw_prompts() what is asked, and a new kind of source is a class like the two
+# below.
+class MixtureItem(NamedTuple):
+    path: str  # .jsonl of conversations, or folder of episodes
+    weight: float | None = None  # relative share of the samples
+    samples: int | None = None  # in an epoch; neither: its rows to train on
+
+
+def parse_mixture(spec: str) -> list[MixtureItem]:
+    """The value of --data, "path:weight,path" or "path#samples,path", whose paths must exist."""
+    mixture = [parse_mixture_item(text.strip()) for text in spec.split(",")]
+    weights = [item.weight for item in mixture if item.weight is not None]
+    if weights and any(item.samples for item in mixture):
+        raise ValueError(
+            f"--data {spec}: weights (:) and counts (#); a weight is no number of samples, write "
+            "path#samples for all of them, or path:weight"
+        )
+    if len(weights) == len(mixture) and not sum(weights):
+        raise ValueError(f"--data {spec}: all weights are 0; give one that is not")
+    return mixture
+
+
+def parse_mixture_item(text: str) -> MixtureItem:
+    item = MixtureItem(text)
+    if not text:
+        raise ValueError("--data: a path is empty; write path,path without a comma at the end")
+    try:
+        if Path(text).exists():  # a name may hold : and #
+            pass
+        elif "#" in text:
+            path, _, samples = text.rpartition("#")
+            item = MixtureItem(path, samples=count(samples))
+        elif ":" in text:
+            path, _, weight = text.rpartition(":")
+            item = MixtureItem(path, weight=non_negative(weight))
+    except argparse.ArgumentTypeError as e:
+        raise ValueError(f"--data {text}: {e}; write path:weight or path#samples") from e
+    if not Path(item.path).exists():
+        raise FileNotFoundError(
+            f"--data {item.path}: no such file or folder; generate or convert it first "
+            "(docs/data.md; for Tabletop: python -m benchmarks.tabletop_data)"
+        )
+    return item
+
+
+def mixture_shares(mixture: list[MixtureItem], sizes: list[int]) -> tuple[list[float], int]:
+    """-> by which weights to draw from the sources, which have so many rows to train on; and how
+    many samples are an epoch. With counts each source gives so many samples of it:
+
+        qa.jsonl#1876000,bridge#400000  ->  400,000 / 2,276,000 = 17.6% actions
+    """
+    samples = [item.samples or size for item, size in zip(mixture, sizes, strict=True)]
+    weights = []
+    for item, n in zip(mixture, samples, strict=True):
+        weights.append(n if item.weight is None else item.weight)
+    return weights, sum(samples)
+
+
+class Sample(NamedTuple):
+    """What a source gives at an index."""
+
+    messages: list[dict[str, str]]  # of "role" and "content", with their mode lines
+    images: list[Path | np.ndarray]  # files, or frames (H, W, 3) uint8
+    kind: str | None  # of question; greedy accuracy is told by kind
+    sample_id: str  # "talk.jsonl:12", "episode_000003.safetensors:7": named by errors
+    max_pixels: int = 0  # bound on its images under --too-long shrink; 0: none
+
+
+class Outline(NamedTuple):
+    """The longest sample of a unit, without pixels. A unit is what is checked and measured once: a
+    row of a .jsonl, an episode of a folder."""
+
+    messages: list[dict[str, str]]
+    image_sizes: list[tuple[int, int]]  # (H, W)
+
+
+ACTION_ANSWER = re.compile(r"<answer>\s*<ACTION>\s*</answer>")
+
+
+class ConversationDataset:
+    """Rows of a .jsonl file, each checked when it is asked for; check_rows() asks for all of them.
+
+    name: in the log. train, held: indices to train on and to evaluate on. source[i] is a Sample,
+    of a row that is none a ValueError naming the file and the line."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        action_tokenizer: FastTokenizer | None,
+        holdout_rows: int,
+        outside_images: bool = False,
+    ):
+        self.path = Path(path)
+        self.action_tokenizer = action_tokenizer
+        self.outside_images = outside_images
+        self.name = self.path.stem
+        offsets = [0]  # byte at which each line begins, and that at which the last one ends
+        content = hashlib.sha256()
+        with open(path, "rb") as file:
+            for line in file:
+                offsets.append(offsets[-1] + len(line))
+                content.update(line)
+        self.offsets = np.array(offsets)
+        self.fingerprint = content.hexdigest()
+        self.max_pixels = {}  # row -> bound on its images; set by check_rows()
+
+        n = len(offsets) - 1
+        if n == 0:
+            raise ValueError(f"{path}: no rows; write one a line")
+        if n <= holdout_rows:
+            raise ValueError(
+                f"{path}: {n} rows, all of them held out; lower --holdout-rows {holdout_rows}"
+            )
+        self.units = n
+        self.train = range(n - holdout_rows)
+        self.held = range(n - holdout_rows, n)
+
+    def unit(self, i: int) -> int:
+        return i
+
+    def sample_id(self, i: int) -> str:
+        return f"{self.path}:{i + 1}"
+
+    def row(self, i: int) -> dict:
+        """Row i as it stands in the file, with a list "images". ValueError if it is no row."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offsets[i])
+            line = file.readline()
+        sample_id = self.sample_id(i)
+        try:
+            row = json.loads(line)
+            fault = row_fault(row)
+        except (ValueError, RecursionError) as e:
+            fault = f"not JSON ({e})"
+        if fault:
+            raise ValueError(
+                f'{sample_id}: not a row {{"images": [...], "messages": [{{"role", "content"}}, '
+                f"...]}}: {fault}; repair or delete the line"
+            )
+        row["images"] = row.get("images") or []
+        return row
+
+    def __getitem__(self, i: int) -> Sample:
+        row = self.row(i)
+        sample_id = self.sample_id(i)
+        images = [self.image_path(name, sample_id) for name in row["images"]]
+        messages = add_mode_lines(row["messages"])
+        ids = self.action_ids(row, sample_id)
+        answer = action_answer(ids) if ids else ""
+        for message in messages:
+            if message["role"] == "assistant" and answer:
+                message["content"] = ACTION_ANSWER.sub(answer, message["content"])
+            if "<ACTION>" in message["content"]:
+                raise ValueError(
+                    f"{sample_id}: an <ACTION> that is not the whole answer of the assistant; "
+                    "write <answer><ACTION></answer>"
+                )
+        return Sample(messages, images, row.get("kind"), sample_id, self.max_pixels.get(i, 0))
+
+    def question(self, i: int, think: bool | None = None) -> Sample:
+        """All that stands before the first answer, a system message too, asked to think or not;
+        None: as the row's own answer begins. ValueError when that is no question."""
+        sample = first_question(self[i])
+        if not sample.messages or sample.messages[-1]["role"] != "user":
+            raise ValueError(f"{sample.sample_id}: an answer without a question before it")
+        if think is None:
+            return sample
+        *before, last = self.row(i)["messages"][: len(sample.messages)]
+        question = {"role": "user", "content": ask(last["content"], think)}
+        return sample._replace(messages=[*before, question])
+
+    def outline(self, unit: int) -> Outline:
+        sample = self[unit]
+        sizes = [image_size(path, f"{sample.sample_id}: {path}") for path in sample.images]
+        return Outline(sample.messages, sizes)
+
+    def action_ids(self, row: dict, sample_id: str) -> list[int]:
+        """The "chunk" (K x A) of a row as action ids; none for a row without actions."""
+        has_action = any("<ACTION>" in message["content"] for message in row["messages"])
+        if not has_action and "chunk" not in row:
+            return []
+        if self.action_tokenizer is None:
+            raise ValueError(
+                f"{sample_id}: an <ACTION> but no FAST tokenizer; give --action-tokenizer"
+            )
+        if "chunk" not in row:
+            raise ValueError(f'{sample_id}: an <ACTION> but no "chunk"; add the K x A actions')
+        if not has_action:
+            raise ValueError(
+                f'{sample_id}: a "chunk" but no <ACTION>; write <answer><ACTION></answer> where '
+                "its tokens belong, or delete it"
+            )
+        try:
+            chunk = np.asarray(row["chunk"], np.float32)  # (K, A)
+            return self.action_tokenizer.encode(chunk[None])[0]
+        except (ValueError, TypeError) as e:
+            raise ValueError(f'{sample_id}: "chunk": {e}') from e
+
+    def image_path(self, name: str, sample_id: str) -> Path:
+        """Where an image of a row lies. ValueError outside the file's folder, unless allowed."""
+        inside = os.path.normpath(name)
+        is_outside = os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir
+        if is_outside and not self.outside_images:
+            raise ValueError(
+                f"{sample_id}: image {name} lies outside {self.path.parent}; move it below that "
+                "folder, or trust this file with --outside-images"
+            )
+        return self.path.parent / name
+
+
+def row_fault(row: object) -> str:
+    """What makes the JSON of a line no row; "" when it is one."""
+    if not isinstance(row, dict):
+        return f"it is a {type(row).__name__}"
+    messages = row.get("messages")
+    if not isinstance(messages, list):
+        return '"messages" is no list'
+    for message in messages:
+        if not isinstance(message, dict):
+            return f"a message is a {type(message).__name__}"
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                return f'"{key}" of a message is no text'
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles or not set(roles) <= {"system", "user", "assistant"}:
+        return (
+            f"roles {roles}; an assistant must answer, and only system, user and assistant may "
+            "speak"
+        )
+    images = row.get("images")
+    if images is not None and not isinstance(images, list):
+        return '"images" is no list'
+    if not all(isinstance(name, str) and name for name in images or []):
+        return '"images" holds what is no path'
+    if not isinstance(row.get("kind"), str | None):
+        return '"kind" is no text'
+    return ""
+
+
+class EpisodeDataset:
+    """Steps of the episodes in a folder, counted through. The answer to the frame of a step is the
+    K actions from that step on, as FAST. name, train, held, source[i] and units as above."""
+
+    def __init__(self, folder, action_tokenizer: FastTokenizer | None):
+        if action_tokenizer is None:
+            raise ValueError(
+                f"{folder}: episodes but no FAST tokenizer; fit one (python fast_tokenizer.py fit) "
+                "and give its folder as --action-tokenizer"
+            )
+        if action_tokenizer.stats is None:
+            raise ValueError(
+                f"{folder}: an action tokenizer without statistics; save it with those of the "
+                f"episodes: fast_tokenizer.py report --data {folder} --out fast/"
+            )
+        self.path = Path(folder)
+        self.name = "action"
+        self.action_tokenizer = action_tokenizer
+        all_episodes = read_episodes(folder, action_tokenizer=action_tokenizer)
+        train_episodes, held_out = split_episodes(all_episodes)
+        self.episodes = [*train_episodes, *held_out]
+        self.ends = chunk_ends(self.episodes, action_tokenizer.horizon)
+        self.units = len(self.episodes)
+        self.max_pixels = {}  # episode -> bound on its images; set by check_rows()
+        self.fingerprint = episodes_sha256(self.episodes)
+        self.split = split_record(all_episodes, held_out)
+
+        n_train = int(self.ends[len(train_episodes) - 1])
+        self.train = range(n_train)
+        self.held = range(n_train, int(self.ends[-1]))
+
+    def unit(self, i: int) -> int:
+        """The index of the episode to which step i belongs."""
+        return int(np.searchsorted(self.ends, i, side="right"))
+
+    def sample_id(self, unit: int) -> str:
+        return str(self.episodes[unit])
+
+    def target_ids(self, i: int) -> list[int]:
+        """The true FAST ids of the K actions from step i on."""
+        episode, t = locate_step(self.episodes, self.ends, i)
+        chunks = action_chunks(episode, self.action_tokenizer.horizon)  # (T, K, A)
+        return self.action_tokenizer.encode(chunks[t : t + 1])[0]
+
+    def question(self, i: int, think: bool = False) -> Sample:
+        """The prompt alone."""
+        episode, t = locate_step(self.episodes, self.ends, i)
+        messages = action_prompt(episode.task, think)
+        max_pixels = self.max_pixels.get(self.unit(i), 0)
+        return Sample(messages, [episode.frame(t)], "action", f"{episode}:{t}", max_pixels)
+
+    def __getitem__(self, i: int) -> Sample:
+        question = self.question(i)
+        answer = {"role": "assistant", "content": action_answer(self.target_ids(i))}
+        return question._replace(messages=[*question.messages, answer])
+
+    def outline(self, unit: int) -> Outline:
+        episode = self.episodes[unit]
+        longest_ids = [0] * self.action_tokenizer.max_ids
+        answer = {"role": "assistant", "content": action_answer(longest_ids)}
+        messages = [*action_prompt(episode.task, think=False), answer]
+        return Outline(messages, [episode.image_sizes["image"]])
+
+
+Source = ConversationDataset | EpisodeDataset
+
+
+def open_sources(
+    mixture: list[MixtureItem],
+    action_tokenizer: FastTokenizer | None,
+    holdout_rows: int,
+    outside_images: bool,
+) -> list[Source]:
+    """A dataset for each item. Of two that have the same name the later gets a number."""
+    sources = []
+    for item in mixture:
+        if item.path.endswith(".jsonl"):
+            source = ConversationDataset(item.path, action_tokenizer, holdout_rows, outside_images)
+        else:
+            source = EpisodeDataset(item.path, action_tokenizer)
+        if source.name in [earlier.name for earlier in sources]:
+            source.name += str(len(sources))
+        sources.append(source)
+    return sources
+
+
+def add_mode_lines(messages: list[dict]) -> list[dict]:
+    """Adds the mode line (think first, or answer at once) to each question whose reply begins with
+    <think> or <answer>; a plain reply gets none."""
+    out = []
+    for k, message in enumerate(messages):
+        reply = messages[k + 1]["content"] if k + 1 < len(messages) else ""
+        think = None
+        if message["role"] == "user":
+            if reply.startswith("<think>"):
+                think = True
+            elif reply.startswith("<answer>"):
+                think = False
+        out.append({"role": message["role"], "content": ask(message["content"], think)})
+    return out
+
+
+def open_images(sample: Sample) -> list[np.ndarray]:
+    """The images of a sample, (H, W, 3) uint8 each: those in memory as they are, files opened."""
+    images = []
+    for image in sample.images:
+        if isinstance(image, np.ndarray):
+            images.append(image)
+        else:
+            images.append(read_image(image, f"{sample.sample_id}: {image}"))
+    return images
+
+
+def encode_sample(backbone: Backbone, sample: Sample, prompt_only: bool = False) -> Row:
+    """A sample as numbers. ValueError naming it when its text and images do not go together."""
+    images = open_images(sample)
+    try:
+        return encode(backbone, sample.messages, images, prompt_only, sample.max_pixels)
+    except ValueError as e:
+        raise ValueError(f"{sample.sample_id}: {e}") from e
+
+
+def first_question(sample: Sample) -> Sample:
+    """All that stands before the first answer, a system message too, with the images in it."""
+    roles = [message["role"] for message in sample.messages]
+    answered = roles.index("assistant") if "assistant" in roles else len(roles)
+    prompt = sample.messages[:answered]
+    n_images = sum(message["content"].count("<image>") for message in prompt)
+    if answered == len(roles) - 1:
+        n_images = len(sample.images)  # all, so that tags and images that disagree are noticed
+    return sample._replace(messages=prompt, images=sample.images[:n_images])
+
+
+def answer_text(text: str) -> str:
+    """What stands in <answer></answer>, else the whole text."""
+    after_tag = text.rpartition("<answer>")[2]
+    return after_tag.partition("</answer>")[0].strip()
+
+
+def evenly_spaced(indices: Sequence[int], n: int) -> list[int]:
+    """At most n of the indices, evenly spaced over them."""
+    places = np.linspace(0, len(indices) - 1, min(n, len(indices)))
+    return [indices[int(place)] for place in places]
 
 
 # ---- Forward -------------------------------------------------------------------------------------

@@ -332,26 +332,33 @@ class Kind(NamedTuple):
 
     weight: int  # how often, among all kinds
     ask: Callable  # SCENE: (env, rng) -> Question; TASK: (env, rng, plan) -> question, answer
+    score: dict  # by what its answers are scored: fields of a row, see grpo.SCORES
 
+
+EXACT = {"score": "exact"}
+CHOICE = {"score": "choice"}
+LIST = {"score": "items"}
+CELLS = {"score": "path", "grid": [8, 8]}  # as cell() names them
+CM = "tolerance"  # of answers in centimetres; a thing is about 4 cm wide
 
 SCENE = {  # what the image shows
-    "where": Kind(4, where_is),
-    "what": Kind(4, what_is_at),
-    "relation": Kind(2, relation_of_two),
-    "holding": Kind(1, what_is_held),
-    "gripper": Kind(2, where_is_the_gripper),
-    "choice": Kind(1, which_one),
-    "caption": Kind(4, describe),
-    "point": Kind(4, point_to),
-    "points": Kind(5, point_to_everything),
+    "where": Kind(4, where_is, EXACT),
+    "what": Kind(4, what_is_at, EXACT),
+    "relation": Kind(2, relation_of_two, EXACT),
+    "holding": Kind(1, what_is_held, EXACT),
+    "gripper": Kind(2, where_is_the_gripper, LIST),
+    "choice": Kind(1, which_one, CHOICE),
+    "caption": Kind(4, describe, LIST),
+    "point": Kind(4, point_to, {"score": "number", CM: 2}),
+    "points": Kind(5, point_to_everything, {**LIST, CM: 2}),
 }
 TASK = {  # the expert's next move
-    "target": Kind(2, where_is_the_target),
-    "direction": Kind(8, which_direction),
-    "phase": Kind(1, which_phase),
-    "fingers": Kind(1, open_or_close),
-    "movement": Kind(1, which_movement),
-    "trajectory": Kind(2, trace_the_path),
+    "target": Kind(2, where_is_the_target, EXACT),
+    "direction": Kind(8, which_direction, {**LIST, CM: 1}),
+    "phase": Kind(1, which_phase, EXACT),
+    "fingers": Kind(1, open_or_close, EXACT),
+    "movement": Kind(1, which_movement, CHOICE),
+    "trajectory": Kind(2, trace_the_path, CELLS),
 }
 
 
@@ -532,12 +539,14 @@ def make_conversation(args, number: int) -> str:
     """Lines of conversations.jsonl: one, or with --single one for each question."""
     image, turns = conversation(args.seed, number, args.size, args.tilt)
     frame = save_frame(args.out, "frames", number, image)
-    if len(turns) > 1 and not args.single:
-        return json_row([frame], [turn.question for turn in turns])
+    kinds = SCENE | TASK
+    if len(turns) > 1 and not args.single:  # RL and evaluation ask the first question of a row
+        questions = [turn.question for turn in turns]
+        return json_row([frame], questions, **kinds[turns[0].kind].score)
     lines = []
     for kind, question in turns:
         way = f"{kind}+think" if question.thought else kind
-        lines.append(json_row([frame], [question], kind=way))
+        lines.append(json_row([frame], [question], kind=way, **kinds[kind].score))
     return "".join(lines)
 
 

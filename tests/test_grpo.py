@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from ranks import on_ranks
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 import grpo
 import model
 import sft
+from benchmarks import tabletop_data
 from fast_tokenizer import FastTokenizer, read_episodes, split_episodes, split_record
 from tools import backbones
 
@@ -40,7 +42,8 @@ def chunks(n, seed=0):
 
 def make_backbone(size="tiny-qwen3-vl"):
     backbone = backbones.random_backbone(size)
-    backbone.action_tokenizer = FastTokenizer.fit(chunks(200), vocab_size=48, scale=2)
+    unit = {"q01": [-1.0] * A, "q99": [1.0] * A, "mean": [0.0] * A, "std": [1.0] * A}
+    backbone.action_tokenizer = FastTokenizer.fit(chunks(200), 48, scale=2, stats=unit)
     sft.grow_vocabulary(backbone, backbone.action_tokenizer.vocab_size)
     return backbone
 
@@ -225,6 +228,69 @@ def test_reward_of_partly_right_actions(backbone):
     assert score([b] + [a] * 11, "l1") == pytest.approx(math.exp(-gap / 0.1), rel=1e-5)
     assert score([a] * 12, "l1") == 1
     assert score([a] * 13, "l1") == 0  # does not decode: a failure, never zeros
+
+
+def right_answer(score, text, **row):
+    return grpo.RightAnswer(score, text, row, grpo.Path())
+
+
+def test_reward_of_answers_in_words(backbone):
+    """r_f asks for the tags alone; r_a is the row's score, graded, and 0 where r_f is."""
+    number = right_answer("number", "10", tolerance=2)
+    act = model.action_answer([0, 1])
+    cases = {  # text -> r_f, r_a
+        "<think>far</think><answer>10</answer><|im_end|>": (1, 1),
+        " <think>far</think>\n<answer> 13 </answer> <|im_end|>": (1, math.exp(-0.5)),
+        "<think>far</think><answer>near</answer><|im_end|>": (1, 0),
+        "<think>far</think><answer></answer><|im_end|>": (1, 0),
+        "<think> </think><answer>10</answer><|im_end|>": (0, 0),  # no thought
+        "<answer>10</answer><|im_end|>": (0, 0),
+        "<think>far</think><answer>10</answer>": (0, 0),  # cut off
+        "<think>far</think><answer>10</answer> and so on<|im_end|>": (0, 0),
+        "<think>far<answer>10</answer><|im_end|>": (0, 0),
+        "<think>far</think>10<|im_end|>": (0, 0),
+        "<think>a</think><answer>9</answer><answer>10</answer><|im_end|>": (0, 0),
+        f"<think>far</think>{act}<|im_end|>": (0, 0),  # acts where it was asked
+        "": (0, 0),
+    }
+    rows = [ids_of(backbone, text) for text in cases]
+    r, info = grpo.reward(backbone, rows, [number] * len(rows))
+    for i, (text, (r_f, r_a)) in enumerate(cases.items()):
+        assert [info["r_f"][i], info["r_a"][i]] == pytest.approx([r_f, r_a]), text
+        assert r[i] == pytest.approx((r_f + r_a) / 2), text
+    direct = ids_of(backbone, "<answer>10</answer><|im_end|>")
+    assert grpo.reward(backbone, [direct], [number], think=False)[0] == [1]
+
+
+def test_words_and_actions_in_one_batch(backbone):
+    """Each by its own kind, in the order of the prompts; what is said of actions is of actions."""
+    target = backbone.action_tokenizer.encode(chunks(1, seed=5))[0]
+    word = "<think>a</think><answer>Red</answer><|im_end|>"
+    act = f"<think>a</think>{model.action_answer(target)}<|im_end|>"
+    red = right_answer("exact", "red")
+    texts = [word, act, word, act]
+    targets = [red, target, target, red]
+    ids = [ids_of(backbone, text) for text in texts]
+    r, info = grpo.reward(backbone, ids, targets)
+    assert r.tolist() == [1, 1, 0, 0]
+    alone, _ = grpo.reward(backbone, [ids[1], ids[2]], [target, target])
+    assert alone.tolist() == [1, 0]
+    zero_std = torch.zeros(2, dtype=torch.bool)
+    pairs = [red, red, target, target]  # two groups of two
+    ids = [ids[0], ids[0], ids[1], ids[2]]
+    r, info = grpo.reward(backbone, ids, pairs)
+    info["entropy"] = np.zeros(4)
+    sums = grpo.rollout_metrics(backbone, ids, pairs, r, info, zero_std, 2)
+    assert sums["decodes"] == sums["markers"] == [1, 2]
+    assert sums["distinct_answers"] == [0.5, 1] and sums["distinct_actions"] == [1, 1]
+    assert sums["r_a_exact"] == [2, 2] and sums["r_a_action"] == [1, 2]
+    means = grpo.means(sums)
+    assert means["r_a"] == 0.75 and means["r_a_exact"] == 1 and means["r_a_action"] == 0.5
+    assert "r_a_path" not in means
+    last = {name: values[2:] for name, values in info.items()}
+    only = grpo.rollout_metrics(backbone, ids[2:], pairs[2:], r[2:], last, zero_std[1:], 2)
+    assert not [name for name in grpo.means(only) if name.startswith("r_a_")], "it is r_a itself"
+    assert "distinct_answers" not in grpo.means(only)
 
 
 def test_surplus_tokens_are_punished():
@@ -454,28 +520,76 @@ def test_non_finite_loss_stops(backbone, tmp_path):
             assert torch.equal(saved[f"{i}.{k}"].nan_to_num(), getattr(g, k).nan_to_num())
 
 
+class Rows:
+    """A source of n rows to train on, after `first` others."""
+
+    def __init__(self, n, first=0):
+        self.train = range(first, first + n)
+
+
+def picked(seed, sizes, weights, numbers, again=0):
+    sources = [Rows(n) for n in sizes]
+    picks = grpo.draw_prompts(seed, sources, weights, numbers, again)
+    return [tuple(pick) for pick in picks]
+
+
 def test_prompt_order():
-    first = grpo.prompt_frames(0, 10, range(10))
-    assert sorted(first) == list(range(10)) and first != sorted(first)  # an epoch sees all, once
-    both = grpo.prompt_frames(0, 10, range(4, 14))
-    assert both[:6] == first[4:] and both[6:] == grpo.prompt_frames(0, 10, range(10, 14))
-    assert grpo.prompt_frames(0, 10, range(1, 9, 2)) == first[1:9:2]  # a rank's share
-    assert grpo.prompt_frames(1, 10, range(10)) != first
+    first = picked(0, [10], [1], range(10))
+    assert sorted(first) == [(0, i) for i in range(10)] and first != sorted(first)  # each once
+    both = picked(0, [10], [1], range(4, 14))
+    assert both[:6] == first[4:] and both[6:] == picked(0, [10], [1], range(10, 14))
+    assert picked(0, [10], [1], range(1, 9, 2)) == first[1:9:2]  # a rank's share
+    assert picked(1, [10], [1], range(10)) != first
+
+
+def test_prompts_of_one_folder_are_those_of_earlier_versions():
+    """The committed results were made by this formula, before there were mixtures."""
+
+    def before(seed, n, numbers):
+        shuffled = {
+            e: model.rng(seed, "prompts", e).permutation(n) for e in {k // n for k in numbers}
+        }
+        return [(0, int(shuffled[k // n][k % n])) for k in numbers]
+
+    numbers = range(7, 40)
+    assert picked(3, [13], [0.5], numbers) == before(3, 13, numbers)
+    fresh = [number + (2 << 40) for number in numbers]  # of dynamic sampling, round 2
+    assert picked(3, [13], [0.5], numbers, again=2) == before(3, 13, fresh)
+
+
+def test_prompts_of_a_mixture_are_drawn_by_weight_and_each_row_once_before_any_again():
+    sizes, weights = [50, 20, 7], [1, 2, 0]
+    picks = picked(0, sizes, weights, range(600))
+    by_source = [[i for s, i in picks if s == source] for source in range(3)]
+    assert [len(rows) / 600 for rows in by_source] == pytest.approx([1 / 3, 2 / 3, 0], abs=0.05)
+    for rows, n in zip(by_source[:2], sizes, strict=False):
+        for start in range(0, len(rows) - n, n):
+            assert sorted(rows[start : start + n]) == list(range(n))
+        assert rows[:n] != rows[n : 2 * n], "shuffled anew"
+    assert picks[5:600:3] == picked(0, sizes, weights, range(5, 600, 3)), "a rank's share"
+    assert picks[:40] == picked(0, sizes, weights, range(40)), "a shorter run begins like a longer"
+    assert picked(0, sizes, weights, range(40), again=1) != picks[:40]
 
 
 def test_prompts_match_their_targets(backbone, world):
     """Targets past an episode's end once repeated its last movement: the arm would go on moving.
     Episodes of 6, 7 and 8 steps have 3, 4 and 5 that begin a chunk of 4."""
-    files = read_episodes(world / "data")
-    rows, targets = grpo.prompt_rows(backbone, files, [0, 2, 3, 6, 7])
-    assert targets[2] == backbone.action_tokenizer.encode(files[1].action[None, :K])[0]
-    assert targets[1] == backbone.action_tokenizer.encode(files[0].action[None, 2:])[0]  # the last
-    text = backbone.tokenizer.decode(rows[4]["ids"])
+    source = model.EpisodeDataset(world / "data", backbone.action_tokenizer)
+    files = source.episodes
+    ends = source.ends.tolist()
+    picks = [grpo.Pick(0, i) for i in (0, ends[0] - 1, ends[0], ends[1])]
+    rows, targets = grpo.prompt_rows(backbone, [source], picks)
+    encode = backbone.action_tokenizer.encode
+    assert targets[0] == encode(files[0].action[None, :K])[0]
+    assert targets[1] == encode(files[0].action[None, -K:])[0]  # the last
+    assert targets[2] == encode(files[1].action[None, :K])[0]
+    text = backbone.tokenizer.decode(rows[3]["ids"])
     assert files[2].task in text and model.THINK in text and text.endswith("assistant\n")
-    pixels, _ = model.fit_image(files[1].frame(3), backbone.image_spec)
-    assert np.array_equal(rows[3]["pixels"], pixels)
+    pixels, _ = model.fit_image(files[1].frame(0), backbone.image_spec)
+    assert np.array_equal(rows[2]["pixels"], pixels)
+    assert rows[2]["sample_id"] == f"{files[1]}:0"
     with pytest.raises(IndexError):  # 12 steps begin a whole chunk
-        grpo.prompt_rows(backbone, files, [12])
+        grpo.prompt_rows(backbone, [source], [grpo.Pick(0, 12)])
 
 
 def test_grpo_raises_the_reward(monkeypatch):
@@ -507,6 +621,155 @@ def flags(world, out, *more):
     for flag, value in {**paths, **SMALL}.items():
         argv += [flag, str(value)]
     return [*argv, *more]
+
+
+@pytest.fixture(scope="module")
+def questions(world):
+    """Rows of three kinds, and of actions, in turn."""
+    folder = world / "questions"
+    (folder / "images").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        image = Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8))
+        image.save(folder / f"images/{i}.png")
+    lines = []
+    for i in range(16):
+        kind, answer, more = [
+            ("where", "d5", {"score": "exact"}),
+            ("far+think", "10", {"score": "number", "tolerance": 2}),
+            ("way", "(0.1, 0.1), (0.5, 0.1)", {"score": "path"}),
+            ("act", "<ACTION>", {"chunk": chunks(1, seed=i)[0].tolist()}),
+        ][i % 4]
+        messages = [
+            {"role": "user", "content": f"<image>{kind} {i}?"},
+            {"role": "assistant", "content": f"<answer>{answer}</answer>"},
+        ]
+        lines.append(
+            {"images": [f"images/{i % 3}.png"], "messages": messages, "kind": kind, **more}
+        )
+    (folder / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / "q.jsonl"
+
+
+def mixed(world, questions, out, *more):
+    data = f"{world / 'data'}:1,{questions}:2"
+    return flags(world, out, "--data", data, "--holdout-rows", "4", *more)
+
+
+def test_questions_as_prompts(backbone, questions):
+    source = model.ConversationDataset(questions, backbone.action_tokenizer, 4)
+    rows, targets = grpo.prompt_rows(backbone, [source], [grpo.Pick(0, i) for i in range(4)])
+    for i, row in enumerate(rows):
+        text = backbone.tokenizer.decode(row["ids"])
+        assert f"{i}?\n{model.THINK}" in text and "<answer>" not in text.partition(model.THINK)[2]
+        assert row["sample_id"] == f"{questions}:{i + 1}"
+    assert [target.score for target in targets[:3]] == ["exact", "number", "path"]
+    assert targets[1].text == "10" and targets[1].row["tolerance"] == 2
+    assert targets[3] == backbone.action_tokenizer.encode(chunks(1, seed=3))[0]
+
+
+def test_kinds_leave_rows_of_conversations_alone(backbone, world, questions):
+    def opened(kinds):
+        sources = [
+            model.EpisodeDataset(world / "data", backbone.action_tokenizer),
+            model.ConversationDataset(questions, backbone.action_tokenizer, 4),
+        ]
+        before = sources[0].train
+        grpo.keep_kinds(sources, kinds)
+        assert sources[0].train == before
+        return list(sources[1].train), list(sources[1].held)
+
+    assert opened("") == (list(range(12)), list(range(12, 16)))
+    assert opened("far, where") == ([0, 1, 4, 5, 8, 9], [12, 13])
+    with pytest.raises(ValueError, match="no row is of kind fra"):
+        opened("far,fra")
+    with pytest.raises(ValueError, match="q.jsonl: no row to train on is of --kinds fra"):
+        opened("fra")
+
+
+def test_words_and_actions_resume_exactly(world, questions, monkeypatch):
+    monkeypatch.setattr(grpo, "reward", spread_rewards)
+    more = ["--steps", "4", "--save-every", "2", "--eval-prompts", "6"]
+    grpo.main(mixed(world, questions, "mixed", *more))
+    final = weights(world / "mixed" / "final")
+    shutil.rmtree(world / "mixed" / "step_000004")
+    grpo.main(mixed(world, questions, "mixed", *more, "--resume"))
+    for k, p in weights(world / "mixed" / "final").items():
+        assert torch.equal(p, final[k]), k
+    steps = [r for r in records(world / "mixed") if "r_f" in r]
+    for a, b in zip(steps[2:4], steps[4:], strict=True):
+        assert all(a[k] == b[k] for k in a.keys() - CLOCK)
+    seen = set().union(*steps)
+    assert {"r_a_action", "r_a_exact", "r_a_number", "r_a_path"} <= seen
+    run = json.loads((world / "mixed" / "final" / "run.json").read_text())
+    assert run["data"].keys() == {str(world / "data"), str(questions)}
+    assert [split["folder"] for split in run["split"]] == [str(world / "data")]
+    assert run["metrics"].keys() >= {"eval_greedy_r_a_action", "eval_sampled_r_a_exact"}
+    lines = questions.read_text()
+    questions.write_text(lines.replace("d5", "d6"))
+    with pytest.raises(ValueError, match="q.jsonl: has changed since"):
+        grpo.main(mixed(world, questions, "mixed", *more, "--resume"))
+    questions.write_text(lines)
+
+
+def test_words_and_actions_on_two_ranks_equal_one(world, questions, monkeypatch):
+    monkeypatch.setattr(grpo, "reward", spread_rewards)
+    both = ["--steps", "2", "--batch", "4", "--micro-batch", "1", "--eval-prompts", "7"]
+    grpo.main(mixed(world, questions, "mixed one", *both))
+    on_ranks(grpo.main, mixed(world, questions, "mixed two", *both), 2)
+    one, two = records(world / "mixed one"), records(world / "mixed two")
+    assert len(one) == len(two) == 5
+    for a, b in zip(one[1:], two[1:], strict=True):
+        late = a["step"] > 1 or ("eval_greedy_reward" in a and a["step"])
+        assert a.keys() == b.keys()
+        for k in a.keys() - CLOCK:
+            assert a[k] == pytest.approx(b[k], rel=1e-3 if late else 1e-5, abs=1e-6), (a["step"], k)
+
+
+def test_questions_alone_need_no_action_tokens(world, questions, tmp_path):
+    """Language RL of a model that sft.py trained on words alone: it was refused."""
+    plain = backbones.random_backbone("tiny-qwen3-vl")
+    model.save(tmp_path / "base", plain, {"stage": "base", "step": 1, "config": {}, "parent": ""})
+    more = ["--data", str(questions), "--kinds", "where,far", "--holdout-rows", "4"]
+    grpo.main(flags(world, "words", "--steps", "1", "--init", str(tmp_path / "base"), *more))
+    record = records(world / "words")[2]
+    assert record["r_f"] == 0 and "markers" not in record and "distinct_actions" not in record
+    assert {"r_a_exact", "r_a_number", "distinct_answers"} <= record.keys()
+
+
+def test_rows_that_cannot_be_scored_are_named_before_the_first_step(world, questions):
+    def error(line, match):
+        lines = questions.read_text().splitlines()
+        bad = questions.parent / "bad.jsonl"
+        bad.write_text("\n".join([*lines[:5], json.dumps(line), *lines[6:]]) + "\n")
+        with pytest.raises(ValueError, match=match):
+            grpo.main(flags(world, "bad", "--data", str(bad), "--holdout-rows", "4"))
+
+    good = json.loads(questions.read_text().splitlines()[1])
+    error({**good, "score": "taste"}, """bad.jsonl:6: its "score" is 'taste'; write one of exact""")
+    bare = {name: value for name, value in good.items() if name != "score"}
+    error(bare, 'bad.jsonl:6: its "score" is None')
+    error({**good, "score": "path"}, "bad.jsonl:6: its answer '10' is none for the score path")
+    error({**good, "score": "point"}, "bad.jsonl:6: KeyError: 'mask'")
+    error({**good, "tolerance": -1}, "bad.jsonl:6: its answer '10' is none for the score number")
+    error({**good, "tolerance": "2"}, "bad.jsonl:6: ")
+    error({**good, "images": ["images/9.png"]}, "bad.jsonl:6: .*9.png: image does not open")
+
+
+@pytest.mark.parametrize("preset", ["language", "visual"])
+def test_presets_of_rl_in_words_run_on_tabletops_questions(preset, world, tmp_path):
+    out = tmp_path / "tabletop"
+    tabletop_data.main(
+        ["--out", str(out), "--episodes", "0", "--conversations", "90", "--size", "32", "--single"]
+    )
+    argv = flags(world, preset, "--steps", "1", "--data", str(out / "conversations.jsonl"))
+    grpo.main([preset, *argv[1:], "--holdout-rows", "30"])
+    names = {name for name in records(world / preset)[2] if name.startswith("r_a_")}
+    kinds = tabletop_data.SCENE | tabletop_data.TASK
+    asked = set(grpo.PRESETS[preset]["kinds"].split(","))
+    assert names and names <= {f"r_a_{kinds[kind].score['score']}" for kind in asked}
+    both = [grpo.PRESETS[name]["kinds"].split(",") for name in ("language", "visual")]
+    assert sorted(both[0] + both[1]) == sorted(kinds)
 
 
 def spread_rewards(backbone, ids, targets, kind="prefix"):
@@ -696,7 +959,7 @@ def test_bad_input_is_one_line(world, tmp_path):
     plain = backbones.random_backbone("tiny-qwen3-vl")
     for stage in ("sft", "vla"):
         model.save(tmp_path / stage, plain, {"stage": stage, "step": 1, "config": {}, "parent": ""})
-    error("--init", str(tmp_path / "vla"), match="stage 'vla', expected sft or grpo")
+    error("--init", str(tmp_path / "vla"), match="stage 'vla', expected base or sft or grpo")
     error("--init", str(tmp_path / "sft"), match="no fast/ in this checkpoint")
     error("--init", str(tmp_path / "none"), match="no such folder")
     error("--data", str(tmp_path), match="no episode_")

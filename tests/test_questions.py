@@ -1,5 +1,6 @@
 """Hand-worked scores, published row shapes through the documented lines, `evaluate.py vqa`."""
 
+import argparse
 import functools
 import json
 import re
@@ -9,9 +10,10 @@ import pytest
 from PIL import Image
 
 import evaluate
+import grpo
 import model
 import sft
-from benchmarks import questions
+from benchmarks import questions, tabletop_data
 
 CASES = {  # score: [(answer, the row's own, more of the row, what it is worth)]
     "exact": [
@@ -171,15 +173,107 @@ def folder(tmp_path):
 @pytest.mark.parametrize("score", CASES)
 def test_scores(score, folder):
     for answer, right, row, value in CASES[score]:
-        found = questions.answer_score(score, answer, right, row, folder)
-        assert found == pytest.approx(value), answer
+        assert worth(score, answer, right, row, folder) == pytest.approx(value), answer
+
+
+def worth(score, answer, right, row, folder="", unit=1, graded=False):
+    right_answer = grpo.RightAnswer(score, right, row, model.Path(folder), unit)
+    return grpo.answer_score(answer, right_answer, graded)
+
+
+E = 1 / np.e  # what an answer is worth that is off by its scale
+GRADED = {  # score: [(answer, the row's own, more of the row, what it is worth graded, and not)]
+    "number": [
+        ("10 8 0", "10 4 0", {"tolerance": 2}, (1 + E + 1) / 3, 0),
+        ("10 6 0", "10 4 0", {"tolerance": 2}, 1, 1),
+        ("4", "3", {}, E, 0),  # no tolerance: one more or less
+        ("1,024", "1024", {}, 1, 1),
+        ("3 4", "3", {}, 0, 0),
+        ("many", "3", {}, 0, 0),
+        ("1e999", "3", {}, 0, 0),
+    ],
+    "items": [
+        (
+            "red cube d5, plate 10 9, gripper a1",
+            "plate 10 4, red cube d5",
+            {},
+            (1 + (1 + E**5) / 2) / 3,
+            1 / 3,
+        ),
+        ("plate 10 6", "plate 10 3", {"tolerance": 2}, (1 + E**0.5) / 2, 0),
+        ("Right 11, down 8, open.", "right 11, down 8, open", {"tolerance": 1}, 1, 1),
+        ("right 11, down 8", "right 11, down 8, open", {}, 2 / 3, 2 / 3),
+        ("left 11, open", "right 11, open", {"tolerance": 1}, 0.5, 0.5),  # the wrong way
+        ("cup 1 2, cup 7 8", "cup 7 8, cup 1 2", {}, 1, 1),  # two of a name: each once
+        ("cup 1 2, cup 1 2", "cup 7 8, cup 1 2", {}, (E**6 + 1) / 2, 0.5),
+        ("cup 1 2, cup 1 2", "cup 1 2", {}, 0.5, 0.5),  # saying it twice
+        ("red cube d4", "red cube d5", {}, 0, 0),  # the name of a cell is no number
+        ("", "open", {}, 0, 0),
+    ],
+    "point": [
+        ("(0.5, 0.5)", "", {"box": [0.4, 0.4, 0.6, 0.6]}, 1, 1),
+        ("(0.7, 0.5)", "", {"box": [0.4, 0.4, 0.6, 0.6]}, E, 0),
+        ("(0.63, 0.64), (0.5, 0.5)", "", {"box": [0.4, 0.4, 0.6, 0.6]}, (E**0.5 + 1) / 2, 0.5),
+        ("nowhere", "", {"box": [0.4, 0.4, 0.6, 0.6]}, 0, 0),
+        ("(1e999, 0.5)", "", {"box": [0.4, 0.4, 0.6, 0.6]}, 0, 0),
+        # the mask is white in rows 10..19 of 40 and columns 40..59 of 80: the last pixel's middle
+        # is (59.5 / 80, 19.5 / 40)
+        ("(0.74375, 0.5875)", "", {"mask": "m.png"}, E, 0),
+        ("(0.7, 0.4)", "", {"mask": "m.png"}, 1, 1),
+    ],
+    "path": [
+        ("(0.1, 0.1), (0.5, 0.1)", "(0.1, 0.1), (0.2, 0.1), (0.5, 0.1)", {}, 1, 1),  # by its length
+        ("(0.1, 0.2), (0.5, 0.2)", "(0.1, 0.1), (0.5, 0.1)", {}, E, E),
+        ("(0.3, 0.3)", "(0.3, 0.3), (0.3, 0.3)", {}, 1, 1),  # a rest
+        ("the way", "(0.1, 0.1), (0.5, 0.1)", {}, 0, 0),
+        ("a1 c1", "a1 b1 c1", {"grid": [8, 8]}, 1, 1),
+        ("a2 c2", "a1 c1", {"grid": [10, 10]}, E, E),  # a row of cells is 0.1
+    ],
+}
+
+
+@pytest.mark.parametrize("score", GRADED)
+def test_graded_scores_by_hand(score, folder):
+    for answer, right, row, graded, plain in GRADED[score]:
+        assert worth(score, answer, right, row, folder, graded=True) == pytest.approx(graded), (
+            answer
+        )
+        assert worth(score, answer, right, row, folder) == pytest.approx(plain), answer
+
+
+def test_a_path_back_and_forth_is_not_the_way_there():
+    """Two paths over the same points in another order are compared along their length."""
+    assert worth("path", "(0.5, 0), (0, 0)", "(0, 0), (0.5, 0)", {}) < 0.1
+
+
+def test_each_row_of_tabletop_is_scored_as_it_says(tmp_path):
+    """All kinds of questions, each right by its own answer and not by another row's."""
+    args = argparse.Namespace(out=tmp_path, seed=5, size=16, tilt=0.0, single=True)
+    lines = "".join(tabletop_data.make_conversation(args, number) for number in range(120))
+    (tmp_path / "d.jsonl").write_text(lines)
+    source = model.ConversationDataset(tmp_path / "d.jsonl", None, 0)
+    seen = {}
+    for i in source.train:
+        right = grpo.right_answer(source, i)
+        grpo.check_question(source, i, right)
+        assert grpo.answer_score(right.text, right, graded=True) == 1
+        seen.setdefault(grpo.base_kind(source.row(i)), []).append(right)
+    assert seen.keys() == (tabletop_data.SCENE | tabletop_data.TASK).keys()
+    for rights in seen.values():
+        other = next(right for right in rights if right.text != rights[0].text)
+        assert grpo.answer_score(other.text, rights[0]) < 1
+    args.single = False
+    row = json.loads(tabletop_data.make_conversation(args, 1))
+    first = json.loads(lines.splitlines()[1])  # 0 is a single question
+    assert row["messages"][0] == first["messages"][0] and len(row["messages"]) == 10
+    assert row["score"] == first["score"] and "kind" not in row
 
 
 def test_points_in_thousandths_and_in_pixels(folder):
     row = {"mask": "m.png", "images": ["i.png"]}
     thousandths = '{"point_2d": [500, 250]}'
-    assert questions.answer_score("point", thousandths, "", row, folder, 1000) == 1
-    assert questions.answer_score("point", "(40, 10), (40, 20)", "", row, folder, 0) == 0.5
+    assert worth("point", thousandths, "", row, folder, 1000) == 1
+    assert worth("point", "(40, 10), (40, 20)", "", row, folder, 0) == 0.5
 
 
 def turned(folder):
@@ -195,7 +289,7 @@ def test_points_in_pixels_of_a_turned_photo(folder):
     """The model sees the photo upright, 80 high; points were divided by the stored 80 x 40, so that
     (20, 70) lay below the picture. The mask lay sideways just so."""
     row = {"images": [turned(folder)], "box": [0.4, 0.8, 0.6, 0.95]}
-    assert questions.answer_score("point", "(20, 70)", "", row, folder, 0) == 1
+    assert worth("point", "(20, 70)", "", row, folder, 0) == 1
     mask = np.zeros((40, 80), np.uint8)
     mask[10:20, 60:] = 255  # upright: its rows 60 to 79, columns 20 to 29
     exif = Image.Exif()
@@ -203,8 +297,8 @@ def test_points_in_pixels_of_a_turned_photo(folder):
     Image.fromarray(mask).save(folder / "phone_mask.jpg", exif=exif, quality=100)
     row["mask"] = "phone_mask.jpg"
     del row["box"]
-    assert questions.answer_score("point", "(25, 70)", "", row, folder, 0) == 1
-    assert questions.answer_score("point", "(35, 15)", "", row, folder, 0) == 0
+    assert worth("point", "(25, 70)", "", row, folder, 0) == 1
+    assert worth("point", "(35, 15)", "", row, folder, 0) == 0
 
 
 @pytest.mark.parametrize("depth", [8, 16])
@@ -215,10 +309,10 @@ def test_masks_of_any_depth(folder, depth):
     mask[10:20, 40:60] = white
     row = {"mask": "deep.png", "images": ["i.png"]}
     Image.fromarray(mask).save(folder / "deep.png")
-    assert questions.answer_score("point", "(0.5, 0.3), (0.1, 0.1)", "", row, folder) == 0.5
+    assert worth("point", "(0.5, 0.3), (0.1, 0.1)", "", row, folder) == 0.5
     Image.fromarray(mask // white).save(folder / "deep.png")
     with pytest.raises(ValueError, match="deep.png: nothing is white in it"):
-        questions.answer_score("point", "(0.5, 0.3)", "", row, folder)
+        worth("point", "(0.5, 0.3)", "", row, folder)
 
 
 def test_images_of_rows_are_opened_like_those_of_training(tmp_path):
@@ -347,7 +441,7 @@ def scripted(monkeypatch, answer):
             question = sample.messages[-1]["content"]
             seen.append(question)
             assert question.count("<image>") == len(sample.images)
-            assert all(image.ndim == 3 for image in sft.open_images(sample))
+            assert all(image.ndim == 3 for image in model.open_images(sample))
         texts = [answer(text) for text in seen[-len(samples) :]]
         return [sft.GreedyAnswer(text, truncated=text == "maybe") for text in texts]
 
@@ -355,7 +449,7 @@ def scripted(monkeypatch, answer):
     return seen
 
 
-def vqa(data, out, *flags):
+def vqa(data, out, *flags, total=None):
     evaluate.main(
         [
             "vqa",
@@ -371,7 +465,8 @@ def vqa(data, out, *flags):
         ]
     )
     metrics = json.loads(out.read_text())["arms"]["policy"]["metrics"]
-    assert metrics.pop("truncated")["n"] == sum(metric["n"] for metric in metrics.values())
+    truncated = metrics.pop("truncated")
+    assert truncated["n"] == (total or sum(metric["n"] for metric in metrics.values()))
     return metrics
 
 
@@ -464,6 +559,38 @@ def test_prompt_modes_kinds_and_the_file_of_answers(tmp_path, monkeypatch):
     ]
 
 
+def test_rows_by_their_own_scores(tmp_path, monkeypatch):
+    rows = [
+        ("depth", "q1", "A", {"score": "choice"}),
+        ("far+think", "q2", "10", {"score": "number", "tolerance": 2}),
+        ("far", "q3", "10", {"score": "number", "tolerance": 2}),
+        ("way", "q4", "(0.1, 0.1), (0.2, 0.2)", {"score": "path"}),
+    ]
+    data = rows_to(tmp_path / "d.jsonl", rows)
+    replies = {"q1": "(A)", "q2": "13", "q3": "9", "q4": "right on"}
+    seen = scripted(monkeypatch, lambda text: replies[text[-2:]])
+    metrics = vqa(data, tmp_path / "r.json", "--score", "row", total=4)
+    assert {name: metric["mean"] for name, metric in metrics.items()} == {
+        "choice depth": 1, "number far": 1, "number far+think": 0, "path way": 0, "answers": 0.5,
+    }  # fmt: skip
+    variant = json.loads((tmp_path / "r.json").read_text())["arms"]["policy"]
+    assert variant["paired"] == {"answers": [1, 0, 1, 0]}
+    more = ["--score", "row", "--graded", "--kinds", "far"]
+    metrics = vqa(data, tmp_path / "g.json", *more, total=2)
+    assert metrics["number_graded far+think"]["mean"] == pytest.approx(np.exp(-0.5))
+    assert len(seen) == 6
+    vqa(data, tmp_path / "h.json", "--score", "number", "--kinds", "far", "--rows", "1")
+    assert len(seen) == 7 and seen[-1].endswith("q2")
+    with pytest.raises(ValueError, match="d.jsonl: no row is of --kinds near"):
+        vqa(data, tmp_path / "n.json", "--kinds", "near")
+    rows.append(("k", "q5", "x", {"score": "taste"}))
+    data = rows_to(tmp_path / "d.jsonl", rows)
+    with pytest.raises(
+        ValueError, match="d.jsonl:5: its \"score\" is 'taste'; write one of exact, cho"
+    ):
+        vqa(data, tmp_path / "t.json", "--score", "row")
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:-20])
 
@@ -471,11 +598,15 @@ def cut(path):
 @pytest.mark.parametrize(
     ("score", "row", "message"),
     [
-        ("choice", ("k", "q", "the ball", {}), "d.jsonl:2: its answer 'the ball' is none for --sc"),
+        (
+            "choice",
+            ("k", "q", "the ball", {}),
+            "d.jsonl:2: its answer 'the ball' is none for the sc",
+        ),
         (
             "number",
             ("k", "q", "many", {}),
-            "d.jsonl:2: its answer 'many' is none for --score number",
+            "d.jsonl:2: its answer 'many' is none for the score number",
         ),
         ("point", ("k", "q", "", {}), "d.jsonl:2: KeyError: 'mask'"),
         (

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import sft
-from benchmarks import questions
+import grpo
+import model
 from benchmarks import tabletop_data as td
 from fast_tokenizer import (
     FastTokenizer,
@@ -123,9 +123,7 @@ def test_answers_by_hand(moment, kind):
     assert asked.answer == answer
     right, wrong = asked.options or ("", [])
     assert right not in wrong
-    assert questions.answer_score(asked.score, answer, answer, asked.more, Path()) == 1 or (
-        kind == "point"
-    )
+    assert worth(answer, asked.score, asked.more, Path()) == 1 or (kind == "point")
 
 
 def test_words_by_hand(moment):
@@ -252,6 +250,11 @@ def rows_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def worth(right: str, score: str, row: dict, folder: Path) -> float:
+    """What a row's own answer is worth."""
+    return grpo.answer_score(right, grpo.RightAnswer(score, right, row, folder))
+
+
 def contents(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(folder.rglob("*")):
@@ -266,9 +269,9 @@ def test_every_right_answer_scores_1(written):
     kinds = set()
     for row in rows:
         answer = row["messages"][1]["content"]
-        right = sft.answer_text(answer)
-        assert questions.answer_score(row["score"], right, right, row, written) == 1
-        assert questions.answer_score("exact", right, right, row, written) == 1
+        right = model.answer_text(answer)
+        assert worth(right, row["score"], row, written) == 1
+        assert worth(right, "exact", row, written) == 1
         assert row["messages"][0]["content"].count("<image>") == len(row["images"])
         assert answer.startswith("<think>" if "+think" in row["kind"] else "<answer>")
         kinds.add(row["kind"])
@@ -311,9 +314,9 @@ def test_rows_load_and_chunks_are_the_recorded_actions(data, written):
     chunks = np.concatenate([file.action[:16].reshape(4, 4, 4) for file in read_episodes(data)])
     tokenizer = FastTokenizer.fit(chunks, 64, 3)
     for name in ("conversations", "held_out", "thought_actions"):
-        source = sft.ConversationDataset(written / f"{name}.jsonl", tokenizer, 0)
+        source = model.ConversationDataset(written / f"{name}.jsonl", tokenizer, 0)
         for i in source.train:
-            assert len(sft.open_images(source[i])) == len(source.row(i)["images"])
+            assert len(model.open_images(source[i])) == len(source.row(i)["images"])
     files = read_episodes(data)
     for row in rows_of(written / "thought_actions.jsonl"):
         number, t, _ = td.Image.open(written / row["images"][0]).getpixel((0, 0))
@@ -349,7 +352,7 @@ def test_rare_answers_are_asked_as_often_as_others(data, tmp_path):
     answers = [
         row["messages"][1]["content"] for row in rows_of(tmp_path / "out/conversations.jsonl")
     ]
-    said = [sft.answer_text(answer) for answer in answers]
+    said = [model.answer_text(answer) for answer in answers]
     for state in rq.GRIPPER:
         assert said.count(state) > 0.15 * sum(len(answer) > 1 for answer in said)
 

@@ -227,7 +227,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_batch(tmp_path, monkeypatch):
         sample_ids = json.loads(file.metadata()["samples"])
 
     # its samples are those of the second step
-    source = sft.ConversationDataset(data, None, 8)
+    source = model.ConversationDataset(data, None, 8)
     _, row = sft.sample_order([8], [8], 24, 0)
     assert sorted(sample_ids) == sorted(source[i].sample_id for i in row[4:8])
 
@@ -266,11 +266,11 @@ def thought_row(chunk):
 def test_actions_with_and_without_a_thought(tmp_path, robot):
     """A row's "chunk" becomes the same answer as that step of an episode, behind its thought."""
     tokenizer = FastTokenizer.load(robot / "fast")
-    shown = sft.EpisodeDataset(robot / "episodes", tokenizer)
+    shown = model.EpisodeDataset(robot / "episodes", tokenizer)
     first, second, third = shown.episodes
     chunk = action_chunks(first, 4)[2]
     data, n = conversations(tmp_path / "talk", 3, [thought_row(chunk)])
-    told = sft.ConversationDataset(data, tokenizer, n)
+    told = model.ConversationDataset(data, tokenizer, n)
 
     question, answer = shown[2].messages
     prompt = model.ask(model.action_question(first.task), False)
@@ -366,7 +366,7 @@ def test_each_question_gets_the_mode_of_its_answer():
         ("assistant", "g"),
         ("user", "h"),
     ]
-    out = sft.add_mode_lines([{"role": role, "content": content} for role, content in turns])
+    out = model.add_mode_lines([{"role": role, "content": content} for role, content in turns])
     questions = [message["content"] for message in out if message["role"] == "user"]
     assert questions == ["a\n" + model.THINK, "d\n" + model.DIRECT, "f", "h"]
 
@@ -449,7 +449,7 @@ def test_an_image_over_pillows_limit_is_one_line(tmp_path, monkeypatch):
 def test_null_images_are_none(tmp_path):
     """{"images": null} of a text row ended in a TypeError."""
     data, n = conversations(tmp_path, 3, [question_row(None, "Why?", "Because.")])
-    assert sft.ConversationDataset(data, None, n)[3].images == []
+    assert model.ConversationDataset(data, None, n)[3].images == []
 
 
 # ---- Rows that are too long ----------------------------------------------------------------------
@@ -473,7 +473,7 @@ def test_a_row_is_measured_by_the_headers_of_its_images(long_rows):
     it as long as it may be."""
     data, n = long_rows
     backbone = model.load(INIT)
-    source = sft.ConversationDataset(data, None, n)
+    source = model.ConversationDataset(data, None, n)
     for i in range(n):
         length = len(sft.load_row(backbone, source, i, 10**6)["ids"])
         for limit in (length - 1, length, length + 1):
@@ -530,7 +530,7 @@ def test_ranks_leave_out_the_same_rows(tmp_path, long_rows):
 
 
 def test_too_long_episodes(tmp_path, robot):
-    source = sft.EpisodeDataset(robot / "episodes", FastTokenizer.load(robot / "fast"))
+    source = model.EpisodeDataset(robot / "episodes", FastTokenizer.load(robot / "fast"))
     backbone = model.load(INIT)
     sft.grow_vocabulary(backbone, source.action_tokenizer.vocab_size)
     dist = model.Dist(0, 1, model.torch.device("cpu"), 0)
@@ -605,7 +605,7 @@ def test_episodes_need_a_tokenizer_of_their_dataset(tmp_path, robot):
     bare = FastTokenizer.load(robot / "fast")  # as a published processor: knows no dataset
     bare.stats = None
     with pytest.raises(ValueError, match="without statistics; save it with those of the episodes"):
-        sft.EpisodeDataset(robot / "episodes", bare)
+        model.EpisodeDataset(robot / "episodes", bare)
 
 
 def test_an_action_row_needs_the_right_chunk(tmp_path, robot):
@@ -623,7 +623,7 @@ def test_an_action_row_needs_the_right_chunk(tmp_path, robot):
     ]
     for row, message in cases:
         data, n = conversations(tmp_path / "talk", 1, [row])
-        source = sft.ConversationDataset(data, tokenizer, n)
+        source = model.ConversationDataset(data, tokenizer, n)
         with pytest.raises(ValueError, match=r"talk\.jsonl:2: .*" + message):
             source[1]
 
@@ -636,7 +636,7 @@ def test_white_space_around_an_action(tmp_path, robot):
     for answer in ("<answer><ACTION></answer>", "<think>a</think>\n<answer>\n<ACTION>\n </answer>"):
         rows.append(question_row([], "Push.", answer, chunk=chunk))
     data, n = conversations(tmp_path / "talk", 1, rows)
-    source = sft.ConversationDataset(data, tokenizer, n)
+    source = model.ConversationDataset(data, tokenizer, n)
     plain, spaced = (source[i].messages[1]["content"] for i in (1, 2))
     assert plain == model.action_answer(tokenizer.encode(np.float32([chunk]))[0])
     assert spaced == "<think>a</think>\n" + plain
@@ -660,17 +660,17 @@ def test_the_papers_mixture(tmp_path, monkeypatch):
         path = Path(item.strip().partition("#")[0])
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    mixture = sft.parse_mixture(preset["data"])
-    assert sft.parse_mixture(command) == mixture
+    mixture = model.parse_mixture(preset["data"])
+    assert model.parse_mixture(command) == mixture
     sizes = [item.samples for item in mixture]
     sizes[-1] = 1_890_000  # frames of BridgeV2
-    weights, epoch_samples = sft.mixture_shares(mixture, sizes)
+    weights, epoch_samples = model.mixture_shares(mixture, sizes)
     assert weights[-1] / sum(weights) == pytest.approx(0.175, abs=0.001)
     assert epoch_samples / preset["batch"] == pytest.approx(17.8e3, abs=50)
     assert weights == [item.samples for item in mixture]
 
-    bare = [sft.MixtureItem(item.path) for item in mixture]  # what it was
-    weights, epoch_samples = sft.mixture_shares(bare, sizes)
+    bare = [model.MixtureItem(item.path) for item in mixture]  # what it was
+    weights, epoch_samples = model.mixture_shares(bare, sizes)
     assert weights[-1] / sum(weights) > 0.5
     assert epoch_samples / preset["batch"] > 29e3
 
@@ -686,7 +686,7 @@ def test_a_mixture_names_its_shares(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a.jsonl", "b", "odd:3", "odd#3"):
         Path(name).touch()
-    parse = sft.parse_mixture
+    parse = model.parse_mixture
     assert parse("a.jsonl, b:0.5") == [("a.jsonl", None, None), ("b", 0.5, None)]
     assert parse("a.jsonl#7,\n b#1") == [("a.jsonl", None, 7), ("b", None, 1)]
     assert parse("odd:3,odd#3") == [("odd:3", None, None), ("odd#3", None, None)]

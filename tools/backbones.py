@@ -22,7 +22,6 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
 
 import model
-import sft
 from fast_tokenizer import natural
 
 # ---- Sizes --------------------------------------------------------------------------------------
@@ -225,7 +224,7 @@ def training_texts(path: str, rows: int = 20000) -> Iterator[str]:
     """The texts of the first `rows` conversations of a .jsonl file, as a stage reads them."""
     with open(path) as file:
         for line in itertools.islice(file, rows):
-            messages = sft.add_mode_lines(json.loads(line)["messages"])
+            messages = model.add_mode_lines(json.loads(line)["messages"])
             yield "\n".join(message["content"] for message in messages)
 
 

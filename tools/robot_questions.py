@@ -468,7 +468,7 @@ class Asked(NamedTuple):
     conclusion: str  # of the thought
     options: tuple[str, list[str]] | None  # the right and wrong ones of a choice; None: open only
     context: tuple[str, ...]  # facts that a thought may begin with
-    score: str = "exact"  # by which of benchmarks.questions.SCORES the open answer is marked
+    score: str = "exact"  # by which of grpo.SCORES the open answer is marked
     more: dict = {}  # what that needs  # noqa: RUF012
     steps: tuple[int, ...] = ()  # of the frames; none: that of the moment
     told: bool = True  # whether the question names the instruction

@@ -916,7 +916,7 @@ def read_frames(episode: EpisodeFile) -> int:
     return sum(episode.frame(t).nbytes for _ in range(READS) for t in range(len(episode)))
 
 
-def write_photo_rows(folder: Path, n: int) -> sft.ConversationDataset:
+def write_photo_rows(folder: Path, n: int) -> model.ConversationDataset:
     lines = []
     for i, photo in enumerate(photos(n, 1024)):
         photo.save(folder / f"{i}.jpg", quality=90)
@@ -926,7 +926,7 @@ def write_photo_rows(folder: Path, n: int) -> sft.ConversationDataset:
         ]
         lines.append(json.dumps({"images": [f"{i}.jpg"], "messages": messages}) + "\n")
     (folder / "photos.jsonl").write_text("".join(lines))
-    return sft.ConversationDataset(folder / "photos.jsonl", None, 0)
+    return model.ConversationDataset(folder / "photos.jsonl", None, 0)
 
 
 def write_photo_episode(folder: str, frames: np.ndarray, codec: str) -> EpisodeFile:
