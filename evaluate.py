@@ -696,7 +696,8 @@ COLUMNS = {  # head of a column: its metric
     "chain length": "chain length",
 }
 # What variants are compared in, where each prompt's, trial's or chain's value is known.
-COMPARED = [*COLUMNS.values(), "think greedy r_a", "think greedy l1", "think greedy thought true"]
+GREEDY = ["think greedy r_a", "think greedy l1", "think greedy thought true"]
+COMPARED = [*COLUMNS.values(), *GREEDY, "answers"]
 
 
 def report(args: argparse.Namespace):

@@ -146,10 +146,11 @@ def test_report_table_and_paired_differences(tmp_path, capsys):
 
 
 def test_differences_leave_out_prompts_of_which_nothing_decodes(tmp_path, capsys):
-    """L1 was compared by its means alone: it has no value where no completion decodes."""
+    """L1 was compared by its means alone: it has no value where no completion decodes. Answers to
+    questions were not compared."""
 
     def variant(values):
-        return {"metrics": {}, "paired": {"think greedy l1": values}}
+        return {"metrics": {}, "paired": {"think greedy l1": values, "answers": values[:1]}}
 
     before = variant([0.3, None, 0.3, 0.5])
     after = variant([0.2, 0.2, None, 0.4])
@@ -157,6 +158,7 @@ def test_differences_leave_out_prompts_of_which_nothing_decodes(tmp_path, capsys
     evaluate.main(["report", str(path)])
     out = capsys.readouterr().out
     assert "- think greedy l1: SFT+RL - SFT = -0.100 [-0.100, -0.100], n 2" in out
+    assert "- answers: SFT+RL - SFT = -0.100 [-0.100, -0.100], n 1" in out
     assert "none - SFT+RL" not in out
 
 
