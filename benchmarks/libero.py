@@ -24,12 +24,12 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks import simulate
-from benchmarks.simulate import distinct
 from tools.extras import require
 
 # ---- Flags and tasks -----------------------------------------------------------------------------
 
 TRIALS = 50  # a task
+EXPERT = {"spatial": "012356789", "object": "0123456789", "goal": "124689"}  # tasks that it can do
 LIMITS = {"spatial": 220, "object": 280, "goal": 300, "long": 520}  # long: LIBERO's "libero_10"
 STATE_DIM = 8
 ACTION_NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")  # each -1 .. 1
@@ -56,7 +56,11 @@ WORDS = {  # how instructions call a thing: the first that is in one, else the l
 def task_arguments(add):
     """Flags of recording and evaluation."""
     add("--suites", default=",".join(LIMITS), help="which suites")
-    add("--tasks", default="", help="numbers of tasks of each suite; empty: all ten")
+    add(
+        "--tasks",
+        default="",
+        help="numbers of tasks of each suite; empty: all ten, of a recording those of the expert",
+    )
 
 
 def arguments(add):
@@ -73,10 +77,16 @@ def tasks(args) -> list[str]:
         raise ValueError(f"--suites of {', '.join(LIMITS)}, --tasks of 0 to 9")
     simulate.check_once("--suites", suites)
     simulate.check_once("--tasks", numbers)
-    to_be_recorded = "episodes" in args
-    if to_be_recorded and not {"spatial", "object"} >= set(suites):
-        raise ValueError("the expert can do --suites spatial and object alone, name them")
-    return [f"{suite}/{number}" for suite in suites for number in numbers]
+    named = [f"{suite}/{number}" for suite in suites for number in numbers]
+    if "episodes" not in args:
+        return named
+    # a recording
+    known = [f"{suite}/{number}" for suite, able in EXPERT.items() for number in able]
+    unknown = [task for task in named if task not in known]
+    if set(suites) - set(EXPERT) or (args.tasks and unknown):
+        can = ", ".join(f"{suite} {','.join(able)}" for suite, able in EXPERT.items())
+        raise ValueError(f"the expert can do --suites and --tasks {can} alone, name some of them")
+    return [task for task in named if task in known]
 
 
 def check(args):
@@ -116,10 +126,10 @@ class Simulator:
             "libero.libero.envs",
             "libero.libero",
         )
-        self.suite, number = task.split("/")
+        self.suite, self.number = task.split("/")
         suite = benchmark.get_benchmark_dict()[f"libero_{self.suite}".replace("long", "10")]()
-        entry = suite.get_task(int(number))
-        self.states = suite.get_task_init_states(int(number))
+        entry = suite.get_task(int(self.number))
+        self.states = suite.get_task_init_states(int(self.number))
         self.limit = limit or LIMITS[self.suite]
         self.prompt = entry.language
         scene = Path(libero.get_libero_path("bddl_files"), entry.problem_folder, entry.bddl_file)
@@ -177,13 +187,19 @@ class Simulator:
     def expert(self) -> list[float]:
         return next(self.script)
 
+    def locate(self, name: str) -> np.ndarray:
+        """Place (3,) m of a thing, or of a part of the furniture, by LIBERO's name."""
+        if f"{name}_pos" in self.seen:
+            return self.seen[f"{name}_pos"]
+        return self.env.env.sim.data.get_site_xpos(name)
+
     def _find_objects(self) -> dict[str, str]:
         """What a recording names -> LIBERO's name: what the task is about first, then the other
         things, the furniture, and the drawers that the instruction names."""
         world = self.env.env
         found = [name for name in world.obj_of_interest if name in world.obj_body_id]
         found += [name for name in world.obj_body_id if name not in found]
-        names = distinct([spoken(name, self.prompt) for name in found])
+        names = simulate.distinct([spoken(name, self.prompt) for name in found])
         objects = dict(zip(names, found, strict=True))
         for site in world.object_sites_dict:
             drawer = re.fullmatch(r".*cabinet_\d+_(top|middle|bottom)_region", site)
@@ -213,11 +229,13 @@ class Simulator:
         camera = simulate.pinhole_camera(
             data.cam_xpos[view], data.cam_xmat[view], model.cam_fovy[view], mirrored=True
         )
-        names = {key: name for name, key in self.objects.items()}
+        target = ""
+        for name, key in self.objects.items():
+            if f"{self.target}_".startswith(f"{key}_"):  # or a part of it, as ..._cook_region
+                target = name
+        # the simulator writes into its own arrays at the next step
         positions = {name: position.copy() for name, position in positions.items()}
-        return simulate.Scene(
-            self.seen["robot0_eef_pos"], positions, camera, names.get(self.target, "")
-        )
+        return simulate.Scene(self.seen["robot0_eef_pos"], positions, camera, target)
 
 
 def spoken(name: str, instruction: str) -> str:
@@ -234,7 +252,7 @@ def spoken(name: str, instruction: str) -> str:
 class Grasp(NamedTuple):
     """How a thing is taken and put down; offsets of the hand (m) from what it moves to."""
 
-    thing: str  # LIBERO's name of its position
+    thing: str  # LIBERO's name
     place: str  # the same of what it is put on or into
     yaw: float | None  # turn of the hand, rad; None: not steered
     above: list[float]  # offset from the thing before the grasp
@@ -249,9 +267,15 @@ def demonstrate(simulator: Simulator):
     """Yields the expert's actions (7,), each for the state then seen; without end.
 
     Spatial: takes the bowl by its rim, lifts it, puts it on the plate. Object: takes the thing
-    across its middle, lets it into the basket.
+    across its middle, lets it into the basket. Goal: bowl and cream cheese likewise, the bottle by
+    its neck.
     1. approach   2. grasp   3. lift, carry, lower   4. let go"""
-    grasp = bowl_grasp() if simulator.suite == "spatial" else object_grasp(simulator)
+    if simulator.suite == "spatial":
+        grasp = bowl_grasp("plate_1")
+    elif simulator.suite == "object":
+        grasp = object_grasp(simulator)
+    else:
+        grasp = GOAL_GRASPS[simulator.number]
     thing, place, yaw = grasp.thing, grasp.place, grasp.yaw
     opened, closed = -1, 1
 
@@ -267,8 +291,8 @@ def demonstrate(simulator: Simulator):
 
     # 3. lift, carry, lower
     hand = simulator.seen["robot0_eef_pos"]
-    held = hand - simulator.seen[thing]  # (3,) m
-    lifted = hand - simulator.seen[place] + np.array([0, 0, grasp.lift])
+    held = hand - simulator.locate(thing)  # (3,) m
+    lifted = hand - simulator.locate(place) + np.array([0, 0, grasp.lift])
     over = held * np.array([1, 1, 0]) + np.array([0, 0, grasp.over])
     down = held + np.array([0, 0, grasp.down])
     yield from go(simulator, place, lifted, closed, 0.03, yaw)
@@ -282,9 +306,9 @@ def demonstrate(simulator: Simulator):
 
 def go(simulator: Simulator, goal: str, offset, gripper: int, near: float, yaw, steps: int = 60):
     """Yields actions towards goal + offset until the hand is `near` (m) along each axis."""
-    simulator.target = goal.removesuffix("_pos")
+    simulator.target = goal
     for _ in range(steps):
-        gap = simulator.seen[goal] + offset - simulator.seen["robot0_eef_pos"]  # (3,) m
+        gap = simulator.locate(goal) + offset - simulator.seen["robot0_eef_pos"]  # (3,) m
         if np.abs(gap).max() < near:
             return
         if yaw is None:
@@ -297,25 +321,60 @@ def go(simulator: Simulator, goal: str, offset, gripper: int, near: float, yaw, 
         yield [*np.clip(gap * gain, -1, 1), *np.clip(turn, -1, 1), gripper]
 
 
-def bowl_grasp() -> Grasp:
+def bowl_grasp(place: str, lift: float = 0.15, down: float = 0.03) -> Grasp:
     """By the rim, 5 cm from the middle."""
     return Grasp(
-        thing="akita_black_bowl_1_pos",
-        place="plate_1_pos",
+        thing="akita_black_bowl_1",
+        place=place,
         yaw=None,
         above=[0, 0.05, 0.12],
         around=[0, 0.05, 0.02],
         precision=0.01,
-        lift=0.15,
+        lift=lift,
         over=0.2,
-        down=0.03,
+        down=down,
     )
+
+
+def bottle_grasp(place: str, down: float) -> Grasp:
+    """By the neck; it stays upright."""
+    return Grasp(
+        thing="wine_bottle_1",
+        place=place,
+        yaw=0,
+        above=[0, 0, 0.25],
+        around=[0, 0, 0.15],
+        precision=0.008,
+        lift=0.3,
+        over=0.3,
+        down=down,
+    )
+
+
+GOAL_GRASPS = {  # of the suite goal: task -> how
+    "1": bowl_grasp("flat_stove_1_cook_region", down=0.05),
+    "2": bottle_grasp("wooden_cabinet_1_top_side", down=0.03),
+    "4": bowl_grasp("wooden_cabinet_1_top_side", lift=0.35),
+    "6": Grasp(
+        thing="cream_cheese_1",
+        place="akita_black_bowl_1",
+        yaw=0,
+        above=[0, 0, 0.09],
+        around=[0, 0, 0.003],
+        precision=0.006,
+        lift=0.19,
+        over=0.2,
+        down=0.08,
+    ),
+    "8": bowl_grasp("plate_1"),
+    "9": bottle_grasp("wine_rack_1_top_region", down=0),  # it counts as soon as it touches the rack
+}
 
 
 def object_grasp(simulator: Simulator) -> Grasp:
     """Across the middle, with the hand turned to where it has room."""
-    thing, place = (f"{name}_pos" for name in simulator.env.env.obj_of_interest)
-    half = simulator.seen[thing][2]  # of its height, above the floor at 0
+    thing, place = simulator.env.env.obj_of_interest
+    half = simulator.locate(thing)[2]  # of its height, above the floor at 0
     # fingertips reach 1 cm below the point that is steered, the palm is 3 cm above it
     height = max(0.3 * half, half - 0.025, 0.011 - half)
 
@@ -338,10 +397,10 @@ def object_grasp(simulator: Simulator) -> Grasp:
 def room(simulator: Simulator, thing: str, yaw: float) -> float:
     """From the hand, a bar of 20 cm turned by yaw, to the middle of taller things beside it (m)."""
     bar = np.array([-np.sin(yaw), np.cos(yaw)])  # its direction
-    here = simulator.seen[thing]
+    here = simulator.locate(thing)
     gaps = [[0.08, 0]]  # more room than this makes no difference
     for name, position in simulator.seen.items():
-        if not name.endswith("_1_pos") or name == thing:
+        if not name.endswith("_1_pos") or name == f"{thing}_pos":
             continue
         beside = position - here  # (3,) m
         if beside[2] > 0.01:
