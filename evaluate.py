@@ -793,7 +793,7 @@ def make_parser(asked: str) -> argparse.ArgumentParser:
 
         questions.arguments(command.add_argument)
         rejection.arguments(command.add_argument)
-        command.add_argument("--samples", type=count, help="answers to keep from, a question; 8")
+        rejection.answer_arguments(command.add_argument)
     command.set_defaults(run=vqa)
 
     command = commands.add_parser("report", help="results files -> Markdown")

@@ -123,12 +123,15 @@ class Answer(NamedTuple):
 def questions_to_ask(backbone, args) -> list[Asked]:
     """The first question of each row of args.data. ValueError naming the row when it cannot be
     asked or scored: all are looked at before the first is asked."""
-    source = model.ConversationDataset(args.data, backbone.action_tokenizer, 0, args.outside_images)
+    held_out = args.holdout_rows or 0  # where the answers are to be trained on
+    source = model.ConversationDataset(
+        args.data, backbone.action_tokenizer, held_out, args.outside_images
+    )
     score = "" if args.score == "row" else args.score
     think = {"row": None, "think": True, "direct": False}[args.prompt]
     kinds = grpo.named_kinds(args.kinds)
     asked = []
-    for i in range(source.units):
+    for i in source.train:
         if kinds and grpo.base_kind(source.row(i)) not in kinds:
             continue
         if args.rows and len(asked) == args.rows:

@@ -24,7 +24,7 @@ from PIL import Image
 import grpo
 import model
 from benchmarks.questions import Asked
-from fast_tokenizer import EpisodeFile, count, share
+from fast_tokenizer import EpisodeFile, count, natural, share
 
 # ---- Flags ---------------------------------------------------------------------------------------
 
@@ -45,20 +45,32 @@ def arguments(add):
 def check(args, defaults: dict[str, int | float]):
     """ValueError, before hours are spent, for flags that do nothing or a file that cannot be
     written. defaults: of the flags that --keep-right alone reads."""
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-        elif not args.keep_right:
-            raise ValueError(f"--{name}: of answers to be kept; name a file by --keep-right")
     file = args.keep_right
+    for name, value in defaults.items():
+        is_given = getattr(args, name) is not None
+        if is_given and not file:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag}: of answers to be kept; name a file by --keep-right")
+        if file and not is_given:
+            setattr(args, name, value)
     if file and (Path(file).is_dir() or not file.endswith(".jsonl")):
         raise ValueError(f"--keep-right {file}: name a file that ends in .jsonl")
+
+
+def answer_arguments(add):
+    """Further flags of `evaluate.py vqa`."""
+    add("--samples", type=count, help="answers to keep from, a question; 8")
+    add(
+        "--holdout-rows",
+        type=natural,
+        help="last rows of the file that are not asked, as no stage trains on them; 256",
+    )
 
 
 def check_answers(args):
     """Of `evaluate.py vqa`: as check(), and sft.py must find the images of args.data from the file
     to be written."""
-    check(args, {"samples": 8, "keep": 2, "least": 1.0})
+    check(args, {"samples": 8, "keep": 2, "least": 1.0, "holdout_rows": 256})
     if not args.keep_right:
         return
     if args.prompt != "think":

@@ -103,7 +103,9 @@ def test_right_thoughts_become_rows_that_sft_reads(tmp_path, monkeypatch, capsys
     ]
     scripted_samples(monkeypatch, backbone, [*["<answer>d5</answer><|im_end|>"] * 3, *samples])
     file = tmp_path / "data/own.jsonl"  # a folder up: paths are as seen from there
-    flags = ["--score", "row", "--prompt", "think", "--samples", "4"]
+    lines = data.read_text().splitlines(keepends=True)
+    data.write_text("".join([*lines, lines[0]]))  # the last is held out: it is not asked
+    flags = ["--score", "row", "--prompt", "think", "--samples", "4", "--holdout-rows", "1"]
     vqa(data, *flags, "--keep-right", str(file), "--out", str(tmp_path / "r.json"))
     assert "own.jsonl: 3 rows, of 2 of 3 questions" in capsys.readouterr().out
     source = model.ConversationDataset(file, None, 0)
@@ -131,6 +133,7 @@ def test_right_thoughts_become_rows_that_sft_reads(tmp_path, monkeypatch, capsys
     [
         (["--samples", "4"], "--samples: of answers to be kept; name a file by --keep-right"),
         (["--keep", "4"], "--keep: of answers to be kept"),
+        (["--holdout-rows", "4"], "--holdout-rows: of answers to be kept"),
         (["--keep-right", "data/own.jsonl"], "give --prompt think, not row"),
         (["--keep-right", "data", "--prompt", "think"], "name a file that ends in .jsonl"),
         (["--keep-right", "data/d.jsonl", "--prompt", "think"], "is --data itself"),
