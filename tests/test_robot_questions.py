@@ -680,6 +680,22 @@ def test_few_episodes_with_objects_are_asked_about_them(data_objects, tmp_path):
     assert "where needs episodes that record objects" in error_of(argv)
 
 
+def test_what_no_step_can_answer_is_not_asked(data_objects, tmp_path):
+    """Hands that are closed around nothing all the time, as those that only push, and out of sight
+    with all objects: by default the run ended at the first such question."""
+    changed = []
+    for arrays, header in recordings(objects=True):
+        arrays["action"][:, 3] = 1
+        arrays["object_position"][:] = arrays["object_position"][0]
+        arrays["object_pixel"] += 2
+        arrays["hand_pixel"] -= 2
+        changed.append((arrays, header))
+    write_episodes(tmp_path / "episodes", changed)
+    rq.main(flags(data_objects, tmp_path / "out", data=tmp_path, camera=""))
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["not_asked"] == ["point", "path", "holding", "object_point"]
+
+
 GRIP = AXES["gripper"]
 BAD_AXES = {
     "dimension 7 of the state, which has 0 .. 2": {**AXES, "position": [0, 1, 7]},
@@ -718,9 +734,7 @@ BAD_FLAGS = {
     "found no step for a question of kind direction": {"shares": "direction:1", "ahead": 60},
     "are unknown; say with --axes FILE": {"axes": ""},
     "no thoughts are recorded": {"thought-style": "recorded"},
-    "object_point needs episodes that record objects and their pixels": {
-        "shares": "object_point:1"
-    },
+    "object_point needs episodes that record objects in sight": {"shares": "object_point:1"},
     "no such file": {"axes": "nowhere.json"},
     "no episode_*.safetensors here": {"data": "nowhere"},
     '"matrix" must be 3 x 4': {"camera": {"matrix": [[1, 2]], "size": [1, 1]}},

@@ -969,6 +969,11 @@ def most_objects(motion: Motion) -> int:
     return int(np.isfinite(motion.object_position).all(2).sum(1).max())
 
 
+def ever_in_sight(pixels: np.ndarray | None) -> bool:
+    """Whether one of the points (..., 2) lies in the image at any step; None: not known."""
+    return pixels is not None and bool(((pixels >= 0) & (pixels <= 1)).all(-1).any())
+
+
 class Need(NamedTuple):
     """What a kind asks about."""
 
@@ -980,16 +985,22 @@ NEEDS = {
     "": Need(lambda motion, world: True, ""),
     "instructions": Need(lambda motion, world: len(world.instructions) > 1, "two instructions"),
     "hand pixels": Need(
-        lambda motion, world: motion.hand_pixel is not None,
-        "--camera FILE, or episodes that record hand_pixel",
+        lambda motion, world: ever_in_sight(motion.hand_pixel),
+        "--camera FILE, or episodes that record hand_pixel, and a hand in sight",
     ),
     "object": Need(lambda motion, world: most_objects(motion) > 0, "episodes that record objects"),
     "objects": Need(
         lambda motion, world: most_objects(motion) > 1, "episodes that record two objects or more"
     ),
     "object pixels": Need(
-        lambda motion, world: motion.object_pixel is not None and most_objects(motion) > 0,
-        "episodes that record objects and their pixels, or --camera FILE",
+        lambda motion, world: most_objects(motion) > 0 and ever_in_sight(motion.object_pixel),
+        "episodes that record objects in sight and their pixels, or --camera FILE",
+    ),
+    "free or holding": Need(
+        lambda motion, world: (
+            most_objects(motion) > 0 and not (motion.closed & (motion.held < 0)).all()
+        ),
+        "episodes that record objects, and fingers that open or hold one",
     ),
     "targets": Need(
         lambda motion, world: (motion.target >= 0).any() and most_objects(motion) > 1,
@@ -1023,7 +1034,7 @@ KINDS = {
     "relation": Kind(2, ask_relation, needs="objects"),
     "target": Kind(2, ask_target, target_name, needs="targets"),
     "offset": Kind(2, ask_offset, needs="object"),
-    "holding": Kind(1, ask_holding, holding, needs="object"),
+    "holding": Kind(1, ask_holding, holding, needs="free or holding"),
     "object_point": Kind(3, ask_object_point, needs="object pixels"),
 }
 
