@@ -98,6 +98,7 @@ def bootstrap(values, resamples: int = 2000) -> Interval:
 # it a variant has "checkpoints" {command: path}, "prompts": where those of `actions` come from, and
 # "seconds" {command: {"chunk", "forward"}}: of a policy, on average; "thought" is the part of a
 # chunk's that a head's thought takes. They are no metrics: the same command gives others each time.
+# Of a model that drives by its own tokens the mode follows the command, as in "tabletop think".
 # "tokens" holds what `tokens` found: {"action_tokenizer": path, "horizon", "execute": actions,
 # "metrics"}; a later one takes its place.
 
@@ -144,23 +145,25 @@ def write_metrics(
     started: float,
     prompts: str = "",
     seconds: dict[str, float] | None = None,
+    way: str = "",
 ):
     """Add metrics to the variant args.variant of the file args.out, and print them. Metrics of the
     same name are replaced, others stay.
 
     paired: the values of each prompt, trial or chain, by metric. started: see open_results().
     prompts: of action tokens, where they come from. seconds: of a policy, for a "chunk" and for a
-    "forward"."""
+    "forward". way: what checkpoint and seconds are kept under; the command if not given."""
+    way = way or args.command
     with open_results(args, started) as results:
         new_variant = {"metrics": {}, "paired": {}, "checkpoints": {}}
         variant = results["arms"].setdefault(args.variant, new_variant)
         variant["metrics"].update(metrics)
         variant["paired"].update(paired)
-        variant["checkpoints"][args.command] = str(args.policy)
+        variant["checkpoints"][way] = str(args.policy)
         if prompts:
             variant["prompts"] = prompts
         if seconds:
-            variant.setdefault("seconds", {})[args.command] = seconds
+            variant.setdefault("seconds", {})[way] = seconds
         results["seeds"] = sorted({*results.get("seeds", []), args.seed})
     print_metrics(metrics)
     for unit, value in (seconds or {}).items():
@@ -171,7 +174,8 @@ def write_metrics(
 def print_metrics(metrics: dict[str, Interval]):
     """A line each, but for those of single tasks; `actions` prints lines of its own."""
     for name, value in metrics.items():
-        if len(name.split()) < 3:
+        words = [word for word in name.split() if word not in vla.MODES]
+        if len(words) < 3 and words[0] not in ("sampled", "greedy"):
             print(f"{name:24s}", "{mean:6.3f}  [{low:.3f}, {high:.3f}]  n {n}".format(**value))
 
 
@@ -244,10 +248,11 @@ def simulator_module(name: str):
 def closed_loop(args: argparse.Namespace):
     """`evaluate.py tabletop | metaworld | libero | calvin`: a policy drives to each trial's end.
 
-    Of a checkpoint of sft or grpo, which drives by the tokens that it writes, there are two more
-    metrics: "retried", the share of chunks whose first answer did not decode, and "held still", of
-    those where no answer did. Of a head that reads its own thoughts: "thoughts unfinished", the
-    share that --max-thought of vla.py cut off."""
+    Of a checkpoint of sft or grpo, which drives by the tokens that it writes, all names begin with
+    its mode, as "think success", so that they stand beside those of its head; and there are two
+    more metrics: "retried", the share of chunks whose first answer did not decode, and "held
+    still", of those where no answer did. Of a head that reads its own thoughts: "thoughts
+    unfinished", the share that --max-thought of vla.py cut off."""
     started = time.time()
     simulator = simulator_module(args.command)
     simulator.check(args)
@@ -280,8 +285,13 @@ def closed_loop(args: argparse.Namespace):
         if isinstance(policy, vla.TokenPolicy):
             metrics["retried"] = wilson(int(count["retried"]), int(count["chunks"]))
             metrics["held still"] = wilson(int(count["held"]), int(count["chunks"]))
+    way = args.command
+    if isinstance(policy, vla.TokenPolicy):
+        way = f"{args.command} {policy.mode}"
+        metrics = {f"{policy.mode} {name}": value for name, value in metrics.items()}
+        paired = {f"{policy.mode} {name}": values for name, values in paired.items()}
     if dist.rank == 0:
-        write_metrics(metrics, paired, args, started, seconds=seconds)
+        write_metrics(metrics, paired, args, started, seconds=seconds, way=way)
 
 
 def success_metrics(trials) -> dict[str, Interval]:
@@ -697,7 +707,7 @@ COLUMNS = {  # head of a column: its metric
 }
 # What variants are compared in, where each prompt's, trial's or chain's value is known.
 GREEDY = ["think greedy r_a", "think greedy l1", "think greedy thought true"]
-COMPARED = [*COLUMNS.values(), *GREEDY, "answers"]
+COMPARED = [*COLUMNS.values(), *GREEDY, *[f"{mode} success" for mode in vla.MODES], "answers"]
 
 
 def report(args: argparse.Namespace):
@@ -729,6 +739,7 @@ def report(args: argparse.Namespace):
             "",
             *paired_differences(variants),
             *distinct_actions(variants),
+            *ways_to_drive(variants),
             *true_statements(variants),
         ]
         text = "\n".join(lines) + "\n"
@@ -782,7 +793,7 @@ def cell(metric: str, value: Interval | None) -> str:
     """mean [low, high], a success in percent; a dash where nothing was measured."""
     if value is None or value["mean"] is None:
         return "-"
-    if metric.startswith("success"):
+    if "success" in metric.split():
         mean, low, high = (f"{100 * value[key]:.1f}" for key in ("mean", "low", "high"))
     else:
         mean, low, high = (f"{value[key]:.3f}" for key in ("mean", "low", "high"))
@@ -819,6 +830,31 @@ def distinct_actions(variants: list[tuple[str, dict]]) -> list[str]:
                 counts.append(f"{name} {variant['metrics'][metric]['mean']}")
         if counts:
             lines.append(f"- distinct actions in {style} thinking rollouts: {', '.join(counts)}")
+    return lines
+
+
+def ways_to_drive(variants: list[tuple[str, dict]]) -> list[str]:
+    """Lines of another Markdown table: success by the head and by the model's own tokens, each with
+    the seconds that a chunk took. None when no model drove by its own tokens."""
+    ways = {"its head": ""} | {f"its own tokens, {mode}": f"{mode} " for mode in vla.MODES}
+    measured = [name for _, variant in variants for name in variant["metrics"]]
+    if not any(f"{mode} success" in measured for mode in vla.MODES):
+        return []
+    lines = [
+        "",
+        "| driven by | " + " | ".join(name for name, _ in variants) + " |",
+        "|---" * (len(variants) + 1) + "|",
+    ]
+    for words, mode in ways.items():
+        cells = []
+        for _, variant in variants:
+            success = cell("success", variant["metrics"].get(f"{mode}success"))
+            for way, seconds in variant.get("seconds", {}).items():
+                _, _, mode_of_way = way.partition(" ")
+                if mode_of_way == mode.strip():
+                    success += f", {seconds['chunk']:.3f} s"
+            cells.append(success)
+        lines.append(f"| {words} | " + " | ".join(cells) + " |")
     return lines
 
 

@@ -19,6 +19,7 @@ import evaluate
 import fast_tokenizer
 import model
 import sft
+import vla
 from benchmarks import simulate, tabletop_data, tabletop_tokens
 from benchmarks import tabletop as tt
 from benchmarks.simulate import Outcome, TrialResult
@@ -250,6 +251,34 @@ def test_what_thoughts_cost_is_reported(tmp_path, monkeypatch):
     unfinished = variant["metrics"]["thoughts unfinished"]
     assert (unfinished["mean"], unfinished["n"]) == (0.25, 4)
     assert "retried" not in variant["metrics"], "a head always gives a chunk"
+
+
+def test_a_head_and_own_tokens_stand_beside_each_other(tmp_path, monkeypatch, capsys):
+    """Driving by own tokens once took the place of the head's success in the same variant."""
+    path = tmp_path / "r.json"
+    drivers = {
+        "": types.SimpleNamespace(count=collections.Counter(chunks=2, forwards=2, seconds=1.0)),
+        "think": vla.TokenPolicy.__new__(vla.TokenPolicy),
+    }
+    drivers["think"].mode = "think"
+    drivers["think"].count = collections.Counter(chunks=4, forwards=1, seconds=8.0, retried=1)
+    module = evaluate.simulator_module("tabletop")
+    for mode, is_solved in (("", True), ("think", False)):
+        monkeypatch.setattr(evaluate.vla, "load_policy", lambda *args, m=mode: drivers[m])
+        outcome = Outcome(trials=[TrialResult("goal", "0", is_solved)])
+        monkeypatch.setattr(module, "evaluate", lambda policy, args, local, o=outcome: o)
+        evaluate.main(["tabletop", "--policy", "x", "--variant", "SFT", "--out", str(path)])
+    variant = json.loads(path.read_text())["arms"]["SFT"]
+    assert variant["metrics"]["success"]["mean"] == 1
+    assert variant["metrics"]["think success"]["mean"] == 0
+    assert variant["metrics"]["think retried"]["mean"] == 0.25
+    assert variant["paired"] == {"success": [True], "think success": [False]}
+    capsys.readouterr()
+    evaluate.main(["report", str(path)])
+    printed = capsys.readouterr().out
+    assert "| its head | 100.0 [20.7, 100.0], 0.500 s |" in printed
+    assert "| its own tokens, think | 0.0 [0.0, 79.3], 2.000 s |" in printed
+    assert "| its own tokens, direct | - |" in printed
 
 
 # ---- the expert through action tokens
