@@ -143,7 +143,7 @@ PRESETS = {
     "tabletop": {"action_tokenizer": "runs/fast", "steps": 4000},
     "speedrun": {
         "action_tokenizer": "runs/fast",
-        "steps": 1200,
+        "steps": 2400,
         "lr": 2e-3,
         "muon": True,
         "eval_every": 0,

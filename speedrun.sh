@@ -15,7 +15,7 @@ case ${QUICK:-0} in
     DATA=${DATA:-data/speedrun}
     RESULT=results/speedrun.json
     preset=speedrun
-    train_data=(--episodes 1600 --conversations 3000 --thought-actions 3000)
+    train_data=(--episodes 1600 --conversations 6000 --thought-actions 12000)
     test_data=(--episodes 120)
     sft=(speedrun)  # a preset of the stage, and what differs from it
     grpo=(speedrun)
@@ -29,7 +29,7 @@ case ${QUICK:-0} in
     DATA=${DATA:-data/quick}
     RESULT=$RUN/results.json
     preset=quick
-    train_data=(--episodes 400 --conversations 1200 --thought-actions 1500)
+    train_data=(--episodes 400 --conversations 1200 --thought-actions 2400)
     test_data=(--episodes 40)
     sft=(speedrun --steps 300)
     grpo=(speedrun --steps 12)
@@ -88,11 +88,12 @@ backbone_of() {
   esac
 }
 
-# side_by_side FUNCTION: calls it with each variant, all at once; one that fails fails the whole
+# side_by_side FUNCTION VARIANT...: calls it with each, all at once; one that fails fails the whole
 side_by_side() {
-  local variant job jobs=()
-  for variant in "${variants[@]}"; do
-    "$1" "$variant" &
+  local function=$1 variant job jobs=()
+  shift
+  for variant; do
+    "$function" "$variant" &
     jobs+=($!)
   done
   for job in "${jobs[@]}"; do
@@ -109,14 +110,14 @@ python -m benchmarks.tabletop_data --out "$DATA/test" --seed 1000 --conversation
 
 announce "FAST tokenizer"
 python fast_tokenizer.py fit --data "$DATA/train" --out "$RUN/fast" \
-  --horizon 5 --scale 1 --vocab-size 18 --max-episodes 400
+  --horizon 5 --scale 2 --vocab-size 64 --max-episodes 400
 python evaluate.py tokens --action-tokenizer "$RUN/fast" --execute 2 --out "$RESULT" --preset "$preset"
 
 # ---- Stages 1 and 2: the backbone learns to see, to think and to act; then to think better ----
 
 announce "stage 1: SFT"
-mixture=$DATA/train/conversations.jsonl:0.5,$DATA/train/episodes:3
-mixture=$mixture,$DATA/train/thought_actions.jsonl:0.4
+mixture=$DATA/train/conversations.jsonl:1,$DATA/train/episodes:1
+mixture=$mixture,$DATA/train/thought_actions.jsonl:2
 on_all_ranks sft.py "${sft[@]}" --data "$mixture" --action-tokenizer "$RUN/fast" \
   --out "$RUN/sft" --seed "$SEED"
 
@@ -130,7 +131,7 @@ measure_action_tokens() {
     --data "$DATA/test" --variant "$1" --out "$RESULT" --preset "$preset" --seed "$SEED" \
     "${held_out[@]}"
 }
-side_by_side measure_action_tokens
+side_by_side measure_action_tokens "${variants[@]}"
 
 # ---- Stage 3: the same action head on each of the three frozen backbones ----
 
@@ -148,7 +149,7 @@ if [ "$gpus" -gt 0 ]; then
     train_head "$variant" on_all_ranks
   done
 else  # on a CPU all three at once: none waits for another rank
-  side_by_side train_head_on_one_core || { tail -n 2 "$RUN"/vla/*.txt; exit 1; }
+  side_by_side train_head_on_one_core "${variants[@]}" || { tail -n 2 "$RUN"/vla/*.txt; exit 1; }
 fi
 rm -rf "$RUN"/vla/*/features
 
@@ -157,7 +158,15 @@ drive() {
   python evaluate.py tabletop --policy "$RUN/vla/$1" --variant "$1" --out "$RESULT" \
     --preset "$preset" --seed "$SEED" --execute 2 "${trials[@]}" --gif "$RUN/gif/$1"
 }
-side_by_side drive
+side_by_side drive "${variants[@]}"
+
+announce "closed loop of the models' own thoughts and action tokens"
+drive_by_tokens() {
+  python evaluate.py tabletop --policy "$(backbone_of "$1")" --mode think --variant "$1" \
+    --out "$RESULT" --preset "$preset" --seed "$SEED" --execute 2 "${trials[@]}" \
+    --suites spatial,object,goal,long --gif "$RUN/gif/$1-think"
+}
+side_by_side drive_by_tokens SFT SFT+RL  # base has no action tokens
 
 # ---- The table ----
 
