@@ -110,7 +110,7 @@ python -m benchmarks.tabletop_data --out "$DATA/test" --seed 1000 --conversation
 
 announce "FAST tokenizer"
 python fast_tokenizer.py fit --data "$DATA/train" --out "$RUN/fast" \
-  --horizon 5 --scale 2 --vocab-size 64 --max-episodes 400
+  --horizon 5 --scale 2.5 --vocab-size 64 --max-episodes 400
 python evaluate.py tokens --action-tokenizer "$RUN/fast" --execute 2 --out "$RESULT" --preset "$preset"
 
 # ---- Stages 1 and 2: the backbone learns to see, to think and to act; then to think better ----
