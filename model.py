@@ -185,7 +185,7 @@ def parse_words(backbone: "Backbone", token_ids: Sequence[int]) -> ParsedWords:
     if backbone.vocab.eos in token_ids:
         token_ids = token_ids[: token_ids.index(backbone.vocab.eos) + 1]
     parts = WORDS.fullmatch(backbone.tokenizer.decode(token_ids))
-    if parts is None:
+    if parts is None or {backbone.vocab.action_start, backbone.vocab.action_end} & {*token_ids}:
         return ParsedWords(False, False, "", "")
     thought = (parts[1] or "").strip()
     return ParsedWords(True, thought != "", thought, parts[2].strip())

@@ -184,7 +184,8 @@ def test_thoughts_before_actions(tmp_path, monkeypatch):
         acted("near", near),
         acted("right", first),
         model.action_answer(first) + "<|im_end|>",  # no thought
-        *[acted("wrong", first)] * 3,  # of the second prompt, whose target is another
+        acted("right, so <ACTION>", second),  # sft.py would look for its actions there
+        *[acted("wrong", first)] * 2,  # of the second prompt, whose target is another
     ]
     assert model.prefix_reward(first, second) < 0.5
     direct = [model.action_answer(first) + "<|im_end|>"] * 2
