@@ -235,11 +235,11 @@ def check_question(source: ConversationDataset, i: int, target: Target) -> None:
     """Damaged when row i cannot be asked or, where its answer is in words, not be scored: text,
     tags, images, of which the headers are opened, and an own answer that would not be right."""
     sample_id = source.sample_id(i)
-    source.question(i)
+    question = source.question(i)
     with reading(sample_id):
         messages, image_sizes = source.outline(i)
         model.check_messages(messages, len(image_sizes))
-        model.check_text(source[i].kind or "")
+        model.check_text(question.kind or "")
         if not isinstance(target, RightAnswer):
             return
         if "mask" in target.row:

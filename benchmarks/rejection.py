@@ -88,8 +88,13 @@ def check_answers(args):
 
 
 def check_actions(args):
-    """Of `evaluate.py actions`: as check()."""
+    """Of `evaluate.py actions`: as check(), and rows to train on are of no held-out episode."""
     check(args, {"keep": 2, "least": 0.5})
+    if args.keep_right and args.split != "train":
+        raise ValueError(
+            f"--keep-right of --split {args.split}: held-out episodes are not to be trained on; "
+            "give --split train"
+        )
 
 
 def relative(path: Path, file: str) -> str:

@@ -149,6 +149,14 @@ def test_flags_that_do_nothing_and_files_that_sft_would_refuse(
         vqa(data, *flags)
 
 
+@pytest.mark.parametrize("split", ["auto", "held-out", "all"])
+def test_held_out_episodes_do_not_become_rows_to_train_on(split):
+    """By the default, auto, the held-out episodes of a folder that was trained on were asked."""
+    flags = ["--data", "episodes", "--split", split, "--keep-right", "own.jsonl"]
+    with pytest.raises(ValueError, match=f"--keep-right of --split {split}: .* --split train"):
+        evaluate.main(["actions", "--policy", "x", *flags])
+
+
 def test_thoughts_before_actions(tmp_path, monkeypatch):
     """The best of a group, at least half right, with the recorded actions and not those that were
     nearly right; of the training episodes alone."""
