@@ -173,7 +173,8 @@ def own_row(asked: Asked, words: model.ParsedWords, file: str) -> dict:
     right = asked.right
     # a chunk is of a later turn, which is left out
     row = {name: value for name, value in right.row.items() if name not in ("sample_id", "chunk")}
-    row["images"] = [relative(right.folder / name, file) for name in row["images"]]
+    asked_images = row["images"][: len(asked.sample.images)]
+    row["images"] = [relative(right.folder / name, file) for name in asked_images]
     if "mask" in row:
         row["mask"] = relative(right.folder / row["mask"], file)
     answered = len(asked.sample.messages)

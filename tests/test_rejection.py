@@ -52,10 +52,10 @@ def write_rows(folder):
             {"role": "system", "content": "Be brief."},
             {"role": "user", "content": f"<image>{kind}?"},
             {"role": "assistant", "content": f"<answer>{answer}</answer>"},
-            {"role": "user", "content": "And then?"},
+            {"role": "user", "content": "<image>And then?"},  # not asked, nor is its image kept
             {"role": "assistant", "content": "The end."},
         ]
-        row = {"images": ["images/0.png"], "messages": messages, "kind": kind, **more}
+        row = {"images": ["images/0.png"] * 2, "messages": messages, "kind": kind, **more}
         lines.append(json.dumps(row) + "\n")
     (folder / "d.jsonl").write_text("".join(lines))
     return folder / "d.jsonl"
