@@ -205,11 +205,15 @@ def prompt_rows(
 
 
 def target_of(source: Source, i: int) -> Target:
-    """Action ids of the K actions that follow, or what an answer in words is scored by."""
+    """Action ids of the K actions that follow, or what an answer in words is scored by. Of a row of
+    several turns its first answer says which."""
     if isinstance(source, EpisodeDataset):
         return source.target_ids(i)
     row = source.row(i)
-    return source.action_ids(row, source.sample_id(i)) or right_answer(source, i)
+    first_answer = next(m["content"] for m in row["messages"] if m["role"] == "assistant")
+    if "<ACTION>" in first_answer:
+        return source.action_ids(row, source.sample_id(i))
+    return right_answer(source, i)
 
 
 def right_answer(
@@ -223,26 +227,26 @@ def right_answer(
     if score not in SCORES:
         raise ValueError(f'{sample_id}: its "score" is {score!r}; write one of {", ".join(SCORES)}')
     answered = len(source.question(i).messages)
-    text = model.answer_text(row["messages"][answered]["content"])
+    text = model.answer_text(source[i].messages[answered]["content"])
     return RightAnswer(score, text, row, source.path.parent, unit)
 
 
-def check_question(source: ConversationDataset, i: int, right: RightAnswer | None) -> None:
+def check_question(source: ConversationDataset, i: int, target: Target) -> None:
     """Damaged when row i cannot be asked or, where its answer is in words, not be scored: text,
     tags, images, of which the headers are opened, and an own answer that would not be right."""
     sample_id = source.sample_id(i)
-    source.question(i)
+    question = source.question(i)
     with reading(sample_id):
         messages, image_sizes = source.outline(i)
         model.check_messages(messages, len(image_sizes))
-        model.check_text(source[i].kind or "")
-        if right is None:
+        model.check_text(question.kind or "")
+        if not isinstance(target, RightAnswer):
             return
-        if "mask" in right.row:
-            source.image_path(right.row["mask"], sample_id)
-        worth = answer_score(right.text, right)
-        if worth != 1 and right.score != "point":  # of a point the row has the place alone
-            raise ValueError(f"its answer {right.text!r} is none for the score {right.score}")
+        if "mask" in target.row:
+            source.image_path(target.row["mask"], sample_id)
+        worth = answer_score(target.text, target)
+        if worth != 1 and target.score != "point":  # of a point the row has the place alone
+            raise ValueError(f"its answer {target.text!r} is none for the score {target.score}")
 
 
 def named_kinds(text: str) -> set[str]:
@@ -270,7 +274,7 @@ def keep_kinds(sources: list[Source], kinds: str) -> None:
             if wanted and kind not in wanted:
                 continue
             found.add(kind)
-            check_question(source, i, None if "chunk" in row else right_answer(source, i))
+            check_question(source, i, target_of(source, i))
             left.append(i)
         n_train = len(source.train)
         source.train = [i for i in left if i < n_train]
@@ -589,10 +593,12 @@ def ladder_rewards(
 ) -> np.ndarray:
     """The prefix reward with a soft "equal": the mean, over k up to the longer of the two, of
     exp(-L1 / 0.1) between what the first k tokens of each decode to, later coefficients 0. A rung
-    for each token, low frequencies first (OAT, 2602.04215); a near miss early is not the end."""
+    for each token, low frequencies first (OAT, 2602.04215); a near miss early is not the end. 0
+    where the whole does not decode, which may be hundreds of tokens long."""
+    _, decodes = action_tokenizer.decode(generated)
     ours, theirs, counts = [], [], []
-    for a, b in zip(generated, targets, strict=True):
-        rungs = max(len(a), len(b))
+    for a, b, whole in zip(generated, targets, decodes, strict=True):
+        rungs = max(len(a), len(b)) if whole else 0
         ours += [a[:k] for k in range(1, rungs + 1)]
         theirs += [b[:k] for k in range(1, rungs + 1)]
         counts.append(rungs)
@@ -758,7 +764,7 @@ def token_advantages(
     advantages: torch.Tensor,
     format_part: torch.Tensor,
 ) -> list[torch.Tensor]:
-    """--credit prefix: what follows the first wrong action token cannot change the prefix reward,
+    """--credit prefix: what follows the first wrong action token cannot raise the prefix reward,
     so only the format's part of the advantage reaches it. Of a target 3 5 and advantage A:
 
         <think> ... <ACTION_START>  3  7  2  <ACTION_END></answer>
@@ -1274,6 +1280,11 @@ def held_out_prompts(
         n = round(cfg.eval_prompts * weight / sum(weights))
         if source.held:
             picks += [Pick(s, i) for i in model.evenly_spaced(source.held, n)]
+    if cfg.eval_every and not picks:
+        raise ValueError(
+            f"--eval-every {cfg.eval_every}: no row to ask is held out; raise --holdout-rows or "
+            "--eval-prompts, or give --eval-every 0"
+        )
     return prompt_rows(backbone, sources, picks[dist.rank :: dist.world_size])
 
 
@@ -1318,6 +1329,11 @@ def check_config(cfg: Config) -> None:
         value = getattr(cfg, name)
         if value not in allowed:
             raise ValueError(f"--{name} {value}: choose one of {', '.join(allowed)}")
+    if cfg.credit == "prefix" and cfg.reward != "prefix":
+        raise ValueError(
+            f"--credit prefix --reward {cfg.reward}: what follows the first wrong token counts in "
+            "this reward; give --credit all, or --reward prefix"
+        )
 
 
 class Prepared(NamedTuple):

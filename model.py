@@ -185,7 +185,7 @@ def parse_words(backbone: "Backbone", token_ids: Sequence[int]) -> ParsedWords:
     if backbone.vocab.eos in token_ids:
         token_ids = token_ids[: token_ids.index(backbone.vocab.eos) + 1]
     parts = WORDS.fullmatch(backbone.tokenizer.decode(token_ids))
-    if parts is None:
+    if parts is None or {backbone.vocab.action_start, backbone.vocab.action_end} & {*token_ids}:
         return ParsedWords(False, False, "", "")
     thought = (parts[1] or "").strip()
     return ParsedWords(True, thought != "", thought, parts[2].strip())
@@ -1121,13 +1121,14 @@ def forget_forwards(net: nn.Module) -> None:
 def _hidden_states(net, batch, cache):
     # 1. what is seen
     ids = batch["ids"]
+    starts = cache is None or cache.get_seq_length() == 0  # rows, not what goes on from a prompt
     if batch.get("pixels") is not None:
         inputs = {
             "input_ids": ids,
             "pixel_values": cut_patches(batch["pixels"], batch["grid"], net.image_spec),
             "image_grid_thw": batch["grid"],
         }
-    elif cache is None and (isinstance(net, fsdp.FSDPModule) or _trains(net.model.visual)):
+    elif starts and (isinstance(net, fsdp.FSDPModule) or _trains(net.model.visual)):
         # A batch without images looks at a blank one, with weight 0. FSDP's ranks must gather and
         # reduce the same parameters in the same order; and the vision tower then has a gradient of
         # 0, not none, on any number of ranks: for AdamW, whose averages decay by it, they differ.

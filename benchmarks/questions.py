@@ -170,7 +170,7 @@ def score_answers(backbone, asked: list[Asked], args) -> list[Answer]:
 
 def metric_kind(kind: str | None) -> str:
     """A row's kind as a word of a metric's name."""
-    return (kind or "all").replace(" ", "_")
+    return "_".join((kind or "").split()) or "all"
 
 
 def write_answers(path: str | Path, answers: list[Answer]):

@@ -23,6 +23,7 @@ from PIL import Image
 
 import grpo
 import model
+import vla
 from benchmarks.questions import Asked
 from fast_tokenizer import EpisodeFile, count, natural, share
 
@@ -87,8 +88,13 @@ def check_answers(args):
 
 
 def check_actions(args):
-    """Of `evaluate.py actions`: as check()."""
+    """Of `evaluate.py actions`: as check(), and rows to train on are of no held-out episode."""
     check(args, {"keep": 2, "least": 0.5})
+    if args.keep_right and args.split != "train":
+        raise ValueError(
+            f"--keep-right of --split {args.split}: held-out episodes are not to be trained on; "
+            "give --split train"
+        )
 
 
 def relative(path: Path, file: str) -> str:
@@ -146,26 +152,29 @@ def kept_answers(backbone, asked: list[Asked], keys: list[int], args) -> list[li
         )
         for b, one in enumerate(questions):
             right = []
-            for ids in samples["ids"][b * n : (b + 1) * n]:
+            for ids in samples["ids"][b * n : (b + 1) * n].tolist():
                 words = model.parse_words(backbone, ids)
                 worth = grpo.answer_score(words.answer, one.right, graded=True)
-                if words.has_thought and worth >= args.least - 1e-9 and is_plain(words):
+                is_worth_it = words.has_thought and worth >= args.least - 1e-9
+                if is_worth_it and is_plain(words.thought + words.answer):
                     right.append(words)
             chosen = diverse([words.thought for words in right], args.keep)
             kept.append([own_row(one, right[i], args.keep_right) for i in chosen])
     return kept
 
 
-def is_plain(words: model.ParsedWords) -> bool:
+def is_plain(text: str) -> bool:
     """Whether sft.py would read the text as text."""
-    return not any(tag in words.thought + words.answer for tag in ("<image>", "<ACTION>"))
+    return not any(tag in text for tag in ("<image>", "<|image_pad|>", "<ACTION>"))
 
 
 def own_row(asked: Asked, words: model.ParsedWords, file: str) -> dict:
     """The row that was asked, answered by the model, its paths as seen from `file`."""
     right = asked.right
-    row = {name: value for name, value in right.row.items() if name != "sample_id"}
-    row["images"] = [relative(right.folder / name, file) for name in row["images"]]
+    # a chunk is of a later turn, which is left out
+    row = {name: value for name, value in right.row.items() if name not in ("sample_id", "chunk")}
+    asked_images = row["images"][: len(asked.sample.images)]
+    row["images"] = [relative(right.folder / name, file) for name in asked_images]
     if "mask" in row:
         row["mask"] = relative(right.folder / row["mask"], file)
     answered = len(asked.sample.messages)
@@ -208,9 +217,9 @@ def kept_actions(backbone, completions: list[list[int]], prompts, args) -> list[
     for b, (episode, step) in enumerate(prompts.steps):
         by_worth = {}  # r_a -> thoughts
         for g in range(b * n, (b + 1) * n):
-            if parts["r_f"][g] and parts["r_a"][g] >= args.least - 1e-9:
-                text = backbone.tokenizer.decode(completions[g])
-                thought = text.partition("<think>")[2].partition("</think>")[0].strip()
+            thought = vla.thought_text(backbone, completions[g])
+            is_worth_it = parts["r_f"][g] and parts["r_a"][g] >= args.least - 1e-9
+            if is_worth_it and is_plain(thought):
                 by_worth.setdefault(parts["r_a"][g], []).append(thought)
         thoughts = []
         for worth in sorted(by_worth, reverse=True):

@@ -349,8 +349,8 @@ EXACT = {"score": "exact"}
 CHOICE = {"score": "choice"}
 LIST = {"score": "items"}
 CELLS = {"score": "path", "grid": [8, 8]}  # as cell() names them
-CM = "tolerance"  # of answers in centimetres; a thing is about 4 cm wide
 
+# tolerances are in centimetres; a thing is about 4 cm wide
 SCENE = {  # what the image shows
     "where": Kind(4, where_is, EXACT),
     "what": Kind(4, what_is_at, EXACT),
@@ -359,12 +359,12 @@ SCENE = {  # what the image shows
     "gripper": Kind(2, where_is_the_gripper, LIST),
     "choice": Kind(1, which_one, CHOICE),
     "caption": Kind(4, describe, LIST),
-    "point": Kind(4, point_to, {"score": "number", CM: 2}),
-    "points": Kind(5, point_to_everything, {**LIST, CM: 2}),
+    "point": Kind(4, point_to, {"score": "number", "tolerance": 2}),
+    "points": Kind(5, point_to_everything, {**LIST, "tolerance": 2}),
 }
 TASK = {  # the expert's next move
     "target": Kind(2, where_is_the_target, EXACT),
-    "direction": Kind(8, which_direction, {**LIST, CM: 1}),
+    "direction": Kind(8, which_direction, {**LIST, "tolerance": 1}),
     "phase": Kind(1, which_phase, EXACT),
     "fingers": Kind(1, open_or_close, EXACT),
     "movement": Kind(1, which_movement, CHOICE),

@@ -238,17 +238,33 @@ def test_the_ladder_by_hand(backbone):
     """Each rung compares what as many tokens of both decode to, with zeros for the rest."""
     one = [i for i, p in backbone.action_tokenizer.pieces.items() if len(p.decode()) == 1]
     a, b = one[0], one[1]
-    generated, target = [a, b, a], [a, a]
+    generated, target = [a, b, *[a] * 10], [a] * 12
     rungs = []
-    for k in (1, 2, 3):
+    for k in range(1, 13):
         chunks, ok = backbone.action_tokenizer.decode([generated[:k], target[:k]], partial=True)
         assert ok.all()
         rungs.append(grpo.closeness(backbone.action_tokenizer, chunks[:1], chunks[1:])[0])
     assert rungs[0] == 1 > rungs[1]
-    ladder = grpo.ladder_rewards(backbone.action_tokenizer, [generated, []], [target, [a]])
-    assert ladder[0] == pytest.approx(np.mean(rungs))
-    nothing, _ = backbone.action_tokenizer.decode([[], [a]], partial=True)
-    assert ladder[1] == grpo.closeness(backbone.action_tokenizer, nothing[:1], nothing[1:])[0]
+    ladder = grpo.ladder_rewards(backbone.action_tokenizer, [generated], [target])
+    assert ladder == pytest.approx([np.mean(rungs)])
+
+
+def test_the_ladder_is_not_climbed_where_nothing_decodes(backbone, monkeypatch):
+    """2,000 tokens without an end, as of a policy that has collapsed, were 2,000 chunks to decode
+    (two million ids) for an answer that earns nothing."""
+    decode = backbone.action_tokenizer.decode
+    counts = []
+
+    def counted(ids, partial=False):
+        counts.append(len(ids))
+        return decode(ids, partial)
+
+    monkeypatch.setattr(backbone.action_tokenizer, "decode", counted)
+    one = next(i for i, p in backbone.action_tokenizer.pieces.items() if len(p.decode()) == 1)
+    generated = [[one] * 2000, [one] * 12, []]
+    ladder = grpo.ladder_rewards(backbone.action_tokenizer, generated, [[one] * 12] * 3)
+    assert ladder.tolist() == [0, 1, 0]
+    assert sum(counts) < 100
 
 
 def test_credit_ends_at_the_first_wrong_token(backbone):
@@ -301,6 +317,7 @@ def test_reward_of_answers_in_words(backbone):
         "<think>far</think>10<|im_end|>": (0, 0),
         "<think>a</think><answer>9</answer><answer>10</answer><|im_end|>": (0, 0),
         f"<think>far</think>{act}<|im_end|>": (0, 0),  # acts where it was asked
+        f"<think>{model.ACTION_END}</think><answer>10</answer><|im_end|>": (0, 0),
         "": (0, 0),
     }
     rows = [ids_of(backbone, text) for text in cases]
@@ -676,7 +693,7 @@ def flags(world, out, *more):
 
 @pytest.fixture(scope="module")
 def questions(world):
-    """Rows of three kinds, and of actions, in turn."""
+    """Rows of three kinds, one without an image, and of actions, in turn."""
     folder = world / "questions"
     (folder / "images").mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -691,13 +708,12 @@ def questions(world):
             ("way", "(0.1, 0.1), (0.5, 0.1)", {"score": "path"}),
             ("act", "<ACTION>", {"chunk": chunks(1, seed=i)[0].tolist()}),
         ][i % 4]
+        images = [] if kind == "far+think" else [f"images/{i % 3}.png"]
         messages = [
-            {"role": "user", "content": f"<image>{kind} {i}?"},
+            {"role": "user", "content": "<image>" * len(images) + f"{kind} {i}?"},
             {"role": "assistant", "content": f"<answer>{answer}</answer>"},
         ]
-        lines.append(
-            {"images": [f"images/{i % 3}.png"], "messages": messages, "kind": kind, **more}
-        )
+        lines.append({"images": images, "messages": messages, "kind": kind, **more})
     (folder / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder / "q.jsonl"
 
@@ -717,6 +733,32 @@ def test_questions_as_prompts(backbone, questions):
     assert [target.score for target in targets[:3]] == ["exact", "number", "path"]
     assert targets[1].text == "10" and targets[1].row["tolerance"] == 2
     assert targets[3] == backbone.action_tokenizer.encode(chunks(1, seed=3))[0]
+
+
+def test_the_first_answer_of_a_row_says_what_is_asked_for(backbone, tmp_path):
+    """Of a row that talks first and acts later the talk was asked for, and scored as actions."""
+    chunk = chunks(1, seed=3)[0].tolist()
+    turns = [
+        [("Where is it?", "<answer>d5</answer>"), ("What next?", "<answer><ACTION></answer>")],
+        [("What next?", "<answer><ACTION></answer>"), ("Where is it?", "<answer>d5</answer>")],
+    ]
+    lines = []
+    for pairs in turns:
+        messages = []
+        for question, answer in pairs:
+            messages.append({"role": "user", "content": question})
+            messages.append({"role": "assistant", "content": answer})
+        lines.append(json.dumps({"messages": messages, "score": "exact", "chunk": chunk}) + "\n")
+    (tmp_path / "q.jsonl").write_text("".join(lines))
+    source = model.ConversationDataset(tmp_path / "q.jsonl", backbone.action_tokenizer, 0)
+    grpo.keep_kinds([source], "")
+    talk, act = grpo.target_of(source, 0), grpo.target_of(source, 1)
+    assert (talk.score, talk.text) == ("exact", "d5")
+    assert act == backbone.action_tokenizer.encode(np.float32([chunk]))[0]
+    # evaluate.py vqa compares an answer by actions with the tokens themselves, not with "<ACTION>"
+    right = grpo.right_answer(source, 1)
+    tokens = model.answer_text(model.action_answer(act))
+    assert right.text == tokens and grpo.answer_score(tokens, right) == 1
 
 
 def test_kinds_leave_rows_of_conversations_alone(backbone, world, questions):
@@ -764,6 +806,8 @@ def test_words_and_actions_resume_exactly(world, questions, monkeypatch):
 
 
 def test_words_and_actions_on_two_ranks_equal_one(world, questions, monkeypatch):
+    """A rank whose questions were all without an image had no gradient for the vision tower, while
+    the other had one: their reductions did not match, and the run ended or hung."""
     monkeypatch.setattr(grpo, "reward", spread_rewards)
     both = ["--steps", "2", "--batch", "4", "--micro-batch", "1", "--eval-prompts", "7"]
     grpo.main(mixed(world, questions, "mixed one", *both))
@@ -1002,7 +1046,7 @@ def test_ranks_equal_one(world, monkeypatch, ranks, more):
     assert max(gaps) < 3e-4  # Adam makes much of the last bits of tiny gradients; 2 steps move 6e-3
 
 
-def test_bad_input_is_one_line(world, tmp_path):
+def test_bad_input_is_one_line(world, questions, tmp_path):
     def error(*more, **kw):
         with pytest.raises((ValueError, FileNotFoundError), **kw):
             grpo.main(flags(world, "bad", "--steps", "1", *more))
@@ -1019,6 +1063,9 @@ def test_bad_input_is_one_line(world, tmp_path):
     error("--dual-clip", "0.5", match="--dual-clip 0.5 .* give more than 1, or 0")
     error("--reward", "exact", match="--reward exact.*prefix, ladder, l1, lcs")
     error("--credit", "first", match="--credit first: choose one of all, prefix")
+    error("--credit", "prefix", "--reward", "l1", match="--credit prefix --reward l1: what follows")
+    more = ["--data", str(questions), "--kinds", "way", "--holdout-rows", "0"]
+    error(*more, match="--eval-every .*: no row to ask is held out; raise --holdout-rows")
     two = {
         "image": np.zeros((4, 32, 32, 3), np.uint8),
         "state": np.zeros((4, 2), np.float32),

@@ -218,7 +218,8 @@ def test_speedrun_gives_commands_that_there_are(quick, tmp_path):
     commands = commands_of_speedrun(tmp_path, QUICK=quick)
     checked = [check_command(command) for command in commands]
     assert checked.count("vla.py") == 3
-    assert checked.count("evaluate.py") == 8  # tokens, 3 x actions, 3 x tabletop, report
+    # tokens, 3 x actions, 3 x tabletop by heads and 2 x by own tokens, report
+    assert checked.count("evaluate.py") == 10
     name = "quick" if quick == "1" else "speedrun"
     assert f"data/{name}/train" in commands[0]
     assert (tmp_path / "runs" / name / "done").exists()

@@ -52,10 +52,10 @@ def write_rows(folder):
             {"role": "system", "content": "Be brief."},
             {"role": "user", "content": f"<image>{kind}?"},
             {"role": "assistant", "content": f"<answer>{answer}</answer>"},
-            {"role": "user", "content": "And then?"},
+            {"role": "user", "content": "<image>And then?"},  # not asked, nor is its image kept
             {"role": "assistant", "content": "The end."},
         ]
-        row = {"images": ["images/0.png"], "messages": messages, "kind": kind, **more}
+        row = {"images": ["images/0.png"] * 2, "messages": messages, "kind": kind, **more}
         lines.append(json.dumps(row) + "\n")
     (folder / "d.jsonl").write_text("".join(lines))
     return folder / "d.jsonl"
@@ -149,6 +149,14 @@ def test_flags_that_do_nothing_and_files_that_sft_would_refuse(
         vqa(data, *flags)
 
 
+@pytest.mark.parametrize("split", ["auto", "held-out", "all"])
+def test_held_out_episodes_do_not_become_rows_to_train_on(split):
+    """By the default, auto, the held-out episodes of a folder that was trained on were asked."""
+    flags = ["--data", "episodes", "--split", split, "--keep-right", "own.jsonl"]
+    with pytest.raises(ValueError, match=f"--keep-right of --split {split}: .* --split train"):
+        evaluate.main(["actions", "--policy", "x", *flags])
+
+
 def test_thoughts_before_actions(tmp_path, monkeypatch):
     """The best of a group, at least half right, with the recorded actions and not those that were
     nearly right; of the training episodes alone."""
@@ -184,7 +192,8 @@ def test_thoughts_before_actions(tmp_path, monkeypatch):
         acted("near", near),
         acted("right", first),
         model.action_answer(first) + "<|im_end|>",  # no thought
-        *[acted("wrong", first)] * 3,  # of the second prompt, whose target is another
+        acted("right, so <ACTION>", second),  # sft.py would look for its actions there
+        *[acted("wrong", first)] * 2,  # of the second prompt, whose target is another
     ]
     assert model.prefix_reward(first, second) < 0.5
     direct = [model.action_answer(first) + "<|im_end|>"] * 2
