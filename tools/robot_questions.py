@@ -240,7 +240,7 @@ SENTENCES = {  # a fact -> ways to say it in a thought
         "Seen from {origin}, the hand is {place} (cm), and it is {hand}.",
         "The gripper, {hand}, is at {place}.",
     ],
-    "objects": ["There are {objects}.", "I see {objects}.", "In the scene: {objects}."],
+    "objects": ["The scene has {objects}.", "I see {objects}.", "In the scene: {objects}."],
     "target": [
         "The target is the {target} at {target_place}.",
         "The hand is going for the {target}, {target_place} cm from {origin}.",
