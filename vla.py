@@ -68,6 +68,7 @@ from fast_tokenizer import (
     rare_lines,
     read_episodes,
     read_stats,
+    reading,
     split_episodes,
     split_record,
     unnormalize,
@@ -616,7 +617,8 @@ def thought_text(backbone: Backbone, token_ids: Sequence[int]) -> str:
 
 
 def encode_thought(backbone: Backbone, text: str) -> np.ndarray:
-    """A thought in words -> its token ids (t,)."""
+    """A thought in words -> its token ids (t,). ValueError for text that stands for an image."""
+    model.check_messages([{"content": text}], 0)
     ids = backbone.tokenizer.encode(f"<think>{text}{THINK_END}", add_special_tokens=False)
     return np.array(ids, np.int64)
 
@@ -646,7 +648,8 @@ def frame_thoughts(
         for episode, frame_range in zip(frames.episodes, frames.frame_ranges, strict=True):
             for frame_id in frame_range:
                 _, step = frames.locate(frame_id)
-                thoughts.append(encode_thought(backbone, episode.thoughts[step]))
+                with reading(f"{episode}: thought of step {step}"):
+                    thoughts.append(encode_thought(backbone, episode.thoughts[step]))
         return thoughts
 
     # 2. its own

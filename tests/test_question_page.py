@@ -143,14 +143,6 @@ def test_a_picture_without_a_browser(tmp_path):
     assert all(page.getpixel((10 + 266 * i + 128, 10 + 64)) == answer for i in range(4))
 
 
-def test_lines_fit_their_column():
-    font = question_page.ImageFont.load_default(12)
-    text = "one line that is too long for its column\nand another " + 40 * "x"
-    lines = question_page.wrapped(text, font, 100)
-    assert " ".join(lines).split() == text.split()
-    assert all(font.getlength(line) <= 100 for line in lines[:-1]) and lines[-1] == 40 * "x"
-
-
 BAD = {
     "name it .html, .png or .jpg": ([row("a")], ["--out", "page.txt"]),
     "no such file": ([row("a")], ["--data", "nowhere.jsonl"]),

@@ -276,6 +276,20 @@ def test_who_closes_in_motion_around_an_object_holds_it(world, tmp_path):
     assert motion.primitive[8:18] == ["lift"] + ["carry"] * 5 + ["place"] * 4
 
 
+def test_a_hand_that_begins_with_a_thing_in_it():
+    """It stands for two steps, then lifts: of the first step there is none before to be as, which
+    ended the run with an IndexError. A hand that holds nothing pushes, as before."""
+    place = np.zeros((8, 3))
+    place[:, 2] = [0, 0, 0, 0.05, 0.1, 0.15, 0.2, 0.25]
+    closed = np.ones(8, bool)
+    unknown = np.full(8, -1)
+    held = mt.held_objects(place, place[:, None], closed)
+    assert held.tolist() == [0] * 8
+    names = mt.primitives(place, closed, closed, held, unknown, 1)
+    assert names == ["grasp"] * 2 + ["lift"] * 5 + ["lift"]
+    assert mt.primitives(place, closed, closed, unknown, unknown, 1) == ["push"] * 8
+
+
 OBJECT_ANSWERS = {  # kind -> a part of the question -> the open answer, at step 10
     "where": {
         "cube": "10, 1, 23",
@@ -337,6 +351,23 @@ def test_answers_about_objects_by_hand(among_objects, kind):
         assert kind not in ("which", "target", "holding") or asked.answer in asked.conclusion
         assert kind != "relation" or f"{asked.answer}." == last_words[-1]
     assert seen == {part for part, answer in OBJECT_ANSWERS[kind].items() if answer}
+
+
+def test_of_equal_objects_the_instruction_tells_which_is_meant(world, tmp_path):
+    """Of two black bowls "Point to the black bowl." had one right answer, which nobody could tell:
+    the recording calls the one so that the instruction means."""
+    for names, has_twins in ((["cube", "other cube", "lamp"], True), (["cube", "b", "c"], False)):
+        arrays, header = with_objects(scripted(), HEADER)
+        header["objects"] = json.dumps(names)
+        at = moment_of(world, tmp_path / str(has_twins), (arrays, header))._replace(t=10)
+        for kind in OBJECT_ANSWERS.keys() - {"target"}:
+            told = set()
+            for seed in range(60):
+                asked = rq.KINDS[kind].ask(at, np.random.default_rng(seed))
+                if asked and "what the hand is going for" not in asked.text:
+                    told.add(asked.told)
+            assert told == {has_twins}, kind
+        assert not rq.ask_position(at, np.random.default_rng(0)).told
 
 
 def test_questions_without_a_clear_answer_are_not_asked(among_objects):

@@ -916,6 +916,20 @@ def test_recorded_thoughts_condition_the_head(data, thoughtful, tmp_path, monkey
             policy.act_batch(images, instructions, states, thoughts=thoughts)
 
 
+def test_a_recorded_thought_that_stands_for_an_image_names_its_step(thoughtful, tmp_path):
+    """Its token met no image in the forward, and the error named neither file nor cure."""
+    folder = tmp_path / "data"
+    shutil.copytree(thoughtful, folder)
+    path = folder / "episode_000001.safetensors"
+    thoughts = ["so"] * LENGTHS[1]
+    thoughts[2] = "I see <|image_pad|>"
+    tensors = {name: tensor.numpy() for name, tensor in load_file(path).items()}
+    save_file(tensors, path, {"task": TASKS[1], "thoughts": json.dumps(thoughts)})
+    flags = {"condition": "thought", "thoughts": "recorded"}
+    with pytest.raises(ValueError, match="episode_000001: thought of step 2: .*image_pad"):
+        vla.main(argv(folder, tmp_path / "run", **flags))
+
+
 def test_wrong_combinations_of_thoughts_are_one_line(data, thoughtful, thinking, tmp_path):
     for folder, flags, words in (
         (data, {"condition": "mind"}, "--condition mind: choose prompt or thought or thought-only"),

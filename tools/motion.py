@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from benchmarks.simulate import project
 from fast_tokenizer import EpisodeFile
 
 # ---- Axes ----------------------------------------------------------------------------------------
@@ -129,10 +130,7 @@ class Camera(NamedTuple):
 
     def project(self, places: np.ndarray) -> np.ndarray:
         """Places (N, 3), m -> (N, 2) x, y as shares of width and height; NaN behind the camera."""
-        homogeneous = np.pad(places, ((0, 0), (0, 1)), constant_values=1.0)  # (N, 4)
-        uvw = homogeneous @ self.matrix.T  # (N, 3)
-        depth = np.where(uvw[:, 2:] > 0, uvw[:, 2:], np.nan)
-        return uvw[:, :2] / depth / self.size[::-1]
+        return project(self.matrix, places) / self.size[::-1]
 
 
 def read_camera(path: str | Path) -> Camera:
@@ -260,7 +258,8 @@ def primitives(
         closed in fast motion, and
         not known to hold a thing     push
         closed                        grasp    until the hand has left where it closed, then by its
-                                               direction: lift, carry or place; standing: as before
+                                               direction: lift, carry or place; standing: as before,
+                                      at the start grasp
 
     held, target (T,): objects, -1 for none. The hand leaves, too, as soon as its target is another
     one. The direction is that of the next `ahead` steps, up to the next change of the gripper."""
@@ -288,7 +287,7 @@ def primitives(
         elif changed_at is not None:
             name = "grasp"
         elif np.linalg.norm(move) < 0.003:
-            name = names[-1]
+            name = names[-1] if names else "grasp"
         elif abs(move[2]) > level:
             name = "lift" if move[2] > 0 else "place"
         else:

@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import grpo
 import model
+from benchmarks.tabletop import wrap
 from fast_tokenizer import count, read_image, reading
 
 # ---- Rows ----------------------------------------------------------------------------------------
@@ -187,21 +188,6 @@ COLUMNS, MARGIN, LINE = 4, 10, 16  # LINE: height of a line of text, pixels
 COLOURS = {"kind": "#829ab1", "question": "#1f2933", "thought": "#52606d", "answer": "#c2185b"}
 
 
-def wrapped(text: str, font, width: int) -> list[str]:
-    """Lines of a text that are at most `width` pixels wide; a longer word has its own."""
-    lines = []
-    for paragraph_text in text.splitlines():
-        line = ""
-        for word in paragraph_text.split():
-            longer = f"{line} {word}".strip()
-            if line and font.getlength(longer) > width:
-                lines.append(line)
-                longer = word
-            line = longer
-        lines.append(line)
-    return lines
-
-
 def draw_card(card: Card, font) -> Image.Image:
     """A card SIDE wide; several frames are made smaller to fit."""
     picture = card.picture
@@ -212,7 +198,9 @@ def draw_card(card: Card, font) -> Image.Image:
     for turn in card.turns:
         texts += zip(("question", "thought", "answer"), turn, strict=True)
     for name, text in texts:
-        lines += [(line, COLOURS[name]) for line in wrapped(text, font, SIDE)]
+        for text_line in text.splitlines():
+            shown_lines = wrap(text_line, font, SIDE) or [""]
+            lines += [(line, COLOURS[name]) for line in shown_lines]
     top = picture.height + 4 if picture is not None else 0
     drawn = Image.new("RGB", (SIDE, top + LINE * len(lines)), "white")
     if picture is not None:

@@ -104,6 +104,12 @@ class Moment(NamedTuple):
         return [thing for thing in things if thing is not None]
 
     @property
+    def has_twins(self) -> bool:
+        """Whether there is an "other" object of the same name: which is which only the instruction
+        tells."""
+        return any(name.startswith("other ") for name in self.motion.objects)
+
+    @property
     def target(self) -> Thing | None:
         """What the hand is going for."""
         return self.thing(int(self.motion.target[self.t]))
@@ -234,7 +240,7 @@ SENTENCES = {  # a fact -> ways to say it in a thought
         "Seen from {origin}, the hand is {place} (cm), and it is {hand}.",
         "The gripper, {hand}, is at {place}.",
     ],
-    "objects": ["There are {objects}.", "I see {objects}.", "In the scene: {objects}."],
+    "objects": ["The scene has {objects}.", "I see {objects}.", "In the scene: {objects}."],
     "target": [
         "The target is the {target} at {target_place}.",
         "The hand is going for the {target}, {target_place} cm from {origin}.",
@@ -729,7 +735,7 @@ def ask_where(moment, rng) -> Asked | None:
         context=context,
         score="number",
         more={"tolerance": 2},
-        told=told,
+        told=told or moment.has_twins,
     )
 
 
@@ -844,7 +850,7 @@ def ask_which(moment, rng) -> Asked | None:
         conclusion=which.reason,
         options=name_options(rng, which.right.name, names),
         context=("hand", "objects"),
-        told=False,
+        told=moment.has_twins,
     )
 
 
@@ -867,7 +873,7 @@ def ask_relation(moment, rng) -> Asked | None:
         conclusion=f"{' '.join(places)} So it is {answer}.",
         options=(answer, [other]),
         context=(),
-        told=False,
+        told=moment.has_twins,
     )
 
 
@@ -923,7 +929,7 @@ def ask_offset(moment, rng) -> Asked | None:
         context=("objects",),
         score="number",
         more={"tolerance": 2},
-        told=False,
+        told=moment.has_twins,
     )
 
 
@@ -949,7 +955,7 @@ def ask_holding(moment, rng) -> Asked | None:
         ),
         options=name_options(rng, answer, names),
         context=("hand", "primitive", "objects"),
-        told=False,
+        told=moment.has_twins,
     )
 
 
@@ -958,7 +964,8 @@ def ask_object_point(moment, rng) -> Asked | None:
         return None
     thing = pick(rng, moment.objects)
     pixel = moment.motion.object_pixel[moment.t, thing.index]
-    return pointing(moment, rng, thing.name, pixel, ("objects", "hand"))
+    asked = pointing(moment, rng, thing.name, pixel, ("objects", "hand"))
+    return asked and asked._replace(told=moment.has_twins)
 
 
 # ---- Kinds ---------------------------------------------------------------------------------------
