@@ -22,6 +22,7 @@ case ${QUICK:-0} in
     head=(speedrun)
     held_out=(--prompts 512)
     trials=(--trials 5 --chains 50)
+    suites_of_tokens=spatial,object,goal,long
     note=""
     ;;
   1)
@@ -31,11 +32,12 @@ case ${QUICK:-0} in
     preset=quick
     train_data=(--episodes 400 --conversations 1200 --thought-actions 2400)
     test_data=(--episodes 40)
-    sft=(speedrun --steps 300)
+    sft=(speedrun --steps 240)
     grpo=(speedrun --steps 12)
-    head=(speedrun --steps 300)
+    head=(speedrun --steps 200)
     held_out=(--prompts 128)
     trials=(--trials 1 --chains 10)
+    suites_of_tokens=goal
     note="A quick look: every stage ran, none to its end; these numbers say nothing of the method."
     ;;
   *)
@@ -164,7 +166,7 @@ announce "closed loop of the models' own thoughts and action tokens"
 drive_by_tokens() {
   python evaluate.py tabletop --policy "$(backbone_of "$1")" --mode think --variant "$1" \
     --out "$RESULT" --preset "$preset" --seed "$SEED" --execute 2 "${trials[@]}" \
-    --suites spatial,object,goal,long --gif "$RUN/gif/$1-think"
+    --suites $suites_of_tokens --gif "$RUN/gif/$1-think"
 }
 side_by_side drive_by_tokens SFT SFT+RL  # base has no action tokens
 
