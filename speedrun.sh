@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole of RoboAlign on Tabletop: data -> FAST -> SFT -> GRPO -> three action heads -> the table.
 # A fresh machine with Python 3.11+ and two CPU cores is enough; with a GPU the same script uses it.
-# QUICK=1 shows every stage in some five minutes, with a table that says that it is only that.
+# QUICK=1 shows every stage in some six minutes, with a table that says that it is only that.
 # RUN, DATA and SEED name other folders and another seed; tools/venv.sh explains VENV, PYTHON and
 # SKIP_INSTALL.
 set -euo pipefail
