@@ -175,11 +175,12 @@ def draw_prompts(
     total = max(prompt_numbers, default=-1) + 1
     p = np.asarray(weights, float) / sum(weights)
     source_of = model.rng(seed, "sources", again).choice(len(sources), total, p=p)  # of each number
+    drawn_up_to = [np.cumsum(source_of == s) for s in range(len(sources))]  # of each source
     picks = []
     for number in prompt_numbers:
         s = int(source_of[number])
         train = sources[s].train
-        place = int(np.sum(source_of[:number] == s)) + (again << 40)  # no run is so long
+        place = int(drawn_up_to[s][number]) - 1 + (again << 40)  # no run is so long
         epoch, place = divmod(place, len(train))
         picks.append(Pick(s, train[shuffled_places(seed, s, len(train), epoch)[place]]))
     return picks
