@@ -28,7 +28,7 @@ import threading
 import time
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -337,11 +337,9 @@ class Server:
             compression=None,
         ) as server:
             address, bound_port, *_ = server.socket.getsockname()
-            if self.api_key is None and not ipaddress.ip_address(address).is_loopback:
-                print(
-                    f"warning: whoever reaches {address}:{bound_port} gets answers; ask for a key "
-                    "with --api-key, or listen on 127.0.0.1",
-                    file=sys.stderr,
+            if self.api_key is None:
+                warn_if_open(
+                    address, bound_port, "ask for a key with --api-key, or listen on 127.0.0.1"
                 )
             threading.Thread(target=server.serve_forever).start()
             yield bound_port
@@ -350,14 +348,26 @@ class Server:
 # ---- Command line -------------------------------------------------------------------------------
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.serve", description="Serve a policy.")
-    add = parser.add_argument
+def warn_if_open(address: str, port: int, cure: str) -> None:
+    """A line of warning unless only this machine reaches the address, an IP."""
+    if not ipaddress.ip_address(address).is_loopback:
+        line = f"warning: whoever reaches {address}:{port} gets answers; {cure}"
+        print(line, file=sys.stderr)
+
+
+def port_number(text: str) -> int:
+    """natural() up to LARGEST_PORT."""
+    port = natural(text)
+    if port > LARGEST_PORT:
+        raise argparse.ArgumentTypeError(f"{port}: ports end at {LARGEST_PORT}")
+    return port
+
+
+def server_flags(add: Callable) -> None:
+    """Flags of what serves a policy; add is a parser's add_argument."""
     add("--policy", required=True, help="checkpoint of vla.py, sft.py or grpo.py")
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all, for anyone")
-    add("--port", type=natural, default=8000, help="port to listen on; 0: a free one")
-    add("--api-key", help="clients must send the header Authorization: Api-Key THIS")
-    add("--keys", nargs="*", default=[], help="what clients call inputs: state=joints+grip")
+    add("--port", type=port_number, default=8000, help="port to listen on; 0: a free one")
     add("--execute", type=natural, default=0, help="steps of a chunk that are carried out; 0: half")
     add("--ensemble", type=non_negative, default=0, help="decay of temporal ensembling; 0: none")
     add("--batch", type=count, default=256, help="clients a forward")
@@ -365,19 +375,32 @@ def main(argv: list[str] | None = None) -> None:
     has_gpu = torch.cuda.is_available()
     add("--device", type=model.device_name, default="cuda" if has_gpu else "cpu")
     vla.policy_flags(add)
-    args = parser.parse_args(argv)
-    if args.port > LARGEST_PORT:
-        parser.error(f"--port {args.port}: ports end at {LARGEST_PORT}")
 
+
+def load_server(
+    args: argparse.Namespace, keys: dict[str, str] | None = None, api_key: str | None = None
+) -> Server:
+    """args: those of server_flags(). The rest as of Server."""
     model.quiet_libraries()
     policy = vla.load_policy(
         args.policy, args.mode, args.tries, args.temperature, args.device, args.seed
     )
+    return Server(policy, args.execute, args.ensemble, keys, args.batch, api_key)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.serve", description="Serve a policy.")
+    server_flags(parser.add_argument)
+    add = parser.add_argument
+    add("--api-key", help="clients must send the header Authorization: Api-Key THIS")
+    add("--keys", nargs="*", default=[], help="what clients call inputs: state=joints+grip")
+    args = parser.parse_args(argv)
+
     keys = {}
     for pair in args.keys:
         ours, _, theirs = pair.partition("=")
         keys[ours] = theirs
-    server = Server(policy, args.execute, args.ensemble, keys, args.batch, args.api_key)
+    server = load_server(args, keys, args.api_key)
     with contextlib.suppress(KeyboardInterrupt), server.listen(args.host, args.port) as port:
         print(f"ws://{args.host}:{port}: {server.metadata}", flush=True)
         threading.Event().wait()  # until Ctrl-C
