@@ -37,7 +37,7 @@ def views(episode):
     return {"image": plain, "image_wrist": np.stack(frames).astype(np.uint8)}
 
 
-def recordings(state_dim=1, change=None):
+def recordings(state_dim=1, fps=FPS, change=None):
     """change: a function that changes the arrays and the header of the second."""
     result = []
     for episode, length in enumerate(LENGTHS):
@@ -47,7 +47,7 @@ def recordings(state_dim=1, change=None):
             "state": rng.normal(size=(length, state_dim)).astype(np.float32),
             **views(episode),
         }
-        header = {"task": TASKS[episode], "fps": f"{FPS}", "source": f"recording {episode}"}
+        header = {"task": TASKS[episode], "fps": f"{fps}", "source": f"recording {episode}"}
         if change and episode == 1:
             change(arrays, header)
         result.append((arrays, header))
@@ -109,6 +109,18 @@ def test_what_is_exported_is_read_back(tmp_path, monkeypatch, image_format, tole
         videos |= {f"videos/{key}/chunk-000/file-001.mp4" for key in KEYS.values()}
     meta = {"meta/info.json", "meta/stats.json", "meta/tasks.parquet"}
     assert names == data | episodes | meta | (videos if image_format == "video" else set())
+
+
+@pytest.mark.parametrize("fps", [0.5, 29.97, 59.94005994])
+def test_rates_that_are_no_whole_numbers(tmp_path, fps):
+    """The last was more digits than a video's header holds."""
+    originals = write(tmp_path / "in", fps=fps)
+    export(tmp_path / "in", tmp_path / "lerobot", "--image-format", "video")
+    files = read_back(tmp_path / "lerobot", tmp_path / "out")
+    assert files[0].fps == pytest.approx(fps, rel=1e-6)
+    for file, original in zip(files, originals, strict=True):
+        file.fps = original.fps
+    assert_same(files, originals, 8)
 
 
 def test_frames_of_a_video_can_be_read_in_any_order(tmp_path):
@@ -191,6 +203,9 @@ def test_what_does_not_fit_together_is_one_line(tmp_path):
         write(tmp_path / f"{number}", change=change)
         with pytest.raises(SystemExit, match=f"error: .*{message}"):
             export(tmp_path / f"{number}", tmp_path / "lerobot", *flags)
+    fast_tokenizer.write_episodes(tmp_path / "slow", recordings(fps=1e-9))
+    with pytest.raises(SystemExit, match="000000: 1e-09 fps; 0.01 to 1000 can be exported"):
+        export(tmp_path / "slow", tmp_path / "lerobot")
     export(tmp_path / "1", tmp_path / "lerobot", "--fps", "10")
     with pytest.raises(SystemExit, match="lerobot already holds data; name another --out"):
         export(tmp_path / "1", tmp_path / "lerobot", "--fps", "10")

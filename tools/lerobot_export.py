@@ -49,6 +49,7 @@ MB = 1 << 20  # bytes
 # LeRobot looks a frame up by its time as float32, within 0.1 ms: from 1,024 s on that cannot hold.
 LONGEST_VIDEO = 1000  # s
 EPISODES_A_FILE = 10_000  # rows of meta/episodes
+FPS_RANGE = (0.01, 1000)
 
 # A key frame every two, so that training can read frames in any order; none that is shown before
 # one that is decoded later.
@@ -82,6 +83,9 @@ def common_fps(files: list[EpisodeFile], given_fps: float) -> float:
                 f"{file}: {file.fps:g} fps, {files[0]} has {fps:g}; a dataset has one rate, export "
                 "them from folders of their own"
             )
+    low, high = FPS_RANGE
+    if not low <= fps <= high:
+        raise ValueError(f"{files[0]}: {fps:g} fps; {low:g} to {high:g} can be exported")
     return fps
 
 
@@ -251,7 +255,7 @@ class VideoFiles:
         self.number.begin()
         path = self.number.path(self.folder, VIDEO_PATH, video_key=self.key)
         self.container = av.open(str(path), "w")
-        rate = Fraction(str(self.fps))
+        rate = Fraction(self.fps).limit_denominator(10_000)  # 59.94006: 60000 / 1001
         self.stream = self.container.add_stream(VIDEO_CODEC, rate=rate, options=VIDEO_OPTIONS)
         self.stream.height, self.stream.width = frames.shape[1:3]
         self.stream.pix_fmt = PIXEL_FORMAT
