@@ -120,7 +120,7 @@ def test_rates_that_are_no_whole_numbers(tmp_path, fps):
     assert files[0].fps == pytest.approx(fps, rel=1e-6)
     for file, original in zip(files, originals, strict=True):
         file.fps = original.fps
-    assert_same(files, originals, 8)
+    assert_same(files, originals, 12)
 
 
 def test_frames_of_a_video_can_be_read_in_any_order(tmp_path):
