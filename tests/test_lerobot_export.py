@@ -239,6 +239,21 @@ def test_an_export_that_stops_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         export(tmp_path / "in", tmp_path / "lerobot", "--image-format", "video")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    (tmp_path / "lerobot.part").mkdir()
+    with pytest.raises(SystemExit, match="lerobot.part: another export writes there, or delete"):
+        export(tmp_path / "in", tmp_path / "lerobot")
+    assert (tmp_path / "lerobot.part").exists()
+
+
+def test_what_videos_need_is_said_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(lerobot_export, "VIDEO_CODEC", "nonesuch")
+    with pytest.raises(SystemExit, match="av was built without nonesuch; use --image-format png"):
+        export(tmp_path, tmp_path / "lerobot", "--image-format", "video")
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(SystemExit, match="package av: pip install -r requirements-extras"):
+        export(tmp_path, tmp_path / "lerobot", "--image-format", "video")
+    write(tmp_path / "in")
+    export(tmp_path / "in", tmp_path / "lerobot")  # images need no av
 
 
 # ---- The package ledataset, LeRobot's datasets by themselves -------------------------------------

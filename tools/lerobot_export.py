@@ -69,6 +69,16 @@ def key_of(camera: str) -> str:
 # ---- Checks -------------------------------------------------------------------------------------
 
 
+def require_packages(image_format: str) -> None:
+    """ValueError naming the pip install when a package is missing, or what to use instead when PyAV
+    was built without the encoder."""
+    require("-r requirements-extras.txt", "pyarrow.parquet")
+    if image_format == "video":
+        (av,) = require("-r requirements-extras.txt", "av")
+        if VIDEO_CODEC not in av.codecs_available:
+            raise ValueError(f"av was built without {VIDEO_CODEC}; use --image-format png")
+
+
 def common_fps(files: list[EpisodeFile], given_fps: float) -> float:
     """The rate of all episodes, given_fps where they do not say it (0: not given). ValueError
     naming the file that has none or another one."""
@@ -464,6 +474,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} already holds data; name another --out or delete it")
     unfinished = unfinished_folder(folder)
+    if unfinished.exists():
+        raise ValueError(f"{unfinished}: another export writes there, or delete it")
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
@@ -492,8 +504,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
 
     try:
-        packages = ["av"] if args.image_format == "video" else []
-        require("-r requirements-extras.txt", "pyarrow.parquet", *packages)
+        require_packages(args.image_format)
         files = read_episodes(args.data, args.max_episodes)
         fps = common_fps(files, args.fps)
         check_cameras(files, args.image_format)
