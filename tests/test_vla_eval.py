@@ -1,6 +1,7 @@
 """The model server for vla-eval's harness, driven by the package's own client and runner."""
 
 import socket
+import sys
 
 import numpy as np
 import pytest
@@ -95,6 +96,12 @@ async def test_what_does_not_fit_is_told_and_the_episode_goes_on(policy, server,
         other_name = {**seen(), "state": np.array([2, 0])}  # as its other simulators have it
         del other_name["states"]
         assert float((await client.act(other_name))["actions"][0]) == 2
+
+
+def test_a_missing_package_names_its_installation(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vla_eval.specs", None)
+    with pytest.raises(ValueError, match="pip install vla-eval==0.8.0"):
+        vla_eval.model_server(serve.Server(FakePolicy()), THEIRS)
 
 
 def test_cameras_by_name_or_in_their_order():

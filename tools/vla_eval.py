@@ -15,7 +15,6 @@ import weakref
 import zlib
 from collections import deque
 from dataclasses import dataclass, field
-from types import ModuleType
 
 import numpy as np
 
@@ -57,8 +56,10 @@ def read_message(server: Server, cameras: dict[str, str], message: dict) -> Obse
 
 def model_server(server: Server, cameras: dict[str, str]):
     """-> the same policy as a vla_eval.model_servers.base.ModelServer, for vla-eval's serve().
-    cameras: see read_message()."""
-    anyio, base, specs = packages()
+    cameras: see read_message(). ValueError naming the pip install when a package is missing, or the
+    policy's cameras when one is none of them."""
+    anyio, base, specs = require(INSTALL, "anyio", "vla_eval.model_servers.base", "vla_eval.specs")
+    (threads,) = require(INSTALL, "anyio.to_thread")
     unknown = set(cameras) - set(server.policy.cameras)
     if unknown:
         raise ValueError(
@@ -77,7 +78,7 @@ def model_server(server: Server, cameras: dict[str, str]):
                 observation = read_message(server, cameras, obs)
                 content = [observation.images, observation.prompt, observation.state]
                 noise_seed = zlib.crc32(pack(content))
-                answer = await anyio.to_thread.run_sync(
+                answer = await threads.run_sync(
                     server.act, observation, noise_seed, episode.executor, limiter=forwards
                 )
                 episode.actions.extend(answer.actions)
@@ -100,11 +101,6 @@ def model_server(server: Server, cameras: dict[str, str]):
             }
 
     return PolicyServer()
-
-
-def packages() -> list[ModuleType]:
-    """anyio, and two modules of vla-eval. ValueError naming the pip install."""
-    return require(INSTALL, "anyio", "vla_eval.model_servers.base", "vla_eval.specs")
 
 
 # ---- Command line -------------------------------------------------------------------------------
