@@ -366,7 +366,11 @@ def port_number(text: str) -> int:
 def server_flags(add: Callable) -> None:
     """Flags of what serves a policy; add is a parser's add_argument."""
     add("--policy", required=True, help="checkpoint of vla.py, sft.py or grpo.py")
-    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all, for anyone")
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; 0.0.0.0: all, for whoever reaches it",
+    )
     add("--port", type=port_number, default=8000, help="port to listen on; 0: a free one")
     add("--execute", type=natural, default=0, help="steps of a chunk that are carried out; 0: half")
     add("--ensemble", type=non_negative, default=0, help="decay of temporal ensembling; 0: none")
