@@ -8,6 +8,8 @@ import importlib.util
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 
 import numpy as np
 import pytest
@@ -146,6 +148,9 @@ def test_openpi_client_end_to_end():
             (seen(image_wrist=np.zeros((3, 8, 8), np.uint8)), r"image_wrist is uint8 \(3, 8, 8\)"),
             (seen(prompt=""), "prompt must be text"),
             (seen(prompt=" \n"), "prompt must be text.*not blank"),
+            (seen(prompt="\u200b\ufeff"), "prompt must be text.*not blank"),  # nothing is seen
+            ({"reset": False}, "KeyError.'prompt'"),
+            ({"reset": True, "state": np.zeros(2)}, "KeyError.'prompt'"),
             (seen(prompt="x" * 2001), "prompt"),
             ({"state": np.zeros(2), "prompt": "go"}, "KeyError.'image'.*reads prompt, state"),
             ([1, 2], "not a packed dict"),
@@ -166,7 +171,8 @@ def test_openpi_client_end_to_end():
 @network
 def test_a_reset_forgets_the_chunks_of_the_ensemble():
     """Chunk steps are state + 0 .. 3; at step 2 the ensemble of weights 1 and 1/3 says (2 + 10/3) /
-    (4/3) = 4 for states 0 and 10. After a reset the newest chunk stands alone."""
+    (4/3) = 4 for states 0 and 10. After a reset the newest chunk stands alone. A message that held
+    nothing but the reset was once an episode's beginning, then an error."""
     policy = FakePolicy()
     policy.spec["stats"]["action"] = {"q01": [-50] * 3, "q99": [50] * 3}
     server = serve.Server(policy, execute=2, ensemble=np.log(3))
@@ -175,6 +181,89 @@ def test_a_reset_forgets_the_chunks_of_the_ensemble():
             robot.infer(seen(state=np.zeros(2), reset=True))
             out = robot.infer(seen(state=np.array([10.0, 0]), reset=reset))
             assert out["actions"][0, 0] == pytest.approx(expected)
+        robot.infer(seen(state=np.zeros(2), reset=True))
+        assert robot.infer({"reset": True}) == {"reset": True}
+        out = robot.infer(seen(state=np.array([10.0, 0])))
+        assert out["actions"][0, 0] == pytest.approx(10)
+        assert server.count["requests"] == 6 and server.count["refused"] == 0
+
+
+@network
+def test_an_answer_tells_how_long_the_one_before_it_took():
+    """All of it, from the wait for the message until the answer was sent: the client below waits 50
+    ms before its second message, and the third answer tells of that."""
+    with serve.Server(FakePolicy()).listen() as port, protocol.client(port) as robot:
+        assert "prev_total_ms" not in robot.infer(seen())["server_timing"]
+        time.sleep(0.05)
+        second = robot.infer(seen())["server_timing"]
+        assert second["prev_total_ms"] > 0
+        third = robot.infer(seen())["server_timing"]
+        assert third["prev_total_ms"] > 50 + second["infer_ms"] > third["infer_ms"] > 0
+
+
+def http_status(port, path, **headers):
+    """A request that asks for no connection -> its status and its text."""
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=20) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as e:
+        return e.code, e.read().decode()
+
+
+@network
+@pytest.mark.parametrize("api_key", [None, "sesame-42"])
+def test_a_health_check_needs_no_key_and_is_no_client(api_key):
+    server = serve.Server(FakePolicy(), api_key=api_key)
+    with server.listen() as port:
+        assert http_status(port, "/healthz") == (200, "OK\n")
+        assert http_status(port, "/other")[0] == (426 if api_key is None else 401)
+    assert server.count["requests"] == 0
+
+
+@network
+def test_without_the_key_no_message_is_read():
+    """As openpi's client sends it. Who does not know it gets neither metadata nor an answer."""
+    from websockets.exceptions import InvalidStatus
+    from websockets.sync.client import connect
+
+    policy = FakePolicy()
+    server = serve.Server(policy, api_key="sesame-42")
+
+    def ask(port, *headers):
+        pairs = [("Authorization", text) for text in headers]
+        url = f"ws://127.0.0.1:{port}"
+        with connect(url, additional_headers=pairs, max_size=None, compression=None) as socket:
+            socket.recv()  # metadata
+            socket.send(protocol.pack(seen()))
+            return protocol.unpack(socket.recv(timeout=20))
+
+    right = "Api-Key sesame-42"
+    with server.listen() as port:
+        wrong = [(), ("sesame-42",), ("Api-Key sesame-43",), ("Api-Key ",), ("Bearer sesame-42",)]
+        wrong += [("Api-Key s\u00e9same",), (right + " x",), (right, right)]
+        for headers in wrong:
+            with pytest.raises(InvalidStatus, match="401"):
+                ask(port, *headers)
+        assert server.count["refused"] == len(wrong) and not policy.batch_sizes
+        assert ask(port, right)["actions"].shape == (2, 3)
+        openpi = pytest.importorskip("openpi_client.websocket_client_policy", reason="dm-tree")
+        robot = openpi.WebsocketClientPolicy("127.0.0.1", port, api_key="sesame-42")
+        assert robot.infer(seen())["actions"].shape == (2, 3)
+
+
+@network
+def test_who_listens_beyond_this_machine_without_a_key_is_told(capsys):
+    for host, api_key, warned in (
+        ("127.0.0.1", None, False),
+        ("localhost", None, False),
+        ("0.0.0.0", None, True),
+        ("0.0.0.0", "sesame-42", False),
+    ):
+        with serve.Server(FakePolicy(), api_key=api_key).listen(host) as port:
+            said = capsys.readouterr().err
+        words = f"warning: whoever reaches 0.0.0.0:{port} gets answers; ask for a key"
+        assert (words in said) == warned and bool(said) == warned
 
 
 def raw_reply(port, message):
@@ -221,6 +310,22 @@ def test_malformed_messages_leave_the_server_alive():
         assert raw_reply(port, b"x" * (1 << 24) + b"x") == 1009, "over the limit: closed as too big"
         with protocol.client(port) as robot:
             assert robot.infer(seen())["actions"].shape == (2, 3)
+
+
+@network
+@pytest.mark.parametrize("shape", [[], [1], [0], [2, 1]])
+def test_an_array_has_the_bytes_of_its_shape(shape):
+    """What was sent beyond them was cut off without a word: half a state drove the robot."""
+    import msgpack
+
+    def message(size):
+        array = {b"__ndarray__": True, b"data": bytes(size), b"dtype": "<f4", b"shape": shape}
+        return msgpack.packb(array)
+
+    size = 4 * int(np.prod(shape))
+    assert protocol.unpack(message(size)).shape == tuple(shape)
+    with pytest.raises(ValueError, match=f"{size + 4} bytes for an array .* of float32"):
+        protocol.unpack(message(size + 4))
 
 
 @network
@@ -331,6 +436,10 @@ def test_flags_out_of_range_end_the_command(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             run_command(monkeypatch, *words)
         assert text in capsys.readouterr().err
+    for key in ("", "two words", "k\u00e9y"):
+        with pytest.raises(ValueError, match="--api-key: give one or more printable ASCII"):
+            run_command(monkeypatch, "--api-key", key)
+    assert run_command(monkeypatch, "--api-key", "sesame-42").api_key == "sesame-42"
     for pair in ("img=cam", "image", "image="):
         with pytest.raises(ValueError, match="--keys .*ours one of prompt, state, image, image_w"):
             run_command(monkeypatch, "--keys", pair)

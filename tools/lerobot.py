@@ -2,6 +2,7 @@
 
     python -m tools.lerobot --data FOLDER --out data/x --camera observation.images.front \\
         --action action --state observation.state --fps 5 --deltas 6 --skip-blank --skip-damaged
+    python -m tools.lerobot export --help          # the other way round: tools/lerobot_export.py
 
 The first camera is `image`, a further one `image_<last part of its name>` (`wrist_image`, as
 in LIBERO's copies, gives `image_wrist`, as our recordings have it); keys are put side by
@@ -21,6 +22,7 @@ import functools
 import itertools
 import json
 import multiprocessing
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -44,6 +46,7 @@ from fast_tokenizer import (
     unfinished_folder,
     write_episodes,
 )
+from tools import lerobot_export
 from tools.extras import require
 
 IS_V3 = {"v2.0": False, "v2.1": False, "v3.0": True}  # the versions that are read
@@ -878,6 +881,10 @@ def episodes_of(args: argparse.Namespace) -> Iterator[tuple[dict, dict] | None]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["export"]:
+        lerobot_export.main(words[1:])
+        return
     parser = argparse.ArgumentParser(
         prog="python -m tools.lerobot",
         description=__doc__,
@@ -912,7 +919,7 @@ def main(argv: list[str] | None = None) -> None:
         action="store_true",
         help="keep what is written when it stops, and go on there the next time",
     )
-    args = parser.parse_args(argv)
+    args = parser.parse_args(words)
     write_episodes(args.out, episodes_of(args), args.episodes_per_file, args.resume)
 
 

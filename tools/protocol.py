@@ -53,11 +53,16 @@ def array_to_dict(array: np.ndarray) -> dict:
 def dict_to_array(value: dict) -> Any:
     """The inverse of array_to_dict; other dicts stay as they are.
 
-    The message may be anyone's, so only types of numbers are made: "O" would hold pointers."""
+    The message may be anyone's, so only types of numbers are made ("O" would hold pointers), and
+    only of as many bytes as were sent."""
     if b"__ndarray__" in value:
         if not re.fullmatch(NUMBER_TYPE, str(value[b"dtype"])):
             raise ValueError(f"an array of type {value[b'dtype']!r}, not of numbers")
-        return np.ndarray(value[b"shape"], value[b"dtype"], value[b"data"])
+        data = value[b"data"]
+        array = np.ndarray(value[b"shape"], value[b"dtype"], data)
+        if array.nbytes != len(data):
+            raise ValueError(f"{len(data)} bytes for an array {array.shape} of {array.dtype}")
+        return array
     if b"data" in value:  # openpi-client's form of a single numpy number
         return value[b"data"]
     return value

@@ -10,20 +10,25 @@ A client receives the metadata as it connects; then each observation is answered
 A checkpoint of sft or grpo, which drives by the tokens that it writes (vla.TokenPolicy), reads no
 state; its thoughts, if it thinks (--mode), are in the answer as "thought", and so are those that a
 head reads (vla.py --condition).
-openpi-client drives it unchanged. "reset" begins an episode, as a new prompt does. What does not
-fit is answered by one line of text. The message seeds the noise: the same one gets the same answer.
+openpi-client drives it unchanged. "reset" begins an episode, as a new prompt does; a message of it
+alone is answered {"reset": True}. What does not fit is answered by one line of text. The message
+seeds the noise: the same one gets the same answer. GET /healthz answers 200 as soon as it serves.
 
 Each client has a thread, which reads its messages in turn; forwards are shared by all that wait.
 """
 
 import argparse
 import contextlib
+import hmac
+import http
+import ipaddress
 import re
+import sys
 import threading
 import time
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -33,6 +38,7 @@ import torch
 import model
 import vla
 from fast_tokenizer import count, natural, non_negative, value_range
+from tools.lerobot import is_blank
 from tools.protocol import network, pack, unpack
 
 LARGEST_MESSAGE = 1 << 24  # bytes; a larger one closes its connection
@@ -63,6 +69,14 @@ class Decision(NamedTuple):
     thought: str | None  # None: the policy writes none
 
 
+class Answer(NamedTuple):
+    """What one client is told."""
+
+    actions: np.ndarray  # (n, A) float32, dataset units, within the range of the training actions
+    clipped: int  # numbers of them that were beyond it
+    thought: str | None
+
+
 @dataclass
 class Job:
     """An observation that waits for a forward, and what comes of it."""
@@ -70,6 +84,11 @@ class Job:
     observation: Observation
     noise_seed: int
     result: Decision | Exception | None = None  # an exception: why there is none
+
+
+def milliseconds_since(start: float) -> float:
+    """start: of time.perf_counter()."""
+    return 1000 * (time.perf_counter() - start)
 
 
 def with_our_names(message: dict) -> dict:
@@ -89,9 +108,10 @@ class Server:
 
     policy: of vla.load_policy(). execute, ensemble: what a client carries out of a chunk, as in
     vla.ChunkExecutor. keys: {our name of an input: what clients call it}; the state may be several
-    of theirs, joined by "+". batch: clients that share a forward at most.
-    ValueError when websockets or msgpack is missing, execute or keys do not fit the policy, or its
-    head reads recorded thoughts."""
+    of theirs, joined by "+". batch: clients that share a forward at most. api_key: what a client
+    must know, as in openpi; None: anyone may ask.
+    ValueError when websockets or msgpack is missing, execute or keys do not fit the policy, its
+    head reads recorded thoughts, or api_key cannot stand in a header."""
 
     def __init__(
         self,
@@ -100,6 +120,7 @@ class Server:
         ensemble: float = 0.0,
         keys: dict[str, str] | None = None,
         batch: int = 64,
+        api_key: str | None = None,
     ):
         network()  # a missing package shows now, not at the first client
         if policy.spec.get("thoughts") == "recorded":
@@ -107,7 +128,10 @@ class Server:
                 "the head reads recorded thoughts, which no client sends; train one with "
                 "--thoughts own"
             )
+        if api_key is not None and not re.fullmatch("[!-~]+", api_key):
+            raise ValueError("--api-key: give one or more printable ASCII characters, no spaces")
         self.policy = policy
+        self.api_key = api_key
         self.execute = execute
         self.ensemble = ensemble
         self.keys = keys or {}
@@ -155,7 +179,7 @@ class Server:
             state_keys = self.keys.get("state", "state").split("+")
             state = np.hstack([message[key] for key in state_keys])
 
-        if not isinstance(prompt, str) or not prompt.strip() or len(prompt) > LONGEST_PROMPT:
+        if not isinstance(prompt, str) or is_blank(prompt) or len(prompt) > LONGEST_PROMPT:
             raise ValueError(f"prompt must be text of 1 to {LONGEST_PROMPT} characters, not blank")
         for camera, image in zip(cameras, images, strict=True):
             vla.check_view(camera, image, self.image_sizes.get(camera))
@@ -204,40 +228,43 @@ class Server:
             raise ValueError(f"stop the robot: the policy answers {job.result}")
         return job.result
 
+    def act(self, observation: Observation, noise_seed: int, executor: vla.ChunkExecutor) -> Answer:
+        """What a client, whose chunks `executor` holds, does next; counted. ValueError when the
+        policy fails."""
+        start = time.perf_counter()
+        if observation.reset:
+            executor.reset()
+        decision = self.predict(Job(observation, noise_seed))
+        predicted = executor(decision.chunk, observation.prompt)  # (n, A)
+        actions = np.clip(predicted, self.lowest, self.highest)
+        clipped = int((actions != predicted).sum())
+        with self.counting:
+            self.count.update(requests=1, numbers=actions.size, clipped=clipped)
+            self.latencies.append(milliseconds_since(start))
+            if self.count["requests"] % ANSWERS_A_REPORT == 0:
+                print(self, flush=True)
+        return Answer(actions, clipped, decision.thought)
+
     def answer(self, message: Any, executor: vla.ChunkExecutor) -> dict:
         """One message of a client, whose chunks `executor` holds -> the reply. An error of
         ANSWERABLE says what does not fit."""
         start = time.perf_counter()
-        # 1. read and check
         if not isinstance(message, bytes):
             raise TypeError("not a packed dict")
         content = unpack(message)
         if not isinstance(content, dict):
             raise TypeError("not a packed dict")
-        observation = self.check(content)
-
-        # 2. predict
-        if observation.reset:
+        if list(content) == ["reset"] and content["reset"] is True:
             executor.reset()
-        decision = self.predict(Job(observation, noise_seed=zlib.crc32(message)))
-        predicted = executor(decision.chunk, observation.prompt)  # (n, A)
-
-        # 3. clip and count
-        actions = np.clip(predicted, self.lowest, self.highest)
-        clipped = int((actions != predicted).sum())
-        milliseconds = 1000 * (time.perf_counter() - start)
-        with self.counting:
-            self.count.update(requests=1, numbers=actions.size, clipped=clipped)
-            self.latencies.append(milliseconds)
-            if self.count["requests"] % ANSWERS_A_REPORT == 0:
-                print(self, flush=True)
+            return {"reset": True}
+        answer = self.act(self.check(content), zlib.crc32(message), executor)
         reply = {
-            "actions": actions,
-            "clipped": clipped,
-            "server_timing": {"infer_ms": milliseconds},
+            "actions": answer.actions,
+            "clipped": answer.clipped,
+            "server_timing": {"infer_ms": milliseconds_since(start)},
         }
-        if decision.thought is not None:
-            reply["thought"] = decision.thought
+        if answer.thought is not None:
+            reply["thought"] = answer.thought
         return reply
 
     def __str__(self):
@@ -259,36 +286,92 @@ class Server:
         closed = network().exceptions.ConnectionClosed  # also after a message over the limit
         with contextlib.suppress(closed):
             connection.send(pack(self.metadata))
+            start = time.perf_counter()
+            timing_before = {}
             for message in connection:
                 try:
-                    reply = pack(self.answer(message, executor))
+                    answer = self.answer(message, executor)
+                    if "server_timing" in answer:
+                        answer["server_timing"] |= timing_before
+                    reply = pack(answer)
                 except ANSWERABLE as e:
                     with self.counting:
                         self.count["refused"] += 1
                     cameras = ", ".join(self.policy.cameras)
                     reply = f"error: {e!r}; the policy reads prompt, state, {cameras}"
                 connection.send(reply)
+                # as openpi has it: from the wait for a message until its answer was sent, which
+                # only the next answer can tell
+                timing_before = {"prev_total_ms": milliseconds_since(start)}
+                start = time.perf_counter()
+
+    def before_handshake(self, connection, request):
+        """-> the HTTP response to a request that is to become no connection, else None: a health
+        check, and whoever does not know the key, before any message of theirs is read."""
+        if request.path == "/healthz":
+            return connection.respond(http.HTTPStatus.OK, "OK\n")
+        if self.api_key is None:
+            return None
+        given = request.headers.get_all("Authorization")
+        wanted = f"Api-Key {self.api_key}".encode()
+        # in a time that does not tell how many characters are right
+        if len(given) == 1 and hmac.compare_digest(given[0].encode(), wanted):
+            return None
+        with self.counting:
+            self.count["refused"] += 1
+        return connection.respond(
+            http.HTTPStatus.UNAUTHORIZED, "error: send the header Authorization: Api-Key KEY\n"
+        )
 
     @contextlib.contextmanager
     def listen(self, host: str = "127.0.0.1", port: int = 0) -> Iterator[int]:
         """Inside the block the server runs in threads, at the port that it yields: `port`, or for
-        0 a free one."""
+        0 a free one. Prints a warning when others than this machine can ask it, without a key."""
         serve = network().server.serve
-        with serve(self.client, host, port, max_size=LARGEST_MESSAGE, compression=None) as server:
+        with serve(
+            self.client,
+            host,
+            port,
+            process_request=self.before_handshake,
+            max_size=LARGEST_MESSAGE,
+            compression=None,
+        ) as server:
+            address, bound_port, *_ = server.socket.getsockname()
+            if self.api_key is None:
+                warn_if_open(
+                    address, bound_port, "ask for a key with --api-key, or listen on 127.0.0.1"
+                )
             threading.Thread(target=server.serve_forever).start()
-            yield server.socket.getsockname()[1]
+            yield bound_port
 
 
 # ---- Command line -------------------------------------------------------------------------------
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.serve", description="Serve a policy.")
-    add = parser.add_argument
+def warn_if_open(address: str, port: int, cure: str) -> None:
+    """A line of warning unless only this machine reaches the address, an IP."""
+    if not ipaddress.ip_address(address).is_loopback:
+        line = f"warning: whoever reaches {address}:{port} gets answers; {cure}"
+        print(line, file=sys.stderr)
+
+
+def port_number(text: str) -> int:
+    """natural() up to LARGEST_PORT."""
+    port = natural(text)
+    if port > LARGEST_PORT:
+        raise argparse.ArgumentTypeError(f"{port}: ports end at {LARGEST_PORT}")
+    return port
+
+
+def server_flags(add: Callable) -> None:
+    """Flags of what serves a policy; add is a parser's add_argument."""
     add("--policy", required=True, help="checkpoint of vla.py, sft.py or grpo.py")
-    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all, for anyone")
-    add("--port", type=natural, default=8000, help="port to listen on; 0: a free one")
-    add("--keys", nargs="*", default=[], help="what clients call inputs: state=joints+grip")
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; 0.0.0.0: all, for whoever reaches it",
+    )
+    add("--port", type=port_number, default=8000, help="port to listen on; 0: a free one")
     add("--execute", type=natural, default=0, help="steps of a chunk that are carried out; 0: half")
     add("--ensemble", type=non_negative, default=0, help="decay of temporal ensembling; 0: none")
     add("--batch", type=count, default=256, help="clients a forward")
@@ -296,19 +379,32 @@ def main(argv: list[str] | None = None) -> None:
     has_gpu = torch.cuda.is_available()
     add("--device", type=model.device_name, default="cuda" if has_gpu else "cpu")
     vla.policy_flags(add)
-    args = parser.parse_args(argv)
-    if args.port > LARGEST_PORT:
-        parser.error(f"--port {args.port}: ports end at {LARGEST_PORT}")
 
+
+def load_server(
+    args: argparse.Namespace, keys: dict[str, str] | None = None, api_key: str | None = None
+) -> Server:
+    """args: those of server_flags(). The rest as of Server."""
     model.quiet_libraries()
     policy = vla.load_policy(
         args.policy, args.mode, args.tries, args.temperature, args.device, args.seed
     )
+    return Server(policy, args.execute, args.ensemble, keys, args.batch, api_key)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.serve", description="Serve a policy.")
+    server_flags(parser.add_argument)
+    add = parser.add_argument
+    add("--api-key", help="clients must send the header Authorization: Api-Key THIS")
+    add("--keys", nargs="*", default=[], help="what clients call inputs: state=joints+grip")
+    args = parser.parse_args(argv)
+
     keys = {}
     for pair in args.keys:
         ours, _, theirs = pair.partition("=")
         keys[ours] = theirs
-    server = Server(policy, args.execute, args.ensemble, keys, args.batch)
+    server = load_server(args, keys, args.api_key)
     with contextlib.suppress(KeyboardInterrupt), server.listen(args.host, args.port) as port:
         print(f"ws://{args.host}:{port}: {server.metadata}", flush=True)
         threading.Event().wait()  # until Ctrl-C
