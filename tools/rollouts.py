@@ -244,9 +244,8 @@ td, th { padding: 1px 14px 1px 0; text-align: left }
 .groups { flex: 1; min-width: 0 }
 .completions { display: flex; flex-wrap: wrap; align-items: flex-start; gap: 8px;
   padding: 4px 0 12px }
-.completion { flex: 1 0 130px; max-width: 170px; box-sizing: border-box; border: 1px solid #cbd2d9; border-top: 5px solid; padding: 6px;
-  overflow-wrap: break-word }
-
+.completion { flex: 1 0 130px; max-width: 170px; box-sizing: border-box; padding: 6px;
+  border: 1px solid #cbd2d9; border-top: 5px solid; overflow-wrap: break-word }
 .frame { position: relative; background-size: 100% 100%; image-rendering: pixelated; margin: 3px 0 }
 .frame svg { position: absolute; inset: 0; width: 100%; height: 100%; overflow: visible }
 .curves { display: block; width: 100%; height: 30px; margin: 3px 0; background: #f4f6f8 }
