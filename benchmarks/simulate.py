@@ -189,7 +189,7 @@ def image_sizes(policy, size: int, default: int) -> dict[str, list[int]]:
 FILM_SIDE = 256  # width of a film's frame, pixels
 FILM_RATE = 10  # frames a second that a film has at most, about
 FILMED_TASKS = 2  # of each group: their first trial is filmed
-TITLE_HEIGHT = 24  # of the line above the frame, pixels
+TITLE_HEIGHT = 24  # above the frame, pixels: a line or two
 CAPTION_LINES = 4  # of the thought below it
 CAPTION_HEIGHT = 19  # of a line, pixels: readable also where the film is shown at half its size
 
@@ -202,7 +202,7 @@ class Film:
     shot. ValueError when Pillow is missing."""
 
     def __init__(self, fps: float):
-        self.pil, self.drawing, self.fonts = require(
+        self.images, self.drawing, self.fonts = require(
             "pillow", "PIL.Image", "PIL.ImageDraw", "PIL.ImageFont"
         )
         self.frames = []
@@ -211,16 +211,19 @@ class Film:
 
     def shoot(self, image: np.ndarray, title: str, thought: str | None = None):
         """Keep a frame (H, W, 3) uint8. thought: None where the policy writes none."""
-        shown = self.pil.fromarray(image)
+        shown = self.images.fromarray(image)
         height = round(FILM_SIDE * shown.height / shown.width)
         if shown.width != FILM_SIDE:
-            shown = shown.resize((FILM_SIDE, height), self.pil.Resampling.LANCZOS)
+            shown = shown.resize((FILM_SIDE, height), self.images.Resampling.LANCZOS)
         bottom = TITLE_HEIGHT + height
         caption_height = 0 if thought is None else CAPTION_LINES * CAPTION_HEIGHT
-        picture = self.pil.new("RGB", (FILM_SIDE, bottom + caption_height), "white")
+        picture = self.images.new("RGB", (FILM_SIDE, bottom + caption_height), "white")
         picture.paste(shown, (0, TITLE_HEIGHT))
         draw = self.drawing.Draw(picture)
-        draw.text((4, 6), title[:48], "black")
+        small = self.fonts.load_default()
+        title_lines = wrap(title, small, FILM_SIDE - 8)[:2]
+        for line, y in zip(title_lines, [6] if len(title_lines) == 1 else [0, 11], strict=True):
+            draw.text((4, y), line, "black", small)
         if thought is not None:
             font = self.fonts.load_default(CAPTION_HEIGHT - 3)
             lines = wrap(thought, font, FILM_SIDE - 8)[:CAPTION_LINES]

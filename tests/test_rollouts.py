@@ -273,7 +273,7 @@ const seen = [];
 for (const settings of %s) {
   form.reset(); eval(settings); show();
   const left = [...document.querySelectorAll(".completion:not(.hidden)")];
-  const cards = [...document.querySelectorAll(".prompt:not(.hidden)")].length;
+  const cards = document.querySelectorAll(".prompt:not(.hidden) .group:not(.hidden)").length;
   const count = document.getElementById("shown").textContent;
   seen.push([left.map(one => one.dataset.reward), count, cards]);
 }
@@ -300,4 +300,4 @@ def test_filters_in_a_browser(written, tmp_path, monkeypatch):
             expected += [{"1": "1.0000", "w": w, "0": "0.0000"}[letter] for letter in left]
         assert values == expected, settings
         assert count == f"{len(expected)} of 8 completions"
-        assert cards == (2 if left else 0), "a prompt of which nothing is left is hidden too"
+        assert cards == (2 if left else 0), "a group of which nothing is left is hidden too"

@@ -150,6 +150,17 @@ def test_films_of_first_trials(toy, tmp_path):
     assert simulate.trials_to_film(jobs) == {("a/0", 0), ("a/1", 0), ("b/0", 0), ("b/1", 0)}
 
 
+def test_a_long_instruction_has_two_lines():
+    """It was cut off after 48 letters: LIBERO's have up to 90."""
+    film = simulate.Film(10)
+    long = "pick up the black bowl between the plate and the ramekin and place it on the plate"
+    for title in ("pick up the bowl", long):
+        film.shoot(np.zeros((64, 64, 3), np.uint8), title)
+    short_title, long_title = (np.asarray(frame.convert("L"))[:24] < 128 for frame in film.frames)
+    assert short_title.any(1).nonzero()[0].min() > 5 and not short_title[:, 128:].any()
+    assert long_title[:11].any() and long_title[12:].any() and not long_title[:, 252:].any()
+
+
 def test_a_crash_is_no_failed_trial_and_the_same_command_goes_on(toy, tmp_path, capfd):
 
     def count(policy):

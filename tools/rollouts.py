@@ -292,6 +292,7 @@ function show() {
         one.classList.toggle("hidden", !fits);
         inGroup += fits; total += 1;
       }
+      group.classList.toggle("hidden", inGroup === 0);
       shown += inGroup;
       any = any || inGroup > 0;
     }
@@ -455,7 +456,7 @@ def completion_html(
     else:
         parts.append(tokens_html(completion.action_ids, group.target))
         parts.append(curves_html(completion.chunk, prompt.chunk, drawing.stats))
-    is_open = "" if completion.r_f else " open"
+    is_open = " open" if set(completion.faults) - {FAULTS["decodes"]} else ""
     parts.append(
         f'<details{is_open}><summary class="small">as written</summary>'
         f"<pre>{html.escape(completion.text)}</pre></details></article>"
