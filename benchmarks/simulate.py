@@ -196,7 +196,7 @@ CAPTION_HEIGHT = 19  # of a line, pixels: readable also where the film is shown 
 
 class Film:
     """Frames of a trial under its instruction and over its thoughts, to be an animated GIF that
-    runs as fast as the robot. frames: PIL images, all of one palette each.
+    runs as fast as the robot. frames: PIL images of 64 colours.
 
     fps: steps a second of the simulator; of a fast one only every so many steps, `every`, are
     shot. ValueError when Pillow is missing."""
@@ -222,8 +222,9 @@ class Film:
         draw = self.drawing.Draw(picture)
         small = self.fonts.load_default()
         title_lines = wrap(title, small, FILM_SIDE - 8)[:2]
-        for line, y in zip(title_lines, [6] if len(title_lines) == 1 else [0, 11], strict=True):
-            draw.text((4, y), line, "black", small)
+        for number, line in enumerate(title_lines):
+            top = 11 * number if len(title_lines) > 1 else 6
+            draw.text((4, top), line, "black", small)
         if thought is not None:
             font = self.fonts.load_default(CAPTION_HEIGHT - 3)
             lines = wrap(thought, font, FILM_SIDE - 8)[:CAPTION_LINES]
@@ -258,12 +259,20 @@ def film_name(group: str, task: str | int, solved: bool | int) -> str:
     return f"{group}_{task}_{'success' if solved else 'failure'}"
 
 
+def film_folder(text: str) -> str:
+    """The value of --film; a file is refused before the hours of the first trial."""
+    if Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text} is a file; name a folder")
+    return text
+
+
 def film_argument(add, *earlier_names: str):
     """A flag that all evaluations share."""
     add(
         "--film",
         *earlier_names,
         dest="film",
+        type=film_folder,
         default="",
         metavar="FOLDER",
         help=f"folder for animated GIFs, with any thoughts: the first trial of {FILMED_TASKS} "

@@ -154,11 +154,21 @@ def test_a_long_instruction_has_two_lines():
     """It was cut off after 48 letters: LIBERO's have up to 90."""
     film = simulate.Film(10)
     long = "pick up the black bowl between the plate and the ramekin and place it on the plate"
-    for title in ("pick up the bowl", long):
+    for title in ("pick up the bowl", long, ""):
         film.shoot(np.zeros((64, 64, 3), np.uint8), title)
-    short_title, long_title = (np.asarray(frame.convert("L"))[:24] < 128 for frame in film.frames)
+    titles = [np.asarray(frame.convert("L"))[:24] < 128 for frame in film.frames]
+    short_title, long_title, no_title = titles
+    assert not no_title.any()
     assert short_title.any(1).nonzero()[0].min() > 5 and not short_title[:, 128:].any()
     assert long_title[:11].any() and long_title[12:].any() and not long_title[:, 252:].any()
+
+
+def test_a_film_goes_into_a_folder(tmp_path, capsys):
+    (tmp_path / "film.gif").touch()
+    argv = ["tabletop", "--policy", "x", "--film", str(tmp_path / "film.gif")]
+    with pytest.raises(SystemExit):
+        evaluate.main(argv)
+    assert "is a file; name a folder" in capsys.readouterr().err
 
 
 def test_a_crash_is_no_failed_trial_and_the_same_command_goes_on(toy, tmp_path, capfd):

@@ -51,13 +51,13 @@ from tools.question_page import points_of, rows_in_turn
 
 
 class Prompt(NamedTuple):
-    """What every checkpoint is asked."""
+    """What a checkpoint is asked: the same of all, but for what is in its own tokens."""
 
     sample_id: str
     question: str  # the user's words
     frames: list[np.ndarray]  # (H, W, 3) uint8
-    row: model.Row  # for the first checkpoint
-    target: grpo.Target  # of the first checkpoint: action ids, or what words are scored by
+    row: model.Row  # in its own tokens
+    target: grpo.Target  # its own action ids, or what words are scored by
     chunk: np.ndarray | None  # (K, A) dataset units: what was done; None for words
     hand: np.ndarray | None  # (2,) where the hand is in the first frame, shares; None: unknown
 
@@ -587,6 +587,7 @@ def make_page(args: argparse.Namespace) -> str:
                 f"{chunk_shape(first)}; compare checkpoints that have the same"
             )
         groups[path] = answer_prompts(backbone, asked, args)
+        del backbone  # before the next one is loaded
     pixel_map = fit_pixel_map(episodes, first.horizon) if episodes else None
     sentences = [
         f"{len(prompts)} prompts, {args.samples} completions each at temperature 1, {args.mode}, "
