@@ -226,7 +226,9 @@ def test_answers_in_words(written, tmp_path, monkeypatch):
 
     scripted(monkeypatch, answers)
     data = write_questions(tmp_path)
-    page = Page(made(written, tmp_path, "--samples", "2", data=data))
+    text = made(written, tmp_path, "--samples", "2", data=data)
+    assert "Action tokens" not in text and "over the frames" not in text
+    page = Page(text)
     assert [one["data-reward"] for one in page.completions] == ["1.0000", "0.5000"] * 2
     assert [prompt["data-question"] for prompt in page.prompts] == ["Which?"] * 2
     own, red = page.completions[0]["lines"], page.completions[1]["lines"]

@@ -591,11 +591,14 @@ def make_page(args: argparse.Namespace) -> str:
     pixel_map = fit_pixel_map(episodes, first.horizon) if episodes else None
     sentences = [
         f"{len(prompts)} prompts, {args.samples} completions each at temperature 1, {args.mode}, "
-        f"seed {args.seed}: {words}.",
-        "Action tokens: green up to the first wrong one, which is red. Curves: a cell for each "
-        "action dimension, blue decoded, grey dashes the target.",
-        map_sentence(pixel_map),
+        f"seed {args.seed}: {words}."
     ]
+    if any(prompt.chunk is not None for prompt in prompts):
+        sentences += [
+            "Action tokens: green up to the first wrong one, which is red. Curves: a cell for each "
+            "action dimension, blue decoded, grey dashes the target.",
+            map_sentence(pixel_map),
+        ]
     if pixel_map is not None and pixel_map.error > LARGEST_ERROR:
         pixel_map = None
     stats = first.stats if first is not None else None
