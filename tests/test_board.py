@@ -43,6 +43,10 @@ def test_names_are_trls():
     assert board.tag("eval_greedy_r_f") == "eval_greedy/rewards/r_f/mean"
     assert board.tag("held_loss") == "eval/loss"
     assert board.tag("greedy_where+think") == "eval/greedy_where+think"
+    assert board.tag("greedy_truncated") == "eval/greedy_truncated"
+    assert board.tag("loss") == "train/loss" and board.tag("action_loss") == "eval/action_loss"
+    assert board.tag("token_accuracy") == "train/mean_token_accuracy"
+    assert board.tag("action_token_accuracy") == "eval/action_token_accuracy"
 
 
 def test_a_run_is_followed_while_it_goes_on(tmp_path):

@@ -14,6 +14,7 @@ Needs the package tensorboard, not torch: it only reads log.jsonl.
 
 import argparse
 import json
+import re
 import time
 from pathlib import Path
 
@@ -35,13 +36,12 @@ TRL_NAMES = {  # ours: TRL's
     "lr": "learning_rate",
     "token_accuracy": "mean_token_accuracy",
 }
-HELD_OUT = {  # what names of evaluations begin with: the same in the board
+HELD_OUT = {  # what names of evaluations begin with: the folder of the rest
     "eval_sampled_": "eval/",  # TRL evaluates sampled completions
     "eval_greedy_": "eval_greedy/",
     "held_": "eval/",
-    "greedy_": "eval/greedy_",
-    "probe_": "eval/probe_",
 }
+OF_SFT = r"(greedy|probe)_.*|.*_(loss|token_accuracy)"  # its evaluations; the latter of each source
 
 
 def tag(name: str) -> str:
@@ -52,6 +52,8 @@ def tag(name: str) -> str:
         if name.startswith(beginning):
             rest = name.removeprefix(beginning)
             return folder + TRL_NAMES.get(rest, rest)
+    if re.fullmatch(OF_SFT, name) and name not in TRL_NAMES:
+        return f"eval/{name}"
     return f"train/{TRL_NAMES.get(name, name)}"
 
 
@@ -124,8 +126,8 @@ class Follower:
         wall_time = self.started + record["seconds"]
         values = []
         for name, value in record.items():
-            if name == "rollout":
-                self.write_text("rollout", value, step, wall_time)
+            if isinstance(value, str):
+                self.write_text(name, value, step, wall_time)
             elif name != "step":
                 values.append(self.summaries.Summary.Value(tag=tag(name), simple_value=value))
         self.add(self.summaries.Summary(value=values), step, wall_time)
