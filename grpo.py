@@ -1337,6 +1337,14 @@ def check_config(cfg: Config) -> None:
         )
 
 
+SHOWN = [  # in the terminal, six figures a line; log.jsonl has all
+    "step", "reward", "r_a", "frac_reward_zero_std", "entropy", "completion_length", "kl",
+    "eval_greedy_reward", "eval_greedy_r_f", "eval_greedy_r_a",
+    "eval_sampled_reward", "eval_sampled_r_f", "eval_sampled_r_a",
+    "rollout",
+]  # fmt: skip
+
+
 class Prepared(NamedTuple):
     backbone: Backbone  # sharded
     reference: Backbone | None  # sharded and frozen; None without KL
@@ -1404,7 +1412,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     save_checkpoint = partial(model.save, what=backbone, optim=optim)
     model.stop_on_sigterm()
-    log = model.Log(cfg.out, cfg, dist)
+    log = model.Log(cfg.out, cfg, dist, SHOWN)
 
     for step in range(first_step, cfg.steps):
         if cfg.eval_every and step % cfg.eval_every == 0:

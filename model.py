@@ -2282,9 +2282,10 @@ def run_main(main: Callable[[], None], lower: str) -> None:
 
 class Log:
     """Rank 0: one aligned line a record on stdout, the same record as JSON in out/log.jsonl. A
-    resumed run appends."""
+    resumed run appends. shown: what the lines hold of a record; empty: all of it."""
 
-    def __init__(self, out: str | Path, cfg, dist: Dist):
+    def __init__(self, out: str | Path, cfg, dist: Dist, shown: Sequence[str] = ()):
+        self.shown = shown
         self.start = time.time()
         self.file = None  # of other ranks: nothing is written
         if dist.rank == 0:
@@ -2313,6 +2314,8 @@ class Log:
         self._append({**metrics, "seconds": round(time.time() - self.start, 1)})
         cells = []
         for name, value in metrics.items():
+            if self.shown and name not in self.shown:
+                continue
             text = f"{value:<9.4g}" if isinstance(value, float) else f"{value!s:<6}"
             cells.append(f"{name} {text}")
         print("  ".join(cells).rstrip(), flush=True)

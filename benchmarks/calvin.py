@@ -27,9 +27,12 @@ import yaml
 from tqdm import tqdm
 
 from benchmarks.simulate import (
+    FILMED_TASKS,
+    Film,
     FinishedTrials,
     Outcome,
     check_policy,
+    film_argument,
     pinhole_camera,
     project,
     render_headless,
@@ -213,6 +216,7 @@ def layout(state: dict) -> tuple[np.ndarray, np.ndarray]:
 # ---- Closed loop ---------------------------------------------------------------------------------
 
 STEPS = 360  # of a subtask
+FPS = 30
 ACTION_NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")  # each -1 .. 1
 
 
@@ -235,6 +239,7 @@ def arguments(add):
     """Flags of `evaluate.py calvin`."""
     add("--data", required=True, help="a CALVIN dataset; its validation/ describes the environment")
     add("--chains", type=count, default=1000, help="the first chains of the 1,000")
+    film_argument(add)
 
 
 def check(args):
@@ -289,41 +294,62 @@ def play(policy, args, local: slice) -> list[int]:
         robot, scene = layout(state)
         world.env.reset(robot_obs=robot, scene_obs=scene)
         executor = ChunkExecutor(policy.horizon, args.execute, args.ensemble, policy.hold)
+        film = Film(FPS) if args.film and number < FILMED_TASKS else None
         length = 0
         for name in names:
-            if not attempt(world, rendered, policy, executor, name, [number, length]):
+            if not attempt(world, rendered, policy, executor, name, [number, length], film):
                 break
             length += 1
+        if film:
+            film.save(args.film, f"calvin_{number}_{length}_of_{len(names)}")
         lengths[number] = length
         finished.add({"chain": number, "length": length})
     return [lengths[number] for number in numbers]
 
 
-def attempt(world: World, cameras, policy, executor, name: str, noise_key: list[int]) -> bool:
+def attempt(
+    world: World,
+    cameras,
+    policy,
+    executor,
+    name: str,
+    noise_key: list[int],
+    film: Film | None = None,
+) -> bool:
     """One subtask -> whether it was done in time. cameras: the environment's, as it was opened.
     noise_key: with the step it seeds the noise."""
     env = world.env
     instruction = world.annotations[name][0]
     start = env.get_info()
-    for step in range(0, STEPS, executor.execute):
-        # 1. look; step() would render both cameras each time, three quarters of its time
+
+    def look() -> tuple[list[np.ndarray], np.ndarray]:
+        """Images of the policy's cameras, robot_obs; step() would render both cameras each time,
+        three quarters of its time."""
         env.cameras = cameras
         obs = env.get_obs()
         env.cameras = []
-        images = [obs["rgb_obs"][KEPT[camera].key] for camera in policy.cameras]
+        return [obs["rgb_obs"][KEPT[camera].key] for camera in policy.cameras], obs["robot_obs"]
+
+    for step in range(0, STEPS, executor.execute):
+        # 1. look
+        images, state = look()
 
         # 2. ask the policy
         key = [*noise_key, step]
-        states = obs["robot_obs"][None]  # (1, 15)
-        chunk = policy.act_batch([images], [instruction], states, keys=[key])[0]  # (K, 7)
+        chunk = policy.act_batch([images], [instruction], state[None], keys=[key])[0]  # (K, 7)
+        thought = policy.thoughts[0] if policy.thoughts else None
         actions = executor(chunk, instruction)[: STEPS - step]
         actions = actions.astype(np.float64).clip(-1, 1)
 
         # 3. act
-        for action in actions:
+        for i, action in enumerate(actions):
+            if film and (step + i) % film.every == 0:
+                film.shoot(look()[0][0] if i else images[0], instruction, thought)
             action[-1] = 1 if action[-1] > 0 else -1
             info = env.step(action)[3]
             if world.oracle.get_task_info_for_set(start, info, {name}):
+                if film:
+                    film.shoot(look()[0][0], instruction, thought)
                 return True
     return False
 
@@ -429,7 +455,7 @@ def recordings(folder: Path):
             arrays,
             {
                 "task": text,
-                "fps": "30",
+                "fps": str(FPS),
                 "source": f"calvin {folder.name} {start}-{end}",
                 "objects": json.dumps(blocks),
                 "targets": json.dumps([target] * len(steps)),

@@ -40,6 +40,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tools import protocol
+from tools.extras import require
 
 ROOT = Path(__file__).parents[1]
 
@@ -183,6 +184,113 @@ def image_sizes(policy, size: int, default: int) -> dict[str, list[int]]:
     return sizes
 
 
+# ---- Films ---------------------------------------------------------------------------------------
+
+FILM_SIDE = 256  # width of a film's frame, pixels
+FILM_RATE = 10  # frames a second that a film has at most, about
+FILMED_TASKS = 2  # of each group: their first trial is filmed
+TITLE_HEIGHT = 24  # above the frame, pixels: a line or two
+CAPTION_LINES = 4  # of the thought below it
+CAPTION_HEIGHT = 19  # of a line, pixels: readable also where the film is shown at half its size
+
+
+class Film:
+    """Frames of a trial under its instruction and over its thoughts, to be an animated GIF that
+    runs as fast as the robot. frames: PIL images of 64 colours.
+
+    fps: steps a second of the simulator; of a fast one only every so many steps, `every`, are
+    shot. ValueError when Pillow is missing."""
+
+    def __init__(self, fps: float):
+        self.images, self.drawing, self.fonts = require(
+            "pillow", "PIL.Image", "PIL.ImageDraw", "PIL.ImageFont"
+        )
+        self.frames = []
+        self.every = max(1, round(fps / FILM_RATE))
+        self.duration = round(1000 * self.every / fps)  # of a frame, ms
+
+    def shoot(self, image: np.ndarray, title: str, thought: str | None = None):
+        """Keep a frame (H, W, 3) uint8. thought: None where the policy writes none."""
+        shown = self.images.fromarray(image)
+        height = round(FILM_SIDE * shown.height / shown.width)
+        if shown.width != FILM_SIDE:
+            shown = shown.resize((FILM_SIDE, height), self.images.Resampling.LANCZOS)
+        bottom = TITLE_HEIGHT + height
+        caption_height = 0 if thought is None else CAPTION_LINES * CAPTION_HEIGHT
+        picture = self.images.new("RGB", (FILM_SIDE, bottom + caption_height), "white")
+        picture.paste(shown, (0, TITLE_HEIGHT))
+        draw = self.drawing.Draw(picture)
+        small = self.fonts.load_default()
+        title_lines = wrap(title, small, FILM_SIDE - 8)[:2]
+        for number, line in enumerate(title_lines):
+            top = 11 * number if len(title_lines) > 1 else 6
+            draw.text((4, top), line, "black", small)
+        if thought is not None:
+            font = self.fonts.load_default(CAPTION_HEIGHT - 3)
+            lines = wrap(thought, font, FILM_SIDE - 8)[:CAPTION_LINES]
+            for number, line in enumerate(lines):
+                draw.text((4, bottom + number * CAPTION_HEIGHT), line, "black", font)
+        self.frames.append(picture.quantize(64))
+
+    def save(self, folder: str | Path, name: str):
+        """Write the frames as folder/name.gif."""
+        path = Path(folder) / f"{name}.gif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        first, *others = self.frames
+        pause = [self.frames[-1]] * 6  # the end stays to be seen
+        first.save(
+            path, save_all=True, append_images=others + pause, duration=self.duration, loop=0
+        )
+
+
+def wrap(text: str, font, width: int) -> list[str]:
+    """Lines of whole words, each at most `width` pixels wide (or one word)."""
+    lines = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def film_name(group: str, task: str | int, solved: bool | int) -> str:
+    return f"{group}_{task}_{'success' if solved else 'failure'}"
+
+
+def film_folder(text: str) -> str:
+    """The value of --film; a file is refused before the hours of the first trial."""
+    if Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text} is a file; name a folder")
+    return text
+
+
+def film_argument(add, *earlier_names: str):
+    """A flag that all evaluations share."""
+    add(
+        "--film",
+        *earlier_names,
+        dest="film",
+        type=film_folder,
+        default="",
+        metavar="FOLDER",
+        help=f"folder for animated GIFs, with any thoughts: the first trial of {FILMED_TASKS} "
+        "tasks a suite, the first chains; what was over before is not filmed",
+    )
+
+
+def trials_to_film(jobs: Sequence[tuple[str, int]]) -> set[tuple[str, int]]:
+    """Of trials ("group/task", number) the first of FILMED_TASKS tasks of each group."""
+    tasks_of = {}  # group -> tasks, in their order
+    for task, _ in jobs:
+        tasks_of.setdefault(task.split("/")[0], {})[task] = None
+    chosen = set()
+    for tasks in tasks_of.values():
+        chosen |= {(task, 0) for task in list(tasks)[:FILMED_TASKS]}
+    return chosen
+
+
 # ---- Trials that are over ------------------------------------------------------------------------
 
 
@@ -236,6 +344,7 @@ def trial_arguments(add, trials: int):
     add("--trials", type=count, default=trials, help="trials a task")
     add("--workers", type=count, default=2, help="simulator processes of each rank")
     add("--python", default=sys.executable, help="a Python that has the simulator")
+    film_argument(add)
 
 
 def run_trials(name: str, policy, args, local: slice) -> Outcome:
@@ -255,6 +364,8 @@ def run_trials(name: str, policy, args, local: slice) -> Outcome:
     for row in finished.rows:
         solved[row["task"], row["trial"]] = row["success"]
     jobs_left = [job for job in jobs if job not in solved]
+    filmed = trials_to_film(all_jobs) if args.film else set()
+    film_folder = str(Path(args.film).resolve())  # workers run in another folder
 
     # 2. serve the policy, share the rest among worker processes
     server = Server(policy, args.execute, args.ensemble, batch=args.batch)
@@ -263,7 +374,8 @@ def run_trials(name: str, policy, args, local: slice) -> Outcome:
     def run_worker(start):
         """Every so many of the trials that are left, in one worker process."""
         own_jobs = jobs_left[start :: args.workers]
-        order = json.dumps([name, sizes, args.limit, port, own_jobs])
+        job_rows = [[*job, job in filmed] for job in own_jobs]
+        order = json.dumps([name, sizes, args.limit, port, job_rows, film_folder])
         command = [args.python, "-m", "benchmarks.simulate", order]
         with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, cwd=ROOT) as process:
             for line in process.stdout:
@@ -297,8 +409,11 @@ def run_trials(name: str, policy, args, local: slice) -> Outcome:
 # ---- Trials: a worker process --------------------------------------------------------------------
 
 
-def worker(name: str, sizes: dict[str, list[int]], limit: int, port: int, jobs: list):
-    """Trials [(task, number)] -> a row of JSON for each to stdout. sizes: camera -> [H, W].
+def worker(
+    name: str, sizes: dict[str, list[int]], limit: int, port: int, jobs: list, film_folder: str
+):
+    """Trials [(task, number, whether it is filmed)] -> a row of JSON for each to stdout, and films
+    in a folder. sizes: camera -> [H, W].
 
     Takes stdout for the rows; what simulators print goes to stderr."""
     rows = os.fdopen(os.dup(1), "w")
@@ -307,26 +422,37 @@ def worker(name: str, sizes: dict[str, list[int]], limit: int, port: int, jobs: 
     with protocol.client(port) as (infer, metadata):
         for task, jobs_of_task in itertools.groupby(jobs, lambda job: job[0]):
             env = module.Simulator(task, sizes, limit)
-            for _, number in jobs_of_task:
-                success, steps = run_trial(env, number, infer, metadata["cameras"])
+            for _, number, is_filmed in jobs_of_task:
+                film = Film(env.fps) if is_filmed else None
+                success, steps = run_trial(env, number, infer, metadata["cameras"], film)
+                if film:
+                    film.save(film_folder, film_name(*task.split("/"), success))
                 row = {"task": task, "trial": number, "success": success, "steps": steps}
                 print(json.dumps(row), file=rows, flush=True)
             env.env.close()
 
 
-def run_trial(env, number: int, infer, cameras: list[str]) -> tuple[bool, int]:
-    """One trial -> success, steps taken. Renders only where a chunk begins."""
+def run_trial(
+    env, number: int, infer, cameras: list[str], film: Film | None = None
+) -> tuple[bool, int]:
+    """One trial -> success, steps taken. Renders only where a chunk begins, but for a film."""
     env.reset(number, "eval")
     actions = []  # of the chunk, still to be carried out
     for step in range(env.limit):
-        if not actions:
+        is_shot = film is not None and step % film.every == 0
+        if not actions or is_shot:
             obs = env.observe(cameras)
+        if not actions:
             answer = infer({**obs, "prompt": env.prompt, "reset": step == 0})
             actions = list(answer["actions"])
+        if is_shot:
+            film.shoot(obs[cameras[0]], env.prompt, answer.get("thought"))
         action = actions.pop(0)
-        success = env.advance(action, look=not actions)
+        success = env.advance(action, look=film is not None or not actions)
         if success:
             break
+    if film is not None:
+        film.shoot(env.observe(cameras)[cameras[0]], env.prompt, answer.get("thought"))
     return success, step + 1
 
 

@@ -22,14 +22,23 @@ import copy
 import dataclasses
 import itertools
 import math
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from benchmarks.simulate import Outcome, TrialResult, check_once, check_policy, image_sizes
+from benchmarks.simulate import (
+    FILM_SIDE,
+    FILMED_TASKS,
+    Film,
+    Outcome,
+    TrialResult,
+    check_once,
+    check_policy,
+    film_argument,
+    film_name,
+    image_sizes,
+)
 from fast_tokenizer import count, natural
 
 SIDE = 64  # of images, pixels
@@ -44,6 +53,7 @@ PLATE = 0.045  # radius, m
 BUTTON = 0.028  # radius, m
 OPEN = 0.07  # the drawer is open when pulled further than this, m
 CLOSED = 0.01  # and closed when pulled less far than this, m
+FILM_FPS = 1000 / 120  # steps that its films show a second
 TRAVEL = 0.085  # longest pull of the drawer, m
 HANDLE = 0.02  # height of its handle, m
 
@@ -761,7 +771,7 @@ def chain(number: int) -> tuple[int, list[str]]:
 class Trial:
     """One episode of a suite, or chain number `seed`, in its own environment.
 
-    done: it is over. solved: 1 or 0; of a chain, how many in a row. film: keep frames for a GIF."""
+    done: it is over. solved: 1 or 0; of a chain, how many in a row. film: of its steps, or None."""
 
     def __init__(self, suite: str, task: int, seed: int, size: int = SIDE):
         self.suite = suite
@@ -770,8 +780,7 @@ class Trial:
         self.forwards = 0  # how often the policy was asked
         self.done = False
         self.solved = 0
-        self.film = False
-        self.frames = []
+        self.film: Film | None = None
         self.thought = None  # what the policy last thought, if it thinks
         if suite == "chain":
             self.env = Tabletop("goal", size)
@@ -809,47 +818,9 @@ class Trial:
                 return
 
     def shoot(self):
-        """Keep a frame, under its instruction and over the thought, if the trial is filmed."""
-        if not self.film:
-            return
-        height = 280 if self.thought is None else 280 + CAPTION_LINES * CAPTION_HEIGHT
-        picture = Image.new("RGB", (256, height), "white")
-        picture.paste(Image.fromarray(self.env.render(256)), (0, 24))
-        draw = ImageDraw.Draw(picture)
-        draw.text((4, 6), self.env.instruction[:48], "black")
-        if self.thought is not None:
-            font = ImageFont.load_default(CAPTION_HEIGHT - 3)
-            lines = wrap(self.thought, font, 256 - 8)[:CAPTION_LINES]
-            for number, line in enumerate(lines):
-                draw.text((4, 280 + number * CAPTION_HEIGHT), line, "black", font)
-        self.frames.append(picture.quantize(64))
-
-    def save(self, folder: str | Path):
-        """Write the frames, if any were shot, as folder/SUITE_TASK_OUTCOME.gif."""
-        if not self.frames:
-            return
-        outcome = "success" if self.solved else "failure"
-        path = Path(folder) / f"{self.suite}_{self.task}_{outcome}.gif"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        first, *others = self.frames
-        pause = [self.frames[-1]] * 6  # the end stays to be seen
-        first.save(path, save_all=True, append_images=others + pause, duration=120, loop=0)
-
-
-CAPTION_LINES = 4  # of the thought below a film's frame
-CAPTION_HEIGHT = 19  # of a line, pixels: readable also where the film is shown at half its size
-
-
-def wrap(text: str, font, width: int) -> list[str]:
-    """Lines of whole words, each at most `width` pixels wide (or one word)."""
-    lines = []
-    for word in text.split():
-        longer = f"{lines[-1]} {word}" if lines else word
-        if lines and font.getlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines
+        """Keep a frame if the trial is filmed."""
+        if self.film:
+            self.film.shoot(self.env.render(FILM_SIDE), self.env.instruction, self.thought)
 
 
 def make_trials(
@@ -917,7 +888,7 @@ def arguments(add):
         default=0,
         help=f"image side, pixels; 0: as in training, {SIDE} for an old checkpoint",
     )
-    add("--gif", default="", help="folder for animated GIFs (two tasks a suite), with any thoughts")
+    film_argument(add, "--gif")  # its earlier name
 
 
 def check(args):
@@ -930,21 +901,23 @@ def check(args):
 
 
 def evaluate(policy, args, local: slice) -> Outcome:
-    """`evaluate.py tabletop`: this process's share of trials and chains, and GIFs of the first ones
-    in args.gif."""
+    """`evaluate.py tabletop`: this process's share of trials and chains, and films of the first
+    ones in args.film."""
     check_policy(policy, ["image"], STATE_DIM, ACTION_NAMES)
     height, width = image_sizes(policy, args.size, SIDE)["image"]
     if height != width:
         raise ValueError(f"the policy saw images of {height} x {width}; Tabletop's are square")
     trials = make_trials(args.suites.split(","), args.trials, args.chains, local, height)
     for trial in trials:
-        trial.film = bool(args.gif) and trial.seed == 0 and trial.task < 2
+        if args.film and trial.seed == 0 and trial.task < FILMED_TASKS:
+            trial.film = Film(FILM_FPS)
     tell_thoughts = policy.spec.get("thoughts") == "recorded"
     drive(policy, trials, args.batch, args.execute, args.ensemble, tell_thoughts)
     results = []
     chain_lengths = []
     for trial in trials:
-        trial.save(args.gif)
+        if trial.film:
+            trial.film.save(args.film, film_name(trial.suite, trial.task, trial.solved))
         if trial.suite == "chain":
             chain_lengths.append(trial.solved)
         else:

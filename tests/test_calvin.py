@@ -146,7 +146,7 @@ class Scripted:
     """Ten full steps along x for what it can do, none for what it cannot; values out of range."""
 
     horizon, action_dim, cameras = 16, 7, ["image", "image_gripper"]
-    hold = None
+    hold = thoughts = None
 
     def __init__(self, can):
         self.can, self.asked = can, []
@@ -221,7 +221,27 @@ def flags(tmp_path, data, chains=1):
         execute=8,
         ensemble=0,
         seed=0,
+        film="",
     )
+
+
+def test_the_first_chains_are_filmed(package, tmp_path):
+    """A frame every third step of 30 a second, from each look's own picture, and one where a
+    subtask ends; the chains are what they are without a film, and so are their actions."""
+    policy = Scripted(set(calvin.TASKS))
+    args = flags(tmp_path, package, chains=3)
+    plain = calvin.play(policy, args, slice(None))
+    env = sys.modules["calvin_env.envs.play_table_env"].made[-1]
+    steps, renders = env.steps, env.renders
+    args.seed = 1  # else they are over
+    args.film = tmp_path / "films"
+    assert calvin.play(policy, args, slice(None)) == plain == [5, 5, 5]
+    env = sys.modules["calvin_env.envs.play_table_env"].made[-1]
+    assert env.steps == steps == 3 * 5 * 10
+    # of a subtask's 10 steps in chunks of 8: steps 3, 6 and 9, and the end; 0 is a look anyway
+    assert env.renders == renders + 2 * 5 * 4
+    films = sorted(path.name for path in args.film.iterdir())
+    assert films == ["calvin_0_5_of_5.gif", "calvin_1_5_of_5.gif"]
 
 
 def test_a_crash_in_a_late_chain_loses_none_before_it(package, tmp_path):

@@ -513,6 +513,20 @@ def test_the_gap_between_sampler_and_update_is_logged(world, monkeypatch, capsys
         assert record["clip_fraction"] == 0 if recompute else record["clip_fraction"] > 0.05
 
 
+def test_the_terminal_shows_six_figures_and_the_log_all(world, capsys):
+    """A step's line was 350 characters of 23 figures."""
+    grpo.main(flags(world, "shown", "--steps", "1", "--eval-every", "1"))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line[:4] == "step"]
+    names = [line[::2] for line in lines if "rollout" not in line]
+    figures = {"reward", "r_a", "frac_reward_zero_std", "entropy", "completion_length", "kl"}
+    ways = [f"eval_{style}" for style in ("greedy", "sampled")]
+    evaluated = {f"{way}_{name}" for way in ways for name in ("reward", "r_f", "r_a")}
+    assert [set(line[1:]) for line in names] == [evaluated, figures, evaluated]
+    *_, step, last = records(world / "shown")
+    assert figures < step.keys() and {"clip_fraction", "lr", "update_s"} < step.keys()
+    assert evaluated < last.keys()
+
+
 def test_a_small_gap_is_no_warning(world, monkeypatch, capsys):
     monkeypatch.setattr(grpo, "reward", spread_rewards)
     grpo.main(flags(world, "small gap", "--steps", "1"))

@@ -987,4 +987,8 @@ def test_log(tmp_path, capsys):
     assert first["config"]["preset"] == "small" and {"commit", "torch", "device"} <= set(first)
     assert second["step"] == 3 and second["loss"] == 0.5
     assert capsys.readouterr().out == "step 3       loss 0.5\n"
+    model.Log(tmp_path, Config(), dist, ["step", "kl"]).write(step=4, loss=0.25, kl=0.5)
+    assert capsys.readouterr().out == "step 4       kl 0.5\n"
+    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert last["loss"] == 0.25, "the file holds what the terminal does not show"
     assert not (tmp_path / "quiet").exists()

@@ -96,7 +96,7 @@ def test_evaluate_writes_one_file_and_its_table(made):
     printed = run(
         "-m torch.distributed.run --standalone --nproc_per_node=2 "
         f"evaluate.py tabletop --policy {made}/vla --variant toy --out {results} "
-        f"--suites goal,chain --trials 1 --chains 1 --gif {made}/gif"
+        f"--suites goal,chain --trials 1 --chains 1 --film {made}/films"
     )
     assert "success goal" in printed
     metrics = json.loads(results.read_text())["arms"]["toy"]["metrics"]
@@ -105,7 +105,7 @@ def test_evaluate_writes_one_file_and_its_table(made):
     for metric in metrics.values():
         if metric["low"] is not None:
             assert metric["low"] <= metric["mean"] <= metric["high"]
-    assert list((made / "gif").glob("goal_*.gif"))
+    assert list((made / "films").glob("goal_*.gif"))
     assert "| toy |" in run(f"evaluate.py report {results}")
 
 

@@ -11,6 +11,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_serve import FakePolicy
 
 import evaluate
@@ -97,6 +98,7 @@ def toy(tmp_path, monkeypatch):
         python=sys.executable,
         size=8,
         limit=0,
+        film="",
     )
 
 
@@ -122,6 +124,51 @@ def test_trials_ask_at_chunk_boundaries_and_stop_at_the_limit(toy):
     )
     steps = {(r["task"], r["trial"]): r["steps"] for r in rows(toy)}
     assert steps == {("toy/0", 0): 10, ("toy/0", 1): 9, ("toy/1", 0): 15, ("toy/1", 1): 15}
+
+
+def test_films_of_first_trials(toy, tmp_path):
+    """A frame a step, in order, and the state at the end; the trials are what they are without."""
+    plain = simulate.run_trials("toy", Right(), toy, ALL).trials
+    toy.film = str(tmp_path / "films")
+    policy = Right()
+    assert simulate.run_trials("toy", policy, toy, ALL).trials == plain
+    assert sorted(at for _, at in policy.seen) == sorted(
+        n + step for last in (10, 15) for n in (0, 1) for step in range(0, last, 2)
+    )
+    names = {path.name for path in (tmp_path / "films").iterdir()}
+    assert names == {"toy_0_success.gif", "toy_1_failure.gif"}
+    for name, steps in (("toy_0_success.gif", 10), ("toy_1_failure.gif", 15)):
+        with Image.open(tmp_path / "films" / name) as film:
+            views = []
+            for index in range(film.n_frames):
+                film.seek(index)
+                views.append(film.convert("RGB").getpixel((128, 150))[0])
+            assert film.size == (256, simulate.TITLE_HEIGHT + 256)
+        assert views == list(range(1, steps + 2)), "the toy's camera shows how often it was asked"
+    assert simulate.Film(80).every == 8 and simulate.Film(80).duration == 100
+    jobs = [(f"{group}/{task}", number) for group in "ab" for task in range(3) for number in (0, 1)]
+    assert simulate.trials_to_film(jobs) == {("a/0", 0), ("a/1", 0), ("b/0", 0), ("b/1", 0)}
+
+
+def test_a_long_instruction_has_two_lines():
+    """It was cut off after 48 letters: LIBERO's have up to 90."""
+    film = simulate.Film(10)
+    long = "pick up the black bowl between the plate and the ramekin and place it on the plate"
+    for title in ("pick up the bowl", long, ""):
+        film.shoot(np.zeros((64, 64, 3), np.uint8), title)
+    titles = [np.asarray(frame.convert("L"))[:24] < 128 for frame in film.frames]
+    short_title, long_title, no_title = titles
+    assert not no_title.any()
+    assert short_title.any(1).nonzero()[0].min() > 5 and not short_title[:, 128:].any()
+    assert long_title[:11].any() and long_title[12:].any() and not long_title[:, 252:].any()
+
+
+def test_a_film_goes_into_a_folder(tmp_path, capsys):
+    (tmp_path / "film.gif").touch()
+    argv = ["tabletop", "--policy", "x", "--film", str(tmp_path / "film.gif")]
+    with pytest.raises(SystemExit):
+        evaluate.main(argv)
+    assert "is a file; name a folder" in capsys.readouterr().err
 
 
 def test_a_crash_is_no_failed_trial_and_the_same_command_goes_on(toy, tmp_path, capfd):
@@ -505,8 +552,15 @@ def test_metaworld_records_and_evaluates(tmp_path):
         tasks="reach-v3",
         size=32,
         limit=40,
+        film=str(tmp_path / "films"),
     )
     policy = PushesArm()
     trials = simulate.run_trials("metaworld", policy, args, ALL).trials
     assert trials == [("metaworld", "reach-v3", False)] * 2
     assert policy.sizes == [(32, 32, 3)] * 20, "a frame every 4 of 40 steps"
+    with Image.open(tmp_path / "films" / "metaworld_reach-v3_failure.gif") as film:
+        assert film.n_frames == 6, "before steps 0, 8, ... 32 of 40, and the end"
+        first = np.asarray(film.convert("L"), float)
+        film.seek(5)
+        moved = np.abs(np.asarray(film.convert("L"), float) - first)[simulate.TITLE_HEIGHT :]
+    assert moved.mean() > 1, "the hand was pushed all the while"

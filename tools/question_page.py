@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import grpo
 import model
-from benchmarks.tabletop import wrap
+from benchmarks.simulate import wrap
 from fast_tokenizer import count, read_image, reading
 
 # ---- Rows ----------------------------------------------------------------------------------------
