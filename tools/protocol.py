@@ -92,7 +92,9 @@ class Connection(NamedTuple):
 def client(port: int) -> Iterator[Connection]:
     """Inside the block, a connection to the server at this port of this machine."""
     url = f"ws://127.0.0.1:{port}"
-    with network().client.connect(url, compression=None, max_size=None) as socket:
+    # without ping_timeout a server whose forward takes long would be given up
+    connect = network().client.connect
+    with connect(url, compression=None, max_size=None, ping_timeout=None) as socket:
 
         def infer(observation: dict) -> dict:
             socket.send(pack(observation))

@@ -335,6 +335,7 @@ class Server:
             process_request=self.before_handshake,
             max_size=LARGEST_MESSAGE,
             compression=None,
+            ping_timeout=None,  # a simulator that is being built answers no ping for minutes
         ) as server:
             address, bound_port, *_ = server.socket.getsockname()
             if self.api_key is None:
