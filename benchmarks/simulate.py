@@ -6,6 +6,7 @@ A benchmark is a module of benchmarks/ with
     check(args)                      ValueError when they are wrong, before a policy is loaded
     evaluate(policy, args, local)    -> Outcome of trials[local], this process's share of them all;
                                      noise by a trial's own numbers, so that shares change nothing
+                                     and compared policies meet the same in each of its steps
 metaworld.py and libero.py, which are driven by the code below, also have TRIALS (a task),
 STATE_DIM and ACTION_NAMES (see check_policy), task_arguments(add) (flags of recording and
 evaluation alike), tasks(args) -> ["group/task"] and Simulator(task, sizes, limit), sizes being
@@ -250,7 +251,9 @@ def run_trials(name: str, policy, args, local: slice) -> Outcome:
     sizes = image_sizes(policy, args.size, SIDE)
     all_jobs = [(task, number) for task in module.tasks(args) for number in range(args.trials)]
     jobs = all_jobs[local]
-    finished = FinishedTrials(name, policy, args, [sizes, args.limit])
+    # the words: trials of a version in which the picture seeded the noise are not gone on with
+    settings = [sizes, args.limit, "noise by task, trial and step"]
+    finished = FinishedTrials(name, policy, args, settings)
     solved = {}  # (task, number) -> success
     for row in finished.rows:
         solved[row["task"], row["trial"]] = row["success"]
@@ -308,20 +311,24 @@ def worker(name: str, sizes: dict[str, list[int]], limit: int, port: int, jobs: 
         for task, jobs_of_task in itertools.groupby(jobs, lambda job: job[0]):
             env = module.Simulator(task, sizes, limit)
             for _, number in jobs_of_task:
-                success, steps = run_trial(env, number, infer, metadata["cameras"])
+                success, steps = run_trial(env, task, number, infer, metadata["cameras"])
                 row = {"task": task, "trial": number, "success": success, "steps": steps}
                 print(json.dumps(row), file=rows, flush=True)
             env.env.close()
 
 
-def run_trial(env, number: int, infer, cameras: list[str]) -> tuple[bool, int]:
-    """One trial -> success, steps taken. Renders only where a chunk begins."""
+def run_trial(env, task: str, number: int, infer, cameras: list[str]) -> tuple[bool, int]:
+    """One trial -> success, steps taken. Renders only where a chunk begins. The noise is by task,
+    number and step: policies that are compared get the same, whatever they see."""
     env.reset(number, "eval")
     actions = []  # of the chunk, still to be carried out
     for step in range(env.limit):
         if not actions:
             obs = env.observe(cameras)
-            answer = infer({**obs, "prompt": env.prompt, "reset": step == 0})
+            noise_key = [task, number, step]
+            answer = infer(
+                {**obs, "prompt": env.prompt, "reset": step == 0, "noise_key": noise_key}
+            )
             actions = list(answer["actions"])
         action = actions.pop(0)
         success = env.advance(action, look=not actions)
