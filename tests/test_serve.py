@@ -362,11 +362,11 @@ def test_a_fault_of_the_server_leaves_no_client_waiting():
 
     policy.act_batch = fail
     server = serve.Server(policy)
-    observation = serve.Observation([], "go", np.zeros(2), reset=False)
-    other = serve.Job(observation, 1)
+    observation = serve.Observation([], "go", np.zeros(2), reset=False, noise_key=[])
+    other = serve.Job(observation, [1])
     server.waiting.append(other)
     with pytest.raises(AssertionError):
-        server.predict(serve.Job(observation, 2))
+        server.predict(serve.Job(observation, [2]))
     assert str(other.result) == "the forward stopped"
 
 
