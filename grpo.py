@@ -1399,6 +1399,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "stage": "grpo",
         "config": asdict(cfg),
         "parent": cfg.init,
+        "command": model.command_line("grpo.py", argv),
         "data": data,
         "split": join_splits(backbone.run.get("split", []), split),
     }

@@ -2,7 +2,8 @@
 
 Backbones are Qwen2.5-VL and Qwen3-VL of transformers, from a local folder or by hub name. The paper
 is RoboAlign, arXiv 2603.21341. A checkpoint is a folder that plain transformers loads, plus fast/
-(action tokenizer), run.json (stage, config, versions, parent) and train_state/ (resume).
+(action tokenizer), run.json (stage, config, versions, parent), README.md (the same for readers) and
+train_state/ (resume).
 
 | section                 | who needs it on a first reading                                  |
 |-------------------------|------------------------------------------------------------------|
@@ -33,9 +34,11 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 import types
@@ -49,6 +52,7 @@ from typing import NamedTuple, NotRequired, TypedDict
 import numpy as np
 import torch
 import transformers
+from huggingface_hub import hf_hub_download
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -2050,8 +2054,9 @@ def save(
 
     what: a Backbone, or {name: Backbone or module}: the backbone goes into the folder in Hugging
     Face layout with fast/, each module into name.safetensors. run: {"stage", "step", "config",
-    "parent"}, to which versions and commit are added. optim: with it, train_state/ for exact resume
-    holds the optimizer, each rank its shard. safetensors and JSON only."""
+    "parent", "command"}, to which base, versions and commit are added. optim: with it, train_state/
+    for exact resume holds the optimizer, each rank its shard. safetensors and JSON only, and the
+    model_card()."""
     unfinished = folder.with_name(folder.name + ".tmp")
     parts = what if isinstance(what, dict) else {"backbone": what}
     # 1. gather the weights on rank 0
@@ -2073,6 +2078,7 @@ def save(
             unfinished.mkdir(parents=True, exist_ok=True)
             for name, part in parts.items():
                 if isinstance(part, Backbone):
+                    base = part.run.get("base") or base_model(run.get("parent") or "unknown")
                     part.net.save_pretrained(unfinished, state_dict=states[name])
                     part.tokenizer.save_pretrained(unfinished)
                     part.image_spec.save(unfinished)
@@ -2080,8 +2086,9 @@ def save(
                         part.action_tokenizer.save(unfinished / "fast")
                 else:
                     save_file(states[name], unfinished / f"{name}.safetensors")
-            record = {**run, "versions": versions(), "commit": commit()}
+            record = {**run, "base": base, "versions": versions(), "commit": commit()}
             write_json(unfinished / "run.json", record)
+            (unfinished / "README.md").write_text(model_card(record))
             _swap_in(unfinished, folder)
     except dcp.api.CheckpointException as e:  # DCP tells all ranks what failed on one
         error = next(iter(e.failures.values()))[0]
@@ -2099,10 +2106,13 @@ def save(
 
 
 def add_metrics(folder: Path, metrics: dict[str, float]) -> None:
-    """Writes what a finished run was worth into run.json of its saved checkpoint, on rank 0."""
+    """Writes what a finished run was worth into run.json and README.md of its saved checkpoint, on
+    rank 0."""
     if _rank() == 0:
         path = folder / "run.json"
-        write_json(path, {**read_json(path), "metrics": metrics})
+        record = {**read_json(path), "metrics": metrics}
+        write_json(path, record)
+        (folder / "README.md").write_text(model_card(record))
 
 
 def _swap_in(unfinished, folder):
@@ -2241,7 +2251,105 @@ def latest_checkpoint(out: str | Path) -> Path | None:
     return saved[-1] if saved else None
 
 
+# ---- Plumbing: model card ------------------------------------------------------------------------
+
+ABOUT = {  # stage -> the hub's word for what such a checkpoint does, and what it is
+    "base": ("image-text-to-text", "A vision-language model, trained further on questions."),
+    "sft": ("image-text-to-text", "A vision-language model that writes robot actions as tokens."),
+    "grpo": ("image-text-to-text", "A vision-language model that thinks, then writes actions."),
+    "vla": ("robotics", "A flow-matching action head on a frozen vision-language model."),
+}
+USE = {  # stage -> how to load it; the stages that are not here as "sft"
+    "sft": """net = transformers.AutoModelForImageTextToText.from_pretrained("FOLDER")  # plain
+backbone = model.load("FOLDER")  # with this repository: prompts, action tokens""",
+    "vla": """policy = vla.Policy.load("FOLDER")
+chunk = policy.act(images, "what to do", state)  # (K, A), in the units of the dataset""",
+}
+
+
+@functools.cache
+def base_model(name: str) -> dict:
+    """Of the folder or hub model that training began from: {"name", "on_hub", "license": what the
+    head of its README.md says in lines of that word}."""
+    on_hub = name.count("/") == 1 and not Path(name).exists()
+    text = ""
+    with contextlib.suppress(OSError, ValueError):  # no card, no network, no such name
+        path = hf_hub_download(name, "README.md") if on_hub else Path(name) / "README.md"
+        text = Path(path).read_text()
+    head = text.split("---")[1] if text.startswith("---\n") else ""
+    lines = re.findall(r"^(license\w*): *(.+)$", head, re.MULTILINE)
+    return {"name": name, "on_hub": on_hub, "license": dict(lines)}
+
+
+def model_card(run: dict) -> str:
+    """README.md of a checkpoint, which the Hugging Face hub shows, from its run.json."""
+    base = run["base"]
+    task, about = ABOUT[run["stage"]]
+    # 1. the head, which the hub reads
+    head = ["---", "library_name: transformers", f"pipeline_tag: {task}", "tags: [robo-align]"]
+    if base["on_hub"]:
+        head.append(f"base_model: {base['name']}")
+    head += [f"{key}: {value}" for key, value in base["license"].items()]
+    # 2. what it is and where it comes from
+    license_words = ", ".join(base["license"].values()) or "unknown: look before you publish this"
+    versions_used = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    rows = [
+        ("base model", f"{base['name']} (licence: {license_words})"),
+        ("trained from", run.get("parent", "unknown")),
+        ("steps", run.get("step", "unknown")),
+    ]
+    for path, record in run.get("data", {}).items():
+        rows.append(("data", f"{path} (sha256 {record['sha256'][:12]})"))
+    for split in run.get("split", []):
+        episodes = f"{split['held_out']} of {split['episodes']} episodes of {split['folder']}"
+        rows.append(("held out", episodes))
+    rows.append(("code", f"commit {run['commit']}, {versions_used}"))
+    # 3. what it is worth
+    metrics = ["No metrics were taken of it."]
+    if run.get("metrics"):
+        metrics = ["| held-out metric, at the end of the run | value |", "|---|---|"]
+        metrics += [f"| {name} | {value:.4g} |" for name, value in run["metrics"].items()]
+    lines = [
+        *head,
+        "---",
+        f"# RoboAlign, stage {run['stage']}",
+        "",
+        f"{about} Trained by an open implementation of RoboAlign",
+        "([arXiv 2603.21341](https://arxiv.org/abs/2603.21341)), not by the paper's authors.",
+        "",
+        "| | |",
+        "|---|---|",
+        *[f"| {name} | {value} |" for name, value in rows],
+        "",
+        "```bash",
+        run.get("command", "unknown"),
+        "```",
+        "",
+        "## What it is worth",
+        "",
+        *metrics,
+        "",
+        "## How to load it",
+        "",
+        "```python",
+        USE.get(run["stage"], USE["sft"]),
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 # ---- Plumbing: command line and log --------------------------------------------------------------
+
+
+def command_line(script: str, argv: Sequence[str] | None) -> str:
+    """The command that started this process, torchrun's words among them. argv: as main got it."""
+    words = ["python"]
+    if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun sets it
+        local, world = (int(os.environ[name]) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+        words = ["torchrun", "--nproc_per_node", str(local)]
+        if world > local:
+            words += ["--nnodes", str(world // local)]
+    return shlex.join([*words, script, *(sys.argv[1:] if argv is None else argv)])
 
 
 def parse_config(Config: type, PRESETS: dict[str, dict], argv: Sequence[str] | None = None):
