@@ -2144,7 +2144,8 @@ def stop_on_sigterm() -> None:
 def save_step(cfg, step: int, run: dict, write: Callable, unlogged: Sequence[float] = ()) -> None:
     """All ranks call it at the end of each step. Every --save-every steps write(folder, run=...) is
     to save out/step_000123, of which the newest --keep stay; SIGTERM saves too, and ends the
-    process. unlogged: this rank's sums since the last line of the log."""
+    process. unlogged: this rank's sums that the log goes on from: since its last line, or of the
+    whole run."""
     out = Path(cfg.out)
     folder = out / f"step_{step:06d}"
     must_stop = all_sum(SIGTERM_CAME.is_set()) > 0
@@ -2169,7 +2170,7 @@ def load_train_state(
 ) -> tuple[int, np.ndarray]:
     """Restores the optimizer's tensors of a Backbone or module (or dict of parts, as saved) in
     place, on as many ranks as there are now. The weights come from load(), the learning rate from
-    the schedule. folder None: a new run. -> step, and the sums since the last line of the log."""
+    the schedule. folder None: a new run. -> step, and the sums that the log goes on from."""
     if folder is None:
         return 0, np.zeros(())
     if not (folder / "train_state").exists():
