@@ -52,7 +52,6 @@ from typing import NamedTuple, NotRequired, TypedDict
 import numpy as np
 import torch
 import transformers
-from huggingface_hub import hf_hub_download
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -65,6 +64,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from transformers.utils import cached_file
 
 from fast_tokenizer import (
     FastTokenizer,
@@ -2274,9 +2274,9 @@ def base_model(name: str) -> dict:
     head of its README.md says in lines of that word}."""
     on_hub = name.count("/") == 1 and not Path(name).exists()
     text = ""
-    with contextlib.suppress(OSError, ValueError):  # no card, no network, no such name
-        path = hf_hub_download(name, "README.md") if on_hub else Path(name) / "README.md"
-        text = Path(path).read_text()
+    if on_hub or Path(name).is_dir():
+        with contextlib.suppress(OSError):  # no card, or no network
+            text = Path(cached_file(name, "README.md")).read_text()
     head = text.split("---")[1] if text.startswith("---\n") else ""
     lines = re.findall(r"^(license\w*): *(.+)$", head, re.MULTILINE)
     return {"name": name, "on_hub": on_hub, "license": dict(lines)}

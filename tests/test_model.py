@@ -22,6 +22,7 @@ from torch import distributed, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from transformers.cache_utils import DynamicCache
+from transformers.utils import hub
 from transformers.vision_utils import get_vision_window_index
 
 import grpo
@@ -652,7 +653,7 @@ def test_a_card_has_the_licence_of_the_hub_model_it_began_from(tmp_path, monkeyp
         asked.append(name)
         return tmp_path / filename
 
-    monkeypatch.setattr(model, "hf_hub_download", download)
+    monkeypatch.setattr(model, "cached_file", download)
     backbone = backbones.random_backbone("tiny-vlm")
     name = "Qwen/test-card-3B"
     model.save(tmp_path / "sft", backbone, {"stage": "sft", "step": 7, "parent": name})
@@ -671,15 +672,10 @@ def test_a_card_has_the_licence_of_the_hub_model_it_began_from(tmp_path, monkeyp
 def test_a_card_of_an_unknown_base_says_so(tmp_path, monkeypatch):
     """Without a network, or from a folder without a card, training goes on."""
 
-    def fail(name, filename):
-        raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
-
-    monkeypatch.setattr(model, "hf_hub_download", fail)
-    assert model.base_model("Qwen/test-offline") == {
-        "name": "Qwen/test-offline",
-        "on_hub": True,
-        "license": {},
-    }
+    monkeypatch.setattr(hub, "is_offline_mode", lambda: True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    name = "Qwen/test-card-offline"
+    assert model.base_model(name) == {"name": name, "on_hub": True, "license": {}}
     assert model.base_model(str(tmp_path))["on_hub"] is False
     base = {"name": "somewhere", "on_hub": False, "license": {}}
     run = {"stage": "vla", "base": base, "versions": {}, "commit": "abc"}
