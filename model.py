@@ -2260,12 +2260,44 @@ ABOUT = {  # stage -> the hub's word for what such a checkpoint does, and what i
     "grpo": ("image-text-to-text", "A vision-language model that thinks, then writes actions."),
     "vla": ("robotics", "A flow-matching action head on a frozen vision-language model."),
 }
-USE = {  # stage -> how to load it; the stages that are not here as "sft"
-    "sft": """net = transformers.AutoModelForImageTextToText.from_pretrained("FOLDER")  # plain
-backbone = model.load("FOLDER")  # with this repository: prompts, action tokens""",
-    "vla": """policy = vla.Policy.load("FOLDER")
+LOADING = {  # stage -> how to load it; those that are not here as "sft"
+    "sft": """import transformers
+net = transformers.AutoModelForImageTextToText.from_pretrained("FOLDER")
+
+import model  # of this repository: with prompts and action tokens
+backbone = model.load("FOLDER")""",
+    "vla": """import vla  # of this repository
+policy = vla.Policy.load("FOLDER")
 chunk = policy.act(images, "what to do", state)  # (K, A), in the units of the dataset""",
 }
+CARD = """---
+library_name: transformers
+pipeline_tag: {task}
+tags: [robo-align]
+{base_lines}---
+# RoboAlign, stage {stage}
+
+{about} Trained by an open implementation of RoboAlign
+([arXiv 2603.21341](https://arxiv.org/abs/2603.21341)), not by the paper's authors.
+
+| | |
+|---|---|
+{origin}
+
+```bash
+{command}
+```
+
+## What it is worth
+
+{metrics}
+
+## How to load it
+
+```python
+{loading}
+```
+"""
 
 
 @functools.cache
@@ -2283,60 +2315,42 @@ def base_model(name: str) -> dict:
 
 
 def model_card(run: dict) -> str:
-    """README.md of a checkpoint, which the Hugging Face hub shows, from its run.json."""
+    """README.md of a checkpoint, from its run.json. The lines between --- are for the hub."""
     base = run["base"]
-    task, about = ABOUT[run["stage"]]
-    # 1. the head, which the hub reads
-    head = ["---", "library_name: transformers", f"pipeline_tag: {task}", "tags: [robo-align]"]
-    if base["on_hub"]:
-        head.append(f"base_model: {base['name']}")
-    head += [f"{key}: {value}" for key, value in base["license"].items()]
-    # 2. what it is and where it comes from
+    # 1. the base, whose licence what is derived from it keeps
+    base_lines = [f"base_model: {base['name']}"] if base["on_hub"] else []
+    base_lines += [f"{key}: {value}" for key, value in base["license"].items()]
     license_words = ", ".join(base["license"].values()) or "unknown: look before you publish this"
-    versions_used = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
-    rows = [
-        ("base model", f"{base['name']} (licence: {license_words})"),
-        ("trained from", run.get("parent", "unknown")),
-        ("steps", run.get("step", "unknown")),
+    # 2. where it comes from
+    origin = [
+        f"| base model | {base['name']} (licence: {license_words}) |",
+        f"| trained from | {run.get('parent', 'unknown')} |",
+        f"| steps | {run.get('step', 'unknown')} |",
     ]
-    for path, record in run.get("data", {}).items():
-        rows.append(("data", f"{path} (sha256 {record['sha256'][:12]})"))
+    for path, source in run.get("data", {}).items():
+        origin.append(f"| data | {path} (sha256 {source['sha256'][:12]}) |")
     for split in run.get("split", []):
-        episodes = f"{split['held_out']} of {split['episodes']} episodes of {split['folder']}"
-        rows.append(("held out", episodes))
-    rows.append(("code", f"commit {run['commit']}, {versions_used}"))
+        held_out = f"{split['held_out']} of {split['episodes']} episodes of {split['folder']}"
+        origin.append(f"| held out | {held_out} |")
+    packages = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    origin.append(f"| code | commit {run['commit']}, {packages} |")
     # 3. what it is worth
     metrics = ["No metrics were taken of it."]
     if run.get("metrics"):
         metrics = ["| held-out metric, at the end of the run | value |", "|---|---|"]
         metrics += [f"| {name} | {value:.4g} |" for name, value in run["metrics"].items()]
-    lines = [
-        *head,
-        "---",
-        f"# RoboAlign, stage {run['stage']}",
-        "",
-        f"{about} Trained by an open implementation of RoboAlign",
-        "([arXiv 2603.21341](https://arxiv.org/abs/2603.21341)), not by the paper's authors.",
-        "",
-        "| | |",
-        "|---|---|",
-        *[f"| {name} | {value} |" for name, value in rows],
-        "",
-        "```bash",
-        run.get("command", "unknown"),
-        "```",
-        "",
-        "## What it is worth",
-        "",
-        *metrics,
-        "",
-        "## How to load it",
-        "",
-        "```python",
-        USE.get(run["stage"], USE["sft"]),
-        "```",
-    ]
-    return "\n".join(lines) + "\n"
+    stage = run["stage"]
+    task, about = ABOUT[stage]
+    return CARD.format(
+        task=task,
+        base_lines="".join(line + "\n" for line in base_lines),
+        stage=stage,
+        about=about,
+        origin="\n".join(origin),
+        command=run.get("command", "unknown"),
+        metrics="\n".join(metrics),
+        loading=LOADING.get(stage, LOADING["sft"]),
+    )
 
 
 # ---- Plumbing: command line and log --------------------------------------------------------------
