@@ -2078,10 +2078,10 @@ def save(
             unfinished.mkdir(parents=True, exist_ok=True)
             for name, part in parts.items():
                 if isinstance(part, Backbone):
-                    base = part.run.get("base") or base_model(run.get("parent") or "unknown")
                     part.net.save_pretrained(unfinished, state_dict=states[name])
                     part.tokenizer.save_pretrained(unfinished)
                     part.image_spec.save(unfinished)
+                    base = part.run.get("base") or base_model(run.get("parent") or "unknown")
                     if part.action_tokenizer is not None:
                         part.action_tokenizer.save(unfinished / "fast")
                 else:
