@@ -124,36 +124,6 @@ def test_trials_ask_at_chunk_boundaries_and_stop_at_the_limit(toy):
     assert steps == {("toy/0", 0): 10, ("toy/0", 1): 9, ("toy/1", 0): 15, ("toy/1", 1): 15}
 
 
-def test_compared_policies_get_the_same_noise_in_the_same_trial(toy):
-    """The noise was by the message, so by the picture: from the second answer on two policies had
-    other noise in the same trial, and their difference held the luck of both."""
-
-    class Noted(Right):
-        """keys: key of the noise -> first number of the state that it was drawn in."""
-
-        def __init__(self, stride):
-            super().__init__()
-            self.stride = stride
-            self.keys = {}
-
-        def act_batch(self, images, instructions, states, keys=None):
-            for key, state in zip(keys, states, strict=True):
-                self.keys[tuple(key)] = float(state[0])
-            return np.full((len(images), 4, 3), self.stride, np.float32)
-
-    fast = Noted(0.5)
-    simulate.run_trials("toy", fast, toy, ALL)
-    slow = Noted(0.25)
-    toy.batch = 1
-    toy.workers = 1
-    simulate.run_trials("toy", slow, toy, ALL)
-    steps = range(0, 15, 2)  # all that neither policy gets further than
-    jobs = [("toy/0", 0), ("toy/0", 1), ("toy/1", 0), ("toy/1", 1)]
-    assert fast.keys.keys() == slow.keys.keys() == {(*job, step) for job in jobs for step in steps}
-    differing = [key for key in fast.keys if fast.keys[key] != slow.keys[key]]
-    assert {step for *_, step in differing} == set(steps) - {0}, "although they see other states"
-
-
 def test_a_crash_is_no_failed_trial_and_the_same_command_goes_on(toy, tmp_path, capfd):
 
     def count(policy):
@@ -476,6 +446,36 @@ def test_metaworld_goes_for_the_peg_then_for_the_hole():
         assert targets[0] == names[0] and set(targets) == set(names)
         np.testing.assert_allclose(scene.camera, committed, atol=1e-3)
         env.env.close()
+
+
+def test_compared_policies_get_the_same_noise_in_the_same_trial(toy):
+    """The noise was by the message, so by the picture: from the second answer on two policies had
+    other noise in the same trial, and their difference held the luck of both."""
+
+    class Noted(Right):
+        """keys: key of the noise -> first number of the state that it was drawn in."""
+
+        def __init__(self, stride):
+            super().__init__()
+            self.stride = stride
+            self.keys = {}
+
+        def act_batch(self, images, instructions, states, keys=None):
+            for key, state in zip(keys, states, strict=True):
+                self.keys[tuple(key)] = float(state[0])
+            return np.full((len(images), 4, 3), self.stride, np.float32)
+
+    fast = Noted(0.5)
+    simulate.run_trials("toy", fast, toy, ALL)
+    slow = Noted(0.25)
+    toy.batch = 1
+    toy.workers = 1
+    simulate.run_trials("toy", slow, toy, ALL)
+    steps = range(0, 15, 2)  # all that neither policy gets further than
+    jobs = [("toy/0", 0), ("toy/0", 1), ("toy/1", 0), ("toy/1", 1)]
+    assert fast.keys.keys() == slow.keys.keys() == {(*job, step) for job in jobs for step in steps}
+    differing = [key for key in fast.keys if fast.keys[key] != slow.keys[key]]
+    assert {step for *_, step in differing} == set(steps) - {0}, "although they see other states"
 
 
 class PushesArm(Right):
