@@ -17,7 +17,7 @@ variant, with the paired differences between consecutive ones. Under torchrun ea
 share of the trials, prompts or questions, rank 0 writes the results of all, and those are what one
 process finds (up to rounding in batches of other sizes). Every success rate carries its n and a 95%
 Wilson interval; means carry a 95% bootstrap interval over prompts or chains (2,000 resamples, seed
-0).
+0). Successes of two models in the same trials are also compared by McNemar's exact test.
 
 In the order of the file: intervals, the results file, ranks, then what is measured (closed loop,
 action tokens, questions), the report, the command line. tabletop, metaworld, libero and calvin are
@@ -41,6 +41,7 @@ from typing import NamedTuple, TypedDict, TypeVar
 
 import numpy as np
 import torch
+from scipy.stats import binomtest
 from torch import distributed
 
 import fast_tokenizer
@@ -67,14 +68,12 @@ def wilson(successes: int, n: int) -> Interval:
     8 of 10 gives mean 0.8, low 0.490, high 0.943."""
     if n == 0:
         raise ValueError("a success rate needs at least one trial; raise --trials")
-    z = 1.959964  # 97.5% of a normal distribution lie below
-    p = successes / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5 / (1 + z * z / n)
+    interval = binomtest(int(successes), n).proportion_ci(method="wilson")
+    mean = successes / n
     # the outer ends are exactly 0 and 1 at the extremes; rounding must not push them past the mean
-    low = max(0.0, centre - half)
-    high = min(1.0, centre + half)
-    return {"mean": p, "low": min(low, p), "high": max(high, p), "n": n}
+    low = min(float(interval.low), mean)
+    high = max(float(interval.high), mean)
+    return {"mean": mean, "low": low, "high": high, "n": n}
 
 
 def bootstrap(values, resamples: int = 2000) -> Interval:
@@ -87,6 +86,26 @@ def bootstrap(values, resamples: int = 2000) -> Interval:
     means = values[drawn].mean(1)  # (resamples,)
     low, high = np.quantile(means, [0.025, 0.975])
     return {"mean": float(values.mean()), "low": float(low), "high": float(high), "n": n}
+
+
+class McNemar(NamedTuple):
+    """Two models in the same trials: only those count that one of them alone solved."""
+
+    gained: int  # solved by the second alone
+    lost: int  # by the first alone
+    p: float  # two-sided, exact: the chance of such a split, or a rarer one, of fair coins
+
+
+def mcnemar(before: np.ndarray, after: np.ndarray) -> McNemar:
+    """McNemar's exact test of paired successes (N,), each 0 or 1.
+
+    Of 10 trials that one model alone solved the second solved 9: p = 2 (1 + 10) / 2^10 = 0.021."""
+    gained = int(((before == 0) & (after == 1)).sum())
+    lost = int(((before == 1) & (after == 0)).sum())
+    p = 1.0  # without a trial that tells them apart
+    if gained + lost:
+        p = float(binomtest(gained, gained + lost).pvalue)
+    return McNemar(gained, lost, p)
 
 
 # ---- Results file --------------------------------------------------------------------------------
@@ -802,7 +821,8 @@ def cell(metric: str, value: Interval | None) -> str:
 
 def paired_differences(variants: list[tuple[str, dict]]) -> list[str]:
     """Each variant minus the one above it, for what is COMPARED and both measured on as many items.
-    Left out are items of which one of the two has no value."""
+    Left out are items of which one of the two has no value. Of what is right or wrong, as success,
+    also McNemar's test."""
     lines = []
     for (old_name, old), (new_name, new) in itertools.pairwise(variants):
         for metric in COMPARED:
@@ -813,8 +833,11 @@ def paired_differences(variants: list[tuple[str, dict]]) -> list[str]:
             differences = after - before
             gain = bootstrap(differences[~np.isnan(differences)])
             if gain["n"]:
-                value = f"{cell(metric, gain)}, n {gain['n']}"
-                lines.append(f"- {metric}: {new_name} - {old_name} = {value}")
+                line = f"{metric}: {new_name} - {old_name} = {cell(metric, gain)}, n {gain['n']}"
+                if np.isin([before, after], (0, 1)).all():
+                    test = mcnemar(before, after)
+                    line += f"; {test.gained} gained, {test.lost} lost, McNemar's p {test.p:.2g}"
+                lines.append(f"- {line}")
     return lines
 
 

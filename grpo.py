@@ -938,7 +938,8 @@ class Group:
 
 
 METRICS = [
-    "reward", "r_f", "r_a", "tags", "markers", "decodes", "frac_reward_zero_std",
+    "reward", "reward_squared", "r_f", "r_a", "tags", "markers", "decodes",
+    "frac_reward_zero_std", "prompt_length",
     "completion_length", "truncated", "distinct_thoughts", "distinct_actions", "distinct_answers",
     "entropy",
 ]  # fmt: skip
@@ -1005,6 +1006,7 @@ def rollout(
     # -log p of what was sampled: its mean is the entropy, of all groups, and costs no forward
     surprise = -samples["logp"][samples["mask"].bool()].cpu()  # (tokens,)
     diagnostics["entropy"] = surprise.numpy()
+    diagnostics["prompt_length"] = np.repeat([len(row["ids"]) for row in rows], G)
     sums = rollout_metrics(backbone, token_ids, repeated_targets, r, diagnostics, zero_std, G)
     text = backbone.tokenizer.decode(token_ids[0])
     target = targets[0]
@@ -1033,6 +1035,7 @@ def rollout_metrics(backbone, token_ids, targets, r, diagnostics, zero_std, G) -
     kinds = np.array([t.score if isinstance(t, RightAnswer) else "action" for t in targets])
     values = {
         "reward": r,
+        "reward_squared": r**2,
         **diagnostics,
         "markers": diagnostics["markers"][~in_words],
         "decodes": diagnostics["decodes"][~in_words],
@@ -1054,7 +1057,8 @@ def add_sums(a: Sums, b: Sums) -> Sums:
 
 def means(sums: Sums) -> dict[str, float]:
     """Sums of this rank -> means over all ranks, of what there is: no r_a_path without paths, and
-    none beside r_a itself where all answers are paths."""
+    none beside r_a itself where all answers are paths. The squared rewards become "reward_std",
+    over all completions (N - 1)."""
     flat = []
     for pair in sums.values():
         flat += pair
@@ -1063,7 +1067,11 @@ def means(sums: Sums) -> dict[str, float]:
     mean = {}
     for name, (value, count) in of_all.items():
         is_r_a_itself = name.startswith("r_a_") and count == of_all["r_a"][1]
-        if count and not is_r_a_itself:
+        if name == "reward_squared" and count:
+            variance = (value - count * mean["reward"] ** 2) / max(count - 1, 1)
+            # below, as in advantage(), it is the rounding of equal rewards
+            mean["reward_std"] = variance**0.5 if variance > 1e-12 else 0.0
+        elif count and not is_r_a_itself:
             mean[name] = value / count
     return mean
 
@@ -1353,6 +1361,7 @@ class Prepared(NamedTuple):
     weights: list[float]  # by which prompts are drawn from them
     data: dict[str, dict]  # what run.json says of them
     first_step: int  # 0, or where a resumed run goes on
+    num_tokens: float  # of this rank until then, see main()
 
 
 def prepare(cfg: Config, dist: Dist) -> Prepared:
@@ -1388,9 +1397,10 @@ def prepare(cfg: Config, dist: Dist) -> Prepared:
         model.shard(reference.net, dist, offload=cfg.cpu_offload)
     betas = (0.9, cfg.beta2)
     optim = model.make_optimizer(backbone.net, cfg.lr, cfg.weight_decay, betas)
-    first_step, _ = model.load_train_state(resume_from, backbone.net, optim)
+    first_step, counted = model.load_train_state(resume_from, backbone.net, optim)
     model.check_steps(resume_from, first_step, cfg.steps)
-    return Prepared(backbone, reference, optim, sources, weights, data, first_step)
+    num_tokens = float(counted.sum())  # 0 of a new run, and of a version that did not count
+    return Prepared(backbone, reference, optim, sources, weights, data, first_step, num_tokens)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -1398,7 +1408,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     model.keep_freed_memory()
     dist = model.setup(cfg.seed, cfg.shards, cfg.batch, cfg.timeout_hours)
     check_config(cfg)
-    backbone, reference, optim, sources, weights, data, first_step = prepare(cfg, dist)
+    prepared = prepare(cfg, dist)
+    backbone, reference, optim, sources, weights, data, first_step, num_tokens = prepared
     eval_rows, eval_targets = held_out_prompts(backbone, cfg, sources, weights, dist)
     split = [source.split for source in sources if isinstance(source, EpisodeDataset)]
     if dist.rank == 0:
@@ -1407,6 +1418,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "stage": "grpo",
         "config": asdict(cfg),
         "parent": cfg.init,
+        "command": model.command_line("grpo.py", argv),
         "data": data,
         "split": join_splits(backbone.run.get("split", []), split),
     }
@@ -1435,6 +1447,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 sums = replace_zero_std_groups(
                     backbone, cfg, sources, weights, groups, local_numbers, sums
                 )
+        num_tokens += sums["prompt_length"][0] + sums["completion_length"][0]
         rollout_time = time.perf_counter()
 
         # 5. and 6. update, each time on other prompts of the rollout
@@ -1475,10 +1488,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             rollout_s=rollout_time - start_time,
             update_s=update_time - rollout_time,
             tokens_per_s=all_sum(sums["completion_length"][0]) / (update_time - start_time),
+            num_tokens=int(all_sum(num_tokens)),  # so far, prompts once a completion
         )
         if cfg.show_every and done % cfg.show_every == 0:
             log.write(step=done, rollout=shown)
-        model.save_step(cfg, done, run, save_checkpoint)
+        model.save_step(cfg, done, run, save_checkpoint, [num_tokens])
     # a last evaluation that fails loses nothing
     final = Path(cfg.out) / "final"
     model.save(final, backbone, {**run, "step": cfg.steps})

@@ -2,7 +2,8 @@
 
 Backbones are Qwen2.5-VL and Qwen3-VL of transformers, from a local folder or by hub name. The paper
 is RoboAlign, arXiv 2603.21341. A checkpoint is a folder that plain transformers loads, plus fast/
-(action tokenizer), run.json (stage, config, versions, parent) and train_state/ (resume).
+(action tokenizer), run.json (stage, config, versions, parent), README.md (the same for readers) and
+train_state/ (resume).
 
 | section                 | who needs it on a first reading                                  |
 |-------------------------|------------------------------------------------------------------|
@@ -33,9 +34,11 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 import types
@@ -61,6 +64,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from transformers.utils import cached_file
 
 from fast_tokenizer import (
     FastTokenizer,
@@ -2050,8 +2054,9 @@ def save(
 
     what: a Backbone, or {name: Backbone or module}: the backbone goes into the folder in Hugging
     Face layout with fast/, each module into name.safetensors. run: {"stage", "step", "config",
-    "parent"}, to which versions and commit are added. optim: with it, train_state/ for exact resume
-    holds the optimizer, each rank its shard. safetensors and JSON only."""
+    "parent", "command"}, to which base, versions and commit are added. optim: with it, train_state/
+    for exact resume holds the optimizer, each rank its shard. safetensors and JSON only, and the
+    model_card()."""
     unfinished = folder.with_name(folder.name + ".tmp")
     parts = what if isinstance(what, dict) else {"backbone": what}
     # 1. gather the weights on rank 0
@@ -2076,12 +2081,14 @@ def save(
                     part.net.save_pretrained(unfinished, state_dict=states[name])
                     part.tokenizer.save_pretrained(unfinished)
                     part.image_spec.save(unfinished)
+                    base = part.run.get("base") or base_model(run.get("parent") or "unknown")
                     if part.action_tokenizer is not None:
                         part.action_tokenizer.save(unfinished / "fast")
                 else:
                     save_file(states[name], unfinished / f"{name}.safetensors")
-            record = {**run, "versions": versions(), "commit": commit()}
+            record = {**run, "base": base, "versions": versions(), "commit": commit()}
             write_json(unfinished / "run.json", record)
+            (unfinished / "README.md").write_text(model_card(record))
             _swap_in(unfinished, folder)
     except dcp.api.CheckpointException as e:  # DCP tells all ranks what failed on one
         error = next(iter(e.failures.values()))[0]
@@ -2099,10 +2106,13 @@ def save(
 
 
 def add_metrics(folder: Path, metrics: dict[str, float]) -> None:
-    """Writes what a finished run was worth into run.json of its saved checkpoint, on rank 0."""
+    """Writes what a finished run was worth into run.json and README.md of its saved checkpoint, on
+    rank 0."""
     if _rank() == 0:
         path = folder / "run.json"
-        write_json(path, {**read_json(path), "metrics": metrics})
+        record = {**read_json(path), "metrics": metrics}
+        write_json(path, record)
+        (folder / "README.md").write_text(model_card(record))
 
 
 def _swap_in(unfinished, folder):
@@ -2134,7 +2144,8 @@ def stop_on_sigterm() -> None:
 def save_step(cfg, step: int, run: dict, write: Callable, unlogged: Sequence[float] = ()) -> None:
     """All ranks call it at the end of each step. Every --save-every steps write(folder, run=...) is
     to save out/step_000123, of which the newest --keep stay; SIGTERM saves too, and ends the
-    process. unlogged: this rank's sums since the last line of the log."""
+    process. unlogged: this rank's sums that the log goes on from: since its last line, or of the
+    whole run."""
     out = Path(cfg.out)
     folder = out / f"step_{step:06d}"
     must_stop = all_sum(SIGTERM_CAME.is_set()) > 0
@@ -2159,7 +2170,7 @@ def load_train_state(
 ) -> tuple[int, np.ndarray]:
     """Restores the optimizer's tensors of a Backbone or module (or dict of parts, as saved) in
     place, on as many ranks as there are now. The weights come from load(), the learning rate from
-    the schedule. folder None: a new run. -> step, and the sums since the last line of the log."""
+    the schedule. folder None: a new run. -> step, and the sums that the log goes on from."""
     if folder is None:
         return 0, np.zeros(())
     if not (folder / "train_state").exists():
@@ -2241,7 +2252,119 @@ def latest_checkpoint(out: str | Path) -> Path | None:
     return saved[-1] if saved else None
 
 
+# ---- Plumbing: model card ------------------------------------------------------------------------
+
+ABOUT = {  # stage -> the hub's word for what such a checkpoint does, and what it is
+    "base": ("image-text-to-text", "A vision-language model, trained further on questions."),
+    "sft": ("image-text-to-text", "A vision-language model that writes robot actions as tokens."),
+    "grpo": ("image-text-to-text", "A vision-language model that thinks, then writes actions."),
+    "vla": ("robotics", "A flow-matching action head on a frozen vision-language model."),
+}
+LOADING = {  # stage -> how to load it; those that are not here as "sft"
+    "sft": """import transformers
+net = transformers.AutoModelForImageTextToText.from_pretrained("FOLDER")
+
+import model  # of this repository: with prompts and action tokens
+backbone = model.load("FOLDER")""",
+    "vla": """import vla  # of this repository
+policy = vla.Policy.load("FOLDER")
+chunk = policy.act(images, "what to do", state)  # (K, A), in the units of the dataset""",
+}
+CARD = """---
+library_name: transformers
+pipeline_tag: {task}
+tags: [robo-align]
+{base_lines}---
+# RoboAlign, stage {stage}
+
+{about} Trained by an open implementation of RoboAlign
+([arXiv 2603.21341](https://arxiv.org/abs/2603.21341)), not by the paper's authors.
+
+| | |
+|---|---|
+{origin}
+
+```bash
+{command}
+```
+
+## What it is worth
+
+{metrics}
+
+## How to load it
+
+```python
+{loading}
+```
+"""
+
+
+@functools.cache
+def base_model(name: str) -> dict:
+    """Of the folder or hub model that training began from: {"name", "on_hub", "license": what the
+    head of its README.md says in lines of that word}."""
+    on_hub = name.count("/") == 1 and not Path(name).exists()
+    text = ""
+    if on_hub or Path(name).is_dir():
+        with contextlib.suppress(OSError):  # no card, or no network
+            text = Path(cached_file(name, "README.md")).read_text()
+    head = text.split("---")[1] if text.startswith("---\n") else ""
+    lines = re.findall(r"^(license\w*): *(.+)$", head, re.MULTILINE)
+    return {"name": name, "on_hub": on_hub, "license": dict(lines)}
+
+
+def model_card(run: dict) -> str:
+    """README.md of a checkpoint, from its run.json. The lines between --- are for the hub."""
+    base = run["base"]
+    # 1. the base, whose licence what is derived from it keeps
+    base_lines = [f"base_model: {base['name']}"] if base["on_hub"] else []
+    base_lines += [f"{key}: {value}" for key, value in base["license"].items()]
+    license_words = ", ".join(base["license"].values()) or "unknown: look before you publish this"
+    # 2. where it comes from
+    origin = [
+        f"| base model | {base['name']} (licence: {license_words}) |",
+        f"| trained from | {run.get('parent', 'unknown')} |",
+        f"| steps | {run.get('step', 'unknown')} |",
+    ]
+    for path, source in run.get("data", {}).items():
+        origin.append(f"| data | {path} (sha256 {source['sha256'][:12]}) |")
+    for split in run.get("split", []):
+        held_out = f"{split['held_out']} of {split['episodes']} episodes of {split['folder']}"
+        origin.append(f"| held out | {held_out} |")
+    packages = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    origin.append(f"| code | commit {run['commit']}, {packages} |")
+    # 3. what it is worth
+    metrics = ["No metrics were taken of it."]
+    if run.get("metrics"):
+        metrics = ["| held-out metric, at the end of the run | value |", "|---|---|"]
+        metrics += [f"| {name} | {value:.4g} |" for name, value in run["metrics"].items()]
+    stage = run["stage"]
+    task, about = ABOUT[stage]
+    return CARD.format(
+        task=task,
+        base_lines="".join(line + "\n" for line in base_lines),
+        stage=stage,
+        about=about,
+        origin="\n".join(origin),
+        command=run.get("command", "unknown"),
+        metrics="\n".join(metrics),
+        loading=LOADING.get(stage, LOADING["sft"]),
+    )
+
+
 # ---- Plumbing: command line and log --------------------------------------------------------------
+
+
+def command_line(script: str, argv: Sequence[str] | None) -> str:
+    """The command that started this process, torchrun's words among them. argv: as main got it."""
+    words = ["python"]
+    if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun sets it
+        local, world = (int(os.environ[name]) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+        words = ["torchrun", "--nproc_per_node", str(local)]
+        if world > local:
+            words += ["--nnodes", str(world // local)]
+    return shlex.join([*words, script, *(sys.argv[1:] if argv is None else argv)])
 
 
 def parse_config(Config: type, PRESETS: dict[str, dict], argv: Sequence[str] | None = None):

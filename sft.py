@@ -739,6 +739,7 @@ def main(argv: list[str] | None = None) -> None:
         "stage": "sft" if backbone.action_tokenizer else "base",
         "config": asdict(cfg),
         "parent": cfg.init,
+        "command": model.command_line("sft.py", argv),
         "data": data,
         "split": join_splits(backbone.run.get("split", []), splits),
     }

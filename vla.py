@@ -1851,6 +1851,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "stage": "vla",
         "config": asdict(cfg),
         "parent": cfg.init,
+        "command": model.command_line("vla.py", argv),
         "data": data,
         "split": split,
         "policy": spec,

@@ -6,6 +6,7 @@ A benchmark is a module of benchmarks/ with
     check(args)                      ValueError when they are wrong, before a policy is loaded
     evaluate(policy, args, local)    -> Outcome of trials[local], this process's share of them all;
                                      noise by a trial's own numbers, so that shares change nothing
+                                     and compared policies meet the same in each of its steps
 metaworld.py and libero.py, which are driven by the code below, also have TRIALS (a task),
 STATE_DIM and ACTION_NAMES (see check_policy), task_arguments(add) (flags of recording and
 evaluation alike), tasks(args) -> ["group/task"] and Simulator(task, sizes, limit), sizes being
@@ -359,7 +360,9 @@ def run_trials(name: str, policy, args, local: slice) -> Outcome:
     sizes = image_sizes(policy, args.size, SIDE)
     all_jobs = [(task, number) for task in module.tasks(args) for number in range(args.trials)]
     jobs = all_jobs[local]
-    finished = FinishedTrials(name, policy, args, [sizes, args.limit])
+    # the words: trials of a version in which the picture seeded the noise are not gone on with
+    settings = [sizes, args.limit, "noise by task, trial and step"]
+    finished = FinishedTrials(name, policy, args, settings)
     solved = {}  # (task, number) -> success
     for row in finished.rows:
         solved[row["task"], row["trial"]] = row["success"]
@@ -424,7 +427,7 @@ def worker(
             env = module.Simulator(task, sizes, limit)
             for _, number, is_filmed in jobs_of_task:
                 film = Film(env.fps) if is_filmed else None
-                success, steps = run_trial(env, number, infer, metadata["cameras"], film)
+                success, steps = run_trial(env, task, number, infer, metadata["cameras"], film)
                 if film:
                     film.save(film_folder, film_name(*task.split("/"), success))
                 row = {"task": task, "trial": number, "success": success, "steps": steps}
@@ -433,9 +436,11 @@ def worker(
 
 
 def run_trial(
-    env, number: int, infer, cameras: list[str], film: Film | None = None
+    env, task: str, number: int, infer, cameras: list[str], film: Film | None = None
 ) -> tuple[bool, int]:
-    """One trial -> success, steps taken. Renders only where a chunk begins, but for a film."""
+    """One trial -> success, steps taken. Renders only where a chunk begins, but for a film. The
+    noise is by task, number and step: policies that are compared get the same, whatever they
+    see."""
     env.reset(number, "eval")
     actions = []  # of the chunk, still to be carried out
     for step in range(env.limit):
@@ -443,7 +448,10 @@ def run_trial(
         if not actions or is_shot:
             obs = env.observe(cameras)
         if not actions:
-            answer = infer({**obs, "prompt": env.prompt, "reset": step == 0})
+            noise_key = [task, number, step]
+            answer = infer(
+                {**obs, "prompt": env.prompt, "reset": step == 0, "noise_key": noise_key}
+            )
             actions = list(answer["actions"])
         if is_shot:
             film.shoot(obs[cameras[0]], env.prompt, answer.get("thought"))

@@ -36,6 +36,31 @@ def test_wilson_against_a_worked_example():
         evaluate.wilson(0, 0)
 
 
+@pytest.mark.parametrize(("successes", "n"), [(0, 1), (1, 1), (1, 3), (8, 10), (431, 500), (0, 97)])
+def test_wilson_is_the_root_of_its_equation(successes, n):
+    """Its ends are the p at which the score |k / n - p| / sqrt(p (1 - p) / n) is 1.959964. They
+    were coded here; scipy's are the same to the eighth digit."""
+    value = evaluate.wilson(successes, n)
+    assert 0 <= value["low"] <= value["mean"] <= value["high"] <= 1
+    for end in (value["low"], value["high"]):
+        if 0 < end < 1:
+            score = abs(successes / n - end) / (end * (1 - end) / n) ** 0.5
+            assert score == pytest.approx(1.959964, abs=1e-7)
+
+
+def test_mcnemar_by_hand():
+    """Ten trials that one model alone solves, nine of them the second: 1 + 10 of the 2^10 ways to
+    fall are as rare on either side, p = 22 / 1024. What both or neither solve does not count."""
+    both, neither = [1, 1], [0, 0]
+    before = np.array([0] * 9 + [1] + both * 20 + neither * 30)
+    after = np.array([1] * 9 + [0] + both * 20 + neither * 30)
+    assert evaluate.mcnemar(before, after) == (9, 1, pytest.approx(22 / 1024))
+    assert evaluate.mcnemar(after, before) == (1, 9, pytest.approx(22 / 1024))
+    assert evaluate.mcnemar(before, before) == (0, 0, 1.0)
+    five_each = np.arange(10) % 2
+    assert evaluate.mcnemar(five_each, 1 - five_each) == (5, 5, pytest.approx(1.0))
+
+
 def test_bootstrap_covers_the_mean_and_is_repeatable():
     values = np.random.default_rng(1).normal(2, 1, 400)
     value = evaluate.bootstrap(values)
@@ -131,7 +156,10 @@ def test_report_table_and_paired_differences(tmp_path, capsys):
     assert "| SFT+RL | - | - | 0.275 [" in out and "75.0 [" in out
     # every prompt gained 0.05, so the interval of the difference has no width
     assert "think sampled r_a: SFT+RL - SFT = 0.050 [0.050, 0.050], n 51" in out
-    assert "success: SFT+RL - SFT = 25.0 [" in out  # 10 of 40 trials more, and wins are booleans
+    line = next(line for line in out.splitlines() if line.startswith("- success: SFT+RL"))
+    assert line.startswith("- success: SFT+RL - SFT = 25.0 [")  # 10 of 40 trials, booleans
+    assert line.endswith(", n 40; 10 gained, 0 lost, McNemar's p 0.002")  # 2 / 2^10
+    assert out.count("McNemar") == 1, "of successes alone"
     assert (tmp_path / "r.md").read_text() in out
     evaluate.main(["report", str(path), "--variants", "SFT+RL,SFT", "--minutes", "19.5"])
     out = capsys.readouterr().out
@@ -160,7 +188,20 @@ def test_differences_leave_out_prompts_of_which_nothing_decodes(tmp_path, capsys
     out = capsys.readouterr().out
     assert "- think greedy l1: SFT+RL - SFT = -0.100 [-0.100, -0.100], n 2" in out
     assert "- answers: SFT+RL - SFT = -0.100 [-0.100, -0.100], n 1" in out
-    assert "none - SFT+RL" not in out
+    assert "none - SFT+RL" not in out and "McNemar" not in out
+
+
+def test_answers_that_are_right_or_wrong_get_mcnemars_test(tmp_path, capsys):
+    """Five that the second model alone has right: p = 2 / 2^5. Partly right ones get none."""
+    variants = {}
+    for name, right in (("SFT", 3), ("SFT+RL", 8)):
+        answers = [1.0] * right + [0.0] * (10 - right)
+        variants[name] = {"metrics": {}, "paired": {"answers": answers}}
+    evaluate.main(["report", str(write_results(tmp_path, variants))])
+    assert ", n 10; 5 gained, 0 lost, McNemar's p 0.062\n" in capsys.readouterr().out
+    variants["SFT"]["paired"]["answers"][9] = 0.5
+    evaluate.main(["report", str(write_results(tmp_path, variants))])
+    assert "McNemar" not in capsys.readouterr().out
 
 
 def write_variant(path, name):

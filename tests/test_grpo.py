@@ -346,7 +346,7 @@ def test_words_and_actions_in_one_batch(backbone):
     pairs = [red, red, target, target]  # two groups of two
     ids = [ids[0], ids[0], ids[1], ids[2]]
     r, info = grpo.reward(backbone, ids, pairs)
-    info["entropy"] = np.zeros(4)
+    info["entropy"] = info["prompt_length"] = np.zeros(4)
     sums = grpo.rollout_metrics(backbone, ids, pairs, r, info, zero_std, 2)
     assert sums["decodes"] == sums["markers"] == [1, 2]
     assert sums["distinct_answers"] == [0.5, 1] and sums["distinct_actions"] == [1, 1]
@@ -358,6 +358,29 @@ def test_words_and_actions_in_one_batch(backbone):
     only = grpo.rollout_metrics(backbone, ids[2:], pairs[2:], r[2:], last, zero_std[1:], 2)
     assert not [name for name in grpo.means(only) if name.startswith("r_a_")], "it is r_a itself"
     assert "distinct_answers" not in grpo.means(only)
+
+
+def test_the_spread_of_rewards_is_trls(backbone):
+    """reward_std of TRL 1.16 is over all completions of a step, with N - 1, and not the mean of
+    the groups' own: of 0, 0 and 1, 1 it is 0.577, and both groups have none. Equal rewards have
+    exactly none: 0.6 squared is rounded."""
+
+    def spread(*of_ranks):
+        sums = {name: [0.0, 0] for name in grpo.METRICS}
+        for rewards in of_ranks:
+            r = np.array(rewards)
+            more = {"reward": [r.sum(), len(r)], "reward_squared": [(r**2).sum(), len(r)]}
+            sums = grpo.add_sums(sums, {**{name: [0.0, 0] for name in grpo.METRICS}, **more})
+        return grpo.means(sums)
+
+    assert spread([0, 0, 1, 1])["reward_std"] == pytest.approx((1 / 3) ** 0.5)
+    values = np.random.default_rng(0).uniform(0, 1, 40)
+    whole = spread(values[:11], values[11:])
+    assert whole["reward_std"] == pytest.approx(torch.tensor(values).std().item())
+    assert "reward_squared" not in whole and list(whole)[:2] == ["reward", "reward_std"]
+    for n in (1, 2, 7, 32, 1000):
+        assert spread([0.6] * n)["reward_std"] == spread([0.1] * n)["reward_std"] == 0
+    assert "reward_std" not in spread([])
 
 
 def test_surplus_tokens_are_punished():
@@ -910,6 +933,12 @@ def test_resume_equals_uninterrupted(world, monkeypatch):
     assert [r["step"] for r in steps] == [1, 2, 3, 4, 3, 4]
     for a, b in zip(steps[2:4], steps[4:], strict=True):
         assert all(a[k] == b[k] for k in a.keys() - CLOCK)
+    completions = 4 * 4  # a step: prompts x group, of flags()
+    tokens = 0
+    for step in steps[:4]:
+        tokens += completions * (step["prompt_length"] + step["completion_length"])
+        assert step["num_tokens"] == pytest.approx(tokens), "so far, through the resume"
+        assert step["reward_std"] > 0
     run = json.loads((world / "whole" / "final" / "run.json").read_text())
     assert (run["stage"], run["step"], run["parent"]) == ("grpo", 4, str(world / "sft"))
     with pytest.raises(ValueError, match="step_000004: is past --steps 3; give 4 or more"):

@@ -3,22 +3,26 @@
 import dataclasses
 import json
 import re
+import sys
 import time
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 import untrained
+from huggingface_hub import ModelCard
 from ranks import on_ranks, start
 from safetensors.torch import load_file
 from torch import distributed, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from transformers.cache_utils import DynamicCache
+from transformers.utils import hub
 from transformers.vision_utils import get_vision_window_index
 
 import grpo
@@ -614,6 +618,7 @@ def test_save_load_save_is_bit_identical_and_loads_in_plain_transformers(backbon
         ".safetensors",
         ".json",
         ".jinja",
+        ".md",
     }, "no pickle, nothing unfinished"
     # plain transformers: the same weights, ids and patches
     net = AutoModelForImageTextToText.from_pretrained(tmp_path / "b")
@@ -624,6 +629,79 @@ def test_save_load_save_is_bit_identical_and_loads_in_plain_transformers(backbon
     assert AutoTokenizer.from_pretrained(tmp_path / "b")(text) == one.tokenizer(text)
     with pytest.raises(ValueError, match="stage 'sft', expected base"):
         model.load(tmp_path / "b", stages=("base",))
+
+
+HUB_CARD = """---
+license: other
+license_name: qwen-research
+license_link: https://huggingface.co/Qwen/Qwen2.5-VL-3B-Instruct/blob/main/LICENSE
+language:
+- en
+---
+
+license: of the text, not of the model
+"""
+
+
+def test_a_card_has_the_licence_of_the_hub_model_it_began_from(tmp_path, monkeypatch):
+    """As the hub reads it: what is derived from a model is under its licence, also two stages on,
+    when nobody looks at the hub again."""
+    (tmp_path / "README.md").write_text(HUB_CARD)
+    asked = []
+
+    def download(name, filename):
+        asked.append(name)
+        return tmp_path / filename
+
+    monkeypatch.setattr(model, "cached_file", download)
+    backbone = backbones.random_backbone("tiny-vlm")
+    name = "Qwen/test-card-3B"
+    model.save(tmp_path / "sft", backbone, {"stage": "sft", "step": 7, "parent": name})
+    loaded = model.load(tmp_path / "sft")
+    model.save(tmp_path / "grpo", loaded, {"stage": "grpo", "step": 9, "parent": "runs/sft"})
+    assert asked == [name]
+    for stage in ("sft", "grpo"):
+        card = ModelCard.load(tmp_path / stage / "README.md")
+        assert card.data.base_model == name and card.data.library_name == "transformers"
+        assert (card.data.license, card.data.license_name) == ("other", "qwen-research")
+        assert card.data.license_link.endswith("/LICENSE")
+        assert f"| base model | {name} (licence: other, qwen-research, https" in card.text
+    assert "| trained from | runs/sft |" in card.text
+
+
+def test_a_card_of_an_unknown_base_says_so(tmp_path, monkeypatch):
+    """Without a network, or from a folder without a card, training goes on."""
+
+    monkeypatch.setattr(hub, "is_offline_mode", lambda: True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    name = "Qwen/test-card-offline"
+    assert model.base_model(name) == {"name": name, "on_hub": True, "license": {}}
+    assert model.base_model(str(tmp_path))["on_hub"] is False
+    base = {"name": "somewhere", "on_hub": False, "license": {}}
+    run = {"stage": "vla", "base": base, "versions": {}, "commit": "abc"}
+    card = ModelCard(model.model_card(run))
+    assert card.data.license is None and card.data.base_model is None
+    assert card.data.pipeline_tag == "robotics"
+    assert "somewhere (licence: unknown: look before you publish this)" in card.text
+    assert "No metrics were taken of it." in card.text
+
+
+@pytest.mark.parametrize(
+    ("ranks", "start"),
+    [
+        ({}, "python"),
+        ({"LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "8"}, "torchrun --nproc_per_node 8"),
+        ({"LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "16"}, "torchrun --nproc_per_node 8 --nnodes 2"),
+    ],
+)
+def test_the_command_of_a_run(ranks, start, monkeypatch):
+    for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["/any/where/sft.py", "--data", "my data:1"])
+    assert model.command_line("sft.py", None) == f"{start} sft.py --data 'my data:1'"
+    assert model.command_line("sft.py", ["paper"]) == f"{start} sft.py paper"
 
 
 def test_modules_are_saved_beside_the_backbone_and_overwritten_atomically(backbone, tmp_path):

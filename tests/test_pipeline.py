@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import untrained
+from huggingface_hub import ModelCard
 
 import evaluate
 from fast_tokenizer import config_parser
@@ -85,6 +86,34 @@ def test_stages_leave_checkpoints_that_name_their_stage(made):
     last_line = (made / "sft/log.jsonl").read_text().splitlines()[-1]
     last = json.loads(last_line)
     assert {"probe_format", "probe_r_a"} <= last.keys(), "sft.py ends with thinking rollouts"
+
+
+def test_checkpoints_carry_a_model_card(made, monkeypatch):
+    """Base, data, command and metrics; and how it says to load the checkpoint is how one does."""
+    monkeypatch.syspath_prepend(ROOT)
+    commands = {
+        "sft": f"python sft.py tabletop --init {untrained.folder('tiny-vlm')} --data ",
+        "grpo": f"python grpo.py tabletop --init {made}/sft --data ",
+        "vla": f"torchrun --nproc_per_node 2 vla.py tabletop --init {made}/grpo --data ",
+    }
+    for stage, command in commands.items():
+        folder = made / stage / "final"
+        record = json.loads((folder / "run.json").read_text())
+        card = ModelCard.load(folder / "README.md")
+        assert f"| base model | {untrained.folder('tiny-vlm')} (licence: unknown" in card.text
+        assert f"| trained from | {record['parent']} |" in card.text
+        for path, source in record["data"].items():
+            assert f"| data | {path} (sha256 {source['sha256'][:12]}) |" in card.text
+        assert f"```bash\n{command}" in card.text
+        assert record["metrics"]
+        for name, value in record["metrics"].items():
+            assert f"| {name} | {value:.4g} |" in card.text
+        loading, _, _ = card.text.partition("```python\n")[2].partition("\n```")
+        names = {}
+        for line in loading.replace("FOLDER", str(folder)).splitlines():
+            if "policy.act(" not in line:
+                exec(line, names)
+    assert names["policy"].spec == record["policy"], "vla comes last"
 
 
 def test_evaluate_writes_one_file_and_its_table(made):

@@ -7,7 +7,7 @@ import pytest
 from tools import same_numbers
 
 
-def tree(folder, r_a=0.25, log_key="grad_norm", grad_norm=1.5, seconds=3.0, expert=0.99):
+def tree(folder, r_a=0.25, log_key="grad_norm", grad_norm=1.5, seconds=3.0, expert=0.99, **more):
     """What a speedrun leaves, as far as it is compared."""
     metrics = {"think sampled r_a": {"mean": r_a, "low": 0.1, "high": 0.4, "n": 8}}
     results = {
@@ -20,7 +20,7 @@ def tree(folder, r_a=0.25, log_key="grad_norm", grad_norm=1.5, seconds=3.0, expe
         path = folder / "runs/speedrun" / name / "log.jsonl"
         path.parent.mkdir(parents=True)
         head = {"config": {"out": str(folder)}}
-        record = {"step": 1, log_key: grad_norm, "seconds": seconds}
+        record = {"step": 1, log_key: grad_norm, "seconds": seconds, **more}
         path.write_text(f"{json.dumps(head)}\n{json.dumps(record)}\n")
     return str(folder)
 
@@ -31,6 +31,15 @@ def test_clocks_and_renamed_keys_are_no_difference(tmp_path, capsys):
     assert same_numbers.main([before, after, "--renamed", "norm=grad_norm"]) == 0
     assert "the same: 8 metrics and records" in capsys.readouterr().out  # 3 and 5 logs of one
     assert same_numbers.main([before, after]) == 1
+
+
+def test_a_key_that_was_added_is_named(tmp_path, capsys):
+    before, after = tree(tmp_path / "a"), tree(tmp_path / "b", num_tokens=7)
+    assert same_numbers.main([before, after]) == 1
+    assert "log.jsonl: step 1: num_tokens differ" in capsys.readouterr().out
+    assert same_numbers.main([before, after, "--added", "num_tokens"]) == 0
+    other = tree(tmp_path / "c", num_tokens=7, grad_norm=1.6)
+    assert same_numbers.main([before, other, "--added", "num_tokens"]) == 1
 
 
 @pytest.mark.parametrize(

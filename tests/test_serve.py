@@ -171,6 +171,21 @@ def test_openpi_client_end_to_end():
 
 
 @network
+def test_a_noise_key_seeds_the_noise_in_place_of_the_message():
+    """What two policies see differs from their second answer on, so that by the message they could
+    not be compared in the same trial under the same noise."""
+    policy = FakePolicy()
+    with serve.Server(policy).listen() as port, protocol.client(port) as robot:
+        robot.infer(seen(noise_key=["shelf", 3, 8]))
+        robot.infer(seen(state=np.zeros(2), noise_key=["shelf", 3, 8]))
+        assert policy.noise_keys == [("shelf", 3, 8)] * 2
+        for key in (8, "shelf", [-1], [True], [0.5], [[1]], [1] * 17):
+            with pytest.raises(RuntimeError, match="noise_key is .*send a list of at most 16"):
+                robot.infer(seen(noise_key=key))
+        assert policy.noise_keys == [("shelf", 3, 8)] * 2
+
+
+@network
 def test_a_reset_forgets_the_chunks_of_the_ensemble():
     """Chunk steps are state + 0 .. 3; at step 2 the ensemble of weights 1 and 1/3 says (2 + 10/3) /
     (4/3) = 4 for states 0 and 10. After a reset the newest chunk stands alone. A message that held
@@ -458,11 +473,11 @@ def test_a_fault_of_the_server_leaves_no_client_waiting():
 
     policy.act_batch = fail
     server = serve.Server(policy)
-    observation = serve.Observation([], "go", np.zeros(2), reset=False)
-    other = serve.Job(observation, 1)
+    observation = serve.Observation([], "go", np.zeros(2), reset=False, noise_key=[])
+    other = serve.Job(observation, [1])
     server.waiting.append(other)
     with pytest.raises(AssertionError):
-        server.predict(serve.Job(observation, 2))
+        server.predict(serve.Job(observation, [2]))
     assert str(other.result) == "the forward stopped"
 
 

@@ -495,6 +495,36 @@ def test_metaworld_goes_for_the_peg_then_for_the_hole():
         env.env.close()
 
 
+def test_compared_policies_get_the_same_noise_in_the_same_trial(toy):
+    """The noise was by the message, so by the picture: from the second answer on two policies had
+    other noise in the same trial, and their difference held the luck of both."""
+
+    class Noted(Right):
+        """keys: key of the noise -> first number of the state that it was drawn in."""
+
+        def __init__(self, stride):
+            super().__init__()
+            self.stride = stride
+            self.keys = {}
+
+        def act_batch(self, images, instructions, states, keys=None):
+            for key, state in zip(keys, states, strict=True):
+                self.keys[tuple(key)] = float(state[0])
+            return np.full((len(images), 4, 3), self.stride, np.float32)
+
+    fast = Noted(0.5)
+    simulate.run_trials("toy", fast, toy, ALL)
+    slow = Noted(0.25)
+    toy.batch = 1
+    toy.workers = 1
+    simulate.run_trials("toy", slow, toy, ALL)
+    steps = range(0, 15, 2)  # all that neither policy gets further than
+    jobs = [("toy/0", 0), ("toy/0", 1), ("toy/1", 0), ("toy/1", 1)]
+    assert fast.keys.keys() == slow.keys.keys() == {(*job, step) for job in jobs for step in steps}
+    differing = [key for key in fast.keys if fast.keys[key] != slow.keys[key]]
+    assert {step for *_, step in differing} == set(steps) - {0}, "although they see other states"
+
+
 class PushesArm(Right):
     """A constant push of four numbers. sizes: shape of the image of each row."""
 

@@ -614,6 +614,36 @@ def test_films_show_what_is_thought(tmp_path):
     assert [frame.size for frame in plain.film.frames] == [(256, 280)] * 2
 
 
+def test_compared_policies_get_the_same_noise_in_the_same_trial():
+    """By suite, task, trial and number of the forward alone: whatever the policy did before, and
+    whichever trials share its forwards."""
+
+    def keys_and_states(move, batch):
+        """Of each forward of a policy that always makes the same movement."""
+        drawn = {}
+
+        def act_batch(images, instructions, states, keys):
+            for key, state in zip(keys, states, strict=True):
+                drawn[tuple(key)] = tuple(state)
+            chunks = np.zeros((len(images), 4, 7))
+            chunks[..., 2] = move
+            return chunks
+
+        trials = tt.make_trials(["goal", "chain"], 1, 1)
+        for trial in trials:
+            trial.env.limit = 6
+        policy = types.SimpleNamespace(act_batch=act_batch, horizon=4, hold=None, thoughts=None)
+        tt.drive(policy, trials, batch, execute=3)
+        return drawn
+
+    up = keys_and_states(0.5, batch=8)
+    still = keys_and_states(0.0, batch=3)
+    goal, chain = tt.EVALUATED.index("goal"), tt.EVALUATED.index("chain")
+    trials = [(goal, task, 0) for task in range(10)] + [(chain, 0, 0)]
+    assert up.keys() == still.keys() == {(*trial, n) for trial in trials for n in (0, 1)}
+    assert all((up[key] == still[key]) == (key[-1] == 0) for key in up), "they see other states"
+
+
 def test_lines_are_whole_words():
     font = types.SimpleNamespace(getlength=len)
     assert simulate.wrap("push the cube to its place", font, 9) == [

@@ -662,6 +662,42 @@ def test_policy_round_trip(data, trained):
     assert (chunks[..., 3] == 0).all()  # the still dimension stays where it is
 
 
+def test_a_key_draws_the_same_noise_for_each_policy_in_any_batch(data, trained):
+    """So that in a paired difference of two models their luck falls out, as far as it can."""
+    images, instructions, states = observations(data)
+    keys = [["shelf", 0, 8], ["shelf", 1, 8], [3]]
+
+    def noise_of(policy, order):
+        """-> what the head starts from, (rows, K, A)."""
+        starts = []
+
+        def sample(feats, mask, state, noise):
+            starts.extend(noise.numpy())
+            return noise
+
+        policy.head.sample = sample
+        policy.act_batch(
+            [images[i] for i in order],
+            [instructions[i] for i in order],
+            states[order],
+            [keys[i] for i in order],
+        )
+        return np.stack(starts)
+
+    one = vla.Policy.load(trained)
+    other = vla.Policy.load(trained)
+    with torch.no_grad():
+        for p in other.head.parameters():
+            p.mul_(0.5)
+    other.act_batch(images, instructions, states)  # another number of calls before
+    noise = noise_of(one, [0, 1, 2])
+    assert len(np.unique(noise[:, 0, 0])) == 3
+    np.testing.assert_array_equal(noise_of(other, [2, 0]), noise[[2, 0]])
+    np.testing.assert_array_equal(noise_of(other, [1]), noise[[1]])
+    seed_1 = noise_of(vla.Policy.load(trained, seed=1), [0, 1, 2])
+    assert (seed_1 != noise).any((1, 2)).all()
+
+
 def test_policy_equals_its_parts(data, trained):
     """Backbone at --init, saved head, noise, statistics of the episodes."""
     images, instructions, states = observations(data)

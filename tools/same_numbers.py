@@ -5,7 +5,8 @@
     python -m tools.same_numbers ../before .
 
 Compared are all metrics of results/speedrun.json and all records of each stage's log.jsonl but for
-clocks, to the last digit. --renamed old=new: a log key that has another name now.
+clocks, to the last digit. --renamed old=new: a log key that has another name now. --added: log keys
+that were not there before.
 Ends with 1 and the first difference of each file when one differs.
 """
 
@@ -42,7 +43,9 @@ def log_records(path: Path, renamed: dict[str, str]) -> Iterator[dict]:
             yield {key: value for key, value in named.items() if key not in CLOCKS}
 
 
-def differences(before: Path, after: Path, renamed: dict[str, str]) -> tuple[int, list[str]]:
+def differences(
+    before: Path, after: Path, renamed: dict[str, str], added: list[str]
+) -> tuple[int, list[str]]:
     """-> how many numbers and records were compared, a line for each file that differs."""
     old_results, new_results = result_records(before), result_records(after)
     compared = len(old_results)
@@ -56,6 +59,9 @@ def differences(before: Path, after: Path, renamed: dict[str, str]) -> tuple[int
         name = f"runs/speedrun/{folder}/log.jsonl"
         old_log = list(log_records(before / name, renamed))
         new_log = list(log_records(after / name, {}))
+        for record in new_log:
+            for key in added:
+                record.pop(key, None)
         compared += len(old_log)
         if len(old_log) != len(new_log):
             lines.append(f"{name}: had {len(old_log)} records, has {len(new_log)}")
@@ -77,9 +83,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("before", type=Path, help="tree before the change")
     parser.add_argument("after", type=Path, help="tree after it")
     parser.add_argument("--renamed", nargs="*", default=[], metavar="OLD=NEW", help="log keys")
+    parser.add_argument("--added", nargs="*", default=[], metavar="NEW", help="log keys")
     args = parser.parse_args(argv)
     renamed = dict(pair.split("=") for pair in args.renamed)
-    compared, lines = differences(args.before, args.after, renamed)
+    compared, lines = differences(args.before, args.after, renamed, args.added)
     print("\n".join(lines) or f"the same: {compared} metrics and records")
     return 1 if lines else 0
 

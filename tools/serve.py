@@ -12,7 +12,9 @@ state; its thoughts, if it thinks (--mode), are in the answer as "thought", and 
 head reads (vla.py --condition).
 openpi-client drives it unchanged. "reset" begins an episode, as a new prompt does; a message of it
 alone is answered {"reset": True}. What does not fit is answered by one line of text. The message
-seeds the noise: the same one gets the same answer. GET /healthz answers 200 as soon as it serves.
+seeds the noise: the same one gets the same answer; who compares policies sends "noise_key", numbers
+and words, as ["shelf", trial, step], and these alone then seed it. GET /healthz answers 200 as soon
+as it serves.
 
 Each client has a thread, which reads its messages in turn; forwards are shared by all that wait.
 """
@@ -44,6 +46,7 @@ from tools.protocol import network, pack, unpack
 LARGEST_MESSAGE = 1 << 24  # bytes; a larger one closes its connection
 LARGEST_PORT = 65535
 LONGEST_PROMPT = 2000  # characters
+LONGEST_KEY = 16  # numbers and words of a noise key
 GATHERING_TIME = 0.002  # seconds: clients that were answered together ask again together
 ANSWERS_A_REPORT = 1000  # requests between two lines of statistics
 
@@ -62,6 +65,7 @@ class Observation:
     prompt: str
     state: np.ndarray  # (S,) float32, dataset units; (0,) for a policy that reads none
     reset: bool  # an episode begins
+    noise_key: list[int | str]  # what its noise is drawn by; empty: the message
 
 
 class Decision(NamedTuple):
@@ -82,7 +86,7 @@ class Job:
     """An observation that waits for a forward, and what comes of it."""
 
     observation: Observation
-    noise_seed: int
+    noise_key: list[int | str]
     result: Decision | Exception | None = None  # an exception: why there is none
 
 
@@ -98,6 +102,17 @@ def with_our_names(message: dict) -> dict:
         name = re.sub("^observation/", "", key).replace("wrist_image", "image_wrist")
         ours[name] = value
     return {**message, **ours}
+
+
+def is_noise_key(value: Any) -> bool:
+    """Whether model.rng() takes it."""
+    if not isinstance(value, list) or len(value) > LONGEST_KEY:
+        return False
+    for part in value:
+        is_number = type(part) is int and part >= 0  # True is no number
+        if not is_number and not isinstance(part, str):
+            return False
+    return True
 
 
 # ---- Server -------------------------------------------------------------------------------------
@@ -186,7 +201,14 @@ class Server:
         state = state.astype(np.float32)
         if state.shape != (state_dim,) or not np.isfinite(state).all():
             raise ValueError(f"state is {state}; send {state_dim} finite numbers")
-        return Observation(images, prompt, state, reset=bool(message.get("reset", False)))
+        noise_key = message.get("noise_key", [])
+        if not is_noise_key(noise_key):
+            raise ValueError(
+                f"noise_key is {str(noise_key)[:80]}; send a list of at most {LONGEST_KEY} numbers "
+                "0, 1, ... and words"
+            )
+        reset = bool(message.get("reset", False))
+        return Observation(images, prompt, state, reset, noise_key)
 
     def forward(self, jobs: list[Job]) -> list[Decision | Exception]:
         """One forward of the policy -> a decision a job. When it fails each job goes alone, so that
@@ -197,7 +219,7 @@ class Server:
                 [observation.images for observation in observations],
                 [observation.prompt for observation in observations],
                 [observation.state for observation in observations],
-                keys=[[job.noise_seed] for job in jobs],
+                keys=[job.noise_key for job in jobs],
             )  # (B, K, A)
         except ANSWERABLE as e:
             if len(jobs) == 1:
@@ -228,13 +250,15 @@ class Server:
             raise ValueError(f"stop the robot: the policy answers {job.result}")
         return job.result
 
-    def act(self, observation: Observation, noise_seed: int, executor: vla.ChunkExecutor) -> Answer:
+    def act(
+        self, observation: Observation, noise_key: list[int | str], executor: vla.ChunkExecutor
+    ) -> Answer:
         """What a client, whose chunks `executor` holds, does next; counted. ValueError when the
         policy fails."""
         start = time.perf_counter()
         if observation.reset:
             executor.reset()
-        decision = self.predict(Job(observation, noise_seed))
+        decision = self.predict(Job(observation, noise_key))
         predicted = executor(decision.chunk, observation.prompt)  # (n, A)
         actions = np.clip(predicted, self.lowest, self.highest)
         clipped = int((actions != predicted).sum())
@@ -257,7 +281,9 @@ class Server:
         if list(content) == ["reset"] and content["reset"] is True:
             executor.reset()
             return {"reset": True}
-        answer = self.act(self.check(content), zlib.crc32(message), executor)
+        observation = self.check(content)
+        noise_key = observation.noise_key or [zlib.crc32(message)]
+        answer = self.act(observation, noise_key, executor)
         reply = {
             "actions": answer.actions,
             "clipped": answer.clipped,

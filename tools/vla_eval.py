@@ -77,9 +77,9 @@ def model_server(server: Server, cameras: dict[str, str]):
             if not episode.actions:
                 observation = read_message(server, cameras, obs)
                 content = [observation.images, observation.prompt, observation.state]
-                noise_seed = zlib.crc32(pack(content))
+                noise_key = [zlib.crc32(pack(content))]
                 answer = await threads.run_sync(
-                    server.act, observation, noise_seed, episode.executor, limiter=forwards
+                    server.act, observation, noise_key, episode.executor, limiter=forwards
                 )
                 episode.actions.extend(answer.actions)
             await ctx.send_action({"actions": episode.actions.popleft()})
