@@ -528,15 +528,16 @@ def test_a_server_does_not_grow_with_what_it_is_asked():
 
 @network
 def test_a_client_that_answers_no_ping_stays_connected(monkeypatch):
-    """Building a LIBERO simulator on a busy machine took longer than the 40 s after which the server
-    gave up a client that answered no ping ("keepalive ping timeout"), and the run ended."""
+    """Building a LIBERO simulator on a busy machine took longer than the 40 s after which the
+    server gave up a client that answered no ping ("keepalive ping timeout"): the run ended."""
     websockets = protocol.network()
     listen = functools.partial(websockets.server.serve, ping_interval=0.02)
     monkeypatch.setattr(websockets.server, "serve", listen)
     with serve.Server(FakePolicy()).listen() as port:
         with socket.create_connection(("127.0.0.1", port)) as deaf:  # reads, and answers nothing
             deaf.sendall(
-                b"GET / HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                b"GET / HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n"
+                b"Connection: Upgrade\r\n"
                 b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
             )
             deaf.settimeout(0.5)
