@@ -1918,14 +1918,16 @@ def add_adapters(net: nn.Module, cfg, row_ids: Sequence[int] = ()) -> None:
     net.requires_grad_(False)
     # 1. the rows, one parameter where both tables are one
     if row_ids:
-        row_ids = torch.tensor(sorted(row_ids), device=net.device)
-        table, head = net.get_input_embeddings(), net.get_output_embeddings()
+        row_ids = torch.tensor(sorted(row_ids), device=net.device)  # (N,)
+        table = net.get_input_embeddings()
+        head = net.get_output_embeddings()
         rows = nn.Parameter(table.weight[row_ids].float())
         head_rows = rows
         if head.weight is not table.weight:
             head_rows = nn.Parameter(head.weight[row_ids].float())
         net.set_input_embeddings(EmbeddingWithRows(table, row_ids, rows))
-        net.set_output_embeddings(HeadWithRows(head, row_ids, head_rows))
+        # not the same row_ids: what two FSDP units share would not reach all ranks as one
+        net.set_output_embeddings(HeadWithRows(head, row_ids.clone(), head_rows))
     # 2. the adapters
     language_model = net.model.language_model
     linear_layers = {}
