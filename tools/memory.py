@@ -477,15 +477,13 @@ def option(name: str, value: bool | float) -> str:
 
 
 def tell_table(ranks: int, gb: float, dtype: torch.dtype, row: int, image: int) -> None:
-    """Prints which sizes and stages fit on so many cards of so many GB. ValueError when their
-    number does not divide a preset's batch."""
+    """Prints which sizes and stages fit on so many cards of so many GB. row, image: as of
+    load_of()."""
     print(f"{ranks} x {gb:.4g} GB, {FREE_SHARE:.0%} of it left free; flags beside the preset paper")
     print("| model | stage | peak, GB | flags |\n|---|---|---|---|")
     for size in PUBLISHED:
         for name, stage in STAGES.items():
             cfg = stage.Config(**{"preset": "paper", **stage.PRESETS["paper"]})
-            if cfg.batch % ranks:
-                raise ValueError(f"--gpus {ranks}: must divide --batch {cfg.batch} of {name} paper")
             spec = backbones.image_spec(backbones.SIZES[size]).bounded(cfg.max_pixels)
             load = load_of(name, cfg, spec, ranks, dtype, row, image)
             fit = first_fit(name, cfg, size, load, (1 - FREE_SHARE) * gb * 1e9)
@@ -643,6 +641,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.stage is None:
         if args.size or stage_argv:
             parser.error(f"{' '.join(stage_argv) or '--size'}: goes with a stage; name it first")
+        for name, stage in STAGES.items():
+            batch = stage.PRESETS["paper"]["batch"]
+            if batch % args.ranks:
+                parser.error(f"--gpus {args.ranks}: must divide --batch {batch} of {name} paper")
         tell_table(args.ranks, gb, dtype, args.row, args.image)
         return 0
 
