@@ -359,7 +359,8 @@ def vla_estimate(cfg: vla.Config, net: nn.Module, load: Load) -> Estimate:
     parts = {"backbone": backbone}
     if cfg.cache == "none" and cfg.shard_backbone:
         parts["backbone"] = backbone / shards
-        parts["gathered units"] = gathered_bytes(net, load.dtype)
+        if shards > 1:  # a lone rank computes with what it has: model.needs_no_copy
+            parts["gathered units"] = gathered_bytes(net, load.dtype)
 
     # 3. the head's masters, sharded, their average too, and one gathered head
     head_bytes = count(head.parameters()) * FP32
