@@ -94,6 +94,7 @@ class Config:
     lora: Natural = 0  # rank of adapters that train in place of the weights; 0: the weights train
     lora_alpha: Positive = 32.0  # adapters count alpha / rank
     lora_targets: str = ""  # linear layers of the LLM to adapt, as q_proj,v_proj; empty: all
+    bf16_base: bool = False  # with --lora: what is frozen is kept in bf16, in half the memory
     # optimizer
     batch: Count = 16  # prompts an update, all ranks together; prompts / batch updates a step
     lr: Positive = 3e-5  # AdamW, constant
@@ -107,7 +108,6 @@ class Config:
     cuda_graphs: bool = True  # on a GPU, replay decoding steps as CUDA graphs
     recompute: bool = False  # activation checkpointing: less memory, a third more time an update
     cpu_offload: bool = False  # keep the reference model in the CPU's memory
-    bf16_base: bool = False  # with --lora: what is frozen is kept in bf16, in half the memory
     shards: Natural = 0  # ranks that share a copy of the weights, others mirror it; 0: all
     timeout_hours: Positive = 6.0  # ranks wait so long for the slowest, as when it downloads
     eval_every: Natural = 25  # steps between held-out evaluations, also at the end; 0: never

@@ -96,6 +96,7 @@ class Config:
     lora: Natural = 0  # rank of adapters that train in place of the weights; 0: the weights train
     lora_alpha: Positive = 32.0  # adapters count alpha / rank
     lora_targets: str = ""  # linear layers of the LLM to adapt, as q_proj,v_proj; empty: all
+    bf16_base: bool = False  # with --lora: what is frozen is kept in bf16, in half the memory
 
     # data
     data: str = TABLETOP  # path:weight,... (relative shares) or path#samples,... (in an epoch)
@@ -125,7 +126,6 @@ class Config:
     micro_batch: Natural = 0  # samples a forward on one rank; 0: all of its share
     recompute: bool = False  # activation checkpointing: less memory, a third more time
     shards: Natural = 0  # ranks that share a copy of the weights, more nodes mirror it; 0: all
-    bf16_base: bool = False  # with --lora: what is frozen is kept in bf16, in half the memory
 
     # does not affect results
     out: str = "runs/sft"  # run folder

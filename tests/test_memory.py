@@ -185,8 +185,8 @@ def test_adapters(backbone):
         assert parts["whole model"] == copied
 
 
-@pytest.mark.parametrize(("gb", "fit"), [("30", 3), ("0.5", 0)])
-def test_the_table_names_flags_that_fit(gb, fit, monkeypatch, capsys):
+@pytest.mark.parametrize(("gb", "fitting"), [("30", 3), ("0.5", 2), ("0.001", 0)])
+def test_the_table_names_flags_that_fit(gb, fitting, monkeypatch, capsys):
     """Each of its rows against the command for that run alone."""
     monkeypatch.setattr(memory, "PUBLISHED", ["tiny-qwen3-vl"])
     machine = ["--gpu", gb, "--gpus", "1"]
@@ -206,7 +206,7 @@ def test_the_table_names_flags_that_fit(gb, fit, monkeypatch, capsys):
         peaks = [float(line.split()[2]) for line in told.splitlines() if ", peak" in line]
         assert max(peaks) == float(peak)
         verdicts.append(fits)
-    assert sum(verdicts) == fit
+    assert sum(verdicts) == fitting
 
 
 @pytest.mark.parametrize(
