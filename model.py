@@ -1900,7 +1900,7 @@ def check_adapters(cfg, dist: Dist) -> None:
     if not cfg.bf16_base:
         return
     if not cfg.lora:
-        raise ValueError("--bf16-base: weights that train stay in fp32; give --lora 16 too, or not")
+        raise ValueError("--bf16-base: weights that train stay in fp32; give --lora 16 too")
     if dist.world_size == 1 and dist.device.type == "cpu":
         raise ValueError(
             "--bf16-base: one process on a CPU computes in the type of its weights, and in bf16 "
