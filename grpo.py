@@ -90,6 +90,11 @@ class Config:
     kl_coef: NonNegative = 0.01  # weight of the KL to the initial model; 0: none is kept
     recompute_old_logp: bool = False  # ratios to the update's own log-probs, not the sampler's
     skip_zero_std: bool = True  # do not forward groups whose rewards are all equal
+    # adapters
+    lora: Natural = 0  # rank of adapters that train in place of the weights; 0: the weights train
+    lora_alpha: Positive = 32.0  # adapters count alpha / rank
+    lora_targets: str = ""  # linear layers of the LLM to adapt, as q_proj,v_proj; empty: all
+    bf16_base: bool = False  # with --lora: what is frozen is kept in bf16, in half the memory
     # optimizer
     batch: Count = 16  # prompts an update, all ranks together; prompts / batch updates a step
     lr: Positive = 3e-5  # AdamW, constant
@@ -111,7 +116,7 @@ class Config:
     save_every: Natural = 50  # steps between checkpoints with optimizer; 0: only the final one
     keep: Natural = 0  # newest of these that stay; 0: all
     resume: bool = False  # go on from the newest checkpoint in OUT
-    changed_data: bool = False  # --resume although a source of --data has changed
+    changed_data: bool = False  # --resume although --data, or --init of --lora, has changed
 
 
 PRESETS = {
@@ -1127,7 +1132,7 @@ def group_loss(
     rows, ids, mask, old_logp, advantages = stack_groups(groups)
     ref_logp = None
     if reference is not None:
-        with torch.no_grad():
+        with torch.no_grad(), model.adapters_off(reference.net):
             ref_logp = completion_logp(reference, rows, ids, mask, cfg.temperature)
     logp = completion_logp(backbone, rows, ids, mask, cfg.temperature)
     # old_logp is what the sampler said, so the first update of a rollout is on-policy
@@ -1329,6 +1334,11 @@ def check_config(cfg: Config) -> None:
             f"--dual-clip {cfg.dual_clip} bounds tokens that have not changed; give more than 1, "
             "or 0 for none"
         )
+    if cfg.lora and cfg.cpu_offload:
+        raise ValueError(
+            "--cpu-offload --lora: the reference is the policy without its adapters, there is no "
+            "second model to offload; leave --cpu-offload out"
+        )
     choices = {
         "advantage": ("grpo", "drgrpo"),
         "credit": ("all", "prefix"),
@@ -1355,7 +1365,7 @@ SHOWN = [  # in the terminal, six figures a line; log.jsonl has all
 
 class Prepared(NamedTuple):
     backbone: Backbone  # sharded
-    reference: Backbone | None  # sharded and frozen; None without KL
+    reference: Backbone | None  # sharded and frozen; None without KL; with --lora the backbone
     optim: torch.optim.Optimizer
     sources: list[Source]
     weights: list[float]  # by which prompts are drawn from them
@@ -1369,6 +1379,8 @@ def prepare(cfg: Config, dist: Dist) -> Prepared:
     ValueError when checkpoint and data do not fit."""
     resume_from = model.checkpoint_to_resume(cfg)  # None: a new run
     path = resume_from or cfg.init
+    if cfg.lora:  # adapters stand on it, also after --resume: load_train_state() restores them
+        path = cfg.init
     stages = ("base", "sft", "grpo")  # base: it knows no actions, and may be asked for words
     backbone = model.load(path, dist.build, stages=stages, max_pixels=cfg.max_pixels)
     mixture = model.parse_mixture(cfg.data)
@@ -1385,13 +1397,18 @@ def prepare(cfg: Config, dist: Dist) -> Prepared:
     keep_kinds(sources, cfg.kinds)
     weights, _ = model.mixture_shares(mixture, [len(source.train) for source in sources])
     data = {str(source.path): {"sha256": source.fingerprint} for source in sources}
+    if cfg.lora:
+        model.add_adapters(backbone.net, cfg)
+        data[cfg.init] = {"sha256": model.frozen_sha256(backbone.net)}
     if resume_from and not cfg.changed_data:
         model.check_unchanged(data, resume_from)
     if cfg.recompute:
         model.recompute_activations(backbone.net)
     model.shard(backbone.net, dist)
     reference = None
-    if cfg.kl_coef > 0:  # always the model RL started from, also after --resume
+    if cfg.kl_coef > 0 and cfg.lora:
+        reference = backbone  # group_loss() turns the adapters off
+    elif cfg.kl_coef > 0:  # always the model RL started from, also after --resume
         reference = model.load(cfg.init, dist.build)
         reference.net.requires_grad_(False).eval()
         model.shard(reference.net, dist, offload=cfg.cpu_offload)
@@ -1408,6 +1425,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model.keep_freed_memory()
     dist = model.setup(cfg.seed, cfg.shards, cfg.batch, cfg.timeout_hours)
     check_config(cfg)
+    model.check_adapters(cfg, dist)
     prepared = prepare(cfg, dist)
     backbone, reference, optim, sources, weights, data, first_step, num_tokens = prepared
     eval_rows, eval_targets = held_out_prompts(backbone, cfg, sources, weights, dist)

@@ -13,6 +13,7 @@ train_state/ (resume).
 | Forward                 | all stages                                                       |
 | Sampler                 | grpo.py; `generate`, then `Decoder`; CUDA graphs may be skipped  |
 | Sharding                | who runs on several GPUs                                         |
+| Adapters                | who trains with --lora                                           |
 | Optimizers              | sft.py and vla.py                                                |
 | Muon                    | nobody: the presets `speedrun` use it                            |
 | Plumbing                | nobody: checkpoints, command line, log                           |
@@ -1744,7 +1745,8 @@ def shard(
 
     dist.shards: groups of so many ranks mirror each other (HSDP). Weights on META come from rank 0,
     one of the fsdp_units() after the other. offload: the shards stay in the CPU's memory, for a
-    model without gradients."""
+    model without gradients. Frozen weights that a rank has whole and in compute_dtype stay as they
+    are: gathering would only copy them."""
     on_gpu = dist.device.type == "cuda"
     if dist.world_size == 1 and not on_gpu:
         return net
@@ -1768,25 +1770,36 @@ def shard(
     }
     if offload:
         options["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=on_gpu)
+    unsharded_weights = set()
     for unit in fsdp_units(net):
-        _receive(unit, dist)
+        _receive(unit, dist, unsharded_weights)
+        if shards == 1 and not offload:
+            unsharded_weights |= needs_no_copy(unit, compute_dtype)
+        options["ignored_params"] = unsharded_weights
         fsdp.fully_shard(unit, reshard_after_forward=unit is not net, **options)
     return net
+
+
+def needs_no_copy(net: nn.Module, compute_dtype: torch.dtype) -> set[nn.Parameter]:
+    """Of the weights of a rank that has all of them: those with which it can compute as they are,
+    frozen and in the type of compute."""
+    return {p for p in net.parameters() if not p.requires_grad and p.dtype == compute_dtype}
 
 
 def replicate(net: nn.Module, dist: Dist) -> None:
     """All of a net on the device of each rank, with the weights that rank 0 has read. For one that
     is not trained: its gradients would stay each rank's own."""
-    _receive(net, dist)
+    _receive(net, dist, set())
 
 
-def _receive(unit, dist):
-    """Moves what is not sharded yet to the device, with the values that rank 0 has."""
+def _receive(unit, dist, unsharded_weights):
+    """Moves what is not sharded yet to the device, with the values that rank 0 has; but for
+    unsharded_weights, which are there."""
     received = {}  # old tensor -> new one: a tied tensor stays one
     for module in unit.modules():
         for table in (module._parameters, module._buffers):
             for name, old in table.items():
-                if old is None or isinstance(old, DTensor):
+                if old is None or isinstance(old, DTensor) or old in unsharded_weights:
                     continue
                 if old not in received:
                     received[old] = _receive_tensor(old, dist)
@@ -1807,6 +1820,190 @@ def recompute_activations(net: nn.Module) -> None:
     net.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     for layer in net.model.language_model.layers:
         layer._can_checkpoint_with_cache = True  # grpo.SharedKV may be updated twice
+
+
+# ---- Adapters ------------------------------------------------------------------------------------
+# LoRA (arXiv 2106.09685): beside some frozen matrices W (out, in) two thin ones are trained, A (R,
+# in) and B (out, R). A checkpoint holds W + alpha / R * B A in the place of W, so that what loads
+# it knows nothing of adapters; train_state/ holds A and B.
+
+ADAPTERS = ("lora_a", "lora_b", "rows")  # parameters that save() merges
+
+
+class LoraLinear(nn.Linear):
+    """A frozen linear layer with an adapter: y = x W^T + b + scale * (x A^T) B^T.
+
+    lora_a: A (R, in), which begins uniform in +-1 / sqrt(in), as a linear layer does. lora_b: B
+    (out, R), which begins as zeros, so that training begins with the layer as it was."""
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float, generator: torch.Generator):
+        has_bias = linear.bias is not None
+        super().__init__(linear.in_features, linear.out_features, has_bias, device=META)
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.scale = alpha / rank
+        self.is_on = True
+        bound = linear.in_features**-0.5
+        a = bound * (2 * torch.rand(rank, linear.in_features, generator=generator) - 1)
+        b = torch.zeros(linear.out_features, rank)
+        self.lora_a = nn.Parameter(a.to(linear.weight.device))
+        self.lora_b = nn.Parameter(b.to(linear.weight.device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)  # (..., out)
+        if not self.is_on:
+            return y
+        inner = nn.functional.linear(x, self.lora_a)  # (..., R)
+        return y + self.scale * nn.functional.linear(inner, self.lora_b)
+
+    def merged(self, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """W, A and B, whole -> the weight (out, in) of a plain layer that computes the same."""
+        return weight + self.scale * (b @ a)
+
+
+class EmbeddingWithRows(nn.Embedding):
+    """A frozen table (V, D) of which the rows of `row_ids` are trained: `rows` (N, D) takes their
+    place."""
+
+    def __init__(self, table: nn.Embedding, row_ids: torch.Tensor, rows: nn.Parameter):
+        V, D = table.weight.shape
+        super().__init__(V, D, table.padding_idx, device=META)
+        self.weight = table.weight
+        self.rows = rows
+        self.register_buffer("row_ids", row_ids, persistent=False)  # (N,) ascending
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        row = torch.searchsorted(self.row_ids, ids.contiguous()).clamp(max=len(self.row_ids) - 1)
+        is_trained = (self.row_ids[row] == ids)[..., None]
+        trained = nn.functional.embedding(row, self.rows)
+        return torch.where(is_trained, trained, super().forward(ids))  # (..., D)
+
+    def merged(self, weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """The table (V, D) and its trained rows (N, D), whole -> the table of a plain layer."""
+        return weight.index_copy(0, self.row_ids.cpu(), rows)
+
+
+class HeadWithRows(nn.Linear):
+    """The same of the last layer (V, D), which makes logits of hidden states."""
+
+    def __init__(self, head: nn.Linear, row_ids: torch.Tensor, rows: nn.Parameter):
+        super().__init__(head.in_features, head.out_features, bias=False, device=META)
+        self.weight = head.weight
+        self.rows = rows
+        self.register_buffer("row_ids", row_ids, persistent=False)  # (N,) ascending
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = nn.functional.linear(x, self.rows)  # (..., N)
+        return super().forward(x).index_copy_(-1, self.row_ids, scores)  # (..., V)
+
+    merged = EmbeddingWithRows.merged
+
+
+def check_adapters(cfg, dist: Dist) -> None:
+    """ValueError naming the cure when --bf16-base does not go with the other flags."""
+    if not cfg.bf16_base:
+        return
+    if not cfg.lora:
+        raise ValueError("--bf16-base: weights that train stay in fp32; give --lora 16 too")
+    if dist.world_size == 1 and dist.device.type == "cpu":
+        raise ValueError(
+            "--bf16-base: one process on a CPU computes in the type of its weights, and in bf16 "
+            "slowly; leave it out, or start two by torchrun"
+        )
+
+
+def add_adapters(net: nn.Module, cfg, row_ids: Sequence[int] = ()) -> None:
+    """Freezes the net in place, and puts adapters beside linear layers of its language model; call
+    it before shard().
+
+    cfg: of a stage: .lora (the rank R), .lora_alpha, .lora_targets, .bf16_base, .seed. row_ids:
+    tokens whose rows of the vocabulary train too. ValueError for a target that is no such layer."""
+    generator = torch.Generator().manual_seed(cfg.seed)
+    net.requires_grad_(False)
+    # 1. the rows, one parameter where both tables are one
+    if row_ids:
+        row_ids = torch.tensor(sorted(row_ids), device=net.device)  # (N,)
+        table = net.get_input_embeddings()
+        head = net.get_output_embeddings()
+        rows = nn.Parameter(table.weight[row_ids].float())
+        head_rows = rows
+        if head.weight is not table.weight:
+            head_rows = nn.Parameter(head.weight[row_ids].float())
+        net.set_input_embeddings(EmbeddingWithRows(table, row_ids, rows))
+        # not the same row_ids: what two FSDP units share would not reach all ranks as one
+        net.set_output_embeddings(HeadWithRows(head, row_ids.clone(), head_rows))
+    # 2. the adapters
+    language_model = net.model.language_model
+    linear_layers = {}
+    for name, module in language_model.named_modules():
+        if isinstance(module, nn.Linear):
+            linear_layers[name] = module
+    kinds = sorted({name.rpartition(".")[2] for name in linear_layers})
+    targets = kinds
+    if cfg.lora_targets:
+        targets = [target.strip() for target in cfg.lora_targets.split(",")]
+    for target in targets:
+        if target not in kinds:
+            raise ValueError(f"--lora-targets {target!r}: choose of {', '.join(kinds)}")
+    for name, linear in linear_layers.items():
+        if name.rpartition(".")[2] in targets:
+            adapted = LoraLinear(linear, cfg.lora, cfg.lora_alpha, generator)
+            language_model.set_submodule(name, adapted)
+    # 3. the type of what is frozen
+    if cfg.bf16_base:
+        for p in net.parameters():
+            if not p.requires_grad:
+                p.data = p.data.bfloat16()
+
+
+@contextlib.contextmanager
+def adapters_off(net: nn.Module) -> Iterator[None]:
+    """Inside, the net is the one that its adapters began with: GRPO's reference. No-op on a net
+    without adapters."""
+    adapted = [module for module in net.modules() if isinstance(module, LoraLinear)]
+    for module in adapted:
+        module.is_on = False
+    try:
+        yield
+    finally:
+        for module in adapted:
+            module.is_on = True
+
+
+def frozen_sha256(net: nn.Module) -> str:
+    """What a run with adapters stands on, told on all ranks by rank 0, which has read it: 12 hex
+    digits of every 997th frozen number. Any other training would have moved those too."""
+    digest = hashlib.sha256()
+    if _rank() == 0:
+        for p in net.parameters():
+            if not p.requires_grad:
+                digest.update(p.detach().flatten()[::997].float().numpy().tobytes())
+    value = int(digest.hexdigest()[:12], 16)  # a float64 holds all of its 48 bits
+    return f"{int(all_sum(value if _rank() == 0 else 0)):012x}"
+
+
+def _adapter_values(module):
+    """Name -> parameter, of those that a checkpoint's weights do not hold as they are."""
+    values = {}
+    for name, p in module.named_parameters():
+        if name.rpartition(".")[2] in ADAPTERS:
+            values[name] = p.detach()
+    return values
+
+
+def _merge(module, state):
+    """Whole weights of a module by name -> those of the same module without adapters, in fp32."""
+    merged = {}  # (tensor, rows) -> table: a tied one stays one
+    for name, part in module.named_modules():
+        if isinstance(part, LoraLinear):
+            a, b = state.pop(f"{name}.lora_a"), state.pop(f"{name}.lora_b")
+            state[f"{name}.weight"] = part.merged(state[f"{name}.weight"], a, b)
+        elif isinstance(part, EmbeddingWithRows | HeadWithRows):
+            key = state[f"{name}.weight"], state.pop(f"{name}.rows")
+            if key not in merged:
+                merged[key] = part.merged(*key)
+            state[f"{name}.weight"] = merged[key]
+    return state
 
 
 # ---- Optimizers ----------------------------------------------------------------------------------
@@ -2015,22 +2212,27 @@ def read_json(path: str | Path):
 
 
 def _whole_weights(module):
-    """Name -> whole tensor on the CPU of rank 0 (elsewhere None); all ranks call it. Tied ones are
-    gathered once and stay one tensor."""
+    """Name -> whole tensor on the CPU of rank 0, adapters merged (elsewhere None); all ranks call
+    it. Tied ones are gathered once and stay one tensor."""
     state = module.state_dict(keep_vars=True)
+    has_adapters = bool(_adapter_values(module))
     whole = {}
     for tensor in dict.fromkeys(state.values()):
         full = tensor.detach()
         if isinstance(tensor, DTensor):
             full = full.full_tensor()
         whole[tensor] = full.cpu().contiguous() if _rank() == 0 else None
-    return {name: whole[tensor] for name, tensor in state.items()}
+        if has_adapters and _rank() == 0:
+            whole[tensor] = whole[tensor].float()  # of --bf16-base
+    state = {name: whole[tensor] for name, tensor in state.items()}
+    return _merge(module, state) if has_adapters and _rank() == 0 else state
 
 
 def _optimizer_tensors(module, optim):
-    """ "parameter/exp_avg" and so on -> tensor of the optimizer, maybe sharded."""
+    """ "parameter/exp_avg" and so on -> tensor of the optimizer, maybe sharded; of an adapter
+    "parameter/value" too."""
     names = {p: name for name, p in module.named_parameters()}
-    tensors = {}
+    tensors = {f"{name}/value": p for name, p in _adapter_values(module).items()}
     for p, state in optim.state.items():
         for key, tensor in state.items():
             tensors[f"{names[p]}/{key}"] = tensor if tensor.ndim else tensor[None]
@@ -2079,6 +2281,9 @@ def save(
             for name, part in parts.items():
                 if isinstance(part, Backbone):
                     part.net.save_pretrained(unfinished, state_dict=states[name])
+                    if _adapter_values(part.net):  # the net may hold bf16, what is merged is fp32
+                        config = read_json(unfinished / "config.json")
+                        write_json(unfinished / "config.json", {**config, "dtype": "float32"})
                     part.tokenizer.save_pretrained(unfinished)
                     part.image_spec.save(unfinished)
                     base = part.run.get("base") or base_model(run.get("parent") or "unknown")
@@ -2181,6 +2386,8 @@ def load_train_state(
     for key in reader.read_metadata().state_dict_metadata:
         name, kind = key.split("/")  # "model.layer.weight/exp_avg"
         p = params[name]
+        if kind == "value":  # of an adapter: read into the parameter itself
+            continue
         if kind == "step":
             optim.state[p][kind] = torch.zeros((), device=p.device)
         else:
@@ -2328,6 +2535,8 @@ def model_card(run: dict) -> str:
         f"| steps | {run.get('step', 'unknown')} |",
     ]
     for path, source in run.get("data", {}).items():
+        if path == run.get("config", {}).get("init"):  # the weights that adapters stand on
+            continue
         origin.append(f"| data | {path} (sha256 {source['sha256'][:12]}) |")
     for split in run.get("split", []):
         held_out = f"{split['held_out']} of {split['episodes']} episodes of {split['folder']}"

@@ -93,6 +93,10 @@ class Config:
     # what is trained
     init: str = "assets/tiny-vlm"  # checkpoint folder or hub name
     freeze_vision: bool = False  # keep the vision tower and its projector as they are
+    lora: Natural = 0  # rank of adapters that train in place of the weights; 0: the weights train
+    lora_alpha: Positive = 32.0  # adapters count alpha / rank
+    lora_targets: str = ""  # linear layers of the LLM to adapt, as q_proj,v_proj; empty: all
+    bf16_base: bool = False  # with --lora: what is frozen is kept in bf16, in half the memory
 
     # data
     data: str = TABLETOP  # path:weight,... (relative shares) or path#samples,... (in an epoch)
@@ -134,7 +138,7 @@ class Config:
     max_new_tokens: Count = 96  # longest answer in an evaluation, as in GRPO
     cuda_graphs: bool = True  # on a GPU, replay the sampler's steps as CUDA graphs
     loader_threads: Count = 2  # of each rank, which read images and tokenize
-    changed_data: bool = False  # --resume although a file of --data has changed
+    changed_data: bool = False  # --resume although --data, or --init of --lora, has changed
     save_every: Natural = 1000  # steps; 0: only at the end
     keep: Natural = 0  # newest checkpoints step_* that stay; 0: all
 
@@ -650,12 +654,15 @@ def thinking_rollouts(backbone, sources, cfg, dist, n: int = 4) -> dict[str, flo
 
 def load_backbone(cfg: Config, newest: Path | None, device: torch.device) -> model.Backbone:
     """The model of --init, or of the checkpoint to resume, with its vocabulary grown and with what
-    --freeze-vision and --recompute ask for."""
+    --freeze-vision, --recompute and --lora ask for. Adapters stand on --init also after --resume:
+    load_train_state() restores them."""
     action_tokenizer = None
-    if cfg.action_tokenizer and newest is None:  # a checkpoint holds its own
+    if newest and (newest / "fast").exists():  # a checkpoint holds its own
+        action_tokenizer = FastTokenizer.load(newest / "fast")
+    elif cfg.action_tokenizer and newest is None:
         action_tokenizer = FastTokenizer.load(cfg.action_tokenizer)
     backbone = model.load(
-        newest or cfg.init,
+        cfg.init if cfg.lora else newest or cfg.init,
         device,
         stages=("base", "sft"),
         seed=cfg.seed,
@@ -667,9 +674,19 @@ def load_backbone(cfg: Config, newest: Path | None, device: torch.device) -> mod
         grow_vocabulary(backbone, backbone.action_tokenizer.vocab_size)
     if cfg.freeze_vision:
         backbone.net.model.visual.requires_grad_(False)
+    if cfg.lora:
+        model.add_adapters(backbone.net, cfg, action_rows(backbone.vocab))
     if cfg.recompute:
         model.recompute_activations(backbone.net)
     return backbone
+
+
+def action_rows(vocab: model.Vocabulary) -> list[int]:
+    """Tokens that no published model knows, whose rows train fully under --lora; none where there
+    are no actions."""
+    if vocab.action_start is None:
+        return []
+    return [vocab.action_start, vocab.action_end, *vocab.fast]
 
 
 class StepInfo(NamedTuple):
@@ -708,8 +725,11 @@ def main(argv: list[str] | None = None) -> None:
     cfg = model.parse_config(Config, PRESETS, argv)
     if cfg.too_long not in TOO_LONG:
         raise ValueError(f"--too-long {cfg.too_long}: give one of {', '.join(TOO_LONG)}")
+    if cfg.muon and cfg.lora:
+        raise ValueError("--muon --lora: Muon is for whole matrices; give --no-muon")
     model.keep_freed_memory()
     dist = model.setup(cfg.seed, cfg.shards, cfg.batch, cfg.timeout_hours)
+    model.check_adapters(cfg, dist)
 
     # 1. the backbone, its vocabulary grown, its data, and its optimizer
     mixture = parse_mixture(cfg.data)
@@ -717,6 +737,8 @@ def main(argv: list[str] | None = None) -> None:
     backbone = load_backbone(cfg, newest, dist.build)
     sources = open_sources(mixture, backbone.action_tokenizer, cfg.holdout_rows, cfg.outside_images)
     data = {str(source.path): check_rows(backbone, source, cfg, dist) for source in sources}
+    if cfg.lora:
+        data[cfg.init] = {"sha256": model.frozen_sha256(backbone.net)}
     if newest and not cfg.changed_data:
         model.check_unchanged(data, newest)
     splits = [source.split for source in sources if isinstance(source, EpisodeDataset)]

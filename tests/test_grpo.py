@@ -55,8 +55,11 @@ def backbone():
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("grpo"))
+
+
+def write_world(root):
     """An SFT checkpoint, untied as those of 7B and 8B, and three episodes, the last held out."""
-    root = tmp_path_factory.mktemp("grpo")
     with pytest.MonkeyPatch.context() as patch:
         size = dataclasses.replace(backbones.SIZES["tiny-qwen3-vl"], tied=False)
         patch.setitem(backbones.SIZES, "untied", size)

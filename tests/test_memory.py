@@ -145,6 +145,94 @@ def test_grpo(backbone, monkeypatch):
     assert told.parts["reference"] == 0
 
 
+def test_adapters(backbone):
+    """They alone have gradients; a base in bf16 takes half, and one GPU makes no copy of it."""
+    rows = rows_of(backbone, 3, prompt_only=False)
+    row_ids = sft.action_rows(backbone.vocab)
+    cfg = sft.Config(batch=3, lora=4)
+
+    def shapes(cfg):
+        net = meta(backbone)
+        model.add_adapters(net, cfg, row_ids)
+        return net
+
+    told = memory.estimate("sft", cfg, shapes(cfg), load_of(rows))
+    model.add_adapters(backbone.net, cfg, row_ids)
+    keeps = memory.kept(backbone.net, lambda: model.hidden_states(backbone.net, sft.pack(rows)))
+    assert told.parts["activations"] == pytest.approx(keeps, rel=0.15)
+    params = list(backbone.net.parameters())
+    optim = model.make_optimizer(backbone.net, 1e-3, 0.0, (0.9, 0.95))
+    sft.token_loss(backbone.net, sft.pack(rows))[0].backward()
+    optim.step()
+    gradients = total_bytes(p.grad for p in params if p.grad is not None)
+    moments = sum(total_bytes(state.values()) for state in optim.state.values())
+    assert told.parts["weights"] == total_bytes(params)
+    assert told.parts["gradients"] == gradients < 0.2 * told.parts["weights"]
+    assert told.parts["optimizer"] == pytest.approx(moments, rel=0.001)
+
+    half = dataclasses.replace(cfg, bf16_base=True)
+    net = shapes(half)
+    one_gpu = dataclasses.replace(load_of(rows), dtype=torch.bfloat16)
+    two_gpus = dataclasses.replace(one_gpu, ranks=2)
+    weights = total_bytes(net.parameters())
+    net.to(torch.bfloat16)
+    assert memory.estimate("sft", half, net, one_gpu).parts["weights"] == weights
+    assert memory.estimate("sft", half, net, two_gpus).parts["weights"] == weights / 2
+    rl = grpo.Config(prompts=2, batch=2, lora=4, bf16_base=True)
+    for load, copied in ((one_gpu, gradients / 2), (two_gpus, total_bytes(net.parameters()))):
+        parts = memory.estimate("grpo", rl, net, load).parts
+        assert parts["reference"] == 0
+        assert parts["whole model"] == copied
+
+
+@pytest.mark.parametrize(("gb", "fitting"), [("30", 3), ("0.5", 2)])
+def test_the_table_names_flags_that_fit(gb, fitting, monkeypatch, capsys):
+    """Each of its rows against the command for that run alone."""
+    monkeypatch.setattr(memory, "PUBLISHED", ["tiny-qwen3-vl"])
+    machine = ["--gpu", gb, "--gpus", "1"]
+    assert memory.main(machine) == 0
+    rows = []
+    for line in capsys.readouterr().out.splitlines():
+        if line.startswith("| tiny"):
+            rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    assert [row[1] for row in rows] == ["sft", "grpo", "vla"]
+    verdicts = []
+    for size, stage, peak, text in rows:
+        fits = not text.startswith("does not fit, not even with ")
+        flags = text.removeprefix("does not fit, not even with ").split()
+        argv = [stage, "paper", "--size", size, *machine, "--compute", "bf16", *flags]
+        assert memory.main(argv) == (0 if fits else 1)
+        told = capsys.readouterr().out
+        peaks = [float(line.split()[2]) for line in told.splitlines() if ", peak" in line]
+        assert max(peaks) == float(peak)
+        verdicts.append(fits)
+    assert sum(verdicts) == fitting
+
+
+@pytest.mark.parametrize(
+    ("gb", "flags"),
+    [
+        (24, {"recompute": False, "lora": 16, "bf16_base": True, "micro_batch": 1}),
+        (48, {"recompute": True, "micro_batch": 9}),
+    ],
+)
+def test_all_weights_come_before_adapters(gb, flags):
+    """Qwen3-VL-2B on one GPU, against what memory.first_fit tried before."""
+    cfg = sft.Config(**sft.PRESETS["paper"])
+    load = memory.Load(ranks=1, row_tokens=4096, row_patches=256, dtype=torch.bfloat16)
+    assert memory.first_fit("sft", cfg, "qwen3-vl-2b", load, 0.9e9 * gb).flags == flags
+
+
+def test_what_goes_into_no_table_is_one_line(capsys):
+    for more, error in (
+        (["--recompute"], "--recompute: goes with a stage; name it first"),
+        (["--gpus", "3"], "--gpus 3: must divide --batch 128 of sft paper"),
+    ):
+        with pytest.raises(SystemExit):
+            memory.main(["--gpu", "24", *more])
+        assert error in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "size"),
     [

@@ -208,7 +208,11 @@ def check_memory(setting: Setting) -> dict:
     """SFT and GRPO through FSDP on one rank: fp32 masters, bf16 compute, AdamW after a step."""
     device = torch.device(setting.device)
     dist = model.setup(0) if setting.device == "cuda" else model.Dist(0, 1, device)
-    result = {"sft": sft_memory(setting, dist), "grpo": grpo_memory(setting, dist)}
+    result = {
+        "sft": sft_memory(setting, dist),
+        "grpo": grpo_memory(setting, dist),
+        "grpo_lora": grpo_memory(setting, dist, lora=16),
+    }
     if distributed.is_initialized():
         distributed.destroy_process_group()
     return result
@@ -219,6 +223,8 @@ def estimate(stage: str, cfg, rows: list[model.Row], setting: Setting) -> dict[s
     dtype = torch.bfloat16 if setting.device == "cuda" else torch.float32
     shapes = backbones.random_backbone(setting.qwen3_vl, device="meta")
     sft.grow_vocabulary(shapes, speed.ACTION_TOKENS)
+    if cfg.lora:
+        model.add_adapters(shapes.net, cfg)
     longest = max(len(row["ids"]) for row in rows)
     patches = int(max(row["grid"].prod(1).sum() for row in rows))
     load = memory.Load(ranks=1, row_tokens=longest, row_patches=patches, dtype=dtype)
@@ -252,8 +258,11 @@ def sft_memory(setting: Setting, dist: model.Dist) -> dict:
     return {"estimate_gb": told, "peak_gb": {"update": peak_gb(setting)}}
 
 
-def grpo_memory(setting: Setting, dist: model.Dist) -> dict:
+def grpo_memory(setting: Setting, dist: model.Dist, lora: int = 0) -> dict:
+    """lora: rank of adapters, on a base in bf16 where there is a GPU; 0: all weights train."""
     cfg = grpo.Config(
+        lora=lora,
+        bf16_base=lora > 0 and setting.device == "cuda",
         prompts=setting.prompts,
         batch=setting.prompts,
         micro_batch=2,
@@ -268,11 +277,15 @@ def grpo_memory(setting: Setting, dist: model.Dist) -> dict:
     told = estimate("grpo", cfg, rows, setting)
     if not fits(told, setting):
         return {"estimate_gb": told, "skipped": "the estimate does not fit this GPU"}
-    net = copy.deepcopy(backbone.net).requires_grad_(False).eval()
-    reference = replace(backbone, net=net)
+    reference = backbone
+    if lora:
+        model.add_adapters(backbone.net, cfg)
+    else:
+        net = copy.deepcopy(backbone.net).requires_grad_(False).eval()
+        reference = replace(backbone, net=net)
+        model.shard(net, dist)
     model.recompute_activations(backbone.net)
     model.shard(backbone.net, dist)
-    model.shard(reference.net, dist)
     optimizer = model.make_optimizer(backbone.net, cfg.lr, 0.0, (0.9, cfg.beta2))
     peaks = {}
     for turn in range(2):

@@ -1,11 +1,14 @@
 """What a run needs of each rank's memory, told before it starts; all is built on the meta device.
 
-    python -m tools.memory sft paper --size qwen2.5-vl-7b --ranks 8 --gb 80
-    python -m tools.memory grpo paper --size qwen2.5-vl-7b --recompute --cpu-offload
+    python -m tools.memory --gpu 24 --gpus 2          # which models and stages fit, by which flags?
+    python -m tools.memory sft paper --size qwen2.5-vl-7b --gpu 80 --gpus 8
+    python -m tools.memory grpo paper --size qwen2.5-vl-7b --lora 16 --bf16-base
     python -m tools.memory vla paper --init runs/grpo-paper
 
-Flags of the stage follow its preset. Ranks and memory are by default those of this machine. The
-last line has the flags to use: the largest --micro-batch and --rollout-batch that fit.
+Without a stage: a table of the published sizes and the stages' presets `paper` on so many cards
+(RUNGS says what is tried). With one: what it needs, flags of the stage behind its preset. Ranks and
+memory are by default those of this machine. The last line has the flags to use: the largest
+--micro-batch and --rollout-batch that fit.
 Weights, gradients, optimizer and caches are counted exactly; activations by asking autograd what it
 keeps of one block. The allocator's fragments and the libraries' workspaces come on top: 10% or so.
 """
@@ -34,7 +37,9 @@ COMPUTE_TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 META = model.META
 FP32 = 4  # bytes a number
 LOGITS = 16  # bytes a logit at the peak: bf16, fp32, its softmax and their gradients
+BF16 = 2
 PROMPT_TOKENS = 256  # of a row where nothing says how long it is
+ACTION_TOKENS = 2050  # of a vocabulary that knows none yet: as FAST for Bridge has
 STATE_DIM = 14  # of a policy whose data is not looked at: two arms of seven joints
 ACTION_DIM = 7
 FREE_SHARE = 0.1  # for the allocator's fragments and the libraries' workspaces
@@ -84,14 +89,14 @@ class Units(NamedTuple):
     root: int  # what is in no other unit
 
 
-def count_units(net: nn.Module) -> Units:
-    *inner, whole = [count(unit.parameters()) for unit in model.fsdp_units(net)]
+def count_units(net: nn.Module, counter: Callable = count) -> Units:
+    *inner, whole = [counter(unit.parameters()) for unit in model.fsdp_units(net)]
     return Units(largest=max(inner, default=0), root=whole - sum(inner))
 
 
-def gathered_bytes(net: nn.Module, dtype: torch.dtype) -> float:
+def gathered_bytes(net: nn.Module, dtype: torch.dtype, counter: Callable = count) -> float:
     """Of a forward through sharded parameters: the root, the unit that computes, the next one."""
-    units = count_units(net)
+    units = count_units(net, counter)
     return (2 * units.largest + units.root) * dtype.itemsize
 
 
@@ -168,7 +173,7 @@ def activations(
     total = of_blocks(language.layers, tokens, width, each)
 
     # 2. vision tower
-    if not getattr(cfg, "freeze_vision", False):
+    if any(p.requires_grad for p in net.model.visual.parameters()):
         vision = net.config.vision_config
         blocks = net.model.visual.blocks
         width = vision.hidden_size
@@ -188,12 +193,14 @@ def resident_parts(cfg, net: nn.Module, load: Load) -> dict[str, float]:
     shards = cfg.shards or load.ranks
     gathered = 0
     if is_copied(load):
-        gathered = gathered_bytes(net, load.dtype)
-        units = count_units(net)
+        gathered = gathered_bytes(net, load.dtype, copied_counter(cfg, load))
+        trained_units = count_units(net, count_trained)
         # the gradients of one unit, and as they are reduced
-        gathered += max(units.largest, units.root) * (load.dtype.itemsize + FP32)
+        gathered += max(trained_units) * (load.dtype.itemsize + FP32)
+    trained = count_trained(net.parameters())
+    frozen = count(net.parameters()) - trained
     return {
-        "weights": count(net.parameters()) * FP32 / shards,
+        "weights": (trained * FP32 + frozen * (BF16 if cfg.bf16_base else FP32)) / shards,
         **optimizer_parts(cfg, net, shards),
         "gathered units": gathered,
     }
@@ -202,6 +209,14 @@ def resident_parts(cfg, net: nn.Module, load: Load) -> dict[str, float]:
 def is_copied(load: Load) -> bool:
     """Whether a forward needs another copy of the weights than the masters of this rank."""
     return load.ranks > 1 or load.dtype.itemsize < FP32
+
+
+def copied_counter(cfg, load: Load) -> Callable:
+    """What counts those of some parameters that a forward needs copies of: see model.needs_no_copy
+    for the others."""
+    shards = cfg.shards or load.ranks
+    is_as_computed = cfg.bf16_base and load.dtype.itemsize == BF16
+    return count_trained if shards == 1 and is_as_computed else count
 
 
 def logit_bytes(net: nn.Module, targets: int) -> int:
@@ -262,18 +277,19 @@ def grpo_estimate(cfg: grpo.Config, net: nn.Module, load: Load) -> Estimate:
     copied_layers = 1 if cfg.recompute else layers
     work["activations"] += B * load.row_tokens * kv_bytes(net, load) * (layers + G * copied_layers)
 
-    # 2. the model that RL started from
+    # 2. the model that RL started from: with adapters the same one
     shards = cfg.shards or load.ranks
     fixed["reference"] = 0.0
-    if cfg.kl_coef > 0 and not cfg.cpu_offload:
+    if cfg.kl_coef > 0 and not cfg.cpu_offload and not cfg.lora:
         fixed["reference"] = weights * FP32 / shards
 
     # 3. a rollout: the whole model is gathered once, and nothing of an update is there
     prompts = rows_at_once(cfg.rollout_batch, cfg.prompts, load)
     samples = prompts * G
     cached_tokens = prompts * load.row_tokens + samples * cfg.max_new_tokens
+    copied = copied_counter(cfg, load)(net.parameters()) if is_copied(load) else 0
     sampling = {
-        "whole model": weights * load.dtype.itemsize if is_copied(load) else 0,
+        "whole model": copied * load.dtype.itemsize,
         **sampling_parts(net, cached_tokens, samples, load),
     }
     idle = fixed["gradients"] + fixed["gathered units"]
@@ -343,7 +359,8 @@ def vla_estimate(cfg: vla.Config, net: nn.Module, load: Load) -> Estimate:
     parts = {"backbone": backbone}
     if cfg.cache == "none" and cfg.shard_backbone:
         parts["backbone"] = backbone / shards
-        parts["gathered units"] = gathered_bytes(net, load.dtype)
+        if shards > 1:  # a lone rank computes with what it has: model.needs_no_copy
+            parts["gathered units"] = gathered_bytes(net, load.dtype)
 
     # 3. the head's masters, sharded, their average too, and one gathered head
     head_bytes = count(head.parameters()) * FP32
@@ -405,6 +422,82 @@ def largest_that_fits(
     return math.ceil(most / forwards)
 
 
+# ---- Table: all sizes and stages on some cards --------------------------------------------------
+
+LORA = {"lora": 16, "bf16_base": True}
+PUBLISHED = ["qwen3-vl-2b", "qwen2.5-vl-3b", "qwen3-vl-4b", "qwen2.5-vl-7b", "qwen3-vl-8b"]
+# Flags beside the preset `paper`, from what is fastest to what needs least memory; the first that
+# fits is told. All weights before adapters: another method, and maybe another result.
+RUNGS = {
+    "sft": [
+        {"recompute": False},
+        {"recompute": True},
+        {"recompute": False, **LORA},
+        {"recompute": True, **LORA},
+    ],
+    "grpo": [
+        {"recompute": False},
+        {"recompute": True},
+        {"recompute": True, "cpu_offload": True},
+        {"recompute": False, **LORA},
+        {"recompute": True, **LORA},
+    ],
+    "vla": [{}, {"shard_backbone": True}],
+}
+
+
+class Fit(NamedTuple):
+    """How to run a stage on some cards."""
+
+    flags: dict[str, bool | float]  # fields beside the preset's
+    peak: float  # bytes, of the phase that needs most
+
+
+def first_fit(stage: str, cfg, size: str, load: Load, usable: float) -> Fit:
+    """The first rung that fits in so many usable bytes, with its largest numbers of rows; the last
+    one with a row at once where none does."""
+    for rung in RUNGS[stage]:
+        tried = replace(cfg, **rung)
+        net = load_shapes(tried, size).net.to(load.dtype)
+        rows = {}
+        for flag in ROWS_FLAGS[stage]:
+            rows[flag.name] = largest_that_fits(flag, stage, tried, net, load, usable) or 1
+        needed = estimate(stage, replace(tried, **rows), net, load)
+        fit = Fit({**rung, **rows}, max(needed.peaks.values()))
+        if fit.peak < usable:
+            break
+    return fit
+
+
+def option(name: str, value: bool | float) -> str:
+    """A flag as it is typed."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag} {value}"
+
+
+def tell_table(ranks: int, gb: float, dtype: torch.dtype, row: int, image: int) -> None:
+    """Prints which sizes and stages fit on so many cards of so many GB. row, image: as of
+    load_of()."""
+    print(f"{ranks} x {gb:.4g} GB, {FREE_SHARE:.0%} of it left free; flags beside the preset paper")
+    print("| model | stage | peak, GB | flags |\n|---|---|---|---|")
+    for size in PUBLISHED:
+        for name, stage in STAGES.items():
+            cfg = stage.Config(**{"preset": "paper", **stage.PRESETS["paper"]})
+            spec = backbones.image_spec(backbones.SIZES[size]).bounded(cfg.max_pixels)
+            load = load_of(name, cfg, spec, ranks, dtype, row, image)
+            fit = first_fit(name, cfg, size, load, (1 - FREE_SHARE) * gb * 1e9)
+            flags = []
+            for field, value in fit.flags.items():
+                if value != getattr(cfg, field):
+                    flags.append(option(field, value))
+            verdict = " ".join(flags)
+            if fit.peak >= (1 - FREE_SHARE) * gb * 1e9:
+                verdict = f"does not fit, not even with {verdict}"
+            print(f"| {size} | {name} | {fit.peak / 1e9:.1f} | {verdict} |", flush=True)
+
+
 # ---- Command line -------------------------------------------------------------------------------
 
 
@@ -426,13 +519,21 @@ def load_shapes(cfg, size: str) -> model.Backbone:
         backbone = model.load(cfg.init, META, max_pixels=cfg.max_pixels)
     if getattr(cfg, "freeze_vision", False):
         backbone.net.model.visual.requires_grad_(False)
+    if getattr(cfg, "lora", 0):
+        row_ids = ()
+        if isinstance(cfg, sft.Config):
+            row_ids = sft.action_rows(backbone.vocab) or range(ACTION_TOKENS)
+        model.add_adapters(backbone.net, cfg, row_ids)
     return backbone
 
 
-def patches_of(spec: model.ImageSpec, side: int) -> int:
-    """Patches of a square image of so many pixels a side."""
-    _, rows, columns = model.image_grid(side, side, spec)
-    return rows * columns
+def load_of(
+    stage: str, cfg, spec: model.ImageSpec, ranks: int, dtype: torch.dtype, row: int, image: int
+) -> Load:
+    """row: tokens, 0: as the stage has; image: side of its one square image, pixels."""
+    _, rows, columns = model.image_grid(image, image, spec)
+    row_tokens = row or (cfg.max_length if stage == "sft" else PROMPT_TOKENS)
+    return Load(ranks=ranks, row_tokens=row_tokens, row_patches=rows * columns, dtype=dtype)
 
 
 def tell(what: str, backbone: model.Backbone, stage: str, cfg, load: Load, gb: float) -> bool:
@@ -481,8 +582,10 @@ def cures(stage: str, cfg, phase: str) -> str:
     flags = []
     if phase == "update" and not cfg.recompute:
         flags.append("--recompute")
-    if stage == "grpo" and cfg.kl_coef > 0 and not cfg.cpu_offload:
+    if stage == "grpo" and cfg.kl_coef > 0 and not cfg.cpu_offload and not cfg.lora:
         flags.append("--cpu-offload")
+    if not cfg.lora:
+        flags.append("--lora 16 --bf16-base")
     if stage == "grpo":
         flags.append("a lower --max-new-tokens")
     return ", ".join([*flags, "a lower --max-pixels", "more ranks"])
@@ -498,24 +601,25 @@ def main(argv: list[str] | None = None) -> int:
     )
     machine = this_machine()
     add = parser.add_argument
-    add("stage", choices=STAGES)
+    add("stage", choices=STAGES, nargs="?", help="none: a table of all of them")
     add("--size", default="", help="a published backbone in place of --init, as in tools.backbones")
     add(
         "--ranks",
+        "--gpus",
         type=fast_tokenizer.count,
         default=machine.ranks,
         help=f"processes, one a GPU ({machine.ranks})",
     )
     add(
         "--gb",
+        "--gpu",
         type=fast_tokenizer.positive,
         help=f"memory of one, 10^9 bytes ({machine.gb:.4g} over the ranks of a CPU)",
     )
     add(
         "--compute",
         choices=COMPUTE_TYPES,
-        default="bf16" if machine.has_gpu else "fp32",
-        help="type",
+        help="type; bf16 of a GPU, and of those of a table",
     )
     add(
         "--row",
@@ -532,17 +636,23 @@ def main(argv: list[str] | None = None) -> int:
     args, stage_argv = parser.parse_known_args(argv)
     if args.size not in ("", *backbones.SIZES):
         parser.error(f"--size {args.size}: choose one of {', '.join(backbones.SIZES)}")
+    gb = args.gb or (machine.gb if machine.has_gpu else machine.gb / args.ranks)
+    is_gpu = machine.has_gpu or args.stage is None
+    dtype = COMPUTE_TYPES[args.compute or ("bf16" if is_gpu else "fp32")]
+    if args.stage is None:
+        if args.size or stage_argv:
+            parser.error(f"{' '.join(stage_argv) or '--size'}: goes with a stage; name it first")
+        for name, stage in STAGES.items():
+            batch = stage.PRESETS["paper"]["batch"]
+            if batch % args.ranks:
+                parser.error(f"--gpus {args.ranks}: must divide --batch {batch} of {name} paper")
+        tell_table(args.ranks, gb, dtype, args.row, args.image)
+        return 0
 
     stage = STAGES[args.stage]
     cfg = model.parse_config(stage.Config, stage.PRESETS, stage_argv)
     backbone = load_shapes(cfg, args.size)
-    load = Load(
-        ranks=args.ranks,
-        row_tokens=args.row or (cfg.max_length if args.stage == "sft" else PROMPT_TOKENS),
-        row_patches=patches_of(backbone.image_spec, args.image),
-        dtype=COMPUTE_TYPES[args.compute],
-    )
-    gb = args.gb or (machine.gb if machine.has_gpu else machine.gb / args.ranks)
+    load = load_of(args.stage, cfg, backbone.image_spec, args.ranks, dtype, args.row, args.image)
     what = f"{args.stage} {cfg.preset}, {args.size or cfg.init}"
     return 0 if tell(what, backbone, args.stage, cfg, load, gb) else 1
 
