@@ -43,8 +43,8 @@ from tools import extras
 
 
 def write(folder: str | Path, rows):
-    """Rows as above -> folder/questions.jsonl, written last, and folder/images/. A file that several
-    rows name is copied once.
+    """Rows as above -> folder/questions.jsonl, written last, and folder/images/, where a file that
+    several rows name is copied once.
 
     more: a dict with "mask" (an image or its path), "box", "tolerance" or "score", see
     grpo.SCORES."""
@@ -299,7 +299,9 @@ def main(argv: list[str] | None = None):
     for split in ("train", "test"):
         folder = Path(args.out) / split
         if (folder / "questions.jsonl").exists():
-            raise ValueError(f"--out {folder}: already holds questions; delete them, or name another")
+            raise ValueError(
+                f"--out {folder}: already holds questions; delete them, or name another"
+            )
         write(folder, easy_vqa(split))
         print(f"{folder}/questions.jsonl")
 
