@@ -5,6 +5,7 @@ import functools
 import json
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ import grpo
 import model
 import sft
 from benchmarks import questions, tabletop_data
+
+ROOT = Path(__file__).parent.parent
 
 CASES = {  # score: [(answer, the row's own, more of the row, what it is worth)]
     "exact": [
@@ -728,21 +731,23 @@ def test_an_image_that_many_rows_name_is_copied_once(tmp_path):
     assert np.asarray(Image.open(tmp_path / "out/images/1_0.png"))[0, 0].tolist() == [ord("b")] * 3
 
 
-def test_easy_vqa_becomes_rows_that_sft_and_evaluation_read(tmp_path, monkeypatch):
-    """The package's three lists and its images by number, as its 1.0 gives them."""
+@pytest.fixture
+def easy_vqa(tmp_path, monkeypatch):
+    """A package of that name: its three lists and its images by number, as 1.0 gives them."""
     picture(64).save(tmp_path / "7.png")
-    published = (
-        ["is there a circle?", "what shape is present?", "what color is the circle?"],
-        ["yes", "circle", "teal"],
-        [7, 7, 7],
-    )
+    paths = {7: str(tmp_path / "7.png")}
+    asked = ["is there a circle?", "what shape is present?", "what color is the circle?"]
+    published = (asked, ["yes", "circle", "teal"], [7, 7, 7])
     package = argparse.Namespace(
         get_train_questions=lambda: published,
-        get_train_image_paths=lambda: {7: str(tmp_path / "7.png")},
+        get_train_image_paths=lambda: paths,
         get_test_questions=lambda: tuple(column[:1] for column in published),
-        get_test_image_paths=lambda: {7: str(tmp_path / "7.png")},
+        get_test_image_paths=lambda: paths,
     )
     monkeypatch.setitem(sys.modules, "easy_vqa", package)
+
+
+def test_easy_vqa_becomes_rows_that_sft_reads(tmp_path, easy_vqa, monkeypatch):
     questions.main(["easy-vqa", "--out", str(tmp_path / "easy")])
     train = model.ConversationDataset(tmp_path / "easy/train/questions.jsonl", None, 0)
     assert [train.row(i)["kind"] for i in train.train] == ["yes or no", "shape", "colour"]
@@ -757,6 +762,33 @@ def test_easy_vqa_becomes_rows_that_sft_and_evaluation_read(tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "easy_vqa", None)
     with pytest.raises(ValueError, match="pip install easy-vqa==1.0"):
         next(questions.easy_vqa("train"))
+
+
+def test_the_documented_commands_of_easy_vqa(tmp_path, easy_vqa, monkeypatch):
+    """From the package to the results file, each command of docs/data.md with toy sizes."""
+    text = (ROOT / "docs/data.md").read_text()
+    block = text[text.index("pip install easy-vqa") :].partition("```")[0].replace("\\\n", "")
+    block = re.sub(r"(data|runs|results)/easy_vqa", rf"{tmp_path}/\1", block)
+    main_of = {
+        "-m benchmarks.questions ": questions.main,
+        "sft.py ": sft.main,
+        "evaluate.py ": evaluate.main,
+    }
+    toy = " --steps 1 --batch 2 --holdout-rows 1 --max-new-tokens 2"
+    monkeypatch.chdir(ROOT)
+    done = []
+    for command in block.splitlines()[1:]:
+        name = next(name for name in main_of if name in command)
+        arguments = command.partition(name)[2] + (toy if name == "sft.py " else "")
+        main_of[name](arguments.split())
+        done.append(name)
+    assert done == [*main_of, "evaluate.py "]
+    variants = json.loads((tmp_path / "results.json").read_text())["arms"]
+    assert list(variants) == ["majority", "question only", "tiny-vlm"]
+    for variant in variants.values():
+        assert variant["metrics"]["exact yes_or_no"]["n"] == 1
+        assert len(variant["paired"]["answers"]) == 1
+    assert variants["question only"]["metrics"]["answers"]["mean"] == 1
 
 
 def test_easy_vqa_as_published():
