@@ -4,6 +4,7 @@
     python evaluate.py actions --policy runs/grpo --data data/test --variant RL
     python evaluate.py vqa --policy assets/tiny-vlm --data data/test/conversations.jsonl
     python evaluate.py vqa|actions ... --keep-right own.jsonl   # own thoughts for the next SFT
+    python evaluate.py blind --train D/train.jsonl --data D/test.jsonl   # answers without images
     python evaluate.py metaworld|libero --policy runs/vla
     python evaluate.py tabletop --policy runs/grpo --mode think   # or direct: by its own tokens
     python evaluate.py tokens --action-tokenizer runs/fast        # the expert, through these tokens
@@ -680,7 +681,7 @@ def vqa(args: argparse.Namespace):
     args.max_new_tokens = model.token_limit(args.max_new_tokens, backbone, 128)
     asked = questions.questions_to_ask(backbone, args)
     local = local_share(dist)
-    answers = gather(questions.score_answers(backbone, asked[local], args), dist)
+    answers = gather(questions.answer_greedily(backbone, asked[local], args), dist)
     if args.keep_right:
         keys = list(range(len(asked)))[local]
         kept = gather(rejection.kept_answers(backbone, asked[local], keys, args), dist)
@@ -688,6 +689,19 @@ def vqa(args: argparse.Namespace):
         return
     if args.answers:
         questions.write_answers(args.answers, answers)
+    metrics, paired = answer_metrics(answers, by_row=args.score == "row")
+    truncated = sum(answer.truncated for answer in answers)
+    metrics["truncated"] = wilson(truncated, len(answers))
+    write_metrics(metrics, paired, args, started)
+    if args.keep_right:
+        rejection.write(kept, args)
+
+
+def answer_metrics(
+    answers: list, by_row: bool
+) -> tuple[dict[str, Interval], dict[str, list[float]]]:
+    """Scored answers (questions.Answer) -> metrics and paired values, as write_metrics() takes
+    them. by_row: with the mean of all, "answers"."""
     values = {}  # metric -> scores
     for answer in answers:
         values.setdefault(answer.metric, []).append(answer.score)
@@ -699,14 +713,22 @@ def vqa(args: argparse.Namespace):
         else:
             metrics[name] = bootstrap(scores)
     paired = {}
-    if args.score == "row":
+    if by_row:
         paired["answers"] = [round(answer.score, 5) for answer in answers]
         metrics["answers"] = bootstrap(paired["answers"])
-    truncated = sum(answer.truncated for answer in answers)
-    metrics["truncated"] = wilson(truncated, len(answers))
-    write_metrics(metrics, paired, args, started)
-    if args.keep_right:
-        rejection.write(kept, args)
+    return metrics, paired
+
+
+def blind(args: argparse.Namespace):
+    """`evaluate.py blind`: what questions are worth to one who sees no image, in two variants."""
+    from benchmarks import questions
+
+    started = time.time()
+    check_out(args.out)
+    for variant, answers in questions.blind_answers(args.train, args.data).items():
+        args.variant = variant
+        args.policy = args.train  # in the file: where the answers come from
+        write_metrics(*answer_metrics(answers, by_row=True), args, started)
 
 
 # ---- Report --------------------------------------------------------------------------------------
@@ -1019,6 +1041,14 @@ def make_parser(asked: str) -> argparse.ArgumentParser:
         rejection.arguments(command.add_argument)
         rejection.answer_arguments(command.add_argument)
     command.set_defaults(run=vqa)
+
+    command = commands.add_parser("blind", help="questions answered without their images")
+    results_flags(command.add_argument)
+    if asked == "blind":
+        from benchmarks import questions
+
+        questions.blind_arguments(command.add_argument)
+    command.set_defaults(run=blind, seed=0)  # nothing is drawn
 
     command = commands.add_parser("report", help="results files -> Markdown")
     report_flags(command.add_argument)

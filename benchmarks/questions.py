@@ -15,10 +15,19 @@ datasets package; Where2Place: the lines of point_questions.jsonl, in its folder
 Scores, in this order: choice, choice, exact (yes and no), point, point, exact. Robot-R1 Bench is
 open questions that a large model judges from 0 to 3: give such a judge the file of --answers.
 
+easy-VQA, which a package of PyPI carries whole, is small enough to be learned here:
+
+    python -m benchmarks.questions easy-vqa --out data/easy_vqa    # train/ and test/questions.jsonl
+    python evaluate.py blind --train data/easy_vqa/train/questions.jsonl \\
+        --data data/easy_vqa/test/questions.jsonl    # what can be answered with closed eyes
+
 Another way to score is a function and a line in grpo.SCORES, by which RL rewards answers too.
 """
 
+import argparse
 import json
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,23 +37,33 @@ import grpo
 import model
 import sft
 from fast_tokenizer import natural, non_negative, read_image, reading, to_rgb
+from tools import extras
 
 # ---- Rows ----------------------------------------------------------------------------------------
 
 
 def write(folder: str | Path, rows):
-    """Rows as above -> folder/questions.jsonl, written last, and folder/images/.
+    """Rows as above -> folder/questions.jsonl, written last, and folder/images/, where a file that
+    several rows name is copied once.
 
-    more: a dict with "mask" (an image or its path), "box" or "tolerance", see grpo.SCORES."""
+    more: a dict with "mask" (an image or its path), "box", "tolerance" or "score", see
+    grpo.SCORES."""
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
+    copies = {}  # path of an image -> that of its copy below the folder
     lines = []
     for i, (question, answer, kind, images, *more) in enumerate(rows):
         with reading(f"row {i}"):
             names = []
             for k, image in enumerate(images):
-                if image is not None:
+                if image is None:
+                    continue
+                if isinstance(image, Image.Image):
                     names.append(save_image(folder, f"{i}_{k}.png", image, i))
+                    continue
+                if image not in copies:
+                    copies[image] = save_image(folder, f"{i}_{k}.png", image, i)
+                names.append(copies[image])
             row = {"images": names, "kind": kind}
             for further in more:
                 row.update(further)
@@ -67,6 +86,28 @@ def save_image(folder: Path, name: str, image, row_number: int) -> str:
     path = f"images/{name}"
     Image.fromarray(pixels).save(folder / path)
     return path
+
+
+# ---- easy-VQA ------------------------------------------------------------------------------------
+
+
+def easy_vqa(split: str) -> Iterator[tuple]:
+    """Rows of a split of easy-VQA (Victor Zhou, MIT licence): "train" has 38,575 about 4,000 images
+    of 64 x 64 pixels with one shape each, "test" 9,673 about 1,000. Its 13 answers are of three
+    kinds. ValueError without the package."""
+    (package,) = extras.require("easy-vqa==1.0", "easy_vqa")
+    if split == "train":
+        published = zip(*package.get_train_questions(), strict=True)
+        paths = package.get_train_image_paths()
+    else:
+        published = zip(*package.get_test_questions(), strict=True)
+        paths = package.get_test_image_paths()
+    for question, answer, image in published:
+        if answer in ("yes", "no"):
+            kind = "yes or no"
+        else:
+            kind = "shape" if answer in ("circle", "rectangle", "triangle") else "colour"
+        yield question, answer, kind, [paths[image]], {"score": "exact"}
 
 
 # ---- evaluate.py vqa -----------------------------------------------------------------------------
@@ -136,23 +177,41 @@ def questions_to_ask(backbone, args) -> list[Asked]:
             continue
         if args.rows and len(asked) == args.rows:
             break
-        right = grpo.right_answer(source, i, score, args.unit)
-        grpo.check_question(source, i, right)
-        asked.append(Asked(source.question(i, think), right))
+        asked.append(question_to_ask(source, i, think, score, args.unit))
     if not asked:
         raise ValueError(f"{args.data}: no row is of --kinds {args.kinds}")
     return asked
 
 
-def score_answers(backbone, asked: list[Asked], args) -> list[Answer]:
-    """Greedy answers to questions."""
+def question_to_ask(
+    source: model.ConversationDataset,
+    i: int,
+    think: bool | None = None,
+    score: str = "",
+    unit: float = 1,
+) -> Asked:
+    """The first question of row i; by default in the row's own mode, scored as the row says."""
+    right = grpo.right_answer(source, i, score, unit)
+    grpo.check_question(source, i, right)
+    return Asked(source.question(i, think), right)
+
+
+def answer_greedily(backbone, asked: list[Asked], args) -> list[Answer]:
+    """A model's most probable answers to questions, scored."""
     samples = [one.sample for one in asked]
     answers = sft.greedy_answers(
         backbone, samples, args.max_new_tokens, args.batch, args.cuda_graphs
     )
+    return score_answers(asked, answers, args.graded)
+
+
+def score_answers(
+    asked: list[Asked], answers: list[sft.GreedyAnswer], graded: bool = False
+) -> list[Answer]:
+    """What answers to questions are worth."""
     scored = []
     for (sample, right), (text, truncated) in zip(asked, answers, strict=True):
-        score = grpo.answer_score(text, right, args.graded)
+        score = grpo.answer_score(text, right, graded)
         kind = metric_kind(sample.kind)
         line = {  # the keys of this file are older than the names above
             "where": sample.sample_id,
@@ -163,7 +222,7 @@ def score_answers(backbone, asked: list[Asked], args) -> list[Answer]:
             "truncated": truncated,
             "mark": score,
         }
-        way = f"{right.score}_graded" if args.graded else right.score
+        way = f"{right.score}_graded" if graded else right.score
         scored.append(Answer(f"{way} {kind}", score, truncated, line))
     return scored
 
@@ -179,3 +238,73 @@ def write_answers(path: str | Path, answers: list[Answer]):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(lines))
+
+
+# ---- evaluate.py blind ---------------------------------------------------------------------------
+
+
+def blind_arguments(add):
+    """Flags of `evaluate.py blind`."""
+    add("--train", required=True, help="conversations whose answers are known, .jsonl")
+    add("--data", required=True, help="conversations to be answered, .jsonl")
+
+
+def blind_answers(train: str | Path, data: str | Path) -> dict[str, list[Answer]]:
+    """Answers that look at no image, by two ways: "majority", the answer that is most frequent in
+    `train`, to every question; "question only", the one most frequent there after the same words
+    (the majority's after new ones). What a model answers better, it has seen."""
+    train_source = model.ConversationDataset(train, None, 0, outside_images=True)
+    after_question = {}  # words of a question -> Counter of its answers
+    frequency = Counter()
+    for i in train_source.train:
+        words, answer = words_and_answer(train_source, i)
+        after_question.setdefault(words, Counter())[answer] += 1
+        frequency[answer] += 1
+    majority = most_frequent(frequency)
+
+    source = model.ConversationDataset(data, None, 0, outside_images=True)
+    asked = [question_to_ask(source, i) for i in source.train]
+    by_question = []
+    for one in asked:
+        answers = after_question.get(one.sample.messages[-1]["content"])
+        text = most_frequent(answers) if answers else majority
+        by_question.append(sft.GreedyAnswer(text, truncated=False))
+    by_majority = [sft.GreedyAnswer(majority, truncated=False)] * len(asked)
+    return {
+        "majority": score_answers(asked, by_majority),
+        "question only": score_answers(asked, by_question),
+    }
+
+
+def words_and_answer(source: model.ConversationDataset, i: int) -> tuple[str, str]:
+    """The first question of row i, and its answer."""
+    return source.question(i).messages[-1]["content"], grpo.right_answer(source, i).text
+
+
+def most_frequent(answers: Counter) -> str:
+    """Of equally frequent ones the first in the alphabet."""
+    return min(answers, key=lambda answer: (-answers[answer], answer))
+
+
+# ---- Command -------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.questions", description="Writes a set of questions as rows."
+    )
+    parser.add_argument("name", choices=["easy-vqa"], help="the set")
+    parser.add_argument("--out", required=True, help="folder to write")
+    args = parser.parse_args(argv)
+    for split in ("train", "test"):
+        folder = Path(args.out) / split
+        if (folder / "questions.jsonl").exists():
+            raise ValueError(
+                f"--out {folder}: already holds questions; delete them, or name another"
+            )
+        write(folder, easy_vqa(split))
+        print(f"{folder}/questions.jsonl")
+
+
+if __name__ == "__main__":
+    model.run_main(main, "")

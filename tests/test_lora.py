@@ -243,6 +243,9 @@ def test_sft_trains_adapters_and_new_rows_alone(talk, tmp_path):
             assert torch.equal(new, old), name
     last = log(tmp_path / "o")
     assert last[5]["loss"] < last[0]["loss"]
+    # the base, whose hash stands in run.json for --resume, is no data on the model card
+    card = (tmp_path / "o" / "final" / "README.md").read_text()
+    assert card.count("| data |") == 1 and f"| trained from | {INIT} |" in card
 
 
 def make_init(fast):

@@ -4,6 +4,8 @@ import argparse
 import functools
 import json
 import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,8 @@ import grpo
 import model
 import sft
 from benchmarks import questions, tabletop_data
+
+ROOT = Path(__file__).parent.parent
 
 CASES = {  # score: [(answer, the row's own, more of the row, what it is worth)]
     "exact": [
@@ -705,3 +709,118 @@ def test_all_before_the_first_answer_is_asked(tmp_path, monkeypatch):
     data.write_text(conversation(system, ("assistant", "red")) + "\n")
     with pytest.raises(ValueError, match="d.jsonl:1: an answer without a question before it"):
         evaluate.main(flags)
+
+
+# ---- easy-VQA, and answers without images --------------------------------------------------------
+
+
+def test_an_image_that_many_rows_name_is_copied_once(tmp_path):
+    """The 38,575 training rows of easy-VQA, which name 4,000 files, were to become 38,575 files."""
+    for name in ("a.png", "b.png"):
+        picture(level=ord(name[0])).save(tmp_path / name)
+    asked = ["a.png", "b.png", "a.png"]
+    rows = [(f"q{i}", "A", "k", [tmp_path / name]) for i, name in enumerate(asked)]
+    questions.write(tmp_path / "out", rows)
+    lines = [json.loads(line) for line in (tmp_path / "out/questions.jsonl").open()]
+    assert [line["images"] for line in lines] == [
+        ["images/0_0.png"],
+        ["images/1_0.png"],
+        ["images/0_0.png"],
+    ]
+    assert len(list((tmp_path / "out/images").iterdir())) == 2
+    assert np.asarray(Image.open(tmp_path / "out/images/1_0.png"))[0, 0].tolist() == [ord("b")] * 3
+
+
+@pytest.fixture
+def easy_vqa(tmp_path, monkeypatch):
+    """A package of that name: its three lists and its images by number, as 1.0 gives them."""
+    picture(64).save(tmp_path / "7.png")
+    paths = {7: str(tmp_path / "7.png")}
+    asked = ["is there a circle?", "what shape is present?", "what color is the circle?"]
+    published = (asked, ["yes", "circle", "teal"], [7, 7, 7])
+    package = argparse.Namespace(
+        get_train_questions=lambda: published,
+        get_train_image_paths=lambda: paths,
+        get_test_questions=lambda: tuple(column[:1] for column in published),
+        get_test_image_paths=lambda: paths,
+    )
+    monkeypatch.setitem(sys.modules, "easy_vqa", package)
+
+
+def test_easy_vqa_becomes_rows_that_sft_reads(tmp_path, easy_vqa, monkeypatch):
+    questions.main(["easy-vqa", "--out", str(tmp_path / "easy")])
+    train = model.ConversationDataset(tmp_path / "easy/train/questions.jsonl", None, 0)
+    assert [train.row(i)["kind"] for i in train.train] == ["yes or no", "shape", "colour"]
+    assert [grpo.right_answer(train, i).text for i in train.train] == ["yes", "circle", "teal"]
+    row = model.encode_sample(tiny(), train[0])
+    assert row["grid"].tolist() == [[1, 8, 8]]
+    assert tiny().tokenizer.decode(row["ids"][row["target"]]) == "yes<|im_end|>"
+    test = model.ConversationDataset(tmp_path / "easy/test/questions.jsonl", None, 0)
+    assert test.units == 1
+    with pytest.raises(ValueError, match="easy/train: already holds questions; delete them, or"):
+        questions.main(["easy-vqa", "--out", str(tmp_path / "easy")])
+    monkeypatch.setitem(sys.modules, "easy_vqa", None)
+    with pytest.raises(ValueError, match="pip install easy-vqa==1.0"):
+        next(questions.easy_vqa("train"))
+
+
+def test_the_documented_commands_of_easy_vqa(tmp_path, easy_vqa, monkeypatch):
+    """From the package to the results file, each command of docs/data.md with toy sizes."""
+    text = (ROOT / "docs/data.md").read_text()
+    block = text[text.index("pip install easy-vqa") :].partition("```")[0].replace("\\\n", "")
+    block = re.sub(r"(data|runs|results)/easy_vqa", rf"{tmp_path}/\1", block)
+    main_of = {
+        "-m benchmarks.questions ": questions.main,
+        "sft.py ": sft.main,
+        "evaluate.py ": evaluate.main,
+    }
+    toy = " --steps 1 --batch 2 --holdout-rows 1 --max-new-tokens 2"
+    monkeypatch.chdir(ROOT)
+    done = []
+    for command in block.splitlines()[1:]:
+        name = next(name for name in main_of if name in command)
+        arguments = command.partition(name)[2] + (toy if name == "sft.py " else "")
+        main_of[name](arguments.split())
+        done.append(name)
+    assert done == [*main_of, "evaluate.py "]
+    variants = json.loads((tmp_path / "results.json").read_text())["arms"]
+    assert list(variants) == ["majority", "question only", "tiny-vlm"]
+    for variant in variants.values():
+        assert variant["metrics"]["exact yes_or_no"]["n"] == 1
+        assert len(variant["paired"]["answers"]) == 1
+    assert variants["question only"]["metrics"]["answers"]["mean"] == 1
+
+
+def test_easy_vqa_as_published():
+    """Its own counts, and that each question comes with an image of the split."""
+    pytest.importorskip("easy_vqa")
+    rows = list(questions.easy_vqa("test"))
+    assert len(rows) == 9673 and len({answer for _, answer, *_ in rows}) == 13
+    counts = {
+        kind: sum(row[2] == kind for row in rows) for kind in ("yes or no", "shape", "colour")
+    }
+    assert counts == {"yes or no": 7136, "shape": 1257, "colour": 1280}
+    assert len({row[3][0] for row in rows}) == 1000
+    assert Image.open(rows[0][3][0]).size == (64, 64)
+
+
+def test_answers_without_images_by_hand(tmp_path):
+    """q1 was mostly answered by yes, q2 by no, all together mostly by no; q3 is new."""
+    more = {"score": "exact"}
+    known = [("q1", "yes"), ("q1", "no"), ("q1", "yes"), ("q2", "no"), ("q2", "no"), ("q4", "no")]
+    train = rows_to(tmp_path / "train.jsonl", [("k", *pair, more) for pair in known])
+    to_answer = [("q1", "yes"), ("q1", "yes"), ("q2", "no"), ("q3", "yes"), ("q3", "no")]
+    data = rows_to(tmp_path / "test.jsonl", [("k", *pair, more) for pair in to_answer])
+    out = tmp_path / "r.json"
+    flags = ["--train", str(train), "--data", str(data), "--out", str(out)]
+    evaluate.main(["blind", *flags])
+    results = json.loads(out.read_text())
+    variants = results["arms"]
+    assert variants["majority"]["paired"]["answers"] == [0, 0, 1, 0, 1]
+    assert variants["question only"]["paired"]["answers"] == [1, 1, 1, 0, 1]
+    accuracy = variants["question only"]["metrics"]["exact k"]
+    assert accuracy == evaluate.wilson(4, 5)
+    assert results["commands"] == ["python evaluate.py " + " ".join(["blind", *flags])]
+    rows_to(data, [("k", "q1", "yes", {})])
+    with pytest.raises(ValueError, match='test.jsonl:1: its "score" is None; write one of exact'):
+        evaluate.main(["blind", *flags])
