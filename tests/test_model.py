@@ -676,6 +676,13 @@ def test_a_card_of_an_unknown_base_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     name = "Qwen/test-card-offline"
     assert model.base_model(name) == {"name": name, "on_hub": True, "license": {}}
+    # a card in Latin-1 ended the first save, and a link with --- in it was cut there
+    card = "---\nlicense: other\nlicense_link: https://a.org/b---c\n---\nlicense: t\xe9l\xe9\n"
+    latin = tmp_path / "latin"
+    latin.mkdir()
+    (latin / "README.md").write_text(card, "latin-1")
+    licence = {"license": "other", "license_link": "https://a.org/b---c"}
+    assert model.base_model(str(latin))["license"] == licence
     assert model.base_model(str(tmp_path))["on_hub"] is False
     base = {"name": "somewhere", "on_hub": False, "license": {}}
     run = {"stage": "vla", "base": base, "versions": {}, "commit": "abc"}
