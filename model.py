@@ -2287,7 +2287,8 @@ def save(
                         write_json(unfinished / "config.json", {**config, "dtype": "float32"})
                     part.tokenizer.save_pretrained(unfinished)
                     part.image_spec.save(unfinished)
-                    base = part.run.get("base") or base_model(run.get("parent") or "unknown")
+                    origin = part.run.get("parent") or run.get("parent") or "unknown"
+                    base = part.run.get("base") or base_model(origin)  # older ones name none
                     if part.action_tokenizer is not None:
                         part.action_tokenizer.save(unfinished / "fast")
                 else:

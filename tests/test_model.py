@@ -667,6 +667,10 @@ def test_a_card_has_the_licence_of_the_hub_model_it_began_from(tmp_path, monkeyp
         assert card.data.license_link.endswith("/LICENSE")
         assert f"| base model | {name} (licence: other, qwen-research, https" in card.text
     assert "| trained from | runs/sft |" in card.text
+    # checkpoints of before there were cards name their parent alone
+    loaded.run = {"stage": "sft", "parent": name}
+    model.save(tmp_path / "later", loaded, {"stage": "grpo", "step": 9, "parent": "runs/sft"})
+    assert ModelCard.load(tmp_path / "later" / "README.md").data.base_model == name
 
 
 def test_a_card_of_an_unknown_base_says_so(tmp_path, monkeypatch):
