@@ -852,8 +852,9 @@ def paired_differences(variants: list[tuple[str, dict]]) -> list[str]:
             after = np.array(new["paired"].get(metric, []), float)
             if len(before) != len(after):
                 continue
-            differences = after - before
-            gain = bootstrap(differences[~np.isnan(differences)])
+            has_values = ~np.isnan(after - before)
+            before, after = before[has_values], after[has_values]
+            gain = bootstrap(after - before)
             if gain["n"]:
                 line = f"{metric}: {new_name} - {old_name} = {cell(metric, gain)}, n {gain['n']}"
                 if np.isin([before, after], (0, 1)).all():

@@ -1416,7 +1416,7 @@ def prepare(cfg: Config, dist: Dist) -> Prepared:
     optim = model.make_optimizer(backbone.net, cfg.lr, cfg.weight_decay, betas)
     first_step, counted = model.load_train_state(resume_from, backbone.net, optim)
     model.check_steps(resume_from, first_step, cfg.steps)
-    num_tokens = float(counted.sum())  # 0 of a new run, and of a version that did not count
+    num_tokens = float(counted.sum())  # 0 of a new run
     return Prepared(backbone, reference, optim, sources, weights, data, first_step, num_tokens)
 
 

@@ -1900,12 +1900,12 @@ class HeadWithRows(nn.Linear):
 
 
 def check_adapters(cfg, dist: Dist) -> None:
-    """ValueError naming the cure when --bf16-base does not go with the other flags."""
-    if not cfg.bf16_base:
-        return
-    if not cfg.lora:
-        raise ValueError("--bf16-base: weights that train stay in fp32; give --lora 16 too")
-    if dist.world_size == 1 and dist.device.type == "cpu":
+    """ValueError naming the cure when a flag of adapters does not go with the others."""
+    for name in ("lora_alpha", "lora_targets", "bf16_base"):
+        if not cfg.lora and getattr(cfg, name) != getattr(type(cfg), name):
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag}: goes with adapters; give --lora 16 too, or leave it out")
+    if cfg.bf16_base and dist.world_size == 1 and dist.device.type == "cpu":
         raise ValueError(
             "--bf16-base: one process on a CPU computes in the type of its weights, and in bf16 "
             "slowly; leave it out, or start two by torchrun"
@@ -2225,6 +2225,7 @@ def _whole_weights(module):
         if has_adapters and _rank() == 0:
             whole[tensor] = whole[tensor].float()  # of --bf16-base
     state = {name: whole[tensor] for name, tensor in state.items()}
+    del whole  # so that each is freed as it is merged
     return _merge(module, state) if has_adapters and _rank() == 0 else state
 
 
@@ -2286,14 +2287,15 @@ def save(
                         write_json(unfinished / "config.json", {**config, "dtype": "float32"})
                     part.tokenizer.save_pretrained(unfinished)
                     part.image_spec.save(unfinished)
-                    base = part.run.get("base") or base_model(run.get("parent") or "unknown")
+                    origin = part.run.get("parent") or run.get("parent") or "unknown"
+                    base = part.run.get("base") or base_model(origin)  # older ones name none
                     if part.action_tokenizer is not None:
                         part.action_tokenizer.save(unfinished / "fast")
                 else:
                     save_file(states[name], unfinished / f"{name}.safetensors")
             record = {**run, "base": base, "versions": versions(), "commit": commit()}
             write_json(unfinished / "run.json", record)
-            (unfinished / "README.md").write_text(model_card(record))
+            (unfinished / "README.md").write_text(model_card(record), "utf-8")
             _swap_in(unfinished, folder)
     except dcp.api.CheckpointException as e:  # DCP tells all ranks what failed on one
         error = next(iter(e.failures.values()))[0]
@@ -2317,7 +2319,7 @@ def add_metrics(folder: Path, metrics: dict[str, float]) -> None:
         path = folder / "run.json"
         record = {**read_json(path), "metrics": metrics}
         write_json(path, record)
-        (folder / "README.md").write_text(model_card(record))
+        (folder / "README.md").write_text(model_card(record), "utf-8")
 
 
 def _swap_in(unfinished, folder):
@@ -2515,9 +2517,10 @@ def base_model(name: str) -> dict:
     text = ""
     if on_hub or Path(name).is_dir():
         with contextlib.suppress(OSError):  # no card, or no network
-            text = Path(cached_file(name, "README.md")).read_text()
-    head = text.split("---")[1] if text.startswith("---\n") else ""
-    lines = re.findall(r"^(license\w*): *(.+)$", head, re.MULTILINE)
+            # whatever stands in it, training goes on
+            text = Path(cached_file(name, "README.md")).read_text("utf-8", errors="replace")
+    head = re.match(r"---\n(.*?)^---$", text, re.DOTALL | re.MULTILINE)
+    lines = re.findall(r"^(license\w*): *(.+)$", head[1], re.MULTILINE) if head else []
     return {"name": name, "on_hub": on_hub, "license": dict(lines)}
 
 

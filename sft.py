@@ -652,6 +652,14 @@ def thinking_rollouts(backbone, sources, cfg, dist, n: int = 4) -> dict[str, flo
 # ---- Main ----------------------------------------------------------------------------------------
 
 
+def check_config(cfg: Config) -> None:
+    """ValueError naming a flag that has no such value, or does not go with another."""
+    if cfg.too_long not in TOO_LONG:
+        raise ValueError(f"--too-long {cfg.too_long}: give one of {', '.join(TOO_LONG)}")
+    if cfg.muon and cfg.lora:
+        raise ValueError("--muon --lora: Muon is for whole matrices; give --no-muon")
+
+
 def load_backbone(cfg: Config, newest: Path | None, device: torch.device) -> model.Backbone:
     """The model of --init, or of the checkpoint to resume, with its vocabulary grown and with what
     --freeze-vision, --recompute and --lora ask for. Adapters stand on --init also after --resume:
@@ -723,10 +731,7 @@ def train_step(net, optim, batches: list[model.Batch], step: int, lr: float, cfg
 
 def main(argv: list[str] | None = None) -> None:
     cfg = model.parse_config(Config, PRESETS, argv)
-    if cfg.too_long not in TOO_LONG:
-        raise ValueError(f"--too-long {cfg.too_long}: give one of {', '.join(TOO_LONG)}")
-    if cfg.muon and cfg.lora:
-        raise ValueError("--muon --lora: Muon is for whole matrices; give --no-muon")
+    check_config(cfg)
     model.keep_freed_memory()
     dist = model.setup(cfg.seed, cfg.shards, cfg.batch, cfg.timeout_hours)
     model.check_adapters(cfg, dist)

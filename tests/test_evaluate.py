@@ -199,6 +199,9 @@ def test_answers_that_are_right_or_wrong_get_mcnemars_test(tmp_path, capsys):
         variants[name] = {"metrics": {}, "paired": {"answers": answers}}
     evaluate.main(["report", str(write_results(tmp_path, variants))])
     assert ", n 10; 5 gained, 0 lost, McNemar's p 0.062\n" in capsys.readouterr().out
+    variants["SFT"]["paired"]["answers"][9] = None  # not answered: left out, as of the difference
+    evaluate.main(["report", str(write_results(tmp_path, variants))])
+    assert ", n 9; 5 gained, 0 lost, McNemar's p 0.062\n" in capsys.readouterr().out
     variants["SFT"]["paired"]["answers"][9] = 0.5
     evaluate.main(["report", str(write_results(tmp_path, variants))])
     assert "McNemar" not in capsys.readouterr().out

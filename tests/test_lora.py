@@ -455,6 +455,9 @@ def test_bad_input_is_one_line(talk, world):
     error(sft.main, talk("bad", "--lora-targets", "q_proj,qkv"), unknown)
     error(sft.main, talk("bad", "--muon"), "--muon --lora: .* give --no-muon")
     error(sft.main, talk("bad", "--bf16-base", "--lora", 0), "--bf16-base: .* give --lora 16 too")
+    no_lora = ["--lora", 0, "--lora-targets", "q_proj"]  # trained all weights, and said nothing
+    error(sft.main, talk("bad", *no_lora), "--lora-targets: goes with adapters")
+    error(grpo.main, flags(world, "bad", "--lora-alpha", "8"), "--lora-alpha: goes with adapters")
     error(sft.main, talk("bad", "--bf16-base"), "--bf16-base: one process on a CPU")
     error(grpo.main, rl(world, "bad", "--bf16-base"), "--bf16-base: one process on a CPU")
     error(grpo.main, rl(world, "bad", "--cpu-offload"), "--cpu-offload --lora: the reference is")

@@ -234,6 +234,21 @@ def test_what_goes_into_no_table_is_one_line(capsys):
 
 
 @pytest.mark.parametrize(
+    ("argv", "error"),
+    [
+        (["grpo", "--lora", "4", "--cpu-offload"], "--cpu-offload --lora: the reference"),
+        (["sft", "--lora", "4", "--muon"], "--muon --lora: Muon"),
+        (["sft", "--bf16-base"], "--bf16-base: goes with adapters"),
+        (["sft", "--lora", "4", "--lora-targets", "qkv"], "--lora-targets 'qkv': choose of"),
+    ],
+)
+def test_what_the_stage_refuses_does_not_fit(argv, error):
+    """Of such flags it told the peak, and that they fit."""
+    with pytest.raises(ValueError, match=error):
+        memory.main([*argv, "--size", "tiny-qwen3-vl", "--compute", "bf16"])
+
+
+@pytest.mark.parametrize(
     ("argv", "size"),
     [
         (["sft", "paper", "--size", "qwen2.5-vl-7b", "--ranks", "8"], 8.29),

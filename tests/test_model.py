@@ -667,6 +667,10 @@ def test_a_card_has_the_licence_of_the_hub_model_it_began_from(tmp_path, monkeyp
         assert card.data.license_link.endswith("/LICENSE")
         assert f"| base model | {name} (licence: other, qwen-research, https" in card.text
     assert "| trained from | runs/sft |" in card.text
+    # checkpoints of before there were cards name their parent alone
+    loaded.run = {"stage": "sft", "parent": name}
+    model.save(tmp_path / "later", loaded, {"stage": "grpo", "step": 9, "parent": "runs/sft"})
+    assert ModelCard.load(tmp_path / "later" / "README.md").data.base_model == name
 
 
 def test_a_card_of_an_unknown_base_says_so(tmp_path, monkeypatch):
@@ -676,6 +680,13 @@ def test_a_card_of_an_unknown_base_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     name = "Qwen/test-card-offline"
     assert model.base_model(name) == {"name": name, "on_hub": True, "license": {}}
+    # a card in Latin-1 ended the first save, and a link with --- in it was cut there
+    card = "---\nlicense: other\nlicense_link: https://a.org/b---c\n---\nlicense: t\xe9l\xe9\n"
+    latin = tmp_path / "latin"
+    latin.mkdir()
+    (latin / "README.md").write_text(card, "latin-1")
+    licence = {"license": "other", "license_link": "https://a.org/b---c"}
+    assert model.base_model(str(latin))["license"] == licence
     assert model.base_model(str(tmp_path))["on_hub"] is False
     base = {"name": "somewhere", "on_hub": False, "license": {}}
     run = {"stage": "vla", "base": base, "versions": {}, "commit": "abc"}

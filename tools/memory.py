@@ -651,6 +651,10 @@ def main(argv: list[str] | None = None) -> int:
 
     stage = STAGES[args.stage]
     cfg = model.parse_config(stage.Config, stage.PRESETS, stage_argv)
+    stage.check_config(cfg)
+    if stage is not vla:
+        device = torch.device("cuda" if dtype == torch.bfloat16 else "cpu")  # only its name counts
+        model.check_adapters(cfg, model.Dist(rank=0, world_size=args.ranks, device=device))
     backbone = load_shapes(cfg, args.size)
     load = load_of(args.stage, cfg, backbone.image_spec, args.ranks, dtype, args.row, args.image)
     what = f"{args.stage} {cfg.preset}, {args.size or cfg.init}"
@@ -658,4 +662,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    model.run_main(lambda: sys.exit(main()), "--micro-batch")
