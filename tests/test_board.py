@@ -117,6 +117,8 @@ def test_a_second_call_writes_each_number_once(tmp_path, capsys):
 def test_what_cannot_be_followed_is_one_line(tmp_path):
     with pytest.raises(SystemExit, match="no such folder"):
         board.main([str(tmp_path / "nowhere"), "--once"])
+    with pytest.raises(SystemExit, match=r"no log\.jsonl in it or below"):
+        board.main([str(tmp_path), "--once"])
     append(tmp_path / "sft/log.jsonl", HEAD)
     with open(tmp_path / "sft/log.jsonl", "a") as file:
         file.write("{oops\n")

@@ -230,6 +230,8 @@ def main(argv: list[str] | None = None) -> None:
     followers = {}
     try:
         new = follow_all(runs, out, followers)
+        if args.once and not followers:
+            raise FileNotFoundError(f"{runs}: no log.jsonl in it or below")
         print(
             f"{out}: {len(followers)} runs, {new} records; tensorboard --logdir {out}", flush=True
         )
