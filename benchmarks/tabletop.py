@@ -750,6 +750,7 @@ class Tabletop:
 # ---- Evaluation ----------------------------------------------------------------------------------
 
 EVALUATED = [*SUITES, "chain"]  # choices of --suites
+CHAIN_LENGTH = 5
 
 
 def chain(number: int) -> tuple[int, list[str]]:
@@ -758,7 +759,7 @@ def chain(number: int) -> tuple[int, list[str]]:
     As CALVIN's, chains are feasible: the expert finishes all five from the state chosen."""
     rng = np.random.default_rng([2, number])
     while True:
-        instructions = rng.choice(list(GOALS), 5, replace=False).tolist()
+        instructions = rng.choice(list(GOALS), CHAIN_LENGTH, replace=False).tolist()
         trial = int(rng.integers(1 << 40))
         env = Tabletop("goal")
         env.place(0, trial, "eval")
@@ -900,6 +901,20 @@ def check(args):
         raise ValueError(f"--suites {','.join(sorted(unknown))}: choose from {choices}")
 
 
+def is_among_first(trial: Trial) -> bool:
+    """Whether --film films it: the first trial of some tasks a suite, the first chains."""
+    if trial.suite == "chain":
+        return trial.seed < FILMED_TASKS
+    return trial.seed == 0 and trial.task < FILMED_TASKS
+
+
+def name_of_film(trial: Trial) -> str:
+    """goal_1_failure;  chain_0_3_of_5: how many in a row, which is neither success nor failure."""
+    if trial.suite == "chain":
+        return f"chain_{trial.seed}_{trial.solved}_of_{CHAIN_LENGTH}"
+    return film_name(trial.suite, trial.task, trial.solved)
+
+
 def evaluate(policy, args, local: slice) -> Outcome:
     """`evaluate.py tabletop`: this process's share of trials and chains, and films of the first
     ones in args.film."""
@@ -909,7 +924,7 @@ def evaluate(policy, args, local: slice) -> Outcome:
         raise ValueError(f"the policy saw images of {height} x {width}; Tabletop's are square")
     trials = make_trials(args.suites.split(","), args.trials, args.chains, local, height)
     for trial in trials:
-        if args.film and trial.seed == 0 and trial.task < FILMED_TASKS:
+        if args.film and is_among_first(trial):
             trial.film = Film(FILM_FPS)
     tell_thoughts = policy.spec.get("thoughts") == "recorded"
     drive(policy, trials, args.batch, args.execute, args.ensemble, tell_thoughts)
@@ -917,7 +932,7 @@ def evaluate(policy, args, local: slice) -> Outcome:
     chain_lengths = []
     for trial in trials:
         if trial.film:
-            trial.film.save(args.film, film_name(trial.suite, trial.task, trial.solved))
+            trial.film.save(args.film, name_of_film(trial))
         if trial.suite == "chain":
             chain_lengths.append(trial.solved)
         else:

@@ -83,6 +83,29 @@ def test_a_run_is_followed_while_it_goes_on(tmp_path):
     assert [step for step, *_ in scalars(out / "grpo")["train/reward"]] == [9]
 
 
+def test_runs_that_share_a_log(tmp_path):
+    """A new run replaces the old one, a resumed one what it repeats; both stood there twice. Times
+    are of each run: the old one's lay after the log was last written."""
+    log = tmp_path / "runs/grpo/log.jsonl"
+    append(log, HEAD, {"step": 7, "reward": 0.9, "seconds": 99.0})
+    append(log, HEAD, *({"step": s, "reward": 0.1, "seconds": 10.0 * s} for s in (1, 2, 3)))
+    append(log, {"config": {"resume": True}}, {"step": 2, "reward": 0.2, "seconds": 5.0})
+    append(log, {"step": 3, "reward": 0.3, "seconds": 8.0})
+    os.utime(log, (1000, 1000))
+    followers = {}
+    board.follow_all(tmp_path / "runs", tmp_path / "out", followers)
+    found = scalars(tmp_path / "out/grpo")["train/reward"]
+    tenths = [(step, round(10 * value), time) for step, value, time in found]
+    assert tenths == [(1, 1, 1000 - 8 - 20), (2, 2, 1000 - 3), (3, 3, 1000)]
+    # while it is followed
+    append(log, HEAD)
+    board.follow_all(tmp_path / "runs", tmp_path / "out", followers)
+    append(log, {"step": 1, "reward": 0.5, "seconds": 4.0}, {"step": 2, "reward": 0.5})
+    board.follow_all(tmp_path / "runs", tmp_path / "out", followers)
+    found = scalars(tmp_path / "out/grpo")["train/reward"]
+    assert [(step, value) for step, value, _ in found] == [(1, 0.5), (2, 0.5)]
+
+
 def test_a_second_call_writes_each_number_once(tmp_path, capsys):
     append(tmp_path / "sft/log.jsonl", HEAD, {"step": 1, "loss": 2.0, "seconds": 1.0})
     for _ in range(2):
@@ -94,8 +117,13 @@ def test_a_second_call_writes_each_number_once(tmp_path, capsys):
 def test_what_cannot_be_followed_is_one_line(tmp_path):
     with pytest.raises(SystemExit, match="no such folder"):
         board.main([str(tmp_path / "nowhere"), "--once"])
+    with pytest.raises(SystemExit, match=r"no log\.jsonl in it or below"):
+        board.main([str(tmp_path), "--once"])
     append(tmp_path / "sft/log.jsonl", HEAD)
     with open(tmp_path / "sft/log.jsonl", "a") as file:
         file.write("{oops\n")
     with pytest.raises(SystemExit, match=r"log\.jsonl:2: not JSON"):
         board.main([str(tmp_path), "--once"])
+    append(tmp_path / "other/log.jsonl", HEAD, {"loss": 1.0})
+    with pytest.raises(SystemExit, match=r"log\.jsonl:2: neither"):
+        board.main([str(tmp_path / "other"), "--once"])

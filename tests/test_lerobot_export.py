@@ -123,6 +123,18 @@ def test_rates_that_are_no_whole_numbers(tmp_path, fps):
     assert_same(files, originals, 12)
 
 
+def test_a_robot_without_a_state(tmp_path):
+    """It ended in "Column 1 named observation.state expected length 5 but got length 0"."""
+    (original, *_) = write(tmp_path / "in", state_dim=0)
+    export(tmp_path / "in", tmp_path / "lerobot")
+    info = json.loads((tmp_path / "lerobot/meta/info.json").read_text())
+    assert "action" in info["features"] and "observation.state" not in info["features"]
+    table = pq.read_table(tmp_path / "lerobot/data/chunk-000/file-000.parquet")
+    assert "observation.state" not in table.column_names
+    actions = np.array(table["action"].to_pylist()[: len(original)], np.float32)
+    assert np.array_equal(actions, original.action)
+
+
 def test_frames_of_a_video_can_be_read_in_any_order(tmp_path):
     """A key frame every two, and one where an episode begins."""
     write(tmp_path / "in")

@@ -36,6 +36,16 @@ def test_a_log_is_the_run_that_counts(tmp_path):
         plot.read_log(tmp_path / "log.jsonl")
 
 
+@pytest.mark.parametrize("line", ["3", "[1]", '{"loss": 1.0}', '{"config": 3}', '{"step": [1]}'])
+def test_a_line_that_is_no_record_is_named(tmp_path, line):
+    """It ended in a KeyError, or another traceback."""
+    write_log(tmp_path, rl(1, 0.1))
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write(line + "\n")
+    with pytest.raises(ValueError, match=r"log\.jsonl:3: neither .* delete the line"):
+        plot.read_log(tmp_path / "log.jsonl")
+
+
 def test_smoothing_by_hand():
     values = np.array([0.0, 3.0, 6.0, 0.0])
     np.testing.assert_allclose(plot.smooth(values, 3), [1.5, 3, 3, 3])
@@ -77,6 +87,19 @@ def test_panels_hold_the_numbers(tmp_path):
     assert [tick.get_text() for tick in bars.get_xticklabels()] == ["goal", "average"]
     low, high = bars.collections[0].get_segments()[1][:, 1]
     assert (low, high) == pytest.approx((40, 70)), "the interval, not twice its width"
+
+
+def test_results_of_questions_are_bars_too(tmp_path):
+    """Their metrics are named by kinds, which no panel knows; one without an answer has no bar."""
+    pytest.importorskip("matplotlib", reason="pip install -r requirements-extras.txt")
+    value = {"mean": 0.5, "low": 0.4, "high": 0.7, "n": 9}
+    none = {"mean": None, "low": None, "high": None, "n": 0}
+    metrics = {"exact colour": value, "exact shape": none, "answers": value}
+    (tmp_path / "vqa.json").write_text(json.dumps({"arms": {"SFT": {"metrics": metrics}}}))
+    found = panels(plot.figure_of([str(tmp_path / "vqa.json")]))
+    labels = [tick.get_text() for tick in found["mean"].get_xticklabels()]
+    assert labels == ["exact\ncolour", "answers"]
+    assert [bar.get_height() for bar in found["mean"].patches] == [0.5, 0.5]
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])

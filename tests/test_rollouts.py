@@ -252,7 +252,35 @@ def test_two_real_checkpoints_are_asked_the_same(written, tmp_path):
     assert links and set(links) == {"data:image/png;base64,"}, "it fetches nothing"
 
 
+def test_a_base_model_is_compared_in_words(written, tmp_path, monkeypatch):
+    """It has no chunks, which nobody asks for here: it was refused for that."""
+    answer = "<think>t</think><answer>red</answer><|im_end|>"
+    scripted(monkeypatch, lambda target, backbone: [answer])
+    policies = ["--policy", untrained.folder("tiny-vlm"), str(written / "sft")]
+    page = Page(
+        made(written, tmp_path, *policies, "--samples", "1", data=write_questions(tmp_path))
+    )
+    assert len(page.groups) == 4 and ("b", "red") in page.completions[0]["texts"]
+
+
+def test_what_was_written_is_no_part_of_the_page(written, tmp_path, monkeypatch):
+    """Questions and thoughts are anyone's: they are text, in attributes too."""
+    evil = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
+    answer = f"<think>{evil}</think><answer>{evil}</answer><|im_end|>"
+    scripted(monkeypatch, lambda target, backbone: [answer])
+    data = write_questions(tmp_path)
+    Path(data).write_text(Path(data).read_text().replace("Which?", evil.replace('"', '\\"')))
+    text = made(written, tmp_path, "--samples", "1", data=data)
+    page = Page(text)
+    assert page.prompts[0]["data-question"] == evil
+    assert ("thought", evil) in page.completions[0]["texts"]
+    assert text.count("<script") == 1 and "<img" not in text
+
+
 def test_what_cannot_be_shown_is_one_line(written, tmp_path):
+    (tmp_path / "folder.html").mkdir()
+    with pytest.raises(ValueError, match="a folder; name a file"):  # before the minutes of answers
+        rollouts.main(["--policy", "x", "--data", "y", "--out", str(tmp_path / "folder.html")])
     with pytest.raises(ValueError, match="name it .html"):
         rollouts.main(["--policy", "x", "--data", "y", "--out", "page.png"])
     with pytest.raises(ValueError, match="named twice"):

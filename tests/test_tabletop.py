@@ -614,6 +614,18 @@ def test_films_show_what_is_thought(tmp_path):
     assert [frame.size for frame in plain.film.frames] == [(256, 280)] * 2
 
 
+def test_which_trials_are_filmed_and_how_films_are_called():
+    """A chain of which one of five was done was a success; of two chains one was filmed."""
+    made = []
+    for suite, task, seed, solved in (("goal", 1, 0, 1), ("chain", 0, 0, 1), ("chain", 0, 1, 0)):
+        trial = types.SimpleNamespace(suite=suite, task=task, seed=seed, solved=solved)
+        assert tt.is_among_first(trial)
+        made.append(tt.name_of_film(trial))
+    assert made == ["goal_1_success", "chain_0_1_of_5", "chain_1_0_of_5"]
+    for suite, task, seed in (("goal", 2, 0), ("goal", 0, 1), ("chain", 0, 2)):
+        assert not tt.is_among_first(types.SimpleNamespace(suite=suite, task=task, seed=seed))
+
+
 def test_compared_policies_get_the_same_noise_in_the_same_trial():
     """By suite, task, trial and number of the forward alone: whatever the policy did before, and
     whichever trials share its forwards."""

@@ -6,7 +6,8 @@
 
 Each log.jsonl below the folder, also of runs that begin later, becomes event files in a folder of
 the same name below --out: numbers, GRPO's shown rollouts and the configuration as text. What was
-there of an earlier call is written anew. docs/glossary.md says what the names mean; tag() gives
+there of an earlier call is written anew. A resumed run goes on where it was resumed; a new run in
+the folder of an old one takes its place. docs/glossary.md says what the names mean; tag() gives
 them. A number of ours that TRL does not have keeps its name, below "train" or "eval".
 
 Needs the package tensorboard, not torch: it only reads log.jsonl.
@@ -60,6 +61,40 @@ def tag(name: str) -> str:
 # ---- Following a log -----------------------------------------------------------------------------
 
 
+def read_record(log: Path, number: int, line: bytes | str) -> dict:
+    """A line of log.jsonl: the head of a run ("config") or what it logs at a "step". ValueError
+    naming the line when it is neither."""
+    try:
+        record = json.loads(line)
+    except ValueError as e:  # also bytes that are no text
+        raise ValueError(f"{log}:{number}: not JSON ({e}); delete the line") from e
+    is_head = isinstance(record, dict) and isinstance(record.get("config"), dict)
+    is_step = isinstance(record, dict) and isinstance(record.get("step"), int)
+    if not is_head and not is_step:
+        raise ValueError(f'{log}:{number}: neither "config" nor a "step" in it; delete the line')
+    return record
+
+
+def is_new_run(record: dict) -> bool:
+    """Whether what the log has before this record is of a run that no longer counts."""
+    return "config" in record and not record["config"].get("resume")
+
+
+def start_times(records: list[dict], ended: float) -> list[float]:
+    """Of each record the time.time() at which its run's "seconds" were 0, if the last record was
+    written at `ended` and each run right after the one before it."""
+    times = []
+    start = None  # of the run of the records at hand
+    for record in reversed(records):
+        if start is None:
+            start = ended - record.get("seconds", 0)
+        times.append(start)
+        if "config" in record:
+            ended = start
+            start = None
+    return times[::-1]
+
+
 class Follower:
     """A log.jsonl that grows, and its event files in `folder`."""
 
@@ -74,24 +109,32 @@ class Follower:
         )
         self.log = log
         self.folder = folder
+        self.writer = None
         self.begin()
 
     def begin(self) -> None:
-        """An empty folder of events, from the first byte of the log on."""
+        """From the first byte of the log on."""
+        self.read = 0  # bytes of the log
+        self.line = 0
+        self.empty_folder()
+
+    def empty_folder(self) -> None:
+        """New event files in the place of any that are ours."""
+        if self.writer is not None:
+            self.writer.close()
         for old in self.folder.glob(f"*{SUFFIX}"):
             old.unlink()
         self.writer = self.files.EventFileWriter(str(self.folder), filename_suffix=SUFFIX)
-        self.read = 0  # bytes of the log
-        self.line = 0
         self.started = None  # time.time() at which the run's "seconds" are 0
+        self.is_resumed = False  # and has logged nothing since
 
     def follow(self) -> int:
         """Writes what the log has more than at the last call -> how many records that were.
 
-        A line that is still being written waits. ValueError naming a line that is no JSON."""
+        A line that is still being written waits. ValueError naming a line that is no record."""
+        # 1. the new lines
         size = self.log.stat().st_size
         if size < self.read:  # another log, in the place of the one that was read
-            self.writer.close()
             self.begin()
         with open(self.log, "rb") as file:
             file.seek(self.read)
@@ -101,44 +144,52 @@ class Follower:
         records = []
         for line in new.splitlines():
             self.line += 1
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError as e:
-                raise ValueError(
-                    f"{self.log}:{self.line}: not JSON ({e.msg}); delete the line"
-                ) from e
-        modified = self.log.stat().st_mtime
-        for i, record in enumerate(records):
+            records.append(read_record(self.log, self.line, line))
+
+        # 2. as events; the last record was written just now
+        times = start_times(records, self.log.stat().st_mtime)
+        for record, started in zip(records, times, strict=True):
             if "config" in record:
-                self.started = None
-                self.write_config(record, modified)
+                if is_new_run(record):
+                    self.empty_folder()
+                self.started = started
+                self.is_resumed = True
+                self.write_config(record)
                 continue
-            if self.started is None:  # the last record of this run was written just now
-                own = [later for later in records[i:] if "seconds" in later]
-                self.started = modified - own[-1]["seconds"]
+            if self.started is None:  # a log without a head
+                self.started = started
+            if self.is_resumed:
+                self.forget_from(record["step"])
+                self.is_resumed = False
             self.write_record(record)
         self.writer.flush()
         return len(records)
 
+    def forget_from(self, step: int) -> None:
+        """TensorBoard leaves out what it has of this step and later ones: they are repeated."""
+        start = self.events.SessionLog(status=self.events.SessionLog.START)
+        self.writer.add_event(
+            self.events.Event(session_log=start, step=step, wall_time=self.started)
+        )
+
     def write_record(self, record: dict) -> None:
         """A summary of all numbers of a step; what is text, GRPO's rollout, stands beside."""
         step = record["step"]
-        wall_time = self.started + record["seconds"]
+        wall_time = self.started + record.get("seconds", 0)
         values = []
         for name, value in record.items():
             if isinstance(value, str):
                 self.write_text(name, value, step, wall_time)
-            elif name != "step":
+            elif name != "step" and isinstance(value, int | float):
                 values.append(self.summaries.Summary.Value(tag=tag(name), simple_value=value))
         self.add(self.summaries.Summary(value=values), step, wall_time)
 
-    def write_config(self, head: dict, wall_time: float) -> None:
+    def write_config(self, head: dict) -> None:
         """The configuration and what stands beside it, as a table."""
         settings = {**head["config"], **{k: v for k, v in head.items() if k != "config"}}
         rows = [f"| {name} | {value} |" for name, value in settings.items()]
-        self.write_text(
-            "config", "\n".join(["| setting | value |", "|---|---|", *rows]), 0, wall_time
-        )
+        table = "\n".join(["| setting | value |", "|---|---|", *rows])
+        self.write_text("config", table, 0, self.started)
 
     def write_text(self, name: str, text: str, step: int, wall_time: float) -> None:
         self.add(self.texts.text_pb(name, text), step, wall_time)
@@ -179,6 +230,8 @@ def main(argv: list[str] | None = None) -> None:
     followers = {}
     try:
         new = follow_all(runs, out, followers)
+        if args.once and not followers:
+            raise FileNotFoundError(f"{runs}: no log.jsonl in it or below")
         print(
             f"{out}: {len(followers)} runs, {new} records; tensorboard --logdir {out}", flush=True
         )

@@ -66,6 +66,14 @@ def key_of(camera: str) -> str:
     return "observation.images." + camera.removeprefix("image_")
 
 
+def numbers_of(file: EpisodeFile) -> dict[str, np.ndarray]:
+    """LeRobot's names of an episode's numbers -> (T, D). A state of no dimensions is left out."""
+    numbers = {"action": file.action}
+    if file.state.shape[1]:
+        numbers["observation.state"] = file.state
+    return numbers
+
+
 # ---- Checks -------------------------------------------------------------------------------------
 
 
@@ -291,10 +299,8 @@ class VideoFiles:
 def describe_features(file: EpisodeFile, fps: float, image_format: str) -> dict[str, dict]:
     """ "features" of meta/info.json, as those of `file`."""
     features = {}
-    for key, dims in (
-        ("action", file.action.shape[1]),
-        ("observation.state", file.state.shape[1]),
-    ):
+    for key, values in numbers_of(file).items():
+        dims = values.shape[1]
         name = key.split(".")[-1]
         names = [f"{name}_{i}" for i in range(dims)]
         features[key] = {"dtype": "float32", "shape": [dims], "names": names}
@@ -410,8 +416,7 @@ def write_dataset(folder: Path, files: list[EpisodeFile], fps: float, image_form
         task_index = tasks.setdefault(file.task, len(tasks))
         frame_index = np.arange(length)
         columns = {
-            "action": file.action,
-            "observation.state": file.state,
+            **numbers_of(file),
             "timestamp": (frame_index / fps).astype(np.float32)[:, None],
             "frame_index": frame_index[:, None],
             "episode_index": np.full((length, 1), episode_index),
@@ -441,10 +446,10 @@ def write_dataset(folder: Path, files: list[EpisodeFile], fps: float, image_form
         written.close()
 
     # 3. meta/
-    stats = {
-        "action": number_stats(np.concatenate([file.action for file in files])),
-        "observation.state": number_stats(np.concatenate([file.state for file in files])),
-    }
+    stats = {}
+    for key in numbers_of(files[0]):
+        values = np.concatenate([numbers_of(file)[key] for file in files])  # (steps, D)
+        stats[key] = number_stats(values)
     for camera, counts in value_counts.items():
         stats[key_of(camera)] = pixel_stats(counts, steps)
     info = {

@@ -6,14 +6,14 @@
 
 A folder of a run gives curves from its log.jsonl, a folder above several runs those of each; a
 results file of evaluate.py gives bars with 95% intervals, a colour for each model. A panel shows
-up when something has its numbers: see CURVES and BARS. Of what is logged at each step a thin line
+up when something has its numbers: see CURVES and BARS (a results file with none of the latter's
+shows all that it has). Of what is logged at each step a thin line
 is as it was, a thick one the mean over a twentieth of the run; held-out evaluations are dots.
 
 Needs matplotlib. In the order of the file: a run's log, curves, bars, the command.
 """
 
 import argparse
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +24,7 @@ import numpy as np
 import evaluate
 import model
 from fast_tokenizer import count
+from tools.board import is_new_run, read_record
 from tools.extras import require
 
 MATPLOTLIB = "matplotlib==3.11.2"
@@ -44,19 +45,16 @@ def read_log(path: str | Path) -> RunLog:
     begun that run alone. A last line that is still being written is left out. ValueError naming
     the line."""
     path = Path(path)
-    lines = path.read_text().split("\n")
+    lines = path.read_bytes().split(b"\n")
     series = {}
     for number, line in enumerate(lines[:-1], 1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as e:
-            raise ValueError(f"{path}:{number}: not JSON ({e.msg}); delete the line") from e
+        record = read_record(path, number, line)
+        if is_new_run(record):
+            series = {}
         if "config" in record:
-            if not record["config"].get("resume"):
-                series = {}
             continue
         if "reward" in record:
-            del record["loss"]  # of GRPO: near 0 whatever the policy does
+            record.pop("loss", None)  # of GRPO: near 0 whatever the policy does
         step = record.pop("step")
         for key, value in record.items():
             if isinstance(value, int | float):
@@ -189,6 +187,16 @@ BARS = [
 BAR_GROUP = 0.8  # width of the bars of one metric
 
 
+def bars_of(variants: dict[str, dict]) -> list[Bars]:
+    """The panels of BARS that they have numbers of; else, as of questions, whose metrics are named
+    by their kinds, one of all their metrics. variants: name -> metrics."""
+    names = list(dict.fromkeys(name for metrics in variants.values() for name in metrics))
+    panels = [panel for panel in BARS if set(panel.metrics) & set(names)]
+    if not panels and names:
+        return [Bars("mean", {name: name.replace(" ", "\n", 1) for name in names})]
+    return panels
+
+
 def draw_bars(axes, panel: Bars, variants: dict[str, dict], colours: dict[str, str]) -> None:
     """variants: name -> metrics; each gives a bar to each metric that it has."""
     shown = [m for m in panel.metrics if any(m in metrics for metrics in variants.values())]
@@ -196,9 +204,9 @@ def draw_bars(axes, panel: Bars, variants: dict[str, dict], colours: dict[str, s
     for i, (name, metrics) in enumerate(variants.items()):
         places, means, errors = [], [], []
         for place, metric in enumerate(shown):
-            value = metrics.get(metric)
-            if value is None or value["mean"] is None:
+            if metric not in metrics:
                 continue
+            value = metrics[metric]
             mean, low, high = (panel.scale * value[key] for key in ("mean", "low", "high"))
             places.append(place - BAR_GROUP / 2 + width * (i + 0.5))
             means.append(mean)
@@ -212,12 +220,17 @@ def draw_bars(axes, panel: Bars, variants: dict[str, dict], colours: dict[str, s
 
 
 def read_variants(path: Path, chosen: Sequence[str]) -> dict[str, dict]:
-    """The models of a results file -> their metrics; chosen: which, in this order; none: all."""
+    """The models of a results file -> their metrics that have a value; chosen: which models, in
+    this order; none: all."""
     arms = evaluate.read_results(path)["arms"]
     unknown = [name for name in chosen if name not in arms]
     if unknown:
         raise ValueError(f"{path}: no variant {', '.join(unknown)}; it has {', '.join(arms)}")
-    return {name: arms[name]["metrics"] for name in chosen or arms}
+    variants = {}
+    for name in chosen or arms:
+        metrics = arms[name]["metrics"]
+        variants[name] = {m: value for m, value in metrics.items() if value["mean"] is not None}
+    return variants
 
 
 # ---- Command -------------------------------------------------------------------------------------
@@ -252,10 +265,9 @@ def figure_of(paths: Sequence[str], chosen: Sequence[str] = (), columns: int = 3
             panels.append((panel.title, draw_curves, (panel, logs, run_colours)))
     for path, variants in results.items():
         colours = colour_of(list(variants))
-        for panel in BARS:
-            if any(set(panel.metrics) & set(metrics) for metrics in variants.values()):
-                title = f"{panel.title} ({path.stem})" if len(results) > 1 else panel.title
-                panels.append((title, draw_bars, (panel, variants, colours)))
+        for panel in bars_of(variants):
+            title = f"{panel.title} ({path.stem})" if len(results) > 1 else panel.title
+            panels.append((title, draw_bars, (panel, variants, colours)))
     if not panels:
         raise ValueError(f"{', '.join(paths)}: no number that a panel shows")
     # 3. draw

@@ -580,8 +580,9 @@ def make_page(args: argparse.Namespace) -> str:
         if not groups:
             prompts = asked
             first = backbone.action_tokenizer
-        elif chunk_shape(backbone.action_tokenizer) != chunk_shape(first):
-            other = chunk_shape(backbone.action_tokenizer)
+            with_actions = any(prompt.chunk is not None for prompt in prompts)
+        other = chunk_shape(backbone.action_tokenizer)
+        if with_actions and other != chunk_shape(first):
             raise ValueError(
                 f"{path}: its chunks (steps, dimensions) are {other}, those of {args.policy[0]} "
                 f"{chunk_shape(first)}; compare checkpoints that have the same"
@@ -593,7 +594,7 @@ def make_page(args: argparse.Namespace) -> str:
         f"{len(prompts)} prompts, {args.samples} completions each at temperature 1, {args.mode}, "
         f"seed {args.seed}: {words}."
     ]
-    if any(prompt.chunk is not None for prompt in prompts):
+    if with_actions:
         sentences += [
             "Action tokens: green up to the first wrong one, which is red. Curves: a cell for each "
             "action dimension, blue decoded, grey dashes the target.",
@@ -637,10 +638,11 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--out {out}: no page; name it .html")
     if len(set(args.policy)) < len(args.policy):
         raise ValueError("--policy: a checkpoint is named twice; name each once")
-    model.quiet_libraries()
-    text = make_page(args)
+    if out.is_dir():
+        raise ValueError(f"--out {out}: a folder; name a file in it")
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text)
+    model.quiet_libraries()
+    out.write_text(make_page(args), encoding="utf-8")
     print(f"{out}: {out.stat().st_size / 1000:.0f} kB")
 
 
