@@ -744,4 +744,6 @@ def test_flags_of_tools_and_benchmarks_have_ranges(main, argv, tmp_path, monkeyp
     with pytest.raises(SystemExit) as stop:
         main(words)
     assert stop.value.code == 2 and not list(tmp_path.iterdir())
-    assert f"argument {words[-2]}: {words[-1]} is not" in capsys.readouterr().err
+    other_names = r"(/--\w+)?"  # --ranks is --gpus too
+    message = rf"argument {words[-2]}{other_names}: {words[-1]} is not"
+    assert re.search(message, capsys.readouterr().err)
