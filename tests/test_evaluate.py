@@ -5,6 +5,7 @@ import collections
 import json
 import multiprocessing
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
