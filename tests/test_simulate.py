@@ -568,7 +568,11 @@ def test_metaworld_records_and_evaluates(tmp_path):
     assert (first.state[0] != second.state[-1]).any()
     assert first.objects == ["red ball", "puck"] and set(first.targets) == {0}
     ball = first.object_position[:, 0]  # it stays, and the hand arrives there
-    assert (ball == ball[0]).all() and np.linalg.norm(ball[0] - first.state[-1, :3]) < 0.06
+    assert (ball == ball[0]).all()
+    # success is 0.05 m from the middle of the fingers, which the state's hand is up to 0.02 from;
+    # the bound was 0.06 once, and this very trial ends at 0.065
+    distance = np.linalg.norm(ball[0] - first.state[:, :3], axis=1)  # (T,)
+    assert distance[-1] < 0.05 + 0.02 < 0.2 < distance[0]
     args = types.SimpleNamespace(
         out=str(tmp_path / "r.json"),
         variant="a",
