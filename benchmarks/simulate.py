@@ -260,7 +260,7 @@ def film_name(group: str, task: str | int, solved: bool | int) -> str:
     return f"{group}_{task}_{'success' if solved else 'failure'}"
 
 
-def film_folder(text: str) -> str:
+def folder_for_films(text: str) -> str:
     """The value of --film; a file is refused before the hours of the first trial."""
     if Path(text).is_file():
         raise argparse.ArgumentTypeError(f"{text} is a file; name a folder")
@@ -273,7 +273,7 @@ def film_argument(add, *earlier_names: str):
         "--film",
         *earlier_names,
         dest="film",
-        type=film_folder,
+        type=folder_for_films,
         default="",
         metavar="FOLDER",
         help=f"folder for animated GIFs, with any thoughts: the first trial of {FILMED_TASKS} "
