@@ -2279,6 +2279,7 @@ def save(
         # 3. rank 0 writes the rest, and gives the folder its name
         if _rank() == 0:
             unfinished.mkdir(parents=True, exist_ok=True)
+            base = base_model("unknown")  # of modules without a backbone
             for name, part in parts.items():
                 if isinstance(part, Backbone):
                     part.net.save_pretrained(unfinished, state_dict=states[name])

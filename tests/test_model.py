@@ -736,6 +736,14 @@ def test_modules_are_saved_beside_the_backbone_and_overwritten_atomically(backbo
     assert sorted(p.name for p in tmp_path.iterdir()) == ["v"]
 
 
+def test_a_head_without_a_backbone_is_saved(tmp_path):
+    """Such parts name no base; looking for one was a NameError once, when cards were new."""
+    head = torch.nn.Linear(3, 2)
+    model.save(tmp_path / "v", {"head": head}, {"stage": "vla", "step": 1})
+    assert torch.equal(load_file(tmp_path / "v" / "head.safetensors")["weight"], head.weight)
+    assert "| base model | unknown" in (tmp_path / "v" / "README.md").read_text()
+
+
 def test_an_unfinished_checkpoint_is_not_found(tmp_path):
     (tmp_path / "step_000007.tmp").mkdir()
     assert model.latest_checkpoint(tmp_path) is None
