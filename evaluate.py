@@ -975,7 +975,8 @@ def writing_flags(add):
     )
 
 
-def action_token_flags(add):
+def episode_flags(add):
+    """Flags of what asks for actions at steps of episodes."""
     add("--data", required=True, help="folder of episodes")
     add(
         "--split",
@@ -983,13 +984,17 @@ def action_token_flags(add):
         choices=["auto", "train", "held-out", "all"],
         help="which of them; auto: held-out if the checkpoint was trained on this folder, else all",
     )
+    add("--reward", default="prefix", choices=list(grpo.REWARDS), help="measure of r_a")
+    add("--prompts", type=count, default=512, help="prompts, at random steps")
+
+
+def action_token_flags(add):
+    """Flags of `actions` alone."""
     add(
         "--action-tokenizer",
         default="",
         help="action tokenizer for checkpoints that have none (base)",
     )
-    add("--reward", default="prefix", choices=list(grpo.REWARDS), help="measure of r_a")
-    add("--prompts", type=count, default=512, help="prompts, at random steps")
     add("--samples", type=count, default=4, help="samples a prompt at temperature 1")
 
 
@@ -1025,12 +1030,22 @@ def make_parser(asked: str) -> argparse.ArgumentParser:
     command = commands.add_parser("actions", help="action tokens on prompts from episodes")
     common_flags(command.add_argument)
     writing_flags(command.add_argument)
+    episode_flags(command.add_argument)
     action_token_flags(command.add_argument)
     if asked == "actions":
         from benchmarks import rejection
 
         rejection.arguments(command.add_argument)
     command.set_defaults(run=action_tokens)
+
+    command = commands.add_parser("thought", help="what follows another thought than its own")
+    common_flags(command.add_argument)
+    writing_flags(command.add_argument)
+    episode_flags(command.add_argument)
+    if asked == "thought":
+        from benchmarks import thought
+
+        command.set_defaults(run=thought.measure)
 
     command = commands.add_parser("vqa", help="scored answers to questions")
     common_flags(command.add_argument)

@@ -623,6 +623,14 @@ def encode_thought(backbone: Backbone, text: str) -> np.ndarray:
     return np.array(ids, np.int64)
 
 
+def given_thoughts(backbone: Backbone, texts: list[str], n: int) -> list[np.ndarray]:
+    """Thoughts in words for n prompts -> their token ids; "" is a thought that says nothing.
+    ValueError for another number of them."""
+    if len(texts) != n:
+        raise ValueError(f"{len(texts)} thoughts for {n} observations; give one for each")
+    return [encode_thought(backbone, text) for text in texts]
+
+
 def with_thought(prompt: Row, thought: np.ndarray) -> Row:
     """The row goes on with a thought (t,), which is its target: the assistant's turn."""
     length = len(thought)
@@ -1060,7 +1068,8 @@ def sha256_of(pieces: Iterable[bytes | np.ndarray]) -> str:
 #   act, act_batch                 images, instruction, state -> chunks (K, A), dataset units
 #   horizon, cameras, spec         K; camera names in their order; PolicySpec, as far as known
 #   hold                           how ChunkExecutor holds still where there is no chunk; or None
-#   thoughts                       of each row of the last act_batch; None: it writes none
+#   thinks                         whether it acts after a thought
+#   thoughts                       of each row of the last act_batch; None: it has none
 #   count                          so far: chunks, forwards, seconds; of TokenPolicy retried, held;
 #                                  of a head that reads thoughts thinking (seconds), unfinished
 #   identity()                     bytes that tell it from any other policy
@@ -1199,6 +1208,7 @@ class Policy:
         self.action_dim = head.cfg.action_dim
         self.cameras = spec["cameras"]
         self.views = CameraViews(self.cameras, spec.get("image_sizes", {}))
+        self.thinks = spec.get("condition", "prompt") != "prompt"
         self.thoughts = None
         self.calls = 0
         self.count = Counter()
@@ -1237,8 +1247,8 @@ class Policy:
     ) -> np.ndarray:
         """B observations: images what `act` takes for each, states (B, S) -> (B, K, A) float32, not
         clipped. keys: a list of integers for each row, by which its noise is drawn, whatever the
-        batch. thoughts: in words, for a head that was trained on recorded ones. ValueError when
-        sizes or values do not fit."""
+        batch. thoughts: in words, for a head that was trained on recorded ones, or in place of its
+        own. ValueError when sizes or values do not fit."""
         # 1. check
         states = np.asarray(states, np.float32)
         expected_shape = (len(images), self.head.cfg.state_dim)
@@ -1262,7 +1272,7 @@ class Policy:
         noise = torch.from_numpy(self._noise(len(prompts), keys)).to(self.device)  # (B, K, A)
         # 3. thoughts, where the head reads them
         condition = self.spec.get("condition", "prompt")
-        if condition != "prompt":
+        if self.thinks:
             prompts = self._with_thoughts(prompts, thoughts)
         # 4. features, then the flow
         features = encode_prompts(self.backbone, prompts, self.device, condition)
@@ -1272,13 +1282,13 @@ class Policy:
 
     def _with_thoughts(self, prompts, given):
         """The prompts go on with the thoughts that are given, or else with the model's own."""
-        if self.writer is None:
-            if given is None or len(given) != len(prompts):
-                raise ValueError(
-                    "the head was trained on recorded thoughts and is given none here; train it "
-                    "with --thoughts own"
-                )
-            thoughts = [encode_thought(self.backbone, text) for text in given]
+        if given is not None:
+            thoughts = given_thoughts(self.backbone, given, len(prompts))
+        elif self.writer is None:
+            raise ValueError(
+                "the head was trained on recorded thoughts and is given none here; train it with "
+                "--thoughts own"
+            )
         else:
             start = time.perf_counter()
             thoughts = write_thoughts(self.writer, prompts, self.spec["max_thought"])
@@ -1339,6 +1349,7 @@ class TokenPolicy:
             self.spec["action_range"] = {"low": stats["min"], "high": stats["max"]}
         self.views = CameraViews(self.cameras, {})
         self.hold = how_to_hold_still(stats)
+        self.thinks = mode == "think"
         self.thoughts = None
         self.calls = 0
         self.count = Counter()
@@ -1372,36 +1383,45 @@ class TokenPolicy:
 
     @counted
     def act_batch(
-        self, images: list, instructions: list[str], states: np.ndarray, keys: list | None = None
+        self,
+        images: list,
+        instructions: list[str],
+        states: np.ndarray,
+        keys: list | None = None,
+        thoughts: list[str] | None = None,
     ) -> np.ndarray:
         """As Policy.act_batch. keys: a list of integers for each row, by which its retries are
-        sampled, whatever the batch; without them, by the number of the call and of the row."""
+        sampled, whatever the batch; without them, by the number of the call and of the row.
+        thoughts: in words, after which it writes the answer; without them it thinks by itself."""
         # 1. prompts
         check_instructions(instructions, images)
         prompts = []
         for row_images, instruction in zip(images, instructions, strict=True):
             views = self.views(row_images)
-            prompts.append(prompt_row(self.backbone, views, instruction, self.mode == "think"))
+            prompts.append(prompt_row(self.backbone, views, instruction, self.thinks))
+        if thoughts is not None:
+            given = given_thoughts(self.backbone, thoughts, len(prompts))
+            prompts = [with_thought(*pair) for pair in zip(prompts, given, strict=True)]
         keys = keys or [[self.calls, b] for b in range(len(prompts))]
         self.calls += 1
         # 2. answers, and again where there is no chunk yet
         shape = (len(prompts), self.horizon, self.action_dim)
         chunks = np.full(shape, np.nan, np.float32)
-        thoughts = [""] * len(prompts)
+        written = [""] * len(prompts)
         failed = list(range(len(prompts)))
         for attempt in range(self.tries):
             answers = self._write([prompts[b] for b in failed], [keys[b] for b in failed], attempt)
             action_ids = [model.parse_actions(self.backbone, ids).action_ids for ids in answers]
             chunks[failed], decodes = self.action_tokenizer.decode(action_ids)
             for b, ids in zip(failed, answers, strict=True):
-                thoughts[b] = thought_text(self.backbone, ids)
+                written[b] = thought_text(self.backbone, ids)
             failed = [b for b, is_chunk in zip(failed, decodes, strict=True) if not is_chunk]
             if attempt == 0:
                 self.count["retried"] += len(failed)
             if not failed:
                 break
         self.count["held"] += len(failed)
-        self.thoughts = thoughts if self.mode == "think" else None
+        self.thoughts = (thoughts or written) if self.thinks else None
         return chunks
 
     def _write(self, prompts, keys, attempt):

@@ -839,17 +839,32 @@ def make_trials(
     return [Trial(*trial, size) for trial in single[local] + chained[local]]
 
 
+THOUGHTS = ("own", "removed", "swapped", "true")  # choices of --thought
+
+
+def given_thought(trial: Trial, kind: str) -> str:
+    """What a policy is told in place of its own thought: nothing ("removed"), the expert's thought
+    here ("true") or in a random other scene, the same one in each run ("swapped")."""
+    from benchmarks import tabletop_data  # it imports this module
+
+    if kind == "removed":
+        return ""
+    env = trial.env
+    if kind == "swapped":
+        env = tabletop_data.random_state(np.random.default_rng([6, *trial.noise_key()]))
+    return tabletop_data.thought(env, env.expert()[1])
+
+
 def drive(
     policy,
     trials: list[Trial],
     batch: int,
     execute: int = 0,
     ensemble: float = 0.0,
-    tell_thoughts: bool = False,
+    thought: str = "own",
 ):
     """Run all trials to their ends: a round is one batched forward and `execute` steps of each.
-    tell_thoughts: the policy is given the expert's, as a head that was trained on recorded ones."""
-    from benchmarks.tabletop_data import thought as expert_thought  # it imports this module
+    thought: one of THOUGHTS, what the policy thinks."""
     from vla import ChunkExecutor  # not above: to make data takes no torch
 
     progress = tqdm(total=len(trials), desc="trials", disable=None)
@@ -866,13 +881,12 @@ def drive(
             texts = [obs["instruction"] for obs in seen]
             keys = [trial.noise_key() for trial in together]
             given = {}
-            if tell_thoughts:
-                envs = [trial.env for trial in together]
-                given["thoughts"] = [expert_thought(env, env.expert()[1]) for env in envs]
+            if thought != "own":
+                given["thoughts"] = [given_thought(trial, thought) for trial in together]
             chunks = policy.act_batch(images, texts, states, keys=keys, **given)  # (B, K, A)
             thoughts = policy.thoughts or [None] * len(together)
-            for trial, text, chunk, thought in zip(together, texts, chunks, thoughts, strict=True):
-                trial.act(executors[trial](chunk, text), thought)
+            for trial, text, chunk, words in zip(together, texts, chunks, thoughts, strict=True):
+                trial.act(executors[trial](chunk, text), words)
         progress.update(sum(trial.done for trial in active))
         active = [trial for trial in trials if not trial.done]
     progress.close()
@@ -888,6 +902,12 @@ def arguments(add):
         type=natural,
         default=0,
         help=f"image side, pixels; 0: as in training, {SIDE} for an old checkpoint",
+    )
+    add(
+        "--thought",
+        default="own",
+        choices=THOUGHTS,
+        help="in place of the policy's own: none, that of a random other scene, the expert's",
     )
     film_argument(add, "--gif")  # its earlier name
 
@@ -918,6 +938,8 @@ def name_of_film(trial: Trial) -> str:
 def evaluate(policy, args, local: slice) -> Outcome:
     """`evaluate.py tabletop`: this process's share of trials and chains, and films of the first
     ones in args.film."""
+    if args.thought != "own" and not policy.thinks:
+        raise ValueError(f"--thought {args.thought}: {args.policy} reads no thought in this mode")
     check_policy(policy, ["image"], STATE_DIM, ACTION_NAMES)
     height, width = image_sizes(policy, args.size, SIDE)["image"]
     if height != width:
@@ -926,8 +948,10 @@ def evaluate(policy, args, local: slice) -> Outcome:
     for trial in trials:
         if args.film and is_among_first(trial):
             trial.film = Film(FILM_FPS)
-    tell_thoughts = policy.spec.get("thoughts") == "recorded"
-    drive(policy, trials, args.batch, args.execute, args.ensemble, tell_thoughts)
+    thought = args.thought
+    if thought == "own" and policy.spec.get("thoughts") == "recorded":
+        thought = "true"  # a head that was trained on recorded ones writes none
+    drive(policy, trials, args.batch, args.execute, args.ensemble, thought)
     results = []
     chain_lengths = []
     for trial in trials:

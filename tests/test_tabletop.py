@@ -672,5 +672,31 @@ def test_a_head_of_recorded_thoughts_is_told_the_experts():
     policy = Thinker()
     trials = short_trials()
     want = [td.thought(trial.env, trial.env.expert()[1]) for trial in trials]
-    tt.drive(policy, trials, batch=8, execute=3, tell_thoughts=True)
+    tt.drive(policy, trials, batch=8, execute=3, thought="true")
     assert policy.told[0] == want and len(policy.told) == 2
+
+
+def test_another_thought_than_its_own():
+    """Removed: it says nothing. Swapped: of another scene, the same in any batch and each time."""
+    told = {}
+    for batch in (8, 1):
+        for kind in ("own", "removed", "swapped"):
+            policy = Thinker()
+            trials = short_trials()
+            tt.drive(policy, trials, batch=batch, execute=3, thought=kind)
+            told[kind, batch] = policy.told
+    assert told["own", 8] == [None, None]
+    assert told["removed", 8] == [["", ""]] * 2
+    together = [text for texts in told["swapped", 8] for text in texts]
+    assert together == [text for texts in told["swapped", 1] for text in texts]
+    assert len(set(together)) == 4
+    assert all(td.parse_thought(text) is not td.UNREADABLE for text in together)
+    trial = short_trials()[0]
+    assert together[0] != td.thought(trial.env, trial.env.expert()[1])
+
+
+def test_a_policy_without_thoughts_is_given_none():
+    policy = types.SimpleNamespace(thinks=False)
+    args = types.SimpleNamespace(thought="true", policy="runs/x")
+    with pytest.raises(ValueError, match="--thought true: runs/x reads no thought in this mode"):
+        tt.evaluate(policy, args, slice(None))

@@ -88,6 +88,20 @@ def test_tokens_become_the_chunk_they_mean_in_both_modes(monkeypatch, backbone):
         assert policy.count["seconds"] > 0 == policy.count["retried"]
 
 
+def test_it_answers_after_a_thought_that_is_given(monkeypatch, backbone):
+    """The prompt goes on with it, so that the model writes the answer alone; "" says nothing."""
+    answer, chunk = answer_of(backbone, 3)
+    asked = script(monkeypatch, backbone, [answer, answer], [answer])
+    policy = vla.TokenPolicy(backbone, "think")
+    told = ["the cup is right", ""]
+    chunks = policy.act_batch([VIEW] * 2, ["go"] * 2, np.zeros((2, 0)), thoughts=told)
+    assert np.array_equal(chunks, [chunk, chunk]) and policy.thoughts == told
+    assert asked[0].prompts[0].endswith("<think>the cup is right</think>")
+    assert asked[0].prompts[1].endswith("<think></think>")
+    with pytest.raises(ValueError, match="1 thoughts for 2 observations; give one for each"):
+        policy.act_batch([VIEW] * 2, ["go"] * 2, np.zeros((2, 0)), thoughts=["one"])
+
+
 def test_what_does_not_decode_is_tried_again_and_then_holds_still(monkeypatch, backbone):
     """Row 0 decodes at once, row 1 at the third answer, row 2 never: too few tokens, none, no end
     of its thought. Tags may be missing around tokens that decode."""

@@ -947,8 +947,11 @@ def test_recorded_thoughts_condition_the_head(data, thoughtful, tmp_path, monkey
     other = policy.act_batch(images, instructions, states, [[0]] * 3, ["a", "b", "left"])
     assert np.allclose(given[:2], other[:2], atol=1e-4) and not np.allclose(given[2], other[2])
     assert policy.thoughts == ["a", "b", "left"]
-    for thoughts in (None, ["a"]):
-        with pytest.raises(ValueError, match="recorded thoughts and is given none here; train it"):
+    for thoughts, message in (
+        (None, "recorded thoughts and is given none here; train it"),
+        (["a"], "1 thoughts for 3 observations; give one for each"),
+    ):
+        with pytest.raises(ValueError, match=message):
             policy.act_batch(images, instructions, states, thoughts=thoughts)
 
 

@@ -1,0 +1,204 @@
+"""What follows another thought: thoughts replaced and edited, and two models by script, one that
+does what its thought says and one that does not care."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import untrained
+
+import evaluate
+import model
+import sft
+import vla
+from benchmarks import tabletop_data, thought
+from benchmarks.tabletop import SUITES
+from benchmarks.thought import EDITS, REPLACEMENTS, Known, Scene
+from fast_tokenizer import FastTokenizer, write_episodes
+
+TEXT = "The red cube is at f2. The gripper is at e5, high, open. Now reach: right 9, back 13, open."
+SCENE = Scene(
+    np.array([0.0, 0.03, 0.1]),
+    {
+        "red cube": np.array([0.09, -0.10, 0.02]),
+        "plate": np.array([0.10, -0.12, 0.0]),  # in the same direction
+        "blue ball": np.array([-0.12, 0.10, 0.02]),
+        "button": np.array([0.005, 0.03, 0.0]),  # under the hand: no direction
+    },
+)
+
+
+def test_each_thought_stands_for_another_once():
+    thoughts = [str(i) for i in range(9)]
+    swapped = thought.others(thoughts, np.random.default_rng(0))
+    assert sorted(swapped) == thoughts
+    assert all(a != b for a, b in zip(thoughts, swapped, strict=True))
+    assert thought.others([], np.random.default_rng(0)) == []
+
+
+def test_replacements():
+    backbone = model.load(untrained.folder("tiny-vlm"))
+    known = Known(TEXT, "another", "the true one")
+    given = {}
+    for name, replace in REPLACEMENTS.items():
+        given[name] = replace(known, np.random.default_rng(0), backbone)
+    assert (given["kept"], given["removed"]) == (TEXT, "")
+    assert (given["swapped"], given["true"]) == ("another", "the true one")
+    length = thought.token_count(backbone, TEXT)
+    assert set(given["blank"]) <= {".", " "} and length == thought.token_count(
+        backbone, given["blank"]
+    )
+    assert TEXT.startswith(given["half"])
+    assert thought.token_count(backbone, given["half"]) == length // 2
+    assert sorted(given["shuffled"].split()) == sorted(TEXT.split())
+    assert given["shuffled"] != TEXT
+
+
+def edited(name):
+    own = tabletop_data.parse_thought(TEXT)
+    edit = EDITS[name](own, SCENE, np.random.default_rng(0))
+    return edit and (thought.in_words(edit.thought), edit.turn.round(2).tolist())
+
+
+def test_edits_by_hand():
+    """The blue ball is 12 cm to the left and 7 to the front of the hand, of length 13.9; the way to
+    the red cube is (9, -13), of length 15.8. The turn is the difference of the two unit vectors."""
+    assert thought.in_words(tabletop_data.parse_thought(TEXT)) == TEXT
+    assert edited("left-right") == (TEXT.replace("right 9", "left 9"), [-1, 0, 0, 0, 0, 0, 0])
+    assert edited("back-front") == (TEXT.replace("back 13", "front 13"), [0, 1, 0, 0, 0, 0, 0])
+    assert edited("down-up") is None, "it says nothing of up and down"
+    assert edited("fingers") == (TEXT.replace("13, open", "13, close"), [0, 0, 0, 0, 0, 0, 1])
+    turn = [-1.43, 1.33, 0, 0, 0, 0, 0]
+    assert edited("object") == (TEXT.replace("red cube", "blue ball"), turn)
+    assert edited("cell") == (TEXT.replace("f2", "b7"), turn)
+    both = TEXT.replace("red cube is at f2", "blue ball is at b7")
+    assert edited("object+cell") == (both, turn)
+    whole = both.replace("right 9, back 13", "left 12, front 7")
+    assert edited("object+cell+move") == (whole, turn)
+
+
+def test_an_edit_that_says_nothing_is_none():
+    own = tabletop_data.parse_thought(TEXT)
+    rng = np.random.default_rng(0)
+    near = own._replace(move=(2, -2, 0))
+    assert EDITS["left-right"](near, SCENE, rng) is None
+    assert EDITS["object"](own._replace(phase="grasp"), SCENE, rng) is None
+    assert EDITS["object"](own._replace(target="green cube"), SCENE, rng) is None
+    alone = Scene(SCENE.hand, {name: SCENE.places[name] for name in ("red cube", "plate")})
+    assert EDITS["cell"](own, alone, rng) is None
+
+
+# ---- The whole, with models by script ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("thought")
+    recordings = [tabletop_data.demonstration(suite, 0, 3, 0.0) for suite in SUITES]
+    write_episodes(folder / "episodes", recordings)
+    return folder / "episodes"
+
+
+def measured(monkeypatch, data, out, obeys):
+    """The metrics of a model that thinks the truth and then moves as its thought says, or, if it
+    does not obey, always to the right."""
+    backbone = model.load(untrained.folder("tiny-vlm"))
+    rng = np.random.default_rng(0)
+    chunks = rng.uniform(-1, 1, (300, 5, 7)).astype(np.float32)
+    unit = {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mean": [0.0] * 7, "std": [1.0] * 7}
+    backbone.action_tokenizer = FastTokenizer.fit(chunks, 128, scale=4, stats=unit)
+    sft.grow_vocabulary(backbone, backbone.action_tokenizer.vocab_size)
+    monkeypatch.setattr(model, "load", lambda *args, **kwargs: backbone)
+
+    def action(text):
+        parsed = tabletop_data.parse_thought(text)
+        if not obeys or parsed is tabletop_data.UNREADABLE:
+            return [1, 0, 0, 0, 0, 0, 1]
+        move = np.array(parsed.move) / max(np.abs(parsed.move).max(), 1)
+        return [*move, 0, 0, 0, 1 if parsed.fingers == "close" else -1]
+
+    def generate(backbone, rows, n=1, *args, keys, **kwargs):
+        texts = []
+        for row, key in zip(rows, keys, strict=True):
+            prompt = backbone.tokenizer.decode(row["ids"])
+            own = "" if "<think>" in prompt.split("assistant")[-1] else TRUE[key]
+            words = own or prompt.rpartition("<think>")[2].partition("</think>")[0]
+            chunk = np.tile(action(words), (1, 5, 1)).astype(np.float32)
+            answer = model.action_answer(backbone.action_tokenizer.encode(chunk)[0])
+            texts.append((f"<think>{own}</think>" if own else "") + answer + "<|im_end|>")
+        ids = [backbone.tokenizer.encode(text) for text in texts]
+        longest = max(map(len, ids), default=0)
+        padded = [row + [backbone.vocab.pad] * (longest - len(row)) for row in ids]
+        mask = [[1] * len(row) + [0] * (longest - len(row)) for row in ids]
+        return {"ids": torch.tensor(padded), "mask": torch.tensor(mask)}
+
+    draw = evaluate.draw_prompts
+    TRUE = {}
+
+    def draw_prompts(*args):
+        prompts = draw(*args)
+        for key, (episode, step) in zip(prompts.keys, prompts.steps, strict=True):
+            TRUE[key] = episode.thoughts[step]
+        return prompts
+
+    monkeypatch.setattr(evaluate, "draw_prompts", draw_prompts)
+    monkeypatch.setattr(model, "generate", generate)
+    argv = ["thought", "--policy", "x", "--data", str(data), "--prompts", "40", "--out", str(out)]
+    evaluate.main([*argv, "--max-new-tokens", "64"])
+    return json.loads(out.read_text())["arms"]["policy"]
+
+
+def test_a_model_that_obeys_its_thought(monkeypatch, data, tmp_path):
+    variant = measured(monkeypatch, data, tmp_path / "r.json", obeys=True)
+    metrics = variant["metrics"]
+    for name in EDITS:
+        said = metrics[f"edited {name} follows"]
+        moves = name in ("left-right", "back-front", "down-up", "fingers", "object+cell+move")
+        assert said["mean"] == (1 if moves else 0) and said["n"] > 2, name
+        assert metrics[f"edited {name} before"]["mean"] == 0
+    assert metrics["given kept changed"]["mean"] == metrics["given true changed"]["mean"] == 0
+    assert metrics["given kept moved"]["mean"] == 0
+    for name in ("removed", "blank", "half", "shuffled"):
+        assert metrics[f"given {name} changed"]["mean"] > 0.5, name
+        assert metrics[f"given {name} l1"]["mean"] > metrics["given kept l1"]["mean"]
+    assert len(variant["paired"]["given swapped r_a"]) == 40
+
+
+def test_a_model_that_does_not_care(monkeypatch, data, tmp_path):
+    metrics = measured(monkeypatch, data, tmp_path / "r.json", obeys=False)["metrics"]
+    for name in REPLACEMENTS:
+        assert metrics[f"given {name} changed"]["mean"] == 0
+        assert metrics[f"given {name} decodes"]["mean"] == 1
+    for name in EDITS:
+        before = metrics[f"edited {name} before"]
+        assert metrics[f"edited {name} follows"] == before
+
+
+def test_other_worlds_keep_the_replacements(monkeypatch, data, tmp_path, capsys):
+    """Their thoughts cannot be taken apart, and without recorded ones none is true."""
+    recordings = []
+    for seed in range(2):
+        arrays, header = tabletop_data.demonstration("goal", 1, seed, 0.0)
+        recordings.append((arrays, {**header, "source": "elsewhere"}))
+    write_episodes(tmp_path / "episodes", recordings)
+    metrics = measured(monkeypatch, tmp_path / "episodes", tmp_path / "r.json", True)["metrics"]
+    assert "edits: left out" in capsys.readouterr().out
+    assert "given true r_a" in metrics and not any(name.startswith("edited") for name in metrics)
+
+
+def test_the_answer_after_its_own_thought_is_its_own():
+    """A real tiny model goes on from what it wrote, given back to it, as it did at once."""
+    backbone = model.load(untrained.folder("tiny-vlm"))
+    image = np.full((64, 64, 3), 90, np.uint8)
+    row = model.encode(backbone, model.action_prompt("go", True), [image], prompt_only=True)
+    whole = model.generate(backbone, [row], 1, 24, greedy=True)["ids"][0]
+    given = vla.with_thought(row, whole[:10].numpy())
+    rest = model.generate(backbone, [given], 1, 14, greedy=True)["ids"][0]
+    assert len(whole) == 24 and torch.equal(rest, whole[10:])
+
+
+def test_a_model_without_actions(data, tmp_path):
+    args = ["thought", "--policy", untrained.folder("tiny-vlm"), "--data", str(data)]
+    with pytest.raises(ValueError, match="no action tokenizer; give a checkpoint of sft or grpo"):
+        evaluate.main([*args, "--out", str(tmp_path / "r.json")])
