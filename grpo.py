@@ -78,6 +78,8 @@ class Config:
     group: Count = 8  # completions a prompt (G)
     max_new_tokens: Count = 96  # longest completion
     temperature: Positive = 1.0  # of sampling and of the log-probabilities in the loss
+    thought: str = "own"  # before an answer: own, none, or filler (full stops, not sampled)
+    filler: Count = 44  # tokens of a filler thought; SFT's own have so many on Tabletop
     dynamic_sampling: Natural = 0  # rounds of fresh prompts for groups with equal rewards (DAPO)
     max_pixels: Natural = 0  # larger images are shrunk to so many pixels; 0: as the backbone says
     # reward and objective
@@ -198,13 +200,16 @@ def shuffled_places(seed: int, source: int, n: int, epoch: int) -> list[int]:
 
 
 def prompt_rows(
-    backbone: Backbone, sources: list[Source], picks: Sequence[Pick]
+    backbone: Backbone, sources: list[Source], picks: Sequence[Pick], cfg: Config
 ) -> tuple[list[Row], list[Target]]:
-    """Thinking prompts -> rows, targets. No picks, no prompts: a rank may have none."""
+    """Prompts, as --thought asks -> rows, targets. No picks, no prompts: a rank may have none."""
     rows, targets = [], []
     for s, i in picks:
-        sample = sources[s].question(i, think=True)
+        sample = sources[s].question(i, think=cfg.thought != "none")
         row = model.encode_sample(backbone, sample, prompt_only=True)
+        if cfg.thought == "filler":
+            filler = model.filler_thought(backbone, cfg.filler)
+            row = model.with_thought(row, model.encode_thought(backbone, filler))
         rows.append(row | {"sample_id": sample.sample_id})
         targets.append(target_of(sources[s], i))
     return rows, targets
@@ -655,8 +660,8 @@ def reward(
     """r = (r_f + r_a) / 2 in [0, 1] (2603.21341, "Reward").
 
     token_ids: N sampled sequences, without padding. targets: N lists of action ids, or what answers
-    in words are scored by. kind: one of REWARDS, of actions. think=False scores direct answers
-    (evaluate.py), where r_f asks for no thought.
+    in words are scored by. kind: one of REWARDS, of actions. think=False scores answers
+    without a thought of their own, of which r_f asks for none.
     -> r (N,) float64, and {"r_f", "r_a", "tags", "markers", "decodes"}: (N,) float64 each, the last
     two 0 for words."""
     if kind not in REWARDS:
@@ -985,7 +990,9 @@ def rollout(
         token_ids.append(ids[mask].tolist())
     # 3. and 4. score, compare within groups
     repeated_targets = [target for target in targets for _ in range(G)]
-    r, diagnostics = reward(backbone, token_ids, repeated_targets, cfg.reward)
+    r, diagnostics = reward(
+        backbone, token_ids, repeated_targets, cfg.reward, think=cfg.thought == "own"
+    )
     by_group = torch.tensor(r, dtype=torch.float32).view(-1, G)
     advantages, zero_std = advantage(by_group, cfg.advantage)
     of_tokens = [a.expand(len(ids)) for a, ids in zip(advantages.flatten(), token_ids, strict=True)]
@@ -1090,7 +1097,7 @@ def replace_zero_std_groups(backbone, cfg, sources, weights, groups, prompt_numb
         # other shuffles, so a row may come again, and keys that no step reaches: other samples
         numbers = [prompt_numbers[i] for i in places]
         picks = draw_prompts(cfg.seed, sources, weights, numbers, again)
-        rows, targets = prompt_rows(backbone, sources, picks)
+        rows, targets = prompt_rows(backbone, sources, picks, cfg)
         keys = [number + (again << 40) for number in numbers]
         fresh, fresh_sums, _ = rollout(backbone, cfg, rows, targets, keys, cfg.seed, cfg.group)
         for i, group in zip(places, fresh, strict=True):
@@ -1299,7 +1306,7 @@ def held_out_prompts(
             f"--eval-every {cfg.eval_every}: no row to ask is held out; raise --holdout-rows or "
             "--eval-prompts, or give --eval-every 0"
         )
-    return prompt_rows(backbone, sources, picks[dist.rank :: dist.world_size])
+    return prompt_rows(backbone, sources, picks[dist.rank :: dist.world_size], cfg)
 
 
 def evaluate(
@@ -1343,6 +1350,7 @@ def check_config(cfg: Config) -> None:
         "advantage": ("grpo", "drgrpo"),
         "credit": ("all", "prefix"),
         "reward": tuple(REWARDS),
+        "thought": ("own", "none", "filler"),
     }
     for name, allowed in choices.items():
         value = getattr(cfg, name)
@@ -1454,7 +1462,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prompt_numbers = range(first_number, first_number + cfg.prompts)
         local_numbers = prompt_numbers[dist.rank :: dist.world_size]
         picks = draw_prompts(cfg.seed, sources, weights, local_numbers)
-        rows, targets = prompt_rows(backbone, sources, picks)
+        rows, targets = prompt_rows(backbone, sources, picks, cfg)
 
         # 2. to 4. sample, score, compare within groups
         with model.unsharded(backbone.net):

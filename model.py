@@ -223,6 +223,7 @@ SPECIAL_TOKENS = [
     "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
 ]  # fmt: skip
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
+THINK_END = TAGS[1]
 SYSTEM_PROMPT = "You are a helpful assistant."  # Qwen2.5-VL opens with it, Qwen3-VL with nothing
 
 
@@ -578,6 +579,37 @@ def encode(
         "positions": mrope_positions(ids, grid, backbone.vocab.image, spec.merge),
         "pixels": np.concatenate([pixels for pixels, _ in fitted]) if fitted else None,
         "grid": grid,
+    }
+
+
+def encode_thought(backbone: Backbone, text: str) -> np.ndarray:
+    """A thought in words -> its token ids (t,), <think> and </think> among them, which follow the
+    thinking prompt. ValueError for text that stands for an image."""
+    check_messages([{"content": text}], 0)
+    ids = backbone.tokenizer.encode(f"<think>{text}{THINK_END}", add_special_tokens=False)
+    return np.array(ids, np.int64)
+
+
+def filler_thought(backbone: Backbone, length: int) -> str:
+    """Full stops, `length` tokens of them: a thought that says nothing and takes as long.
+    ValueError where the tokenizer joins them."""
+    for stop in (".", " ."):
+        text = stop * length
+        if len(backbone.tokenizer.encode(text, add_special_tokens=False)) == length:
+            return text
+    raise ValueError("the tokenizer joins full stops, so that no filler has a length of its own")
+
+
+def with_thought(prompt: Row, thought: np.ndarray) -> Row:
+    """The prompt goes on with a thought (t,), which is its target: the assistant's turn."""
+    length = len(thought)
+    first = prompt["positions"].max() + 1  # text counts on in time, row and column
+    positions = np.tile(np.arange(first, first + length), (3, 1))
+    return {
+        **prompt,
+        "ids": np.concatenate([prompt["ids"], thought]),
+        "target": np.pad(prompt["target"], (0, length), constant_values=True),
+        "positions": np.concatenate([prompt["positions"], positions], axis=1),
     }
 
 

@@ -89,7 +89,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import model
-from model import Backbone, Dist, Row
+from model import THINK_END, Backbone, Dist, Row, encode_thought, with_thought
 
 # ---- Config --------------------------------------------------------------------------------------
 
@@ -572,9 +572,7 @@ class FlowHead(nn.Module):
 
 # ---- Thoughts ------------------------------------------------------------------------------------
 #
-# A thought is a list of token ids that follow the thinking prompt, <think> and </think> among them.
-
-THINK_END = "</think>"
+# A thought is a list of token ids, see model.encode_thought().
 
 
 def write_thoughts(backbone: Backbone, prompts: list[Row], max_thought: int) -> list[np.ndarray]:
@@ -616,32 +614,12 @@ def thought_text(backbone: Backbone, token_ids: Sequence[int]) -> str:
     return text.partition("<think>")[2].partition(THINK_END)[0].strip()
 
 
-def encode_thought(backbone: Backbone, text: str) -> np.ndarray:
-    """A thought in words -> its token ids (t,). ValueError for text that stands for an image."""
-    model.check_messages([{"content": text}], 0)
-    ids = backbone.tokenizer.encode(f"<think>{text}{THINK_END}", add_special_tokens=False)
-    return np.array(ids, np.int64)
-
-
 def given_thoughts(backbone: Backbone, texts: list[str], n: int) -> list[np.ndarray]:
     """Thoughts in words for n prompts -> their token ids; "" is a thought that says nothing.
     ValueError for another number of them."""
     if len(texts) != n:
         raise ValueError(f"{len(texts)} thoughts for {n} observations; give one for each")
     return [encode_thought(backbone, text) for text in texts]
-
-
-def with_thought(prompt: Row, thought: np.ndarray) -> Row:
-    """The row goes on with a thought (t,), which is its target: the assistant's turn."""
-    length = len(thought)
-    first = prompt["positions"].max() + 1  # text counts on in time, row and column
-    positions = np.tile(np.arange(first, first + length), (3, 1))
-    return {
-        **prompt,
-        "ids": np.concatenate([prompt["ids"], thought]),
-        "target": np.pad(prompt["target"], (0, length), constant_values=True),
-        "positions": np.concatenate([prompt["positions"], positions], axis=1),
-    }
 
 
 def frame_thoughts(

@@ -41,15 +41,8 @@ class Known(NamedTuple):
 
 def blank(known: Known, rng, backbone: Backbone) -> str:
     """Full stops, as many tokens as the own thought has."""
-    length = token_count(backbone, known.own)
-    for filler in (".", " ."):
-        if token_count(backbone, filler * length) == length:
-            return filler * length
-    raise ValueError("the tokenizer joins full stops, so that no text is as long as a thought")
-
-
-def token_count(backbone: Backbone, text: str) -> int:
-    return len(backbone.tokenizer.encode(text, add_special_tokens=False))
+    ids = backbone.tokenizer.encode(known.own, add_special_tokens=False)
+    return model.filler_thought(backbone, len(ids))
 
 
 def half(known: Known, rng, backbone: Backbone) -> str:
@@ -230,7 +223,7 @@ def answer_after(
     if not prompts.rows:  # a rank may have none
         return []
     given = vla.given_thoughts(backbone, thoughts, len(prompts.rows))
-    rows = [vla.with_thought(*pair) for pair in zip(prompts.rows, given, strict=True)]
+    rows = [model.with_thought(*pair) for pair in zip(prompts.rows, given, strict=True)]
     answers = evaluate.complete(backbone, prompts._replace(rows=rows), 1, True, args)
     completions = []
     for thought, answer in zip(given, answers, strict=True):

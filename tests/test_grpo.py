@@ -686,7 +686,7 @@ def test_prompts_match_their_targets(backbone, world):
     files = source.episodes
     ends = source.ends.tolist()
     picks = [grpo.Pick(0, i) for i in (0, ends[0] - 1, ends[0], ends[1])]
-    rows, targets = grpo.prompt_rows(backbone, [source], picks)
+    rows, targets = grpo.prompt_rows(backbone, [source], picks, grpo.Config())
     encode = backbone.action_tokenizer.encode
     assert targets[0] == encode(files[0].action[None, :K])[0]
     assert targets[1] == encode(files[0].action[None, -K:])[0]  # the last
@@ -697,7 +697,35 @@ def test_prompts_match_their_targets(backbone, world):
     assert np.array_equal(rows[2]["pixels"], pixels)
     assert rows[2]["sample_id"] == f"{files[1]}:0"
     with pytest.raises(IndexError):  # 12 steps begin a whole chunk
-        grpo.prompt_rows(backbone, [source], [grpo.Pick(0, 12)])
+        grpo.prompt_rows(backbone, [source], [grpo.Pick(0, 12)], grpo.Config())
+
+
+def test_controls_of_the_thought(backbone, world, monkeypatch):
+    """--thought none asks for a direct answer, filler gives full stops to go on from; of both a
+    right answer without a thought of its own earns all, and --thought own nothing for it."""
+    source = model.EpisodeDataset(world / "data", backbone.action_tokenizer)
+    own, none, filler = (
+        grpo.prompt_rows(backbone, [source], [grpo.Pick(0, 3)], cfg)
+        for cfg in (
+            grpo.Config(),
+            grpo.Config(thought="none"),
+            grpo.Config(thought="filler", filler=7),
+        )
+    )
+    assert own[1] == none[1] == filler[1], "the target"
+    texts = [backbone.tokenizer.decode(rows[0]["ids"]) for rows, _ in (own, none, filler)]
+    assert texts[1] == texts[0].replace(model.THINK, model.DIRECT) != texts[0]
+    assert texts[2] == texts[0] + "<think>.......</think>"
+    assert len(filler[0][0]["ids"]) == len(own[0][0]["ids"]) + 7 + 2
+
+    answer = ids_of(backbone, model.action_answer(own[1][0]) + "<|im_end|>")
+    ids = torch.tensor([answer, answer])
+    samples = {"ids": ids, "mask": torch.ones_like(ids), "logp": torch.zeros(ids.shape)}
+    monkeypatch.setattr(model, "generate", lambda *args, **flags: samples)
+    for thought, worth in (("own", 0), ("none", 1), ("filler", 1)):
+        cfg = grpo.Config(thought=thought)
+        _, sums, _ = grpo.rollout(backbone, cfg, *own, [0], 0, 2)
+        assert sums["reward"] == [2 * worth, 2], thought
 
 
 def test_grpo_raises_the_reward(monkeypatch):
@@ -705,7 +733,7 @@ def test_grpo_raises_the_reward(monkeypatch):
     backbone = make_backbone()
     wanted = ids_of(backbone, "e")[0]
 
-    def contains(backbone, ids, targets, kind):
+    def contains(backbone, ids, targets, kind, think):
         r = np.array([float(wanted in i) for i in ids])
         return r, dict.fromkeys(("r_f", "r_a", "tags", "markers", "decodes"), r)
 
@@ -765,7 +793,9 @@ def mixed(world, questions, out, *more):
 
 def test_questions_as_prompts(backbone, questions):
     source = model.ConversationDataset(questions, backbone.action_tokenizer, 4)
-    rows, targets = grpo.prompt_rows(backbone, [source], [grpo.Pick(0, i) for i in range(4)])
+    rows, targets = grpo.prompt_rows(
+        backbone, [source], [grpo.Pick(0, i) for i in range(4)], grpo.Config()
+    )
     for i, row in enumerate(rows):
         text = backbone.tokenizer.decode(row["ids"])
         assert f"{i}?\n{model.THINK}" in text and "<answer>" not in text.partition(model.THINK)[2]
@@ -907,7 +937,7 @@ def test_presets_of_rl_in_words_run_on_tabletops_questions(preset, world, tmp_pa
     assert sorted(both[0] + both[1]) == sorted(kinds)
 
 
-def spread_rewards(backbone, ids, targets, kind="prefix"):
+def spread_rewards(backbone, ids, targets, kind="prefix", think=True):
     """Untrained rollouts all earn 0; here groups differ within, but for those of some targets."""
     r = np.array([sum(i) % 5 / 5 * (len(t) % 2) for i, t in zip(ids, targets, strict=True)])
     return r, dict.fromkeys(("r_f", "r_a", "tags", "markers", "decodes"), r)

@@ -11,7 +11,6 @@ import untrained
 import evaluate
 import model
 import sft
-import vla
 from benchmarks import tabletop_data, thought
 from benchmarks.tabletop import SUITES
 from benchmarks.thought import EDITS, REPLACEMENTS, Known, Scene
@@ -45,12 +44,14 @@ def test_replacements():
         given[name] = replace(known, np.random.default_rng(0), backbone)
     assert (given["kept"], given["removed"]) == (TEXT, "")
     assert (given["swapped"], given["true"]) == ("another", "the true one")
-    length = thought.token_count(backbone, TEXT)
-    assert set(given["blank"]) <= {".", " "} and length == thought.token_count(
-        backbone, given["blank"]
-    )
+
+    def length_of(text):
+        return len(backbone.tokenizer.encode(text, add_special_tokens=False))
+
+    length = length_of(TEXT)
+    assert set(given["blank"]) <= {".", " "} and length == length_of(given["blank"])
     assert TEXT.startswith(given["half"])
-    assert thought.token_count(backbone, given["half"]) == length // 2
+    assert length_of(given["half"]) == length // 2
     assert sorted(given["shuffled"].split()) == sorted(TEXT.split())
     assert given["shuffled"] != TEXT
 
@@ -193,7 +194,7 @@ def test_the_answer_after_its_own_thought_is_its_own():
     image = np.full((64, 64, 3), 90, np.uint8)
     row = model.encode(backbone, model.action_prompt("go", True), [image], prompt_only=True)
     whole = model.generate(backbone, [row], 1, 24, greedy=True)["ids"][0]
-    given = vla.with_thought(row, whole[:10].numpy())
+    given = model.with_thought(row, whole[:10].numpy())
     rest = model.generate(backbone, [given], 1, 14, greedy=True)["ids"][0]
     assert len(whole) == 24 and torch.equal(rest, whole[10:])
 

@@ -745,7 +745,7 @@ def rows_with_thoughts(backbone):
     rows = []
     for instruction, words in zip((*TASKS, "go"), WORDS, strict=True):
         prompt = vla.prompt_row(backbone, [VIEW], instruction, True)
-        rows.append(vla.with_thought(prompt, vla.encode_thought(backbone, words)))
+        rows.append(model.with_thought(prompt, model.encode_thought(backbone, words)))
     return rows
 
 
@@ -939,7 +939,7 @@ def test_recorded_thoughts_condition_the_head(data, thoughtful, tmp_path, monkey
     lengths = []
     for step in range(LENGTHS[1]):
         words = f"step {step} " + "on " * (step % 3)
-        lengths.append(len(vla.encode_thought(policy.backbone, words)))
+        lengths.append(len(model.encode_thought(policy.backbone, words)))
     assert stored["length"].tolist() == lengths and stored["features"].shape[1] == max(lengths)
     assert policy.writer is None and len(policy.backbone.net.model.language_model.layers) == 3
     images, instructions, states = observations(data)
