@@ -398,6 +398,20 @@ def random_state(rng, size: int = 64, tilt: float = 0.0) -> Tabletop:
     return env
 
 
+def demonstrated_state(rng, size: int = 64, tilt: float = 0.0) -> Tabletop:
+    """A scene on the expert's way to the end of a random task, each of its steps as likely. What
+    demonstrations are made of: a random_state() is never late in a task of two goals."""
+    env = Tabletop(pick(rng, SUITES), size, tilt)
+    env.place(int(rng.integers(10)), int(rng.integers(1 << 40)), "train")
+    chosen = env
+    for seen in range(1, env.limit + 1):
+        if rng.random() < 1 / seen:  # so each of those seen is the one chosen with 1 / seen
+            chosen = env.clone()
+        if env.advance(env.expert()[0]):
+            break
+    return chosen
+
+
 class Turn(NamedTuple):
     kind: str
     question: Question
@@ -564,12 +578,14 @@ TRIES = 200  # states that are drawn for a chunk
 
 
 def make_thought_action(args, number: int) -> str:
-    """A line of thought_actions.jsonl: a thought followed by the expert's next actions.
+    """A line of thought_actions.jsonl: a thought followed by the expert's next actions; every other
+    one from a demonstrated_state(), the rest from a random_state(), which may be off the way.
 
     Not in the paper's data, see sft.py."""
     rng = np.random.default_rng([5, args.seed, number])
+    draw = demonstrated_state if number % 2 else random_state
     for _ in range(TRIES):  # again where a task is done before the chunk is
-        env = random_state(rng, args.size, args.tilt)
+        env = draw(rng, args.size, args.tilt)
         image = env.render()
         _, plan = env.expert()
         text = f"Instruction: {env.instruction}\n{ACTION_QUESTION}"

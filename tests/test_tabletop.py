@@ -439,7 +439,8 @@ def test_thought_actions_end_with_the_task(tmp_path):
     args = argparse.Namespace(seed=0, size=16, tilt=0.0, horizon=12, out=tmp_path)
     ended_early = 0
     for number in range(40):
-        env = td.random_state(np.random.default_rng([5, 0, number]), args.size)
+        rng = np.random.default_rng([5, 0, number])
+        env = (td.demonstrated_state if number % 2 else td.random_state)(rng, args.size)
         expected = []
         is_done = False
         while len(expected) < 12 and not is_done:
@@ -450,6 +451,22 @@ def test_thought_actions_end_with_the_task(tmp_path):
         assert (chunk[: len(expected)] == expected) == (len(expected) == 12)  # else another state
         ended_early += len(expected) < 12
     assert ended_early > 2  # the case is among them
+
+
+def test_demonstrated_states_are_of_all_steps_alike():
+    """random_state() stops within 30 steps, before the second goal of a task of two."""
+    steps = {"short": [], "long": []}
+    late = 0
+    for number in range(400):
+        env = td.demonstrated_state(np.random.default_rng([8, number]), 16)
+        done = env.steps
+        while not env.advance(env.expert()[0]):
+            pass
+        steps["long" if env.suite == "long" else "short"].append((done + 0.5) / env.steps)
+        late += done >= 30
+    for shares in steps.values():  # uniform in 0 .. 1: mean 1/2, std 0.289 / sqrt(n)
+        assert abs(np.mean(shares) - 0.5) < 3 * 0.289 / len(shares) ** 0.5
+    assert late > 20
 
 
 def test_grid_of_questions_and_ways_to_answer_is_covered():
