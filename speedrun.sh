@@ -15,7 +15,7 @@ case ${QUICK:-0} in
     DATA=${DATA:-data/speedrun}
     RESULT=results/speedrun.json
     preset=speedrun
-    train_data=(--episodes 1600 --conversations 6000 --thought-actions 12000)
+    train_data=(--episodes 1600 --conversations 6000 --thought-actions 24000)
     test_data=(--episodes 120)
     sft=(speedrun)  # a preset of the stage, and what differs from it
     grpo=(speedrun)
@@ -34,7 +34,7 @@ case ${QUICK:-0} in
     test_data=(--episodes 40)
     sft=(speedrun --steps 240)
     grpo=(speedrun --steps 12)
-    head=(speedrun --steps 200)
+    head=(speedrun --steps 200 --max-episodes 100)
     held_out=(--prompts 128)
     trials=(--trials 1 --chains 10)
     suites_of_tokens=goal

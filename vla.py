@@ -160,7 +160,7 @@ class Config:
 PRESETS = {
     "tabletop": {},
     "speedrun": {
-        "stride": 2, "horizon": 5, "vl_layers": 0, "future_tokens": 0,
+        "condition": "thought-only", "stride": 4, "horizon": 5, "vl_layers": 0, "future_tokens": 0,
         "steps": 2200, "lr": 4e-3, "muon": True, "save_every": 0,
     },
     "paper": {
