@@ -64,13 +64,16 @@ def arguments(add):
     add("--task", default="", help="the instruction, where that folder has several")
     add("--trajectories", type=count, default=20, help="of one task, the first so many")
     add("--classes", type=count, default=8, help="segments of progress")
-    add("--stride", type=count, default=1, help="every so manieth frame of a trajectory")
+    add("--stride", type=count, default=1, help="take every so-many-th frame")
     add("--think", action="store_true", help="with the prompt that asks for a thought")
     add("--axes", default="", help="what the state means, .json; empty: by the episodes' source")
     add("--batch", type=count, default=64, help="prompts a forward")
 
 
 # ---- Trajectories --------------------------------------------------------------------------------
+
+
+LEAST = 3  # trajectories: some to learn from, others to choose by, others to tell of
 
 
 class Frames(NamedTuple):
@@ -87,10 +90,11 @@ class Frames(NamedTuple):
 
 
 def frames_of(episodes: list[EpisodeFile], stride: int) -> Frames:
-    """ValueError when there are too few to learn from some, choose by others, test on others."""
-    if len(episodes) < 3:
+    """ValueError when there are too few."""
+    if len(episodes) < LEAST:
         raise ValueError(
-            f"{episodes[0].path.parent}: {len(episodes)} trajectories, a probe needs 3; record more"
+            f"{episodes[0].path.parent}: {len(episodes)} trajectories, a probe needs {LEAST}; "
+            "record more"
         )
     steps = [np.arange(0, len(episode), stride) for episode in episodes]
     trajectory = np.repeat(np.arange(len(episodes)), [len(of_one) for of_one in steps])
@@ -155,8 +159,8 @@ def pooled_features(backbone: model.Backbone, prompts: list[model.Row], device) 
 def read_inputs(
     backbone: model.Backbone, frames: Frames, args, dist: model.Dist
 ) -> dict[str, np.ndarray]:
-    """-> {"layer 0 mean", "layer 0 last", ...: features (N, D); "state": (N, S), each dimension
-    divided by its standard deviation; "pixels": (N, 768)}. Ranks share the forwards."""
+    """-> {"layer 0 mean", "layer 0 last", ...: features (N, D); "state": (N, S), standardised;
+    "pixels": (N, 768) in [0, 1]}. Ranks share the forwards."""
     # 1. features
     local_frames = range(len(frames.step))[evaluate.local_share(dist)]
     local_features = []  # (L + 1, 2, D) each
@@ -214,9 +218,10 @@ class Target(NamedTuple):
 
 
 def one_hot(labels: list[str]) -> tuple[np.ndarray, list[str]]:
-    """Labels (N,), "" where none is known -> (N, C), the C classes in the order of their names."""
+    """Labels (N,), "" where none is known -> (N, C), the C classes in the order of their names; of
+    no label at all (N, 1), NaN."""
     classes = sorted(set(labels) - {""})
-    values = np.full((len(labels), len(classes)), np.nan)
+    values = np.full((len(labels), max(len(classes), 1)), np.nan)
     for row, label in zip(values, labels, strict=True):
         if label:
             row[:] = [label == name for name in classes]
@@ -270,8 +275,8 @@ PHASE = re.compile(r"\bNow ([a-z ]+):")  # as benchmarks.tabletop_data.plan_word
 
 def phases(episode: EpisodeFile) -> list[str]:
     """What the expert is doing at each step (T,), by its thought; "" where that does not say."""
-    found = [PHASE.search(thought) for thought in episode.thoughts]
-    return [match.group(1) if match else "" for match in found]
+    matches = [PHASE.search(thought) for thought in episode.thoughts]
+    return [match.group(1) if match else "" for match in matches]
 
 
 def displacements(episode: EpisodeFile, position: Sequence[int], metres: float) -> np.ndarray:
@@ -293,8 +298,7 @@ def read_targets(frames: Frames, args) -> tuple[list[Target], list[str]]:
     # 1. progress
     segments = progress(episodes, args.classes)
     alone = sum(not of_one[0] for of_one in segments)
-    if alone < len(episodes):
-        targets.append(Target("progress", *one_hot(frames.take(segments).tolist())))
+    targets.append(Target("progress", *one_hot(frames.take(segments).tolist())))
     if alone:
         missing.append(
             f"progress of {alone} of {len(episodes)} trajectories: the only ones of their tasks"
@@ -303,10 +307,7 @@ def read_targets(frames: Frames, args) -> tuple[list[Target], list[str]]:
     if all(episode.thoughts is not None for episode in episodes):
         labels = frames.take([phases(episode) for episode in episodes]).tolist()
         values, classes = one_hot(labels)
-        if classes:
-            targets.append(Target("phase", values, classes))
-        else:
-            missing.append('phase: no thought says "Now PHASE:"')
+        targets.append(Target("phase", values, classes))
     else:
         missing.append("phase: these recordings hold no thoughts")
     # 3. displacement
@@ -324,14 +325,8 @@ def read_targets(frames: Frames, args) -> tuple[list[Target], list[str]]:
 # ---- Probes --------------------------------------------------------------------------------------
 
 NEIGHBOURS = 5
-STRENGTHS = (
-    1e-4,
-    1e-3,
-    1e-2,
-    1e-1,
-    1.0,
-)  # of ridge, a row; chosen by a fold of those to learn from
 FOLDS = 5
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of ridge, among which a fold chooses
 
 
 def unit_length(values: np.ndarray) -> np.ndarray:
@@ -423,17 +418,17 @@ def r2_intervals(
     told: np.ndarray, true: np.ndarray, trajectory: np.ndarray
 ) -> dict[str, evaluate.Interval]:
     """(N, 3) told and true -> R2 of all frames, 1 - squared errors / squared distances from the
-    mean, of each axis and (" ") their mean. Intervals: bootstrap over trajectories, as
+    mean, of each axis (" x") and ("") their mean. Intervals: bootstrap over trajectories, as
     evaluate.bootstrap()."""
     # 1. sums of each trajectory
     error = np.square(told - true)  # (N, 3)
     spread = np.square(true - true.mean(0))
-    names = np.unique(trajectory)
-    errors = np.array([error[trajectory == g].sum(0) for g in names])  # (G, 3)
-    spreads = np.array([spread[trajectory == g].sum(0) for g in names])
+    known = np.unique(trajectory)
+    errors = np.array([error[trajectory == g].sum(0) for g in known])  # (G, 3)
+    spreads = np.array([spread[trajectory == g].sum(0) for g in known])
     # 2. of all, and of trajectories drawn anew
     r2 = 1 - errors.sum(0) / spreads.sum(0)  # (3,)
-    drawn = np.random.default_rng(0).integers(0, len(names), (2000, len(names)))
+    drawn = np.random.default_rng(0).integers(0, len(known), (2000, len(known)))
     r2_drawn = 1 - errors[drawn].sum(1) / spreads[drawn].sum(1)  # (2000, 3)
     # 3. each axis, and their mean
     columns = {axis: (r2[i], r2_drawn[:, i]) for i, axis in enumerate((" x", " y", " z"))}
@@ -441,7 +436,7 @@ def r2_intervals(
     intervals = {}
     for name, (mean, resampled) in columns.items():
         low, high = (float(end) for end in np.quantile(resampled, [0.025, 0.975]))
-        intervals[name] = {"mean": float(mean), "low": low, "high": high, "n": len(names)}
+        intervals[name] = {"mean": float(mean), "low": low, "high": high, "n": len(known)}
     return intervals
 
 
@@ -452,22 +447,29 @@ class Scores(NamedTuple):
     paired: dict[str, list[float]]  # of features, which models differ in: of each trajectory
 
 
-def score(scores: Scores, told: np.ndarray, target: Target, trajectory, name: str, place: str):
+def score(
+    scores: Scores,
+    told: np.ndarray,
+    target: Target,
+    trajectory: np.ndarray,
+    name: str,
+    input_name: str,
+):
     """Adds to scores what was told of the known frames of a target (N, C). The metrics are called
-    `name place`: of classes the accuracy; of numbers R2 (`name x place` of an axis), and the mean
-    distance in cm (`name cm place`)."""
+    `name input_name`: of classes the accuracy; of numbers R2 (`name x input_name` of an axis), and
+    the mean distance in cm (`name cm input_name`)."""
     if target.classes:
         right = told.argmax(1) == target.values.argmax(1)
-        measured = {f"{name} {place}": right}
+        measured = {f"{name} {input_name}": right}
     else:
         distance = np.linalg.norm(told - target.values, axis=1)  # cm
-        measured = {f"{name} cm {place}": distance}
+        measured = {f"{name} cm {input_name}": distance}
         for axis, interval in r2_intervals(told, target.values, trajectory).items():
-            scores.metrics[f"{name}{axis} {place}".strip()] = interval
+            scores.metrics[f"{name}{axis} {input_name}".strip()] = interval
     for metric, values in measured.items():
         of_trajectories = by_trajectory(values, trajectory)
         scores.metrics[metric.strip()] = evaluate.bootstrap(of_trajectories)
-        if place.startswith("layer"):
+        if input_name.startswith("layer"):
             scores.paired[metric] = [round(value, 3) for value in of_trajectories]
 
 
@@ -477,83 +479,82 @@ PROBES = ("knn", "linear")
 def probe_all(
     scores: Scores, inputs: dict[str, np.ndarray], target: Target, frames: Frames, start: str
 ):
-    """Adds each probe on each input, and who sees none. start: what all metrics begin with."""
+    """Adds each probe on each input, and who sees none, and prints them. start: what the names of
+    the metrics begin with. A target that is known of too few trajectories is left out."""
+    # 1. the frames of which it is known, and which fold holds each out
     known = np.isfinite(target.values).all(1)  # (N,)
     target = target._replace(values=target.values[known])
     trajectory = frames.trajectory[known]
-    fold = folds_of([episode.task for episode in frames.episodes])[trajectory]  # (N,)
+    numbers, of_frame = np.unique(trajectory, return_inverse=True)
+    if len(numbers) < LEAST:
+        print(f"left out: {target.name}: known of {len(numbers)} trajectories, needed are {LEAST}")
+        return
+    fold = folds_of([frames.episodes[g].task for g in numbers])[of_frame]
+
+    # 2. probes
     told = most_frequent(target.values, fold)
     score(scores, told, target, trajectory, f"{start} majority {target.name}", "")
     for probe in PROBES:
-        for place, values in inputs.items():
+        for input_name, values in inputs.items():
             told = tell(probe, values[known], target.values, fold)
-            score(scores, told, target, trajectory, f"{start} {probe} {target.name}", place)
+            score(scores, told, target, trajectory, f"{start} {probe} {target.name}", input_name)
+
+    # 3. a table of their means
+    metrics = scores.metrics
+    majority = f"{start} majority {target.name}"
+    if target.classes:
+        words = f"accuracy, {len(target.classes)} classes; the most frequent one "
+        words += f"{metrics[majority]['mean']:.3f}"
+    else:
+        words = f"R2; always the mean is {metrics[f'{majority} cm']['mean']:.1f} cm off"
+    print(f"{target.name}: {words}; {len(trajectory)} frames of {len(numbers)} trajectories")
+    print(" " * 14 + "".join(f"{probe:>8s}" for probe in PROBES))
+    for input_name in inputs:
+        names = [f"{start} {probe} {target.name} {input_name}" for probe in PROBES]
+        print(f"{input_name:14s}" + "".join(f"{metrics[name]['mean']:8.3f}" for name in names))
 
 
 # ---- Command -------------------------------------------------------------------------------------
 
 
-def print_layers(scores: Scores, inputs: dict[str, np.ndarray], target: Target, start: str):
-    """A table of means: probes and pools downwards, layers to the right, then the raw inputs."""
-    known = np.isfinite(target.values).all(1).sum()
-    metric = f"{start} majority {target.name}"
-    if target.classes:
-        words = f"accuracy over {len(target.classes)} classes, the most frequent one "
-        words += f"{scores.metrics[metric]['mean']:.3f}"
-    else:
-        words = f"R2; always the mean: {scores.metrics[f'{metric} cm']['mean']:.1f} cm off"
-    print(f"{target.name}: {words}; {known} frames, {scores.metrics[metric]['n']} trajectories")
-    layers = len([name for name in inputs if name.startswith("layer")]) // len(POOLS)
-    print(" " * 12, *[f"{layer:6d}" for layer in range(layers)], " state", "pixels")
-    for probe in PROBES:
-        for pool in POOLS:
-            places = [*[f"layer {layer} {pool}" for layer in range(layers)], "state", "pixels"]
-            means = [scores.metrics[f"{start} {probe} {target.name} {p}"]["mean"] for p in places]
-            print(f"{probe:6s} {pool:5s}", *[f"{mean:6.3f}" for mean in means])
-
-
 def measure(args):
     """`evaluate.py probe`.
 
-    1. the model, and the trajectories of many tasks and of one
-    2. of each: inputs and targets; probes of all inputs on all targets"""
-    # 1. the model, and the trajectories of many tasks and of one
+    1. the model   2. trajectories of many tasks and of one, and what is to be told of them
+    3. of either: features; each probe of each target"""
+    # 1. the model
     started = time.time()
+    if args.task and not args.one_task:
+        raise ValueError("--task names one of the tasks in a folder; give that by --one-task")
     dist = evaluate.start_ranks(args)
     backbone = model.load(args.policy, args.device, vla.compute_dtype(args.device))
     backbone.net.eval()
-    many, words = evaluate.episodes_to_ask(backbone, args.data, args.split)
-    lines = [f"many tasks: {words}"]
-    parts = [("many tasks", many)]
-    if args.one_task:
-        several, words = evaluate.episodes_to_ask(backbone, args.one_task, args.split)
-        one = trajectories_of_one_task(several, args.task, args.trajectories)
-        lines.append(f"one task: {len(one)} trajectories of {one[0].task!r}, from {words}")
-        parts.append(("one task", one))
-    elif args.task:
-        raise ValueError("--task names one of the tasks in a folder; give that by --one-task")
-    else:
-        lines.append(f"one task: left out; give --one-task, recorded as by {RECORD}")
-    if dist.rank == 0:
-        print("\n".join(lines))
 
-    # 2. of each: inputs and targets; probes of all inputs on all targets
+    # 2. trajectories of many tasks and of one, and what is to be told of them
+    episodes, words = evaluate.episodes_to_ask(backbone, args.data, args.split)
+    frames = frames_of(episodes, args.stride)
+    targets, missing = read_targets(frames, args)
+    parts = [(frames, targets)]
+    lines = [f"many tasks: {words}"]
+    if args.one_task:
+        episodes, words = evaluate.episodes_to_ask(backbone, args.one_task, args.split)
+        episodes = trajectories_of_one_task(episodes, args.task, args.trajectories)
+        frames = frames_of(episodes, args.stride)
+        segments = frames.take(progress(episodes, args.classes)).tolist()
+        parts.append((frames, [Target("one-task", *one_hot(segments))]))
+        lines.append(f"one task: {len(episodes)} of {episodes[0].task!r}, from {words}")
+    else:
+        missing.append(f"one-task: give --one-task a folder, recorded as by {RECORD}")
+    if dist.rank == 0:
+        print("\n".join([*lines, *[f"left out: {line}" for line in missing]]))
+
+    # 3. of either: features; each probe of each target
     start = "think probe" if args.think else "probe"
     scores = Scores({}, {})
-    for part, episodes in parts:
-        frames = frames_of(episodes, args.stride)
+    for frames, targets in parts:
         inputs = read_inputs(backbone, frames, args, dist)
-        if dist.rank > 0:
-            continue
-        if part == "one task":
-            segments = frames.take(progress(episodes, args.classes)).tolist()
-            targets = [Target("one-task", *one_hot(segments))]
-        else:
-            targets, missing = read_targets(frames, args)
-            for line in missing:
-                print(f"left out: {line}")
-        for target in targets:
-            probe_all(scores, inputs, target, frames, start)
-            print_layers(scores, inputs, target, start)
+        if dist.rank == 0:
+            for target in targets:
+                probe_all(scores, inputs, target, frames, start)
     if dist.rank == 0:
         evaluate.write_metrics(scores.metrics, scores.paired, args, started, way=start)

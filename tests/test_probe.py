@@ -90,6 +90,7 @@ def test_displacement_and_phase_by_hand():
     values, classes = probe.one_hot(probe.phases(known))
     assert classes == ["let go", "reach"]
     np.testing.assert_array_equal(values, [[0, 1], [1, 0], [np.nan, np.nan]])
+    np.testing.assert_array_equal(probe.one_hot(["", ""])[0], [[np.nan], [np.nan]])
 
 
 def test_phase_of_tabletop_is_what_its_own_parser_reads():
@@ -253,8 +254,8 @@ def test_the_command_measures_every_layer(data, tmp_path, capsys):
     evaluate.main(argv(data, out, *one, "--think"))
     evaluate.main(argv(data, out))
     printed = capsys.readouterr().out
-    assert f"one task: 4 trajectories of '{task}'" in printed
-    assert "one task: left out; give --one-task" in printed and "left out: " not in printed
+    assert f"one task: 4 of '{task}'" in printed
+    assert printed.count("left out: ") == 1 and "left out: one-task: give --one-task" in printed
     variant = json.loads(out.read_text())["arms"]["base"]
     metrics = variant["metrics"]
     for start in ("probe", "think probe"):
@@ -295,16 +296,29 @@ def test_what_was_not_recorded_is_left_out(data, tmp_path, capsys):
     for episode in fast_tokenizer.read_episodes(data)[::2]:
         frames = np.stack([episode.frame(t) for t in range(len(episode))])
         arrays = {"image": frames, "state": episode.state, "action": episode.action}
-        bare.append((arrays, {"task": f"task {len(bare) // 3}", "fps": "5", "source": "a lab"}))
+        header = {"task": f"task {len(bare) // 3}", "fps": "5", "source": "a lab"}
+        if len(bare) < 2:
+            header["thoughts"] = json.dumps(["Now reach: open."] * len(episode))
+        else:
+            header["thoughts"] = json.dumps(["Hm."] * len(episode))
+        bare.append((arrays, header))
     fast_tokenizer.write_episodes(tmp_path / "bare", bare)
     evaluate.main(argv(tmp_path / "bare", tmp_path / "r.json"))
     printed = capsys.readouterr().out
-    assert "left out: phase: these recordings hold no thoughts" in printed
+    assert "left out: phase: known of 2 trajectories, needed are 3" in printed
     assert "left out: displacement: these recordings do not say" in printed
     assert "left out: progress of 1 of 4 trajectories: the only ones of their tasks" in printed
     metrics = json.loads((tmp_path / "r.json").read_text())["arms"]["base"]["metrics"]
     assert {name.split()[2] for name in metrics} == {"progress"}
     assert metrics["probe majority progress"]["n"] == 3
+
+
+def test_thoughts_and_places_that_are_missing_are_named():
+    frames = probe.frames_of([episode("a", np.eye(4))] * 3, 1)
+    targets, missing = probe.read_targets(frames, argparse.Namespace(classes=2, axes=""))
+    assert [target.name for target in targets] == ["progress"]
+    assert missing[0] == "phase: these recordings hold no thoughts"
+    assert missing[1].startswith("displacement: these recordings do not say")
 
 
 def test_what_cannot_be_probed_is_one_line(data, tmp_path):

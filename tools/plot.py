@@ -255,13 +255,13 @@ class Layers(NamedTuple):
 
 def layers_of(variants: dict[str, dict]) -> list[Layers]:
     """The panels that variants (name -> metrics) have numbers of: of k-NN, then linear."""
-    found = set()
+    panels = set()
     for metrics in variants.values():
         for match in map(PROBE.fullmatch, metrics):
             if match:
-                found.add(Layers(*match.groups()))
+                panels.add(Layers(*match.groups()))
     order = list(PROBE_WORDS)
-    return sorted(found, key=lambda panel: [order.index(word) for word in panel])
+    return sorted(panels, key=lambda panel: [order.index(word) for word in panel])
 
 
 def draw_layers(axes, panel: Layers, variants: dict[str, dict], colours: dict[str, str]) -> None:
