@@ -23,7 +23,7 @@ Wilson interval; means carry a 95% bootstrap interval over prompts or chains (2,
 
 In the order of the file: intervals, the results file, ranks, then what is measured (closed loop,
 action tokens, questions), the report, the command line. tabletop, metaworld, libero and calvin are
-modules of benchmarks/, and so are the questions; only the one that was asked for is imported. Who
+modules of benchmarks/, as are the questions and the probe; only what was asked for is imported. Who
 wants to know what a number means reads the three sections of what is measured."""
 
 import argparse

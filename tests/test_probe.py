@@ -359,5 +359,5 @@ def test_a_figure_over_the_layers(tmp_path):
     np.testing.assert_allclose(last.get_ydata(), [0.3] * 3)
     band = figure.axes[0].collections[0].get_paths()[0].vertices[:, 1]
     assert (band.min(), band.max()) == pytest.approx((0.4, 0.9))
-    assert [text.get_text() for text in figure.axes[0].texts] == ["state", "majority"]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["state", "nothing"]
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["SFT", "base"]

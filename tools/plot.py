@@ -266,9 +266,12 @@ def layers_of(variants: dict[str, dict]) -> list[Layers]:
 
 def draw_layers(axes, panel: Layers, variants: dict[str, dict], colours: dict[str, str]) -> None:
     """A solid line with 95% intervals of the mean over all tokens, a dashed one of the last token;
-    dotted what the raw inputs give, and who sees nothing."""
+    dotted what the raw inputs give, and who sees nothing. Models that are named first have thicker
+    lines, so that those of two that agree are both seen."""
+    # 1. models
     name = f"{panel.probe} {panel.target}"
-    for variant, metrics in variants.items():
+    widths = np.linspace(3.5, 1.2, len(variants))
+    for width, (variant, metrics) in zip(widths, variants.items(), strict=True):
         for pool, style in (("mean", "-"), ("last", "--")):
             values = []
             while f"{panel.start} {name} layer {len(values)} {pool}" in metrics:
@@ -280,23 +283,31 @@ def draw_layers(axes, panel: Layers, variants: dict[str, dict], colours: dict[st
             )
             layers = range(len(values))
             colour = colours[variant]
+            label = variant if pool == "mean" else None
+            axes.plot(layers, means, style, color=colour, linewidth=width, label=label)
             if pool == "mean":
-                axes.plot(layers, means, style, color=colour, marker="o", ms=3, label=variant)
-                axes.fill_between(layers, lows, highs, color=colour, alpha=0.15, linewidth=0)
-            else:
-                axes.plot(layers, means, style, color=colour, linewidth=1)
-    # the same for all models
+                axes.fill_between(layers, lows, highs, color=colour, alpha=0.12, linewidth=0)
+
+    # 2. without a backbone, the same for all models
     metrics = next(iter(variants.values()))
     raw = {
         "state": f"{name} state",
         "pixels": f"{name} pixels",
-        "majority": f"majority {panel.target}",
+        "nothing": f"majority {panel.target}",
     }
-    for words, metric in raw.items():
+    right_ends = (0.98, 0.86, 0.72)  # of the words, which may be at one height
+    for x, (words, metric) in zip(right_ends, raw.items(), strict=True):
         value = metrics.get(f"{panel.start} {metric}")
         if value:
             axes.axhline(value["mean"], color="grey", linestyle=":", linewidth=1)
-            axes.text(0, value["mean"], words, fontsize=6, color="dimgrey", va="bottom")
+            across = axes.get_yaxis_transform()
+            axes.text(
+                x, value["mean"], words, transform=across, fontsize=7, ha="right", va="bottom"
+            )
+
+    # 3. axes
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.08 * (len(variants) + 1) * (high - low))  # room for the legend
     axes.set_xlabel("layer (solid: mean of all tokens, dashed: last token)", fontsize=8)
     axes.xaxis.get_major_locator().set_params(integer=True)
 
