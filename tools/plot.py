@@ -192,7 +192,7 @@ BAR_GROUP = 0.8  # width of the bars of one metric
 
 def bars_of(variants: dict[str, dict]) -> list[Bars]:
     """The panels of BARS that they have numbers of; else, as of questions, whose metrics are named
-    by their kinds, one of all their metrics. variants: name -> metrics."""
+    by their kinds, one of all their metrics. Of the probe none. variants: name -> metrics."""
     of_all = [name for metrics in variants.values() for name in metrics]
     names = [name for name in dict.fromkeys(of_all) if "probe" not in name.split()]
     panels = [panel for panel in BARS if set(panel.metrics) & set(names)]
@@ -228,7 +228,7 @@ def draw_bars(axes, panel: Bars, variants: dict[str, dict], colours: dict[str, s
 PROBE = re.compile(
     r"((?:think )?probe) (knn|linear) (one-task|progress|phase|displacement) layer .+"
 )
-PROBE_WORDS = {
+PROBE_WORDS = {  # parts of a metric's name, in the order of panels: what titles call them
     "probe": "",
     "think probe": ", thinking prompt",
     "knn": "k-NN",
@@ -289,7 +289,9 @@ def draw_layers(axes, panel: Layers, variants: dict[str, dict], colours: dict[st
                 axes.fill_between(layers, lows, highs, color=colour, alpha=0.12, linewidth=0)
 
     # 2. without a backbone, the same for all models
-    metrics = next(iter(variants.values()))
+    of_any = {}
+    for metrics in variants.values():
+        of_any |= metrics
     raw = {
         "state": f"{name} state",
         "pixels": f"{name} pixels",
@@ -297,7 +299,7 @@ def draw_layers(axes, panel: Layers, variants: dict[str, dict], colours: dict[st
     }
     right_ends = (0.98, 0.86, 0.72)  # of the words, which may be at one height
     for x, (words, metric) in zip(right_ends, raw.items(), strict=True):
-        value = metrics.get(f"{panel.start} {metric}")
+        value = of_any.get(f"{panel.start} {metric}")
         if value:
             axes.axhline(value["mean"], color="grey", linestyle=":", linewidth=1)
             across = axes.get_yaxis_transform()
