@@ -5,6 +5,7 @@
     python evaluate.py vqa --policy assets/tiny-vlm --data data/test/conversations.jsonl
     python evaluate.py vqa|actions ... --keep-right own.jsonl   # own thoughts for the next SFT
     python evaluate.py blind --train D/train.jsonl --data D/test.jsonl   # answers without images
+    python evaluate.py probe --policy runs/grpo --data data/test  # what its frozen features tell
     python evaluate.py metaworld|libero --policy runs/vla
     python evaluate.py tabletop --policy runs/grpo --mode think   # or direct: by its own tokens
     python evaluate.py tokens --action-tokenizer runs/fast        # the expert, through these tokens
@@ -22,7 +23,7 @@ Wilson interval; means carry a 95% bootstrap interval over prompts or chains (2,
 
 In the order of the file: intervals, the results file, ranks, then what is measured (closed loop,
 action tokens, questions), the report, the command line. tabletop, metaworld, libero and calvin are
-modules of benchmarks/, and so are the questions; only the one that was asked for is imported. Who
+modules of benchmarks/, as are the questions and the probe; only what was asked for is imported. Who
 wants to know what a number means reads the three sections of what is measured."""
 
 import argparse
@@ -1057,6 +1058,14 @@ def make_parser(asked: str) -> argparse.ArgumentParser:
         rejection.arguments(command.add_argument)
         rejection.answer_arguments(command.add_argument)
     command.set_defaults(run=vqa)
+
+    command = commands.add_parser("probe", help="what frozen features tell, layer by layer")
+    common_flags(command.add_argument)
+    if asked == "probe":
+        from benchmarks import probe
+
+        probe.arguments(command.add_argument)
+        command.set_defaults(run=probe.measure)
 
     command = commands.add_parser("blind", help="questions answered without their images")
     results_flags(command.add_argument)

@@ -524,8 +524,7 @@ def demonstration(
 
 def make_episode(args, number: int) -> tuple[int, dict[str, np.ndarray], dict[str, str]]:
     """Demonstration `number`: how many failures were dropped before it, its arrays and header."""
-    suite = SUITES[number % 4]
-    task = number // 4 % 10
+    suite, task = args.tasks[number % len(args.tasks)]
     dropped = 0
     while True:
         seed = (args.seed << 24) + (number << 4) + dropped
@@ -608,12 +607,28 @@ def make_thought_action(args, number: int) -> str:
 
 # ---- Command -------------------------------------------------------------------------------------
 
+ALL_TASKS = [(suite, task) for task in range(10) for suite in SUITES]
+
+
+def task_list(text: str) -> list[tuple[str, int]]:
+    """For `type=` of argparse: "long:0,goal:3" -> [("long", 0), ("goal", 3)]."""
+    tasks = []
+    for item in text.split(","):
+        suite, _, task = item.partition(":")
+        if not task.isdecimal() or (suite, int(task)) not in ALL_TASKS:
+            raise argparse.ArgumentTypeError(
+                f"{item!r} is no task; name them as long:0 (suites {', '.join(SUITES)}, tasks 0..9)"
+            )
+        tasks.append((suite, int(task)))
+    return tasks
+
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tabletop_data", description=__doc__)
     add = parser.add_argument
     add("--out", required=True, help="folder to write")
-    add("--episodes", type=natural, default=600, help="demonstrations, spread over the 40 tasks")
+    add("--episodes", type=natural, default=600, help="demonstrations, spread over the tasks")
+    add("--tasks", type=task_list, default=ALL_TASKS, help="of demonstrations: long:0,...; all 40")
     add("--conversations", type=natural, default=20000, help="rows of conversations.jsonl")
     add("--single", action="store_true", help="each question of a conversation in its own row")
     add("--thought-actions", type=natural, default=0, help="rows of thought_actions.jsonl")

@@ -3,18 +3,21 @@
     python -m tools.plot runs/sft runs/grpo runs/vla --out curves.png
     python -m tools.plot results/speedrun.json --out bars.svg
     python -m tools.plot runs/speedrun results/speedrun.json --out all.png
+    python -m tools.plot results/probe.json --columns 4 --out probe.png
 
 A folder of a run gives curves from its log.jsonl, a folder above several runs those of each; a
-results file of evaluate.py gives bars with 95% intervals, a colour for each model. A panel shows
-up when something has its numbers: see CURVES and BARS (a results file with none of the latter's
-shows all that it has). Of what is logged at each step a thin line
-is as it was, a thick one the mean over a twentieth of the run; held-out evaluations are dots.
+results file of evaluate.py gives bars with 95% intervals, a colour for each model; of what
+`evaluate.py probe` measured lines over the layers. A panel shows up when something has its numbers:
+see CURVES and BARS (a results file with none of the latter's shows all that it has). Of what is
+logged at each step a thin line is as it was, a thick one the mean over a twentieth of the run;
+held-out evaluations are dots.
 
-Needs matplotlib. In the order of the file: a run's log, curves, bars, the command.
+Needs matplotlib. In the order of the file: a run's log, curves, bars, layers, the command.
 """
 
 import argparse
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -189,8 +192,9 @@ BAR_GROUP = 0.8  # width of the bars of one metric
 
 def bars_of(variants: dict[str, dict]) -> list[Bars]:
     """The panels of BARS that they have numbers of; else, as of questions, whose metrics are named
-    by their kinds, one of all their metrics. variants: name -> metrics."""
-    names = list(dict.fromkeys(name for metrics in variants.values() for name in metrics))
+    by their kinds, one of all their metrics. Of the probe none. variants: name -> metrics."""
+    of_all = [name for metrics in variants.values() for name in metrics]
+    names = [name for name in dict.fromkeys(of_all) if "probe" not in name.split()]
     panels = [panel for panel in BARS if set(panel.metrics) & set(names)]
     if not panels and names:
         return [Bars("mean", {name: name.replace(" ", "\n", 1) for name in names})]
@@ -217,6 +221,97 @@ def draw_bars(axes, panel: Bars, variants: dict[str, dict], colours: dict[str, s
             axes.errorbar(places, means, below_above, fmt="none", ecolor="black", capsize=2, lw=0.8)
     axes.set_xticks(range(len(shown)), [panel.metrics[metric] for metric in shown], fontsize=8)
     axes.set_ylim(0, axes.get_ylim()[1] * (1 + 0.1 * len(variants)))  # room for the legend
+
+
+# ---- Layers --------------------------------------------------------------------------------------
+
+PROBE = re.compile(
+    r"((?:think )?probe) (knn|linear) (one-task|progress|phase|displacement) layer .+"
+)
+PROBE_WORDS = {  # parts of a metric's name, in the order of panels: what titles call them
+    "probe": "",
+    "think probe": ", thinking prompt",
+    "knn": "k-NN",
+    "linear": "linear",
+    "one-task": "progress in one task, accuracy",
+    "progress": "progress in many tasks, accuracy",
+    "phase": "phase, accuracy",
+    "displacement": "way to the target, R2",
+}
+
+
+class Layers(NamedTuple):
+    """A panel of `evaluate.py probe`: one probe of one target, layer by layer."""
+
+    start: str  # what its metrics begin with
+    probe: str
+    target: str
+
+    @property
+    def title(self) -> str:
+        words = PROBE_WORDS
+        return f"{words[self.target]}: {words[self.probe]}{words[self.start]}"
+
+
+def layers_of(variants: dict[str, dict]) -> list[Layers]:
+    """The panels that variants (name -> metrics) have numbers of: of k-NN, then linear."""
+    panels = set()
+    for metrics in variants.values():
+        for match in map(PROBE.fullmatch, metrics):
+            if match:
+                panels.add(Layers(*match.groups()))
+    order = list(PROBE_WORDS)
+    return sorted(panels, key=lambda panel: [order.index(word) for word in panel])
+
+
+def draw_layers(axes, panel: Layers, variants: dict[str, dict], colours: dict[str, str]) -> None:
+    """A solid line with 95% intervals of the mean over all tokens, a dashed one of the last token;
+    dotted what the raw inputs give, and who sees nothing. Models that are named first have thicker
+    lines, so that those of two that agree are both seen."""
+    # 1. models
+    name = f"{panel.probe} {panel.target}"
+    widths = np.linspace(3.5, 1.2, len(variants))
+    for width, (variant, metrics) in zip(widths, variants.items(), strict=True):
+        for pool, style in (("mean", "-"), ("last", "--")):
+            values = []
+            while f"{panel.start} {name} layer {len(values)} {pool}" in metrics:
+                values.append(metrics[f"{panel.start} {name} layer {len(values)} {pool}"])
+            if not values:
+                continue
+            means, lows, highs = (
+                [value[key] for value in values] for key in ("mean", "low", "high")
+            )
+            layers = range(len(values))
+            colour = colours[variant]
+            label = variant if pool == "mean" else None
+            axes.plot(layers, means, style, color=colour, linewidth=width, label=label)
+            if pool == "mean":
+                axes.fill_between(layers, lows, highs, color=colour, alpha=0.12, linewidth=0)
+
+    # 2. without a backbone, the same for all models
+    of_any = {}
+    for metrics in variants.values():
+        of_any |= metrics
+    raw = {
+        "state": f"{name} state",
+        "pixels": f"{name} pixels",
+        "nothing": f"majority {panel.target}",
+    }
+    right_ends = (0.98, 0.86, 0.72)  # of the words, which may be at one height
+    for x, (words, metric) in zip(right_ends, raw.items(), strict=True):
+        value = of_any.get(f"{panel.start} {metric}")
+        if value:
+            axes.axhline(value["mean"], color="grey", linestyle=":", linewidth=1)
+            across = axes.get_yaxis_transform()
+            axes.text(
+                x, value["mean"], words, transform=across, fontsize=7, ha="right", va="bottom"
+            )
+
+    # 3. axes
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.08 * (len(variants) + 1) * (high - low))  # room for the legend
+    axes.set_xlabel("layer (solid: mean of all tokens, dashed: last token)", fontsize=8)
+    axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def read_variants(path: Path, chosen: Sequence[str]) -> dict[str, dict]:
@@ -268,6 +363,8 @@ def figure_of(paths: Sequence[str], chosen: Sequence[str] = (), columns: int = 3
         for panel in bars_of(variants):
             title = f"{panel.title} ({path.stem})" if len(results) > 1 else panel.title
             panels.append((title, draw_bars, (panel, variants, colours)))
+        for panel in layers_of(variants):
+            panels.append((panel.title, draw_layers, (panel, variants, colours)))
     if not panels:
         raise ValueError(f"{', '.join(paths)}: no number that a panel shows")
     # 3. draw
