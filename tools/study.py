@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import os
 import shlex
 import shutil
@@ -568,12 +569,12 @@ SECONDS = {
 
 
 def steps_of(command: str) -> int:
-    """Optimizer steps of a training command; 1 of any other."""
-    words = shlex.split(command)
-    if words[0] not in TRAINING:
+    """Optimizer steps of a training command, of which the last --steps counts; 1 of any other."""
+    script, *flags = shlex.split(command)
+    if script not in TRAINING:
         return 1
-    stage = TRAINING[words[0]]
-    return model.parse_config(stage.Config, stage.PRESETS, words[1:]).steps
+    given = [value for flag, value in itertools.pairwise(flags) if flag == "--steps"]
+    return int(given[-1]) if given else TRAINING[script].PRESETS[flags[0]]["steps"]
 
 
 def seconds_a_step(kind: str, records: dict[str, dict]) -> float:
@@ -668,22 +669,22 @@ class Runner:
             earlier[number] = signal.signal(number, lambda *_: self.stop.set())
         try:
             with only_one(self.folders.runs) as lock:
-                while self.start_what_can(lock) or self.running:
+                self.start_what_can(lock)
+                while self.running:
                     self.stop.wait(0.1)
                     if self.stop.is_set():
                         self.stop_all()
                         return 128 + signal.SIGTERM
-                    self.collect()
+                    if self.collect():
+                        self.start_what_can(lock)
         finally:
             for number, handler in earlier.items():
                 signal.signal(number, handler)
         self.say_what_is_left()
         return 1 if self.failed else 0
 
-    def start_what_can(self, lock: int) -> bool:
-        """Starts stages, and takes those that cannot run any more from the waiting ones. -> whether
-        any was started."""
-        has_started = False
+    def start_what_can(self, lock: int) -> None:
+        """Starts stages, and takes those that cannot run any more from the waiting ones."""
         for stage in list(self.waiting):
             pending = {one.key for one in self.waiting} | {one.stage.key for one in self.running}
             if set(stage.inputs) & {*self.failed, *self.late, *self.blocked}:
@@ -697,11 +698,10 @@ class Runner:
             elif stage.slots <= len(self.free):
                 self.waiting.remove(stage)
                 self.start(stage, lock)
-                has_started = True
-        return has_started
 
     def log_of(self, stage: Stage) -> Path:
-        return Path(self.folders.runs) / "logs" / f"{stage.key.replace('/', '-')}.txt"
+        name = stage.key.strip("/").replace("/", "-").replace(" ", "-")
+        return Path(self.folders.runs) / "logs" / f"{name}.txt"
 
     def start(self, stage: Stage, lock: int) -> None:
         # 1. half of an output is deleted, unless the stage resumes from it
@@ -738,8 +738,10 @@ class Runner:
         minutes = estimate(stage, self.records) / 60
         say(f"started {stage.key} (about {minutes:.1f} min), log {self.log_of(stage)}")
 
-    def collect(self) -> None:
-        """Takes the stages that have ended from the running ones; their workers are free again."""
+    def collect(self) -> bool:
+        """Takes the stages that have ended from the running ones; their workers are free again. ->
+        whether there were any."""
+        before = len(self.running)
         for one in list(self.running):
             status = one.process.poll()
             if status is None:
@@ -753,6 +755,7 @@ class Runner:
             reason = f"exit {status}" if status else f"it has not written {one.stage.output}"
             log = self.log_of(one.stage)
             say(f"FAILED  {one.stage.key}: {reason}: {last_line(log)} (all of it in {log})")
+        return len(self.running) < before
 
     def record_end(self, one: Running) -> None:
         record = self.records[one.stage.key]
@@ -898,10 +901,6 @@ def main(argv: list[str] | None = None, matrix: Matrix = MATRIX) -> int:
     stale = changed(stages, records)
     if stale and not args.redo:
         raise ValueError(why_changed(stale[0], stages, records))
-    if args.dry_run:
-        records = {key: one for key, one in records.items() if key not in stale}
-    else:
-        forget(stale, stages, records)
     plan = missing(stages, records, targets_of(stages, wanted))
     check_outputs(plan, records)
     print_plan(plan, records, len(names))
@@ -909,6 +908,7 @@ def main(argv: list[str] | None = None, matrix: Matrix = MATRIX) -> int:
         return 0
 
     # 3. run it
+    forget(stale, stages, records)
     deadline = time.time() + 3600 * args.hours if args.hours else float("inf")
     return Runner(plan, records, folders, names, deadline, on_gpus).run()
 
