@@ -239,6 +239,14 @@ def test_a_changed_command_is_refused_until_redo(place, capsys):
     assert run(changed) == 0 and what_ran() == []
 
 
+def test_results_of_a_model_that_has_changed_do_not_outlive_it(place):
+    """A report of the new A and the old C would compare what does not belong together."""
+    run(small_matrix())
+    assert run(small_matrix(A="--fail now"), "--redo") == 1
+    assert evaluate.read_results("results/C_0.json")["arms"] == {}
+    assert "B" in evaluate.read_results("results/B_0.json")["arms"]
+
+
 def test_a_changed_parent_is_refused_too(place):
     """C was trained from A as it was; only C is asked for, and A's checkpoint is another now."""
     run(small_matrix(), "--only", "C")
@@ -284,9 +292,13 @@ def python_stage(key, code, folder, **more):
     return Stage(key, f"-c {shlex.quote(code)}", str(output), key, digest=key, **more)
 
 
-def runner_of(folder, stages, workers=("0", "1"), records=None, **more):
+def run_stages(folder, stages, workers=("0", "1"), records=None, **more):
+    """-> exit status, and the runner."""
     folders = Folders(str(folder / "runs"), "", str(folder / "results"))
-    return Runner(stages, {} if records is None else records, folders, list(workers), **more)
+    records = {} if records is None else records
+    runner = Runner(stages, records, folders, list(workers), **more)
+    with study.only_one(folders.runs) as lock:
+        return runner.run(lock), runner
 
 
 MEET = """
@@ -308,7 +320,8 @@ def test_two_workers_work_at_once(tmp_path):
         python_stage("a", MEET.format(mine=a, other=b), tmp_path),
         python_stage("b", MEET.format(mine=b, other=a), tmp_path),
     ]
-    assert runner_of(tmp_path, stages).run() == 0
+    status, _ = run_stages(tmp_path, stages)
+    assert status == 0
 
 
 def test_a_stage_of_two_ranks_has_both_workers(tmp_path):
@@ -328,7 +341,8 @@ def test_a_stage_of_two_ranks_has_both_workers(tmp_path):
         python_stage("c", single, tmp_path),
     ]
     # torchrun is for scripts of the pipeline, so that these run as they are
-    assert runner_of(tmp_path, stages).run() == 0
+    status, _ = run_stages(tmp_path, stages)
+    assert status == 0
 
 
 def test_each_gpu_has_its_own_stage(tmp_path):
@@ -342,7 +356,8 @@ def test_each_gpu_has_its_own_stage(tmp_path):
         python_stage(key, code.format(path=str(path)), tmp_path)
         for key, path in zip("ab", seen, strict=True)
     ]
-    assert runner_of(tmp_path, stages, ("3", "5"), on_gpus=True).run() == 0
+    status, _ = run_stages(tmp_path, stages, ("3", "5"), on_gpus=True)
+    assert status == 0
     assert sorted(path.read_text() for path in seen) == ["3", "5"]
 
 
@@ -358,8 +373,8 @@ def test_hours_start_nothing_that_would_not_end_in_time(tmp_path, capsys):
     short = python_stage("short", "", tmp_path)
     assert study.estimate(long, records) == 3000
     deadline = time.time() + 600
-    runner = runner_of(tmp_path, [long, after, short], records=records, deadline=deadline)
-    assert runner.run() == 0
+    status, runner = run_stages(tmp_path, [long, after, short], records=records, deadline=deadline)
+    assert status == 0
     assert not Path(long.output).exists() and Path(short.output).exists()
     assert runner.late == ["long"] and runner.blocked == ["after"]
     assert "1 stages not started, as they would not end in time: long" in capsys.readouterr().out
@@ -410,7 +425,8 @@ def test_half_an_output_is_deleted_before_it_is_written_again(tmp_path):
     Path(stage.output).mkdir()
     (Path(stage.output) / "half").touch()
     records = {"a": {"command": stage.command, "digest": "a", "kind": "a", "slots": 1}}
-    assert runner_of(tmp_path, [stage], records=records).run() == 0
+    status, _ = run_stages(tmp_path, [stage], records=records)
+    assert status == 0
     assert Path(stage.output).is_file()
 
 

@@ -290,20 +290,28 @@ def variant_name(name: str, head: str = "") -> str:
     return name if head in ("", "prompt") else f"{name} {head}"
 
 
+def model_named(models: list[Model], name: str) -> Model:
+    for one in models:
+        if one.name == name:
+            return one
+    names = ", ".join(one.name for one in models)
+    raise ValueError(f"no model {name}; the study has {names}")
+
+
 def checkpoint_of(models: list[Model], name: str, folders: Folders, seed: int) -> str:
-    (one,) = [other for other in models if other.name == name]
-    return f"{folders.runs}/{folder_name(name, seed)}" if one.commands else BASE
+    if model_named(models, name).commands:
+        return f"{folders.runs}/{folder_name(name, seed)}"
+    return BASE
 
 
-def ancestors(models: list[Model], name: str) -> list[str]:
-    """The model's name, its parent's, ... ValueError when there is none of that name."""
-    by_name = {one.name: one for one in models}
-    if name not in by_name:
-        raise ValueError(f"no model {name}; the study has {', '.join(by_name)}")
-    line = [name]
-    while parent := by_name[line[-1]].parent:
-        line.append(parent)
-    return line
+def with_ancestors(models: list[Model], name: str) -> list[str]:
+    """The model's name, its parent's, ..."""
+    names = [name]
+    parent = model_named(models, name).parent
+    while parent:
+        names.append(parent)
+        parent = model_named(models, parent).parent
+    return names
 
 
 def all_stages(
@@ -314,7 +322,9 @@ def all_stages(
     stages = {}
     for seed in sorted({seed for seeds in wanted.values() for seed in seeds}):
         measured = [name for name in wanted if seed in wanted[name]]
-        trained = {line for name in measured for line in ancestors(matrix.models, name)}
+        trained = set()
+        for name in measured:
+            trained.update(with_ancestors(matrix.models, name))
         places = places_of(folders, seed)
         for data in matrix.data:
             path = data.path.format(**places)
@@ -505,11 +515,18 @@ def why_changed(key: str, stages: dict[str, Stage], records: dict[str, dict]) ->
 
 
 def forget(keys: list[str], stages: dict[str, Stage], records: dict[str, dict]) -> None:
-    """Of stages to be run again: deletes what they wrote, but for results, which are replaced."""
+    """Of stages to be run again: deletes what they wrote. Results that another command would give
+    of the same model stay until they are replaced; those of a model that has changed do not."""
     for key in keys:
+        stage = stages[key]
+        of_another_parent = records[key]["command"] == stage.command
+        if not stage.variant:
+            delete(stage.output)
+        elif of_another_parent and Path(stage.output).exists():
+            results = evaluate.read_results(stage.output)
+            results["arms"].pop(stage.variant, None)
+            model.write_json(stage.output, results)
         del records[key]
-        if not stages[key].variant:
-            delete(stages[key].output)
 
 
 def delete(path: str) -> None:
@@ -596,7 +613,8 @@ def print_plan(plan: list[Stage], records: dict[str, dict], workers: int) -> Non
     for number, stage in enumerate(plan, 1):
         seconds = estimate(stage, records)
         worker_seconds += seconds * stage.slots
-        resumes = ", was begun" if stage.key in records else ""
+        is_begun = records.get(stage.key, {}).get("digest") == stage.digest
+        resumes = ", was begun" if is_begun else ""
         words = "worker" if stage.slots == 1 else "workers"
         print(
             f"{number:4d}  {stage.key:36s} {seconds / 60:6.1f} min, {stage.slots} {words}{resumes}"
@@ -660,26 +678,26 @@ class Runner:
         self.blocked: list[str] = []  # not started, as what they need has failed or is late
         self.stop = threading.Event()  # set by SIGTERM and Ctrl-C
 
-    def run(self) -> int:
-        """-> exit status: 0, 1 when a stage failed, 143 when it was stopped."""
+    def run(self, lock: int) -> int:
+        """-> exit status: 0, 1 when a stage failed, 143 when it was stopped by SIGTERM or Ctrl-C,
+        which do not end this process while it runs. lock: an open file that the stages hold too."""
         (Path(self.folders.runs) / "logs").mkdir(parents=True, exist_ok=True)
         Path(self.folders.results).mkdir(parents=True, exist_ok=True)
         earlier = {}
         for number in (signal.SIGTERM, signal.SIGINT):
             earlier[number] = signal.signal(number, lambda *_: self.stop.set())
         try:
-            with only_one(self.folders.runs) as lock:
-                self.start_what_can(lock)
-                while self.running:
-                    self.stop.wait(0.1)
-                    if self.stop.is_set():
-                        self.stop_all()
-                        return 128 + signal.SIGTERM
-                    if self.collect():
-                        self.start_what_can(lock)
+            self.start_what_can(lock)
+            while self.running and not self.stop.wait(0.1):
+                if self.collect():
+                    self.start_what_can(lock)
         finally:
+            self.stop_all()  # those that still run
             for number, handler in earlier.items():
                 signal.signal(number, handler)
+        if self.stop.is_set():
+            say("stopped; the same command goes on from here")
+            return 128 + signal.SIGTERM
         self.say_what_is_left()
         return 1 if self.failed else 0
 
@@ -768,8 +786,8 @@ class Runner:
     def stop_all(self) -> None:
         """SIGTERM to all, which save where they can; SIGKILL to those that have not ended by then.
         What is half done stays in the records as begun."""
-        say(f"stopping {', '.join(one.stage.key for one in self.running) or 'nothing'}")
         for one in self.running:
+            say(f"stopping {one.stage.key}")
             signal_group(one.process, signal.SIGTERM)
         latest = time.time() + GRACE
         for one in self.running:
@@ -782,8 +800,9 @@ class Runner:
                 self.record_end(one)
             else:
                 self.records[one.stage.key]["spent"] += round(time.time() - one.started, 1)
-        self.write_records()
-        say("stopped; the same command goes on from here")
+        if self.running:
+            self.write_records()
+        self.running = []
 
     def write_records(self) -> None:
         model.write_json(Path(self.folders.results) / "stages.json", self.records)
@@ -818,6 +837,7 @@ def signal_group(process: subprocess.Popen, number: int) -> None:
 def only_one(folder: str) -> Iterator[int]:
     """Holds a lock on a folder; the number of its open file is for the processes that share it.
     ValueError while another study, or a stage that has outlived one, holds it."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
     with open(Path(folder) / "study.lock", "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -836,15 +856,13 @@ def wanted_models(matrix: Matrix, only: str, seeds: str) -> dict[str, list[int]]
     """--only and --seeds -> the seeds of each model that is wanted. Without --seeds as many as it
     declares, from 0."""
     names = only.split(",") if only else [one.name for one in matrix.models]
+    try:
+        given = [natural(seed) for seed in seeds.split(",")] if seeds else []
+    except (ValueError, argparse.ArgumentTypeError) as e:
+        raise ValueError(f"--seeds {seeds}: {e}; give numbers, as 0,1,2") from e
     wanted = {}
     for name in names:
-        ancestors(matrix.models, name)  # says so when there is none
-        (one,) = [other for other in matrix.models if other.name == name]
-        try:
-            wanted[name] = [natural(seed) for seed in seeds.split(",")] if seeds else []
-        except (ValueError, argparse.ArgumentTypeError) as e:
-            raise ValueError(f"--seeds {seeds}: {e}; give numbers, as 0,1,2") from e
-        wanted[name] = wanted[name] or list(range(one.seeds))
+        wanted[name] = given or list(range(model_named(matrix.models, name).seeds))
     return wanted
 
 
@@ -908,9 +926,10 @@ def main(argv: list[str] | None = None, matrix: Matrix = MATRIX) -> int:
         return 0
 
     # 3. run it
-    forget(stale, stages, records)
     deadline = time.time() + 3600 * args.hours if args.hours else float("inf")
-    return Runner(plan, records, folders, names, deadline, on_gpus).run()
+    with only_one(runs) as lock:
+        forget(stale, stages, records)
+        return Runner(plan, records, folders, names, deadline, on_gpus).run(lock)
 
 
 def worker_names(wanted: int) -> tuple[list[str], bool]:
