@@ -576,7 +576,7 @@ def test_the_report_of_made_up_results(made_up, tmp_path, capsys):
 
     section = text.split("<!-- study: differences -->")[1].split("<!-- end -->")[0]
     rows = rows_of(section)
-    assert "| **0.100 [0.100, 0.100]**, p 0.0002 (0.0008) | 2 x 3 |" in rows["SFT+RL - SFT"]
+    assert "| **0.100 [0.100, 0.100]**, p 5e-05 (0.0002) | 2 x 3 |" in rows["SFT+RL - SFT"]
     # two seeds of base, SFT and SFT+RL make 3 comparisons of r_a, and one of the heads
     assert "correction over all 4 comparisons" in section
     assert "seeds 0, 1; 2 cores; the study so far took 1.0 worker hours" in section
@@ -612,7 +612,8 @@ def test_figures_hold_the_differences(made_up):
     figures = study_report.figures_of(report)
     assert list(figures) == ["differences", "heads"]
     r_a, head = figures["differences"].axes
-    assert r_a.get_title() == "greedy r_a" and head.get_title() == "head that reads: prompt, %"
+    assert r_a.get_title() == "greedy r_a"
+    assert head.get_title() == "success of the head that reads: prompt, %"
     labels = [tick.get_text() for tick in r_a.get_yticklabels()]
     assert labels == ["SFT - base", "SFT+RL - base", "SFT+RL - SFT"]
     means = [line.get_xdata()[0] for line in r_a.get_lines() if line.get_marker() == "o"]
