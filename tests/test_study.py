@@ -525,12 +525,17 @@ More prose.
 <!-- end -->
 <!-- study: matrix -->
 <!-- end -->
+<!-- study: thoughts -->
+<!-- end -->
 """
 
 
 def write_results(folder, name, seed, r_a, success=None, preset="study"):
+    metrics = {"think sampled r_f": {"mean": 0.9 + seed / 100, "low": 0, "high": 1, "n": 4}}
+    if name == "SFT":
+        metrics["given removed r_a"] = {"mean": seed / 10, "low": 0, "high": 1, "n": 4}
     variant = {
-        "metrics": {"think sampled r_f": {"mean": 0.9 + seed / 100, "low": 0, "high": 1, "n": 4}},
+        "metrics": metrics,
         "paired": {"think greedy r_a": r_a},
         "seconds": {"tabletop": {"chunk": 0.01}},
     }
@@ -588,6 +593,9 @@ def test_the_report_of_made_up_results(made_up, tmp_path, capsys):
     assert "| prompt | 75.0 [25.0, 100.0] | 0.010 | 1 x 4 |" in rows["SFT+RL"]
     rows = rows_of(text.split("<!-- study: cost -->")[1].split("<!-- end -->")[0])
     assert rows["SFT"] == "| SFT | 2,400 samples | 60.0 | 0.0 | 1.0 | 1 |"
+    section = text.split("<!-- study: thoughts -->")[1]
+    assert "| thought | SFT |\n" in section, "no column of models that were not asked"
+    assert "| given removed r_a | 0.050 (0.000 to 0.100) |" in section
 
     study.main(arguments)
     assert page.read_text() == text, "the same again"

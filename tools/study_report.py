@@ -238,19 +238,22 @@ def seeds_and_n(items: dict[int, np.ndarray]) -> str:
     return ", ".join(f"{sizes.count(size)} x {size}" for size in sorted(set(sizes)))
 
 
-def plain_cell(report: Report, name: str, metric: str, digits: int) -> str:
-    """A metric that has no values of single items: mean of the seeds, and from where to where."""
-    means = []
+def plain_cell(report: Report, name: str, metric: str, digits: int = 3) -> str:
+    """A metric that has no values of single items: mean of the seeds, and from where to where; of
+    one seed its own interval, where it has one."""
+    values = []
     for seed in report.results[name]:
         value = variant_of(report.results, name, seed, "")["metrics"].get(metric)
         if value and value["mean"] is not None:
-            means.append(value["mean"])
-    if not means:
+            values.append(value)
+    if not values:
         return "-"
-    mean = f"{np.mean(means):.{digits}f}"
-    if len(means) == 1:
-        return mean
-    return f"{mean} ({min(means):.{digits}f} to {max(means):.{digits}f})"
+    means = [value["mean"] for value in values]
+    if len(values) > 1:
+        return f"{np.mean(means):.{digits}f} ({min(means):.{digits}f} to {max(means):.{digits}f})"
+    if values[0]["low"] is None:
+        return f"{means[0]:.{digits}f}"
+    return cell(values[0], Metric(metric, metric, digits=digits))
 
 
 def models_table(report: Report) -> list[str]:
@@ -263,7 +266,7 @@ def models_table(report: Report) -> list[str]:
             continue
         row = [
             one.name,
-            plain_cell(report, one.name, "think sampled r_f", 3),
+            plain_cell(report, one.name, "think sampled r_f"),
             plain_cell(report, one.name, "think sampled distinct thoughts", 0),
         ]
         sizes = []
@@ -274,6 +277,27 @@ def models_table(report: Report) -> list[str]:
                 sizes.append(seeds_and_n(items))
         rows.append([*row, "; ".join(sizes) or "-"])
     return [*table(head, rows), "", caption(report)]
+
+
+OF_THOUGHTS = ("given ", "edited ")  # what the metrics of `evaluate.py thought` begin with
+
+
+def thoughts_table(report: Report) -> list[str]:
+    """What follows another thought than a model's own: a column for each model."""
+    metrics = {}  # in their order, each once
+    for seeds in report.results.values():
+        for file in seeds.values():
+            for variant in file["arms"].values():
+                names = [name for name in variant["metrics"] if name.startswith(OF_THOUGHTS)]
+                metrics |= dict.fromkeys(names)
+    models = list(report.results)
+    rows = []
+    for metric in metrics:
+        rows.append([metric, *[plain_cell(report, name, metric) for name in models]])
+    if not rows:
+        return []
+    words = "Several seeds: their mean (lowest to highest); one: its interval over prompts."
+    return [*table(["thought", *models], rows), "", f"{words} {caption(report)}"]
 
 
 def heads_table(report: Report) -> list[str]:
@@ -420,6 +444,7 @@ TABLES: dict[str, Callable[[Report], list[str]]] = {
     "matrix": questions_table,
     "models": models_table,
     "differences": lambda report: differences_table(report, of_heads=False),
+    "thoughts": thoughts_table,
     "heads": heads_table,
     "head differences": lambda report: differences_table(report, of_heads=True),
     "cost": cost_table,
