@@ -277,6 +277,21 @@ def test_a_failure_stays_alone_and_is_named(place, capsys):
     assert sorted(what_ran()) == ["measured A", "measured C", "runs/study/A_0", "runs/study/C_0"]
 
 
+def test_the_last_line_is_the_stages_not_torchruns(tmp_path):
+    """It was a ruler: of a run of two ranks the log goes on with how they ended."""
+    log = tmp_path / "log.txt"
+    log.write_text(
+        "step 1\rstep 2\nerror: all of them held out\nerror: all of them held out\n"
+        "W1128 18:27:15 22969 torch/distributed/elastic/multiprocessing/api.py:1028] Sending ...\n"
+        "Traceback (most recent call last):\n======\n"
+    )
+    assert study.last_line(log) == "error: all of them held out"
+    log.write_text("step 1\rstep 2\n\n")
+    assert study.last_line(log) == "step 2"
+    log.write_text("")
+    assert study.last_line(log) == "it said nothing"
+
+
 def test_a_stage_that_ends_well_without_its_output_has_failed(place, capsys):
     Path("evaluate.py").write_text("print('nothing')")
     assert run(small_matrix(), "--only", "base") == 1

@@ -246,7 +246,7 @@ class Matrix(NamedTuple):
 MATRIX = Matrix(DATA, MODELS, HEADS, MEASURES)
 
 QUICK = {  # what --quick adds to the commands of a script, or of a command of evaluate.py
-    "sft.py": "--steps 24 --probe-prompts 4 --eval-rows 8",
+    "sft.py": "--steps 24 --holdout-rows 16 --probe-prompts 4 --eval-rows 8",
     "grpo.py": "--steps 2 --prompts 8 --batch 8 --eval-prompts 8",
     "vla.py": "--steps 20 --max-episodes 40 --eval-rows 16",
     "actions": "--prompts 16",
@@ -743,7 +743,7 @@ class Runner:
         if self.on_gpus:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(slots)
         Path(stage.output).parent.mkdir(parents=True, exist_ok=True)
-        with open(self.log_of(stage), "a") as log:
+        with open(self.log_of(stage), "w") as log:
             process = subprocess.Popen(
                 launch_words(stage),
                 stdout=log,
@@ -823,8 +823,13 @@ def say(text: str) -> None:
 
 
 def last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").replace("\r", "\n").splitlines()
-    lines = [line.strip() for line in lines if line.strip()]
+    """The last line that a stage itself wrote, before torchrun's report of how its ranks ended."""
+    lines = []
+    for line in log.read_text(errors="replace").replace("\r", "\n").splitlines():
+        if "torch/distributed/elastic" in line:
+            break
+        if line.strip():
+            lines.append(line.strip())
     return lines[-1] if lines else "it said nothing"
 
 
