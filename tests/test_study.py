@@ -1,0 +1,660 @@
+"""tools/study.py: what is missing, what runs, what is refused. tools/study_report.py: statistics by
+hand, the report of made-up results. Stages are tiny scripts; no model is trained."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import evaluate
+import model
+from tools import study, study_report
+from tools.study import Data, Folders, Matrix, Model, Runner, Stage
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = Folders("runs", "data", "results")
+
+# ---- The matrix ----------------------------------------------------------------------------------
+
+
+def test_parents_are_shared_and_stand_before_what_starts_from_them():
+    wanted = {"SFT+RL": [0, 1], "language-RL": [0]}
+    stages = study.all_stages(study.MATRIX, wanted, FOLDERS, ranks=2)
+    keys = list(stages)
+    assert keys.count("SFT_0") == 1 and "data/test" in keys and "language-RL_1" not in keys
+    assert stages["SFT+RL_0"].inputs == ("data/0/train", "SFT_0")
+    assert stages["language-RL_0"].inputs == ("data/0/words", "SFT_0")
+    assert stages["SFT+RL_0 head thought"].inputs == ("SFT+RL_0", "data/0/train")
+    assert stages["SFT+RL_0 drives thought"].inputs == ("SFT+RL_0 head thought",)
+    assert stages["SFT+RL_0 actions"].inputs == ("data/test", "data/0/fast", "SFT+RL_0")
+    assert "SFT_0 actions" not in keys, "a parent that nobody asked for is not measured"
+    for number, stage in enumerate(stages.values()):
+        assert all(keys.index(other) < number for other in stage.inputs)
+    assert stages["SFT_0"].slots == 2 and stages["SFT+RL_1"].slots == 2
+    assert stages["SFT+RL_0 head prompt"].slots == 1
+    plan = study.missing(stages, {}, study.targets_of(stages, wanted))
+    for_nobody = [
+        "data/0/train/no_thoughts.jsonl",
+        "data/1/train/no_thoughts.jsonl",
+        "data/1/words",
+    ]
+    assert [stage.key for stage in plan] == [key for key in keys if key not in for_nobody]
+
+
+def test_the_rows_of_a_model_that_learns_from_its_own_are_written_first():
+    stages = study.all_stages(study.MATRIX, {"rejection": [0]}, FOLDERS, ranks=2)
+    rows = stages["rejection_0 (1 of 2)"]
+    assert rows.output == "runs/rejection_0_rows/thoughts.jsonl"
+    assert "--policy runs/SFT_0 " in rows.command and "SFT_0" in rows.inputs
+    assert stages["rejection_0"].inputs == ("rejection_0 (1 of 2)", "SFT_0", "data/0/fast")
+
+
+NOT_HERE = ("thought", "probe")  # commands of evaluate.py that other files bring
+
+
+def test_every_declared_command_is_understood():
+    """A flag that a stage does not have would come to light hours later."""
+    matrix = study.MATRIX
+    names = [one.name for one in matrix.models]
+    assert len(set(names)) == len(names)
+    for one in matrix.models:
+        assert set(one.against.split()) <= set(names) - {one.name}
+        assert set(one.heads.split()) <= set(matrix.heads)
+        assert set(one.measures.split()) <= set(matrix.measures)
+        assert not re.search(r"[\s,/_]", one.name), "names are folders, and words of commands"
+    stages = study.all_stages(matrix, {name: [0] for name in names}, FOLDERS, 2)
+    quick = study.all_stages(matrix, {"rejection": [0], "SFT+RL": [0]}, FOLDERS, 2, quick=True)
+    understood = set()
+    for stage in [*stages.values(), *quick.values()]:
+        words = shlex.split(stage.command)
+        flags = tuple(word for word in words if "/" not in word)  # paths are as good as others
+        if flags in understood:
+            continue
+        understood.add(flags)
+        if words[0] in study.TRAINING:
+            module = study.TRAINING[words[0]]
+            cfg = model.parse_config(module.Config, module.PRESETS, words[1:])
+            assert cfg.steps == study.steps_of(stage.command) > 0 and cfg.seed == 0
+        elif words[0] == "evaluate.py" and words[1] not in NOT_HERE:
+            args = evaluate.make_parser(words[1]).parse_args(words[1:])
+            assert args.seed == 0 and (not stage.variant or args.variant == stage.variant)
+
+
+def test_base_sft_and_rl_are_the_speedruns():
+    """Its data and tokenizer, and its presets without another flag."""
+    script = (ROOT / "speedrun.sh").read_text().replace("\\\n", " ")
+    for words in (
+        "--episodes 1600 --conversations 6000 --thought-actions 12000",
+        "--horizon 5 --scale 2.5 --vocab-size 64 --max-episodes 400",
+    ):
+        assert words in re.sub(r" +", " ", script)
+        assert any(words in data.command for data in study.DATA)
+    stages = study.all_stages(study.MATRIX, {"SFT+RL": [3]}, FOLDERS, ranks=2)
+    assert stages["SFT_3"].command == (
+        "sft.py speedrun --data data/3/train/conversations.jsonl:1,data/3/train/episodes:1,"
+        "data/3/train/thought_actions.jsonl:2 --init assets/tiny-vlm --out runs/SFT_3 --seed 3 "
+        "--action-tokenizer data/3/fast"
+    )
+    assert stages["SFT+RL_3"].command == (
+        "grpo.py speedrun --data data/3/train/episodes --init runs/SFT_3 --out runs/SFT+RL_3 "
+        "--seed 3"
+    )
+    assert "mixture=$DATA/train/conversations.jsonl:1,$DATA/train/episodes:1" in script
+    assert "$DATA/train/thought_actions.jsonl:2" in script
+
+
+def test_what_starts_a_stage():
+    stage = Stage("SFT_0", "sft.py speedrun --out 'a b'", "a b", "sft.py", slots=2)
+    *launcher, script, preset, flag, out, resume = study.launch_words(stage)
+    assert launcher[1:] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    assert [script, preset, flag, out, resume] == ["sft.py", "speedrun", "--out", "a b", "--resume"]
+    measure = stage._replace(command="evaluate.py vqa", slots=1)
+    assert study.launch_words(measure)[1:] == ["evaluate.py", "vqa"]
+    assert study.launch_words(stage._replace(command="awk x y"))[0] == "awk"
+
+
+# ---- Running -------------------------------------------------------------------------------------
+
+TRAIN = """
+    import pathlib, sys
+    flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+    if "--fail" in flags:
+        sys.exit("error: " + flags["--fail"])
+    out = pathlib.Path(flags["--out"])
+    out.mkdir(parents=True, exist_ok=True)
+    with open("ran.txt", "a") as log:
+        log.write(str(out) + "\\n")
+"""
+EVALUATE = """
+    import json, pathlib, sys
+    flags = dict(zip(sys.argv[2::2], sys.argv[3::2]))
+    assert pathlib.Path(flags["--policy"]).exists()
+    out = pathlib.Path(flags["--out"])
+    results = json.loads(out.read_text()) if out.exists() else {"arms": {}}
+    arm = {"metrics": {}, "paired": {}, "checkpoints": {sys.argv[1]: flags["--policy"]}}
+    results["arms"][flags["--variant"]] = arm
+    out.write_text(json.dumps(results))
+    with open("ran.txt", "a") as log:
+        log.write("measured " + flags["--variant"] + "\\n")
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with scripts that stand in for a stage and for evaluate.py; the base lies there."""
+    monkeypatch.chdir(tmp_path)
+    Path("train.py").write_text(textwrap.dedent(TRAIN))
+    Path("evaluate.py").write_text(textwrap.dedent(EVALUATE))
+    Path(study.BASE).mkdir(parents=True)
+    return tmp_path
+
+
+def small_matrix(**more_flags):
+    """base, A and B on it, C on A; more_flags: of a model's command."""
+    train = "train.py --data {test} --init {init}"  # --out stands in it, as train.py is no stage
+
+    def trained(name, parent):
+        flags = more_flags.get(name, "")
+        command = f"{train} --out {{out}} {flags}".strip()
+        return Model(name, parent, [command], "what", against=parent, measures="actions", seeds=1)
+
+    base = Model("base", "", [], "what", against="", measures="actions", seeds=1)
+    models = [base, trained("A", "base"), trained("B", "base"), trained("C", "A")]
+    data = [Data("{test}", "train.py --out {path}", "")]
+    return Matrix(data, models, {}, {"actions": "evaluate.py actions"})
+
+
+def run(matrix, *flags):
+    return study.main(["--workers", "2", "--results", "results", *flags], matrix)
+
+
+def what_ran():
+    path = Path("ran.txt")
+    lines = path.read_text().splitlines() if path.exists() else []
+    path.unlink(missing_ok=True)
+    return lines
+
+
+def test_all_runs_once_and_a_second_call_has_nothing_to_do(place, capsys):
+    assert run(small_matrix()) == 0
+    ran = what_ran()
+    assert ran[0] == "data/study/test" or "measured base" in ran[:2]
+    trained = [line for line in ran if line.startswith("runs/")]
+    assert sorted(trained) == ["runs/study/A_0", "runs/study/B_0", "runs/study/C_0"]
+    assert trained.index("runs/study/A_0") < trained.index("runs/study/C_0")
+    assert sum(line.startswith("measured") for line in ran) == 4
+    assert sorted(path.name for path in Path("results").glob("*_0.json")) == [
+        "A_0.json", "B_0.json", "C_0.json", "base_0.json",
+    ]  # fmt: skip
+    capsys.readouterr()
+    assert run(small_matrix()) == 0
+    assert what_ran() == [] and "0 stages to run" in capsys.readouterr().out
+    # whoever has the results alone has nothing to train; of what is asked anew only what it needs
+    for folder in ("A_0", "B_0", "C_0"):
+        Path("runs/study", folder).rmdir()
+    assert run(small_matrix()) == 0 and what_ran() == []
+    Path("results/C_0.json").unlink()
+    assert run(small_matrix()) == 0
+    assert what_ran() == ["runs/study/A_0", "runs/study/C_0", "measured C"]
+
+
+def test_only_some_models_with_what_they_start_from(place):
+    assert run(small_matrix(), "--only", "C", "--seeds", "2") == 0
+    assert what_ran() == [
+        "data/study/test", "runs/study/A_2", "runs/study/C_2", "measured C",
+    ]  # fmt: skip
+
+
+def test_a_dry_run_starts_nothing(place, capsys):
+    assert run(small_matrix(), "--dry-run") == 0
+    assert not Path("results").exists() and not Path("runs").exists() and what_ran() == []
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith("8 stages to run: 0.1 worker hours, about 0.1 hours on 2 workers")
+    assert re.match(r" +1  data/study/test +1.0 min, 1 worker$", lines[0])
+
+
+def test_a_changed_command_is_refused_until_redo(place, capsys):
+    run(small_matrix())
+    what_ran()
+    changed = small_matrix(A="--lr 3")
+    with pytest.raises(ValueError, match=r"^A_0: was run as `train.py .*A_0`, is now .* --redo"):
+        run(changed)
+    with pytest.raises(ValueError, match="A_0: was run as"):
+        run(changed, "--dry-run")
+    assert run(changed, "--redo", "--dry-run") == 0
+    assert "4 stages to run" in capsys.readouterr().out
+    assert what_ran() == [] and Path("runs/study/A_0").exists()
+    assert run(changed, "--redo") == 0
+    ran = what_ran()
+    assert "runs/study/B_0" not in ran and "measured base" not in ran
+    assert sorted(ran) == ["measured A", "measured C", "runs/study/A_0", "runs/study/C_0"]
+    assert run(changed) == 0 and what_ran() == []
+
+
+def test_results_of_a_model_that_has_changed_do_not_outlive_it(place):
+    """A report of the new A and the old C would compare what does not belong together."""
+    run(small_matrix())
+    assert run(small_matrix(A="--fail now"), "--redo") == 1
+    assert evaluate.read_results("results/C_0.json")["arms"] == {}
+    assert "B" in evaluate.read_results("results/B_0.json")["arms"]
+
+
+def test_a_changed_parent_is_refused_too(place):
+    """C was trained from A as it was; only C is asked for, and A's checkpoint is another now."""
+    run(small_matrix(), "--only", "C")
+    run(small_matrix(A="--lr 3"), "--only", "A", "--redo")
+    with pytest.raises(ValueError, match=r"^C_0: something that it starts from has changed \(data"):
+        run(small_matrix(A="--lr 3"), "--only", "C")
+
+
+def test_what_lies_there_already_is_not_taken_for_a_stages(place):
+    Path("runs/study/B_0").mkdir(parents=True)
+    with pytest.raises(ValueError, match="runs/study/B_0: exists, but this study has not written"):
+        run(small_matrix())
+    assert what_ran() == []
+
+
+def test_a_failure_stays_alone_and_is_named(place, capsys):
+    assert run(small_matrix(A="--fail no-luck")) == 1
+    out = capsys.readouterr().out
+    assert "FAILED  A_0: exit 1: error: no-luck (all of it in runs/study/logs/A_0.txt)" in out
+    assert "1 stages failed: A_0" in out
+    assert "3 stages not started, as what they need is not there: A_0 actions, C_0, C_0" in out
+    ran = what_ran()
+    assert {"runs/study/B_0", "measured B", "measured base"} <= set(ran)
+    assert not any("A" in line or "C" in line for line in ran)
+    # mended, it goes on with what is missing alone
+    Path("train.py").write_text(Path("train.py").read_text().replace("sys.exit", "print"))
+    assert run(small_matrix(A="--fail no-luck")) == 0
+    assert sorted(what_ran()) == ["measured A", "measured C", "runs/study/A_0", "runs/study/C_0"]
+
+
+def test_the_last_line_is_the_stages_not_torchruns(tmp_path):
+    """It was a ruler: of a run of two ranks the log goes on with how they ended."""
+    log = tmp_path / "log.txt"
+    log.write_text(
+        "step 1\rstep 2\nerror: all of them held out\nerror: all of them held out\n"
+        "W1128 18:27:15 22969 torch/distributed/elastic/multiprocessing/api.py:1028] Sending ...\n"
+        "Traceback (most recent call last):\n======\n"
+    )
+    assert study.last_line(log) == "error: all of them held out"
+    log.write_text("step 1\rstep 2\n\n")
+    assert study.last_line(log) == "step 2"
+    log.write_text("")
+    assert study.last_line(log) == "it said nothing"
+
+
+def test_a_stage_that_ends_well_without_its_output_has_failed(place, capsys):
+    Path("evaluate.py").write_text("print('nothing')")
+    assert run(small_matrix(), "--only", "base") == 1
+    assert "base_0 actions: it has not written results/base_0.json: nothing" in (
+        capsys.readouterr().out
+    )
+
+
+def python_stage(key, code, folder, **more):
+    """A stage that runs some lines of Python, and then writes its output."""
+    output = folder / key
+    code = f"{textwrap.dedent(code)}\nopen({str(output)!r}, 'w')"
+    return Stage(key, f"-c {shlex.quote(code)}", str(output), key, digest=key, **more)
+
+
+def run_stages(folder, stages, workers=("0", "1"), records=None, **more):
+    """-> exit status, and the runner."""
+    folders = Folders(str(folder / "runs"), "", str(folder / "results"))
+    records = {} if records is None else records
+    runner = Runner(stages, records, folders, list(workers), **more)
+    with study.only_one(folders.runs) as lock:
+        return runner.run(lock), runner
+
+
+MEET = """
+    import pathlib, time
+    pathlib.Path({mine!r}).touch()
+    for _ in range(1200):
+        if pathlib.Path({other!r}).exists():
+            break
+        time.sleep(0.05)
+    else:
+        raise SystemExit("alone")
+"""
+
+
+def test_two_workers_work_at_once(tmp_path):
+    """Each of two stages waits for the other; with one worker both would wait in vain."""
+    a, b = str(tmp_path / "1"), str(tmp_path / "2")
+    stages = [
+        python_stage("a", MEET.format(mine=a, other=b), tmp_path),
+        python_stage("b", MEET.format(mine=b, other=a), tmp_path),
+    ]
+    status, _ = run_stages(tmp_path, stages)
+    assert status == 0
+
+
+def test_a_stage_of_two_ranks_has_both_workers(tmp_path):
+    alone = """
+        import pathlib, time
+        busy = pathlib.Path({busy!r})
+        assert not list(busy.parent.glob("*.busy")), "somebody else works"
+        busy.touch()
+        time.sleep(0.2)
+        busy.unlink()
+    """
+    busy = [str(tmp_path / f"{number}.busy") for number in range(3)]
+    single = "import time; time.sleep(0.1)"
+    stages = [
+        python_stage("a", alone.format(busy=busy[0]), tmp_path, slots=2),
+        python_stage("b", alone.format(busy=busy[1]), tmp_path, slots=2),
+        python_stage("c", single, tmp_path),
+    ]
+    # torchrun is for scripts of the pipeline, so that these run as they are
+    status, _ = run_stages(tmp_path, stages)
+    assert status == 0
+
+
+def test_each_gpu_has_its_own_stage(tmp_path):
+    code = """
+        import os, time
+        open({path!r}, "w").write(os.environ["CUDA_VISIBLE_DEVICES"])
+        time.sleep(0.3)
+    """
+    seen = [tmp_path / "seen_a", tmp_path / "seen_b"]
+    stages = [
+        python_stage(key, code.format(path=str(path)), tmp_path)
+        for key, path in zip("ab", seen, strict=True)
+    ]
+    status, _ = run_stages(tmp_path, stages, ("3", "5"), on_gpus=True)
+    assert status == 0
+    assert sorted(path.read_text() for path in seen) == ["3", "5"]
+
+
+def test_hours_start_nothing_that_would_not_end_in_time(tmp_path, capsys):
+    """Estimates are what the study has measured of stages of the same kind."""
+
+    def record(kind, seconds):
+        return {"command": "x", "digest": "", "kind": kind, "slots": 1, "seconds": seconds}
+
+    records = {"before": record("long", 3000.0), "before too": record("short", 2.0)}
+    long = python_stage("long", "", tmp_path)
+    after = python_stage("after", "", tmp_path, inputs=("long",))
+    short = python_stage("short", "", tmp_path)
+    assert study.estimate(long, records) == 3000
+    deadline = time.time() + 600
+    status, runner = run_stages(tmp_path, [long, after, short], records=records, deadline=deadline)
+    assert status == 0
+    assert not Path(long.output).exists() and Path(short.output).exists()
+    assert runner.late == ["long"] and runner.blocked == ["after"]
+    assert "1 stages not started, as they would not end in time: long" in capsys.readouterr().out
+
+
+def test_estimates_of_training_are_by_the_step():
+    rl = Stage("x", "grpo.py speedrun --steps 240", "", "grpo.py", slots=2)
+    assert study.estimate(rl, {}) == pytest.approx(240 * 3.5)
+    done = {"command": "grpo.py speedrun", "kind": "grpo.py", "seconds": 160.0}  # of 80 steps
+    assert study.estimate(rl, {"SFT+RL_0": done}) == pytest.approx(480)
+
+
+def test_sigterm_stops_the_children_and_a_second_run_goes_on(place, capsys):
+    slow = """
+        import os, pathlib, sys, time
+        flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+        if flags["--out"].endswith("A_0"):
+            pathlib.Path("pid").write_text(str(os.getpid()))
+            time.sleep(60)
+    """
+    quick = Path("train.py").read_text()
+    Path("train.py").write_text(textwrap.dedent(slow) + quick)
+
+    def stop_when_it_runs():
+        while not (Path("pid").exists() and Path("pid").read_text()):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop_when_it_runs)
+    thread.start()
+    assert run(small_matrix(), "--only", "A") == 143
+    thread.join()
+    assert "stopping A_0" in capsys.readouterr().out
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(Path("pid").read_text()), 0)
+    records = model.read_json("results/stages.json")
+    assert "seconds" in records["data/study/test"] and "seconds" not in records["A_0"]
+    what_ran()
+    Path("train.py").write_text(quick)
+    assert run(small_matrix(), "--only", "A") == 0
+    assert what_ran() == ["runs/study/A_0", "measured A"]
+    assert "A_0" in capsys.readouterr().out.split("was begun")[0]
+    assert "spent" not in model.read_json("results/stages.json")["A_0"]
+
+
+def test_half_an_output_is_deleted_before_it_is_written_again(tmp_path):
+    stage = python_stage("a", "", tmp_path)
+    Path(stage.output).mkdir()
+    (Path(stage.output) / "half").touch()
+    records = {"a": {"command": stage.command, "digest": "a", "kind": "a", "slots": 1}}
+    status, _ = run_stages(tmp_path, [stage], records=records)
+    assert status == 0
+    assert Path(stage.output).is_file()
+
+
+def test_two_studies_do_not_run_in_one_folder(tmp_path):
+    with study.only_one(str(tmp_path)):
+        with pytest.raises(ValueError, match="a study runs there"):
+            with study.only_one(str(tmp_path)):
+                pass
+    with study.only_one(str(tmp_path)):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--only", "SFT,nobody"], "no model nobody; the study has base, A, B, C"),
+        (["--only", "A", "--seeds", "0,x"], "--seeds 0,x: .*; give numbers, as 0,1,2"),
+    ],
+)
+def test_wrong_flags_are_one_line(place, flags, words):
+    if flags[1].startswith("SFT"):
+        flags = ["--only", "A,nobody"]
+    with pytest.raises(ValueError, match=words):
+        run(small_matrix(), *flags)
+
+
+# ---- Statistics ----------------------------------------------------------------------------------
+
+
+def test_seeds_are_resampled_not_only_items():
+    """Two seeds of equal items, 0 and 1: means are 0, 0.5, 1 in 1/4, 1/2, 1/4 of the resamples. The
+    items alone, all together, would give [0.43, 0.57] of 200."""
+    estimate = study_report.hierarchical_bootstrap({0: [0.0] * 100, 1: [1.0] * 100}, 2000)
+    assert estimate.interval == {"mean": 0.5, "low": 0.0, "high": 1.0, "n": 200}
+    assert estimate.by_seed == {0: 0.0, 1: 1.0}
+    assert estimate.p == pytest.approx(2 * 0.25, abs=0.05), "a quarter is at 0 or below"
+
+
+def test_items_are_resampled_within_a_seed():
+    """One seed: the plain bootstrap, whose interval is mean +- 1.96 s / sqrt(N)."""
+    items = np.random.default_rng(1).normal(0.1, 1, 400)
+    interval = study_report.hierarchical_bootstrap({0: items}, 8000).interval
+    half = 1.96 * items.std() / 20
+    assert interval["low"] == pytest.approx(items.mean() - half, abs=0.01)
+    assert interval["high"] == pytest.approx(items.mean() + half, abs=0.01)
+
+
+def test_variances_of_seeds_and_items_add():
+    """S seeds whose means have variance a, N items of variance b each: a resampled mean has
+    variance (a + b / N) / S, with a and b those of the sample itself."""
+    rng = np.random.default_rng(2)
+    by_seed = {seed: rng.normal(seed / 2, 3, 50) for seed in range(4)}
+    means = np.array([items.mean() for items in by_seed.values()])
+    b = np.mean([items.var() for items in by_seed.values()])
+    sd = np.sqrt((means.var() + b / 50) / 4)
+    interval = study_report.hierarchical_bootstrap(by_seed, 8000).interval
+    assert interval["high"] - interval["low"] == pytest.approx(2 * 1.96 * sd, rel=0.06)
+    assert interval["mean"] == pytest.approx(means.mean())
+
+
+def test_p_by_hand():
+    always = study_report.hierarchical_bootstrap({0: [1.0, 1.0], 1: [0.5]}, 999)
+    assert always.p == pytest.approx(2 / 1000)
+    assert study_report.hierarchical_bootstrap({0: [0.0, 0.0]}, 999).p == 1
+    # of two items, 3 and -1: means of -1, 1 and 3 in 1/4, 1/2, 1/4
+    one_in_four = study_report.hierarchical_bootstrap({0: [3.0, -1.0]}, 4000)
+    assert one_in_four.p == pytest.approx(0.5, abs=0.04)
+
+
+def test_holm_by_hand():
+    """0.005 x 4, 0.01 x 3, 0.03 x 2, then 0.04 x 1, which is not below the one before."""
+    assert study_report.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert study_report.holm([0.5, 0.9]) == [1, 1]
+    assert study_report.holm([]) == []
+
+
+# ---- Report --------------------------------------------------------------------------------------
+
+PAGE = """# Study
+
+Prose that stays.
+
+<!-- study: models -->
+old
+<!-- end -->
+
+More prose.
+
+<!-- study: differences -->
+<!-- end -->
+<!-- study: heads -->
+<!-- end -->
+<!-- study: head differences -->
+<!-- end -->
+<!-- study: cost -->
+<!-- end -->
+<!-- study: matrix -->
+<!-- end -->
+<!-- study: thoughts -->
+<!-- end -->
+"""
+
+
+def write_results(folder, name, seed, r_a, success=None, preset="study"):
+    metrics = {"think sampled r_f": {"mean": 0.9 + seed / 100, "low": 0, "high": 1, "n": 4}}
+    if name == "SFT":
+        metrics["given removed r_a"] = {"mean": seed / 10, "low": 0, "high": 1, "n": 4}
+    variant = {
+        "metrics": metrics,
+        "paired": {"think greedy r_a": r_a},
+        "seconds": {"tabletop": {"chunk": 0.01}},
+    }
+    if success:
+        variant["paired"]["success"] = success
+    results = {"preset": preset, "arms": {name: variant}, "hardware": "2 cores"}
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}_{seed}.json").write_text(json.dumps(results))
+
+
+@pytest.fixture
+def made_up(tmp_path):
+    """base, SFT and SFT+RL of two seeds; SFT+RL's gain over SFT is 0.1 in each prompt but one,
+    which has no value; heads of one seed."""
+    folder = tmp_path / "study"
+    for seed in (0, 1):
+        write_results(folder, "base", seed, [0.0, 0.0, 0.0, 0.0])
+        write_results(folder, "SFT", seed, [0.2, 0.4, None, 0.3], [0, 1, 0, 1] if seed else None)
+        after = [0.3, 0.5, 0.9, 0.4]
+        write_results(folder, "SFT+RL", seed, after, [1, 1, 0, 1] if seed else None)
+    sft = {"command": "sft.py speedrun --steps 100 --resume", "kind": "sft.py", "slots": 2}
+    records = {"SFT_0": {**sft, "seconds": 1800.0}, "SFT_1": sft}
+    records["SFT_0 actions"] = {"command": "x", "kind": "actions", "slots": 1, "seconds": 60.0}
+    (folder / "stages.json").write_text(json.dumps(records))
+    return folder
+
+
+def rows_of(text):
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    return {line.split(" | ")[0].strip("| "): line for line in lines}
+
+
+def test_the_report_of_made_up_results(made_up, tmp_path, capsys):
+    page = tmp_path / "study.md"
+    page.write_text(PAGE)
+    arguments = ["report", "--results", str(made_up), "--page", str(page), "--figures", ""]
+    assert study.main(arguments) == 0
+    text = page.read_text()
+    assert "Prose that stays." in text and "More prose." in text and "\nold\n" not in text
+    rows = rows_of(text.split("<!-- study: models -->")[1].split("<!-- end -->")[0])
+    assert "0.905 (0.900 to 0.910)" in rows["SFT"] and "2 x 3" in rows["SFT"]
+    assert "| 0.300 [" in rows["SFT"] and list(rows) == ["model", "base", "SFT", "SFT+RL"]
+
+    section = text.split("<!-- study: differences -->")[1].split("<!-- end -->")[0]
+    rows = rows_of(section)
+    assert "| **0.100 [0.100, 0.100]**, p 5e-05 (0.0002) | 2 x 3 |" in rows["SFT+RL - SFT"]
+    # two seeds of base, SFT and SFT+RL make 3 comparisons of r_a, and one of the heads
+    assert "correction over all 4 comparisons" in section
+    assert "seeds 0, 1; 2 cores; the study so far took 1.0 worker hours" in section
+
+    rows = rows_of(text.split("<!-- study: head differences -->")[1].split("<!-- end -->")[0])
+    assert "| prompt | 25.0 [0.0, 75.0], p " in rows["SFT+RL - SFT"]
+    assert "one seed | 1 x 4 |" in rows["SFT+RL - SFT"]
+    rows = rows_of(text.split("<!-- study: heads -->")[1].split("<!-- end -->")[0])
+    assert "| prompt | 75.0 [25.0, 100.0] | 0.010 | 1 x 4 |" in rows["SFT+RL"]
+    rows = rows_of(text.split("<!-- study: cost -->")[1].split("<!-- end -->")[0])
+    assert rows["SFT"] == "| SFT | 2,400 samples | 60.0 | 0.0 | 1.0 | 1 |"
+    section = text.split("<!-- study: thoughts -->")[1]
+    assert "| thought | SFT |\n" in section, "no column of models that were not asked"
+    assert "| given removed r_a | 0.050 (0.000 to 0.100) |" in section
+
+    study.main(arguments)
+    assert page.read_text() == text, "the same again"
+
+
+def test_tokens_of_quick_results_say_so(tmp_path):
+    write_results(tmp_path / "quick", "base", 0, [0.0, 1.0], preset="quick")
+    page = tmp_path / "page.md"
+    page.write_text("<!-- study: models -->\n<!-- end -->\n")
+    study.main(
+        ["report", "--results", str(tmp_path / "quick"), "--page", str(page), "--figures", ""]
+    )
+    assert "**Preset quick: these numbers say nothing of the method.**" in page.read_text()
+
+
+def test_figures_hold_the_differences(made_up):
+    pytest.importorskip("matplotlib", reason="pip install -r requirements-extras.txt")
+    matrix = study.MATRIX
+    results = study_report.read_study(str(made_up), matrix)
+    comparisons = study_report.compare(results, matrix, 500)
+    report = study_report.Report(results, matrix, comparisons, {})
+    figures = study_report.figures_of(report)
+    assert list(figures) == ["differences", "heads"]
+    r_a, head = figures["differences"].axes
+    assert r_a.get_title() == "greedy r_a"
+    assert head.get_title() == "success of the head that reads: prompt, %"
+    labels = [tick.get_text() for tick in r_a.get_yticklabels()]
+    assert labels == ["SFT - base", "SFT+RL - base", "SFT+RL - SFT"]
+    means = [line.get_xdata()[0] for line in r_a.get_lines() if line.get_marker() == "o"]
+    assert means == pytest.approx([0.3, 0.525, 0.1]), "base has a value of each prompt"
+    assert [line.get_xdata()[0] for line in head.get_lines() if line.get_marker() == "o"] == [25]
+
+
+def test_what_cannot_be_reported_is_one_line(made_up, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("no tables here")
+    arguments = ["report", "--results", str(made_up), "--page", str(page)]
+    with pytest.raises(ValueError, match=r"page.md: no place for a table; write <!-- study: NAME"):
+        study.main(arguments)
+    page.write_text("<!-- study: modles -->\n<!-- end -->\n")
+    with pytest.raises(ValueError, match="no table modles"):
+        study.main(arguments)
+    with pytest.raises(ValueError, match="no results of the study in it"):
+        study.main(["report", "--results", str(tmp_path), "--page", str(page)])
+    write_results(made_up, "SFT", 1, [0.2, 0.4])
+    with pytest.raises(ValueError, match=r"greedy r_a, seed 1: SFT has 2 values and base 4"):
+        study.main(arguments)

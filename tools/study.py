@@ -1,0 +1,952 @@
+"""The study: every model of the paper at small scale, its controls, and what each is measured by.
+
+    python -m tools.study --dry-run        # what is missing, and about how many hours it takes
+    python -m tools.study --hours 8        # runs it; starts nothing that would not end in time
+    python -m tools.study --only base,SFT,SFT+RL --seeds 0,1
+    python -m tools.study report           # tables and figures of what there is
+
+Run again, it goes on where it was: a stage that ended is not run again, one that was killed resumes
+from its own checkpoints. A stage is known by its command and by those of all that it starts from:
+when one of these has changed, nothing runs until --redo says that what rests on it is to be run
+again. A stage that fails names its log; what does not depend on it goes on.
+
+Writes results/study/MODEL_SEED.json, as evaluate.py does, results/study/stages.json (which commands
+ended, in how many seconds), checkpoints and logs below runs/study, data below data/study.
+
+In the order of the file: the matrix, which is all that a reader of the report needs; stages made
+from it; what has been done; estimates; the runner; the command. tools/study_report.py has the
+statistics and the report.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import itertools
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import evaluate
+import grpo
+import model
+import sft
+import vla
+from fast_tokenizer import natural, positive
+
+# ---- The matrix: data ----------------------------------------------------------------------------
+#
+# Commands name what they read and write: {seed}, {train}, {fast}, {test}, {questions}, {words} are
+# the folders below; {init} is the parent's checkpoint, {out} the model's own. A command depends on
+# those that write what it names. The sizes are those of speedrun.sh.
+
+
+class Data(NamedTuple):
+    """What models are trained or measured on."""
+
+    path: str
+    command: str
+    quick: str  # what --quick adds
+
+
+RECORD = "-m benchmarks.tabletop_data --out {path}"
+DATA = [
+    Data(
+        "{test}",
+        f"{RECORD} --seed 1000 --episodes 120 --conversations 0",
+        "--episodes 40",
+    ),
+    Data(
+        "{questions}",
+        f"{RECORD} --seed 2000 --episodes 0 --conversations 1500 --single",
+        "--conversations 20",
+    ),
+    Data(
+        "{train}",
+        f"{RECORD} --seed {{seed}} --single "
+        "--episodes 1600 --conversations 6000 --thought-actions 12000",
+        "--episodes 80 --conversations 120 --thought-actions 240",
+    ),
+    Data(
+        "{train}/no_thoughts.jsonl",  # the questions that are answered without a thought
+        "awk '!/<think>/ {{print > \"{path}\"}}' {train}/conversations.jsonl",
+        "",
+    ),
+    Data(
+        "{words}",  # questions that no SFT has seen, for RL
+        f"{RECORD} --seed 10{{seed}} --episodes 0 --conversations 4000 --single",
+        "--conversations 200",
+    ),
+    Data(
+        "{fast}",
+        "fast_tokenizer.py fit --data {train} --out {path} "
+        "--horizon 5 --scale 2.5 --vocab-size 64 --max-episodes 400",
+        "",
+    ),
+]
+
+# ---- The matrix: what is measured ----------------------------------------------------------------
+#
+# Each gets --policy, --variant, --out and --seed. 400 trials and 100 chains a model and seed.
+
+TRIALS = "--execute 2 --trials 10 --chains 100"
+MEASURES = {
+    "actions": "evaluate.py actions --data {test} --action-tokenizer {fast} --prompts 512",
+    "think": f"evaluate.py tabletop --mode think {TRIALS}",  # by its own thought and tokens
+    "direct": f"evaluate.py tabletop --mode direct {TRIALS}",  # by its own tokens, no thought
+    "vqa": "evaluate.py vqa --data {questions}/conversations.jsonl --score row --prompt think",
+    "thought": "evaluate.py thought --data {test}",  # is the thought causal?
+    "probe": "evaluate.py probe --data {test}",  # what the frozen features hold
+}
+DRIVE = f"evaluate.py tabletop {TRIALS}"  # by a head
+
+HEADS = {  # ways to the head: what vla.py speedrun is told beside data, checkpoint and seed
+    "prompt": "",
+    "think": "--think",
+    "thought": "--condition thought",
+    "thought-only": "--condition thought-only",
+    "layer1": "--layer 1",
+    "layer2": "--layer 2",
+    "layer4": "--layer 4",  # the last; "prompt" reads 3, 0.64 of the depth
+}
+ALL_HEADS = " ".join(HEADS)
+
+# ---- The matrix: models --------------------------------------------------------------------------
+
+
+class Model(NamedTuple):
+    """A row of the study."""
+
+    name: str
+    parent: str  # the model that it starts from; "": nothing is trained, it is assets/tiny-vlm
+    commands: list[str]  # one after the other; the last writes its checkpoint
+    answers: str  # which question
+    against: str = "base SFT"  # models that it is compared with
+    heads: str = ""  # names of HEADS; for none no head is trained
+    measures: str = "actions think vqa thought probe"  # names of MEASURES
+    seeds: int = 3
+
+
+BASE = "assets/tiny-vlm"
+MIXTURE = "{train}/conversations.jsonl:1,{train}/episodes:1,{train}/thought_actions.jsonl:2"
+ON_SFT = "sft.py speedrun --lr 2e-4 --probe-prompts 0"  # a little more SFT
+RL = "grpo.py speedrun --data {train}/episodes"  # 80 steps of 32 prompts: 2,560 prompts
+SCREENING = {"against": "SFT SFT+RL", "measures": "actions", "seeds": 1}
+
+MODELS = [
+    # the paper's
+    Model(
+        "base", "", [], "the pretrained model under the head",
+        against="", heads="prompt thought", measures="actions vqa probe", seeds=5,
+    ),
+    Model(
+        "language-SFT", "base", ["sft.py speedrun --steps 1200 --data {train}/conversations.jsonl"],
+        "language alone, as many samples as action-SFT",
+        heads="prompt thought", measures="actions vqa probe",
+    ),
+    Model(
+        "action-SFT", "base", ["sft.py speedrun --steps 1200 --data {train}/episodes"],
+        "actions alone, as many samples as language-SFT",
+        against="base language-SFT SFT", heads="prompt", measures="actions direct vqa probe",
+    ),
+    Model(
+        "action-SFT-long", "base", ["sft.py speedrun --data {train}/episodes"],
+        "actions alone, as many samples as SFT (the paper's is not matched with it)",
+        heads="prompt", measures="actions direct vqa probe",
+    ),
+    Model(
+        "SFT", "base", [f"sft.py speedrun --data {MIXTURE}"], "RoboAlign without RL",
+        against="base", heads=ALL_HEADS, seeds=5,
+    ),
+    Model(
+        "SFT-no-reasoning", "base",
+        ["sft.py speedrun --data {train}/no_thoughts.jsonl:1,{train}/episodes:1"],
+        "Table 1: without the reasoning rows, how well formed and how different are the thoughts?",
+        heads="prompt",
+    ),
+    Model(
+        "SFT+RL", "SFT", [RL], "RoboAlign",
+        against="base SFT rejection ECoT-SFT no-thought-SFT more-SFT language-RL visual-RL",
+        heads=ALL_HEADS, seeds=5,
+    ),
+    Model(
+        "language-RL", "SFT", ["grpo.py language --data {words}/conversations.jsonl"],
+        "Table 6: RL on answers in words", heads="prompt thought",
+    ),
+    Model(
+        "visual-RL", "SFT", ["grpo.py visual --data {words}/conversations.jsonl"],
+        "Table 6: RL on points and paths", heads="prompt thought",
+    ),
+    Model(
+        "ECoT-SFT", "SFT", [f"{ON_SFT} --steps 107 --data {{train}}/thought_actions.jsonl"],
+        "Table 7: thought + action of the expert on as many samples as RL has prompts",
+        heads="prompt thought",
+    ),
+    # controls
+    Model(
+        "no-thought-SFT", "SFT", [f"{ON_SFT} --steps 107 --data {{train}}/episodes"],
+        "actions without thoughts on as many samples as RL has prompts", heads="prompt thought",
+    ),
+    Model(
+        "rejection", "SFT",
+        [
+            "evaluate.py actions --policy {init} --data {train}/episodes --split train "
+            "--prompts 2560 --samples 8 --keep 2 --keep-right {out}_rows/thoughts.jsonl "
+            "--out {out}_rows/results.json --seed {seed}",
+            f"{ON_SFT} --steps 116 --holdout-rows 0 --data {{out}}_rows/thoughts.jsonl",
+        ],
+        "rejection sampling at RL's rollouts: what a gain of RL must beat", heads="prompt thought",
+    ),
+    Model(
+        "more-SFT", "SFT", [f"{ON_SFT} --steps 800 --data {MIXTURE}"],
+        "more SFT for as long as RL takes", heads="prompt thought",
+    ),
+    # rewards and credit: by r_a and one seed first
+    Model("RL-l1", "SFT", [f"{RL} --reward l1"], "the distance of decoded actions", **SCREENING),
+    Model("RL-lcs", "SFT", [f"{RL} --reward lcs"], "the longest common subsequence", **SCREENING),
+    Model("RL-ladder", "SFT", [f"{RL} --reward ladder"], "each decoded prefix pays", **SCREENING),
+    Model(
+        "RL-credit", "SFT", [f"{RL} --credit prefix"], "credit to the first wrong token",
+        **SCREENING,
+    ),
+    Model("RL-drgrpo", "SFT", [f"{RL} --advantage drgrpo"], "no std, no length", **SCREENING),
+    Model("RL-clip", "SFT", [f"{RL} --clip-low 0.1"], "a tighter lower clip", **SCREENING),
+    Model("RL-hot", "SFT", [f"{RL} --temperature 1.3"], "more varied rollouts", **SCREENING),
+    # budgets
+    Model(
+        "RL-3x", "SFT", [f"{RL} --steps 240"], "does more RL reach the head?",
+        against="SFT SFT+RL", heads="prompt thought", measures="actions think",
+    ),
+    Model(
+        "RL-10x", "SFT", [f"{RL} --steps 800"], "does ten times the RL reach the head?",
+        against="SFT SFT+RL", heads="prompt thought", measures="actions think",
+    ),
+]  # fmt: skip
+
+
+class Matrix(NamedTuple):
+    """All that is declared."""
+
+    data: list[Data]
+    models: list[Model]
+    heads: dict[str, str]
+    measures: dict[str, str]
+
+
+MATRIX = Matrix(DATA, MODELS, HEADS, MEASURES)
+
+QUICK = {  # what --quick adds to the commands of a script, or of a command of evaluate.py
+    "sft.py": "--steps 24 --holdout-rows 16 --probe-prompts 4 --eval-rows 8",
+    "grpo.py": "--steps 2 --prompts 8 --batch 8 --eval-prompts 8",
+    "vla.py": "--steps 20 --max-episodes 40 --eval-rows 16",
+    "actions": "--prompts 16",
+    "tabletop": "--trials 1 --chains 2",
+    "vqa": "--rows 40",
+}
+
+# ---- Stages --------------------------------------------------------------------------------------
+
+
+class Stage(NamedTuple):
+    """One command of the study."""
+
+    key: str  # as "SFT_0 vqa"
+    command: str  # without the launcher, and without --resume
+    output: str  # file or folder that it writes; other commands name it
+    kind: str  # stages of a kind take about as long, a step or as a whole
+    slots: int = 1  # workers that it takes: its ranks
+    variant: str = ""  # of a measure: its model in the results file `output`
+    way: str = ""  # what evaluate.py keeps a measure's checkpoint under, as "tabletop think"
+    inputs: tuple[str, ...] = ()  # keys of the stages that it starts from
+    digest: str = ""  # of its command and of all that it starts from
+
+
+class Folders(NamedTuple):
+    runs: str
+    data: str
+    results: str
+
+
+TRAINING = {"sft.py": sft, "grpo.py": grpo, "vla.py": vla}  # they --resume
+
+
+def folder_name(name: str, seed: int) -> str:
+    return f"{name}_{seed}"
+
+
+def variant_name(name: str, head: str = "") -> str:
+    """What a model is called in its results file: "SFT", and "SFT thought" of that head; the head
+    that reads the prompt stands under the name of the model itself."""
+    return name if head in ("", "prompt") else f"{name} {head}"
+
+
+def model_named(models: list[Model], name: str) -> Model:
+    for one in models:
+        if one.name == name:
+            return one
+    names = ", ".join(one.name for one in models)
+    raise ValueError(f"no model {name}; the study has {names}")
+
+
+def checkpoint_of(models: list[Model], name: str, folders: Folders, seed: int) -> str:
+    if model_named(models, name).commands:
+        return f"{folders.runs}/{folder_name(name, seed)}"
+    return BASE
+
+
+def with_ancestors(models: list[Model], name: str) -> list[str]:
+    """The model's name, its parent's, ..."""
+    names = [name]
+    parent = model_named(models, name).parent
+    while parent:
+        names.append(parent)
+        parent = model_named(models, parent).parent
+    return names
+
+
+def all_stages(
+    matrix: Matrix, wanted: dict[str, list[int]], folders: Folders, ranks: int, quick: bool = False
+) -> dict[str, Stage]:
+    """The stages of the wanted models (name -> seeds), seed by seed, with all that they start from.
+    Only what is wanted is measured. ranks: of a stage that torchrun starts."""
+    stages = {}
+    for seed in sorted({seed for seeds in wanted.values() for seed in seeds}):
+        measured = [name for name in wanted if seed in wanted[name]]
+        trained = set()
+        for name in measured:
+            trained.update(with_ancestors(matrix.models, name))
+        places = places_of(folders, seed)
+        for data in matrix.data:
+            path = data.path.format(**places)
+            command = f"{data.command} {data.quick if quick else ''}".strip()
+            command = command.format(path=path, **places)
+            stages.setdefault(path, Stage(path, command, path, kind_of(command)))
+        for one in matrix.models:
+            if one.name in trained:
+                is_measured = one.name in measured
+                for stage in stages_of(matrix, one, is_measured, folders, seed, ranks, quick):
+                    stages[stage.key] = stage
+    return with_inputs(stages)
+
+
+def places_of(folders: Folders, seed: int) -> dict[str, str]:
+    """What the braces in the matrix stand for."""
+    return {
+        "seed": str(seed),
+        "test": f"{folders.data}/test",
+        "questions": f"{folders.data}/questions",
+        "train": f"{folders.data}/{seed}/train",
+        "words": f"{folders.data}/{seed}/words",
+        "fast": f"{folders.data}/{seed}/fast",
+    }
+
+
+def stages_of(
+    matrix: Matrix,
+    one: Model,
+    is_measured: bool,
+    folders: Folders,
+    seed: int,
+    ranks: int,
+    quick: bool,
+) -> Iterator[Stage]:
+    """1. training   2. what the model itself is measured by   3. heads, and driving by them"""
+    name = folder_name(one.name, seed)
+    checkpoint = checkpoint_of(matrix.models, one.name, folders, seed)
+    results = f"{folders.results}/{name}.json"
+    places = places_of(folders, seed)
+    places["out"] = checkpoint
+    if one.parent:
+        places["init"] = checkpoint_of(matrix.models, one.parent, folders, seed)
+
+    def complete(command: str, added: str) -> str:
+        script, *_ = kind_of(command).split()
+        words = [command, QUICK.get(script, "") if quick else "", added]
+        return " ".join(word for word in words if word).format(**places)
+
+    def measure(label: str, command: str, policy: str, variant: str, kind: str = "") -> Stage:
+        preset = "quick" if quick else "study"
+        added = (
+            f"--policy {policy} --variant {shlex.quote(variant)} --out {results} "
+            f"--preset {preset} --seed {seed}"
+        )
+        way = kind_of(command)
+        full = complete(command, added)
+        return Stage(f"{name} {label}", full, results, kind or way, 1, variant, way)
+
+    # 1. training
+    for number, command in enumerate(one.commands, 1):
+        is_last = number == len(one.commands)
+        key = name if is_last else f"{name} ({number} of {len(one.commands)})"
+        script = command.split()[0]
+        added = ""
+        if script in TRAINING:
+            added = "--init {init} --out {out} --seed {seed}"
+        if script == "sft.py":
+            added += " --action-tokenizer {fast}"
+        full = complete(command, added)
+        slots = ranks if script in ("sft.py", "grpo.py") else 1
+        yield Stage(key, full, output_of(full, checkpoint), kind_of(command), slots)
+    if not is_measured:
+        return
+
+    # 2. what the model itself is measured by
+    for label in one.measures.split():
+        yield measure(label, matrix.measures[label], checkpoint, variant_name(one.name))
+
+    # 3. heads, and driving by them
+    for head in one.heads.split():
+        out = f"{folders.runs}/heads/{name}/{head}"
+        command = f"vla.py speedrun {matrix.heads[head]}".strip()
+        added = f"--init {checkpoint} --data {{train}}/episodes --out {out} --seed {seed}"
+        yield Stage(f"{name} head {head}", complete(command, added), out, kind_of(command))
+        kind = "tabletop thought" if "--condition" in command else "tabletop"
+        yield measure(f"drives {head}", DRIVE, out, variant_name(one.name, head), kind)
+
+
+def kind_of(command: str) -> str:
+    """The script; of evaluate.py its command, with the mode in which a model drives.
+
+    "sft.py speedrun ...": "sft.py";  "evaluate.py tabletop --mode think": "tabletop think"."""
+    words = shlex.split(command)
+    if "--keep-right" in words:
+        return f"{words[1]} kept"
+    if words[0] == "evaluate.py":
+        mode = words[words.index("--mode") + 1] if "--mode" in words else ""
+        return f"{words[1]} {mode}".strip()
+    if words[0] == "-m":
+        return words[1]
+    if "--condition" in words:
+        return f"{words[0]} thought"
+    return words[0]
+
+
+def output_of(command: str, checkpoint: str) -> str:
+    """What a training command writes: the checkpoint, or the rows that it keeps."""
+    words = shlex.split(command)
+    if "--keep-right" in words:
+        return words[words.index("--keep-right") + 1]
+    return checkpoint
+
+
+def with_inputs(stages: dict[str, Stage]) -> dict[str, Stage]:
+    """The same, each with the stages that write what its command names, and with its digest."""
+    writer = {stage.output: stage.key for stage in stages.values() if not stage.variant}
+    complete = {}
+    for stage in stages.values():  # a stage stands behind what it starts from
+        inputs = []
+        for path in named_paths(stage.command):
+            for place in (path, *path.parents):
+                key = writer.get(str(place))
+                if key in complete and key not in inputs:
+                    inputs.append(key)
+        digests = [complete[key].digest for key in sorted(inputs)]
+        text = "\n".join([stage.command, *digests])
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        complete[stage.key] = stage._replace(inputs=tuple(inputs), digest=digest)
+    return complete
+
+
+def named_paths(command: str) -> list[Path]:
+    """What may be paths in a command, of a mixture each: "a.jsonl:1,b:2" names a.jsonl and b."""
+    paths = []
+    for word in shlex.split(command):
+        for item in word.split(","):
+            paths.append(Path(item.partition("#")[0].partition(":")[0]))
+    return paths
+
+
+# ---- What has been done --------------------------------------------------------------------------
+#
+# results/study/stages.json: key -> {"command", "digest", "kind", "slots", "spent": seconds before a
+# stop, from which it resumes} of a stage that was begun; of one that has ended "seconds" in place
+# of "spent", and the "commit" that it ran at.
+
+
+def read_records(results: str) -> dict[str, dict]:
+    path = Path(results) / "stages.json"
+    return model.read_json(path) if path.exists() else {}
+
+
+def is_done(stage: Stage, records: dict[str, dict]) -> bool:
+    """Whether it has ended with this command and its output is there."""
+    record = records.get(stage.key, {})
+    return "seconds" in record and record["digest"] == stage.digest and has_output(stage)
+
+
+def has_output(stage: Stage) -> bool:
+    """Whether what it writes is there: of a measure its metrics in the results file."""
+    path = Path(stage.output)
+    if not stage.variant or not path.exists():
+        return path.exists()
+    variant = evaluate.read_results(path)["arms"].get(stage.variant, {})
+    return stage.way in variant.get("checkpoints", {})
+
+
+def changed(stages: dict[str, Stage], records: dict[str, dict]) -> list[str]:
+    """Keys of stages that were run, or begun, with another command or from another parent."""
+    return [
+        key
+        for key, stage in stages.items()
+        if key in records and records[key]["digest"] != stage.digest
+    ]
+
+
+def why_changed(key: str, stages: dict[str, Stage], records: dict[str, dict]) -> str:
+    """One line for the first of the changed stages."""
+    old = records[key]["command"]
+    new = stages[key].command
+    if old == new:
+        inputs = ", ".join(stages[key].inputs)
+        reason = f"something that it starts from has changed ({inputs})"
+    else:
+        reason = f"was run as `{old}`, is now `{new}`"
+    return f"{key}: {reason}; --redo runs it again, with all that rests on it"
+
+
+def forget(keys: list[str], stages: dict[str, Stage], records: dict[str, dict]) -> None:
+    """Of stages to be run again: deletes what they wrote. Results that another command would give
+    of the same model stay until they are replaced; those of a model that has changed do not."""
+    for key in keys:
+        stage = stages[key]
+        of_another_parent = records[key]["command"] == stage.command
+        if not stage.variant:
+            delete(stage.output)
+        elif of_another_parent and Path(stage.output).exists():
+            results = evaluate.read_results(stage.output)
+            results["arms"].pop(stage.variant, None)
+            model.write_json(stage.output, results)
+        del records[key]
+
+
+def delete(path: str) -> None:
+    if Path(path).is_dir():
+        shutil.rmtree(path)
+    else:
+        Path(path).unlink(missing_ok=True)
+
+
+def missing(stages: dict[str, Stage], records: dict[str, dict], targets: list[str]) -> list[Stage]:
+    """What is to be run for the targets, each behind what it starts from. A checkpoint is not
+    missing when all is measured that was to be measured of it."""
+    needed = set()
+
+    def need(key: str) -> None:
+        if key not in needed and not is_done(stages[key], records):
+            needed.add(key)
+            for other in stages[key].inputs:
+                need(other)
+
+    for key in targets:
+        need(key)
+    return [stage for stage in stages.values() if stage.key in needed]
+
+
+def check_outputs(plan: list[Stage], records: dict[str, dict]) -> None:
+    """ValueError for a file or folder that is in the way and was not written by this study."""
+    for stage in plan:
+        if not stage.variant and stage.key not in records and Path(stage.output).exists():
+            raise ValueError(
+                f"{stage.output}: exists, but this study has not written it; delete it, or name "
+                "other folders by --runs and --data"
+            )
+
+
+# ---- Estimates -----------------------------------------------------------------------------------
+
+# Of each kind, on two cores of a 2026 server: seconds a step of training, seconds in all of others.
+SECONDS = {
+    "sft.py": 0.35,
+    "grpo.py": 3.5,
+    "vla.py": 0.25,
+    "vla.py thought": 0.55,
+    "benchmarks.tabletop_data": 60,
+    "fast_tokenizer.py": 10,
+    "awk": 1,
+    "actions": 60,
+    "actions kept": 480,
+    "vqa": 120,
+    "thought": 300,
+    "probe": 120,
+    "tabletop": 160,
+    "tabletop thought": 420,
+    "tabletop think": 600,
+    "tabletop direct": 600,
+}
+
+
+def steps_of(command: str) -> int:
+    """Optimizer steps of a training command, of which the last --steps counts; 1 of any other."""
+    script, *flags = shlex.split(command)
+    if script not in TRAINING:
+        return 1
+    given = [value for flag, value in itertools.pairwise(flags) if flag == "--steps"]
+    return int(given[-1]) if given else TRAINING[script].PRESETS[flags[0]]["steps"]
+
+
+def seconds_a_step(kind: str, records: dict[str, dict]) -> float:
+    """Of a kind: the mean of what this study has measured, else of SECONDS, else a minute."""
+    ended = [one for one in records.values() if one["kind"] == kind and "seconds" in one]
+    if ended:
+        steps = sum(steps_of(one["command"]) for one in ended)
+        return sum(one["seconds"] for one in ended) / steps
+    return SECONDS.get(kind, 60.0)
+
+
+def estimate(stage: Stage, records: dict[str, dict]) -> float:
+    """Seconds that a stage will take."""
+    return steps_of(stage.command) * seconds_a_step(stage.kind, records)
+
+
+def print_plan(plan: list[Stage], records: dict[str, dict], workers: int) -> None:
+    worker_seconds = 0.0
+    for number, stage in enumerate(plan, 1):
+        seconds = estimate(stage, records)
+        worker_seconds += seconds * stage.slots
+        is_begun = records.get(stage.key, {}).get("digest") == stage.digest
+        resumes = ", was begun" if is_begun else ""
+        words = "worker" if stage.slots == 1 else "workers"
+        print(
+            f"{number:4d}  {stage.key:36s} {seconds / 60:6.1f} min, {stage.slots} {words}{resumes}"
+        )
+    hours = worker_seconds / 3600
+    print(
+        f"{len(plan)} stages to run: {hours:.1f} worker hours, "
+        f"about {hours / workers:.1f} hours on {workers} workers"
+    )
+
+
+# ---- Runner --------------------------------------------------------------------------------------
+
+GRACE = 60.0  # seconds that a stage has to save and end after SIGTERM; torchrun gives its ranks 30
+
+
+class Running(NamedTuple):
+    stage: Stage
+    process: subprocess.Popen
+    slots: list[str]  # names of the workers that it holds: numbers of cores, or of GPUs
+    started: float  # time.time()
+
+
+def launch_words(stage: Stage) -> list[str]:
+    """The command as it is started: by torchrun where it has several ranks."""
+    words = shlex.split(stage.command)
+    script = words[0]
+    if script in TRAINING:
+        words.append("--resume")
+    if script in TRAINING and stage.slots > 1:
+        ranks = ["--standalone", "--nproc_per_node", str(stage.slots)]
+        return [sys.executable, "-m", "torch.distributed.run", *ranks, *words]
+    if script.startswith("-") or script.endswith(".py"):
+        return [sys.executable, *words]
+    return words
+
+
+class Runner:
+    """Runs a plan on workers. A worker is a core, or a GPU; each stage starts as soon as what it
+    needs is there, workers are free and, with a deadline, it would end in time; of several that
+    could start the first of the plan does."""
+
+    def __init__(
+        self,
+        plan: list[Stage],
+        records: dict[str, dict],
+        folders: Folders,
+        workers: list[str],
+        deadline: float = float("inf"),
+        on_gpus: bool = False,
+    ):
+        self.waiting = list(plan)
+        self.records = records
+        self.folders = folders
+        self.free = list(workers)
+        self.deadline = deadline  # time.time()
+        self.on_gpus = on_gpus
+        self.running: list[Running] = []
+        self.failed: list[str] = []
+        self.late: list[str] = []  # not started, as they would not end in time
+        self.blocked: list[str] = []  # not started, as what they need has failed or is late
+        self.stop = threading.Event()  # set by SIGTERM and Ctrl-C
+
+    def run(self, lock: int) -> int:
+        """-> exit status: 0, 1 when a stage failed, 143 when it was stopped by SIGTERM or Ctrl-C,
+        which do not end this process while it runs. lock: an open file that the stages hold too."""
+        (Path(self.folders.runs) / "logs").mkdir(parents=True, exist_ok=True)
+        Path(self.folders.results).mkdir(parents=True, exist_ok=True)
+        earlier = {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            earlier[number] = signal.signal(number, lambda *_: self.stop.set())
+        try:
+            self.start_what_can(lock)
+            while self.running and not self.stop.wait(0.1):
+                if self.collect():
+                    self.start_what_can(lock)
+        finally:
+            self.stop_all()  # those that still run
+            for number, handler in earlier.items():
+                signal.signal(number, handler)
+        if self.stop.is_set():
+            say("stopped; the same command goes on from here")
+            return 128 + signal.SIGTERM
+        self.say_what_is_left()
+        return 1 if self.failed else 0
+
+    def start_what_can(self, lock: int) -> None:
+        """Starts stages, and takes those that cannot run any more from the waiting ones."""
+        for stage in list(self.waiting):
+            pending = {one.key for one in self.waiting} | {one.stage.key for one in self.running}
+            if set(stage.inputs) & {*self.failed, *self.late, *self.blocked}:
+                self.waiting.remove(stage)
+                self.blocked.append(stage.key)
+            elif set(stage.inputs) & pending:
+                continue
+            elif time.time() + estimate(stage, self.records) > self.deadline:
+                self.waiting.remove(stage)
+                self.late.append(stage.key)
+            elif stage.slots <= len(self.free):
+                self.waiting.remove(stage)
+                self.start(stage, lock)
+
+    def log_of(self, stage: Stage) -> Path:
+        name = stage.key.strip("/").replace("/", "-").replace(" ", "-")
+        return Path(self.folders.runs) / "logs" / f"{name}.txt"
+
+    def start(self, stage: Stage, lock: int) -> None:
+        # 1. half of an output is deleted, unless the stage resumes from it
+        is_begun = stage.key in self.records
+        resumes = stage.command.split()[0] in TRAINING
+        if is_begun and not resumes and not stage.variant:
+            delete(stage.output)
+        # 2. the record, before the process: whoever stops it finds that it was begun
+        spent = self.records.get(stage.key, {}).get("spent", 0.0)
+        self.records[stage.key] = {
+            "command": stage.command,
+            "digest": stage.digest,
+            "kind": stage.kind,
+            "slots": stage.slots,
+            "spent": spent if resumes else 0.0,
+        }
+        self.write_records()
+        # 3. the process, in a group of its own: Ctrl-C reaches it through stop_all() alone
+        slots = [self.free.pop(0) for _ in range(stage.slots)]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        if self.on_gpus:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(slots)
+        Path(stage.output).parent.mkdir(parents=True, exist_ok=True)
+        with open(self.log_of(stage), "w") as log:
+            process = subprocess.Popen(
+                launch_words(stage),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=env,
+                start_new_session=True,
+                pass_fds=[lock],  # as long as it lives no other study begins
+            )
+        self.running.append(Running(stage, process, slots, time.time()))
+        minutes = estimate(stage, self.records) / 60
+        say(f"started {stage.key} (about {minutes:.1f} min), log {self.log_of(stage)}")
+
+    def collect(self) -> bool:
+        """Takes the stages that have ended from the running ones; their workers are free again. ->
+        whether there were any."""
+        before = len(self.running)
+        for one in list(self.running):
+            status = one.process.poll()
+            if status is None:
+                continue
+            self.running.remove(one)
+            self.free = sorted([*self.free, *one.slots])
+            if status == 0 and has_output(one.stage):
+                self.record_end(one)
+                continue
+            self.failed.append(one.stage.key)
+            reason = f"exit {status}" if status else f"it has not written {one.stage.output}"
+            log = self.log_of(one.stage)
+            say(f"FAILED  {one.stage.key}: {reason}: {last_line(log)} (all of it in {log})")
+        return len(self.running) < before
+
+    def record_end(self, one: Running) -> None:
+        record = self.records[one.stage.key]
+        record["seconds"] = round(record.pop("spent") + time.time() - one.started, 1)
+        record["commit"] = model.commit()
+        self.write_records()
+        shutil.rmtree(Path(one.stage.output) / "features", ignore_errors=True)  # large, of a head
+        say(f"ended   {one.stage.key} after {record['seconds'] / 60:.1f} min")
+
+    def stop_all(self) -> None:
+        """SIGTERM to all, which save where they can; SIGKILL to those that have not ended by then.
+        What is half done stays in the records as begun."""
+        for one in self.running:
+            say(f"stopping {one.stage.key}")
+            signal_group(one.process, signal.SIGTERM)
+        latest = time.time() + GRACE
+        for one in self.running:
+            try:
+                one.process.wait(max(latest - time.time(), 0.1))
+            except subprocess.TimeoutExpired:
+                signal_group(one.process, signal.SIGKILL)
+                one.process.wait()
+            if one.process.returncode == 0 and has_output(one.stage):
+                self.record_end(one)
+            else:
+                self.records[one.stage.key]["spent"] += round(time.time() - one.started, 1)
+        if self.running:
+            self.write_records()
+        self.running = []
+
+    def write_records(self) -> None:
+        model.write_json(Path(self.folders.results) / "stages.json", self.records)
+
+    def say_what_is_left(self) -> None:
+        if self.late:
+            words = ", ".join(self.late)
+            say(f"{len(self.late)} stages not started, as they would not end in time: {words}")
+        if self.blocked:
+            words = ", ".join(self.blocked)
+            say(f"{len(self.blocked)} stages not started, as what they need is not there: {words}")
+        if self.failed:
+            say(f"{len(self.failed)} stages failed: {', '.join(self.failed)}")
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
+
+
+def last_line(log: Path) -> str:
+    """The last line that a stage itself wrote, before torchrun's report of how its ranks ended."""
+    lines = []
+    for line in log.read_text(errors="replace").replace("\r", "\n").splitlines():
+        if "torch/distributed/elastic" in line:
+            break
+        if line.strip():
+            lines.append(line.strip())
+    return lines[-1] if lines else "it said nothing"
+
+
+def signal_group(process: subprocess.Popen, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it may have just ended
+        os.killpg(process.pid, number)
+
+
+@contextlib.contextmanager
+def only_one(folder: str) -> Iterator[int]:
+    """Holds a lock on a folder; the number of its open file is for the processes that share it.
+    ValueError while another study, or a stage that has outlived one, holds it."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with open(Path(folder) / "study.lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise ValueError(
+                f"{folder}: a study runs there, or a stage of one that was killed; wait for it, "
+                "or end it"
+            ) from e
+        yield lock.fileno()
+
+
+# ---- Command -------------------------------------------------------------------------------------
+
+
+def wanted_models(matrix: Matrix, only: str, seeds: str) -> dict[str, list[int]]:
+    """--only and --seeds -> the seeds of each model that is wanted. Without --seeds as many as it
+    declares, from 0."""
+    names = only.split(",") if only else [one.name for one in matrix.models]
+    try:
+        given = [natural(seed) for seed in seeds.split(",")] if seeds else []
+    except (ValueError, argparse.ArgumentTypeError) as e:
+        raise ValueError(f"--seeds {seeds}: {e}; give numbers, as 0,1,2") from e
+    wanted = {}
+    for name in names:
+        wanted[name] = given or list(range(model_named(matrix.models, name).seeds))
+    return wanted
+
+
+def targets_of(stages: dict[str, Stage], wanted: dict[str, list[int]]) -> list[str]:
+    """What a study is for: all measures, and the checkpoints of wanted models without any."""
+    folders = [folder_name(name, seed) for name, seeds in wanted.items() for seed in seeds]
+    measured = {stage.key.split()[0] for stage in stages.values() if stage.variant}
+    targets = []
+    for stage in stages.values():
+        if stage.variant or (stage.key in folders and stage.key not in measured):
+            targets.append(stage.key)
+    return targets
+
+
+def main(argv: list[str] | None = None, matrix: Matrix = MATRIX) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["report"]:
+        from tools import study_report
+
+        study_report.main(argv[1:], matrix)
+        return 0
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.study",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--only", default="", help="models, separated by commas; empty: all of the matrix")
+    add("--seeds", default="", help="as 0,1,2; empty: as many as each model declares")
+    add("--hours", type=positive, help="start nothing that would not end in this time")
+    add("--dry-run", action="store_true", help="print what is missing, and end")
+    add("--redo", action="store_true", help="run again what has changed, and all that rests on it")
+    add("--workers", type=natural, default=0, help="stages at once; 0: one a GPU, else one a core")
+    add(
+        "--quick", action="store_true", help="tiny sizes: shows that all runs, not what it is worth"
+    )
+    add("--runs", default="", help="checkpoints and logs; runs/study, or runs/study-quick")
+    add("--data", default="", help="data/study, or data/study-quick")
+    add("--results", default="", help="results/study, or runs/study-quick/results")
+    args = parser.parse_args(argv)
+
+    # 1. the stages, and where they run
+    runs = args.runs or ("runs/study-quick" if args.quick else "runs/study")
+    data = args.data or ("data/study-quick" if args.quick else "data/study")
+    results = args.results or (f"{runs}/results" if args.quick else "results/study")
+    folders = Folders(runs, data, results)
+    names, on_gpus = worker_names(args.workers)
+    ranks = 1 if on_gpus else min(2, len(names))
+    wanted = wanted_models(matrix, args.only, args.seeds)
+    stages = all_stages(matrix, wanted, folders, ranks, args.quick)
+
+    # 2. what is missing
+    records = read_records(results)
+    stale = changed(stages, records)
+    if stale and not args.redo:
+        raise ValueError(why_changed(stale[0], stages, records))
+    plan = missing(stages, records, targets_of(stages, wanted))
+    check_outputs(plan, records)
+    print_plan(plan, records, len(names))
+    if args.dry_run or not plan:
+        return 0
+
+    # 3. run it
+    deadline = time.time() + 3600 * args.hours if args.hours else float("inf")
+    with only_one(runs) as lock:
+        forget(stale, stages, records)
+        return Runner(plan, records, folders, names, deadline, on_gpus).run(lock)
+
+
+def worker_names(wanted: int) -> tuple[list[str], bool]:
+    """-> a name for each worker, and whether they are GPUs, of which CUDA_VISIBLE_DEVICES may name
+    some."""
+    gpus = torch.cuda.device_count()
+    if gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        names = visible.split(",") if visible else [str(i) for i in range(gpus)]
+        return names[: wanted or gpus], True
+    return [str(i) for i in range(wanted or os.cpu_count())], False
+
+
+if __name__ == "__main__":
+    model.run_main(lambda: sys.exit(main()), "--workers")
