@@ -270,8 +270,9 @@ def closed_loop(args: argparse.Namespace):
     """`evaluate.py tabletop | metaworld | libero | calvin`: a policy drives to each trial's end.
 
     Of a checkpoint of sft or grpo, which drives by the tokens that it writes, all names begin with
-    its mode, as "think success", so that they stand beside those of its head; and there are two
-    more metrics: "retried", the share of chunks whose first answer did not decode, and "held
+    its mode, as "think success", so that they stand beside those of its head; then what --thought
+    gave it in place of its own, "think removed success". Of such a checkpoint there are two more
+    metrics: "retried", the share of chunks whose first answer did not decode, and "held
     still", of those where no answer did. Of a head that reads its own thoughts: "thoughts
     unfinished", the share that --max-thought of vla.py cut off."""
     started = time.time()
@@ -306,11 +307,12 @@ def closed_loop(args: argparse.Namespace):
         if isinstance(policy, vla.TokenPolicy):
             metrics["retried"] = wilson(int(count["retried"]), int(count["chunks"]))
             metrics["held still"] = wilson(int(count["held"]), int(count["chunks"]))
-    way = args.command
-    if isinstance(policy, vla.TokenPolicy):
-        way = f"{args.command} {policy.mode}"
-        metrics = {f"{policy.mode} {name}": value for name, value in metrics.items()}
-        paired = {f"{policy.mode} {name}": values for name, values in paired.items()}
+    start = [policy.mode] if isinstance(policy, vla.TokenPolicy) else []
+    if getattr(args, "thought", "own") != "own":  # a flag of Tabletop
+        start.append(args.thought)
+    metrics = {" ".join([*start, name]): value for name, value in metrics.items()}
+    paired = {" ".join([*start, name]): values for name, values in paired.items()}
+    way = " ".join([args.command, *start])
     if dist.rank == 0:
         write_metrics(metrics, paired, args, started, seconds=seconds, way=way)
 

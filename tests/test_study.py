@@ -57,9 +57,6 @@ def test_the_rows_of_a_model_that_learns_from_its_own_are_written_first():
     assert stages["rejection_0"].inputs == ("rejection_0 (1 of 2)", "SFT_0", "data/0/fast")
 
 
-NOT_HERE = ("thought", "probe")  # commands of evaluate.py that other files bring
-
-
 def test_every_declared_command_is_understood():
     """A flag that a stage does not have would come to light hours later."""
     matrix = study.MATRIX
@@ -83,7 +80,7 @@ def test_every_declared_command_is_understood():
             module = study.TRAINING[words[0]]
             cfg = model.parse_config(module.Config, module.PRESETS, words[1:])
             assert cfg.steps == study.steps_of(stage.command) > 0 and cfg.seed == 0
-        elif words[0] == "evaluate.py" and words[1] not in NOT_HERE:
+        elif words[0] == "evaluate.py":
             args = evaluate.make_parser(words[1]).parse_args(words[1:])
             assert args.seed == 0 and (not stage.variant or args.variant == stage.variant)
 
@@ -92,7 +89,7 @@ def test_base_sft_and_rl_are_the_speedruns():
     """Its data and tokenizer, and its presets without another flag."""
     script = (ROOT / "speedrun.sh").read_text().replace("\\\n", " ")
     for words in (
-        "--episodes 1600 --conversations 6000 --thought-actions 12000",
+        "--episodes 1600 --conversations 6000 --thought-actions 24000",
         "--horizon 5 --scale 2.5 --vocab-size 64 --max-episodes 400",
     ):
         assert words in re.sub(r" +", " ", script)
@@ -602,7 +599,7 @@ def test_the_report_of_made_up_results(made_up, tmp_path, capsys):
     assert "seeds 0, 1; 2 cores; the study so far took 1.0 worker hours" in section
 
     rows = rows_of(text.split("<!-- study: head differences -->")[1].split("<!-- end -->")[0])
-    assert "| prompt | 25.0 [0.0, 75.0], p " in rows["SFT+RL - SFT"]
+    assert "| thought-only | 25.0 [0.0, 75.0], p " in rows["SFT+RL - SFT"]
     assert "one seed | 1 x 4 |" in rows["SFT+RL - SFT"]
     rows = rows_of(text.split("<!-- study: heads -->")[1].split("<!-- end -->")[0])
     assert "| prompt | 75.0 [25.0, 100.0] | 0.010 | 1 x 4 |" in rows["SFT+RL"]

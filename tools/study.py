@@ -46,9 +46,9 @@ from fast_tokenizer import natural, positive
 
 # ---- The matrix: data ----------------------------------------------------------------------------
 #
-# Commands name what they read and write: {seed}, {train}, {fast}, {test}, {questions}, {words} are
-# the folders below; {init} is the parent's checkpoint, {out} the model's own. A command depends on
-# those that write what it names. The sizes are those of speedrun.sh.
+# Commands name what they read and write: {seed}, {train}, {fast}, {test}, {one_task}, {questions},
+# {words} are the folders below; {init} is the parent's checkpoint, {out} the model's own. A command
+# depends on those that write what it names. The sizes are those of speedrun.sh.
 
 
 class Data(NamedTuple):
@@ -67,6 +67,11 @@ DATA = [
         "--episodes 40",
     ),
     Data(
+        "{one_task}",  # the paper's probe: 20 trajectories of one long task
+        f"{RECORD} --seed 1000 --episodes 20 --tasks long:0 --conversations 0",
+        "--episodes 5",
+    ),
+    Data(
         "{questions}",
         f"{RECORD} --seed 2000 --episodes 0 --conversations 1500 --single",
         "--conversations 20",
@@ -74,7 +79,7 @@ DATA = [
     Data(
         "{train}",
         f"{RECORD} --seed {{seed}} --single "
-        "--episodes 1600 --conversations 6000 --thought-actions 12000",
+        "--episodes 1600 --conversations 6000 --thought-actions 24000",
         "--episodes 80 --conversations 120 --thought-actions 240",
     ),
     Data(
@@ -104,21 +109,26 @@ MEASURES = {
     "actions": "evaluate.py actions --data {test} --action-tokenizer {fast} --prompts 512",
     "think": f"evaluate.py tabletop --mode think {TRIALS}",  # by its own thought and tokens
     "direct": f"evaluate.py tabletop --mode direct {TRIALS}",  # by its own tokens, no thought
+    "removed": f"evaluate.py tabletop --mode think --thought removed {TRIALS}",
+    "swapped": f"evaluate.py tabletop --mode think --thought swapped {TRIALS}",
+    "true": f"evaluate.py tabletop --mode think --thought true {TRIALS}",
     "vqa": "evaluate.py vqa --data {questions}/conversations.jsonl --score row --prompt think",
     "thought": "evaluate.py thought --data {test}",  # is the thought causal?
-    "probe": "evaluate.py probe --data {test}",  # what the frozen features hold
+    "probe": "evaluate.py probe --data {test} --one-task {one_task}",  # what the features hold
 }
+ALL_MEASURES = " ".join(MEASURES)
 DRIVE = f"evaluate.py tabletop {TRIALS}"  # by a head
 
 HEADS = {  # ways to the head: what vla.py speedrun is told beside data, checkpoint and seed
-    "prompt": "",
-    "think": "--think",
-    "thought": "--condition thought",
-    "thought-only": "--condition thought-only",
+    "thought-only": "",  # the speedrun's
+    "thought": "--condition thought",  # and the prompt
+    "prompt": "--condition prompt",  # the paper's
+    "think": "--condition prompt --think",
     "layer1": "--layer 1",
     "layer2": "--layer 2",
-    "layer4": "--layer 4",  # the last; "prompt" reads 3, 0.64 of the depth
+    "layer4": "--layer 4",  # the last; the others read 3, 0.64 of the depth
 }
+OWN_HEAD = "thought-only"  # it stands under the name of the model itself
 ALL_HEADS = " ".join(HEADS)
 
 # ---- The matrix: models --------------------------------------------------------------------------
@@ -147,12 +157,12 @@ MODELS = [
     # the paper's
     Model(
         "base", "", [], "the pretrained model under the head",
-        against="", heads="prompt thought", measures="actions vqa probe", seeds=5,
+        against="", heads="prompt thought-only", measures="actions vqa probe", seeds=5,
     ),
     Model(
         "language-SFT", "base", ["sft.py speedrun --steps 1200 --data {train}/conversations.jsonl"],
         "language alone, as many samples as action-SFT",
-        heads="prompt thought", measures="actions vqa probe",
+        heads="prompt thought-only", measures="actions vqa probe",
     ),
     Model(
         "action-SFT", "base", ["sft.py speedrun --steps 1200 --data {train}/episodes"],
@@ -166,7 +176,7 @@ MODELS = [
     ),
     Model(
         "SFT", "base", [f"sft.py speedrun --data {MIXTURE}"], "RoboAlign without RL",
-        against="base", heads=ALL_HEADS, seeds=5,
+        against="base", heads=ALL_HEADS, measures=ALL_MEASURES, seeds=5,
     ),
     Model(
         "SFT-no-reasoning", "base",
@@ -177,25 +187,26 @@ MODELS = [
     Model(
         "SFT+RL", "SFT", [RL], "RoboAlign",
         against="base SFT rejection ECoT-SFT no-thought-SFT more-SFT language-RL visual-RL",
-        heads=ALL_HEADS, seeds=5,
+        heads=ALL_HEADS, measures=ALL_MEASURES, seeds=5,
     ),
     Model(
         "language-RL", "SFT", ["grpo.py language --data {words}/conversations.jsonl"],
-        "Table 6: RL on answers in words", heads="prompt thought",
+        "Table 6: RL on answers in words", heads="prompt thought-only",
     ),
     Model(
         "visual-RL", "SFT", ["grpo.py visual --data {words}/conversations.jsonl"],
-        "Table 6: RL on points and paths", heads="prompt thought",
+        "Table 6: RL on points and paths", heads="prompt thought-only",
     ),
     Model(
         "ECoT-SFT", "SFT", [f"{ON_SFT} --steps 107 --data {{train}}/thought_actions.jsonl"],
         "Table 7: thought + action of the expert on as many samples as RL has prompts",
-        heads="prompt thought",
+        heads="prompt thought-only",
     ),
     # controls
     Model(
         "no-thought-SFT", "SFT", [f"{ON_SFT} --steps 107 --data {{train}}/episodes"],
-        "actions without thoughts on as many samples as RL has prompts", heads="prompt thought",
+        "actions without thoughts on as many samples as RL has prompts",
+        heads="prompt thought-only",
     ),
     Model(
         "rejection", "SFT",
@@ -205,11 +216,20 @@ MODELS = [
             "--out {out}_rows/results.json --seed {seed}",
             f"{ON_SFT} --steps 116 --holdout-rows 0 --data {{out}}_rows/thoughts.jsonl",
         ],
-        "rejection sampling at RL's rollouts: what a gain of RL must beat", heads="prompt thought",
+        "rejection sampling at RL's rollouts: what a gain of RL must beat",
+        heads="prompt thought-only",
     ),
     Model(
         "more-SFT", "SFT", [f"{ON_SFT} --steps 800 --data {MIXTURE}"],
-        "more SFT for as long as RL takes", heads="prompt thought",
+        "more SFT for as long as RL takes", heads="prompt thought-only",
+    ),
+    Model(
+        "RL-no-thought", "SFT", [f"{RL} --thought none"], "RL without thinking",
+        against="SFT SFT+RL", heads="prompt", measures="actions direct",
+    ),
+    Model(
+        "RL-filler", "SFT", [f"{RL} --thought filler"], "RL behind a thought that says nothing",
+        against="SFT SFT+RL", heads="prompt", measures="actions direct thought",
     ),
     # rewards and credit: by r_a and one seed first
     Model("RL-l1", "SFT", [f"{RL} --reward l1"], "the distance of decoded actions", **SCREENING),
@@ -225,11 +245,11 @@ MODELS = [
     # budgets
     Model(
         "RL-3x", "SFT", [f"{RL} --steps 240"], "does more RL reach the head?",
-        against="SFT SFT+RL", heads="prompt thought", measures="actions think",
+        against="SFT SFT+RL", heads="prompt thought-only", measures="actions think",
     ),
     Model(
         "RL-10x", "SFT", [f"{RL} --steps 800"], "does ten times the RL reach the head?",
-        against="SFT SFT+RL", heads="prompt thought", measures="actions think",
+        against="SFT SFT+RL", heads="prompt thought-only", measures="actions think",
     ),
 ]  # fmt: skip
 
@@ -285,9 +305,9 @@ def folder_name(name: str, seed: int) -> str:
 
 
 def variant_name(name: str, head: str = "") -> str:
-    """What a model is called in its results file: "SFT", and "SFT thought" of that head; the head
-    that reads the prompt stands under the name of the model itself."""
-    return name if head in ("", "prompt") else f"{name} {head}"
+    """What a model is called in its results file: "SFT", and "SFT prompt" of that head; OWN_HEAD
+    stands under the name of the model itself."""
+    return name if head in ("", OWN_HEAD) else f"{name} {head}"
 
 
 def model_named(models: list[Model], name: str) -> Model:
@@ -344,6 +364,7 @@ def places_of(folders: Folders, seed: int) -> dict[str, str]:
     return {
         "seed": str(seed),
         "test": f"{folders.data}/test",
+        "one_task": f"{folders.data}/one_task",
         "questions": f"{folders.data}/questions",
         "train": f"{folders.data}/{seed}/train",
         "words": f"{folders.data}/{seed}/words",
@@ -410,24 +431,25 @@ def stages_of(
         command = f"vla.py speedrun {matrix.heads[head]}".strip()
         added = f"--init {checkpoint} --data {{train}}/episodes --out {out} --seed {seed}"
         yield Stage(f"{name} head {head}", complete(command, added), out, kind_of(command))
-        kind = "tabletop thought" if "--condition" in command else "tabletop"
+        kind = "tabletop" if "--condition prompt" in command else "tabletop thought"
         yield measure(f"drives {head}", DRIVE, out, variant_name(one.name, head), kind)
 
 
 def kind_of(command: str) -> str:
-    """The script; of evaluate.py its command, with the mode in which a model drives.
+    """The script; of evaluate.py its command, with the mode in which a model drives and the thought
+    that it is given.
 
     "sft.py speedrun ...": "sft.py";  "evaluate.py tabletop --mode think": "tabletop think"."""
     words = shlex.split(command)
     if "--keep-right" in words:
         return f"{words[1]} kept"
     if words[0] == "evaluate.py":
-        mode = words[words.index("--mode") + 1] if "--mode" in words else ""
-        return f"{words[1]} {mode}".strip()
+        given = [words[words.index(flag) + 1] for flag in ("--mode", "--thought") if flag in words]
+        return " ".join([words[1], *given])
     if words[0] == "-m":
         return words[1]
-    if "--condition" in words:
-        return f"{words[0]} thought"
+    if words[0] == "vla.py" and "--condition prompt" not in command:
+        return "vla.py thought"  # it takes time to write them
     return words[0]
 
 
@@ -576,12 +598,15 @@ SECONDS = {
     "actions": 60,
     "actions kept": 480,
     "vqa": 120,
-    "thought": 300,
+    "thought": 90,
     "probe": 120,
     "tabletop": 160,
     "tabletop thought": 420,
     "tabletop think": 600,
     "tabletop direct": 600,
+    "tabletop think removed": 300,
+    "tabletop think swapped": 300,
+    "tabletop think true": 300,
 }
 
 

@@ -500,7 +500,7 @@ def draw_rows(axes, rows: list[Row], metric: Metric, colours: dict[str, str]) ->
 
 
 SHOWN = ("think greedy r_a", "think greedy thought true", "think success")  # of METRICS
-SHOWN_HEADS = ("prompt", "thought")
+SHOWN_HEADS = ("prompt", "thought-only")
 
 
 def difference_rows(report: Report, head: str, metric_name: str) -> list[Row]:
