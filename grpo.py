@@ -25,6 +25,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -89,7 +90,9 @@ class Config:
     clip_low: NonNegative = 0.2  # ratio at least 1 - this
     clip_high: NonNegative = 0.3  # ratio at most 1 + this
     dual_clip: NonNegative = 3.0  # loss at most this x |A| where the advantage A < 0; 0: off
-    kl_coef: NonNegative = 0.01  # weight of the KL to the initial model; 0: none is kept
+    kl_coef: NonNegative = 0.01  # weight of the KL to the initial model; 0: off
+    anchor_coef: NonNegative = 0.0  # weight of the distance of features from that model's; 0: off
+    anchor_layer: Natural = 0  # LLM layer of these features, as vla.py's --layer; 0: its default
     recompute_old_logp: bool = False  # ratios to the update's own log-probs, not the sampler's
     skip_zero_std: bool = True  # do not forward groups whose rewards are all equal
     # adapters
@@ -119,6 +122,11 @@ class Config:
     keep: Natural = 0  # newest of these that stay; 0: all
     resume: bool = False  # go on from the newest checkpoint in OUT
     changed_data: bool = False  # --resume although --data, or --init of --lora, has changed
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the model that RL starts from is kept."""
+        return self.kl_coef > 0 or self.anchor_coef > 0
 
 
 PRESETS = {
@@ -932,6 +940,46 @@ def completion_logp(
     return torch.zeros(N, T, device=device).masked_scatter(counted, logp)
 
 
+# ---- Anchor --------------------------------------------------------------------------------------
+#
+# RL's gradient also moves the features that the head of vla.py will read. --anchor-coef holds them
+# (2607.13429, 2605.25802): it weighs their distance from those of the model that RL started from.
+
+
+@contextmanager
+def prompt_features(net: nn.Module, layer: int) -> Iterator[list[torch.Tensor]]:
+    """Inside, the first completion_logp() leaves here the features (B, T, D) of its prompts, padded
+    left: what vla.truncate() lets a net put out, with gradient where there is one."""
+    features = []
+
+    def keep(module, inputs):
+        if not features:  # the prompts are forwarded first, then the completions
+            features.append(inputs[0])
+
+    # what the next block reads: between blocks Qwen3-VL adds more of the image (deepstack)
+    language_model = net.model.language_model
+    readers = [*language_model.layers, language_model.norm]
+    hook = readers[model.feature_layer(net, layer)].register_forward_pre_hook(keep)
+    try:
+        yield features
+    finally:
+        hook.remove()
+
+
+def anchor_distance(
+    features: torch.Tensor, ref_features: torch.Tensor, lengths: Sequence[int]
+) -> torch.Tensor:
+    """Distance of the features of B prompts from the reference's: squared, as a share of the mean
+    square of the reference's token (the head begins with a LayerNorm), mean over the tokens of a
+    prompt. features, ref_features (B, T, D), padded left to T from lengths; -> (B,) fp32."""
+    distances = []
+    for own, ref, length in zip(features.float(), ref_features.float(), lengths, strict=True):
+        difference = own[-length:] - ref[-length:]  # (t, D)
+        of_tokens = difference.square().mean(-1) / ref[-length:].square().mean(-1)  # (t,)
+        distances.append(of_tokens.mean())
+    return torch.stack(distances)
+
+
 # ---- Rollout -------------------------------------------------------------------------------------
 
 
@@ -1135,13 +1183,19 @@ def stack_groups(groups: list[Group]) -> Stacked:
 def group_loss(
     backbone: Backbone, reference: Backbone | None, groups: list[Group], cfg: Config
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss of some groups summed over their tokens, and the sums that are logged."""
+    """Loss of some groups summed over their tokens, and the sums that are logged. A token has the
+    distance of its prompt (--anchor-coef) beside its KL."""
     rows, ids, mask, old_logp, advantages = stack_groups(groups)
     ref_logp = None
     if reference is not None:
-        with torch.no_grad(), model.adapters_off(reference.net):
+        with (
+            torch.no_grad(),
+            model.adapters_off(reference.net),
+            prompt_features(reference.net, cfg.anchor_layer) as ref_features,
+        ):
             ref_logp = completion_logp(reference, rows, ids, mask, cfg.temperature)
-    logp = completion_logp(backbone, rows, ids, mask, cfg.temperature)
+    with prompt_features(backbone.net, cfg.anchor_layer) as features:
+        logp = completion_logp(backbone, rows, ids, mask, cfg.temperature)
     # old_logp is what the sampler said, so the first update of a rollout is on-policy
     loss, logged = policy_loss(
         logp,
@@ -1154,6 +1208,12 @@ def group_loss(
         dual_clip=cfg.dual_clip,
         kl_coef=cfg.kl_coef,
     )
+    if cfg.anchor_coef > 0:
+        lengths = [len(row["ids"]) for row in rows]
+        distances = anchor_distance(features[0], ref_features[0], lengths)  # (B,)
+        tokens = mask.view(len(rows), -1).sum(1)  # (B,) of the completions; 0 of an idle group
+        logged["anchor"] = (distances * tokens).sum()
+        loss = loss + cfg.anchor_coef * logged["anchor"]
     return loss, {**logged, **gap_sums(logp.detach(), old_logp, mask, cfg)}
 
 
@@ -1341,6 +1401,11 @@ def check_config(cfg: Config) -> None:
             f"--dual-clip {cfg.dual_clip} bounds tokens that have not changed; give more than 1, "
             "or 0 for none"
         )
+    if cfg.anchor_layer and not cfg.anchor_coef:
+        raise ValueError(
+            f"--anchor-layer {cfg.anchor_layer} without --anchor-coef: nothing is anchored; give "
+            "both, or neither"
+        )
     if cfg.lora and cfg.cpu_offload:
         raise ValueError(
             "--cpu-offload --lora: the reference is the policy without its adapters, there is no "
@@ -1373,7 +1438,7 @@ SHOWN = [  # in the terminal, six figures a line; log.jsonl has all
 
 class Prepared(NamedTuple):
     backbone: Backbone  # sharded
-    reference: Backbone | None  # sharded and frozen; None without KL; with --lora the backbone
+    reference: Backbone | None  # sharded, frozen; None: not needed; with --lora the backbone
     optim: torch.optim.Optimizer
     sources: list[Source]
     weights: list[float]  # by which prompts are drawn from them
@@ -1403,6 +1468,7 @@ def prepare(cfg: Config, dist: Dist) -> Prepared:
         mixture, backbone.action_tokenizer, cfg.holdout_rows, cfg.outside_images
     )
     keep_kinds(sources, cfg.kinds)
+    model.feature_layer(backbone.net, cfg.anchor_layer)  # one that is not there ends the run here
     weights, _ = model.mixture_shares(mixture, [len(source.train) for source in sources])
     data = {str(source.path): {"sha256": source.fingerprint} for source in sources}
     if cfg.lora:
@@ -1414,9 +1480,9 @@ def prepare(cfg: Config, dist: Dist) -> Prepared:
         model.recompute_activations(backbone.net)
     model.shard(backbone.net, dist)
     reference = None
-    if cfg.kl_coef > 0 and cfg.lora:
+    if cfg.needs_reference and cfg.lora:
         reference = backbone  # group_loss() turns the adapters off
-    elif cfg.kl_coef > 0:  # always the model RL started from, also after --resume
+    elif cfg.needs_reference:  # always the model RL started from, also after --resume
         reference = model.load(cfg.init, dist.build)
         reference.net.requires_grad_(False).eval()
         model.shard(reference.net, dist, offload=cfg.cpu_offload)
@@ -1501,11 +1567,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         done = step + 1
         forwarded = max(total["forwarded"], 1)
         updates = max(total["updates"], 1)
+        anchor = {"anchor": total["anchor"] / forwarded} if cfg.anchor_coef else {}
         log.write(
             step=done,
             **means(sums),
             clip_fraction=total["clipped"] / forwarded,
             kl=total["kl"] / forwarded,
+            **anchor,
             **gap_metrics(first, step, dist),
             loss=total["loss"] / updates,
             grad_norm=total["grad_norm"] / updates,

@@ -1205,6 +1205,16 @@ def _blank(net, device):
     return sum(output.sum() for output in outputs)
 
 
+def feature_layer(net: nn.Module, layer: int) -> int:
+    """The layer that the head of vla.py reads, where 0 means 0.64 L of the L blocks: 18 of 28.
+    ValueError when there are not so many."""
+    # fork point: the feature layer. Which tokens of it are read: vla.encode_prompts().
+    L = len(net.model.language_model.layers)
+    if not 0 <= layer <= L:
+        raise ValueError(f"layer {layer} is not in 1..{L}; choose one of these")
+    return layer or round(0.64 * L)
+
+
 def logits(net: nn.Module, rows: torch.Tensor) -> torch.Tensor:
     """Hidden states (N, D) -> logits (N, V) fp32."""
     return net.lm_head(rows).float()

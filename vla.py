@@ -711,7 +711,7 @@ def autocast(device: torch.device) -> torch.autocast:
 def truncate(net: nn.Module, layer: int) -> None:
     """Keeps the first `layer` LLM blocks. model.hidden_states() then gives what the last one puts
     out, without the final norm. ValueError when there are not so many."""
-    layer = feature_layer(net, layer)
+    layer = model.feature_layer(net, layer)
     language_model = net.model.language_model
     language_model.layers = language_model.layers[:layer]
     language_model.norm = nn.Identity()
@@ -729,19 +729,9 @@ def whole_copy(backbone: Backbone) -> Backbone:
     return replace(backbone, net=copy.deepcopy(backbone.net, shared))
 
 
-def feature_layer(net: nn.Module, layer: int) -> int:
-    """--layer, where 0 means 0.64 L of the L blocks: 18 of 28. ValueError when there are not so
-    many."""
-    # fork point: the feature layer. Which tokens of it are read: encode_prompts().
-    L = len(net.model.language_model.layers)
-    if not 0 <= layer <= L:
-        raise ValueError(f"layer {layer} is not in 1..{L}; choose one of these")
-    return layer or round(0.64 * L)
-
-
 def freeze_backbone(backbone: Backbone, layer: int) -> nn.Module:
-    """Cuts the backbone after feature_layer() and freezes it. -> its final norm, which the features
-    do without and save_policy() puts back."""
+    """Cuts the backbone after model.feature_layer() and freezes it. -> its final norm, which the
+    features do without and save_policy() puts back."""
     final_norm = backbone.net.model.language_model.norm
     truncate(backbone.net, layer)
     backbone.net.requires_grad_(False).eval()
@@ -1797,7 +1787,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if newest and not cfg.changed_data:
         model.check_unchanged(data, newest)
     backbone = load_backbone(cfg, newest, dist)
-    layer = backbone.run["policy"]["layer"] if newest else feature_layer(backbone.net, cfg.layer)
+    if newest:
+        layer = backbone.run["policy"]["layer"]
+    else:
+        layer = model.feature_layer(backbone.net, cfg.layer)
     thoughts = None
     saved_backbone = backbone
     if cfg.condition != "prompt":

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import grpo
 import model
 import sft
+import vla
 from benchmarks import tabletop_data
 from fast_tokenizer import FastTokenizer, read_episodes, split_episodes, split_record
 from tools import backbones
@@ -1122,6 +1123,116 @@ def test_ranks_equal_one(world, monkeypatch, ranks, more):
     assert max(gaps) < 3e-4  # Adam makes much of the last bits of tiny gradients; 2 steps move 6e-3
 
 
+# ---- The anchor
+
+
+def moved(size="tiny-qwen3-vl"):
+    """A policy that has left the reference, and the reference."""
+    policy, reference = make_backbone(size), make_backbone(size)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in policy.net.parameters():
+            p.add_(0.02 * torch.randn(p.shape, generator=generator))
+    reference.net.requires_grad_(False).eval()
+    return policy, reference
+
+
+def features_of_the_head(backbone, layer, row):
+    """What vla.py's head reads of one prompt alone, (t, D), with gradient."""
+    cut = vla.whole_copy(backbone).net
+    vla.truncate(cut, layer)
+    return model.hidden_states(cut, model.collate([row], backbone.vocab.pad))[0]
+
+
+@pytest.mark.parametrize(
+    ("size", "layer", "recompute"),
+    [
+        ("tiny-qwen3-vl", 0, False),  # layer 1: behind it more of the image is added
+        ("tiny-qwen3-vl", 2, True),  # the last: before the final norm
+        ("tiny-qwen2.5-vl", 1, True),
+    ],
+)
+def test_the_anchors_gradient_by_plain_autograd(size, layer, recompute):
+    """Of the head's own features, prompt by prompt; an idle group, whose tokens do not count, has
+    no part in it."""
+    policy, reference = moved(size)
+    groups, _ = make_groups(reference)
+    for group, length in zip(groups, (6, 3, 5), strict=True):
+        group.mask[0, length:] = 0  # prompts count by their completions' tokens
+    groups.append(grpo.idle_group(groups[0]))
+    losses, gradients = [], []
+    policy.net.train()
+    if recompute:
+        model.recompute_activations(policy.net)
+    for coef in (0.0, 3.0):
+        cfg = grpo.Config(group=4, kl_coef=0.0, anchor_coef=coef, anchor_layer=layer)
+        policy.net.zero_grad()
+        loss, logged = grpo.group_loss(policy, reference, groups, cfg)
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append({k: p.grad.clone() for k, p in policy.net.named_parameters()})
+    policy.net.activation_checkpointing_disable()
+    policy.net.zero_grad()
+    anchor = 0
+    for group in groups[:3]:
+        own = features_of_the_head(policy, layer, group.row)
+        ref = features_of_the_head(reference, layer, group.row)
+        shares = ((own - ref) ** 2).sum(1) / (ref**2).sum(1)  # of each token
+        anchor = anchor + shares.mean() * group.mask.sum()
+    (3 * anchor).backward()
+    assert logged["anchor"].item() == pytest.approx(anchor.item(), rel=1e-4) and anchor > 0.1
+    assert losses[1] - losses[0] == pytest.approx(3 * anchor.item(), rel=1e-4)
+    touched = 0
+    for k, p in policy.net.named_parameters():
+        want = torch.zeros_like(p) if p.grad is None else p.grad
+        gap = gradients[1][k] - gradients[0][k] - want
+        assert gap.abs().max() <= 1e-4 * max(1.0, want.abs().max()), k
+        touched += bool(want.any())
+    assert touched > 10
+
+
+def test_the_anchor_holds_the_features_and_without_it_they_move():
+    """Six updates on the same groups; distances in units of the reference's own mean square."""
+    reference = make_backbone()
+    groups, _ = make_groups(reference, n=2)
+    groups[1].advantages = groups[0].advantages[:, :1].expand(groups[1].ids.shape)
+    groups[1].zero_std = False
+    dist = model.Dist(0, 1, torch.device("cpu"))
+    last = {}
+    for coef in (0.0, 100.0):
+        policy = make_backbone()
+        cfg = grpo.Config(batch=2, group=4, kl_coef=0.0, anchor_coef=coef)
+        optim = model.make_optimizer(policy.net, 1e-3, 0.0, (0.9, 0.999))
+        for i in range(6):
+            sums = grpo.update_step(policy, reference, optim, groups, cfg, dist, f"update {i}")
+            if coef and i == 0:
+                assert sums["anchor"] == 0, "the policy is still the reference"
+        cfg = dataclasses.replace(cfg, anchor_coef=1.0)
+        with torch.no_grad():
+            _, logged = grpo.group_loss(policy, reference, groups, cfg)
+        last[coef] = logged["anchor"].item() / logged["forwarded"].item()
+    assert last[0.0] > 1e-3 and last[100.0] < last[0.0] / 10, last
+
+
+def test_the_anchor_on_two_ranks_equals_one(world, monkeypatch):
+    """By blocks, recomputed, without the KL: its reference is there for the anchor alone."""
+    monkeypatch.setattr(grpo, "reward", spread_rewards)
+    monkeypatch.setattr(model, "SMALL", 0)
+    both = ["--steps", "2", "--batch", "4", "--kl-coef", "0", "--anchor-coef", "5"]
+    both += ["--eval-every", "0"]
+    grpo.main(flags(world, "anchor1", *both))
+    on_ranks(grpo.main, flags(world, "anchor2", *both, "--micro-batch", "1", "--recompute"), 2)
+    one, two = records(world / "anchor1")[1:], records(world / "anchor2")[1:]
+    assert [len(one), len(two)] == [2, 2] and one[0]["grad_norm"] > 0
+    assert one[0]["anchor"] == 0 < one[1]["anchor"], "one update a step"
+    for a, b in zip(one, two, strict=True):
+        for k in ("loss", "grad_norm", "anchor", "kl"):
+            assert a[k] == pytest.approx(b[k], rel=1e-3, abs=1e-6), (a["step"], k)
+    theirs = weights(world / "anchor2" / "final")
+    for k, p in weights(world / "anchor1" / "final").items():
+        assert (p - theirs[k]).abs().max() < 3e-4, k
+
+
 def test_bad_input_is_one_line(world, questions, tmp_path):
     def error(*more, **kw):
         with pytest.raises((ValueError, FileNotFoundError), **kw):
@@ -1136,6 +1247,8 @@ def test_bad_input_is_one_line(world, questions, tmp_path):
     error("--data", str(tmp_path), match="no episode_")
     error("--prompts", "3", match="--prompts 3 must be a multiple of --batch 2")
     error("--group", "1", match="at least 2 completions")
+    error("--anchor-layer", "1", match="--anchor-layer 1 without --anchor-coef: nothing is anch")
+    error("--anchor-coef", "1", "--anchor-layer", "3", match=r"layer 3 is not in 1\.\.2")
     error("--dual-clip", "0.5", match="--dual-clip 0.5 .* give more than 1, or 0")
     error("--reward", "exact", match="--reward exact.*prefix, ladder, l1, lcs")
     error("--credit", "first", match="--credit first: choose one of all, prefix")

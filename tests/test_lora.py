@@ -388,8 +388,8 @@ def test_the_reference_is_the_policy_without_its_adapters(world):
     assert torch.equal(policy, again) and (policy - init).abs().max() > 1e-3
 
 
-def test_the_loss_has_the_kl_to_the_reference(world, monkeypatch):
-    """The same KL as of the merged policy against a second copy of --init, in a run's own loss."""
+def test_the_loss_has_the_kl_and_the_anchor_to_the_reference(world, monkeypatch):
+    """The same as of the merged policy against a second copy of --init, in a run's own loss."""
     cfg = model.parse_config(grpo.Config, grpo.PRESETS, rl(world, "kl"))
     backbone = grpo.prepare(cfg, model.setup(0)).backbone
     with torch.no_grad():
@@ -399,10 +399,12 @@ def test_the_loss_has_the_kl_to_the_reference(world, monkeypatch):
     model.save(world / "merged", backbone, RUN)
     groups, _ = make_groups(backbone, n=2)
     merged, init = model.load(world / "merged"), model.load(world / "sft")
+    cfg = dataclasses.replace(cfg, anchor_coef=2.0)
     loss, logged = grpo.group_loss(backbone, backbone, groups, cfg)
     merged_loss, merged_logged = grpo.group_loss(merged, init, groups, cfg)
-    assert logged["kl"] > 0
-    assert logged["kl"].item() == pytest.approx(merged_logged["kl"].item(), rel=1e-3)
+    for name in ("kl", "anchor"):
+        assert logged[name] > 0
+        assert logged[name].item() == pytest.approx(merged_logged[name].item(), rel=1e-3)
     assert loss.item() == pytest.approx(merged_loss.item(), rel=1e-3, abs=1e-5)
 
 

@@ -143,6 +143,10 @@ def test_grpo(backbone, monkeypatch):
     offloaded = dataclasses.replace(cfg, cpu_offload=True)
     told = memory.estimate("grpo", offloaded, meta(backbone), load_of(rows))
     assert told.parts["reference"] == 0
+    for coef, kept in ((0.0, 0), (1.0, told.parts["weights"])):  # the anchor needs one too
+        anchored = dataclasses.replace(cfg, kl_coef=0.0, anchor_coef=coef)
+        told = memory.estimate("grpo", anchored, meta(backbone), load_of(rows))
+        assert told.parts["reference"] == kept
 
 
 def test_adapters(backbone):

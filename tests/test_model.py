@@ -32,7 +32,7 @@ import vla
 from fast_tokenizer import FastTokenizer
 from tools import backbones
 
-SIZES = ["tiny-qwen3-vl", "tiny-qwen2.5-vl", "tiny-vlm"]
+SIZES = ["tiny-qwen3-vl", "tiny-qwen2.5-vl", "tiny-vlm", "tiny-vlm-qwen2.5"]
 
 
 @pytest.fixture(scope="module", params=SIZES)

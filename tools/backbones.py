@@ -109,20 +109,24 @@ QWEN3_VL = Size(
     pixel_bounds=(65536, 16777216),
 )
 
+TINY_VLM = Size(
+    merge=1,
+    temporal=1,
+    hidden=128,
+    layers=4,
+    heads=4,
+    kv_heads=2,
+    mlp=384,
+    vision_hidden=96,
+    vision_mlp=384,
+    # Tabletop's background: else its constant drowns what differs between patches
+    mean=(0.81, 0.75, 0.67),
+)
+
 SIZES = {
-    "tiny-vlm": Size(
-        merge=1,
-        temporal=1,
-        hidden=128,
-        layers=4,
-        heads=4,
-        kv_heads=2,
-        mlp=384,
-        vision_hidden=96,
-        vision_mlp=384,
-        # Tabletop's background: else its constant drowns what differs between patches
-        mean=(0.81, 0.75, 0.67),
-    ),
+    "tiny-vlm": TINY_VLM,
+    # as many parameters: its vision blocks have three matrices in the MLP, not two
+    "tiny-vlm-qwen2.5": replace(TINY_VLM, family="qwen2_5_vl", vision_mlp=256, special_layers=(1,)),
     "tiny-qwen3-vl": Size(vocab_size=384),
     "tiny-qwen2.5-vl": Size(family="qwen2_5_vl", vocab_size=384, special_layers=(1,)),
     "qwen2.5-vl-3b": replace(

@@ -280,7 +280,7 @@ def grpo_estimate(cfg: grpo.Config, net: nn.Module, load: Load) -> Estimate:
     # 2. the model that RL started from: with adapters the same one
     shards = cfg.shards or load.ranks
     fixed["reference"] = 0.0
-    if cfg.kl_coef > 0 and not cfg.cpu_offload and not cfg.lora:
+    if cfg.needs_reference and not cfg.cpu_offload and not cfg.lora:
         fixed["reference"] = weights * FP32 / shards
 
     # 3. a rollout: the whole model is gathered once, and nothing of an update is there
@@ -582,7 +582,7 @@ def cures(stage: str, cfg, phase: str) -> str:
     flags = []
     if phase == "update" and not cfg.recompute:
         flags.append("--recompute")
-    if stage == "grpo" and cfg.kl_coef > 0 and not cfg.cpu_offload and not cfg.lora:
+    if stage == "grpo" and cfg.needs_reference and not cfg.cpu_offload and not cfg.lora:
         flags.append("--cpu-offload")
     if not cfg.lora:
         flags.append("--lora 16 --bf16-base")
