@@ -788,6 +788,18 @@ def freeze_backbone(backbone: Backbone, layer: int) -> nn.Module:
     return final_norm
 
 
+def choose_trained(backbone: Backbone, layer: int, cfg: Config) -> nn.Module:
+    """Cuts the backbone and freezes it as freeze_backbone(), unless cfg trains it: by the flow loss
+    alone what is left after the cut, but for lm_head (where it is the table of the input, that is
+    trained); with --ce-weight all of it, uncut. -> its final norm."""
+    if cfg.ce_weight:
+        return backbone.net.model.language_model.norm
+    final_norm = freeze_backbone(backbone, layer)
+    if cfg.backbone_lr:
+        backbone.net.model.requires_grad_(True)
+    return final_norm
+
+
 def prompt_row(
     backbone: Backbone, images: Sequence[np.ndarray], instruction: str, think: bool
 ) -> Row:
@@ -1919,13 +1931,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         thoughts = frame_thoughts(backbone, frames, cfg, dist)
         if cfg.thoughts == "own":
             saved_backbone = whole_copy(backbone)  # the policy goes on thinking
-    if cfg.ce_weight:  # all of it is trained
+    if cfg.ce_weight:
         answers = frame_answers(backbone, frames, cfg)
-        final_norm = backbone.net.model.language_model.norm
-    else:
-        final_norm = freeze_backbone(backbone, layer)
-        if cfg.backbone_lr:
-            backbone.net.model.requires_grad_(True)  # not lm_head, unless it is the input's table
+    final_norm = choose_trained(backbone, layer, cfg)
     head_config = HeadConfig(
         vl_dim=backbone.net.config.text_config.hidden_size,
         dim=cfg.dim,
