@@ -770,18 +770,19 @@ def test_gradients_of_a_trained_backbone_are_those_of_plain_autograd(
     assert not above, "what is left out by the cut"
 
 
-def test_a_trained_backbone_learns_what_a_frozen_one_does_not(data, speaking, tmp_path):
-    """On nine frames, by the same draws and from the same weights of the head."""
-    flags = {"init": speaking, "max-episodes": 1, "holdout-share": 0, "steps": 30, "log-every": 10}
-    losses = {}
+def test_a_trained_backbone_lowers_the_loss_of_a_head_that_stands_still(data, speaking, tmp_path):
+    """On nine frames, by the same draws: what the head could learn by itself it may not."""
+    flags = {"init": speaking, "max-episodes": 1, "holdout-share": 0, "steps": 12, "log-every": 6}
+    flags |= {"lr": 1e-6, "ema-decay": 0, "draws": 8}
+    logs = {}
     for name, more in (("frozen", {"cache": "none"}), ("flow", BY_FLOW), ("both", BY_BOTH)):
         vla.main(argv(data, tmp_path / name, **{**flags, **more}))
-        losses[name] = [record["loss"] for record in records(tmp_path / name)[1:4]]
-    last = records(tmp_path / "both")[1:4]
-    print(losses, last)
-    assert losses["flow"][-1] < 0.9 * losses["frozen"][-1]
-    assert losses["both"][-1] < 0.9 * losses["frozen"][-1]
-    assert last[-1]["ce_loss"] < 0.7 * last[0]["ce_loss"]
+        logs[name] = records(tmp_path / name)[1:3]
+    for name in ("flow", "both"):
+        assert logs[name][1]["loss"] < 0.95 * logs["frozen"][1]["loss"]
+    first, last = logs["both"]
+    assert last["ce_loss"] < 0.8 * first["ce_loss"]
+    assert last["token_accuracy"] > first["token_accuracy"]
 
 
 @pytest.mark.parametrize("flags", [BY_FLOW, BY_BOTH])
