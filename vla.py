@@ -115,8 +115,8 @@ class Config:
     thoughts: str = "own"  # own: the model's, by its most probable tokens; recorded: the episodes'
     max_thought: Count = 64  # tokens of an own thought at most
     max_pixels: Natural = 0  # larger images are shrunk to so many pixels; 0: as the backbone says
-    backbone_lr: NonNegative = 0.0  # peak learning rate of its blocks up to --layer; 0: frozen
-    ce_weight: NonNegative = 0.0  # of the cross-entropy of its own action tokens beside the flow's
+    backbone_lr: NonNegative = 0.0  # peak learning rate of what lies up to --layer; 0: frozen
+    ce_weight: NonNegative = 0.0  # of its action tokens' cross-entropy, which trains all; 0: none
 
     # head
     dim: Count = 128  # width of the head

@@ -837,8 +837,16 @@ def test_the_policy_has_the_trained_backbone(data, speaking, tmp_path, flags):
             assert not torch.equal(tensor, start[name]), name
     if not whole:
         assert torch.equal(net.state_dict()[norm], start[norm])
-    frozen = json.loads((speaking / "run.json").read_text())
-    assert "trained" not in frozen
+
+
+def test_tokens_of_another_robot_are_no_answers(data):
+    backbone = backbones.random_backbone("tiny-vlm")
+    unit = {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mean": [0.0] * 7, "std": [1.0] * 7}
+    chunks = np.random.default_rng(0).uniform(-1, 1, (99, 3, 7))
+    backbone.action_tokenizer = FastTokenizer.fit(chunks, 40, 1, unit)
+    cfg = vla.Config(data=str(data), horizon=4)
+    with pytest.raises(ValueError, match="actions have 4 dimensions, the action tokenizer 7"):
+        vla.frame_answers(backbone, vla.FrameDataset(cfg), cfg)
 
 
 # ---- The policy ----------------------------------------------------------------------------------
@@ -1164,6 +1172,15 @@ def test_recorded_thoughts_condition_the_head(data, thoughtful, tmp_path, monkey
     ):
         with pytest.raises(ValueError, match=message):
             policy.act_batch(images, instructions, states, thoughts=thoughts)
+
+
+def test_recorded_thoughts_train_a_backbone(thoughtful, tmp_path):
+    flags = {"condition": "thought-only", "thoughts": "recorded", "steps": 1, **BY_FLOW}
+    vla.main(argv(thoughtful, tmp_path, **flags))
+    policy = vla.Policy.load(tmp_path)
+    untouched = backbones.random_backbone("tiny-vlm").net.state_dict()
+    for name in ("model.language_model.layers.0.mlp.up_proj.weight", "lm_head.weight"):
+        assert not torch.equal(policy.backbone.net.state_dict()[name], untouched[name])
 
 
 def test_a_recorded_thought_that_stands_for_an_image_names_its_step(thoughtful, tmp_path):
