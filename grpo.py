@@ -952,14 +952,11 @@ def prompt_features(net: nn.Module, layer: int) -> Iterator[list[torch.Tensor]]:
     left: what vla.truncate() lets a net put out, with gradient where there is one."""
     features = []
 
-    def keep(module, inputs):
+    def keep(hidden):
         if not features:  # the prompts are forwarded first, then the completions
-            features.append(inputs[0])
+            features.append(hidden)
 
-    # what the next block reads: between blocks Qwen3-VL adds more of the image (deepstack)
-    language_model = net.model.language_model
-    readers = [*language_model.layers, language_model.norm]
-    hook = readers[model.feature_layer(net, layer)].register_forward_pre_hook(keep)
+    hook = model.keep_layer_output(net, model.feature_layer(net, layer), keep)
     try:
         yield features
     finally:

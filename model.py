@@ -1215,6 +1215,15 @@ def feature_layer(net: nn.Module, layer: int) -> int:
     return layer or round(0.64 * L)
 
 
+def keep_layer_output(net: nn.Module, layer: int, keep: Callable[[torch.Tensor], None]):
+    """Calls keep at each forward of a whole net with what it hands on after `layer`, (B, T, D), as
+    one that is cut there puts it out. -> the hook, to be removed."""
+    # what the next block reads: between blocks Qwen3-VL adds more of the image (deepstack)
+    language_model = net.model.language_model
+    reader = [*language_model.layers, language_model.norm][layer]
+    return reader.register_forward_pre_hook(lambda module, inputs: keep(inputs[0]))
+
+
 def logits(net: nn.Module, rows: torch.Tensor) -> torch.Tensor:
     """Hidden states (N, D) -> logits (N, V) fp32."""
     return net.lm_head(rows).float()
@@ -1241,6 +1250,29 @@ def _score_in_slices(head, score, rows, ids):
     for part in zip(rows.split(at_once), ids.split(at_once), strict=True):
         scores.append(torch.utils.checkpoint.checkpoint(score_slice, *part, use_reentrant=False))
     return [torch.cat(slices) for slices in zip(*scores, strict=True)]  # (N,) each
+
+
+class TokenSums(NamedTuple):
+    """Sums over the counted tokens of a batch; () each."""
+
+    loss: torch.Tensor  # cross-entropy, nats
+    tokens: torch.Tensor  # how many there are
+    correct: torch.Tensor  # for how many the most probable token is the right one
+
+
+def token_loss(net: nn.Module, batch: Batch) -> TokenSums:
+    """Cross-entropy on batch["target"]: divide its sum by the count over all ranks (see all_sum),
+    not by this rank's. Logits are computed only where a target follows."""
+    counted = batch["target"][:, 1:]  # (B, T - 1); token t is predicted from position t - 1
+    hidden = hidden_states(net, batch)[:, :-1][counted]  # (N, D)
+    target_ids = batch["ids"][:, 1:][counted]  # (N,)
+
+    def score(logits, ids):  # (n, V), (n,) -> (n,), (n,)
+        correct = logits.detach().argmax(-1) == ids
+        return nn.functional.cross_entropy(logits, ids, reduction="none"), correct
+
+    losses, correct = score_in_slices(net, score, hidden, target_ids)  # (N,) each
+    return TokenSums(losses.sum(), counted.sum(), correct.sum())
 
 
 # ---- Sampler -------------------------------------------------------------------------------------
@@ -2510,7 +2542,7 @@ ABOUT = {  # stage -> the hub's word for what such a checkpoint does, and what i
     "base": ("image-text-to-text", "A vision-language model, trained further on questions."),
     "sft": ("image-text-to-text", "A vision-language model that writes robot actions as tokens."),
     "grpo": ("image-text-to-text", "A vision-language model that thinks, then writes actions."),
-    "vla": ("robotics", "A flow-matching action head on a frozen vision-language model."),
+    "vla": ("robotics", "A flow-matching action head on a vision-language model."),
 }
 LOADING = {  # stage -> how to load it; those that are not here as "sft"
     "sft": """import transformers
@@ -2580,6 +2612,8 @@ def model_card(run: dict) -> str:
         f"| trained from | {run.get('parent', 'unknown')} |",
         f"| steps | {run.get('step', 'unknown')} |",
     ]
+    if "trained" in run:
+        origin.append(f"| trained | {' and '.join(run['trained'])} |")
     for path, source in run.get("data", {}).items():
         if path == run.get("config", {}).get("init"):  # the weights that adapters stand on
             continue

@@ -53,7 +53,6 @@ if __name__ == "__main__":
     answer_help(__file__)  # --help need not wait for torch
 
 import torch
-import torch.nn.functional as F
 from transformers import AddedToken
 
 import model
@@ -69,6 +68,7 @@ from model import (
     mixture_shares,
     open_sources,
     parse_mixture,
+    token_loss,
 )
 
 # ---- Config --------------------------------------------------------------------------------------
@@ -332,7 +332,7 @@ def check_rows(backbone: model.Backbone, source, cfg: Config, dist: model.Dist) 
     }
 
 
-# ---- The idea: new words, packed rows, a loss by tokens ------------------------------------------
+# ---- The idea: new words, packed rows; their loss is model.token_loss() --------------------------
 
 
 @torch.no_grad()
@@ -392,29 +392,6 @@ def pack(rows: list[model.Row]) -> model.Batch:
     batch["lengths"] = [len(row["ids"]) for row in rows]
     batch["sample_id"] = [row.get("sample_id", "") for row in rows]
     return batch
-
-
-class TokenSums(NamedTuple):
-    """Sums over the counted tokens of a batch; () each."""
-
-    loss: torch.Tensor  # cross-entropy, nats
-    tokens: torch.Tensor  # how many there are
-    correct: torch.Tensor  # for how many the most probable token is the right one
-
-
-def token_loss(net: torch.nn.Module, batch: model.Batch) -> TokenSums:
-    """Cross-entropy on batch["target"]: divide its sum by the count over all ranks (see all_sum),
-    not by this rank's. Logits are computed only where a target follows."""
-    counted = batch["target"][:, 1:]  # (B, T - 1); token t is predicted from position t - 1
-    hidden = model.hidden_states(net, batch)[:, :-1][counted]  # (N, D)
-    target_ids = batch["ids"][:, 1:][counted]  # (N,)
-
-    def score(logits, ids):  # (n, V), (n,) -> (n,), (n,)
-        correct = logits.detach().argmax(-1) == ids
-        return F.cross_entropy(logits, ids, reduction="none"), correct
-
-    losses, correct = model.score_in_slices(net, score, hidden, target_ids)  # (N,) each
-    return TokenSums(losses.sum(), counted.sum(), correct.sum())
 
 
 # ---- Schedule: which samples, and when -----------------------------------------------------------
@@ -509,7 +486,7 @@ def evaluate(
 
 
 def held_out_sums(backbone, source, cfg, dist) -> list[float]:
-    """TokenSums of a source's held-out rows, over all ranks."""
+    """model.TokenSums of a source's held-out rows, over all ranks."""
     held = evenly_spaced(source.held, cfg.eval_rows)
     local_held = held[dist.rank :: dist.world_size]
     most = math.ceil(len(held) / dist.world_size)  # rows on the rank that has the most
@@ -701,7 +678,7 @@ def action_rows(vocab: model.Vocabulary) -> list[int]:
 
 
 class StepInfo(NamedTuple):
-    micro_sums: list[list[float]]  # TokenSums of each micro-batch of this rank
+    micro_sums: list[list[float]]  # model.TokenSums of each micro-batch of this rank
     grad_norm: float  # before clipping
 
 
@@ -756,7 +733,7 @@ def main(argv: list[str] | None = None) -> None:
     net.train()
     optim = model.make_optimizer(net, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2), cfg.muon)
     start, unlogged = model.load_train_state(newest, net, optim)
-    unlogged = np.zeros(3) + unlogged  # TokenSums since the last line of the log
+    unlogged = np.zeros(3) + unlogged  # model.TokenSums since the last line of the log
 
     # 2. the samples of the whole run, in order
     sizes = [len(source.train) for source in sources]

@@ -1,12 +1,12 @@
 """Stage 3 of RoboAlign (arXiv 2603.21341): a flow-matching action head, as GR00T N1.5's, on the
-features of one layer of the frozen backbone.
+features of one layer of the backbone, which stays frozen unless --backbone-lr trains it too.
 
 In: a checkpoint of stage base, sft or grpo, and episodes (images, state, actions, instruction).
 Out: a policy (images, instruction, state) -> the next K actions. It writes no text at run time:
 reasoning acts through the features that RL shaped; with --condition the backbone first writes a
 thought, which the head reads too. (TokenPolicy, which needs no stage 3, lets a checkpoint of sft or
 grpo drive by the action tokens that it writes.)
-1. cut the frozen backbone after layer 0.64 L (18 of 28)
+1. cut the backbone after layer 0.64 L (18 of 28)
 2. its hidden states over all image and text tokens of the action prompt are the features
 3. the head reads them, and as one token the normalised state, which the backbone does not see
 4. x_t = (1 - t) noise + t action; the head learns the velocity action - noise, masked past the end
@@ -24,8 +24,8 @@ torchrun --nproc_per_node 8 vla.py paper --init runs/grpo-paper --data data/libe
                                  # 128 px (LIBERO as published) is 25 tokens for Qwen2.5-VL, one
                                  # of 256 px 81; for Qwen3-VL either is 64
 
-Read first: Config, "Flow-matching head", main. "Data", "Thoughts" and "Features of the frozen
-backbone" can wait; "Policies" and "Carrying out chunks" are for who drives a robot.
+Read first: Config, "Flow-matching head", main. "Data", "Thoughts" and "Features of the backbone"
+can wait; "Policies" and "Carrying out chunks" are for who drives a robot.
 
 Legend: B frames of a batch, R draws of a frame, K chunk length, A action dimensions, S state
 dimensions, T tokens of a prompt, F future tokens, Q query tokens of a block, N frames of the data,
@@ -60,6 +60,7 @@ from fast_tokenizer import (
     Stats,
     action_chunks,
     answer_help,
+    chunk_starts,
     count,
     episodes_sha256,
     normalize,
@@ -89,7 +90,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import model
-from model import THINK_END, Backbone, Dist, Row, encode_thought, with_thought
+from model import THINK_END, Backbone, Dist, Row, TokenSums, encode_thought, with_thought
 
 # ---- Config --------------------------------------------------------------------------------------
 
@@ -114,6 +115,8 @@ class Config:
     thoughts: str = "own"  # own: the model's, by its most probable tokens; recorded: the episodes'
     max_thought: Count = 64  # tokens of an own thought at most
     max_pixels: Natural = 0  # larger images are shrunk to so many pixels; 0: as the backbone says
+    backbone_lr: NonNegative = 0.0  # peak learning rate of what lies up to --layer; 0: frozen
+    ce_weight: NonNegative = 0.0  # of its action tokens' cross-entropy, which trains all; 0: none
 
     # head
     dim: Count = 128  # width of the head
@@ -136,8 +139,8 @@ class Config:
     beta2: BelowOne = 0.999  # AdamW
     weight_decay: NonNegative = 1e-5  # AdamW, not on norms and biases
     max_grad_norm: NonNegative = 1.0  # gradient norm; 0: no clipping
-    muon: bool = False  # inner matrices by orthogonalised momentum (Muon) instead of AdamW
-    ema_decay: BelowOne = 0.999  # decay of the averaged weights that the policy uses; 0: no average
+    muon: bool = False  # the head's inner matrices by orthogonalised momentum (Muon), not AdamW
+    ema_decay: BelowOne = 0.999  # decay of the averaged head that the policy uses; 0: no average
 
     # time and memory: the results are the same up to rounding
     cache: str = "features"  # features: the backbone runs once, before training; none: in each step
@@ -195,10 +198,33 @@ def check_config(cfg: Config) -> None:
         raise ValueError(
             "--thoughts recorded: the head reads none; add --condition thought or thought-only"
         )
+    check_trained_backbone(cfg)
     cameras = cfg.cameras.split(",")
     if len(set(cameras)) < len(cameras):
         raise ValueError(f"--cameras {cfg.cameras}: name each of them once")
     check_width("--dim", cfg.dim, cfg.heads)
+
+
+def check_trained_backbone(cfg: Config) -> None:
+    if cfg.ce_weight and not cfg.backbone_lr:
+        raise ValueError(
+            f"--ce-weight {cfg.ce_weight}: the backbone is frozen; add --backbone-lr, as 1e-5"
+        )
+    if cfg.ce_weight and asks_to_think(cfg):
+        raise ValueError(
+            f"--ce-weight {cfg.ce_weight}: it learns the answer to the prompt that does not ask to "
+            "think; leave out --think and --condition"
+        )
+    if cfg.backbone_lr and cfg.cache != "none":
+        raise ValueError(
+            f"--backbone-lr {cfg.backbone_lr}: features of a backbone that is trained change in "
+            "each step; add --cache none"
+        )
+    if cfg.backbone_lr and cfg.condition != "prompt" and cfg.thoughts == "own":
+        raise ValueError(
+            f"--backbone-lr {cfg.backbone_lr}: own thoughts would be those of the model before it "
+            "was trained; add --thoughts recorded"
+        )
 
 
 def check_width(name: str, width: int, heads: int) -> None:
@@ -673,7 +699,7 @@ def frame_thoughts(
     return thoughts
 
 
-# ---- Features of the frozen backbone -------------------------------------------------------------
+# ---- Features of the backbone --------------------------------------------------------------------
 
 
 class Features(NamedTuple):
@@ -738,6 +764,18 @@ def freeze_backbone(backbone: Backbone, layer: int) -> nn.Module:
     return final_norm
 
 
+def choose_trained(backbone: Backbone, layer: int, cfg: Config) -> nn.Module:
+    """Cuts the backbone and freezes it as freeze_backbone(), unless cfg trains it: by the flow loss
+    alone what is left after the cut, but for lm_head (where it is the table of the input, that is
+    trained); with --ce-weight all of it, uncut. -> its final norm."""
+    if cfg.ce_weight:
+        return backbone.net.model.language_model.norm
+    final_norm = freeze_backbone(backbone, layer)
+    if cfg.backbone_lr:
+        backbone.net.model.requires_grad_(True)
+    return final_norm
+
+
 def prompt_row(
     backbone: Backbone, images: Sequence[np.ndarray], instruction: str, think: bool
 ) -> Row:
@@ -751,21 +789,49 @@ def asks_to_think(cfg: Config) -> bool:
     return cfg.think or cfg.condition != "prompt"
 
 
-@torch.no_grad()
 def encode_prompts(
     backbone: Backbone,
     prompts: list[Row],
     device: str | torch.device,
     condition: str = "prompt",
+    train: bool = False,
 ) -> Features:
     """The features of all image and text tokens of the prompts, and of their thoughts where they
-    have one; by the condition thought-only of these alone."""
+    have one; by the condition thought-only of these alone. train: with a gradient, where one is
+    asked for."""
     batch = model.to_device(model.collate(prompts, backbone.vocab.pad), device)
-    hidden = model.hidden_states(backbone.net, batch)  # (B, T, D)
+    with torch.set_grad_enabled(train and torch.is_grad_enabled()):
+        hidden = model.hidden_states(backbone.net, batch)  # (B, T, D)
     if condition == "thought-only":
         return pad_features(Features(hidden, batch["target"]).rows())
     lengths = {len(prompt["ids"]) for prompt in prompts}
     return Features(hidden, None if len(lengths) == 1 else batch["mask"])
+
+
+def frame_answers(backbone: Backbone, frames: FrameDataset, cfg: Config) -> list[np.ndarray]:
+    """The right answer to each frame's prompt, as sft.py learns it, as token ids (t,) to the end of
+    the turn; none where the chunk goes on past the episode's end. ValueError without a tokenizer of
+    these actions."""
+    action_tokenizer = backbone.action_tokenizer
+    if action_tokenizer is None or action_tokenizer.stats is None:
+        raise ValueError(
+            f"--ce-weight {cfg.ce_weight}: {cfg.init} has no action tokenizer with statistics; "
+            "train it on episodes with sft.py"
+        )
+    read_episodes(cfg.data, cfg.max_episodes, action_tokenizer)  # of another robot: it says so
+    answers = []
+    for episode, frame_range in zip(frames.episodes, frames.frame_ranges, strict=True):
+        chunks = action_chunks(episode, action_tokenizer.horizon)  # (T, K, A)
+        whole = chunk_starts(episode, action_tokenizer.horizon)
+        all_action_ids = action_tokenizer.encode(chunks[whole.start : whole.stop])
+        for frame_id in frame_range:
+            _, step = frames.locate(frame_id)
+            text = ""
+            if step in whole:
+                text = f"{model.action_answer(all_action_ids[step])}<|im_end|>"
+            ids = backbone.tokenizer.encode(text, add_special_tokens=False)
+            answers.append(np.array(ids, np.int64))
+    return answers
 
 
 class LiveFeatures:
@@ -773,7 +839,8 @@ class LiveFeatures:
 
     read(frame_ids) is what a thread may do ahead of training, on the CPU; features(what it gave)
     is the rest. CachedFeatures has the same two. thoughts: of each frame; None: the prompt alone is
-    read."""
+    read. answers: of each frame, for --ce-weight, which a whole backbone learns; its features are
+    those after `layer`."""
 
     def __init__(
         self,
@@ -782,26 +849,46 @@ class LiveFeatures:
         cfg: Config,
         device: torch.device,
         thoughts: list[np.ndarray] | None = None,
+        answers: list[np.ndarray] | None = None,
+        layer: int = 0,
     ):
         self.backbone = backbone
         self.frames = frames
         self.think = asks_to_think(cfg)
         self.condition = cfg.condition
         self.device = device
-        self.thoughts = thoughts
+        self.is_trained = cfg.backbone_lr > 0
+        self.continuations = answers or thoughts  # of each frame's prompt
+        self.layer_output = None  # of a whole net's forward, with answers
+        if answers:
+            self.layer_output = []
+            model.keep_layer_output(backbone.net, layer, self.layer_output.append)
 
     def read(self, frame_ids: Iterable[int]) -> list[Row]:
         prompts = []
         for frame_id in frame_ids:
             images, instruction = self.frames.observation(frame_id)
             prompt = prompt_row(self.backbone, images, instruction, self.think)
-            if self.thoughts is not None:
-                prompt = with_thought(prompt, self.thoughts[frame_id])
+            if self.continuations is not None:
+                prompt = with_thought(prompt, self.continuations[frame_id])
             prompts.append(prompt)
         return prompts
 
     def features(self, prompts: list[Row]) -> Features:
-        return encode_prompts(self.backbone, prompts, self.device, self.condition)
+        if self.layer_output is not None:
+            return self.features_and_answers(prompts)[0]
+        return encode_prompts(
+            self.backbone, prompts, self.device, self.condition, train=self.is_trained
+        )
+
+    def features_and_answers(self, rows: list[Row]) -> tuple[Features, TokenSums]:
+        """One forward of prompts and answers: the features of the prompts, which do not see the
+        answers behind them, and the cross-entropy of the answers."""
+        batch = model.to_device(model.collate(rows, self.backbone.vocab.pad), self.device)
+        token_sums = model.token_loss(self.backbone.net, batch)
+        hidden = self.layer_output.pop()  # (B, T, D)
+        is_prompt = batch["mask"].bool() & ~batch["target"]
+        return pad_features(Features(hidden, is_prompt).rows()), token_sums
 
 
 class CachedFeatures:
@@ -1584,7 +1671,8 @@ def flow_loss(
     head: FlowHead, source: FeatureSource, frames, cfg, step: int, fetched: Fetched, dist
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """This rank's part of a step's loss, such that the average over ranks is the mean over the
-    global batch. -> (loss, info), as FlowHead.loss()."""
+    global batch. -> (loss, info), as FlowHead.loss(); with --ce-weight info has "answers", the
+    TokenSums of this rank's frames."""
     frame_ids, local_inputs = fetched
     local = local_slice(cfg, dist)
     state, action, action_mask = training_targets(frames, frame_ids[local], dist.device)
@@ -1592,16 +1680,20 @@ def flow_loss(
     # Counted elements of the global batch: each rank knows them without asking the others.
     count = int(frames.mask[frame_ids].sum()) * frames.action.shape[2] * cfg.draws
     count_per_rank = count / dist.world_size
+    targets = (state, action, action_mask, drawn.rows(local), count_per_rank)
     with autocast(dist.device):
-        feats, mask = source.features(local_inputs)
-        return head.loss(feats, mask, state, action, action_mask, drawn.rows(local), count_per_rank)
+        if not cfg.ce_weight:
+            return head.loss(*source.features(local_inputs), *targets)
+        features, answers = source.features_and_answers(local_inputs)
+        loss, info = head.loss(*features, *targets)
+    tokens_per_rank = max(model.all_sum(answers.tokens.item()), 1) / dist.world_size
+    loss = loss + cfg.ce_weight * answers.loss / tokens_per_rank
+    return loss, {**info, "answers": answers}
 
 
 class StepInfo(NamedTuple):
-    loss_sum: float  # of this rank, over its counted elements
-    count: float  # of these
-    grad_norm: float  # of all ranks, before clipping
-    lr: float
+    sums: list[float]  # of this rank: flow error, its counted elements, and TokenSums of answers
+    metrics: dict[str, float]  # of all ranks: norms of gradients before clipping, learning rate
 
 
 def train_step(
@@ -1614,17 +1706,24 @@ def train_step(
     )
     lr = model.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup_ratio)
     for group in optim.param_groups:
-        group["lr"] = lr
+        group["lr"] = model.learning_rate(step, cfg.steps, group["initial_lr"], cfg.warmup_ratio)
     if cfg.dropout:  # what it drops is a function of (seed, step, rank): resume is exact
         torch.manual_seed(int(model.rng(cfg.seed, step, dist.rank).integers(2**31)))
     loss, info = flow_loss(head, source, frames, cfg, step, fetched, dist)
     check("loss", loss.item())
     loss.backward()
+    # Each is clipped by its own norm: what the head learns does not depend on the other's size.
     grad_norm = model.clip_gradients(head.parameters(), cfg.max_grad_norm)
     check("gradient norm", grad_norm)
+    metrics = {"grad_norm": grad_norm, "lr": lr}
+    if cfg.backbone_lr:
+        backbone_norm = model.clip_gradients(source.backbone.net.parameters(), cfg.max_grad_norm)
+        check("gradient norm of the backbone", backbone_norm)
+        metrics["backbone_grad_norm"] = backbone_norm
     optim.step()
     optim.zero_grad()
-    return StepInfo(float(info["sum"]), float(info["count"]), grad_norm, lr)
+    sums = [info["sum"], info["count"], *info.get("answers", torch.zeros(3))]
+    return StepInfo([x.item() for x in sums], metrics)
 
 
 @torch.no_grad()
@@ -1687,11 +1786,11 @@ ROOM_SHARE = 0.5  # of a rank's free memory that a whole backbone may take; the 
 
 def load_backbone(cfg: Config, newest: Path | None, dist: Dist) -> Backbone:
     """The backbone of --init, or of the checkpoint to resume (already cut, unless it writes
-    thoughts)."""
+    thoughts or answers). One that is trained has fp32 masters."""
     backbone = model.load(
         newest or cfg.init,
         dist.build,  # open_features() gives it to all ranks
-        compute_dtype(dist.device),
+        torch.float32 if cfg.backbone_lr else compute_dtype(dist.device),
         stages=("vla",) if newest else ("base", "sft", "grpo"),
         seed=cfg.seed,
         max_pixels=cfg.max_pixels,
@@ -1707,14 +1806,16 @@ def open_features(
     cfg: Config,
     dist: Dist,
     thoughts: list[np.ndarray] | None,
+    answers: list[np.ndarray] | None = None,
+    layer: int = 0,
 ) -> FeatureSource:
     """Where the features come from, as --cache says; the backbone goes to where they are made."""
     if cfg.cache == "none":
-        if cfg.shard_backbone or not has_room(backbone.net, dist):
+        if cfg.backbone_lr or cfg.shard_backbone or not has_room(backbone.net, dist):
             model.shard(backbone.net, dist, compute_dtype(dist.device))
         else:
             model.replicate(backbone.net, dist)
-        return LiveFeatures(backbone, frames, cfg, dist.device, thoughts)
+        return LiveFeatures(backbone, frames, cfg, dist.device, thoughts, answers, layer)
     # Not sharded: the ranks fill the cache by unequal numbers of forwards.
     model.replicate(backbone.net, dist)
     source = build_cache(backbone, frames, cfg, dist, thoughts)
@@ -1757,12 +1858,26 @@ def make_heads(
     return heads
 
 
+def make_optimizer(head: FlowHead, backbone: Backbone, cfg: Config) -> torch.optim.Optimizer:
+    """Of the head, and of a backbone that is trained, which AdamW updates at a rate of its own.
+    "initial_lr" of a group is its peak."""
+    betas = (cfg.beta1, cfg.beta2)
+    optim = model.make_optimizer(head, cfg.lr, cfg.weight_decay, betas, cfg.muon)
+    if cfg.backbone_lr:
+        of_backbone = model.make_optimizer(backbone.net, cfg.backbone_lr, cfg.weight_decay, betas)
+        for group in of_backbone.param_groups:
+            optim.add_param_group(group)
+    for group in optim.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optim
+
+
 def save_policy(
     folder: Path, backbone: Backbone, final_norm: nn.Module, heads: dict, run: dict, optim=None
 ) -> None:
     """Self-contained: the cut backbone with its final norm (it loads in plain transformers), or the
-    whole one that writes thoughts, the head in head.safetensors, and in run.json under "policy" all
-    else that acting needs."""
+    whole one that writes thoughts or learned its action tokens, the head in head.safetensors, and
+    in run.json under "policy" all else that acting needs."""
     language_model = backbone.net.model.language_model
     identity = language_model.norm  # of truncate()
     language_model.norm = final_norm
@@ -1776,7 +1891,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model.keep_freed_memory()
     dist = model.setup(cfg.seed, cfg.shards, cfg.batch, cfg.timeout_hours)
 
-    # 1. the frozen backbone, cut after a layer; before, it may think about each frame
+    # 1. the backbone, frozen and cut after a layer; before, it may think about each frame
     frames = FrameDataset(cfg)
     if dist.rank == 0:
         for name, stats in frames.stats.items():
@@ -1792,12 +1907,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         layer = model.feature_layer(backbone.net, cfg.layer)
     thoughts = None
+    answers = None
     saved_backbone = backbone
     if cfg.condition != "prompt":
         thoughts = frame_thoughts(backbone, frames, cfg, dist)
         if cfg.thoughts == "own":
             saved_backbone = whole_copy(backbone)  # the policy goes on thinking
-    final_norm = freeze_backbone(backbone, layer)
+    if cfg.ce_weight:
+        answers = frame_answers(backbone, frames, cfg)
+    final_norm = choose_trained(backbone, layer, cfg)
     head_config = HeadConfig(
         vl_dim=backbone.net.config.text_config.hidden_size,
         dim=cfg.dim,
@@ -1811,17 +1929,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         dropout=cfg.dropout,
     )
     # 2. its features
-    source = open_features(backbone, frames, cfg, dist, thoughts)
+    source = open_features(backbone, frames, cfg, dist, thoughts, answers, layer)
 
     # 3. the head, which reads them and the state
     heads = make_heads(head_config, newest, cfg, dist)
     name = "raw" if cfg.ema_decay else "head"
     trained = heads[name].train()
-    betas = (cfg.beta1, cfg.beta2)
-    optim = model.make_optimizer(trained, cfg.lr, cfg.weight_decay, betas, cfg.muon)
-    start, unlogged = model.load_train_state(newest, {name: trained}, optim)
+    optim = make_optimizer(trained, backbone, cfg)
+    parts = {name: trained, "backbone": backbone}
+    start, unlogged = model.load_train_state(newest, parts, optim)
     model.check_steps(newest, start, cfg.steps)
-    unlogged = np.zeros(2) + unlogged  # loss_sum and count since the last line; a new run gives 0
+    unlogged = np.zeros(5) + unlogged  # StepInfo.sums since the last line; a new run gives 0
 
     spec: PolicySpec = {
         "head": asdict(head_config),
@@ -1846,6 +1964,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "data": data,
         "split": split,
         "policy": spec,
+        "trained": ["head", "backbone"] if cfg.backbone_lr else ["head"],
     }
     save = functools.partial(
         save_policy, backbone=saved_backbone, final_norm=final_norm, heads=heads, optim=optim
@@ -1869,19 +1988,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             info = train_step(trained, optim, source, frames, cfg, step, fetched, dist)
             if cfg.ema_decay:
                 update_average(heads, cfg.ema_decay, step)
-            unlogged += [info.loss_sum, info.count]
+            unlogged += info.sums
             done = step + 1
             if done % cfg.log_every == 0 or done == cfg.steps:
                 # The loss keeps a floor, the variance of the velocity: watch held_l1 instead.
-                loss_sum, count = model.all_sum(unlogged.tolist())
-                loss = loss_sum / count
+                loss_sum, count, ce_sum, tokens, correct = model.all_sum(unlogged.tolist())
+                metrics = {"loss": loss_sum / count, **info.metrics}
+                if tokens:
+                    metrics["ce_loss"] = ce_sum / tokens
+                    metrics["token_accuracy"] = correct / tokens
                 speed = (done - timed_step) / (time.perf_counter() - clock)
-                log.write(
-                    step=done, loss=loss, grad_norm=info.grad_norm, lr=info.lr, steps_per_s=speed
-                )
+                log.write(step=done, **metrics, steps_per_s=speed)
                 timed_step = done
                 clock = time.perf_counter()
-                unlogged = np.zeros(2)
+                unlogged = np.zeros(5)
             # 5. chunks of held-out frames, against the true ones
             if cfg.eval_every and done % cfg.eval_every == 0 and done < cfg.steps:
                 metrics = evaluate(heads["head"], source, frames, cfg, dist)

@@ -332,6 +332,35 @@ def test_thoughts_take_the_whole_backbone_and_longer_features():
     assert parts["activations"] == estimates["thought", "recorded"].parts["activations"]
 
 
+def test_a_trained_backbone_takes_what_sft_of_it_takes():
+    """By hand, on one rank in fp32: AdamW's two averages and a gradient of each number that the
+    flow reaches through the first of two blocks; with the cross-entropy of all of them."""
+    load = memory.Load(ranks=1, row_tokens=256, row_patches=64, dtype=torch.float32)
+    size = "tiny-qwen3-vl"
+    parts = {}
+    for name, flags in (
+        ("frozen", {}),
+        ("flow", {"backbone_lr": 1e-4}),
+        ("both", {"backbone_lr": 1e-4, "ce_weight": 0.1}),
+    ):
+        cfg = vla.Config(cache="none", batch=8, layer=1, muon=True, **flags)
+        net = backbones.random_backbone(size, device="meta").net
+        parts[name] = memory.estimate("vla", cfg, net, load).parts
+    net = backbones.random_backbone(size, device="meta").net
+    language_model = net.model.language_model
+    assert len(language_model.layers) == 2
+    whole = sum(p.numel() for p in net.parameters())
+    above = [*language_model.layers[1].parameters(), *language_model.norm.parameters()]
+    cut = whole - sum(p.numel() for p in above)
+    for name, trained in (("flow", cut), ("both", whole)):
+        for part, bytes_each in (("gradients", 4), ("optimizer", 8), ("weights", 4)):
+            assert parts[name][part] - parts["frozen"][part] == trained * bytes_each
+        assert "backbone" not in parts[name], "its masters are what computes"
+    for less, more in (("frozen", "flow"), ("flow", "both")):
+        assert parts[less]["activations"] < parts[more]["activations"]
+    assert "logits" not in parts["flow"] and parts["both"]["logits"] > 0
+
+
 def test_what_fits_no_card_is_told_its_cures(capsys):
     argv = ["grpo", "paper", "--size", "qwen2.5-vl-7b", "--ranks", "8", "--gb", "60"]
     assert memory.main([*argv, "--compute", "bf16", "--no-recompute"]) == 1

@@ -19,9 +19,17 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
 import model
+import sft
 import vla
 from benchmarks import libero
-from fast_tokenizer import read_episodes, split_episodes, split_record
+from fast_tokenizer import (
+    FastTokenizer,
+    all_chunks,
+    read_episodes,
+    read_stats,
+    split_episodes,
+    split_record,
+)
 from tools import backbones
 from vla import FlowBlock, FlowHead, HeadConfig
 
@@ -109,6 +117,11 @@ def trained(data, tmp_path_factory):
 
 def records(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def weights_of(checkpoint):
+    """Of head and backbone, by name."""
+    return load_file(checkpoint / "head.safetensors") | load_file(checkpoint / "model.safetensors")
 
 
 # ---- The head ------------------------------------------------------------------------------------
@@ -441,16 +454,25 @@ def test_image_tokens_of_libero():
 # ---- Training ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{"ema-decay": 0.999, "muon": True}, {"ema-decay": 0}])
-def test_resume_equals_uninterrupted(data, tmp_path, changes):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ema-decay": 0.999, "muon": True},
+        {"ema-decay": 0},
+        {"cache": "none", "backbone-lr": 1e-3, "muon": True},
+        {"cache": "none", "backbone-lr": 1e-3, "ce-weight": 0.5},
+    ],
+)
+def test_resume_equals_uninterrupted(data, speaking, tmp_path, changes):
     flags = {"dropout": 0.1, "save-every": 3, "steps": 6, "log-every": 2, **changes}
+    flags["init"] = speaking
     vla.main(argv(data, tmp_path, **flags))
-    want = load_file(tmp_path / "final" / "head.safetensors")
+    want = weights_of(tmp_path / "final")
     first = records(tmp_path)
     (tmp_path / "final").rename(tmp_path / "gone")
     shutil.rmtree(tmp_path / "step_000006")  # as if killed in step 5, between two lines of the log
     vla.main(argv(data, tmp_path, **flags, resume=True))
-    got = load_file(tmp_path / "final" / "head.safetensors")
+    got = weights_of(tmp_path / "final")
     assert all(torch.equal(got[name], want[name]) for name in want)
     again = records(tmp_path)[len(first) + 1 :]
     assert [record["step"] for record in again] == [4, 6, 6]
@@ -628,6 +650,216 @@ def test_average_of_weights():
     torch.testing.assert_close(heads["head"].kv.bias, before + 0.9)
     vla.update_average(heads, 0.9, 10**6)
     torch.testing.assert_close(heads["head"].kv.bias, before + 0.91)
+
+
+# ---- A backbone that is trained ------------------------------------------------------------------
+
+BY_FLOW = {"cache": "none", "backbone-lr": 1e-3}
+BY_BOTH = {**BY_FLOW, "ce-weight": 0.5}
+CPU = model.Dist(0, 1, torch.device("cpu"))
+
+
+def speak(backbone, data):
+    """The backbone gets tokens for three actions of `data`."""
+    episodes = read_episodes(data)
+    stats = read_stats(data, episodes)["action"]
+    backbone.action_tokenizer = FastTokenizer.fit(all_chunks(episodes, 3, 1), 40, 1, stats)
+    sft.grow_vocabulary(backbone, backbone.action_tokenizer.vocab_size)
+
+
+def untie(net):
+    """lm_head gets weights of its own, as in a published 7B."""
+    net.config.tie_word_embeddings = False
+    net.config.text_config.tie_word_embeddings = False
+    table = net.lm_head.weight.detach()
+    net.lm_head.weight = torch.nn.Parameter(table.flip(0).contiguous())
+
+
+@pytest.fixture(scope="module")
+def speaking(data, tmp_path_factory):
+    """A checkpoint that knows action tokens."""
+    folder = tmp_path_factory.mktemp("speaking")
+    backbone = backbones.random_backbone("tiny-vlm")
+    speak(backbone, data)
+    model.save(folder / "sft", backbone, {"stage": "sft", "step": 1})
+    return folder / "sft"
+
+
+def plain_losses(backbone, head, frames, cfg, frame_ids, layer):
+    """Of a step: flow loss and cross-entropy by transformers' forward of each frame alone, its row
+    encoded as sft.py does."""
+    drawn = head.draw(model.rng(cfg.seed, "flow", 0), cfg.batch, cfg.draws)
+    state, action, action_mask = vla.training_targets(frames, frame_ids, "cpu")
+    flow = 0
+    cross_entropy = 0
+    tokens = 0
+    source = model.EpisodeDataset(cfg.data, backbone.action_tokenizer)
+    for b, frame_id in enumerate(frame_ids):
+        number, step = frames.locate(frame_id)
+        images, instruction = frames.observation(frame_id)
+        messages = model.action_prompt(instruction, False)
+        prompt = model.encode(backbone, messages, images, prompt_only=True)
+        row = prompt
+        if step + 3 <= LENGTHS[number]:  # else there is no whole chunk
+            chunk = frames.episodes[number].action[None, step : step + 3]
+            (action_ids,) = source.action_tokenizer.encode(chunk)
+            answer = {"role": "assistant", "content": model.action_answer(action_ids)}
+            row = model.encode(backbone, [*messages, answer], images)
+        batch = model.collate([row], backbone.vocab.pad)
+        output = backbone.net(
+            input_ids=batch["ids"],
+            attention_mask=batch["mask"],
+            pixel_values=model.cut_patches(batch["pixels"], batch["grid"], backbone.image_spec),
+            image_grid_thw=batch["grid"],
+            mm_token_type_ids=(batch["ids"] == backbone.vocab.image).int(),
+            output_hidden_states=True,
+        )
+        feats = output.hidden_states[layer][:, : len(prompt["ids"])]
+        rows = slice(b, b + 1)
+        targets = (state[rows], action[rows], action_mask[rows], drawn.rows(rows))
+        flow += head.loss(feats, None, *targets, count=action_mask.sum() * cfg.draws)[0]
+        is_target = batch["target"][0, 1:]
+        cross_entropy += F.cross_entropy(
+            output.logits[0, :-1][is_target], batch["ids"][0, 1:][is_target], reduction="sum"
+        )
+        tokens += is_target.sum()
+    return flow, cross_entropy / tokens
+
+
+@pytest.mark.parametrize("ce_weight", [0, 0.5])
+@pytest.mark.parametrize(
+    ("size", "layer", "tied"), [("tiny-vlm", 3, True), ("tiny-qwen2.5-vl", 1, False)]
+)
+def test_gradients_of_a_trained_backbone_are_those_of_plain_autograd(
+    data, size, layer, tied, ce_weight
+):
+    """By the flow loss alone what lies above --layer has none, nor has lm_head of its own. Our
+    forward is one for both losses, of rows padded behind their answers; the third frame has no
+    whole chunk of three actions ahead of it, so no answer."""
+    cfg = vla.Config(
+        data=str(data), horizon=4, batch=3, cache="none", backbone_lr=1e-3, ce_weight=ce_weight
+    )
+    frames = vla.FrameDataset(cfg)
+    frame_ids = np.array([0, 10, 13])
+    backbone, plain = (backbones.random_backbone(size) for _ in range(2))
+    for each in (backbone, plain):
+        if not tied:
+            untie(each.net)
+        speak(each, data)
+    width = backbone.net.config.text_config.hidden_size
+    head = small_head(vl_dim=width, horizon=4)
+    flow, cross_entropy = plain_losses(plain, head, frames, cfg, frame_ids, layer)
+    wanted = dict(plain.net.named_parameters())
+    grads = torch.autograd.grad(
+        flow + ce_weight * cross_entropy, list(wanted.values()), allow_unused=True
+    )
+    wanted = dict(zip(wanted, grads, strict=True))
+
+    answers = vla.frame_answers(backbone, frames, cfg) if ce_weight else None
+    vla.choose_trained(backbone, layer, cfg)
+    source = vla.LiveFeatures(backbone, frames, cfg, CPU.device, None, answers, layer)
+    fetched = vla.Fetched(frame_ids, source.read(frame_ids))
+    loss, info = vla.flow_loss(head, source, frames, cfg, 0, fetched, CPU)
+    loss.backward()
+    assert loss.item() == pytest.approx((flow + ce_weight * cross_entropy).item(), rel=1e-5)
+    if ce_weight:
+        ce_loss = info["answers"].loss / info["answers"].tokens
+        assert ce_loss.item() == pytest.approx(cross_entropy.item(), rel=1e-5)
+    for name, p in backbone.net.named_parameters():
+        grad = wanted.pop(name)
+        if name == "lm_head.weight" and not ce_weight:
+            assert p.grad is None and not p.requires_grad
+        elif grad is None:  # of a block between whose output and the head nothing lies
+            assert p.grad is None, name
+        else:
+            torch.testing.assert_close(p.grad, grad, rtol=1e-3, atol=1e-5, msg=name)
+    above = {name: grad for name, grad in wanted.items() if grad is not None and grad.any()}
+    assert not above, "what is left out by the cut"
+
+
+def test_a_trained_backbone_lowers_the_loss_of_a_head_that_stands_still(data, speaking, tmp_path):
+    """On nine frames, by the same draws: what the head could learn by itself it may not."""
+    flags = {"init": speaking, "max-episodes": 1, "holdout-share": 0, "steps": 12, "log-every": 6}
+    flags |= {"lr": 1e-6, "ema-decay": 0, "draws": 8}
+    logs = {}
+    for name, more in (("frozen", {"cache": "none"}), ("flow", BY_FLOW), ("both", BY_BOTH)):
+        vla.main(argv(data, tmp_path / name, **{**flags, **more}))
+        logs[name] = records(tmp_path / name)[1:3]
+    for name in ("flow", "both"):
+        assert logs[name][1]["loss"] < 0.95 * logs["frozen"][1]["loss"]
+    first, last = logs["both"]
+    assert last["ce_loss"] < 0.8 * first["ce_loss"]
+    assert last["token_accuracy"] > first["token_accuracy"]
+
+
+@pytest.mark.parametrize("flags", [BY_FLOW, BY_BOTH])
+def test_two_ranks_train_a_backbone_as_one(data, speaking, tmp_path, monkeypatch, flags):
+    """In units of a block each, of which the second rank builds none. lm_head, which the flow alone
+    leaves frozen, is no unit of the input's table."""
+    monkeypatch.setattr(model, "SMALL", 0)
+    init = tmp_path / "untied"
+    backbone = model.load(speaking)
+    untie(backbone.net)
+    model.save(init, backbone, {"stage": "sft", "step": 1})
+    flags = {"init": init, "steps": 2, "muon": True, "eval-every": 1, **flags}
+    vla.main(argv(data, tmp_path / "one", **flags))
+    on_ranks(vla.main, argv(data, tmp_path / "two", **flags), 2)
+    one = records(tmp_path / "one")[1:]
+    two = records(tmp_path / "two")[1:]
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for key in a.keys() - {"steps_per_s", "seconds"}:
+            assert a[key] == pytest.approx(b[key], rel=1e-4), key
+    assert one[0]["backbone_grad_norm"] > 0
+    start = load_file(init / "model.safetensors")
+    weights = [load_file(tmp_path / name / "final/model.safetensors") for name in ("one", "two")]
+    moved = set()
+    for name, tensor in weights[0].items():
+        other = weights[1][name]
+        # Adam blows up the rounding of gradients near 0: compare how far each has moved
+        assert (tensor - other).norm() <= 1e-2 * (tensor - start[name]).norm() + 1e-6, name
+        if not torch.equal(tensor, start[name]):
+            moved.add(name)
+    assert len(moved) > 0.8 * len(weights[0])
+    assert ("lm_head.weight" in moved) == ("ce-weight" in flags)
+
+
+@pytest.mark.parametrize("flags", [BY_FLOW, BY_BOTH])
+def test_the_policy_has_the_trained_backbone(data, speaking, tmp_path, flags):
+    """What is evaluated at the end of the run is what the checkpoint gives."""
+    vla.main(argv(data, tmp_path, **{**flags, "init": speaking, "save-every": 4}))
+    run = json.loads((tmp_path / "final" / "run.json").read_text())
+    assert run["trained"] == ["head", "backbone"]
+    card = (tmp_path / "final" / "README.md").read_text()
+    assert "| trained | head and backbone |" in card
+    policy = vla.Policy.load(tmp_path)
+    cfg = vla.Config(data=str(data), horizon=4, batch=8, eval_rows=6)
+    frames = vla.FrameDataset(cfg)
+    source = vla.LiveFeatures(policy.backbone, frames, cfg, CPU.device)
+    assert vla.evaluate(policy.head, source, frames, cfg, CPU) == pytest.approx(run["metrics"])
+    images, instructions, states = observations(data)
+    assert policy.act_batch(images, instructions, states).shape == (3, 4, 4)
+
+    whole = "ce-weight" in flags
+    net = model.load(tmp_path).net
+    assert len(net.model.language_model.layers) == (4 if whole else 3)
+    start = model.load(speaking).net.state_dict()
+    norm = "model.language_model.norm.weight"
+    for name, tensor in net.state_dict().items():
+        if name.endswith("weight") and (whole or name != norm):
+            assert not torch.equal(tensor, start[name]), name
+    if not whole:
+        assert torch.equal(net.state_dict()[norm], start[norm])
+
+
+def test_tokens_of_another_robot_are_no_answers(data):
+    backbone = backbones.random_backbone("tiny-vlm")
+    unit = {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mean": [0.0] * 7, "std": [1.0] * 7}
+    chunks = np.random.default_rng(0).uniform(-1, 1, (99, 3, 7))
+    backbone.action_tokenizer = FastTokenizer.fit(chunks, 40, 1, unit)
+    cfg = vla.Config(data=str(data), horizon=4)
+    with pytest.raises(ValueError, match="actions have 4 dimensions, the action tokenizer 7"):
+        vla.frame_answers(backbone, vla.FrameDataset(cfg), cfg)
 
 
 # ---- The policy ----------------------------------------------------------------------------------
@@ -955,6 +1187,15 @@ def test_recorded_thoughts_condition_the_head(data, thoughtful, tmp_path, monkey
             policy.act_batch(images, instructions, states, thoughts=thoughts)
 
 
+def test_recorded_thoughts_train_a_backbone(thoughtful, tmp_path):
+    flags = {"condition": "thought-only", "thoughts": "recorded", "steps": 1, **BY_FLOW}
+    vla.main(argv(thoughtful, tmp_path, **flags))
+    policy = vla.Policy.load(tmp_path)
+    untouched = backbones.random_backbone("tiny-vlm").net.state_dict()
+    for name in ("model.language_model.layers.0.mlp.up_proj.weight", "lm_head.weight"):
+        assert not torch.equal(policy.backbone.net.state_dict()[name], untouched[name])
+
+
 def test_a_recorded_thought_that_stands_for_an_image_names_its_step(thoughtful, tmp_path):
     """Its token met no image in the forward, and the error named neither file nor cure."""
     folder = tmp_path / "data"
@@ -1011,6 +1252,11 @@ def test_bad_flags_stop_with_a_clear_line(data, trained, tmp_path):
             "backbone width .* multiple of --heads 10",
         ),
         ({"cameras": "image,image"}, "name each of them once"),
+        ({"ce-weight": 1}, "--ce-weight 1.0: the backbone is frozen; add --backbone-lr"),
+        ({"backbone-lr": 1e-3}, "change in each step; add --cache none"),
+        ({**BY_BOTH, "think": True}, "does not ask to think; leave out --think and --condition"),
+        ({**BY_FLOW, "condition": "thought"}, "before it was trained; add --thoughts recorded"),
+        (BY_BOTH, "tiny-vlm has no action tokenizer with statistics; train it .* with sft.py"),
     ):
         with pytest.raises(ValueError, match=text):
             vla.main(argv(data, tmp_path, **flags))

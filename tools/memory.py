@@ -38,6 +38,7 @@ META = model.META
 FP32 = 4  # bytes a number
 LOGITS = 16  # bytes a logit at the peak: bf16, fp32, its softmax and their gradients
 BF16 = 2
+ANSWER_TOKENS = 32  # of the action tokens that vla.py --ce-weight learns
 PROMPT_TOKENS = 256  # of a row where nothing says how long it is
 ACTION_TOKENS = 2050  # of a vocabulary that knows none yet: as FAST for Bridge has
 STATE_DIM = 14  # of a policy whose data is not looked at: two arms of seven joints
@@ -301,8 +302,9 @@ def grpo_estimate(cfg: grpo.Config, net: nn.Module, load: Load) -> Estimate:
 
 
 def vla_estimate(cfg: vla.Config, net: nn.Module, load: Load) -> Estimate:
-    """vla.py: the backbone, which is cut here, frozen in the compute type, and the head. Thoughts
-    are counted at --max-thought tokens, recorded ones too."""
+    """vla.py: the backbone, which is cut here, frozen in the compute type, and the head; one that
+    --backbone-lr trains is what sft.py would need for it. Thoughts are counted at --max-thought
+    tokens, recorded ones too, answers of --ce-weight at ANSWER_TOKENS."""
     # 0. thoughts, which the whole backbone writes before anything else is there
     thinking = {}
     feature_tokens = load.row_tokens
@@ -318,7 +320,8 @@ def vla_estimate(cfg: vla.Config, net: nn.Module, load: Load) -> Estimate:
                 **sampling_parts(net, cached_tokens, rows, load),
             }
     language = net.model.language_model
-    vla.truncate(net, cfg.layer)
+    if not cfg.ce_weight:
+        vla.truncate(net, cfg.layer)
     shards = cfg.shards or load.ranks
 
     # 1. the head, and what it keeps of a batch
@@ -357,7 +360,9 @@ def vla_estimate(cfg: vla.Config, net: nn.Module, load: Load) -> Estimate:
     # 2. the backbone: whole on each rank (vla.py shards one that takes over half of the memory)
     backbone = count(net.parameters()) * load.dtype.itemsize
     parts = {"backbone": backbone}
-    if cfg.cache == "none" and cfg.shard_backbone:
+    if cfg.backbone_lr:
+        parts = trained_backbone(cfg, net, replace(load, row_tokens=feature_tokens))
+    elif cfg.cache == "none" and cfg.shard_backbone:
         parts["backbone"] = backbone / shards
         if shards > 1:  # a lone rank computes with what it has: model.needs_no_copy
             parts["gathered units"] = gathered_bytes(net, load.dtype)
@@ -365,13 +370,34 @@ def vla_estimate(cfg: vla.Config, net: nn.Module, load: Load) -> Estimate:
     # 3. the head's masters, sharded, their average too, and one gathered head
     head_bytes = count(head.parameters()) * FP32
     copies = 2 if cfg.ema_decay else 1
-    parts["weights"] = head_bytes * copies / shards + head_bytes
-    parts |= optimizer_parts(cfg, head, shards)
-    parts["activations"] = activation_bytes
+    of_head = {
+        "weights": head_bytes * copies / shards + head_bytes,
+        **optimizer_parts(cfg, head, shards),
+        "activations": activation_bytes,
+    }
+    for name, size in of_head.items():
+        parts[name] = parts.get(name, 0) + size
     peaks = {"update": sum(parts.values())}
     if thinking:
         peaks["thoughts"] = sum(thinking.values())
     return Estimate({**parts, **thinking}, peaks)
+
+
+def trained_backbone(cfg: vla.Config, net: nn.Module, load: Load) -> dict[str, float]:
+    """Parts of the backbone in vla.py --backbone-lr: cut, its lm_head frozen, or whole with
+    --ce-weight."""
+    as_sft = sft.Config(batch=cfg.batch, shards=cfg.shards)
+    net.to(load.dtype)
+    if not cfg.ce_weight:
+        net.requires_grad_(False)
+        net.model.requires_grad_(True)
+        parts = sft_estimate(as_sft, net, load).parts
+        del parts["logits"]
+        return parts
+    answered = replace(load, row_tokens=load.row_tokens + ANSWER_TOKENS)
+    parts = sft_estimate(as_sft, net, answered).parts
+    parts["logits"] = logit_bytes(net, cfg.batch // load.ranks * ANSWER_TOKENS)
+    return parts
 
 
 def estimate(stage: str, cfg, net: nn.Module, load: Load) -> Estimate:
