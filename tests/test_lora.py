@@ -216,7 +216,8 @@ def talk(tmp_path):
     data, n = conversations(tmp_path / "talk", 8, extra)
 
     def flags(out, *more, **kw):
-        more = ["--action-tokenizer", tmp_path / "fast", "--lora", RANK, "--lr", 3e-3, *more]
+        more = ["--no-muon", "--lora", RANK, "--lr", 3e-3, *more]
+        more = ["--action-tokenizer", tmp_path / "fast", *more]
         return args(tmp_path / out, data, *more, holdout=n, **kw)
 
     return flags

@@ -387,7 +387,7 @@ def test_every_simulator_asks_what_the_policy_was_trained_on(name, state_dim, hi
     policy.spec["stats"]["state"] = {"q01": [0] * state_dim, "q99": [1] * state_dim}
     policy.spec["stats"]["action"] = {"q01": [-1] * n, "q99": high}
     policy.spec["action_range"] = {"low": [-1] * n, "high": high}
-    args = types.SimpleNamespace(size=0)  # nothing else is looked at before
+    args = types.SimpleNamespace(size=0, thought="own")  # nothing else is looked at before
     module = evaluate.simulator_module(name)
     with pytest.raises(ValueError, match=rf"action dimension {n} \({module.ACTION_NAMES[-1]}\)"):
         module.evaluate(policy, args, ALL)

@@ -602,7 +602,7 @@ def test_the_report_of_made_up_results(made_up, tmp_path, capsys):
     assert "| thought-only | 25.0 [0.0, 75.0], p " in rows["SFT+RL - SFT"]
     assert "one seed | 1 x 4 |" in rows["SFT+RL - SFT"]
     rows = rows_of(text.split("<!-- study: heads -->")[1].split("<!-- end -->")[0])
-    assert "| prompt | 75.0 [25.0, 100.0] | 0.010 | 1 x 4 |" in rows["SFT+RL"]
+    assert "| thought-only | 75.0 [25.0, 100.0] | 0.010 | 1 x 4 |" in rows["SFT+RL"]
     rows = rows_of(text.split("<!-- study: cost -->")[1].split("<!-- end -->")[0])
     assert rows["SFT"] == "| SFT | 2,400 samples | 60.0 | 0.0 | 1.0 | 1 |"
     section = text.split("<!-- study: thoughts -->")[1]
@@ -633,7 +633,7 @@ def test_figures_hold_the_differences(made_up):
     assert list(figures) == ["differences", "heads"]
     r_a, head = figures["differences"].axes
     assert r_a.get_title() == "greedy r_a"
-    assert head.get_title() == "success of the head that reads: prompt, %"
+    assert head.get_title() == "success of the head that reads: thought-only, %"
     labels = [tick.get_text() for tick in r_a.get_yticklabels()]
     assert labels == ["SFT - base", "SFT+RL - base", "SFT+RL - SFT"]
     means = [line.get_xdata()[0] for line in r_a.get_lines() if line.get_marker() == "o"]
