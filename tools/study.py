@@ -127,7 +127,11 @@ HEADS = {  # ways to the head: what vla.py speedrun is told beside data, checkpo
     "layer1": "--layer 1",
     "layer2": "--layer 2",
     "layer4": "--layer 4",  # the last; the others read 3, 0.64 of the depth
+    # upper lines, not frozen: the flow loss trains the backbone too; and that of its action tokens
+    "flow": "--condition prompt --cache none --backbone-lr 1e-4",
+    "flow+tokens": "--condition prompt --cache none --backbone-lr 1e-4 --ce-weight 0.1",
 }
+FROZEN_HEADS = "thought-only thought prompt think layer1 layer2 layer4"
 OWN_HEAD = "thought-only"  # it stands under the name of the model itself
 ALL_HEADS = " ".join(HEADS)
 
@@ -187,7 +191,7 @@ MODELS = [
     Model(
         "SFT+RL", "SFT", [RL], "RoboAlign",
         against="base SFT rejection ECoT-SFT no-thought-SFT more-SFT language-RL visual-RL",
-        heads=ALL_HEADS, measures=ALL_MEASURES, seeds=5,
+        heads=FROZEN_HEADS, measures=ALL_MEASURES, seeds=5,
     ),
     Model(
         "language-RL", "SFT", ["grpo.py language --data {words}/conversations.jsonl"],
@@ -230,6 +234,11 @@ MODELS = [
     Model(
         "RL-filler", "SFT", [f"{RL} --thought filler"], "RL behind a thought that says nothing",
         against="SFT SFT+RL", heads="prompt", measures="actions direct thought",
+    ),
+    Model(
+        "RL-anchor", "SFT", [f"{RL} --anchor-coef 10"],
+        "RL that keeps the features that the head reads", against="SFT SFT+RL",
+        heads="prompt thought-only", measures="actions think",
     ),
     # rewards and credit: by r_a and one seed first
     Model("RL-l1", "SFT", [f"{RL} --reward l1"], "the distance of decoded actions", **SCREENING),
@@ -448,6 +457,8 @@ def kind_of(command: str) -> str:
         return " ".join([words[1], *given])
     if words[0] == "-m":
         return words[1]
+    if "--backbone-lr" in words:
+        return "vla.py trained"
     if words[0] == "vla.py" and "--condition prompt" not in command:
         return "vla.py thought"  # it takes time to write them
     return words[0]
@@ -592,6 +603,7 @@ SECONDS = {
     "grpo.py": 3.5,
     "vla.py": 0.25,
     "vla.py thought": 0.55,
+    "vla.py trained": 1.0,
     "benchmarks.tabletop_data": 60,
     "fast_tokenizer.py": 10,
     "awk": 1,
