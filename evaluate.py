@@ -5,6 +5,7 @@
     python evaluate.py vqa --policy assets/tiny-vlm --data data/test/conversations.jsonl
     python evaluate.py vqa|actions ... --keep-right own.jsonl   # own thoughts for the next SFT
     python evaluate.py blind --train D/train.jsonl --data D/test.jsonl   # answers without images
+    python evaluate.py thought --policy runs/grpo --data data/test   # after another thought
     python evaluate.py probe --policy runs/grpo --data data/test  # what its frozen features tell
     python evaluate.py metaworld|libero --policy runs/vla
     python evaluate.py tabletop --policy runs/grpo --mode think   # or direct: by its own tokens
@@ -23,8 +24,8 @@ Wilson interval; means carry a 95% bootstrap interval over prompts or chains (2,
 
 In the order of the file: intervals, the results file, ranks, then what is measured (closed loop,
 action tokens, questions), the report, the command line. tabletop, metaworld, libero and calvin are
-modules of benchmarks/, as are the questions and the probe; only what was asked for is imported. Who
-wants to know what a number means reads the three sections of what is measured."""
+modules of benchmarks/, as are the questions, the thought and the probe; only what was asked for is
+imported. Who wants to know what a number means reads the three sections of what is measured."""
 
 import argparse
 import contextlib
@@ -978,15 +979,20 @@ def writing_flags(add):
     )
 
 
-def episode_flags(add):
-    """Flags of what asks for actions at steps of episodes."""
-    add("--data", required=True, help="folder of episodes")
+def split_flag(add):
+    """Of what reads episodes by episodes_to_ask()."""
     add(
         "--split",
         default="auto",
         choices=["auto", "train", "held-out", "all"],
-        help="which of them; auto: held-out if the checkpoint was trained on this folder, else all",
+        help="of episodes; auto: held-out if the checkpoint was trained on their folder, else all",
     )
+
+
+def episode_flags(add):
+    """Flags of what asks for actions at steps of episodes."""
+    add("--data", required=True, help="folder of episodes")
+    split_flag(add)
     add("--reward", default="prefix", choices=list(grpo.REWARDS), help="measure of r_a")
     add("--prompts", type=count, default=512, help="prompts, at random steps")
 

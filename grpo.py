@@ -947,16 +947,20 @@ def completion_logp(
 
 
 @contextmanager
-def prompt_features(net: nn.Module, layer: int) -> Iterator[list[torch.Tensor]]:
+def prompt_features(net: nn.Module, cfg: Config) -> Iterator[list[torch.Tensor]]:
     """Inside, the first completion_logp() leaves here the features (B, T, D) of its prompts, padded
-    left: what vla.truncate() lets a net put out, with gradient where there is one."""
+    left: what vla.truncate() lets a net put out, with gradient where there is one. Without an
+    anchor none are kept."""
     features = []
+    if not cfg.anchor_coef:
+        yield features
+        return
 
     def keep(hidden):
         if not features:  # the prompts are forwarded first, then the completions
             features.append(hidden)
 
-    hook = model.keep_layer_output(net, model.feature_layer(net, layer), keep)
+    hook = model.keep_layer_output(net, model.feature_layer(net, cfg.anchor_layer), keep)
     try:
         yield features
     finally:
@@ -1188,10 +1192,10 @@ def group_loss(
         with (
             torch.no_grad(),
             model.adapters_off(reference.net),
-            prompt_features(reference.net, cfg.anchor_layer) as ref_features,
+            prompt_features(reference.net, cfg) as ref_features,
         ):
             ref_logp = completion_logp(reference, rows, ids, mask, cfg.temperature)
-    with prompt_features(backbone.net, cfg.anchor_layer) as features:
+    with prompt_features(backbone.net, cfg) as features:
         logp = completion_logp(backbone, rows, ids, mask, cfg.temperature)
     # old_logp is what the sampler said, so the first update of a rollout is on-policy
     loss, logged = policy_loss(

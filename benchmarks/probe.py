@@ -54,12 +54,7 @@ RECORD = (
 
 def arguments(add):
     add("--data", required=True, help="folder of episodes, of many tasks")
-    add(
-        "--split",
-        default="auto",
-        choices=["auto", "train", "held-out", "all"],
-        help="which of them; auto: held-out if the checkpoint was trained on this folder, else all",
-    )
+    evaluate.split_flag(add)
     add("--one-task", default="", help="folder with episodes of one task; empty: left out")
     add("--task", default="", help="the instruction, where that folder has several")
     add("--trajectories", type=count, default=20, help="of one task, the first so many")
@@ -139,15 +134,14 @@ def pooled_features(backbone: model.Backbone, prompts: list[model.Row], device) 
     rows = torch.arange(len(prompts), device=mask.device)
     pooled = []
 
-    def pool(block, inputs):
-        hidden = inputs[0].float()  # (B, T, D)
+    def pool(hidden):
+        hidden = hidden.float()  # (B, T, D)
         mean = (hidden * mask[..., None]).sum(1) / lengths[:, None]  # (B, D)
         last = hidden[rows, lengths - 1]  # (B, D)
         pooled.append(torch.stack([mean, last], 1))
 
-    language_model = backbone.net.model.language_model
-    readers = [*language_model.layers, language_model.norm]  # each reads what the one before wrote
-    hooks = [reader.register_forward_pre_hook(pool) for reader in readers]
+    L = len(backbone.net.model.language_model.layers)
+    hooks = [model.keep_layer_output(backbone.net, layer, pool) for layer in range(L + 1)]
     try:
         model.hidden_states(backbone.net, batch)
     finally:

@@ -186,14 +186,15 @@ def scene_at(episode: fast_tokenizer.EpisodeFile, step: int) -> Scene:
     return Scene(episode.state[step][:3], places)
 
 
+def can_be_edited(episodes: list[fast_tokenizer.EpisodeFile]) -> bool:
+    """Whether thoughts about them are Tabletop's, and they tell where the objects are. Of all that
+    prompts are drawn from: each rank has to find the same."""
+    is_tabletop = evaluate.statements_of(episodes) is tabletop_data.statements
+    return is_tabletop and all(episode.object_position is not None for episode in episodes)
+
+
 def edits_of(prompts: evaluate.Prompts, own: list[str], seed: int) -> dict[str, list[Edit | None]]:
-    """Of each prompt each edit of the own thought; {} in another world than Tabletop."""
-    episodes = [episode for episode, _ in prompts.steps]
-    if any(
-        episode.source.partition(" ")[0] != "tabletop" or episode.object_position is None
-        for episode in episodes
-    ):
-        return {}
+    """Of each prompt each edit of the own thought; None where that says nothing."""
     edits = {name: [] for name in EDITS}
     for key, text, (episode, step) in zip(prompts.keys, own, prompts.steps, strict=True):
         parsed = tabletop_data.parse_thought(text)
@@ -305,8 +306,10 @@ def measure(args):
 
     # 3. edited
     followed = {}  # name -> of each prompt that it applies to (before, after)
-    edits = edits_of(prompts, own, args.seed)
-    if not edits and prompts.steps:
+    edits = {}
+    if can_be_edited(episodes):
+        edits = edits_of(prompts, own, args.seed)
+    elif dist.rank == 0:
         print("edits: left out, as these are not Tabletop's episodes with their objects")
     for name, of_prompts in edits.items():
         chosen = [b for b, edit in enumerate(of_prompts) if edit is not None]

@@ -14,7 +14,7 @@ import sft
 from benchmarks import tabletop_data, thought
 from benchmarks.tabletop import SUITES
 from benchmarks.thought import EDITS, REPLACEMENTS, Known, Scene
-from fast_tokenizer import FastTokenizer, write_episodes
+from fast_tokenizer import FastTokenizer, read_episodes, write_episodes
 
 TEXT = "The red cube is at f2. The gripper is at e5, high, open. Now reach: right 9, back 13, open."
 SCENE = Scene(
@@ -186,6 +186,15 @@ def test_other_worlds_keep_the_replacements(monkeypatch, data, tmp_path, capsys)
     metrics = measured(monkeypatch, tmp_path / "episodes", tmp_path / "r.json", True)["metrics"]
     assert "edits: left out" in capsys.readouterr().out
     assert "given true r_a" in metrics and not any(name.startswith("edited") for name in metrics)
+
+
+def test_a_folder_of_two_worlds_is_not_edited(tmp_path):
+    """Each rank once looked at its own prompts: one with Tabletop's alone then waited for ever for
+    the other to sum what its edits had done."""
+    arrays, header = tabletop_data.demonstration("goal", 1, 0, 0.0)
+    write_episodes(tmp_path / "e", [(arrays, header), (arrays, {**header, "source": "elsewhere"})])
+    episodes = read_episodes(tmp_path / "e")
+    assert thought.can_be_edited(episodes[:1]) and not thought.can_be_edited(episodes)
 
 
 def test_the_answer_after_its_own_thought_is_its_own():

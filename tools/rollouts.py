@@ -623,12 +623,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--max-new-tokens", type=count, help="as in the checkpoint's own run if not given")
     add("--batch", type=count, default=64, help="prompts a forward")
     add("--seed", type=natural, default=0, help="of prompts and samples")
-    add(
-        "--split",
-        default="auto",
-        choices=["auto", "train", "held-out", "all"],
-        help="of episodes, as in evaluate.py actions",
-    )
+    evaluate.split_flag(add)
     add("--outside-images", action="store_true", help="images may lie outside the file's folder")
     has_gpu = torch.cuda.is_available()
     add("--device", type=model.device_name, default="cuda" if has_gpu else "cpu")
