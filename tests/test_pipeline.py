@@ -229,6 +229,9 @@ def commands_of_speedrun(folder, **environment):
     return [line.split("\037")[:-1] for line in commands.read_text().split("\n")[:-1]]
 
 
+SIZES = ("speedrun", "quick", "full")
+
+
 def check_command(command):
     """The flags of a command are flags of what it runs: SystemExit where one is not."""
     scripts = [i for i, word in enumerate(command) if word.endswith(".py")]
@@ -242,28 +245,33 @@ def check_command(command):
     return script
 
 
-@pytest.mark.parametrize("quick", ["0", "1"])
-def test_speedrun_gives_commands_that_there_are(quick, tmp_path):
-    commands = commands_of_speedrun(tmp_path, QUICK=quick)
+@pytest.mark.parametrize("name", ["speedrun", "quick", "full"])
+def test_speedrun_gives_commands_that_there_are(name, tmp_path):
+    size = {} if name == "speedrun" else {name.upper(): "1"}
+    commands = commands_of_speedrun(tmp_path, **size)
     checked = [check_command(command) for command in commands]
     assert checked.count("vla.py") == 3
     # tokens, 3 x actions, 3 x tabletop by heads and 2 x by own tokens, report
     assert checked.count("evaluate.py") == 10
-    name = "quick" if quick == "1" else "speedrun"
     assert f"data/{name}/train" in commands[0]
     assert (tmp_path / "runs" / name / "done").exists()
     report = commands[-1]
     note = report[report.index("--note") + 1]
-    assert note.startswith("A quick look: every stage ran, none to its end") == (quick == "1")
+    assert note.startswith("A quick look: every stage ran, none to its end") == (name == "quick")
 
-    # A quick look would overwrite the speedrun's table, checkpoints and data.
+    # Another size would overwrite the speedrun's table, checkpoints and data.
     words = " ".join(" ".join(command) for command in commands)
-    other = ["results/", "data/speedrun", "runs/speedrun"] if quick == "1" else ["quick"]
-    assert not [place for place in other if place in words]
-    assert (tmp_path / "results").exists() == (quick != "1")
+    places = [f"{folder}/{size}" for folder in ("data", "runs", "results") for size in SIZES]
+    assert {place for place in places if place in words} == {
+        place for place in places if place.endswith(f"/{name}") and place != "results/quick"
+    }
 
 
-def test_another_quick_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "size", [{"QUICK": "yes"}, {"FULL": "yes"}, {"QUICK": "1", "FULL": "1"}], ids=str
+)
+def test_another_size_is_refused(size, tmp_path):
     """QUICK=yes would be the whole speedrun, which nobody waits for who asks so."""
-    with pytest.raises(AssertionError, match="error: QUICK=yes; give 1 for a quick look"):
-        commands_of_speedrun(tmp_path, QUICK="yes")
+    quick, full = size.get("QUICK", "0"), size.get("FULL", "0")
+    with pytest.raises(AssertionError, match=f"error: QUICK={quick}, FULL={full}; give one of"):
+        commands_of_speedrun(tmp_path, **size)
