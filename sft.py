@@ -679,6 +679,7 @@ def action_rows(vocab: model.Vocabulary) -> list[int]:
 
 class StepInfo(NamedTuple):
     micro_sums: list[list[float]]  # model.TokenSums of each micro-batch of this rank
+    num_tokens: int  # in all rows of this rank, prompts and images too
     grad_norm: float  # before clipping
 
 
@@ -706,7 +707,8 @@ def train_step(net, optim, batches: list[model.Batch], step: int, lr: float, cfg
     stop_if_not_finite("gradient norm", grad_norm)
     optim.step()
     optim.zero_grad()
-    return StepInfo(micro_sums, grad_norm)
+    num_tokens = sum(int(batch["mask"].sum()) for batch in batches)
+    return StepInfo(micro_sums, num_tokens, grad_norm)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -732,8 +734,9 @@ def main(argv: list[str] | None = None) -> None:
     net = model.shard(backbone.net, dist)
     net.train()
     optim = model.make_optimizer(net, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2), cfg.muon)
-    start, unlogged = model.load_train_state(newest, net, optim)
-    unlogged = np.zeros(3) + unlogged  # model.TokenSums since the last line of the log
+    start, saved = model.load_train_state(newest, net, optim)
+    unlogged = np.zeros(4)  # model.TokenSums since the last line of the log; num_tokens so far
+    unlogged[: np.size(saved)] = saved
 
     # 2. the samples of the whole run, in order
     sizes = [len(source.train) for source in sources]
@@ -766,10 +769,11 @@ def main(argv: list[str] | None = None) -> None:
             lr = model.learning_rate(step, steps, cfg.lr, cfg.warmup_ratio)
             info = train_step(net, optim, batches, step, lr, cfg, dist)
             for sums in info.micro_sums:
-                unlogged += sums
+                unlogged[:3] += sums
+            unlogged[3] += info.num_tokens
             done = step + 1
             if done % cfg.log_every == 0 or done == steps:
-                loss, tokens, correct = all_sum(unlogged.tolist())
+                loss, tokens, correct, num_tokens = all_sum(unlogged.tolist())
                 now = time.perf_counter()
                 log.write(
                     step=done,
@@ -778,10 +782,11 @@ def main(argv: list[str] | None = None) -> None:
                     grad_norm=info.grad_norm,
                     lr=lr,
                     samples_per_s=cfg.batch * (done - logged_step) / (now - clock),
+                    num_tokens=int(num_tokens),
                 )
                 clock = now
                 logged_step = done
-                unlogged = np.zeros(3)
+                unlogged[:3] = 0
             if cfg.eval_every and done % cfg.eval_every == 0 and done < steps:
                 log.write(step=done, **evaluate(backbone, sources, cfg, dist))
                 clock = time.perf_counter()

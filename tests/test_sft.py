@@ -146,15 +146,26 @@ def test_overfits_eight_samples(tmp_path):
     assert run["metrics"]["talk_token_accuracy"] == 1
 
 
-def test_resume_equals_the_uninterrupted_run(tmp_path):
+def test_resume_equals_the_uninterrupted_run(tmp_path, monkeypatch):
     data, _ = conversations(tmp_path)
     whole, resumed = tmp_path / "a", tmp_path / "b"
+    lengths = []
+    load_row = sft.load_row
+
+    def load_and_count(*of_row):
+        row = load_row(*of_row)
+        lengths.append(len(row["ids"]))
+        return row
+
+    monkeypatch.setattr(sft, "load_row", load_and_count)
     sft.main(args(whole, data, "--save-every", 3))
+    assert log(whole)[5]["num_tokens"] == sum(lengths[:24])  # then come the held-out ones
     shutil.copytree(whole / "step_000003", resumed / "step_000003")
     sft.main(args(resumed, data, "--save-every", 3, "--resume"))
     assert_same_weights(whole / "final", resumed / "final")
     old, new = log(whole)[3:6], log(resumed)[:3]
-    assert [record["loss"] for record in old] == [record["loss"] for record in new]
+    for name in ("loss", "num_tokens"):
+        assert [record[name] for record in old] == [record[name] for record in new]
     with pytest.raises(ValueError, match="another --seed"):
         sft.main(args(resumed, data, "--resume", "--seed", 1))
     with pytest.raises(ValueError, match="step_000006: is past --steps 5; give 6 or more"):

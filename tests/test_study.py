@@ -539,6 +539,8 @@ More prose.
 <!-- end -->
 <!-- study: thoughts -->
 <!-- end -->
+<!-- study: questions -->
+<!-- end -->
 """
 
 
@@ -546,6 +548,8 @@ def write_results(folder, name, seed, r_a, success=None, preset="study"):
     metrics = {"think sampled r_f": {"mean": 0.9 + seed / 100, "low": 0, "high": 1, "n": 4}}
     if name == "SFT":
         metrics["given removed r_a"] = {"mean": seed / 10, "low": 0, "high": 1, "n": 4}
+    if name != "SFT+RL":
+        metrics["exact what+think"] = {"mean": 0.8 + seed / 10, "low": 0, "high": 1, "n": 4}
     variant = {
         "metrics": metrics,
         "paired": {"think greedy r_a": r_a},
@@ -556,6 +560,18 @@ def write_results(folder, name, seed, r_a, success=None, preset="study"):
     results = {"preset": preset, "arms": {name: variant}, "hardware": "2 cores"}
     folder.mkdir(exist_ok=True)
     (folder / f"{name}_{seed}.json").write_text(json.dumps(results))
+
+
+def test_tokens_of_a_log(tmp_path):
+    rows = [
+        {"config": {}},
+        {"step": 1, "num_tokens": 9},
+        {"step": 2, "num_tokens": 20},
+        {"step": 2},
+    ]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert study.logged_tokens(str(tmp_path)) == 20
+    assert study.logged_tokens(str(tmp_path / "none")) == 0
 
 
 @pytest.fixture
@@ -569,7 +585,7 @@ def made_up(tmp_path):
         after = [0.3, 0.5, 0.9, 0.4]
         write_results(folder, "SFT+RL", seed, after, [1, 1, 0, 1] if seed else None)
     sft = {"command": "sft.py speedrun --steps 100 --resume", "kind": "sft.py", "slots": 2}
-    records = {"SFT_0": {**sft, "seconds": 1800.0}, "SFT_1": sft}
+    records = {"SFT_0": {**sft, "seconds": 1800.0, "num_tokens": 4_210_000}, "SFT_1": sft}
     records["SFT_0 actions"] = {"command": "x", "kind": "actions", "slots": 1, "seconds": 60.0}
     (folder / "stages.json").write_text(json.dumps(records))
     return folder
@@ -604,10 +620,14 @@ def test_the_report_of_made_up_results(made_up, tmp_path, capsys):
     rows = rows_of(text.split("<!-- study: heads -->")[1].split("<!-- end -->")[0])
     assert "| thought-only | 75.0 [25.0, 100.0] | 0.010 | 1 x 4 |" in rows["SFT+RL"]
     rows = rows_of(text.split("<!-- study: cost -->")[1].split("<!-- end -->")[0])
-    assert rows["SFT"] == "| SFT | 2,400 samples | 60.0 | 0.0 | 1.0 | 1 |"
+    assert rows["SFT"] == "| SFT | 2,400 samples | 4.2 | 60.0 | 0.0 | 1.0 | 1 |"
     section = text.split("<!-- study: thoughts -->")[1]
     assert "| thought | SFT |\n" in section, "no column of models that were not asked"
     assert "| given removed r_a | 0.050 (0.000 to 0.100) |" in section
+    section = text.split("<!-- study: questions -->")[1]
+    assert "| question | base | SFT |\n" in section and "removed" not in section
+    same = "0.850 (0.800 to 0.900)"
+    assert f"| exact what+think | {same} | {same} |" in section
 
     study.main(arguments)
     assert page.read_text() == text, "the same again"

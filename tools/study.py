@@ -23,6 +23,7 @@ import contextlib
 import fcntl
 import hashlib
 import itertools
+import json
 import os
 import shlex
 import shutil
@@ -503,7 +504,7 @@ def named_paths(command: str) -> list[Path]:
 #
 # results/study/stages.json: key -> {"command", "digest", "kind", "slots", "spent": seconds before a
 # stop, from which it resumes} of a stage that was begun; of one that has ended "seconds" in place
-# of "spent", and the "commit" that it ran at.
+# of "spent", the "commit" that it ran at, and of SFT and RL the "num_tokens" that went through it.
 
 
 def read_records(results: str) -> dict[str, dict]:
@@ -816,6 +817,8 @@ class Runner:
         record = self.records[one.stage.key]
         record["seconds"] = round(record.pop("spent") + time.time() - one.started, 1)
         record["commit"] = model.commit()
+        if num_tokens := logged_tokens(one.stage.output):
+            record["num_tokens"] = num_tokens
         self.write_records()
         shutil.rmtree(Path(one.stage.output) / "features", ignore_errors=True)  # large, of a head
         say(f"ended   {one.stage.key} after {record['seconds'] / 60:.1f} min")
@@ -853,6 +856,15 @@ class Runner:
             say(f"{len(self.blocked)} stages not started, as what they need is not there: {words}")
         if self.failed:
             say(f"{len(self.failed)} stages failed: {', '.join(self.failed)}")
+
+
+def logged_tokens(folder: str) -> int:
+    """The last num_tokens of a training run's log; 0 where there is none, as of a head."""
+    path = Path(folder) / "log.jsonl"
+    if not path.is_file():
+        return 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return max((row.get("num_tokens", 0) for row in rows), default=0)
 
 
 def say(text: str) -> None:

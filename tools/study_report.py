@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 import evaluate
+import grpo
 import model
 from evaluate import Interval
 from tools import plot, study
@@ -280,15 +281,17 @@ def models_table(report: Report) -> list[str]:
 
 
 OF_THOUGHTS = ("given ", "edited ")  # what the metrics of `evaluate.py thought` begin with
+OF_QUESTIONS = tuple(f"{score} " for score in grpo.SCORES)  # and those of `evaluate.py vqa`
 
 
-def thoughts_table(report: Report) -> list[str]:
-    """What follows another thought than a model's own: a column for each model."""
+def metrics_table(report: Report, title: str, beginnings: tuple[str, ...], of: str) -> list[str]:
+    """All metrics that begin so: a row for each, a column for each model. of: of what intervals of
+    one seed are."""
     metrics = {}  # in their order, each once
     for seeds in report.results.values():
         for file in seeds.values():
             for variant in file["arms"].values():
-                names = [name for name in variant["metrics"] if name.startswith(OF_THOUGHTS)]
+                names = [name for name in variant["metrics"] if name.startswith(beginnings)]
                 metrics |= dict.fromkeys(names)
     models = list(report.results)
     rows = []
@@ -296,8 +299,8 @@ def thoughts_table(report: Report) -> list[str]:
         rows.append([metric, *[plain_cell(report, name, metric) for name in models]])
     if not rows:
         return []
-    words = "Several seeds: their mean (lowest to highest); one: its interval over prompts."
-    return [*table(["thought", *models], rows), "", f"{words} {caption(report)}"]
+    words = f"Several seeds: their mean (lowest to highest); one: its interval over {of}."
+    return [*table([title, *models], rows), "", f"{words} {caption(report)}"]
 
 
 def heads_table(report: Report) -> list[str]:
@@ -397,7 +400,7 @@ def cost_table(report: Report) -> list[str]:
     rows = []
     for one in report.matrix.models:
         cost = {"training": [], "head": [], "measuring": []}  # worker seconds of stages
-        samples = ""
+        samples = tokens = "-"
         seeds = set()
         for key, record in report.records.items():
             folder, _, rest = key.partition(" ")
@@ -408,15 +411,19 @@ def cost_table(report: Report) -> list[str]:
             part = "measuring"
             if not rest or rest.startswith("("):
                 part = "training"
-                samples = samples_of(record["command"]) if not rest else samples
+                if not rest:  # its last command, which writes the model
+                    samples = samples_of(record["command"])
+                    if "num_tokens" in record:
+                        tokens = f"{record['num_tokens'] / 1e6:.1f}"
             elif rest.startswith("head "):
                 part = "head"
             cost[part].append(record["seconds"] * record["slots"])
         if seeds:
             minutes = [f"{sum(cost[part]) / 60 / len(seeds):.1f}" for part in cost]
-            rows.append([one.name, samples or "-", *minutes, str(len(seeds))])
-    head = ["model", "trained on", "training", "heads", "measuring", "seeds"]
-    return [*table(head, rows), "", f"Worker minutes a seed, without data. {caption(report)}"]
+            rows.append([one.name, samples, tokens, *minutes, str(len(seeds))])
+    head = ["model", "trained on", "million tokens", "training", "heads", "measuring", "seeds"]
+    words = "Tokens: of all samples or rollouts, prompts and images too. Worker minutes a seed, "
+    return [*table(head, rows), "", f"{words}without data. {caption(report)}"]
 
 
 def samples_of(command: str) -> str:
@@ -431,7 +438,7 @@ def samples_of(command: str) -> str:
     return f"{cfg.steps * cfg.batch:,} samples"
 
 
-def questions_table(report: Report) -> list[str]:
+def matrix_table(report: Report) -> list[str]:
     """What the study asks."""
     rows = []
     for one in report.matrix.models:
@@ -441,10 +448,11 @@ def questions_table(report: Report) -> list[str]:
 
 
 TABLES: dict[str, Callable[[Report], list[str]]] = {
-    "matrix": questions_table,
+    "matrix": matrix_table,
     "models": models_table,
     "differences": lambda report: differences_table(report, of_heads=False),
-    "thoughts": thoughts_table,
+    "thoughts": lambda report: metrics_table(report, "thought", OF_THOUGHTS, "prompts"),
+    "questions": lambda report: metrics_table(report, "question", OF_QUESTIONS, "questions"),
     "heads": heads_table,
     "head differences": lambda report: differences_table(report, of_heads=True),
     "cost": cost_table,
