@@ -159,9 +159,13 @@ class Simulator:
         )
         # LIBERO observes at its own moment, a few ms before a step ends: to render after a step
         # would give other frames, and so would switching cameras off, which resets their clocks
-        self.look = False
-        world = self.env.env
-        world._create_camera_sensors = self._render_if_looking(world._create_camera_sensors)
+        create_sensors = self.env.env._create_camera_sensors
+
+        def create_lazy_sensors(*args, **kwargs):  # at each reset
+            sensors, names = create_sensors(*args, **kwargs)
+            return [self._render_if_looking(sensor) for sensor in sensors], names
+
+        self.env.env._create_camera_sensors = create_lazy_sensors
 
     def reset(self, number: int, split: str):
         self.look = False
@@ -175,22 +179,14 @@ class Simulator:
         self.target = ""  # LIBERO's name of what the expert is going for
         self.objects = self._find_objects()
 
-    def _render_if_looking(self, create_sensors):
-        """robosuite's function that makes a camera's sensors, which render nothing while look is
-        False."""
+    def _render_if_looking(self, sensor):
+        """A camera's sensor that renders nothing while look is False."""
 
-        def lazy(sensor):
-            @functools.wraps(sensor)
-            def render_if_looking(cache):
-                return sensor(cache) if self.look else np.zeros(0)
+        @functools.wraps(sensor)
+        def lazy_sensor(cache):
+            return sensor(cache) if self.look else np.zeros(0)
 
-            return render_if_looking
-
-        def create_lazy_sensors(*args, **kwargs):
-            sensors, names = create_sensors(*args, **kwargs)
-            return [lazy(sensor) for sensor in sensors], names
-
-        return create_lazy_sensors
+        return lazy_sensor
 
     def observe(self, cameras: list[str]) -> dict[str, np.ndarray]:
         obs = {}

@@ -23,7 +23,6 @@ import contextlib
 import fcntl
 import hashlib
 import itertools
-import json
 import os
 import shlex
 import shutil
@@ -44,6 +43,7 @@ import model
 import sft
 import vla
 from fast_tokenizer import natural, positive
+from tools import plot
 
 # ---- The matrix: data ----------------------------------------------------------------------------
 #
@@ -863,8 +863,8 @@ def logged_tokens(folder: str) -> int:
     path = Path(folder) / "log.jsonl"
     if not path.is_file():
         return 0
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return max((row.get("num_tokens", 0) for row in rows), default=0)
+    of_steps = plot.read_log(path).series.get("num_tokens", {})
+    return int(of_steps[max(of_steps)]) if of_steps else 0
 
 
 def say(text: str) -> None:
