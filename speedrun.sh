@@ -3,10 +3,13 @@
 # A fresh machine with Python 3.11+ and two CPU cores is enough; with a GPU the same script uses it.
 # QUICK=1 shows every stage in some five minutes, with a table that says that it is only that.
 # FULL=1 takes hours: four times as many steps of SFT and head, ten times as many of GRPO.
+# RESUME=1 goes on with a run that was stopped: at the stage, and with FULL=1 at the saved step.
 # RUN, DATA and SEED name other folders and another seed; tools/venv.sh explains VENV, PYTHON and
 # SKIP_INSTALL.
 set -euo pipefail
 cd "$(dirname "$0")"
+
+source tools/venv.sh  # use_venv, stop
 
 # ---- Sizes ----
 
@@ -48,33 +51,33 @@ case ${QUICK:-0},${FULL:-0} in
     preset=full
     train_data=(--episodes 3200 --conversations 12000 --thought-actions 60000)
     test_data=(--episodes 120)
-    sft=(speedrun --steps 9600)
-    grpo=(speedrun --steps 800)
-    head=(speedrun --steps 8800)
+    sft=(speedrun --steps 9600 --save-every 400)
+    grpo=(speedrun --steps 800 --save-every 40)
+    head=(speedrun --steps 8800 --save-every 400)
     held_out=(--prompts 512)
     trials=(--trials 10 --chains 100)
     suites_of_tokens=spatial,object,goal,long
     note=""
     ;;
   *)
-    echo "error: QUICK=${QUICK:-0}, FULL=${FULL:-0}; give one of them as 1, or leave both away"
-    exit 1
+    stop "QUICK=${QUICK:-0}, FULL=${FULL:-0}; give one of them as 1, or leave both away"
     ;;
 esac
 SEED=${SEED:-0}
 
 # ---- Set-up ----
 
-source tools/venv.sh
 use_venv -r requirements.txt
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-SECONDS=0  # bash counts on from here
-mkdir -p "$RUN" "$(dirname "$RESULT")"
-if [ -e "$RUN/done" ] || [ -e "$DATA" ]; then
-  echo "error: $RUN or $DATA is from an earlier run; delete them or set RUN and DATA"
-  exit 1
+resume=${RESUME:+--resume}
+if [ -z "$resume" ] && { [ -e "$RUN/ended" ] || [ -e "$DATA" ]; }; then
+  stop "$RUN or $DATA is from an earlier run; RESUME=1 goes on with it; or delete both, or set others"
+elif [ -n "$resume" ] && [ ! -e "$RUN/ended" ]; then
+  stop "RESUME=1, and $RUN holds no run to go on with; run without it"
 fi
-rm -f "$RESULT"
+mkdir -p "$RUN/ended" "$(dirname "$RESULT")"
+SECONDS=$(cat "$RUN/seconds" 2>/dev/null || echo 0)  # bash counts on from here
+trap 'echo $SECONDS > "$RUN/seconds"' EXIT
 gpus=$(python -c "import torch; print(torch.cuda.device_count())")
 ranks=$([ "$gpus" -gt 0 ] && echo "$gpus" || echo 2)
 
@@ -89,9 +92,17 @@ fi
 
 variants=(base SFT SFT+RL)  # the rows of the table
 
-announce() {
-  echo
-  echo "== $SECONDS s: $*"
+# stage FUNCTION WORDS: says the words and calls the function, unless an earlier run has ended it
+stage() {
+  local function=$1
+  shift
+  if [ ! -e "$RUN/ended/$function" ]; then
+    echo
+    echo "== $SECONDS s: $*"
+    "$function"
+    touch "$RUN/ended/$function"
+    echo $SECONDS > "$RUN/seconds"
+  fi
 }
 
 on_all_ranks() {
@@ -106,91 +117,110 @@ backbone_of() {
   esac
 }
 
-# side_by_side FUNCTION VARIANT...: calls it with each, all at once; one that fails fails the whole
+# side_by_side FUNCTION VARIANT...: calls it with each, all at once; one that fails fails the whole,
+# when the others have ended
 side_by_side() {
-  local function=$1 variant job jobs=()
+  local function=$1 variant job jobs=() failed=0
   shift
   for variant; do
     "$function" "$variant" &
     jobs+=($!)
   done
   for job in "${jobs[@]}"; do
-    wait "$job" || return 1
+    wait "$job" || failed=1
   done
+  return $failed
 }
 
 # ---- Data and action tokens ----
 
-announce "demonstrations and conversations"
-python -m benchmarks.tabletop_data --out "$DATA/train" --seed "$SEED" \
-  --single "${train_data[@]}"
-python -m benchmarks.tabletop_data --out "$DATA/test" --seed 1000 --conversations 0 "${test_data[@]}"
+make_data() {
+  rm -rf "$DATA.unfinished"  # of a run that was stopped here
+  python -m benchmarks.tabletop_data --out "$DATA.unfinished/train" --seed "$SEED" \
+    --single "${train_data[@]}"
+  python -m benchmarks.tabletop_data --out "$DATA.unfinished/test" --seed 1000 --conversations 0 \
+    "${test_data[@]}"
+  mv "$DATA.unfinished" "$DATA"
+}
 
-announce "FAST tokenizer"
-python fast_tokenizer.py fit --data "$DATA/train" --out "$RUN/fast" \
-  --horizon 5 --scale 2.5 --vocab-size 64 --max-episodes 400
-python evaluate.py tokens --action-tokenizer "$RUN/fast" --execute 2 --out "$RESULT" --preset "$preset"
+fit_tokenizer() {
+  rm -f "$RESULT"
+  python fast_tokenizer.py fit --data "$DATA/train" --out "$RUN/fast" \
+    --horizon 5 --scale 2.5 --vocab-size 64 --max-episodes 400
+  python evaluate.py tokens --action-tokenizer "$RUN/fast" --execute 2 --out "$RESULT" \
+    --preset "$preset"
+}
+
+stage make_data "demonstrations and conversations"
+stage fit_tokenizer "FAST tokenizer"
 
 # ---- Stages 1 and 2: the backbone learns to see, to think and to act; then to think better ----
 
-announce "stage 1: SFT"
-mixture=$DATA/train/conversations.jsonl:1,$DATA/train/episodes:1
-mixture=$mixture,$DATA/train/thought_actions.jsonl:2
-on_all_ranks sft.py "${sft[@]}" --data "$mixture" --action-tokenizer "$RUN/fast" \
-  --out "$RUN/sft" --seed "$SEED"
+train_sft() {
+  local mixture=$DATA/train/conversations.jsonl:1,$DATA/train/episodes:1
+  mixture=$mixture,$DATA/train/thought_actions.jsonl:2
+  on_all_ranks sft.py "${sft[@]}" --data "$mixture" --action-tokenizer "$RUN/fast" \
+    --out "$RUN/sft" --seed "$SEED" $resume
+}
 
-announce "stage 2: GRPO"
-on_all_ranks grpo.py "${grpo[@]}" --init "$RUN/sft" --data "$DATA/train/episodes" \
-  --out "$RUN/grpo" --seed "$SEED"
+train_grpo() {
+  on_all_ranks grpo.py "${grpo[@]}" --init "$RUN/sft" --data "$DATA/train/episodes" \
+    --out "$RUN/grpo" --seed "$SEED" $resume
+}
 
-announce "held-out action tokens of base, SFT and SFT+RL"
-measure_action_tokens() {
+measure_action_tokens() {  # VARIANT
   python evaluate.py actions --policy "$(backbone_of "$1")" --action-tokenizer "$RUN/fast" \
     --data "$DATA/test" --variant "$1" --out "$RESULT" --preset "$preset" --seed "$SEED" \
     "${held_out[@]}"
 }
-side_by_side measure_action_tokens "${variants[@]}"
+measure_all_action_tokens() { side_by_side measure_action_tokens "${variants[@]}"; }
+
+stage train_sft "stage 1: SFT"
+stage train_grpo "stage 2: GRPO"
+stage measure_all_action_tokens "held-out action tokens of base, SFT and SFT+RL"
 
 # ---- Stage 3: the same action head on each of the three frozen backbones ----
 
-announce "stage 3: an action head on each of the three, frozen; logs in $RUN/vla"
-mkdir -p "$RUN/vla"
 train_head() {  # VARIANT COMMAND: the command is what runs vla.py
   "$2" vla.py "${head[@]}" --init "$(backbone_of "$1")" --data "$DATA/train/episodes" \
-    --out "$RUN/vla/$1" --seed "$SEED"
+    --out "$RUN/vla/$1" --seed "$SEED" $resume
 }
-train_head_on_one_core() {
-  train_head "$1" python > "$RUN/vla/$1.txt" 2>&1
+train_head_on_one_core() { train_head "$1" python > "$RUN/vla/$1.txt" 2>&1; }
+train_heads() {
+  mkdir -p "$RUN/vla"
+  if [ "$gpus" -gt 0 ]; then
+    for variant in "${variants[@]}"; do
+      train_head "$variant" on_all_ranks
+    done
+  else  # on a CPU all three at once: none waits for another rank
+    side_by_side train_head_on_one_core "${variants[@]}" || { tail -n 2 "$RUN"/vla/*.txt; exit 1; }
+  fi
+  rm -rf "$RUN"/vla/*/features
 }
-if [ "$gpus" -gt 0 ]; then
-  for variant in "${variants[@]}"; do
-    train_head "$variant" on_all_ranks
-  done
-else  # on a CPU all three at once: none waits for another rank
-  side_by_side train_head_on_one_core "${variants[@]}" || { tail -n 2 "$RUN"/vla/*.txt; exit 1; }
-fi
-rm -rf "$RUN"/vla/*/features
 
-announce "closed loop of the three heads"
-drive() {
+drive() {  # VARIANT
   python evaluate.py tabletop --policy "$RUN/vla/$1" --variant "$1" --out "$RESULT" \
     --preset "$preset" --seed "$SEED" --execute 2 "${trials[@]}" --gif "$RUN/gif/$1"
 }
-side_by_side drive "${variants[@]}"
+drive_all() { side_by_side drive "${variants[@]}"; }
 
-announce "closed loop of the models' own thoughts and action tokens"
-drive_by_tokens() {
+drive_by_tokens() {  # VARIANT
   python evaluate.py tabletop --policy "$(backbone_of "$1")" --mode think --variant "$1" \
     --out "$RESULT" --preset "$preset" --seed "$SEED" --execute 2 "${trials[@]}" \
     --suites $suites_of_tokens --gif "$RUN/gif/$1-think"
 }
-side_by_side drive_by_tokens SFT SFT+RL  # base has no action tokens
+drive_all_by_tokens() { side_by_side drive_by_tokens SFT SFT+RL; }  # base has no action tokens
+
+stage train_heads "stage 3: an action head on each of the three, frozen; logs in $RUN/vla"
+stage drive_all "closed loop of the three heads"
+stage drive_all_by_tokens "closed loop of the models' own thoughts and action tokens"
 
 # ---- The table ----
 
-minutes=$(python -c "print(round($SECONDS / 60, 1))")
-announce "results"
-python evaluate.py report "$RESULT" --variants base,SFT,SFT+RL --minutes "$minutes" \
-  --note "$note" --markdown "${RESULT%.json}.md"
-announce "done in $minutes minutes"
-touch "$RUN/done"
+write_table() {
+  minutes=$(python -c "print(round($SECONDS / 60, 1))")
+  python evaluate.py report "$RESULT" --variants base,SFT,SFT+RL --minutes "$minutes" \
+    --note "$note" --markdown "${RESULT%.json}.md"
+  echo "done in $minutes minutes"
+}
+stage write_table "results"

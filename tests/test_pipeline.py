@@ -197,17 +197,20 @@ def test_wrong_stage_is_refused_in_one_line(made):
 
 STAND_IN = r"""#!/bin/sh
 case "$*" in
-  *torch.cuda*) echo 0 ;;
+  *torch.cuda*) echo 0; exit ;;
   -c*) exec {python} "$@" ;;
-  *) words=$(printf '%s\037' {name} "$@"); echo "$words" >> {commands} ;;
+  ${{FAILS:-none}}) exit 1 ;;
+  *tabletop_data*) mkdir -p "$4" ;;
 esac
+words=$(printf '%s\037' {name} "$@"); echo "$words" >> {commands}
 """
 
 
-def commands_of_speedrun(folder, **environment):
-    """The commands that speedrun.sh gives with this environment, each as a list of words."""
+def start_speedrun(folder, **environment):
+    """speedrun.sh in this folder and environment: the ended process, and the commands that it gave
+    (with those of earlier calls), each as a list of words."""
     shutil.copy(ROOT / "speedrun.sh", folder)
-    (folder / "tools").mkdir()
+    (folder / "tools").mkdir(exist_ok=True)
     shutil.copy(ROOT / "tools/venv.sh", folder / "tools")
     commands = folder / "commands"
     for name in ("python", "torchrun"):
@@ -225,8 +228,14 @@ def commands_of_speedrun(folder, **environment):
         env={**kept, "PATH": path, "SKIP_INSTALL": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
         check=False,
     )
+    lines = commands.read_text().split("\n")[:-1] if commands.exists() else []
+    return process, [line.split("\037")[:-1] for line in lines]
+
+
+def commands_of_speedrun(folder, **environment):
+    process, commands = start_speedrun(folder, **environment)
     assert process.returncode == 0, process.stdout + process.stderr
-    return [line.split("\037")[:-1] for line in commands.read_text().split("\n")[:-1]]
+    return commands
 
 
 SIZES = ("speedrun", "quick", "full")
@@ -253,8 +262,9 @@ def test_speedrun_gives_commands_that_there_are(name, tmp_path):
     assert checked.count("vla.py") == 3
     # tokens, 3 x actions, 3 x tabletop by heads and 2 x by own tokens, report
     assert checked.count("evaluate.py") == 10
-    assert f"data/{name}/train" in commands[0]
-    assert (tmp_path / "runs" / name / "done").exists()
+    assert f"data/{name}.unfinished/train" in commands[0]
+    assert (tmp_path / "runs" / name / "ended/write_table").exists()
+    assert (tmp_path / "data" / name).exists()
     report = commands[-1]
     note = report[report.index("--note") + 1]
     assert note.startswith("A quick look: every stage ran, none to its end") == (name == "quick")
@@ -265,6 +275,53 @@ def test_speedrun_gives_commands_that_there_are(name, tmp_path):
     assert {place for place in places if place in words} == {
         place for place in places if place.endswith(f"/{name}") and place != "results/quick"
     }
+
+
+STOPS = {  # what fails: how many commands before it
+    "*tabletop_data*test*": 1,
+    "*grpo.py*": 5,
+    "*tabletop*vla/SFT --variant*": 12,
+}
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_speedrun_goes_on_where_it_was_stopped(stop, tmp_path):
+    """FULL=1 takes hours, and machines are taken away. What has ended is not done again; a stage of
+    training goes on by --resume; minutes count from the first start."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    whole.mkdir()
+    stopped.mkdir()
+    all_of_them = commands_of_speedrun(whole, FULL="1")
+
+    process, first = start_speedrun(stopped, FULL="1", FAILS=stop)
+    assert process.returncode == 1 and len(first) >= STOPS[stop]
+    process, _ = start_speedrun(stopped, FULL="1")
+    assert process.returncode == 1
+    assert process.stderr == (
+        "error: runs/full or data/full is from an earlier run; RESUME=1 goes on with it; or delete "
+        "both, or set others\n"
+    )
+    (stopped / "runs/full/seconds").write_text("3600\n")
+    rest = commands_of_speedrun(stopped, FULL="1", RESUME="1")[len(first) :]
+    for command in rest:
+        if check_command(command) in ("sft.py", "grpo.py", "vla.py"):
+            assert command.pop() == "--resume"
+    assert len(first) + len(rest) < 1.5 * len(all_of_them)
+    minutes = rest[-1].index("--minutes") + 1
+    assert rest[-1][minutes] == "60.0" and all_of_them[-1][minutes] == "0.0"
+    rest[-1][minutes] = "0.0"
+    assert {tuple(command) for command in first + rest} == {tuple(c) for c in all_of_them}
+
+    again = commands_of_speedrun(stopped, FULL="1", RESUME="1")
+    assert len(again) == len(first) + len(rest)  # all has ended
+
+
+def test_there_must_be_a_speedrun_to_go_on_with(tmp_path):
+    process, commands = start_speedrun(tmp_path, RESUME="1")
+    assert process.returncode == 1 and not commands
+    assert process.stderr == (
+        "error: RESUME=1, and runs/speedrun holds no run to go on with; run without it\n"
+    )
 
 
 @pytest.mark.parametrize(
