@@ -2690,6 +2690,10 @@ def run_main(main: Callable[[], None], lower: str) -> None:
         raise SystemExit(f"error: {e}") from e
     except torch.OutOfMemoryError as e:
         raise SystemExit(f"error: out of GPU memory; lower {lower} ({str(e)[:80]})") from e
+    except RuntimeError as e:
+        if "by peer" not in str(e):  # gloo's words: the connection was closed or reset
+            raise
+        raise SystemExit(f"error: rank {_rank()} ended since another did, which says why") from e
 
 
 class Log:

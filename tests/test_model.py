@@ -944,6 +944,23 @@ def test_what_the_user_can_cure_is_one_line(error, line):
         model.run_main(fail, "--batch")
 
 
+def other_file_on_rank_1(argv):
+    """Rank 1 reads a file that is still being copied; rank 0, a moment later, all of it."""
+    dist = model.setup(0)
+    if dist.rank == 1:
+        raise ValueError("data/episode.safetensors: is cut off")
+    model.all_sum(1)
+
+
+def test_ranks_that_end_with_another_say_so_in_one_line(capfd):
+    """The cause stood above a traceback of gloo."""
+    on_ranks(lambda argv: model.run_main(lambda: other_file_on_rank_1(argv), ""), [], 2, code=1)
+    assert sorted(capfd.readouterr().err.splitlines()) == [
+        "error: data/episode.safetensors: is cut off",
+        "error: rank 0 ended since another did, which says why",
+    ]
+
+
 def slow_rank_0(argv):
     """Rank 0 reads its model for three seconds, and the rest waits for its weights: once with
     limits of hours, once with one of a second."""
