@@ -64,6 +64,7 @@ case ${QUICK:-0},${FULL:-0} in
     ;;
 esac
 SEED=${SEED:-0}
+DATA=${DATA%/}
 
 # ---- Set-up ----
 
