@@ -1,6 +1,7 @@
 """tools/study.py: what is missing, what runs, what is refused. tools/study_report.py: statistics by
 hand, the report of made-up results. Stages are tiny scripts; no model is trained."""
 
+import itertools
 import json
 import os
 import re
@@ -43,6 +44,9 @@ def test_parents_are_shared_and_stand_before_what_starts_from_them():
     plan = study.missing(stages, {}, study.targets_of(stages, wanted))
     for_nobody = [
         "data/0/train/no_thoughts.jsonl",
+        "data/scenes",
+        "runs/qwen_random",
+        "runs/qwen",
         "data/1/train/no_thoughts.jsonl",
         "data/1/words",
     ]
@@ -55,6 +59,20 @@ def test_the_rows_of_a_model_that_learns_from_its_own_are_written_first():
     assert rows.output == "runs/rejection_0_rows/thoughts.jsonl"
     assert "--policy runs/SFT_0 " in rows.command and "SFT_0" in rows.inputs
     assert stages["rejection_0"].inputs == ("rejection_0 (1 of 2)", "SFT_0", "data/0/fast")
+
+
+def test_another_architecture_begins_with_a_backbone_that_the_study_trains_once():
+    wanted = {"base-qwen": [0, 1], "SFT+RL-qwen": [1]}
+    stages = study.all_stages(study.MATRIX, wanted, FOLDERS, ranks=2)
+    assert stages["runs/qwen"].inputs == ("runs/qwen_random", "data/scenes")
+    assert stages["runs/qwen"].slots == 2 and stages["runs/qwen_random"].slots == 1
+    assert study.steps_of(stages["runs/qwen"].command) == 16000
+    assert stages["runs/qwen"].output == "runs/qwen"
+    for seed in (0, 1):
+        assert "runs/qwen" in stages[f"base-qwen_{seed} actions"].inputs
+    assert "--init runs/qwen --out runs/SFT-qwen_1 --seed 1" in stages["SFT-qwen_1"].command
+    assert "runs/qwen" in stages["SFT-qwen_1"].inputs
+    assert "SFT-qwen_1" in stages["SFT+RL-qwen_1"].inputs
 
 
 def test_every_declared_command_is_understood():
@@ -83,6 +101,15 @@ def test_every_declared_command_is_understood():
         elif words[0] == "evaluate.py":
             args = evaluate.make_parser(words[1]).parse_args(words[1:])
             assert args.seed == 0 and (not stage.variant or args.variant == stage.variant)
+
+
+def test_the_probe_has_its_trajectories_in_a_quick_study_too():
+    """--quick recorded 5 and the probe stopped: it asks for 20."""
+    stages = study.all_stages(study.MATRIX, {"base": [0]}, FOLDERS, 2, quick=True)
+    words = shlex.split(stages["data/one_task"].command)
+    episodes = [int(value) for flag, value in itertools.pairwise(words) if flag == "--episodes"]
+    probe = shlex.split(stages["base_0 probe"].command)
+    assert episodes[-1] >= evaluate.make_parser("probe").parse_args(probe[1:]).trajectories
 
 
 def test_base_sft_and_rl_are_the_speedruns():

@@ -48,12 +48,13 @@ from tools import plot
 # ---- The matrix: data ----------------------------------------------------------------------------
 #
 # Commands name what they read and write: {seed}, {train}, {fast}, {test}, {one_task}, {questions},
-# {words} are the folders below; {init} is the parent's checkpoint, {out} the model's own. A command
-# depends on those that write what it names. The sizes are those of speedrun.sh.
+# {words}, {scenes}, {qwen} are the folders below; {init} is the parent's checkpoint, {out} the
+# model's own. A command depends on those that write what it names. The sizes are those of
+# speedrun.sh, and of the recipe in assets/tiny-vlm.
 
 
 class Data(NamedTuple):
-    """What models are trained or measured on."""
+    """What models are trained or measured on, or begin with."""
 
     path: str
     command: str
@@ -70,7 +71,7 @@ DATA = [
     Data(
         "{one_task}",  # the paper's probe: 20 trajectories of one long task
         f"{RECORD} --seed 1000 --episodes 20 --tasks long:0 --conversations 0",
-        "--episodes 5",
+        "",
     ),
     Data(
         "{questions}",
@@ -98,6 +99,22 @@ DATA = [
         "fast_tokenizer.py fit --data {train} --out {path} "
         "--horizon 5 --scale 2.5 --vocab-size 64 --max-episodes 400",
         "",
+    ),
+    # another architecture, by the recipe of tiny-vlm: one for all seeds, as tiny-vlm is
+    Data(
+        "{scenes}",
+        f"{RECORD} --seed 1 --episodes 0 --conversations 100000 --single",
+        "--conversations 200",
+    ),
+    Data(
+        "{qwen}_random",
+        "-m tools.backbones tiny-vlm-qwen2.5 --texts {scenes}/conversations.jsonl --out {path}",
+        "",
+    ),
+    Data(
+        "{qwen}",
+        "sft.py base --init {qwen}_random --data {scenes}/conversations.jsonl --out {path}",
+        "--steps 24 --batch 8 --holdout-rows 16 --eval-rows 8",
     ),
 ]
 
@@ -139,20 +156,23 @@ ALL_HEADS = " ".join(HEADS)
 # ---- The matrix: models --------------------------------------------------------------------------
 
 
+BASE = "assets/tiny-vlm"
+
+
 class Model(NamedTuple):
     """A row of the study."""
 
     name: str
-    parent: str  # the model that it starts from; "": nothing is trained, it is assets/tiny-vlm
+    parent: str  # the model that it starts from; "": none, and it has no commands
     commands: list[str]  # one after the other; the last writes its checkpoint
     answers: str  # which question
     against: str = "base SFT"  # models that it is compared with
     heads: str = ""  # names of HEADS; for none no head is trained
     measures: str = "actions think vqa thought probe"  # names of MEASURES
     seeds: int = 3
+    checkpoint: str = BASE  # of a model without commands
 
 
-BASE = "assets/tiny-vlm"
 MIXTURE = "{train}/conversations.jsonl:1,{train}/episodes:1,{train}/thought_actions.jsonl:2"
 ON_SFT = "sft.py speedrun --lr 2e-4 --probe-prompts 0"  # a little more SFT
 RL = "grpo.py speedrun --data {train}/episodes"  # 80 steps of 32 prompts: 2,560 prompts
@@ -240,6 +260,20 @@ MODELS = [
         "RL-anchor", "SFT", [f"{RL} --anchor-coef 10"],
         "RL that keeps the features that the head reads", against="SFT SFT+RL",
         heads="prompt thought-only", measures="actions think",
+    ),
+    # another architecture
+    Model(
+        "base-qwen", "", [], "a tiny Qwen2.5-VL in place of the Qwen3-VL",
+        against="base", heads="prompt thought-only", measures="actions vqa probe",
+        checkpoint="{qwen}",
+    ),
+    Model(
+        "SFT-qwen", "base-qwen", [f"sft.py speedrun --data {MIXTURE}"], "its SFT",
+        against="base-qwen SFT", heads="prompt thought-only",
+    ),
+    Model(
+        "SFT+RL-qwen", "SFT-qwen", [RL], "does RL do for it what it does for the other?",
+        against="base-qwen SFT-qwen SFT+RL", heads="prompt thought-only",
     ),
     # rewards and credit: by r_a and one seed first
     Model("RL-l1", "SFT", [f"{RL} --reward l1"], "the distance of decoded actions", **SCREENING),
@@ -329,9 +363,10 @@ def model_named(models: list[Model], name: str) -> Model:
 
 
 def checkpoint_of(models: list[Model], name: str, folders: Folders, seed: int) -> str:
-    if model_named(models, name).commands:
+    one = model_named(models, name)
+    if one.commands:
         return f"{folders.runs}/{folder_name(name, seed)}"
-    return BASE
+    return one.checkpoint.format(**places_of(folders, seed))
 
 
 def with_ancestors(models: list[Model], name: str) -> list[str]:
@@ -360,7 +395,8 @@ def all_stages(
             path = data.path.format(**places)
             command = f"{data.command} {data.quick if quick else ''}".strip()
             command = command.format(path=path, **places)
-            stages.setdefault(path, Stage(path, command, path, kind_of(command)))
+            slots = slots_of(command, ranks)
+            stages.setdefault(path, Stage(path, command, path, kind_of(command), slots))
         for one in matrix.models:
             if one.name in trained:
                 is_measured = one.name in measured
@@ -379,6 +415,8 @@ def places_of(folders: Folders, seed: int) -> dict[str, str]:
         "train": f"{folders.data}/{seed}/train",
         "words": f"{folders.data}/{seed}/words",
         "fast": f"{folders.data}/{seed}/fast",
+        "scenes": f"{folders.data}/scenes",
+        "qwen": f"{folders.runs}/qwen",
     }
 
 
@@ -426,8 +464,8 @@ def stages_of(
         if script == "sft.py":
             added += " --action-tokenizer {fast}"
         full = complete(command, added)
-        slots = ranks if script in ("sft.py", "grpo.py") else 1
-        yield Stage(key, full, output_of(full, checkpoint), kind_of(command), slots)
+        output = output_of(full, checkpoint)
+        yield Stage(key, full, output, kind_of(command), slots_of(command, ranks))
     if not is_measured:
         return
 
@@ -445,6 +483,10 @@ def stages_of(
         yield measure(f"drives {head}", DRIVE, out, variant_name(one.name, head), kind)
 
 
+def slots_of(command: str, ranks: int) -> int:
+    return ranks if command.startswith(("sft.py ", "grpo.py ")) else 1
+
+
 def kind_of(command: str) -> str:
     """The script; of evaluate.py its command, with the mode in which a model drives and the thought
     that it is given.
@@ -458,6 +500,8 @@ def kind_of(command: str) -> str:
         return " ".join([words[1], *given])
     if words[0] == "-m":
         return words[1]
+    if words[:2] == ["sft.py", "base"]:
+        return "sft.py base"  # twice as many samples a step
     if "--backbone-lr" in words:
         return "vla.py trained"
     if words[0] == "vla.py" and "--condition prompt" not in command:
@@ -601,6 +645,7 @@ def check_outputs(plan: list[Stage], records: dict[str, dict]) -> None:
 # Of each kind, on two cores of a 2026 server: seconds a step of training, seconds in all of others.
 SECONDS = {
     "sft.py": 0.35,
+    "sft.py base": 0.5,
     "grpo.py": 3.5,
     "vla.py": 0.25,
     "vla.py thought": 0.55,
