@@ -112,25 +112,26 @@ def test_the_probe_has_its_trajectories_in_a_quick_study_too():
     assert episodes[-1] >= evaluate.make_parser("probe").parse_args(probe[1:]).trajectories
 
 
-def test_base_sft_and_rl_are_the_speedruns():
-    """Its data and tokenizer, and its presets without another flag."""
+def test_base_and_sft_are_those_of_the_full_speedrun_and_rl_is_the_default_ones():
+    """Its data and tokenizer, its steps of SFT, and its presets without another flag."""
     script = (ROOT / "speedrun.sh").read_text().replace("\\\n", " ")
     for words in (
-        "--episodes 1600 --conversations 6000 --thought-actions 24000",
+        "--episodes 3200 --conversations 12000 --thought-actions 60000",
         "--horizon 5 --scale 2.5 --vocab-size 64 --max-episodes 400",
     ):
         assert words in re.sub(r" +", " ", script)
         assert any(words in data.command for data in study.DATA)
     stages = study.all_stages(study.MATRIX, {"SFT+RL": [3]}, FOLDERS, ranks=2)
     assert stages["SFT_3"].command == (
-        "sft.py speedrun --data data/3/train/conversations.jsonl:1,data/3/train/episodes:1,"
-        "data/3/train/thought_actions.jsonl:2 --init assets/tiny-vlm --out runs/SFT_3 --seed 3 "
-        "--action-tokenizer data/3/fast"
+        "sft.py speedrun --steps 9600 --data data/3/train/conversations.jsonl:1,"
+        "data/3/train/episodes:1,data/3/train/thought_actions.jsonl:2 --init assets/tiny-vlm "
+        "--out runs/SFT_3 --seed 3 --action-tokenizer data/3/fast"
     )
     assert stages["SFT+RL_3"].command == (
         "grpo.py speedrun --data data/3/train/episodes --init runs/SFT_3 --out runs/SFT+RL_3 "
         "--seed 3"
     )
+    assert "sft=(speedrun --steps 9600 --save-every 400)" in script
     assert "mixture=$DATA/train/conversations.jsonl:1,$DATA/train/episodes:1" in script
     assert "$DATA/train/thought_actions.jsonl:2" in script
 
@@ -235,6 +236,24 @@ def test_only_some_models_with_what_they_start_from(place):
     assert what_ran() == [
         "data/study/test", "runs/study/A_2", "runs/study/C_2", "measured C",
     ]  # fmt: skip
+
+
+def test_only_some_measures_and_heads_of_each_model():
+    wanted = {"base": [0], "SFT": [0], "RL-l1": [0]}
+    matrix = study.narrowed(study.MATRIX, "think,actions", "prompt")
+    stages = study.all_stages(matrix, wanted, FOLDERS, ranks=2)
+    targets = study.targets_of(stages, wanted)
+    assert targets == [
+        "base_0 actions", "base_0 drives prompt",
+        "SFT_0 actions", "SFT_0 think", "SFT_0 drives prompt",
+        "RL-l1_0 actions",
+    ]  # fmt: skip
+    all_of_them = study.all_stages(study.MATRIX, wanted, FOLDERS, ranks=2)
+    assert study.narrowed(study.MATRIX, "", "") == study.MATRIX
+    assert all(all_of_them[key] == stage for key, stage in stages.items()), "they run once"
+    matrix = study.narrowed(study.MATRIX, "none", "none")
+    stages = study.all_stages(matrix, wanted, FOLDERS, ranks=2)
+    assert study.targets_of(stages, wanted) == ["SFT_0", "RL-l1_0"], "checkpoints alone"
 
 
 def test_a_dry_run_starts_nothing(place, capsys):
@@ -483,6 +502,8 @@ def test_two_studies_do_not_run_in_one_folder(tmp_path):
     [
         (["--only", "SFT,nobody"], "no model nobody; the study has base, A, B, C"),
         (["--only", "A", "--seeds", "0,x"], "--seeds 0,x: .*; give numbers, as 0,1,2"),
+        (["--measures", "actions,vqa"], "--measures: no 'vqa'; give some of actions, or none"),
+        (["--heads", "prompt"], "--heads: no 'prompt'; give some of"),
     ],
 )
 def test_wrong_flags_are_one_line(place, flags, words):

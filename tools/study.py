@@ -3,6 +3,7 @@
     python -m tools.study --dry-run        # what is missing, and about how many hours it takes
     python -m tools.study --hours 8        # runs it; starts nothing that would not end in time
     python -m tools.study --only base,SFT,SFT+RL --seeds 0,1
+    python -m tools.study --measures actions,think --heads none   # what needs no head, first
     python -m tools.study report           # tables and figures of what there is
 
 Run again, it goes on where it was: a stage that ended is not run again, one that was killed resumes
@@ -49,8 +50,10 @@ from tools import plot
 #
 # Commands name what they read and write: {seed}, {train}, {fast}, {test}, {one_task}, {questions},
 # {words}, {scenes}, {qwen} are the folders below; {init} is the parent's checkpoint, {out} the
-# model's own. A command depends on those that write what it names. The sizes are those of
-# speedrun.sh, and of the recipe in assets/tiny-vlm.
+# model's own. A command depends on those that write what it names. Data and SFT are those of
+# speedrun.sh with FULL=1, RL and heads those of the speedrun itself: after the default's SFT, a
+# quarter as long, the model hardly drives by its own thoughts and tokens, and RL refines what SFT
+# can do.
 
 
 class Data(NamedTuple):
@@ -81,7 +84,7 @@ DATA = [
     Data(
         "{train}",
         f"{RECORD} --seed {{seed}} --single "
-        "--episodes 1600 --conversations 6000 --thought-actions 24000",
+        "--episodes 3200 --conversations 12000 --thought-actions 60000",
         "--episodes 80 --conversations 120 --thought-actions 240",
     ),
     Data(
@@ -174,6 +177,8 @@ class Model(NamedTuple):
 
 
 MIXTURE = "{train}/conversations.jsonl:1,{train}/episodes:1,{train}/thought_actions.jsonl:2"
+SFT = "sft.py speedrun --steps 9600"
+HALF_SFT = "sft.py speedrun --steps 4800"
 ON_SFT = "sft.py speedrun --lr 2e-4 --probe-prompts 0"  # a little more SFT
 RL = "grpo.py speedrun --data {train}/episodes"  # 80 steps of 32 prompts: 2,560 prompts
 SCREENING = {"against": "SFT SFT+RL", "measures": "actions", "seeds": 1}
@@ -185,27 +190,27 @@ MODELS = [
         against="", heads="prompt thought-only", measures="actions vqa probe", seeds=5,
     ),
     Model(
-        "language-SFT", "base", ["sft.py speedrun --steps 1200 --data {train}/conversations.jsonl"],
+        "language-SFT", "base", [f"{HALF_SFT} --data {{train}}/conversations.jsonl"],
         "language alone, as many samples as action-SFT",
         heads="prompt thought-only", measures="actions vqa probe",
     ),
     Model(
-        "action-SFT", "base", ["sft.py speedrun --steps 1200 --data {train}/episodes"],
+        "action-SFT", "base", [f"{HALF_SFT} --data {{train}}/episodes"],
         "actions alone, as many samples as language-SFT",
         against="base language-SFT SFT", heads="prompt", measures="actions direct vqa probe",
     ),
     Model(
-        "action-SFT-long", "base", ["sft.py speedrun --data {train}/episodes"],
+        "action-SFT-long", "base", [f"{SFT} --data {{train}}/episodes"],
         "actions alone, as many samples as SFT (the paper's is not matched with it)",
         heads="prompt", measures="actions direct vqa probe",
     ),
     Model(
-        "SFT", "base", [f"sft.py speedrun --data {MIXTURE}"], "RoboAlign without RL",
+        "SFT", "base", [f"{SFT} --data {MIXTURE}"], "RoboAlign without RL",
         against="base", heads=ALL_HEADS, measures=ALL_MEASURES, seeds=5,
     ),
     Model(
         "SFT-no-reasoning", "base",
-        ["sft.py speedrun --data {train}/no_thoughts.jsonl:1,{train}/episodes:1"],
+        [f"{SFT} --data {{train}}/no_thoughts.jsonl:1,{{train}}/episodes:1"],
         "Table 1: without the reasoning rows, how well formed and how different are the thoughts?",
         heads="prompt",
     ),
@@ -268,7 +273,7 @@ MODELS = [
         checkpoint="{qwen}",
     ),
     Model(
-        "SFT-qwen", "base-qwen", [f"sft.py speedrun --data {MIXTURE}"], "its SFT",
+        "SFT-qwen", "base-qwen", [f"{SFT} --data {MIXTURE}"], "its SFT",
         against="base-qwen SFT", heads="prompt thought-only",
     ),
     Model(
@@ -965,6 +970,28 @@ def wanted_models(matrix: Matrix, only: str, seeds: str) -> dict[str, list[int]]
     return wanted
 
 
+def narrowed(matrix: Matrix, measures: str, heads: str) -> Matrix:
+    """--measures and --heads -> the matrix with these alone. Empty: all; "none": none. What is left
+    away is not run, and not forgotten where it was."""
+    models = []
+    for one in matrix.models:
+        of_model = names_kept(one.measures, measures, matrix.measures, "--measures")
+        heads_of_model = names_kept(one.heads, heads, matrix.heads, "--heads")
+        models.append(one._replace(measures=of_model, heads=heads_of_model))
+    return matrix._replace(models=models)
+
+
+def names_kept(declared: str, given: str, known: dict[str, str], flag: str) -> str:
+    """Of a model's declared names (separated by spaces) those that a flag gives (by commas)."""
+    if not given:
+        return declared
+    wanted = [] if given == "none" else given.split(",")
+    for name in wanted:
+        if name not in known:
+            raise ValueError(f"{flag}: no {name!r}; give some of {', '.join(known)}, or none")
+    return " ".join(name for name in declared.split() if name in wanted)
+
+
 def targets_of(stages: dict[str, Stage], wanted: dict[str, list[int]]) -> list[str]:
     """What a study is for: all measures, and the checkpoints of wanted models without any."""
     folders = [folder_name(name, seed) for name, seeds in wanted.items() for seed in seeds]
@@ -991,6 +1018,8 @@ def main(argv: list[str] | None = None, matrix: Matrix = MATRIX) -> int:
     add = parser.add_argument
     add("--only", default="", help="models, separated by commas; empty: all of the matrix")
     add("--seeds", default="", help="as 0,1,2; empty: as many as each model declares")
+    add("--measures", default="", help="as actions,think; empty: all that it declares; or none")
+    add("--heads", default="", help="as prompt,thought-only; empty: all that it declares; or none")
     add("--hours", type=positive, help="start nothing that would not end in this time")
     add("--dry-run", action="store_true", help="print what is missing, and end")
     add("--redo", action="store_true", help="run again what has changed, and all that rests on it")
@@ -1011,6 +1040,7 @@ def main(argv: list[str] | None = None, matrix: Matrix = MATRIX) -> int:
     names, on_gpus = worker_names(args.workers)
     ranks = 1 if on_gpus else min(2, len(names))
     wanted = wanted_models(matrix, args.only, args.seeds)
+    matrix = narrowed(matrix, args.measures, args.heads)
     stages = all_stages(matrix, wanted, folders, ranks, args.quick)
 
     # 2. what is missing
