@@ -291,6 +291,12 @@ MODELS = [
     Model("RL-drgrpo", "SFT", [f"{RL} --advantage drgrpo"], "no std, no length", **SCREENING),
     Model("RL-clip", "SFT", [f"{RL} --clip-low 0.1"], "a tighter lower clip", **SCREENING),
     Model("RL-hot", "SFT", [f"{RL} --temperature 1.3"], "more varied rollouts", **SCREENING),
+    Model("RL-lr", "SFT", [f"{RL} --lr 1e-4"], "larger steps", **SCREENING),
+    Model(
+        "RL-batch", "SFT", [f"{RL} --prompts 128 --batch 128 --steps 20 --lr 4e-5"],
+        "fewer and surer steps, on as many prompts", **SCREENING,
+    ),
+    Model("RL-lora", "SFT", [f"{RL} --lora 8 --lr 2e-4"], "adapters of rank 8", **SCREENING),
     # budgets
     Model(
         "RL-3x", "SFT", [f"{RL} --steps 240"], "does more RL reach the head?",
