@@ -306,6 +306,11 @@ MODELS = [
         "RL-10x", "SFT", [f"{RL} --steps 800"], "does ten times the RL reach the head?",
         against="SFT SFT+RL", heads="prompt thought-only", measures="actions think",
     ),
+    Model(
+        "RL-l1-10x", "SFT", [f"{RL} --reward l1 --steps 800"],
+        "and with the reward that every sample has a part of?",
+        against="SFT SFT+RL RL-10x", heads="prompt thought-only", measures="actions think",
+    ),
 ]  # fmt: skip
 
 
