@@ -440,7 +440,7 @@ def test_hours_start_nothing_that_would_not_end_in_time(tmp_path, capsys):
 
 def test_estimates_of_training_are_by_the_step():
     rl = Stage("x", "grpo.py speedrun --steps 240", "", "grpo.py", slots=2)
-    assert study.estimate(rl, {}) == pytest.approx(240 * 3.5)
+    assert study.estimate(rl, {}) == pytest.approx(240 * study.SECONDS["grpo.py"])
     done = {"command": "grpo.py speedrun", "kind": "grpo.py", "seconds": 160.0}  # of 80 steps
     assert study.estimate(rl, {"SFT+RL_0": done}) == pytest.approx(480)
 
@@ -679,6 +679,14 @@ def test_the_report_of_made_up_results(made_up, tmp_path, capsys):
 
     study.main(arguments)
     assert page.read_text() == text, "the same again"
+
+
+def test_a_table_without_rows_says_so():
+    """It was a head over nothing."""
+    assert study_report.table(["model", "success"], []) == ["Not measured yet."]
+    report = study_report.Report({}, study.MATRIX, [], {})
+    lines = study_report.metrics_table(report, "thought", study_report.OF_THOUGHTS, "prompts")
+    assert lines == ["Not measured yet."]
 
 
 def test_tokens_of_quick_results_say_so(tmp_path):

@@ -106,6 +106,7 @@ class Metric(NamedTuple):
 
 METRICS = [  # of a model itself
     Metric("think greedy r_a", "greedy r_a"),
+    Metric("think greedy l1", "greedy L1"),
     Metric("think sampled r_a", "sampled r_a"),
     Metric("think greedy thought true", "true in thoughts"),
     Metric("answers", "questions"),
@@ -225,7 +226,10 @@ def cell(interval: Interval, metric: Metric) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table, without columns of nothing but dashes."""
+    """Lines of a Markdown table, without columns of nothing but dashes; a sentence in place of one
+    without rows."""
+    if not rows:
+        return ["Not measured yet."]
     shown = [i for i in range(len(head)) if i == 0 or any(row[i] != "-" for row in rows)]
     lines = ["| " + " | ".join(head[i] for i in shown) + " |", "|---" * len(shown) + "|"]
     for row in rows:
@@ -298,7 +302,7 @@ def metrics_table(report: Report, title: str, beginnings: tuple[str, ...], of: s
     for metric in metrics:
         rows.append([metric, *[plain_cell(report, name, metric) for name in models]])
     if not rows:
-        return []
+        return table([title], [])
     words = f"Several seeds: their mean (lowest to highest); one: its interval over {of}."
     return [*table([title, *models], rows), "", f"{words} {caption(report)}"]
 
