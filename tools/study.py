@@ -52,8 +52,8 @@ from tools import plot
 # {words}, {scenes}, {qwen} are the folders below; {init} is the parent's checkpoint, {out} the
 # model's own. A command depends on those that write what it names. Data and SFT are those of
 # speedrun.sh with FULL=1, RL and heads those of the speedrun itself: after the default's SFT, a
-# quarter as long, the model hardly drives by its own thoughts and tokens, and RL refines what SFT
-# can do.
+# quarter as long, the model solves half of the trials by its own thoughts and tokens, and RL
+# refines what SFT can do.
 
 
 class Data(NamedTuple):

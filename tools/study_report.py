@@ -226,15 +226,19 @@ def cell(interval: Interval, metric: Metric) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table, without columns of nothing but dashes; a sentence in place of one
-    without rows."""
-    if not rows:
-        return ["Not measured yet."]
+    """Lines of a Markdown table, without columns of nothing but dashes."""
     shown = [i for i in range(len(head)) if i == 0 or any(row[i] != "-" for row in rows)]
     lines = ["| " + " | ".join(head[i] for i in shown) + " |", "|---" * len(shown) + "|"]
     for row in rows:
         lines.append("| " + " | ".join(row[i] for i in shown) + " |")
     return lines
+
+
+def captioned_table(head: Sequence[str], rows: Sequence[Sequence[str]], words: str) -> list[str]:
+    """A table and the words below it; without rows a sentence in place of both."""
+    if not rows:
+        return ["Not measured yet."]
+    return [*table(head, rows), "", words]
 
 
 def seeds_and_n(items: dict[int, np.ndarray]) -> str:
@@ -281,7 +285,7 @@ def models_table(report: Report) -> list[str]:
             if items and seeds_and_n(items) not in sizes:
                 sizes.append(seeds_and_n(items))
         rows.append([*row, "; ".join(sizes) or "-"])
-    return [*table(head, rows), "", caption(report)]
+    return captioned_table(head, rows, caption(report))
 
 
 OF_THOUGHTS = ("given ", "edited ")  # what the metrics of `evaluate.py thought` begin with
@@ -301,10 +305,8 @@ def metrics_table(report: Report, title: str, beginnings: tuple[str, ...], of: s
     rows = []
     for metric in metrics:
         rows.append([metric, *[plain_cell(report, name, metric) for name in models]])
-    if not rows:
-        return table([title], [])
     words = f"Several seeds: their mean (lowest to highest); one: its interval over {of}."
-    return [*table([title, *models], rows), "", f"{words} {caption(report)}"]
+    return captioned_table([title, *models], rows, f"{words} {caption(report)}")
 
 
 def heads_table(report: Report) -> list[str]:
@@ -324,7 +326,7 @@ def heads_table(report: Report) -> list[str]:
             row += [seconds_a_chunk(report, one.name, way), "; ".join(sizes)]
             if sizes:
                 rows.append(row)
-    return [*table(head, rows), "", caption(report)]
+    return captioned_table(head, rows, caption(report))
 
 
 def seconds_a_chunk(report: Report, name: str, head: str) -> str:
@@ -368,7 +370,7 @@ def differences_table(report: Report, of_heads: bool) -> list[str]:
         lines.append([*row, "; ".join(sizes)])
     head = ["difference", *(["head reads"] if of_heads else [])]
     head += [metric.title for metric in metrics] + ["seeds x n"]
-    return [*table(head, lines), "", f"{caption(report)} {correction(report)}"]
+    return captioned_table(head, lines, f"{caption(report)} {correction(report)}")
 
 
 def correction(report: Report) -> str:
@@ -427,7 +429,7 @@ def cost_table(report: Report) -> list[str]:
             rows.append([one.name, samples, tokens, *minutes, str(len(seeds))])
     head = ["model", "trained on", "million tokens", "training", "heads", "measuring", "seeds"]
     words = "Tokens: of all samples or rollouts, prompts and images too. Worker minutes a seed, "
-    return [*table(head, rows), "", f"{words}without data. {caption(report)}"]
+    return captioned_table(head, rows, f"{words}without data. {caption(report)}")
 
 
 def samples_of(command: str) -> str:
