@@ -180,7 +180,15 @@ MIXTURE = "{train}/conversations.jsonl:1,{train}/episodes:1,{train}/thought_acti
 SFT = "sft.py speedrun --steps 9600"
 HALF_SFT = "sft.py speedrun --steps 4800"
 ON_SFT = "sft.py speedrun --lr 2e-4 --probe-prompts 0"  # a little more SFT
+REJECTION = [  # the right ones of RL's rollouts, then SFT on those
+    "evaluate.py actions --policy {init} --data {train}/episodes --split train "
+    "--prompts 2560 --samples 8 --keep 2 --keep-right {out}_rows/thoughts.jsonl "
+    "--out {out}_rows/results.json --seed {seed}",
+    f"{ON_SFT} --steps 116 --holdout-rows 0 --data {{out}}_rows/thoughts.jsonl",
+]
 RL = "grpo.py speedrun --data {train}/episodes"  # 80 steps of 32 prompts: 2,560 prompts
+# SFT nearly as the paper's, whose FAST samples carry no thought: 1% of these think before they act
+FEW_THOUGHTS = "{train}/conversations.jsonl:1,{train}/episodes:3,{train}/thought_actions.jsonl:0.04"
 SCREENING = {"against": "SFT SFT+RL", "measures": "actions", "seeds": 1}
 
 MODELS = [
@@ -239,13 +247,7 @@ MODELS = [
         heads="prompt thought-only",
     ),
     Model(
-        "rejection", "SFT",
-        [
-            "evaluate.py actions --policy {init} --data {train}/episodes --split train "
-            "--prompts 2560 --samples 8 --keep 2 --keep-right {out}_rows/thoughts.jsonl "
-            "--out {out}_rows/results.json --seed {seed}",
-            f"{ON_SFT} --steps 116 --holdout-rows 0 --data {{out}}_rows/thoughts.jsonl",
-        ],
+        "rejection", "SFT", REJECTION,
         "rejection sampling at RL's rollouts: what a gain of RL must beat",
         heads="prompt thought-only",
     ),
@@ -265,6 +267,40 @@ MODELS = [
         "RL-anchor", "SFT", [f"{RL} --anchor-coef 10"],
         "RL that keeps the features that the head reads", against="SFT SFT+RL",
         heads="prompt thought-only", measures="actions think",
+    ),
+    # the paper's regime: thoughts reach actions by transfer and by RL, hardly by SFT
+    Model(
+        "few", "base", [f"{HALF_SFT} --data {FEW_THOUGHTS}"],
+        "SFT where 1% of the samples think before they act (the paper: none)",
+        against="base SFT", heads="prompt thought-only",
+        measures="actions think direct vqa thought probe",
+    ),
+    Model(
+        "few+RL", "few", [RL], "does RL teach what SFT left out?",
+        against="base few few-rejection few-ECoT few-more", heads="prompt thought-only",
+        measures="actions think direct vqa thought probe",
+    ),
+    Model(
+        "few+RL-3x", "few", [f"{RL} --steps 240"], "and three times as much of it?",
+        against="few few+RL", heads="prompt thought-only", measures="actions think",
+    ),
+    Model(
+        "few+RL-l1", "few", [f"{RL} --reward l1"], "the distance of decoded actions there",
+        against="few few+RL", measures="actions think", seeds=1,
+    ),
+    Model(
+        "few-rejection", "few", REJECTION, "rejection sampling at RL's rollouts",
+        against="few", heads="prompt thought-only", measures="actions think",
+    ),
+    Model(
+        "few-ECoT", "few", [f"{ON_SFT} --steps 107 --data {{train}}/thought_actions.jsonl"],
+        "thought + action of the expert on as many samples as RL has prompts",
+        against="few", heads="prompt thought-only", measures="actions think",
+    ),
+    Model(
+        "few-more", "few", [f"{ON_SFT} --steps 800 --data {FEW_THOUGHTS}"],
+        "more SFT for as long as RL takes",
+        against="few", heads="prompt thought-only", measures="actions think",
     ),
     # another architecture
     Model(
