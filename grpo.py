@@ -86,7 +86,7 @@ class Config:
     # reward and objective
     reward: str = "prefix"  # r_a of actions, one of REWARDS; of words, as their row says
     advantage: str = "grpo"  # grpo, or drgrpo: no std, and a constant in place of the token count
-    credit: str = "all"  # tokens that r_a's advantage reaches: all, or prefix: to the first wrong
+    credit: str = "all"  # of tokens for r_a: all, prefix (to the first wrong), or expected
     clip_low: NonNegative = 0.2  # ratio at least 1 - this
     clip_high: NonNegative = 0.3  # ratio at most 1 + this
     dual_clip: NonNegative = 3.0  # loss at most this x |A| where the advantage A < 0; 0: off
@@ -763,17 +763,21 @@ def advantage(
     (2503.20783), since the std weighs up groups that are nearly all right or all wrong. part
     (B, G): what a summand of r adds to that, (part - its mean) / the std of r."""
     # fork point: the advantage. A new kind also goes into check_config().
+    part = r if part is None else part
     zero_std = r.amax(1) - r.amin(1) < 1e-6
-    deviations = r - r.mean(1, keepdim=True)
-    divisor = 1.0
-    if kind == "grpo":
-        degrees = max(r.shape[1] - 1, 1)  # G = 1: greedy evaluation
-        variance = deviations.square().sum(1, keepdim=True) / degrees
-        divisor = variance.sqrt() + 1e-6
-    if part is not None:
-        deviations = part - part.mean(1, keepdim=True)
+    deviations = part - part.mean(1, keepdim=True)
     # else a rounding error over 1e-6 would pass for an advantage
-    return (deviations / divisor).masked_fill(zero_std[:, None], 0.0), zero_std
+    return (deviations / spread(r, kind)).masked_fill(zero_std[:, None], 0.0), zero_std
+
+
+def spread(r: torch.Tensor, kind: str) -> torch.Tensor:
+    """What the deviations of r (B, G) are divided by, (B, 1): grpo std + 1e-6, drgrpo 1."""
+    if kind == "drgrpo":
+        return torch.ones_like(r[:, :1])
+    degrees = max(r.shape[1] - 1, 1)  # G = 1: greedy evaluation
+    deviations = r - r.mean(1, keepdim=True)
+    variance = deviations.square().sum(1, keepdim=True) / degrees
+    return variance.sqrt() + 1e-6
 
 
 def token_advantages(
@@ -984,15 +988,26 @@ def anchor_distance(
 # ---- Rollout -------------------------------------------------------------------------------------
 
 
+class Learned(NamedTuple):
+    """What an update learns from N completions, padded right to the longest."""
+
+    ids: torch.Tensor  # (N, T) long
+    mask: torch.Tensor  # (N, T) long
+    old_logp: torch.Tensor  # (N, T) fp32, at sampling; see recompute_old_logp
+    advantages: torch.Tensor  # (N, T) fp32, of each token
+    target_weight: torch.Tensor  # (N, T) fp32, of the expected reward; 0 but on a target's tokens
+
+
 @dataclass
 class Group:
-    """One prompt and its G completions, padded right to the longest."""
+    """One prompt and its G completions; see Learned."""
 
     row: Row
-    ids: torch.Tensor  # (G, T) long
-    mask: torch.Tensor  # (G, T) long
-    old_logp: torch.Tensor  # (G, T) fp32, at sampling; see recompute_old_logp
-    advantages: torch.Tensor  # (G, T) fp32, of each token
+    ids: torch.Tensor  # (G, T)
+    mask: torch.Tensor
+    old_logp: torch.Tensor
+    advantages: torch.Tensor
+    target_weight: torch.Tensor
     zero_std: bool  # all rewards are equal: no advantage
 
 
@@ -1002,9 +1017,104 @@ METRICS = [
     "completion_length", "truncated", "distinct_thoughts", "distinct_actions", "distinct_answers",
     "entropy",
 ]  # fmt: skip
+EXPECTED = ["expected_r_a", "group_std_expected_r_a", "group_std_r_a"]  # with --credit expected
+METRICS += EXPECTED
 KINDS = ["action", *SCORES]  # of answers, for each of which there is an r_a too
 METRICS += [f"r_a_{kind}" for kind in KINDS]
 Sums = dict[str, list[float]]  # metric -> [sum, count] over completions, groups or tokens of a rank
+
+
+# What a thought is worth is hidden by the answer that is drawn behind it: on Tabletop the r_a that
+# is to be expected behind the thoughts of one prompt differs by 0.015, r_a itself by 0.15. --credit
+# expected takes the draw out. The prefix reward pays a token only behind right ones, so its mean
+# over all answers is known without a sample (as in 2505.21493, where only whole answers pay):
+#
+#     E[r_a | thought] = (p(t_1) + p(t_1) p(t_2) + ... + p(t_1) ... p(t_m)) / m
+#
+# t: the target's tokens, the last of them ACTION_END. This mean is what the thought is paid, and
+# the answer learns by its gradient.
+
+
+def expected_prefix(logp: torch.Tensor, is_target: torch.Tensor) -> torch.Tensor:
+    """E[r_a] (N,), from the log-probabilities (N, T) of the target's tokens, which is_target (N, T)
+    marks; 0 where there are none. Probabilities 0.5, 0.8 and 1: (0.5 + 0.4 + 0.4) / 3."""
+    of_prefix = torch.where(is_target, logp, 0.0).cumsum(1).exp()
+    return torch.where(is_target, of_prefix, 0.0).sum(1) / is_target.sum(1).clamp(min=1)
+
+
+def with_expected_reward(
+    backbone: Backbone,
+    cfg: Config,
+    rows: list[Row],
+    sampled: Learned,
+    token_ids: list[list[int]],
+    targets: list[Target],
+    by_group: torch.Tensor,
+) -> tuple[Learned, np.ndarray]:
+    """--credit expected: N = B * G sampled completions, with the target's answer behind their
+    thoughts, and E[r_a] of each, (N,). by_group (B, G): their rewards.
+
+    1. from ACTION_START on the target; what is not well formed until there stays as it is
+    2. E[r_a], by the model that has sampled
+    3. a thought's advantage: its (r_f + E[r_a]) / 2, r_f 1 if well formed until there, less the
+       group's mean, over the std of the rewards as in GRPO; so much weighs the gradient of E[r_a]
+    Answers in words, whose reward has no such mean, learn from their sampled reward."""
+    # 1. the target
+    device = sampled.ids.device
+    in_words = is_in_words(targets)
+    ids, is_target, old_logp = [], [], []
+    for i, (sequence, target) in enumerate(zip(token_ids, targets, strict=True)):
+        kept = 0 if in_words[i] else answer_start(backbone, sequence, cfg.thought == "own")
+        right = []
+        if kept:
+            right = [*(backbone.vocab.fast[index] for index in target), backbone.vocab.action_end]
+        kept = kept or len(sequence)
+        ids.append(torch.tensor(sequence[:kept] + right))
+        is_target.append(torch.arange(len(ids[-1])) >= kept)
+        old_logp.append(pad(sampled.old_logp[i, :kept].cpu(), (0, len(right))))
+    mask = pad_sequence([torch.ones_like(one) for one in ids], True).to(device)  # (N, T)
+    ids = pad_sequence(ids, True).to(device)
+    is_target = pad_sequence(is_target, True).to(device)
+    # 2. what is to be expected
+    G = by_group.shape[1]
+    of_parts = []
+    with torch.no_grad():
+        for i in range(0, len(rows), cfg.micro_batch):
+            part = slice(i * G, (i + cfg.micro_batch) * G)
+            some = rows[i : i + cfg.micro_batch]
+            of_parts.append(completion_logp(backbone, some, ids[part], mask[part], cfg.temperature))
+    logp = torch.cat(of_parts)
+    expected = expected_prefix(logp, is_target)
+    old_logp = torch.where(is_target, logp, pad_sequence(old_logp, True).to(device))
+    # 3. advantages
+    by_group = by_group.to(device)
+    worth = (is_target.any(1) + expected) / 2
+    worth = torch.where(torch.tensor(in_words, device=device), by_group.flatten(), worth)
+    advantages, zero_std = advantage(by_group, cfg.advantage, worth.view(-1, G))
+    weights = 0.5 / spread(by_group, cfg.advantage)
+    weights = weights.masked_fill(zero_std[:, None], 0.0).expand(-1, G)
+    learned = Learned(
+        ids,
+        mask,
+        old_logp,
+        advantages=torch.where(is_target, 0.0, advantages.reshape(-1, 1)),
+        target_weight=torch.where(is_target, weights.reshape(-1, 1), 0.0),
+    )
+    return learned, expected.cpu().numpy()
+
+
+def answer_start(backbone: Backbone, sequence: list[int], think: bool) -> int:
+    """How many tokens of a completion come before its first action token, if it is well formed
+    until there; else 0."""
+    vocab = backbone.vocab
+    if vocab.action_start not in sequence:
+        return 0
+    begun = sequence[: sequence.index(vocab.action_start) + 1]
+    closing = [*backbone.tokenizer.encode("</answer>", add_special_tokens=False), vocab.eos]
+    whole = [*begun, vocab.fast[0], vocab.action_end, *closing]
+    answer = model.parse_actions(backbone, whole)
+    has_format = answer.has_thought if think else answer.well_formed
+    return len(begun) if has_format else 0
 
 
 def rollout(
@@ -1051,19 +1161,29 @@ def rollout(
         of_tokens = token_advantages(
             backbone, token_ids, repeated_targets, advantages.flatten(), format_part.flatten()
         )
+    device = samples["ids"].device
+    learned = Learned(
+        samples["ids"],
+        samples["mask"],
+        samples["logp"],
+        advantages=pad_sequence(of_tokens, True).to(device),
+        target_weight=torch.zeros_like(samples["logp"]),
+    )
+    if cfg.credit == "expected":
+        learned, expected = with_expected_reward(
+            backbone, cfg, rows, learned, token_ids, repeated_targets, by_group
+        )
+        is_action = ~is_in_words(repeated_targets)
+        diagnostics["expected_r_a"] = expected[is_action]
+        of_actions = is_action[::G]
+        diagnostics["group_std_r_a"] = diagnostics["r_a"].reshape(-1, G).std(1)[of_actions]
+        diagnostics["group_std_expected_r_a"] = expected.reshape(-1, G).std(1)[of_actions]
     groups = []
     for b, row in enumerate(rows):
         completions = slice(b * G, b * G + G)
-        T = int(samples["mask"][completions].sum(1).max())
-        group = Group(
-            row,
-            ids=samples["ids"][completions, :T],
-            mask=samples["mask"][completions, :T],
-            old_logp=samples["logp"][completions, :T],
-            advantages=pad_sequence(of_tokens[completions], True).to(samples["ids"].device),
-            zero_std=bool(zero_std[b]),
-        )
-        groups.append(group)
+        T = int(learned.mask[completions].sum(1).max())
+        of_group = Learned(*[tensor[completions, :T] for tensor in learned])
+        groups.append(Group(row, *of_group, zero_std=bool(zero_std[b])))
     # -log p of what was sampled: its mean is the entropy, of all groups, and costs no forward
     surprise = -samples["logp"][samples["mask"].bool()].cpu()  # (tokens,)
     diagnostics["entropy"] = surprise.numpy()
@@ -1097,6 +1217,7 @@ def rollout_metrics(backbone, token_ids, targets, r, diagnostics, zero_std, G) -
     values = {
         "reward": r,
         "reward_squared": r**2,
+        **{name: [] for name in EXPECTED},
         **diagnostics,
         "markers": diagnostics["markers"][~in_words],
         "decodes": diagnostics["decodes"][~in_words],
@@ -1158,27 +1279,15 @@ def replace_zero_std_groups(backbone, cfg, sources, weights, groups, prompt_numb
 # ---- Update --------------------------------------------------------------------------------------
 
 
-class Stacked(NamedTuple):
-    """B groups, padded right to the longest."""
-
-    rows: list[Row]
-    ids: torch.Tensor  # (B*G, T) long
-    mask: torch.Tensor  # (B*G, T) long
-    old_logp: torch.Tensor  # (B*G, T)
-    advantages: torch.Tensor  # (B*G, T)
-
-
-def stack_groups(groups: list[Group]) -> Stacked:
+def stack_groups(groups: list[Group]) -> tuple[list[Row], Learned]:
+    """The prompts of B groups, and their completions (B*G, T)."""
     T = max(group.ids.shape[1] for group in groups)
 
     def stack(name):  # -> (B*G, T)
         tensors = [getattr(group, name) for group in groups]
         return torch.cat([pad(tensor, (0, T - tensor.shape[1])) for tensor in tensors])
 
-    rows = [group.row for group in groups]
-    return Stacked(
-        rows, stack("ids"), stack("mask"), stack("old_logp"), advantages=stack("advantages")
-    )
+    return [group.row for group in groups], Learned(*map(stack, Learned._fields))
 
 
 def group_loss(
@@ -1186,7 +1295,7 @@ def group_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss of some groups summed over their tokens, and the sums that are logged. A token has the
     distance of its prompt (--anchor-coef) beside its KL."""
-    rows, ids, mask, old_logp, advantages = stack_groups(groups)
+    rows, (ids, mask, old_logp, advantages, target_weight) = stack_groups(groups)
     ref_logp = None
     if reference is not None:
         with (
@@ -1209,6 +1318,9 @@ def group_loss(
         dual_clip=cfg.dual_clip,
         kl_coef=cfg.kl_coef,
     )
+    if cfg.credit == "expected":
+        expected = expected_prefix(logp, target_weight > 0)
+        loss = loss - (target_weight.amax(1) * expected).sum()
     if cfg.anchor_coef > 0:
         lengths = [len(row["ids"]) for row in rows]
         distances = anchor_distance(features[0], ref_features[0], lengths)  # (B,)
@@ -1252,7 +1364,7 @@ def recompute_old_logp(
     sums = Counter()
     for batch in batches:
         for micro_batch in micro_batches_of(batch, cfg):
-            rows, ids, mask, old_logp, _ = stack_groups(micro_batch)
+            rows, (ids, mask, old_logp, *_) = stack_groups(micro_batch)
             logp = completion_logp(backbone, rows, ids, mask, cfg.temperature)
             for name, value in gap_sums(logp, old_logp, mask, cfg).items():
                 sums[name] += float(value)
@@ -1336,9 +1448,9 @@ def all_max(count: int) -> int:
 
 def idle_group(group: Group) -> Group:
     """The same prompt with one token a completion, which does not count."""
-    names = ("ids", "old_logp", "advantages")
-    one_token = {name: getattr(group, name)[:, :1] for name in names}
-    return replace(group, **one_token, mask=torch.zeros_like(group.mask[:, :1]))
+    one_token = {name: getattr(group, name)[:, :1] for name in Learned._fields}
+    nothing = {name: torch.zeros_like(one_token[name]) for name in ("mask", "target_weight")}
+    return replace(group, **{**one_token, **nothing})
 
 
 def arrays_of(groups: list[Group]) -> Iterator[dict]:
@@ -1377,6 +1489,7 @@ def evaluate(
     in training (seed + 1). rows, targets: this rank's, as held_out_prompts() gives them."""
     keys = [dist.rank + i * dist.world_size for i in range(len(rows))]
     metrics = {}
+    cfg = replace(cfg, credit="all")  # nothing is learned here
     with model.unsharded(backbone.net):
         for style, G in (("greedy", 1), ("sampled", cfg.group)):
             is_greedy = style == "greedy"
@@ -1414,7 +1527,7 @@ def check_config(cfg: Config) -> None:
         )
     choices = {
         "advantage": ("grpo", "drgrpo"),
-        "credit": ("all", "prefix"),
+        "credit": ("all", "prefix", "expected"),
         "reward": tuple(REWARDS),
         "thought": ("own", "none", "filler"),
     }
@@ -1422,10 +1535,10 @@ def check_config(cfg: Config) -> None:
         value = getattr(cfg, name)
         if value not in allowed:
             raise ValueError(f"--{name} {value}: choose one of {', '.join(allowed)}")
-    if cfg.credit == "prefix" and cfg.reward != "prefix":
+    if cfg.credit != "all" and cfg.reward != "prefix":
         raise ValueError(
-            f"--credit prefix --reward {cfg.reward}: what follows the first wrong token counts in "
-            "this reward; give --credit all, or --reward prefix"
+            f"--credit {cfg.credit} --reward {cfg.reward}: it rests on how the prefix reward pays, "
+            "give --credit all, or --reward prefix"
         )
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from ranks import on_ranks
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
+from torch.nn.utils.rnn import pad_sequence
 
 import grpo
 import model
@@ -298,6 +299,87 @@ def test_credit_ends_at_the_first_wrong_token(backbone):
     _, wrong, malformed = grpo.token_advantages(backbone, rows, [target] * 3, A[0], F[0])
     assert (wrong[: start + 3] == A[0, 1]).all() and (wrong[start + 3 :] == F[0, 1]).all()
     assert (malformed == A[0, 2]).all()  # all of it
+
+
+def test_the_expected_prefix_reward_is_the_mean_of_sampled_ones():
+    """Probabilities 0.5, 0.8, 1 of the target's tokens: (0.5 + 0.4 + 0.4) / 3. And the mean of
+    200,000 answers whose tokens are right with other probabilities."""
+    is_target = torch.tensor([[False, True, True, True], [False] * 4])
+    logp = torch.tensor([[-9.0, *np.log([0.5, 0.8, 1.0])], [-1.0] * 4])
+    expected = grpo.expected_prefix(logp, is_target)
+    assert expected.tolist() == pytest.approx([1.3 / 3, 0])
+    rng = np.random.default_rng(0)
+    p = rng.uniform(0.3, 1, 6)
+    is_right = rng.uniform(size=(200_000, 6)) < p
+    r_a = is_right.cumprod(1).sum(1) / 6
+    expected = grpo.expected_prefix(torch.tensor(np.log([p])), torch.ones(1, 6, dtype=torch.bool))
+    assert expected.item() == pytest.approx(r_a.mean(), abs=4 * r_a.std() / 200_000**0.5)
+
+
+def sampled_as(backbone, texts):
+    """What model.generate() puts out for completions of these texts, log-probabilities -1 each."""
+    ids = [torch.tensor(ids_of(backbone, text)) for text in texts]
+    mask = [torch.ones_like(one) for one in ids]
+    return {
+        "ids": pad_sequence(ids, True),
+        "mask": pad_sequence(mask, True),
+        "logp": -pad_sequence(mask, True).float(),
+    }
+
+
+def test_the_expected_reward_pays_the_thought_and_teaches_the_answer(backbone, world, monkeypatch):
+    """Three completions of one prompt: right, wrong, malformed. The thoughts of the first two get
+    the target's answer, whatever was drawn, so that equal thoughts are paid alike; the third stays
+    as it is, and is worth 0."""
+    target, other = backbone.action_tokenizer.encode(chunks(2))
+    texts = [f"<think>x</think>{model.action_answer(ids)}<|im_end|>" for ids in (target, other)]
+    texts.append("no answer<|im_end|>")
+    samples = sampled_as(backbone, texts)
+    monkeypatch.setattr(model, "generate", lambda *args, **flags: samples)
+    rows = prompt_rows(backbone, [2])
+    cfg = grpo.Config(credit="expected", kl_coef=0.0)
+    groups, sums, _ = grpo.rollout(backbone, cfg, rows, [target], [0], 0, 3)
+    (group,) = groups
+    vocab = backbone.vocab
+    right = [*(vocab.fast[i] for i in target), vocab.action_end]
+    start = group.ids[0].tolist().index(vocab.action_start) + 1
+    for g in (0, 1):
+        n = int(group.mask[g].sum())
+        assert group.ids[g, start:n].tolist() == right
+        assert group.ids[g, :start].tolist() == samples["ids"][g, :start].tolist()
+        assert (group.target_weight[g] > 0).nonzero().flatten().tolist() == [*range(start, n)]
+        assert (group.old_logp[g, :start] == -1).all() and (group.advantages[g, start:n] == 0).all()
+    malformed = ids_of(backbone, texts[2])
+    assert group.ids[2][group.mask[2].bool()].tolist() == malformed
+    assert (group.target_weight[2] == 0).all()
+
+    # paid: by hand from the log-probabilities of full rows
+    logp = grpo.completion_logp(backbone, rows, group.ids, group.mask)
+    end = start + len(right)
+    expected = logp[0, start:end].exp().cumprod(0).mean().item()
+    assert sums["expected_r_a"] == pytest.approx([2 * expected, 3])
+    r, parts = grpo.reward(backbone, [ids_of(backbone, text) for text in texts], [target] * 3)
+    assert parts["r_f"].tolist() == [1, 1, 0] and r[0] == 1 > r[1]
+    std = np.std(r, ddof=1) + 1e-6
+    worth = np.array([(1 + expected) / 2, (1 + expected) / 2, 0])
+    assert group.advantages[:, 0].tolist() == pytest.approx(list((worth - worth.mean()) / std))
+    assert group.target_weight[0, start].item() == pytest.approx(0.5 / std)
+
+    # and the answers learn by the gradient of E[r_a], times 0.5 / std
+    parameters = [p for p in backbone.net.parameters() if p.requires_grad]
+
+    def gradient(loss):
+        grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return torch.cat([g.flatten() for g in grads if g is not None])
+
+    with_answers, _ = grpo.group_loss(backbone, None, groups, cfg)
+    thoughts_alone, _ = grpo.group_loss(backbone, None, groups, grpo.Config(kl_coef=0.0))
+    logp = grpo.completion_logp(backbone, rows, group.ids, group.mask)
+    of_both = logp[:2, start:end].exp().cumprod(1).mean(1)
+    by_hand = -0.5 / std * of_both.sum()
+    difference = gradient(with_answers) - gradient(thoughts_alone)
+    assert torch.allclose(difference, gradient(by_hand), atol=1e-5)
+    assert difference.abs().max() > 1e-4
 
 
 def right_answer(score, text, **row):
@@ -1233,6 +1315,27 @@ def test_the_anchor_on_two_ranks_equals_one(world, monkeypatch):
         assert (p - theirs[k]).abs().max() < 3e-4, k
 
 
+def test_the_expected_reward_on_two_ranks_equals_one(world, monkeypatch):
+    """Of completions that all begin an answer after their second token; an untrained model begins
+    none. The sampler's weights are whole, so that ranks may forward unequally often."""
+    monkeypatch.setattr(grpo, "reward", spread_rewards)
+    monkeypatch.setattr(
+        grpo, "answer_start", lambda backbone, sequence, think: min(2, len(sequence))
+    )
+    monkeypatch.setattr(model, "SMALL", 0)
+    both = ["--steps", "2", "--batch", "4", "--credit", "expected", "--eval-every", "0"]
+    grpo.main(flags(world, "expected1", *both))
+    on_ranks(grpo.main, flags(world, "expected2", *both, "--micro-batch", "1", "--recompute"), 2)
+    one, two = records(world / "expected1")[1:], records(world / "expected2")[1:]
+    assert one[0]["grad_norm"] > 0 and one[1]["expected_r_a"] > one[0]["expected_r_a"] > 0
+    for a, b in zip(one, two, strict=True):
+        for k in ("loss", "grad_norm", "kl", *grpo.EXPECTED):
+            assert a[k] == pytest.approx(b[k], rel=1e-3, abs=1e-6), (a["step"], k)
+    theirs = weights(world / "expected2" / "final")
+    for k, p in weights(world / "expected1" / "final").items():
+        assert (p - theirs[k]).abs().max() < 3e-4, k
+
+
 def test_bad_input_is_one_line(world, questions, tmp_path):
     def error(*more, **kw):
         with pytest.raises((ValueError, FileNotFoundError), **kw):
@@ -1251,8 +1354,11 @@ def test_bad_input_is_one_line(world, questions, tmp_path):
     error("--anchor-coef", "1", "--anchor-layer", "3", match=r"layer 3 is not in 1\.\.2")
     error("--dual-clip", "0.5", match="--dual-clip 0.5 .* give more than 1, or 0")
     error("--reward", "exact", match="--reward exact.*prefix, ladder, l1, lcs")
-    error("--credit", "first", match="--credit first: choose one of all, prefix")
-    error("--credit", "prefix", "--reward", "l1", match="--credit prefix --reward l1: what follows")
+    error("--credit", "first", match="--credit first: choose one of all, prefix, expected")
+    error("--credit", "prefix", "--reward", "l1", match="--credit prefix --reward l1: it rests")
+    error(
+        "--credit", "expected", "--reward", "lcs", match="--credit expected --reward lcs: it rests"
+    )
     more = ["--data", str(questions), "--kinds", "way", "--holdout-rows", "0"]
     error(*more, match="--eval-every .*: no row to ask is held out; raise --holdout-rows")
     two = {

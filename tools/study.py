@@ -289,6 +289,18 @@ MODELS = [
         against="few few+RL", measures="actions think", seeds=1,
     ),
     Model(
+        "few+RL-expected", "few", [f"{RL} --credit expected"],
+        "the reward that is to be expected behind a thought, in place of a drawn one",
+        against="base few few+RL few-rejection few-ECoT few-more", heads="prompt thought-only",
+        measures="actions think direct vqa thought probe",
+    ),
+    Model(
+        "few+RL-expected-3x", "few", [f"{RL} --credit expected --steps 240"],
+        "and three times as much of it?",
+        against="few few+RL-3x few+RL-expected", heads="prompt thought-only",
+        measures="actions think",
+    ),
+    Model(
         "few-rejection", "few", REJECTION, "rejection sampling at RL's rollouts",
         against="few", heads="prompt thought-only", measures="actions think",
     ),
@@ -322,6 +334,10 @@ MODELS = [
     Model("RL-ladder", "SFT", [f"{RL} --reward ladder"], "each decoded prefix pays", **SCREENING),
     Model(
         "RL-credit", "SFT", [f"{RL} --credit prefix"], "credit to the first wrong token",
+        **SCREENING,
+    ),
+    Model(
+        "RL-expected", "SFT", [f"{RL} --credit expected"], "the expected reward, not a drawn one",
         **SCREENING,
     ),
     Model("RL-drgrpo", "SFT", [f"{RL} --advantage drgrpo"], "no std, no length", **SCREENING),
