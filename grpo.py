@@ -8,6 +8,7 @@ Out: the same model with all weights trained, whose thoughts lead to better acti
 4. advantage of a completion: (r - mean) / (std + 1e-6) in its group of G (GRPO, 2402.03300)
 5. a few updates a rollout, each on its own prompts: clipped ratio, dual clip, mean over tokens
 6. + 0.01 x KL (k3) to the model that RL started from, in the loss; repeat
+--credit expected pays a thought the mean of r_a over all answers to it, not what a drawn one got.
 Our deviations: r_a is over max(m, n), the paper's over the target's m, so surplus tokens cost; and
 it is 0 where r_f is 0. Groups whose rewards are all equal are not forwarded (--no-skip-zero-std
 does): they get no gradient of the KL either, while their tokens stay in the mean's divisor. The G
@@ -1054,27 +1055,15 @@ def with_expected_reward(
     """--credit expected: N = B * G sampled completions, with the target's answer behind their
     thoughts, and E[r_a] of each, (N,). by_group (B, G): their rewards.
 
-    1. from ACTION_START on the target; what is not well formed until there stays as it is
-    2. E[r_a], by the model that has sampled
+    1. from ACTION_START on the target, where a completion is well formed until there
+    2. E[r_a], by the model that has sampled; 0 where it is not
     3. a thought's advantage: its (r_f + E[r_a]) / 2, r_f 1 if well formed until there, less the
        group's mean, over the std of the rewards as in GRPO; so much weighs the gradient of E[r_a]
     Answers in words, whose reward has no such mean, learn from their sampled reward."""
     # 1. the target
-    device = sampled.ids.device
-    in_words = is_in_words(targets)
-    ids, is_target, old_logp = [], [], []
-    for i, (sequence, target) in enumerate(zip(token_ids, targets, strict=True)):
-        kept = 0 if in_words[i] else answer_start(backbone, sequence, cfg.thought == "own")
-        right = []
-        if kept:
-            right = [*(backbone.vocab.fast[index] for index in target), backbone.vocab.action_end]
-        kept = kept or len(sequence)
-        ids.append(torch.tensor(sequence[:kept] + right))
-        is_target.append(torch.arange(len(ids[-1])) >= kept)
-        old_logp.append(pad(sampled.old_logp[i, :kept].cpu(), (0, len(right))))
-    mask = pad_sequence([torch.ones_like(one) for one in ids], True).to(device)  # (N, T)
-    ids = pad_sequence(ids, True).to(device)
-    is_target = pad_sequence(is_target, True).to(device)
+    ids, mask, old_logp, is_target = with_targets(
+        backbone, sampled, token_ids, targets, cfg.thought == "own"
+    )
     # 2. what is to be expected
     G = by_group.shape[1]
     of_parts = []
@@ -1085,22 +1074,53 @@ def with_expected_reward(
             of_parts.append(completion_logp(backbone, some, ids[part], mask[part], cfg.temperature))
     logp = torch.cat(of_parts)
     expected = expected_prefix(logp, is_target)
-    old_logp = torch.where(is_target, logp, pad_sequence(old_logp, True).to(device))
     # 3. advantages
-    by_group = by_group.to(device)
-    worth = (is_target.any(1) + expected) / 2
-    worth = torch.where(torch.tensor(in_words, device=device), by_group.flatten(), worth)
+    by_group = by_group.to(ids.device)
+    in_words = torch.tensor(is_in_words(targets), device=ids.device)
+    worth = torch.where(in_words, by_group.flatten(), (is_target.any(1) + expected) / 2)
     advantages, zero_std = advantage(by_group, cfg.advantage, worth.view(-1, G))
     weights = 0.5 / spread(by_group, cfg.advantage)
     weights = weights.masked_fill(zero_std[:, None], 0.0).expand(-1, G)
     learned = Learned(
         ids,
         mask,
-        old_logp,
+        old_logp=torch.where(is_target, logp, old_logp),
         advantages=torch.where(is_target, 0.0, advantages.reshape(-1, 1)),
         target_weight=torch.where(is_target, weights.reshape(-1, 1), 0.0),
     )
     return learned, expected.cpu().numpy()
+
+
+def with_targets(
+    backbone: Backbone,
+    sampled: Learned,
+    token_ids: list[list[int]],
+    targets: list[Target],
+    think: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Completions whose answer is the target's in place of the drawn one, from ACTION_START on:
+
+        <think> ... <answer> <ACTION_START>  3  7 <ACTION_END>     is_target: 0 ... 0 0 1 1 1
+
+    -> ids, mask, old_logp (0 where is_target), is_target (N, T each). What is not well formed until
+    there stays, and so does an answer in words; is_target is 0 in these."""
+    vocab = backbone.vocab
+    in_words = is_in_words(targets)
+    ids, old_logp, is_target = [], [], []
+    for i, (sequence, target) in enumerate(zip(token_ids, targets, strict=True)):
+        kept, right = len(sequence), []
+        start = 0 if in_words[i] else answer_start(backbone, sequence, think)
+        if start:
+            kept = start
+            right = [*(vocab.fast[index] for index in target), vocab.action_end]
+        ids.append(torch.tensor(sequence[:kept] + right))
+        old_logp.append(pad(sampled.old_logp[i, :kept].cpu(), (0, len(right))))
+        is_target.append(torch.arange(kept + len(right)) >= kept)
+    mask = [torch.ones_like(one) for one in ids]
+    return tuple(
+        pad_sequence(tensors, True).to(sampled.ids.device)
+        for tensors in (ids, mask, old_logp, is_target)
+    )
 
 
 def answer_start(backbone: Backbone, sequence: list[int], think: bool) -> int:

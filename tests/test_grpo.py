@@ -1324,6 +1324,7 @@ def test_the_expected_reward_on_two_ranks_equals_one(world, monkeypatch):
     )
     monkeypatch.setattr(model, "SMALL", 0)
     both = ["--steps", "2", "--batch", "4", "--credit", "expected", "--eval-every", "0"]
+    both += ["--dynamic-sampling", "2"]
     grpo.main(flags(world, "expected1", *both))
     on_ranks(grpo.main, flags(world, "expected2", *both, "--micro-batch", "1", "--recompute"), 2)
     one, two = records(world / "expected1")[1:], records(world / "expected2")[1:]
