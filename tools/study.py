@@ -272,7 +272,7 @@ MODELS = [
     Model(
         "few", "base", [f"{HALF_SFT} --data {FEW_THOUGHTS}"],
         "SFT where 1% of the samples think before they act (the paper: none)",
-        against="base SFT", heads="prompt thought-only",
+        against="base", heads="prompt thought-only",
         measures="actions think direct vqa thought probe",
     ),
     Model(
@@ -297,7 +297,7 @@ MODELS = [
     Model(
         "few+RL-expected-3x", "few", [f"{RL} --credit expected --steps 240"],
         "and three times as much of it?",
-        against="few few+RL-3x few+RL-expected", heads="prompt thought-only",
+        against="few few+RL few+RL-3x few+RL-expected", heads="prompt thought-only",
         measures="actions think",
     ),
     Model(

@@ -518,10 +518,12 @@ SHOWN_HEADS = ("prompt", "thought-only")
 
 
 def difference_rows(report: Report, head: str, metric_name: str) -> list[Row]:
-    """Of the many comparisons those over SFT, and all of SFT and SFT+RL: the tables have more."""
+    """Of the many comparisons those over SFT and over what a model starts from, and all of SFT and
+    SFT+RL: the tables have more."""
     rows = []
     for one in report.comparisons:
-        is_shown = one.old == "SFT" or one.new in ("SFT", "SFT+RL")
+        parent = study.model_named(report.matrix.models, one.new).parent
+        is_shown = one.old in ("SFT", parent) or one.new in ("SFT", "SFT+RL")
         if is_shown and one.head == head and one.metric.name == metric_name:
             seeds = list(one.estimate.by_seed.values())
             rows.append(Row(f"{one.new} - {one.old}", one.estimate.interval, seeds))
