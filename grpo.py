@@ -87,7 +87,7 @@ class Config:
     # reward and objective
     reward: str = "prefix"  # r_a of actions, one of REWARDS; of words, as their row says
     advantage: str = "grpo"  # grpo, or drgrpo: no std, and a constant in place of the token count
-    credit: str = "all"  # of tokens for r_a: all, prefix (to the first wrong), or expected
+    credit: str = "all"  # of r_a: all tokens, prefix: to the first wrong, expected: its mean
     clip_low: NonNegative = 0.2  # ratio at least 1 - this
     clip_high: NonNegative = 0.3  # ratio at most 1 + this
     dual_clip: NonNegative = 3.0  # loss at most this x |A| where the advantage A < 0; 0: off
@@ -1026,7 +1026,7 @@ Sums = dict[str, list[float]]  # metric -> [sum, count] over completions, groups
 
 
 # What a thought is worth is hidden by the answer that is drawn behind it: on Tabletop the r_a that
-# is to be expected behind the thoughts of one prompt differs by 0.015, r_a itself by 0.15. --credit
+# is to be expected behind the thoughts of one prompt differs by 0.01, r_a itself by 0.15. --credit
 # expected takes the draw out. The prefix reward pays a token only behind right ones, so its mean
 # over all answers is known without a sample (as in 2505.21493, where only whole answers pay):
 #
