@@ -1296,28 +1296,35 @@ def test_the_anchor_holds_the_features_and_without_it_they_move():
     assert last[0.0] > 1e-3 and last[100.0] < last[0.0] / 10, last
 
 
+def one_rank_as_two(world, name, both, keys):
+    """Trains on one rank, and on two by blocks, recomputed, in smaller micro-batches: the same
+    steps and weights. -> the records of the one."""
+    grpo.main(flags(world, f"{name}1", *both))
+    on_ranks(grpo.main, flags(world, f"{name}2", *both, "--micro-batch", "1", "--recompute"), 2)
+    one, two = records(world / f"{name}1")[1:], records(world / f"{name}2")[1:]
+    assert [len(one), len(two)] == [2, 2] and one[0]["grad_norm"] > 0
+    for a, b in zip(one, two, strict=True):
+        for k in ("loss", "grad_norm", "kl", *keys):
+            assert a[k] == pytest.approx(b[k], rel=1e-3, abs=1e-6), (a["step"], k)
+    theirs = weights(world / f"{name}2" / "final")
+    for k, p in weights(world / f"{name}1" / "final").items():
+        assert (p - theirs[k]).abs().max() < 3e-4, k
+    return one
+
+
 def test_the_anchor_on_two_ranks_equals_one(world, monkeypatch):
-    """By blocks, recomputed, without the KL: its reference is there for the anchor alone."""
+    """Without the KL: its reference is there for the anchor alone."""
     monkeypatch.setattr(grpo, "reward", spread_rewards)
     monkeypatch.setattr(model, "SMALL", 0)
     both = ["--steps", "2", "--batch", "4", "--kl-coef", "0", "--anchor-coef", "5"]
     both += ["--eval-every", "0"]
-    grpo.main(flags(world, "anchor1", *both))
-    on_ranks(grpo.main, flags(world, "anchor2", *both, "--micro-batch", "1", "--recompute"), 2)
-    one, two = records(world / "anchor1")[1:], records(world / "anchor2")[1:]
-    assert [len(one), len(two)] == [2, 2] and one[0]["grad_norm"] > 0
+    one = one_rank_as_two(world, "anchor", both, ["anchor"])
     assert one[0]["anchor"] == 0 < one[1]["anchor"], "one update a step"
-    for a, b in zip(one, two, strict=True):
-        for k in ("loss", "grad_norm", "anchor", "kl"):
-            assert a[k] == pytest.approx(b[k], rel=1e-3, abs=1e-6), (a["step"], k)
-    theirs = weights(world / "anchor2" / "final")
-    for k, p in weights(world / "anchor1" / "final").items():
-        assert (p - theirs[k]).abs().max() < 3e-4, k
 
 
 def test_the_expected_reward_on_two_ranks_equals_one(world, monkeypatch):
-    """Of completions that all begin an answer after their second token; an untrained model begins
-    none. The sampler's weights are whole, so that ranks may forward unequally often."""
+    """Of completions that all begin an answer after their second token: an untrained model begins
+    none."""
     monkeypatch.setattr(grpo, "reward", spread_rewards)
     monkeypatch.setattr(
         grpo, "answer_start", lambda backbone, sequence, think: min(2, len(sequence))
@@ -1325,16 +1332,8 @@ def test_the_expected_reward_on_two_ranks_equals_one(world, monkeypatch):
     monkeypatch.setattr(model, "SMALL", 0)
     both = ["--steps", "2", "--batch", "4", "--credit", "expected", "--eval-every", "0"]
     both += ["--dynamic-sampling", "2"]
-    grpo.main(flags(world, "expected1", *both))
-    on_ranks(grpo.main, flags(world, "expected2", *both, "--micro-batch", "1", "--recompute"), 2)
-    one, two = records(world / "expected1")[1:], records(world / "expected2")[1:]
-    assert one[0]["grad_norm"] > 0 and one[1]["expected_r_a"] > one[0]["expected_r_a"] > 0
-    for a, b in zip(one, two, strict=True):
-        for k in ("loss", "grad_norm", "kl", *grpo.EXPECTED):
-            assert a[k] == pytest.approx(b[k], rel=1e-3, abs=1e-6), (a["step"], k)
-    theirs = weights(world / "expected2" / "final")
-    for k, p in weights(world / "expected1" / "final").items():
-        assert (p - theirs[k]).abs().max() < 3e-4, k
+    one = one_rank_as_two(world, "expected", both, grpo.EXPECTED)
+    assert one[1]["expected_r_a"] > one[0]["expected_r_a"] > 0
 
 
 def test_bad_input_is_one_line(world, questions, tmp_path):

@@ -186,6 +186,7 @@ REJECTION = [  # the right ones of RL's rollouts, then SFT on those
     "--out {out}_rows/results.json --seed {seed}",
     f"{ON_SFT} --steps 116 --holdout-rows 0 --data {{out}}_rows/thoughts.jsonl",
 ]
+ECOT = [f"{ON_SFT} --steps 107 --data {{train}}/thought_actions.jsonl"]  # RL's number of prompts
 RL = "grpo.py speedrun --data {train}/episodes"  # 80 steps of 32 prompts: 2,560 prompts
 # SFT nearly as the paper's, whose FAST samples carry no thought: 1% of these think before they act
 FEW_THOUGHTS = "{train}/conversations.jsonl:1,{train}/episodes:3,{train}/thought_actions.jsonl:0.04"
@@ -236,7 +237,7 @@ MODELS = [
         "Table 6: RL on points and paths", heads="prompt thought-only",
     ),
     Model(
-        "ECoT-SFT", "SFT", [f"{ON_SFT} --steps 107 --data {{train}}/thought_actions.jsonl"],
+        "ECoT-SFT", "SFT", ECOT,
         "Table 7: thought + action of the expert on as many samples as RL has prompts",
         heads="prompt thought-only",
     ),
@@ -305,7 +306,7 @@ MODELS = [
         against="few", heads="prompt thought-only", measures="actions think",
     ),
     Model(
-        "few-ECoT", "few", [f"{ON_SFT} --steps 107 --data {{train}}/thought_actions.jsonl"],
+        "few-ECoT", "few", ECOT,
         "thought + action of the expert on as many samples as RL has prompts",
         against="few", heads="prompt thought-only", measures="actions think",
     ),
