@@ -87,7 +87,7 @@ class Config:
     # reward and objective
     reward: str = "prefix"  # r_a of actions, one of REWARDS; of words, as their row says
     advantage: str = "grpo"  # grpo, or drgrpo: no std, and a constant in place of the token count
-    credit: str = "all"  # of r_a: all tokens, prefix: to the first wrong, expected: its mean
+    credit: str = "all"  # which tokens r_a reaches, and as what: one of CREDITS
     clip_low: NonNegative = 0.2  # ratio at least 1 - this
     clip_high: NonNegative = 0.3  # ratio at most 1 + this
     dual_clip: NonNegative = 3.0  # loss at most this x |A| where the advantage A < 0; 0: off
@@ -1033,7 +1033,19 @@ Sums = dict[str, list[float]]  # metric -> [sum, count] over completions, groups
 #     E[r_a | thought] = (p(t_1) + p(t_1) p(t_2) + ... + p(t_1) ... p(t_m)) / m
 #
 # t: the target's tokens, the last of them ACTION_END. This mean is what the thought is paid, and
-# the answer learns by its gradient.
+# the answer learns by its gradient; expected-thought and expected-answer do one of the two.
+
+CREDITS = {  # which tokens r_a reaches, and as what
+    "all": "all tokens of a completion",
+    "prefix": "those until the first wrong action token",
+    "expected": "thought and answer, as its mean",
+    "expected-thought": "the thought, as its mean",
+    "expected-answer": "the answer, as its mean",
+}
+
+
+def is_expected(cfg: Config) -> bool:
+    return cfg.credit.startswith("expected")
 
 
 def expected_prefix(logp: torch.Tensor, is_target: torch.Tensor) -> torch.Tensor:
@@ -1058,7 +1070,8 @@ def with_expected_reward(
     1. from ACTION_START on the target, where a completion is well formed until there
     2. E[r_a], by the model that has sampled; 0 where it is not
     3. a thought's advantage: its (r_f + E[r_a]) / 2, r_f 1 if well formed until there, less the
-       group's mean, over the std of the rewards as in GRPO; so much weighs the gradient of E[r_a]
+       group's mean, over the std of the rewards as in GRPO; so much weighs the gradient of E[r_a].
+       One half alone: the other learns by the KL only
     Answers in words, whose reward has no such mean, learn from their sampled reward."""
     # 1. the target
     ids, mask, old_logp, is_target = with_targets(
@@ -1080,13 +1093,18 @@ def with_expected_reward(
     worth = torch.where(in_words, by_group.flatten(), (is_target.any(1) + expected) / 2)
     advantages, zero_std = advantage(by_group, cfg.advantage, worth.view(-1, G))
     weights = 0.5 / spread(by_group, cfg.advantage)
-    weights = weights.masked_fill(zero_std[:, None], 0.0).expand(-1, G)
+    weights = weights.masked_fill(zero_std[:, None], 0.0).expand(-1, G).reshape(-1, 1)
+    advantages = advantages.reshape(-1, 1)
+    if cfg.credit == "expected-thought":
+        weights = torch.zeros_like(weights)
+    elif cfg.credit == "expected-answer":
+        advantages = torch.where(in_words[:, None], advantages, 0.0)
     learned = Learned(
         ids,
         mask,
         old_logp=torch.where(is_target, logp, old_logp),
-        advantages=torch.where(is_target, 0.0, advantages.reshape(-1, 1)),
-        target_weight=torch.where(is_target, weights.reshape(-1, 1), 0.0),
+        advantages=torch.where(is_target, 0.0, advantages),
+        target_weight=torch.where(is_target, weights, 0.0),
     )
     return learned, expected.cpu().numpy()
 
@@ -1189,7 +1207,7 @@ def rollout(
         advantages=pad_sequence(of_tokens, True).to(device),
         target_weight=torch.zeros_like(samples["logp"]),
     )
-    if cfg.credit == "expected":
+    if is_expected(cfg):
         learned, expected = with_expected_reward(
             backbone, cfg, rows, learned, token_ids, repeated_targets, by_group
         )
@@ -1338,7 +1356,7 @@ def group_loss(
         dual_clip=cfg.dual_clip,
         kl_coef=cfg.kl_coef,
     )
-    if cfg.credit == "expected":
+    if is_expected(cfg):
         expected = expected_prefix(logp, target_weight > 0)
         loss = loss - (target_weight.amax(1) * expected).sum()
     if cfg.anchor_coef > 0:
@@ -1547,7 +1565,7 @@ def check_config(cfg: Config) -> None:
         )
     choices = {
         "advantage": ("grpo", "drgrpo"),
-        "credit": ("all", "prefix", "expected"),
+        "credit": tuple(CREDITS),
         "reward": tuple(REWARDS),
         "thought": ("own", "none", "filler"),
     }

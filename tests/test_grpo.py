@@ -381,6 +381,24 @@ def test_the_expected_reward_pays_the_thought_and_teaches_the_answer(backbone, w
     assert torch.allclose(difference, gradient(by_hand), atol=1e-5)
     assert difference.abs().max() > 1e-4
 
+    # the halves alone: what one leaves out is all that the other has
+    halves = {}
+    for half in ("thought", "answer"):
+        one = dataclasses.replace(cfg, credit=f"expected-{half}")
+        (half_group,), _, _ = grpo.rollout(backbone, one, rows, [target], [0], 0, 3)
+        halves[half] = half_group
+    assert torch.equal(halves["thought"].advantages, group.advantages)
+    assert torch.equal(halves["answer"].target_weight, group.target_weight)
+    assert (halves["thought"].target_weight == 0).all() and (halves["answer"].advantages == 0).all()
+    of_halves = 0
+    for half, half_group in halves.items():
+        loss, _ = grpo.group_loss(
+            backbone, None, [half_group], dataclasses.replace(cfg, credit=f"expected-{half}")
+        )
+        of_halves = of_halves + gradient(loss)
+    with_answers, _ = grpo.group_loss(backbone, None, groups, cfg)
+    assert torch.allclose(of_halves, gradient(with_answers), atol=1e-5)
+
 
 def right_answer(score, text, **row):
     return grpo.RightAnswer(score, text, row, grpo.Path())

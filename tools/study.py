@@ -302,6 +302,16 @@ MODELS = [
         measures="actions think",
     ),
     Model(
+        "few+RL-expected-thought", "few", [f"{RL} --credit expected-thought"],
+        "its half: the thought learns, the answer does not",
+        against="few few+RL few+RL-expected", measures="actions think", seeds=1,
+    ),
+    Model(
+        "few+RL-expected-answer", "few", [f"{RL} --credit expected-answer"],
+        "the other half",
+        against="few few+RL few+RL-expected", measures="actions think", seeds=1,
+    ),
+    Model(
         "few-rejection", "few", REJECTION, "rejection sampling at RL's rollouts",
         against="few", heads="prompt thought-only", measures="actions think",
     ),

@@ -284,7 +284,8 @@ def models_table(report: Report) -> list[str]:
             row.append(cell(hierarchical_bootstrap(items).interval, metric) if items else "-")
             if items and seeds_and_n(items) not in sizes:
                 sizes.append(seeds_and_n(items))
-        rows.append([*row, "; ".join(sizes) or "-"])
+        if any(value != "-" for value in row[1:]):
+            rows.append([*row, "; ".join(sizes) or "-"])
     return captioned_table(head, rows, caption(report))
 
 
@@ -339,12 +340,14 @@ def seconds_a_chunk(report: Report, name: str, head: str) -> str:
 
 
 def difference_cell(one: Comparison) -> str:
-    """The difference, bold where it holds after Holm's correction, with p before and after it."""
+    """The difference, bold where it holds after Holm's correction; where p is below 0.05, also p
+    before and after it."""
     text = cell(one.estimate.interval, one.metric)
     if one.corrected_p < 0.05:
         text = f"**{text}**"
-    text += f", p {one.estimate.p:.2g} ({one.corrected_p:.2g})"
-    return text if len(one.estimate.by_seed) > 1 else f"{text}, one seed"
+    if one.estimate.p < 0.05:
+        text += f", p {one.estimate.p:.2g} ({one.corrected_p:.2g})"
+    return text
 
 
 def differences_table(report: Report, of_heads: bool) -> list[str]:
@@ -377,9 +380,9 @@ def correction(report: Report) -> str:
     count = len(report.comparisons)
     return (
         "Differences on the same prompts, trials, chains and questions; seeds and, within them, "
-        f"items resampled {RESAMPLES:,} times. p is of a difference of 0, behind it in brackets "
-        f"Holm's correction over all {count} comparisons of the study; bold: below 0.05 after it. "
-        "One seed: the interval knows nothing of other seeds."
+        f"items resampled {RESAMPLES:,} times. p is of a difference of 0, shown below 0.05, behind "
+        f"it in brackets Holm's correction over all {count} comparisons of the study; bold: below "
+        "0.05 after it. One seed (1 x n): the interval knows nothing of other seeds."
     )
 
 
