@@ -597,7 +597,7 @@ def write_results(folder, name, seed, r_a, success=None, preset="study"):
     if name == "SFT":
         metrics["given removed r_a"] = {"mean": seed / 10, "low": 0, "high": 1, "n": 4}
     if name != "SFT+RL":
-        metrics["exact what+think"] = {"mean": 0.8 + seed / 10, "low": 0, "high": 1, "n": 4}
+        metrics["exact what"] = {"mean": 0.8 + seed / 10, "low": 0, "high": 1, "n": 4}
     variant = {
         "metrics": metrics,
         "paired": {"think greedy r_a": r_a},
@@ -669,13 +669,18 @@ def test_the_report_of_made_up_results(made_up, tmp_path, capsys):
     assert "| thought-only | 75.0 [25.0, 100.0] | 0.010 | 1 x 4 |" in rows["SFT+RL"]
     rows = rows_of(text.split("<!-- study: cost -->")[1].split("<!-- end -->")[0])
     assert rows["SFT"] == "| SFT | 2,400 samples | 4.2 | 60.0 | 0.0 | 1.0 | 1 |"
-    section = text.split("<!-- study: thoughts -->")[1]
-    assert "| thought | SFT |\n" in section, "no column of models that were not asked"
-    assert "| given removed r_a | 0.050 (0.000 to 0.100) |" in section
-    section = text.split("<!-- study: questions -->")[1]
-    assert "| question | base | SFT |\n" in section and "removed" not in section
+    rows = rows_of(text.split("<!-- study: thoughts -->")[1].split("<!-- end -->")[0])
+    assert rows == {
+        "model": "| model | none |",
+        "SFT": "| SFT | 0.050 (0.000 to 0.100) |",
+    }, "neither models that were not asked nor what was asked of none"
+    rows = rows_of(text.split("<!-- study: questions -->")[1].split("<!-- end -->")[0])
     same = "0.850 (0.800 to 0.900)"
-    assert f"| exact what+think | {same} | {same} |" in section
+    assert rows == {
+        "model": "| model | what |",
+        "base": f"| base | {same} |",
+        "SFT": f"| SFT | {same} |",
+    }
 
     study.main(arguments)
     assert page.read_text() == text, "the same again"

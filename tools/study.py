@@ -299,7 +299,7 @@ MODELS = [
         "few+RL-expected-3x", "few", [f"{RL} --credit expected --steps 240"],
         "and three times as much of it?",
         against="few few+RL few+RL-3x few+RL-expected", heads="prompt thought-only",
-        measures="actions think",
+        measures="actions think thought",
     ),
     Model(
         "few+RL-expected-thought", "few", [f"{RL} --credit expected-thought"],
@@ -318,7 +318,7 @@ MODELS = [
     Model(
         "few-ECoT", "few", ECOT,
         "thought + action of the expert on as many samples as RL has prompts",
-        against="few", heads="prompt thought-only", measures="actions think",
+        against="few", heads="prompt thought-only", measures="actions think thought",
     ),
     Model(
         "few-more", "few", [f"{ON_SFT} --steps 800 --data {FEW_THOUGHTS}"],

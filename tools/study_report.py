@@ -23,7 +23,6 @@ from typing import NamedTuple
 import numpy as np
 
 import evaluate
-import grpo
 import model
 from evaluate import Interval
 from tools import plot, study
@@ -289,25 +288,50 @@ def models_table(report: Report) -> list[str]:
     return captioned_table(head, rows, caption(report))
 
 
-OF_THOUGHTS = ("given ", "edited ")  # what the metrics of `evaluate.py thought` begin with
-OF_QUESTIONS = tuple(f"{score} " for score in grpo.SCORES)  # and those of `evaluate.py vqa`
+# Of what `evaluate.py thought`, `vqa` and `probe` measure, that which the page shows, under its
+# title there: the raw files have all of it.
+THOUGHTS = {
+    "given kept r_a": "greedy r_a, own thought",
+    "given removed r_a": "none",
+    "given swapped r_a": "another scene's",
+    "given true r_a": "the true one",
+    "given swapped moved": "moved by another scene's",
+    "edited object+cell+move follows": "follows another object, cell and move",
+    "edited cell follows": "another cell",
+    "edited left-right follows": "left for right",
+}
+QUESTIONS = {
+    "exact where": "where",
+    "exact what": "what",
+    "exact target": "target",
+    "exact phase": "phase",
+    "items direction": "direction",
+    "items direction+think": "direction, thinking",
+    "number point": "point",
+    "path trajectory": "trajectory",
+    "items caption": "caption",
+}
+LAYER = "layer 3 mean"  # what the heads read
+PROBES = {
+    f"probe knn one-task {LAYER}": "progress in one task, k-NN",
+    f"probe knn progress {LAYER}": "in many, k-NN",
+    f"probe linear progress {LAYER}": "in many, linear",
+    f"probe linear phase {LAYER}": "phase, linear",
+    f"probe knn displacement {LAYER}": "displacement R2, k-NN",
+    f"probe linear displacement {LAYER}": "displacement R2, linear",
+}
 
 
-def metrics_table(report: Report, title: str, beginnings: tuple[str, ...], of: str) -> list[str]:
-    """All metrics that begin so: a row for each, a column for each model. of: of what intervals of
-    one seed are."""
-    metrics = {}  # in their order, each once
-    for seeds in report.results.values():
-        for file in seeds.values():
-            for variant in file["arms"].values():
-                names = [name for name in variant["metrics"] if name.startswith(beginnings)]
-                metrics |= dict.fromkeys(names)
-    models = list(report.results)
+def metrics_table(report: Report, shown: dict[str, str], of: str) -> list[str]:
+    """A row for each model that has one of these metrics, a column for each metric. of: of what
+    intervals of one seed are."""
     rows = []
-    for metric in metrics:
-        rows.append([metric, *[plain_cell(report, name, metric) for name in models]])
+    for name in report.results:
+        cells = [plain_cell(report, name, metric) for metric in shown]
+        if any(one != "-" for one in cells):
+            rows.append([name, *cells])
     words = f"Several seeds: their mean (lowest to highest); one: its interval over {of}."
-    return captioned_table([title, *models], rows, f"{words} {caption(report)}")
+    return captioned_table(["model", *shown.values()], rows, f"{words} {caption(report)}")
 
 
 def heads_table(report: Report) -> list[str]:
@@ -460,8 +484,9 @@ TABLES: dict[str, Callable[[Report], list[str]]] = {
     "matrix": matrix_table,
     "models": models_table,
     "differences": lambda report: differences_table(report, of_heads=False),
-    "thoughts": lambda report: metrics_table(report, "thought", OF_THOUGHTS, "prompts"),
-    "questions": lambda report: metrics_table(report, "question", OF_QUESTIONS, "questions"),
+    "thoughts": lambda report: metrics_table(report, THOUGHTS, "prompts"),
+    "questions": lambda report: metrics_table(report, QUESTIONS, "questions"),
+    "probe": lambda report: metrics_table(report, PROBES, "trajectories"),
     "heads": heads_table,
     "head differences": lambda report: differences_table(report, of_heads=True),
     "cost": cost_table,
