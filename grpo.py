@@ -87,7 +87,7 @@ class Config:
     # reward and objective
     reward: str = "prefix"  # r_a of actions, one of REWARDS; of words, as their row says
     advantage: str = "grpo"  # grpo, or drgrpo: no std, and a constant in place of the token count
-    credit: str = "all"  # which tokens r_a reaches, and as what: one of CREDITS
+    credit: str = "all"  # which tokens are paid r_a, or its mean: one of CREDITS
     clip_low: NonNegative = 0.2  # ratio at least 1 - this
     clip_high: NonNegative = 0.3  # ratio at most 1 + this
     dual_clip: NonNegative = 3.0  # loss at most this x |A| where the advantage A < 0; 0: off
@@ -1025,22 +1025,23 @@ METRICS += [f"r_a_{kind}" for kind in KINDS]
 Sums = dict[str, list[float]]  # metric -> [sum, count] over completions, groups or tokens of a rank
 
 
-# What a thought is worth is hidden by the answer that is drawn behind it: on Tabletop the r_a that
-# is to be expected behind the thoughts of one prompt differs by 0.01, r_a itself by 0.15. --credit
-# expected takes the draw out. The prefix reward pays a token only behind right ones, so its mean
-# over all answers is known without a sample (as in 2505.21493, where only whole answers pay):
+# What a thought is worth is hidden by the answer that is drawn behind it: on Tabletop, after an SFT
+# of which 1% thinks before it acts, the r_a that is to be expected behind the thoughts of one
+# prompt differs by 0.01, r_a itself by 0.15. --credit expected takes the draw out. The prefix
+# reward pays a token only behind right ones, so its mean over all answers is known without a sample
+# (as in 2505.21493, where only whole answers pay):
 #
 #     E[r_a | thought] = (p(t_1) + p(t_1) p(t_2) + ... + p(t_1) ... p(t_m)) / m
 #
 # t: the target's tokens, the last of them ACTION_END. This mean is what the thought is paid, and
-# the answer learns by its gradient; expected-thought and expected-answer do one of the two.
+# the answer learns by its gradient.
 
-CREDITS = {  # which tokens r_a reaches, and as what
-    "all": "all tokens of a completion",
-    "prefix": "those until the first wrong action token",
-    "expected": "thought and answer, as its mean",
-    "expected-thought": "the thought, as its mean",
-    "expected-answer": "the answer, as its mean",
+CREDITS = {
+    "all": "r_a is paid to all tokens of a completion",
+    "prefix": "to those until the first wrong action token",
+    "expected": "E[r_a] is paid to the thought, and the answer learns by its gradient",
+    "expected-thought": "the first of these two alone",
+    "expected-answer": "the second alone",
 }
 
 
@@ -1070,9 +1071,11 @@ def with_expected_reward(
     1. from ACTION_START on the target, where a completion is well formed until there
     2. E[r_a], by the model that has sampled; 0 where it is not
     3. a thought's advantage: its (r_f + E[r_a]) / 2, r_f 1 if well formed until there, less the
-       group's mean, over the std of the rewards as in GRPO; so much weighs the gradient of E[r_a].
-       One half alone: the other learns by the KL only
-    Answers in words, whose reward has no such mean, learn from their sampled reward."""
+       group's mean, over the std of the rewards as in GRPO; so much weighs the gradient of E[r_a]
+    Of expected-thought and expected-answer the other half learns by the KL alone; malformed
+    completions belong to the thought's. Answers in words, whose reward has no such mean, learn from
+    their sampled reward, whole in either half. Groups whose sampled rewards are equal learn nothing
+    here too, though E[r_a] may differ."""
     # 1. the target
     ids, mask, old_logp, is_target = with_targets(
         backbone, sampled, token_ids, targets, cfg.thought == "own"
@@ -1093,7 +1096,7 @@ def with_expected_reward(
     worth = torch.where(in_words, by_group.flatten(), (is_target.any(1) + expected) / 2)
     advantages, zero_std = advantage(by_group, cfg.advantage, worth.view(-1, G))
     weights = 0.5 / spread(by_group, cfg.advantage)
-    weights = weights.masked_fill(zero_std[:, None], 0.0).expand(-1, G).reshape(-1, 1)
+    weights = weights.masked_fill(zero_std[:, None], 0.0).expand(-1, G).reshape(-1, 1)  # (N, 1)
     advantages = advantages.reshape(-1, 1)
     if cfg.credit == "expected-thought":
         weights = torch.zeros_like(weights)

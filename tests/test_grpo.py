@@ -404,6 +404,21 @@ def right_answer(score, text, **row):
     return grpo.RightAnswer(score, text, row, grpo.Path())
 
 
+def test_answers_in_words_learn_whole_in_either_half(backbone, world, monkeypatch):
+    """There is no E[r_a] of them, so that no half of it can be left out."""
+    texts = [f"<think>x</think><answer>{word}</answer><|im_end|>" for word in ("left", "right")]
+    samples = sampled_as(backbone, texts)
+    monkeypatch.setattr(model, "generate", lambda *args, **flags: samples)
+    rows, target = prompt_rows(backbone, [2]), right_answer("exact", "left")
+    for credit in grpo.CREDITS:
+        cfg = grpo.Config(credit=credit)
+        (group,), _, _ = grpo.rollout(backbone, cfg, rows, [target], [0], 0, 2)
+        assert group.ids.tolist() == samples["ids"].tolist()
+        signs = group.advantages.sign() * group.mask
+        assert torch.equal(signs, torch.tensor([[1.0], [-1.0]]) * group.mask), credit
+        assert (group.target_weight == 0).all()
+
+
 def test_reward_of_answers_in_words(backbone):
     """r_f asks for the tags alone; r_a is the row's score, graded, and 0 where r_f is."""
     number = right_answer("number", "10", tolerance=2)

@@ -686,6 +686,29 @@ def test_the_report_of_made_up_results(made_up, tmp_path, capsys):
     assert page.read_text() == text, "the same again"
 
 
+def test_the_page_shows_metrics_that_there_are():
+    """A misspelt one would leave its column out and say nothing."""
+    known = set()
+    for path in (ROOT / "results/study").glob("few*.json"):
+        for variant in json.loads(path.read_text())["arms"].values():
+            known |= set(variant["metrics"])
+    for shown in (study_report.THOUGHTS, study_report.QUESTIONS, study_report.PROBES):
+        assert set(shown) <= known
+
+
+def test_a_difference_of_one_seed_says_so_beside_those_of_two(made_up, tmp_path):
+    for name in ("SFT", "SFT+RL"):
+        path = made_up / f"{name}_1.json"
+        results = json.loads(path.read_text())
+        results["arms"][name]["paired"]["think greedy l1"] = [0.1, 0.2, 0.3, 0.4]
+        path.write_text(json.dumps(results))
+    page = tmp_path / "page.md"
+    page.write_text("<!-- study: differences -->\n<!-- end -->\n")
+    study.main(["report", "--results", str(made_up), "--page", str(page), "--figures", ""])
+    row = rows_of(page.read_text())["SFT+RL - SFT"]
+    assert "| 0.000 [0.000, 0.000], one seed | 2 x 3; 1 x 4 |" in row and row.count("seed") == 1
+
+
 def test_a_table_without_rows_says_so():
     """It was a head and a caption over nothing."""
     report = study_report.Report({}, study.MATRIX, [], {})

@@ -294,11 +294,13 @@ THOUGHTS = {
     "given kept r_a": "greedy r_a, own thought",
     "given removed r_a": "none",
     "given swapped r_a": "another scene's",
+    "given shuffled r_a": "own, shuffled",
     "given true r_a": "the true one",
     "given swapped moved": "moved by another scene's",
-    "edited object+cell+move follows": "follows another object, cell and move",
-    "edited cell follows": "another cell",
-    "edited left-right follows": "left for right",
+    "edited object+cell+move before": "goes to another object unasked",
+    "edited object+cell+move follows": "follows an edit to it of object, cell and move",
+    "edited cell follows": "of the cell alone",
+    "edited left-right follows": "of left and right",
 }
 QUESTIONS = {
     "exact where": "where",
@@ -386,9 +388,12 @@ def differences_table(report: Report, of_heads: bool) -> list[str]:
         if of_heads:
             row.append(head)
         sizes = []
+        counts = {len(one.estimate.by_seed) for one in by_metric.values()}
         for metric in metrics:
             one = by_metric.get(metric.name)
             row.append(difference_cell(one) if one else "-")
+            if one and len(counts) > 1 and len(one.estimate.by_seed) == 1:
+                row[-1] += ", one seed"
             if one:
                 seeds = len(one.estimate.by_seed)
                 size = f"{seeds} x {one.estimate.interval['n'] / seeds:.0f}"
