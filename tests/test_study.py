@@ -663,8 +663,8 @@ def test_the_report_of_made_up_results(made_up, tmp_path, capsys):
     assert "seeds 0, 1; 2 cores; the study so far took 1.0 worker hours" in section
 
     rows = rows_of(text.split("<!-- study: head differences -->")[1].split("<!-- end -->")[0])
-    is_null = "| thought-only | 25.0 [0.0, 75.0] | 1 x 4 |"
-    assert rows["SFT+RL - SFT"].endswith(is_null), "no p where the interval holds 0"
+    without_p = "| thought-only | 25.0 [0.0, 75.0] | 1 x 4 |"
+    assert rows["SFT+RL - SFT"].endswith(without_p), "no p where the interval holds 0"
     rows = rows_of(text.split("<!-- study: heads -->")[1].split("<!-- end -->")[0])
     assert "| thought-only | 75.0 [25.0, 100.0] | 0.010 | 1 x 4 |" in rows["SFT+RL"]
     rows = rows_of(text.split("<!-- study: cost -->")[1].split("<!-- end -->")[0])

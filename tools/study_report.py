@@ -234,7 +234,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def captioned_table(head: Sequence[str], rows: Sequence[Sequence[str]], words: str) -> list[str]:
-    """A table and the words below it; without rows a sentence in place of both."""
+    """A table and the words below it, without rows of nothing but dashes behind their name; a
+    sentence in place of both where none is left."""
+    rows = [row for row in rows if any(value != "-" for value in row[1:])]
     if not rows:
         return ["Not measured yet."]
     return [*table(head, rows), "", words]
@@ -283,8 +285,7 @@ def models_table(report: Report) -> list[str]:
             row.append(cell(hierarchical_bootstrap(items).interval, metric) if items else "-")
             if items and seeds_and_n(items) not in sizes:
                 sizes.append(seeds_and_n(items))
-        if any(value != "-" for value in row[1:]):
-            rows.append([*row, "; ".join(sizes) or "-"])
+        rows.append([*row, "; ".join(sizes) or "-"])
     return captioned_table(head, rows, caption(report))
 
 
@@ -329,9 +330,7 @@ def metrics_table(report: Report, shown: dict[str, str], of: str) -> list[str]:
     intervals of one seed are."""
     rows = []
     for name in report.results:
-        cells = [plain_cell(report, name, metric) for metric in shown]
-        if any(one != "-" for one in cells):
-            rows.append([name, *cells])
+        rows.append([name, *[plain_cell(report, name, metric) for metric in shown]])
     words = f"Several seeds: their mean (lowest to highest); one: its interval over {of}."
     return captioned_table(["model", *shown.values()], rows, f"{words} {caption(report)}")
 
@@ -388,17 +387,20 @@ def differences_table(report: Report, of_heads: bool) -> list[str]:
         if of_heads:
             row.append(head)
         sizes = []
-        counts = {len(one.estimate.by_seed) for one in by_metric.values()}
+        seed_counts = {len(one.estimate.by_seed) for one in by_metric.values()}
         for metric in metrics:
             one = by_metric.get(metric.name)
-            row.append(difference_cell(one) if one else "-")
-            if one and len(counts) > 1 and len(one.estimate.by_seed) == 1:
-                row[-1] += ", one seed"
-            if one:
-                seeds = len(one.estimate.by_seed)
-                size = f"{seeds} x {one.estimate.interval['n'] / seeds:.0f}"
-                if size not in sizes:
-                    sizes.append(size)
+            if one is None:
+                row.append("-")
+                continue
+            text = difference_cell(one)
+            seeds = len(one.estimate.by_seed)
+            if seeds == 1 and len(seed_counts) > 1:
+                text += ", one seed"
+            row.append(text)
+            size = f"{seeds} x {one.estimate.interval['n'] / seeds:.0f}"
+            if size not in sizes:
+                sizes.append(size)
         lines.append([*row, "; ".join(sizes)])
     head = ["difference", *(["head reads"] if of_heads else [])]
     head += [metric.title for metric in metrics] + ["seeds x n"]
