@@ -26,7 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.simulate import distinct
-from benchmarks.tabletop import EDGE, HANDLE, OBJECTS, SIZE, SUITES, Plan, Tabletop
+from benchmarks.tabletop import EDGE, GOALS, HANDLE, OBJECTS, SIZE, SUITES, Plan, Tabletop
 from fast_tokenizer import Recording, count, natural, non_negative, share, write_episodes
 
 ACTION_QUESTION = "What should the robot do next?"  # as model.action_question asks it
@@ -398,11 +398,31 @@ def random_state(rng, size: int = 64, tilt: float = 0.0) -> Tabletop:
     return env
 
 
-def demonstrated_state(rng, size: int = 64, tilt: float = 0.0) -> Tabletop:
+MOST_BEFORE = 4  # instructions that are carried out before one that carries on
+
+
+def carry_on(env: Tabletop, rng) -> None:
+    """Let the expert carry out other instructions of the goal suite, 1 to MOST_BEFORE of them,
+    before env's own is given: it then begins where another ended, as in a chain. CALVIN's
+    demonstrations, of play without a reset, do so too (arXiv 2112.03227)."""
+    text = env.instruction
+    others = [goal for goal in GOALS if goal != text]
+    while True:
+        before = rng.choice(others, int(rng.integers(1, MOST_BEFORE + 1)), replace=False)
+        if all(env.follow(other) for other in before) and not env.satisfied(GOALS[text]):
+            break
+        env.place(int(rng.integers(10)), int(rng.integers(1 << 40)), "train")
+    env.instruct(text)
+
+
+def demonstrated_state(rng, size: int = 64, tilt: float = 0.0, carried_on: float = 0.0) -> Tabletop:
     """A scene on the expert's way to the end of a random task, each of its steps as likely. What
-    demonstrations are made of: a random_state() is never late in a task of two goals."""
+    demonstrations are made of: a random_state() is never late in a task of two goals. carried_on:
+    see demonstration()."""
     env = Tabletop(pick(rng, SUITES), size, tilt)
     env.place(int(rng.integers(10)), int(rng.integers(1 << 40)), "train")
+    if env.suite == "goal" and carried_on and rng.random() < carried_on:
+        carry_on(env, rng)
     chosen = env
     for seen in range(1, env.limit + 1):
         if rng.random() < 1 / seen:  # so each of those seen is the one chosen with 1 / seen
@@ -464,16 +484,26 @@ def seen_objects(env: Tabletop) -> list[Seen]:
 
 
 def demonstration(
-    suite: str, task: int, seed: int, noise: float, size: int = 64, tilt: float = 0.0
+    suite: str,
+    task: int,
+    seed: int,
+    noise: float,
+    size: int = 64,
+    tilt: float = 0.0,
+    carried_on: float = 0.0,
 ) -> Recording | None:
     """image (T, size, size, 3), state (T, 8), action (T, 7), what is known of N objects (formats:
     docs/data.md), and the header of all that; None when the expert failed.
 
     Some are disturbed: the recorded actions are always the expert's for the state seen, but
     disturbed steps execute a random push, so that demonstrations contain recoveries (as in DART,
-    arXiv 1703.09327). noise: the chance a step that a disturbance begins, of 2 to 4 steps."""
+    arXiv 1703.09327). noise: the chance a step that a disturbance begins, of 2 to 4 steps.
+    carried_on: the chance in the goal suite that it begins where other instructions ended."""
     env = Tabletop(suite, size, tilt)
     env.place(task, seed, "train")
+    before = np.random.default_rng([7, task, seed])
+    if suite == "goal" and before.random() < carried_on:
+        carry_on(env, before)
     rng = np.random.default_rng([4, SUITES.index(suite), task, seed])
     disturbed = rng.random() < 0.5
     steps_left = 0  # of a disturbance
@@ -528,7 +558,9 @@ def make_episode(args, number: int) -> tuple[int, dict[str, np.ndarray], dict[st
     dropped = 0
     while True:
         seed = (args.seed << 24) + (number << 4) + dropped
-        recording = demonstration(suite, task, seed, args.noise, args.size, args.tilt)
+        recording = demonstration(
+            suite, task, seed, args.noise, args.size, args.tilt, args.carried_on
+        )
         if recording is not None:
             return dropped, *recording
         dropped += 1
@@ -582,9 +614,11 @@ def make_thought_action(args, number: int) -> str:
 
     Not in the paper's data, see sft.py."""
     rng = np.random.default_rng([5, args.seed, number])
-    draw = demonstrated_state if number % 2 else random_state
     for _ in range(TRIES):  # again where a task is done before the chunk is
-        env = draw(rng, args.size, args.tilt)
+        if number % 2:
+            env = demonstrated_state(rng, args.size, args.tilt, args.carried_on)
+        else:
+            env = random_state(rng, args.size, args.tilt)
         image = env.render()
         _, plan = env.expert()
         text = f"Instruction: {env.instruction}\n{ACTION_QUESTION}"
@@ -623,6 +657,9 @@ def task_list(text: str) -> list[tuple[str, int]]:
     return tasks
 
 
+CARRIED_ON = "share of goal-suite tasks that begin where others ended, as those of chains do"
+
+
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tabletop_data", description=__doc__)
     add = parser.add_argument
@@ -635,6 +672,7 @@ def main(argv: list[str] | None = None):
     add("--horizon", type=count, default=5, help="actions in each, as of the FAST tokenizer")
     add("--seed", type=natural, default=0, help="training seed; evaluation states have their own")
     add("--noise", type=share, default=0.06, help="chance a step that a disturbance begins")
+    add("--carried-on", type=share, default=0.0, help=CARRIED_ON)
     add("--size", type=count, default=64, help="image side in pixels")
     add("--tilt", type=non_negative, default=0.0, help="0 looks straight down; 0.5 is oblique")
     add("--workers", type=count, default=2, help="processes; the bytes do not depend on it")

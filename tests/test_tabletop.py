@@ -436,7 +436,7 @@ def test_a_chunk_longer_than_any_task_is_refused(tmp_path, monkeypatch):
 
 def test_thought_actions_end_with_the_task(tmp_path):
     """Past the end a chunk repeated the last movement, and the model learned to move on."""
-    args = argparse.Namespace(seed=0, size=16, tilt=0.0, horizon=12, out=tmp_path)
+    args = argparse.Namespace(seed=0, size=16, tilt=0.0, horizon=12, carried_on=0.0, out=tmp_path)
     ended_early = 0
     for number in range(40):
         rng = np.random.default_rng([5, 0, number])
@@ -467,6 +467,33 @@ def test_demonstrated_states_are_of_all_steps_alike():
     for shares in steps.values():  # uniform in 0 .. 1: mean 1/2, std 0.289 / sqrt(n)
         assert abs(np.mean(shares) - 0.5) < 3 * 0.289 / len(shares) ** 0.5
     assert late > 20
+
+
+def test_tasks_that_carry_on_begin_where_others_ended():
+    """Nearly all of a chain's instructions do, and no demonstration did: heads solved 94% of first
+    instructions and 73% of those behind a solved one."""
+    left = {"held": 0, "lit": 0, "on the plate": 0, "stacked": 0}
+    for number in range(60):
+        env = tt.Tabletop("goal", 16)
+        env.place(number % 10, number, "train")
+        text = env.instruction
+        td.carry_on(env, np.random.default_rng([9, number]))
+        assert env.instruction == text and env.goals == [tt.GOALS[text]] and env.steps == 0
+        assert not env.satisfied(tt.GOALS[text])
+        left["held"] += env.held is not None
+        left["lit"] += env.button_lit
+        left["on the plate"] += any(math.dist(thing.xy, env.plate) < 0.02 for thing in env.things)
+        left["stacked"] += any(thing.z >= tt.SIZE and thing is not env.held for thing in env.things)
+    assert min(left.values()) > 3, left
+
+    plain = td.demonstration("goal", 3, 5, 0.06)
+    never = td.demonstration("goal", 3, 5, 0.06, carried_on=0.0)
+    always = td.demonstration("goal", 3, 5, 0.06, carried_on=1.0)
+    spatial = [td.demonstration("spatial", 3, 5, 0.06, carried_on=chance)[0] for chance in (0, 1)]
+    assert np.array_equal(plain[0]["image"], never[0]["image"])
+    assert not np.array_equal(plain[0]["image"][0], always[0]["image"][0])
+    assert plain[1]["task"] == always[1]["task"]
+    assert np.array_equal(spatial[0]["image"], spatial[1]["image"])
 
 
 def test_grid_of_questions_and_ways_to_answer_is_covered():
