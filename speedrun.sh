@@ -19,11 +19,12 @@ case ${QUICK:-0},${FULL:-0} in
     DATA=${DATA:-data/speedrun}
     RESULT=results/speedrun.json
     preset=speedrun
-    train_data=(--episodes 1600 --conversations 6000 --thought-actions 24000)
+    train_data=(--episodes 3200 --conversations 6000 --thought-actions 36000 --carried-on 0.5)
     test_data=(--episodes 120)
-    sft=(speedrun)  # a preset of the stage, and what differs from it
+    shares=0.5,1.5,2  # of SFT's samples: conversations, actions, thoughts and actions
+    sft=(speedrun --steps 4800 --shards 1)  # a preset of the stage, and what differs from it
     grpo=(speedrun)
-    head=(speedrun)
+    head=(speedrun --condition thought --stride 8)
     held_out=(--prompts 512)
     trials=(--trials 5 --chains 50)
     suites_of_tokens=spatial,object,goal,long
@@ -34,11 +35,12 @@ case ${QUICK:-0},${FULL:-0} in
     DATA=${DATA:-data/quick}
     RESULT=$RUN/results.json
     preset=quick
-    train_data=(--episodes 400 --conversations 1200 --thought-actions 2400)
+    train_data=(--episodes 400 --conversations 1200 --thought-actions 2400 --carried-on 0.5)
     test_data=(--episodes 40)
-    sft=(speedrun --steps 160)
+    shares=0.5,1.5,2
+    sft=(speedrun --steps 160 --shards 1)
     grpo=(speedrun --steps 8)
-    head=(speedrun --steps 200 --max-episodes 100)
+    head=(speedrun --condition thought --steps 200 --max-episodes 100)
     held_out=(--prompts 128)
     trials=(--trials 1 --chains 4)
     suites_of_tokens=goal
@@ -51,6 +53,7 @@ case ${QUICK:-0},${FULL:-0} in
     preset=full
     train_data=(--episodes 3200 --conversations 12000 --thought-actions 60000)
     test_data=(--episodes 120)
+    shares=1,1,2
     sft=(speedrun --steps 9600 --save-every 400)
     grpo=(speedrun --steps 800 --save-every 40)
     head=(speedrun --steps 8800 --save-every 400)
@@ -158,8 +161,10 @@ stage fit_tokenizer "FAST tokenizer"
 # ---- Stages 1 and 2: the backbone learns to see, to think and to act; then to think better ----
 
 train_sft() {
-  local mixture=$DATA/train/conversations.jsonl:1,$DATA/train/episodes:1
-  mixture=$mixture,$DATA/train/thought_actions.jsonl:2
+  local mixture words actions thoughts
+  IFS=, read -r words actions thoughts <<< "$shares"
+  mixture=$DATA/train/conversations.jsonl:$words,$DATA/train/episodes:$actions
+  mixture=$mixture,$DATA/train/thought_actions.jsonl:$thoughts
   on_all_ranks sft.py "${sft[@]}" --data "$mixture" --action-tokenizer "$RUN/fast" \
     --out "$RUN/sft" --seed "$SEED" $resume
 }

@@ -263,6 +263,11 @@ def test_speedrun_gives_commands_that_there_are(name, tmp_path):
     # tokens, 3 x actions, 3 x tabletop by heads and 2 x by own tokens, report
     assert checked.count("evaluate.py") == 10
     assert f"data/{name}.unfinished/train" in commands[0]
+    mixture = next(
+        word for command in commands for word in command if "conversations.jsonl:" in word
+    )
+    shares = [float(source.rpartition(":")[2]) for source in mixture.split(",")]
+    assert shares == ([1, 1, 2] if name == "full" else [0.5, 1.5, 2])
     assert (tmp_path / "runs" / name / "ended/write_table").exists()
     assert (tmp_path / "data" / name).exists()
     report = commands[-1]
