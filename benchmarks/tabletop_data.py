@@ -404,12 +404,13 @@ MOST_BEFORE = 4  # instructions that are carried out before one that carries on
 def carry_on(env: Tabletop, rng) -> None:
     """Let the expert carry out other instructions of the goal suite, 1 to MOST_BEFORE of them,
     before env's own is given: it then begins where another ended, as in a chain. CALVIN's
-    demonstrations, of play without a reset, do so too (arXiv 2112.03227)."""
+    demonstrations, of play without a reset, do so too (arXiv 2112.03227). The scene may be laid out
+    anew for it, and that env's own can be done is not asked: demonstration() drops failures."""
     text = env.instruction
     others = [goal for goal in GOALS if goal != text]
     while True:
-        before = rng.choice(others, int(rng.integers(1, MOST_BEFORE + 1)), replace=False)
-        if all(env.follow(other) for other in before) and not env.satisfied(GOALS[text]):
+        earlier = rng.choice(others, int(rng.integers(1, MOST_BEFORE + 1)), replace=False)
+        if all(env.follow(other) for other in earlier) and not env.satisfied(GOALS[text]):
             break
         env.place(int(rng.integers(10)), int(rng.integers(1 << 40)), "train")
     env.instruct(text)
@@ -421,7 +422,7 @@ def demonstrated_state(rng, size: int = 64, tilt: float = 0.0, carried_on: float
     see demonstration()."""
     env = Tabletop(pick(rng, SUITES), size, tilt)
     env.place(int(rng.integers(10)), int(rng.integers(1 << 40)), "train")
-    if env.suite == "goal" and carried_on and rng.random() < carried_on:
+    if carried_on and env.suite == "goal" and rng.random() < carried_on:  # 0 draws nothing
         carry_on(env, rng)
     chosen = env
     for seen in range(1, env.limit + 1):
@@ -483,6 +484,11 @@ def seen_objects(env: Tabletop) -> list[Seen]:
     return seen
 
 
+def hold_still(action: np.ndarray) -> np.ndarray:
+    """After an action (7,): no movement, the fingers as it commanded them."""
+    return np.concatenate([np.zeros(6), action[6:]])
+
+
 def demonstration(
     suite: str,
     task: int,
@@ -491,6 +497,7 @@ def demonstration(
     size: int = 64,
     tilt: float = 0.0,
     carried_on: float = 0.0,
+    hold: int = 0,
 ) -> Recording | None:
     """image (T, size, size, 3), state (T, 8), action (T, 7), what is known of N objects (formats:
     docs/data.md), and the header of all that; None when the expert failed.
@@ -498,12 +505,14 @@ def demonstration(
     Some are disturbed: the recorded actions are always the expert's for the state seen, but
     disturbed steps execute a random push, so that demonstrations contain recoveries (as in DART,
     arXiv 1703.09327). noise: the chance a step that a disturbance begins, of 2 to 4 steps.
-    carried_on: the chance in the goal suite that it begins where other instructions ended."""
+    carried_on: the chance in the goal suite that it begins where other instructions ended. hold:
+    steps that follow the success, in which the hand keeps still. Chunks are made of actions that
+    were recorded, so without them no chunk begins with the last movement, as a lift."""
     env = Tabletop(suite, size, tilt)
     env.place(task, seed, "train")
-    before = np.random.default_rng([7, task, seed])
-    if suite == "goal" and before.random() < carried_on:
-        carry_on(env, before)
+    start_rng = np.random.default_rng([7, task, seed])
+    if suite == "goal" and start_rng.random() < carried_on:
+        carry_on(env, start_rng)
     rng = np.random.default_rng([4, SUITES.index(suite), task, seed])
     disturbed = rng.random() < 0.5
     steps_left = 0  # of a disturbance
@@ -512,9 +521,15 @@ def demonstration(
     targets = []
     thoughts = []
     success = False
-    while not success and env.steps < env.limit:
+    still_left = hold
+    action = np.zeros(7)
+    while still_left if success else env.steps < env.limit:
         obs = env.observe()
-        action, plan = env.expert()
+        if success:  # it keeps still, and what it last thought
+            action = hold_still(action)
+            still_left -= 1
+        else:
+            action, plan = env.expert()
         seen = seen_objects(env)
         row = {
             "image": obs["image"],
@@ -528,13 +543,13 @@ def demonstration(
         target = {"drawer": "drawer handle"}.get(plan.target, plan.target)
         targets.append(names.index(target) if target in names else -1)  # -1: "gripper"
         thoughts.append(thought(env, plan))
-        if disturbed and steps_left == 0 and rng.random() < noise:
+        if not success and disturbed and steps_left == 0 and rng.random() < noise:
             steps_left = int(rng.integers(2, 5))
             push = rng.uniform(-1, 1, 3)
-        if steps_left:
+        if steps_left and not success:
             action = np.concatenate([push, action[3:]])
             steps_left -= 1
-        success = env.advance(action)
+        success = env.advance(action) or success
     if not success:
         return None
     arrays = {}
@@ -559,7 +574,7 @@ def make_episode(args, number: int) -> tuple[int, dict[str, np.ndarray], dict[st
     while True:
         seed = (args.seed << 24) + (number << 4) + dropped
         recording = demonstration(
-            suite, task, seed, args.noise, args.size, args.tilt, args.carried_on
+            suite, task, seed, args.noise, args.size, args.tilt, args.carried_on, args.hold
         )
         if recording is not None:
             return dropped, *recording
@@ -626,9 +641,12 @@ def make_thought_action(args, number: int) -> str:
         chunk = []
         is_done = False
         while len(chunk) < args.horizon and not is_done:
-            action = env.expert()[0].round(4).tolist()
-            chunk.append(action)
+            action = env.expert()[0].round(4)
+            chunk.append(action.tolist())
             is_done = env.advance(action)
+        if is_done:
+            still = hold_still(action).tolist()
+            chunk += [still] * min(args.hold, args.horizon - len(chunk))
         if len(chunk) == args.horizon:
             break
     else:
@@ -673,6 +691,12 @@ def main(argv: list[str] | None = None):
     add("--seed", type=natural, default=0, help="training seed; evaluation states have their own")
     add("--noise", type=share, default=0.06, help="chance a step that a disturbance begins")
     add("--carried-on", type=share, default=0.0, help=CARRIED_ON)
+    add(
+        "--hold",
+        type=natural,
+        default=0,
+        help="steps after a success in which the hand keeps still",
+    )
     add("--size", type=count, default=64, help="image side in pixels")
     add("--tilt", type=non_negative, default=0.0, help="0 looks straight down; 0.5 is oblique")
     add("--workers", type=count, default=2, help="processes; the bytes do not depend on it")

@@ -429,14 +429,16 @@ def test_flags_out_of_range_stop_before_anything_is_written(flag, tmp_path, caps
 def test_a_chunk_longer_than_any_task_is_refused(tmp_path, monkeypatch):
     """Since chunks end with the task, `--horizon 5000` drew states for ever."""
     monkeypatch.setattr(td, "TRIES", 3)
-    args = argparse.Namespace(seed=0, size=16, tilt=0.0, horizon=5000, out=tmp_path)
+    args = argparse.Namespace(seed=0, size=16, tilt=0.0, horizon=5000, hold=0, out=tmp_path)
     with pytest.raises(ValueError, match="--horizon 5000: of 3 tasks none lasts so long"):
         td.make_thought_action(args, 0)
 
 
 def test_thought_actions_end_with_the_task(tmp_path):
     """Past the end a chunk repeated the last movement, and the model learned to move on."""
-    args = argparse.Namespace(seed=0, size=16, tilt=0.0, horizon=12, carried_on=0.0, out=tmp_path)
+    args = argparse.Namespace(
+        seed=0, size=16, tilt=0.0, horizon=12, carried_on=0.0, hold=0, out=tmp_path
+    )
     ended_early = 0
     for number in range(40):
         rng = np.random.default_rng([5, 0, number])
@@ -486,14 +488,47 @@ def test_tasks_that_carry_on_begin_where_others_ended():
         left["stacked"] += any(thing.z >= tt.SIZE and thing is not env.held for thing in env.things)
     assert min(left.values()) > 3, left
 
-    plain = td.demonstration("goal", 3, 5, 0.06)
-    never = td.demonstration("goal", 3, 5, 0.06, carried_on=0.0)
-    always = td.demonstration("goal", 3, 5, 0.06, carried_on=1.0)
+    fresh = tt.Tabletop("goal")
+    fresh.place(3, 5, "train")
+    never, always = (td.demonstration("goal", 3, 5, 0.06, carried_on=chance) for chance in (0, 1))
+    assert np.array_equal(never[0]["image"][0], fresh.render())
+    assert not np.array_equal(always[0]["image"][0], fresh.render())
+    assert never[1]["task"] == always[1]["task"]
     spatial = [td.demonstration("spatial", 3, 5, 0.06, carried_on=chance)[0] for chance in (0, 1)]
-    assert np.array_equal(plain[0]["image"], never[0]["image"])
-    assert not np.array_equal(plain[0]["image"][0], always[0]["image"][0])
-    assert plain[1]["task"] == always[1]["task"]
     assert np.array_equal(spatial[0]["image"], spatial[1]["image"])
+    lit = [
+        td.demonstrated_state(np.random.default_rng([8, number]), 16, carried_on=chance).button_lit
+        for chance in (0, 1)
+        for number in range(80)
+    ]
+    assert sum(lit[:80]) < sum(lit[80:])
+
+
+def test_the_hand_holds_still_after_a_demonstration():
+    """A chunk is made of recorded actions, so none began within 4 steps of the end: no thought or
+    action was learned of a lift, which takes 4, and a model solved 0 of 25 of them."""
+    plain = td.demonstration("goal", 9, 5, 0.06)[0]  # lift the red cube
+    held, header = td.demonstration("goal", 9, 5, 0.06, hold=4)
+    steps = len(plain["action"])
+    assert len(held["action"]) == steps + 4
+    for name in plain:
+        assert np.array_equal(held[name][:steps], plain[name])
+    assert np.array_equal(held["action"][steps:], [[0] * 6 + [plain["action"][-1, 6]]] * 4)
+    assert np.abs(np.diff(held["state"][steps:, :3], axis=0)).max() < 1e-6
+    assert len(json.loads(header["thoughts"])) == len(json.loads(header["targets"])) == steps + 4
+
+
+def test_thoughts_are_learned_of_the_last_movements_too(tmp_path):
+    args = argparse.Namespace(
+        seed=0, size=16, tilt=0.0, horizon=5, carried_on=0.0, hold=4, out=tmp_path
+    )
+    rows = [json.loads(td.make_thought_action(args, number)) for number in range(1, 600, 2)]
+    lifts = [row["chunk"] for row in rows if "Now lift" in row["messages"][1]["content"]]
+    assert len(lifts) > 2
+    assert any(chunk[-1] == [0] * 6 + [1.0] for chunk in lifts)
+    args.hold = 0
+    rows = [json.loads(td.make_thought_action(args, number)) for number in range(1, 600, 2)]
+    assert not any("Now lift" in row["messages"][1]["content"] for row in rows)
 
 
 def test_grid_of_questions_and_ways_to_answer_is_covered():
