@@ -287,12 +287,12 @@ def closed_loop(args: argparse.Namespace):
 
     metrics = {}
     paired = {}
-    if local_outcome.trials is not None:
-        trials = gather(local_outcome.trials, dist)
+    trials = gather(local_outcome.trials or [], dist)
+    if trials:  # without any, those of an earlier call stay in the file
         metrics |= success_metrics(trials)
         paired["success"] = [trial.solved for trial in trials]
-    if local_outcome.chain_lengths is not None:
-        chain_lengths = gather(local_outcome.chain_lengths, dist)
+    chain_lengths = gather(local_outcome.chain_lengths or [], dist)
+    if chain_lengths:
         metrics |= chain_metrics(chain_lengths)
         paired["chain length"] = chain_lengths
     names = ("chunks", "forwards", "seconds", "retried", "held", "thinking", "unfinished")

@@ -298,6 +298,21 @@ def test_what_thoughts_cost_is_reported(tmp_path, monkeypatch):
     assert "retried" not in variant["metrics"], "a head always gives a chunk"
 
 
+def test_chains_alone_leave_the_trials_of_an_earlier_call(tmp_path, monkeypatch):
+    """`--suites chain` wrote an empty list over each trial's success, and the differences to other
+    models were gone from the report."""
+    path = tmp_path / "r.json"
+    policy = types.SimpleNamespace(count=collections.Counter(chunks=1, forwards=1, seconds=1.0))
+    monkeypatch.setattr(evaluate.vla, "load_policy", lambda *args: policy)
+    module = evaluate.simulator_module("tabletop")
+    trials = [TrialResult("goal", "0", True)]
+    for outcome in (Outcome(trials, []), Outcome([], [3, 5])):
+        monkeypatch.setattr(module, "evaluate", lambda policy, args, local, o=outcome: o)
+        evaluate.main(["tabletop", "--policy", "x", "--out", str(path)])
+    paired = json.loads(path.read_text())["arms"]["policy"]["paired"]
+    assert paired == {"success": [True], "chain length": [3, 5]}
+
+
 def test_a_head_and_own_tokens_stand_beside_each_other(tmp_path, monkeypatch, capsys):
     """Driving by own tokens once took the place of the head's success in the same variant."""
     path = tmp_path / "r.json"
