@@ -2,7 +2,7 @@
 # The whole of RoboAlign on Tabletop: data -> FAST -> SFT -> GRPO -> three action heads -> the table.
 # A fresh machine with Python 3.11+ and two CPU cores is enough; with a GPU the same script uses it.
 # QUICK=1 shows every stage in some five minutes, with a table that says that it is only that.
-# FULL=1 takes hours: four times as many steps of SFT and head, ten times as many of GRPO.
+# FULL=1 takes hours: twice as many steps of SFT, four times as many of the head, ten of GRPO.
 # RESUME=1 goes on with a run that was stopped: at the stage, and with FULL=1 at the saved step.
 # RUN, DATA and SEED name other folders and another seed; tools/venv.sh explains VENV, PYTHON and
 # SKIP_INSTALL.
@@ -21,8 +21,10 @@ case ${QUICK:-0},${FULL:-0} in
     preset=speedrun
     train_data=(--episodes 3200 --conversations 6000 --thought-actions 36000 --carried-on 0.5)
     test_data=(--episodes 120)
-    shares=0.5,1.5,2  # of SFT's samples: conversations, actions, thoughts and actions
-    sft=(speedrun --steps 4800 --shards 1)  # a preset of the stage, and what differs from it
+    weights=0.5,1.5,2  # in SFT, of conversations, of actions, of thoughts and actions
+    # A preset of each stage, and what differs from it. --shards 1: a tenth less CPU time. --stride 8:
+    # fewer frames, of more demonstrations, to write thoughts about.
+    sft=(speedrun --steps 4800 --shards 1)
     grpo=(speedrun)
     head=(speedrun --condition thought --stride 8)
     held_out=(--prompts 512)
@@ -37,7 +39,7 @@ case ${QUICK:-0},${FULL:-0} in
     preset=quick
     train_data=(--episodes 400 --conversations 1200 --thought-actions 2400 --carried-on 0.5)
     test_data=(--episodes 40)
-    shares=0.5,1.5,2
+    weights=0.5,1.5,2
     sft=(speedrun --steps 160 --shards 1)
     grpo=(speedrun --steps 8)
     head=(speedrun --condition thought --steps 200 --max-episodes 100)
@@ -53,7 +55,7 @@ case ${QUICK:-0},${FULL:-0} in
     preset=full
     train_data=(--episodes 3200 --conversations 12000 --thought-actions 60000)
     test_data=(--episodes 120)
-    shares=1,1,2
+    weights=1,1,2
     sft=(speedrun --steps 9600 --save-every 400)
     grpo=(speedrun --steps 800 --save-every 40)
     head=(speedrun --steps 8800 --save-every 400)
@@ -162,7 +164,7 @@ stage fit_tokenizer "FAST tokenizer"
 
 train_sft() {
   local mixture words actions thoughts
-  IFS=, read -r words actions thoughts <<< "$shares"
+  IFS=, read -r words actions thoughts <<< "$weights"
   mixture=$DATA/train/conversations.jsonl:$words,$DATA/train/episodes:$actions
   mixture=$mixture,$DATA/train/thought_actions.jsonl:$thoughts
   on_all_ranks sft.py "${sft[@]}" --data "$mixture" --action-tokenizer "$RUN/fast" \

@@ -132,7 +132,7 @@ def test_base_and_sft_are_those_of_the_full_speedrun_and_rl_is_the_default_ones(
         "--seed 3"
     )
     assert "sft=(speedrun --steps 9600 --save-every 400)" in script
-    assert "shares=1,1,2 sft=(speedrun --steps 9600" in re.sub(r"\s+", " ", script)
+    assert "weights=1,1,2 sft=(speedrun --steps 9600" in re.sub(r"\s+", " ", script)
 
 
 def test_what_starts_a_stage():

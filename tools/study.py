@@ -51,9 +51,8 @@ from tools import plot
 # Commands name what they read and write: {seed}, {train}, {fast}, {test}, {one_task}, {questions},
 # {words}, {scenes}, {qwen} are the folders below; {init} is the parent's checkpoint, {out} the
 # model's own. A command depends on those that write what it names. Data and SFT are those of
-# speedrun.sh with FULL=1, RL and heads those of the speedrun itself: after the default's SFT, a
-# quarter as long, the model solves half of the trials by its own thoughts and tokens, and RL
-# refines what SFT can do.
+# speedrun.sh with FULL=1, its RL that of the default: RL refines what SFT can do, and this SFT
+# drives best by its own thoughts and tokens.
 
 
 class Data(NamedTuple):
@@ -141,8 +140,8 @@ ALL_MEASURES = " ".join(MEASURES)
 DRIVE = f"evaluate.py tabletop {TRIALS}"  # by a head
 
 HEADS = {  # ways to the head: what vla.py speedrun is told beside data, checkpoint and seed
-    "thought-only": "",  # the speedrun's
-    "thought": "--condition thought",  # and the prompt
+    "thought-only": "",  # that of FULL=1
+    "thought": "--condition thought",  # and the prompt: the speedrun's
     "prompt": "--condition prompt",  # the paper's
     "think": "--condition prompt --think",
     "layer1": "--layer 1",
