@@ -42,7 +42,7 @@ case ${QUICK:-0},${FULL:-0} in
     weights=0.5,1.5,2
     sft=(speedrun --steps 160 --shards 1)
     grpo=(speedrun --steps 8)
-    head=(speedrun --condition thought --steps 200 --max-episodes 100)
+    head=(speedrun --condition thought --stride 8 --steps 200 --max-episodes 100)
     held_out=(--prompts 128)
     trials=(--trials 1 --chains 4)
     suites_of_tokens=goal
