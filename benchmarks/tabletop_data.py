@@ -520,17 +520,10 @@ def demonstration(
     names = [thing.name for thing in seen_objects(env)]
     targets = []
     thoughts = []
-    success = False
-    still_left = hold
-    action = np.zeros(7)
-    while still_left if success else env.steps < env.limit:
-        obs = env.observe()
-        if success:  # it keeps still, and what it last thought
-            action = hold_still(action)
-            still_left -= 1
-        else:
-            action, plan = env.expert()
+
+    def record(action, plan):
         seen = seen_objects(env)
+        obs = env.observe()
         row = {
             "image": obs["image"],
             "state": obs["state"],
@@ -543,15 +536,27 @@ def demonstration(
         target = {"drawer": "drawer handle"}.get(plan.target, plan.target)
         targets.append(names.index(target) if target in names else -1)  # -1: "gripper"
         thoughts.append(thought(env, plan))
-        if not success and disturbed and steps_left == 0 and rng.random() < noise:
+
+    # 1. the task
+    success = False
+    while not success and env.steps < env.limit:
+        action, plan = env.expert()
+        record(action, plan)
+        if disturbed and steps_left == 0 and rng.random() < noise:
             steps_left = int(rng.integers(2, 5))
             push = rng.uniform(-1, 1, 3)
-        if steps_left and not success:
+        if steps_left:
             action = np.concatenate([push, action[3:]])
             steps_left -= 1
-        success = env.advance(action) or success
+        success = env.advance(action)
     if not success:
         return None
+    # 2. the hand keeps still, with the plan that it had last
+    for _ in range(hold):
+        action = hold_still(action)
+        record(action, plan)
+        env.advance(action)
+
     arrays = {}
     for name in rows[0]:
         dtype = np.uint8 if name == "image" else np.float32
@@ -644,7 +649,7 @@ def make_thought_action(args, number: int) -> str:
             action = env.expert()[0].round(4)
             chunk.append(action.tolist())
             is_done = env.advance(action)
-        if is_done:
+        if is_done:  # with --hold it goes on, as a demonstration does
             still = hold_still(action).tolist()
             chunk += [still] * min(args.hold, args.horizon - len(chunk))
         if len(chunk) == args.horizon:
@@ -675,9 +680,6 @@ def task_list(text: str) -> list[tuple[str, int]]:
     return tasks
 
 
-CARRIED_ON = "share of goal-suite tasks that begin where others ended, as those of chains do"
-
-
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tabletop_data", description=__doc__)
     add = parser.add_argument
@@ -690,7 +692,12 @@ def main(argv: list[str] | None = None):
     add("--horizon", type=count, default=5, help="actions in each, as of the FAST tokenizer")
     add("--seed", type=natural, default=0, help="training seed; evaluation states have their own")
     add("--noise", type=share, default=0.06, help="chance a step that a disturbance begins")
-    add("--carried-on", type=share, default=0.0, help=CARRIED_ON)
+    add(
+        "--carried-on",
+        type=share,
+        default=0.0,
+        help="share of goal-suite tasks that begin where others ended, as those of chains do",
+    )
     add(
         "--hold",
         type=natural,
