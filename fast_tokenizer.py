@@ -95,6 +95,8 @@ class EpisodeFile:
     hand_pixel: np.ndarray | None  # (T, 2)
     targets: list[int] | None  # T: the object that the expert is going for; -1: none
     thoughts: list[str] | None  # T: the expert's reasoning
+    # How this robot holds still. None: not known.
+    deltas: int | None  # the first so many dimensions of an action are movements, which 0 stops
 
     def __len__(self) -> int:
         return len(self.action)
@@ -173,6 +175,7 @@ def read_episode_file(path: str | Path) -> list[EpisodeFile]:
             ends=ends,
             first_row=start,
             **_known_objects(path, entry, arrays, start, end),
+            deltas=_deltas(path, entry, arrays["action"].shape[1]),
         )
         files.append(file)
     return files
@@ -264,6 +267,19 @@ def _episode_entries(path, header, rows):
     except (ValueError, TypeError, AttributeError) as e:
         raise ValueError(f"{path}: {e}; convert the episode again") from e
     return entries
+
+
+def _deltas(path, entry, action_dim):
+    """`deltas` of EpisodeFile. ValueError when it is no number of dimensions."""
+    text = entry.get("deltas")
+    if text is None:
+        return None
+    if not isinstance(text, str) or not text.isdecimal() or int(text) > action_dim:
+        raise ValueError(
+            f"{path}: deltas {text!r} is no number of action dimensions, of which there are "
+            f"{action_dim}; record the episode again"
+        )
+    return int(text)
 
 
 def _known_objects(path, entry, arrays, start, end):
@@ -383,8 +399,8 @@ def split_episodes(
 
 
 def episodes_sha256(files: Sequence[EpisodeFile]) -> str:
-    """SHA-256 of the names, instructions, actions, states and thoughts (where there are some) of
-    episodes, in their order."""
+    """SHA-256 of the names, instructions, actions, states, and thoughts and deltas (where they are
+    known) of episodes, in their order."""
     content = hashlib.sha256()
     for file in files:
         content.update(f"{file.name}\n{file.task}\n".encode())
@@ -392,6 +408,8 @@ def episodes_sha256(files: Sequence[EpisodeFile]) -> str:
         content.update(np.ascontiguousarray(file.state))
         if file.thoughts is not None:
             content.update(json.dumps(file.thoughts).encode())
+        if file.deltas is not None:
+            content.update(f"deltas {file.deltas}".encode())
     return content.hexdigest()
 
 
@@ -428,18 +446,28 @@ def join_splits(earlier: list[dict], records: list[dict]) -> list[dict]:
 
 
 def action_chunks(episode: EpisodeFile, horizon: int) -> np.ndarray:
-    """The `horizon` actions from each step (T, K, A) float32; past the end the last one repeats."""
+    """The `horizon` actions from each step (T, K, A) float32.
+
+    Past the end the robot holds still: the last action without its movements. Where nobody knows
+    which those are (`deltas`), the last one repeats."""
     if horizon < 1:
         raise ValueError(f"horizon {horizon}; a chunk has at least 1 step")
+    after = np.repeat(episode.action[-1:], horizon - 1, 0)  # (K - 1, A)
+    after[:, : episode.deltas or 0] = 0
+    actions = np.concatenate([episode.action, after])  # (T + K - 1, A)
     steps = np.arange(len(episode))[:, None] + np.arange(horizon)  # (T, K)
-    return episode.action[np.minimum(steps, len(episode) - 1)]  # (T, K, A)
+    return actions[steps]  # (T, K, A)
 
 
 def chunk_starts(episode: EpisodeFile, horizon: int) -> range:
-    """The steps whose `horizon` actions all lie inside the episode: what action tokens are made of.
+    """The steps at which the chunks begin that action tokens are made of: all of them.
 
-    A chunk that goes on past the end would repeat the last movement, and whoever learned from it
-    would move on after the task is done. An episode that is shorter has step 0 alone."""
+    Of a robot of which nobody knows how it holds still (`deltas`) those whose `horizon` actions lie
+    inside the episode: a chunk that goes on past the end would repeat the last movement, and
+    whoever learned from it would move on after the task is done. But no chunk begins with the
+    task's last movements then. An episode that is shorter has step 0 alone."""
+    if episode.deltas is not None:
+        return range(len(episode))
     return range(max(1, len(episode) - horizon + 1))
 
 
@@ -689,7 +717,7 @@ def _statistics_of(files):
 # What a converter yields for an episode: its arrays ("action" (T, A), "state" (T, S), "image" and
 # any "image_<name>" (T, H, W, 3) uint8 or what encode_frames() makes of it; the others of SHAPES
 # where it knows them), and its header ("task", "fps", "source", and what encode_frames() adds, all
-# text; "objects", "targets" and "thoughts" of EpisodeFile as JSON).
+# text; "objects", "targets" and "thoughts" of EpisodeFile as JSON; its "deltas"), where known.
 Recording = tuple[dict[str, np.ndarray], dict[str, str]]
 
 CODECS = {  # codec -> how Pillow writes it
@@ -1578,6 +1606,12 @@ def tell(tokenizer: FastTokenizer, files: list[EpisodeFile], stride: int, out: s
     )
     for line in rare_lines(tokenizer.stats or {}, "action"):
         print(line)
+    unknown = sum(file.deltas is None for file in files)
+    if unknown and tokenizer.horizon > 1:
+        print(
+            f"the last {tokenizer.horizon - 1} steps of {unknown} of {len(files)} episodes begin "
+            "no chunk: their headers do not say which dimensions move (deltas in docs/data.md)"
+        )
     print(
         f"round trip of {result['chunks']} {'held-out' if held_out else 'fitted'} chunks, "
         "in dataset units"

@@ -457,6 +457,7 @@ def recordings(folder: Path):
                 "task": text,
                 "fps": str(FPS),
                 "source": f"calvin {folder.name} {start}-{end}",
+                "deltas": "6",
                 "objects": json.dumps(blocks),
                 "targets": json.dumps([target] * len(steps)),
             },

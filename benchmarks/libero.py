@@ -520,7 +520,7 @@ def convert(args):
         source = f"{demo.path}{demo.group.name}"
         with reading(source):
             arrays = read_demonstration(demo.group, args.drop_noops)
-        yield arrays, {"task": demo.task, "fps": "20", "source": source}
+        yield arrays, {"task": demo.task, "fps": "20", "source": source, "deltas": "6"}
 
 
 if __name__ == "__main__":

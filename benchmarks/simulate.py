@@ -553,7 +553,8 @@ def demonstration(name: str, args, number: int, task: str) -> tuple[dict | None,
         push = np.append(rng.normal(0, args.noise, len(action) - 1), 0)  # not on the gripper
         success = env.advance(np.clip(action + push, -1, 1).astype(np.float32))
     env.env.close()
-    header = {"task": env.prompt, "fps": str(env.fps), "source": task}
+    deltas = str(len(action) - 1)  # all but the gripper
+    header = {"task": env.prompt, "fps": str(env.fps), "source": task, "deltas": deltas}
     if not success:
         return None, header
     header |= {"objects": json.dumps(objects), "targets": json.dumps(targets)}

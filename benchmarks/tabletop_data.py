@@ -460,6 +460,8 @@ def conversation(
 
 # ---- Demonstrations ------------------------------------------------------------------------------
 
+DELTAS = 6  # of the 7 dimensions of an action the first 6 are movements, which 0 stops
+
 
 class Seen(NamedTuple):
     """An object as a recording keeps it."""
@@ -484,11 +486,6 @@ def seen_objects(env: Tabletop) -> list[Seen]:
     return seen
 
 
-def hold_still(action: np.ndarray) -> np.ndarray:
-    """After an action (7,): no movement, the fingers as it commanded them."""
-    return np.concatenate([np.zeros(6), action[6:]])
-
-
 def demonstration(
     suite: str,
     task: int,
@@ -497,7 +494,6 @@ def demonstration(
     size: int = 64,
     tilt: float = 0.0,
     carried_on: float = 0.0,
-    hold: int = 0,
 ) -> Recording | None:
     """image (T, size, size, 3), state (T, 8), action (T, 7), what is known of N objects (formats:
     docs/data.md), and the header of all that; None when the expert failed.
@@ -505,9 +501,7 @@ def demonstration(
     Some are disturbed: the recorded actions are always the expert's for the state seen, but
     disturbed steps execute a random push, so that demonstrations contain recoveries (as in DART,
     arXiv 1703.09327). noise: the chance a step that a disturbance begins, of 2 to 4 steps.
-    carried_on: the chance in the goal suite that it begins where other instructions ended. hold:
-    steps that follow the success, in which the hand keeps still. Chunks are made of actions that
-    were recorded, so without them no chunk begins with the last movement, as a lift."""
+    carried_on: the chance in the goal suite that it begins where other instructions ended."""
     env = Tabletop(suite, size, tilt)
     env.place(task, seed, "train")
     start_rng = np.random.default_rng([7, task, seed])
@@ -520,10 +514,11 @@ def demonstration(
     names = [thing.name for thing in seen_objects(env)]
     targets = []
     thoughts = []
-
-    def record(action, plan):
-        seen = seen_objects(env)
+    success = False
+    while not success and env.steps < env.limit:
         obs = env.observe()
+        action, plan = env.expert()
+        seen = seen_objects(env)
         row = {
             "image": obs["image"],
             "state": obs["state"],
@@ -536,12 +531,6 @@ def demonstration(
         target = {"drawer": "drawer handle"}.get(plan.target, plan.target)
         targets.append(names.index(target) if target in names else -1)  # -1: "gripper"
         thoughts.append(thought(env, plan))
-
-    # 1. the task
-    success = False
-    while not success and env.steps < env.limit:
-        action, plan = env.expert()
-        record(action, plan)
         if disturbed and steps_left == 0 and rng.random() < noise:
             steps_left = int(rng.integers(2, 5))
             push = rng.uniform(-1, 1, 3)
@@ -551,12 +540,6 @@ def demonstration(
         success = env.advance(action)
     if not success:
         return None
-    # 2. the hand keeps still, with the plan that it had last
-    for _ in range(hold):
-        action = hold_still(action)
-        record(action, plan)
-        env.advance(action)
-
     arrays = {}
     for name in rows[0]:
         dtype = np.uint8 if name == "image" else np.float32
@@ -564,6 +547,7 @@ def demonstration(
     header = {
         "task": env.instruction,
         "fps": "5",
+        "deltas": str(DELTAS),
         "source": f"tabletop {suite} task {task}",
         "objects": json.dumps(names),
         "targets": json.dumps(targets),
@@ -579,7 +563,7 @@ def make_episode(args, number: int) -> tuple[int, dict[str, np.ndarray], dict[st
     while True:
         seed = (args.seed << 24) + (number << 4) + dropped
         recording = demonstration(
-            suite, task, seed, args.noise, args.size, args.tilt, args.carried_on, args.hold
+            suite, task, seed, args.noise, args.size, args.tilt, args.carried_on
         )
         if recording is not None:
             return dropped, *recording
@@ -625,39 +609,29 @@ def make_conversation(args, number: int) -> str:
     return "".join(lines)
 
 
-TRIES = 200  # states that are drawn for a chunk
-
-
 def make_thought_action(args, number: int) -> str:
     """A line of thought_actions.jsonl: a thought followed by the expert's next actions; every other
     one from a demonstrated_state(), the rest from a random_state(), which may be off the way.
 
     Not in the paper's data, see sft.py."""
     rng = np.random.default_rng([5, args.seed, number])
-    for _ in range(TRIES):  # again where a task is done before the chunk is
-        if number % 2:
-            env = demonstrated_state(rng, args.size, args.tilt, args.carried_on)
-        else:
-            env = random_state(rng, args.size, args.tilt)
-        image = env.render()
-        _, plan = env.expert()
-        text = f"Instruction: {env.instruction}\n{ACTION_QUESTION}"
-        question = Question(text, thought(env, plan), "<ACTION>")
-        chunk = []
-        is_done = False
-        while len(chunk) < args.horizon and not is_done:
-            action = env.expert()[0].round(4)
-            chunk.append(action.tolist())
-            is_done = env.advance(action)
-        if is_done:  # with --hold it goes on, as a demonstration does
-            still = hold_still(action).tolist()
-            chunk += [still] * min(args.hold, args.horizon - len(chunk))
-        if len(chunk) == args.horizon:
-            break
+    if number % 2:
+        env = demonstrated_state(rng, args.size, args.tilt, args.carried_on)
     else:
-        raise ValueError(
-            f"--horizon {args.horizon}: of {TRIES} tasks none lasts so long; give a shorter one"
-        )
+        env = random_state(rng, args.size, args.tilt)
+    image = env.render()
+    _, plan = env.expert()
+    text = f"Instruction: {env.instruction}\n{ACTION_QUESTION}"
+    question = Question(text, thought(env, plan), "<ACTION>")
+    chunk = []
+    is_done = False
+    while len(chunk) < args.horizon:
+        if not is_done:
+            action = env.expert()[0].round(4)
+            is_done = env.advance(action)
+        else:
+            action = np.concatenate([np.zeros(DELTAS), action[DELTAS:]])
+        chunk.append(action.tolist())
     frame = save_frame(args.out, "thought_frames", number, image)
     return json_row([frame], [question], chunk=chunk)
 
@@ -697,12 +671,6 @@ def main(argv: list[str] | None = None):
         type=share,
         default=0.0,
         help="share of goal-suite tasks that begin where others ended, as those of chains do",
-    )
-    add(
-        "--hold",
-        type=natural,
-        default=0,
-        help="steps after a success in which the hand keeps still",
     )
     add("--size", type=count, default=64, help="image side in pixels")
     add("--tilt", type=non_negative, default=0.0, help="0 looks straight down; 0.5 is oblique")

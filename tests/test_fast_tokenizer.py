@@ -7,6 +7,7 @@ import inspect
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -475,7 +476,7 @@ def test_statistics_of_other_episodes_are_refused(tmp_path):
 # ---- Episodes on disk ----------------------------------------------------------------------------
 
 
-def write(folder, i, steps=20, **change):
+def write(folder, i, steps=20, header=(), **change):
     rng = np.random.default_rng(i)
     action = rng.normal(0, 0.02, (steps, 3)).cumsum(0).astype(np.float32)
     action[:, 2] = 0.25  # a dimension that never moves
@@ -490,7 +491,7 @@ def write(folder, i, steps=20, **change):
     save_file(
         {k: v for k, v in arrays.items() if v is not None},
         path,
-        {"task": "push it", "fps": "10", "source": "test"},
+        {"task": "push it", "fps": "10", "source": "test", **dict(header)},
     )
     return path, arrays
 
@@ -515,6 +516,37 @@ def test_read_episode(tmp_path):
     ends = ft.chunk_ends([episode, episode], 5)
     assert ends.tolist() == [16, 32]
     assert [ft.locate_step([0, 1], ends, i) for i in (15, 16, 31)] == [(0, 15), (1, 0), (1, 15)]
+
+
+@pytest.mark.parametrize(("deltas", "after"), [("2", (0, 0, 0.25)), ("0", None), ("3", (0, 0, 0))])
+def test_past_the_end_a_robot_holds_still_where_it_is_known_how(tmp_path, deltas, after):
+    """Movements are 0, positions stay: no chunk began within K - 1 steps of the end, so no model
+    learned a task's last movements from action tokens. As Octo's absolute_action_mask does
+    (arXiv 2405.12213)."""
+    (unknown,) = ft.read_episode_file(write(tmp_path, 0)[0])
+    path, arrays = write(tmp_path, 0, header={"deltas": deltas})
+    (episode,) = ft.read_episode_file(path)
+    assert (episode.deltas, unknown.deltas) == (int(deltas), None)
+    last = arrays["action"][-1]
+    still = last if after is None else np.float32(after)
+    chunks = ft.action_chunks(episode, 5)
+    np.testing.assert_array_equal(chunks[18], [arrays["action"][18], last, still, still, still])
+    np.testing.assert_array_equal(chunks[:16], ft.action_chunks(unknown, 5)[:16])
+    np.testing.assert_array_equal(ft.action_chunks(episode, 1)[:, 0], arrays["action"])
+    assert ft.chunk_starts(episode, 5) == range(20) and ft.chunk_starts(unknown, 5) == range(16)
+    assert ft.chunk_starts(episode, 30) == range(20)
+    assert ft.all_chunks([episode, unknown], 5, 1).shape == (36, 5, 3)
+    assert ft.episodes_sha256([episode]) != ft.episodes_sha256([unknown])
+
+
+@pytest.mark.parametrize("deltas", ["4", "-1", "", "six", "2.0"])
+def test_deltas_that_are_no_number_of_dimensions_are_refused(tmp_path, deltas):
+    path, _ = write(tmp_path, 0, header={"deltas": deltas})
+    message = (
+        rf"000000.safetensors: deltas '{re.escape(deltas)}' is no number .* there are 3; record"
+    )
+    with pytest.raises(ValueError, match=message):
+        ft.read_episode_file(path)
 
 
 def test_wrong_episodes_are_refused(tmp_path):

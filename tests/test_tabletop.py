@@ -426,19 +426,9 @@ def test_flags_out_of_range_stop_before_anything_is_written(flag, tmp_path, caps
     assert not (tmp_path / "out").exists()
 
 
-def test_a_chunk_longer_than_any_task_is_refused(tmp_path, monkeypatch):
-    """Since chunks end with the task, `--horizon 5000` drew states for ever."""
-    monkeypatch.setattr(td, "TRIES", 3)
-    args = argparse.Namespace(seed=0, size=16, tilt=0.0, horizon=5000, hold=0, out=tmp_path)
-    with pytest.raises(ValueError, match="--horizon 5000: of 3 tasks none lasts so long"):
-        td.make_thought_action(args, 0)
-
-
 def test_thought_actions_end_with_the_task(tmp_path):
     """Past the end a chunk repeated the last movement, and the model learned to move on."""
-    args = argparse.Namespace(
-        seed=0, size=16, tilt=0.0, horizon=12, carried_on=0.0, hold=0, out=tmp_path
-    )
+    args = argparse.Namespace(seed=0, size=16, tilt=0.0, horizon=12, carried_on=0.0, out=tmp_path)
     ended_early = 0
     for number in range(40):
         rng = np.random.default_rng([5, 0, number])
@@ -448,11 +438,14 @@ def test_thought_actions_end_with_the_task(tmp_path):
         while len(expected) < 12 and not is_done:
             expected.append(env.expert()[0].round(4).tolist())
             is_done = env.advance(expected[-1])
+        steps_after = 12 - len(expected)
+        ended_early += steps_after > 0
+        still = [0] * 6 + expected[-1][6:]  # no movement, the fingers as they were told last
         chunk = json.loads(td.make_thought_action(args, number))["chunk"]
-        assert len(chunk) == 12
-        assert (chunk[: len(expected)] == expected) == (len(expected) == 12)  # else another state
-        ended_early += len(expected) < 12
+        assert chunk == expected + [still] * steps_after
     assert ended_early > 2  # the case is among them
+    args.horizon = 5000  # longer than any task; it drew states for ever
+    assert len(json.loads(td.make_thought_action(args, 0))["chunk"]) == 5000
 
 
 def test_demonstrated_states_are_of_all_steps_alike():
@@ -504,31 +497,23 @@ def test_tasks_that_carry_on_begin_where_others_ended():
     assert sum(lit[:80]) < sum(lit[80:])
 
 
-def test_the_hand_holds_still_after_a_demonstration():
-    """A chunk is made of recorded actions, so none began within 4 steps of the end: no thought or
-    action was learned of a lift, which takes 4, and a model solved 0 of 25 of them."""
-    plain = td.demonstration("goal", 9, 5, 0.06)[0]  # lift the red cube
-    held, header = td.demonstration("goal", 9, 5, 0.06, hold=4)
-    steps = len(plain["action"])
-    assert len(held["action"]) == steps + 4
-    for name in plain:
-        assert np.array_equal(held[name][:steps], plain[name])
-    assert np.array_equal(held["action"][steps:], [[0] * 6 + [plain["action"][-1, 6]]] * 4)
-    assert np.abs(np.diff(held["state"][steps:, :3], axis=0)).max() < 1e-6
-    assert len(json.loads(header["thoughts"])) == len(json.loads(header["targets"])) == steps + 4
-
-
-def test_thoughts_are_learned_of_the_last_movements_too(tmp_path):
-    args = argparse.Namespace(
-        seed=0, size=16, tilt=0.0, horizon=5, carried_on=0.0, hold=4, out=tmp_path
-    )
+def test_action_tokens_are_made_of_a_tasks_last_movements_too(tmp_path):
+    """No chunk began within 4 steps of the end, so no thought or action was learned of a lift,
+    which takes 4, and a model by its own tokens solved 0 of 50 of them."""
+    fast_tokenizer.write_episodes(
+        tmp_path / "e", [td.demonstration("goal", 9, 5, 0.06)]
+    )  # lift the red cube
+    (episode,) = fast_tokenizer.read_episodes(tmp_path / "e")
+    assert fast_tokenizer.chunk_starts(episode, 5) == range(len(episode))
+    last = episode.action[-1]
+    assert last[2] > 0.5  # up
+    still = [0] * 6 + [last[6]]
+    assert np.array_equal(fast_tokenizer.action_chunks(episode, 5)[-1], [last] + [still] * 4)
+    args = argparse.Namespace(seed=0, size=16, tilt=0.0, horizon=5, carried_on=0.0, out=tmp_path)
     rows = [json.loads(td.make_thought_action(args, number)) for number in range(1, 600, 2)]
     lifts = [row["chunk"] for row in rows if "Now lift" in row["messages"][1]["content"]]
     assert len(lifts) > 2
     assert any(chunk[-1] == [0] * 6 + [1.0] for chunk in lifts)
-    args.hold = 0
-    rows = [json.loads(td.make_thought_action(args, number)) for number in range(1, 600, 2)]
-    assert not any("Now lift" in row["messages"][1]["content"] for row in rows)
 
 
 def test_grid_of_questions_and_ways_to_answer_is_covered():

@@ -81,7 +81,7 @@ class Job:
     info: dict  # meta/info.json
     columns: Columns
     every: int  # recorded steps from one that is kept to the next
-    deltas: int  # first dimensions of the action that are movements
+    deltas: int | None  # first dimensions of the action that are movements; None: not said
     codec: str | None  # of the images in an episode; None: as they are
 
     @property
@@ -409,7 +409,7 @@ def steps_apart(recorded_fps: float, fps: float) -> int:
 # ---- Checks -------------------------------------------------------------------------------------
 
 
-def check_flags(info: dict, columns: Columns, fps: float, deltas: int) -> None:
+def check_flags(info: dict, columns: Columns, fps: float, deltas: int | None) -> None:
     """ValueError when the dataset lacks a column, --fps does not divide its own, or an action has
     less than --deltas dimensions."""
     recorded_fps = info["fps"]
@@ -419,7 +419,7 @@ def check_flags(info: dict, columns: Columns, fps: float, deltas: int) -> None:
     if missing:
         raise ValueError(f"no {', '.join(sorted(missing))} among {', '.join(info['features'])}")
     dims = sum(int(np.prod(info["features"][key]["shape"])) for key in columns.actions)
-    if deltas > dims:
+    if deltas is not None and deltas > dims:
         raise ValueError(f"--deltas {deltas}: an action has {dims} dimensions")
     every = steps_apart(recorded_fps, fps)
     divides = every >= 1 and (not fps or recorded_fps == every * fps)
@@ -645,7 +645,7 @@ def convert(job: Job, plan: Plan) -> Converted:
         # 2. arrays of T / every steps, as fast_tokenizer.py describes them
         state = np.hstack([numbers[key] for key in columns.states])  # (T, S)
         action = np.hstack([numbers[key] for key in columns.actions])  # (T, A)
-        arrays = {"state": state[:: job.every], "action": thin(action, job.every, job.deltas)}
+        arrays = {"state": state[:: job.every], "action": thin(action, job.every, job.deltas or 0)}
         arrays |= zip(columns.image_names, views, strict=True)
 
         # 3. an episode a piece
@@ -656,6 +656,8 @@ def convert(job: Job, plan: Plan) -> Converted:
                 "fps": f"{job.fps / job.every:g}",
                 "source": entry.source,
             }
+            if job.deltas is not None:
+                header["deltas"] = str(job.deltas)
             piece = {name: array[start:end] for name, array in arrays.items()}
             for name in columns.image_names if job.codec else ():
                 blob, described = encode_frames(piece[name], name, job.codec)
@@ -897,7 +899,11 @@ def main(argv: list[str] | None = None) -> None:
     add("--action", default="action", help="action keys, separated by commas")
     add("--state", default="observation.state", help="state keys, separated by commas")
     add("--fps", type=non_negative, default=0, help="steps a second to keep; 0: all")
-    add("--deltas", type=natural, default=0, help="first action dimensions that are movements")
+    add(
+        "--deltas",
+        type=natural,
+        help="first action dimensions that are movements; 0: all are positions; default: not known",
+    )
     add(
         "--max-episodes",
         type=natural,
