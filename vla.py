@@ -811,8 +811,8 @@ def encode_prompts(
 
 def frame_answers(backbone: Backbone, frames: FrameDataset, cfg: Config) -> list[np.ndarray]:
     """The right answer to each frame's prompt, as sft.py learns it, as token ids (t,) to the end of
-    the turn; none where the chunk goes on past the episode's end. ValueError without a tokenizer of
-    these actions."""
+    the turn; none where no chunk begins (chunk_starts). ValueError without a tokenizer of these
+    actions."""
     action_tokenizer = backbone.action_tokenizer
     if action_tokenizer is None or action_tokenizer.stats is None:
         raise ValueError(

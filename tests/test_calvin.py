@@ -341,7 +341,7 @@ def test_each_annotated_window_becomes_an_episode(tmp_path):
         ("open the drawer", 4, 30),
         ("turn on the light", 5, 30),
     ]
-    assert files[1].source == "calvin training 5-9"
+    assert files[1].source == "calvin training 5-9" and files[1].deltas == 6
     for file, (_, (start, end)) in zip(files, WINDOWS, strict=True):
         for k, t in enumerate(range(start, end + 1)):
             with np.load(tmp_path / "training" / f"episode_{t:07d}.npz") as f:

@@ -202,6 +202,7 @@ def test_episodes_hold_what_the_folder_holds(tmp_path, version, video):
     flags = ["--camera", f"{CAMERA},{WRIST}", "--action", "action,gripper"]
     files = convert(tmp_path / "in", tmp_path / "out", *flags)
     assert [f.task for f in files] == TASKS[::-1] and [f.fps for f in files] == [FPS, FPS]
+    assert [f.deltas for f in files] == [None, None], "nobody said it"
     for e, file in enumerate(files):
         actions = np.column_stack([tables[e]["action"], tables[e]["gripper"]])
         states = np.array(tables[e]["observation.state"], np.float32)
@@ -220,7 +221,7 @@ def test_episodes_hold_what_the_folder_holds(tmp_path, version, video):
 def test_resampling_keeps_first_frames_and_adds_movements_up(tmp_path, version):
     tables = write(tmp_path / "in", version)
     files = convert(tmp_path / "in", tmp_path / "out", "--fps", "5", "--deltas", "3")
-    assert [len(f) for f in files] == [5, 6] and files[0].fps == 5
+    assert [len(f) for f in files] == [5, 6] and files[0].fps == 5 and files[0].deltas == 3
     action = np.array(tables[0]["action"])
     state = np.array(tables[0]["observation.state"])
     expected = []

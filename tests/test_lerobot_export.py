@@ -174,11 +174,12 @@ def test_statistics_are_those_of_the_numbers_and_the_pixels(tmp_path):
 def test_what_stays_behind_is_said(tmp_path, capsys):
     def thinks(arrays, header):
         header["thoughts"] = json.dumps(["left"] * LENGTHS[1])
+        header["deltas"] = "3"
 
     write(tmp_path / "in", change=thinks)
     export(tmp_path / "in", tmp_path / "lerobot", "--max-episodes", "2")
     said = capsys.readouterr().out
-    assert "left out, LeRobot has no place for it: thoughts\n" in said
+    assert "left out, LeRobot has no place for it: thoughts, deltas\n" in said
     assert "lerobot: 2 episodes of 13 steps" in said
     export(tmp_path / "in", tmp_path / "first", "--max-episodes", "1")
     assert "left out" not in capsys.readouterr().out

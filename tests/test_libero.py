@@ -114,7 +114,8 @@ def test_demonstrations_become_episodes(tmp_path, monkeypatch):
     files = convert(monkeypatch, tmp_path, tmp_path / "a")
     assert [f.task for f in files[:4]] == ["first", "secon"] * 2, "tasks take turns"
     assert [len(f) for f in files[::2]] == list(range(6, 17)), "demo_10 after demo_9"
-    assert files[0].fps == 20 and files[0].cameras == ("image", "image_wrist")
+    assert files[0].fps == 20 and files[0].deltas == 6
+    assert files[0].cameras == ("image", "image_wrist")
     with h5py.File(tmp_path / "first_demo.hdf5") as file:
         demo = file["data/demo_1"]
         turned = demo["obs/agentview_rgb"][3][::-1, ::-1]

@@ -400,6 +400,7 @@ def test_record_drops_failures_and_counts_them(toy, tmp_path, monkeypatch, capsy
     files = read_episodes(tmp_path / "data")
     assert [f.source for f in files] == ["toy/0", "toy/1"] * 3, "tasks take turns"
     assert files[0].task == "go right" and files[0].fps == 10
+    assert files[0].deltas == files[0].action.shape[1] - 1, "the last one is the gripper's"
     assert files[0].cameras == ("image", "image_wrist")
     assert set(files[0].action[:, 0]) == {1.0}, "clipped, and without the noise"
     assert len(set(np.diff(files[1].state[:, 0]))) > 1, "carried out with noise"

@@ -6,8 +6,9 @@
 
 The first camera is `image`, a further one `image_<last part of its name>` (`wrist_image`, as
 in LIBERO's copies, gives `image_wrist`, as our recordings have it); keys are put side by
-side. --fps keeps the first image and state of each interval, and the last value of the action, but
-the sum of its first --deltas dimensions. Where the task changes, a new episode begins. All numbers
+side. --deltas says how many first dimensions of an action are movements, for the episodes' headers.
+--fps keeps the first image and state of each interval, and the last value of the action, but the
+sum of movements. Where the task changes, a new episode begins. All numbers
 and instructions are checked first, then images are read. What --skip-blank and --skip-damaged leave
 out is counted, and stands in skipped.jsonl beside the episodes.
 

@@ -4,8 +4,8 @@
 
 The camera `image` becomes observation.images.image, `image_NAME` observation.images.NAME; the
 numbers are `action` and `observation.state`, float32 as they are. What else an episode may hold
-(objects, targets, thoughts) has no place there and stays behind, which is said. tools/lerobot.py
-reads such a folder back.
+(objects, targets, thoughts, deltas) has no place there and stays behind, which is said.
+tools/lerobot.py reads such a folder back, deltas by its flag.
 
 One pass over the episodes: 1. check that they are of one robot, rate and image size 2. each
 becomes rows of data/ (and with videos frames of videos/) 3. meta/ says where each begins, and what
@@ -137,6 +137,8 @@ def left_out(files: list[EpisodeFile]) -> list[str]:
         # objects is an empty list, the others None where nothing is known
         if any(getattr(file, name) is not None and len(getattr(file, name)) for file in files):
             names.append(name)
+    if any(file.deltas is not None for file in files):
+        names.append("deltas")
     return names
 
 
