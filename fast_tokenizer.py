@@ -276,8 +276,8 @@ def _deltas(path, entry, action_dim):
         return None
     if not isinstance(text, str) or not text.isdecimal() or int(text) > action_dim:
         raise ValueError(
-            f"{path}: deltas {text!r} is no number of action dimensions, of which there are "
-            f"{action_dim}; record the episode again"
+            f"{path}: deltas {text!r} of {action_dim} action dimensions; give 0 to {action_dim} or "
+            "none, and record the episode again"
         )
     return int(text)
 
@@ -368,6 +368,12 @@ def _check_same_robot(files):
                     f"{file.path}: {dims} {name} dimensions, {files[0].path.name} has "
                     f"{first_dims}; keep different robots in different folders"
                 )
+        known = file.deltas is not None and files[0].deltas is not None
+        if known and file.deltas != files[0].deltas:
+            raise ValueError(
+                f"{file.path}: deltas {file.deltas}, {files[0].path.name} has {files[0].deltas}; "
+                "keep different robots in different folders"
+            )
 
 
 def locate_step(files: list[EpisodeFile], ends: np.ndarray, i: int) -> tuple[EpisodeFile, int]:
@@ -547,6 +553,7 @@ class Stats(TypedDict):
     mean: list[float]
     std: list[float]
     count: int  # N
+    deltas: int  # of actions, where known: EpisodeFile.deltas
 
 
 def statistics(x: np.ndarray) -> Stats:
@@ -671,6 +678,9 @@ def check_stats(stats: Stats, dims: int, source: str | Path = "stats") -> Stats:
         raise ValueError(
             f"{source}: count is {stats['count']}, no number; recompute the statistics"
         )
+    deltas = stats.get("deltas", 0)
+    if type(deltas) is not int or not 0 <= deltas <= dims:
+        raise ValueError(f"{source}: deltas is {deltas!r}; give 0 to {dims}, or leave it out")
     for low, high in (("q01", "q99"), ("min", "max")):
         if low in stats and high in stats and (np.asarray(stats[high]) < stats[low]).any():
             raise ValueError(f"{source}: {high} lies below {low}; recompute the statistics")
@@ -680,8 +690,8 @@ def check_stats(stats: Stats, dims: int, source: str | Path = "stats") -> Stats:
 def read_stats(folder: str | Path, files: list[EpisodeFile]) -> dict[str, Stats]:
     """{"action", "state"} -> statistics: stats.json beside the episodes, else made from files.
 
-    ValueError when it counts other steps than the folder has. Least and largest value, which old
-    ones lack, are those of files."""
+    ValueError when it counts other steps than the folder has. Least and largest value and deltas,
+    which old ones lack, are those of files."""
     path = _episode_folder(folder) / "stats.json"
     computed = _statistics_of(files)
     if not path.exists():
@@ -690,8 +700,9 @@ def read_stats(folder: str | Path, files: list[EpisodeFile]) -> dict[str, Stats]
     try:
         stored = json.loads(path.read_text())
         for name, of_files in computed.items():
-            with_range = {"min": of_files["min"], "max": of_files["max"]} | stored[name]
-            stats[name] = check_stats(with_range, len(of_files["q01"]), f"{path}: {name}")
+            lacking = {key: of_files[key] for key in ("min", "max", "deltas") if key in of_files}
+            complete = lacking | stored[name]
+            stats[name] = check_stats(complete, len(of_files["q01"]), f"{path}: {name}")
     except (json.JSONDecodeError, KeyError, TypeError) as e:
         raise ValueError(f"{path}: no statistics ({e!r}); delete it to have them computed") from e
     counts = {name: stats[name].get("count") for name in stats}
@@ -709,6 +720,9 @@ def _statistics_of(files):
     stats = {}
     for name in ("action", "state"):
         stats[name] = statistics(np.concatenate([getattr(file, name) for file in files]))
+    deltas = {file.deltas for file in files}
+    if len(deltas) == 1 and deltas != {None}:
+        stats["action"]["deltas"] = deltas.pop()
     return stats
 
 
@@ -717,7 +731,7 @@ def _statistics_of(files):
 # What a converter yields for an episode: its arrays ("action" (T, A), "state" (T, S), "image" and
 # any "image_<name>" (T, H, W, 3) uint8 or what encode_frames() makes of it; the others of SHAPES
 # where it knows them), and its header ("task", "fps", "source", and what encode_frames() adds, all
-# text; "objects", "targets" and "thoughts" of EpisodeFile as JSON; its "deltas"), where known.
+# text; where it knows them "deltas", and "objects", "targets" and "thoughts" as JSON: EpisodeFile).
 Recording = tuple[dict[str, np.ndarray], dict[str, str]]
 
 CODECS = {  # codec -> how Pillow writes it
@@ -837,11 +851,14 @@ def _missing_recordings(recordings, written):
         if recording is None:
             continue
         arrays, header = recording
-        given = (header["task"], header.get("source", ""), len(arrays["action"]))
-        if given != (file.task, file.source, len(file)):
+        steps = len(arrays["action"])
+        given = (header["task"], header.get("source", ""), steps, header.get("deltas"))
+        deltas = None if file.deltas is None else str(file.deltas)
+        had = (file.task, file.source, len(file), deltas)
+        if given != had:
             raise ValueError(
-                f"{file} was written from {(file.task, file.source, len(file))}, now {given} comes "
-                f"in its place; delete {file.path.parent} to begin again"
+                f"{file} was written from {had}, now {given} comes in its place; delete "
+                f"{file.path.parent} to begin again"
             )
     if passed < len(written):
         raise ValueError(

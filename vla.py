@@ -244,7 +244,7 @@ class FrameDataset:
         frame    0    1    2    3
         episode  0    0    1    1
         step     0    2    0    2
-        actions  0 1  2 2  0 1  2 3     their steps; past the end the last one repeats
+        actions  0 1  2 -  0 1  2 3     their steps; past the end see action_chunks()
         mask     1 1  1 0  1 1  1 1
 
     state (N, S) and action (N, K, A) are normalised by q01/q99 -> [-1, 1], not clipped; mask (N, K)
@@ -823,12 +823,12 @@ def frame_answers(backbone: Backbone, frames: FrameDataset, cfg: Config) -> list
     answers = []
     for episode, frame_range in zip(frames.episodes, frames.frame_ranges, strict=True):
         chunks = action_chunks(episode, action_tokenizer.horizon)  # (T, K, A)
-        whole = chunk_starts(episode, action_tokenizer.horizon)
-        all_action_ids = action_tokenizer.encode(chunks[whole.start : whole.stop])
+        starts = chunk_starts(episode, action_tokenizer.horizon)
+        all_action_ids = action_tokenizer.encode(chunks[starts.start : starts.stop])
         for frame_id in frame_range:
             _, step = frames.locate(frame_id)
             text = ""
-            if step in whole:
+            if step in starts:
                 text = f"{model.action_answer(all_action_ids[step])}<|im_end|>"
             ids = backbone.tokenizer.encode(text, add_special_tokens=False)
             answers.append(np.array(ids, np.int64))
@@ -1552,11 +1552,14 @@ class Hold(NamedTuple):
 def how_to_hold_still(stats: Stats) -> Hold | None:
     """By the statistics of the training actions; None when they lack mean or std.
 
-    A gripper is told one end of its range or the other: its variance is then nearly the largest
-    that its mean allows, (max - mean) (mean - min), of which that of a movement is about a third.
-    It is told first the end that is nearer to its mean, the more frequent one. What lies on one
-    side of 0 and is no gripper is a position: it keeps it, and the first is not known. Positions
-    on both sides of 0 cannot be told from movements."""
+    Which dimensions are movements the recordings may say (`deltas`). Where they do not it is
+    guessed: a gripper is told one end of its range or the other, so its variance is nearly the
+    largest that its mean allows, (max - mean) (mean - min), of which that of a movement is about a
+    third. What lies on one side of 0 and is no gripper is a position. Positions on both sides of 0
+    cannot be told from movements then.
+
+    A gripper is told first the end that is nearer to its mean, the more frequent one; what a
+    position is told first is not known."""
     if not {"mean", "std"} <= set(stats):
         return None
     low = np.array(stats.get("min", stats["q01"]))  # (A,)
@@ -1566,6 +1569,8 @@ def how_to_hold_still(stats: Stats) -> Hold | None:
     is_gripper = np.square(stats["std"]) > 0.75 * largest_variance
     is_constant = high - low < STILL
     keeps = (is_gripper & ~is_constant) | (low > 0) | (high < 0)
+    if "deltas" in stats:
+        keeps = np.arange(len(mean)) >= stats["deltas"]
     more_frequent = np.where(mean - low < high - mean, low, high)
     return Hold(keeps, np.where(is_gripper | is_constant, more_frequent, np.nan))
 

@@ -204,7 +204,7 @@ class KeptThought(NamedTuple):
     thought: str
     episode: EpisodeFile
     step: int
-    chunk: np.ndarray  # (K, A) as recorded, dataset units
+    chunk: np.ndarray  # (K, A) action_chunks() of the recording, dataset units
 
 
 def kept_actions(backbone, completions: list[list[int]], prompts, args) -> list[list[KeptThought]]:

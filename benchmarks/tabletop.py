@@ -269,7 +269,8 @@ def relation_score(side: str, thing: Thing, reference: tuple[float, float]) -> f
 class Tabletop:
     """The environment: `tasks`, reset(task, seed) -> obs, step(action) -> (obs, success, done).
 
-    Actions (7,) in [-1, 1], all deltas: xyz, roll pitch yaw, gripper (-1 opens, +1 closes).
+    Actions (7,) in [-1, 1]: movements in xyz and roll pitch yaw, and the gripper (-1 opens, +1
+    closes).
     obs: {"image": uint8 (size, size, 3), "state": float32 (8,) = gripper xyz (m), roll pitch yaw
     (rad), the two finger positions (m), "instruction": str}. tilt > 0 turns the camera from
     straight down to oblique. limit: steps of an episode.

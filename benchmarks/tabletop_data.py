@@ -463,6 +463,21 @@ def conversation(
 DELTAS = 6  # of the 7 dimensions of an action the first 6 are movements, which 0 stops
 
 
+def expert_chunk(env: Tabletop, horizon: int) -> np.ndarray:
+    """The expert's next actions (K, 7), to four digits, from the present state, which stays as it
+    is. When the task is done the hand holds still."""
+    ahead = env.clone()
+    actions = []
+    is_done = False
+    for _ in range(horizon):
+        if is_done:
+            actions.append(np.concatenate([np.zeros(DELTAS), actions[-1][DELTAS:]]))
+        else:
+            actions.append(ahead.expert()[0].round(4))
+            is_done = ahead.advance(actions[-1])
+    return np.stack(actions)
+
+
 class Seen(NamedTuple):
     """An object as a recording keeps it."""
 
@@ -623,15 +638,7 @@ def make_thought_action(args, number: int) -> str:
     _, plan = env.expert()
     text = f"Instruction: {env.instruction}\n{ACTION_QUESTION}"
     question = Question(text, thought(env, plan), "<ACTION>")
-    chunk = []
-    is_done = False
-    while len(chunk) < args.horizon:
-        if not is_done:
-            action = env.expert()[0].round(4)
-            is_done = env.advance(action)
-        else:
-            action = np.concatenate([np.zeros(DELTAS), action[DELTAS:]])
-        chunk.append(action.tolist())
+    chunk = expert_chunk(env, args.horizon).tolist()
     frame = save_frame(args.out, "thought_frames", number, image)
     return json_row([frame], [question], chunk=chunk)
 

@@ -10,19 +10,9 @@ without a fault, and is rewarded for it, fails the task.
 import numpy as np
 
 from benchmarks.simulate import TrialResult
-from benchmarks.tabletop import SUITES, Tabletop, make_trials
+from benchmarks.tabletop import SUITES, make_trials
+from benchmarks.tabletop_data import expert_chunk
 from fast_tokenizer import FastTokenizer, count
-
-
-def expert_chunk(env: Tabletop, horizon: int) -> np.ndarray:
-    """The expert's next actions (K, 7) from the present state, which stays as it is."""
-    ahead = env.clone()
-    actions = []
-    for _ in range(horizon):
-        action, _ = ahead.expert()
-        actions.append(action)
-        ahead.advance(action)
-    return np.stack(actions)
 
 
 def arguments(add):

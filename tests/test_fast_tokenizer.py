@@ -542,11 +542,48 @@ def test_past_the_end_a_robot_holds_still_where_it_is_known_how(tmp_path, deltas
 @pytest.mark.parametrize("deltas", ["4", "-1", "", "six", "2.0"])
 def test_deltas_that_are_no_number_of_dimensions_are_refused(tmp_path, deltas):
     path, _ = write(tmp_path, 0, header={"deltas": deltas})
-    message = (
-        rf"000000.safetensors: deltas '{re.escape(deltas)}' is no number .* there are 3; record"
-    )
+    message = rf"000000.safetensors: deltas '{re.escape(deltas)}' of 3 .*; give 0 to 3 or none"
     with pytest.raises(ValueError, match=message):
         ft.read_episode_file(path)
+
+
+@pytest.mark.parametrize("episodes_per_file", [1, 2])
+def test_what_a_folder_says_of_movements(tmp_path, capsys, episodes_per_file):
+    """Packs keep it for each episode; statistics have it where all agree, also where stats.json is
+    older; of episodes that do not say it `fit` tells what they lose; two robots are refused."""
+
+    def saying(*all_deltas):
+        for (arrays, header), deltas in zip(recordings(3), all_deltas, strict=True):
+            yield arrays, header if deltas is None else header | {"deltas": deltas}
+
+    def write_folder(name, *all_deltas):
+        folder = tmp_path / name
+        ft.write_episodes(folder, saying(*all_deltas), episodes_per_file)
+        files = ft.read_episodes(folder)
+        capsys.readouterr()
+        ft.main(["fit", "--data", str(folder), "--out", str(tmp_path / f"{name}_fast")])
+        return files, ft.read_stats(folder, files)["action"], capsys.readouterr().out
+
+    files, stats, said = write_folder("all", "2", "2", "2")
+    assert [file.deltas for file in files] == [2, 2, 2] and stats["deltas"] == 2
+    assert "begin no chunk" not in said
+    assert FastTokenizer.load(tmp_path / "all_fast").stats["deltas"] == 2
+    path = tmp_path / "all/stats.json"
+    stored = json.loads(path.read_text())
+    del stored["action"]["deltas"]
+    path.write_text(json.dumps(stored))
+    assert ft.read_stats(tmp_path / "all", files)["action"] == stats
+    stored["action"]["deltas"] = 4
+    path.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match="stats.json: action: deltas is 4; give 0 to 3"):
+        ft.read_stats(tmp_path / "all", files)
+
+    files, stats, said = write_folder("some", "2", None, "2")
+    assert [file.deltas for file in files] == [2, None, 2] and "deltas" not in stats
+    assert "the last 4 steps of 1 of 3 episodes begin no chunk: their headers do not say" in said
+
+    with pytest.raises(SystemExit, match="deltas 3, .* has 2; keep different robots in different"):
+        ft.write_episodes(tmp_path / "two", saying("2", "2", "3"), episodes_per_file)
 
 
 def test_wrong_episodes_are_refused(tmp_path):
@@ -866,7 +903,17 @@ def test_a_writer_goes_on_with_the_same_recordings_only(tmp_path):
     with pytest.raises(SystemExit, match=r"a damaged file \(what was written stays in .*out.part"):
         ft.write_episodes(out, stopping(), resume=True)
     for other, per_file, message in (
-        (itertools.islice(recordings(9), 1, None), 1, "now .'push 1', 'lab 1', 8. comes in its"),
+        (
+            itertools.islice(recordings(9), 1, None),
+            1,
+            "now .'push 1', 'lab 1', 8, None. comes in its",
+        ),
+        # a converter that has learned how the robot holds still: half of a folder would not say it
+        (
+            ((arrays, header | {"deltas": "2"}) for arrays, header in recordings(9)),
+            1,
+            "'lab 0', 7, None., now .'push 0', 'lab 0', 7, '2'. comes in its",
+        ),
         (itertools.islice(recordings(9), 3), 1, "has 4 episodes, now only 3 recordings come"),
         (recordings(9), 2, "begun with other episodes a file"),
     ):

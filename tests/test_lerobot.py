@@ -229,6 +229,7 @@ def test_resampling_keeps_first_frames_and_adds_movements_up(tmp_path, version):
         expected.append([*action[start:end, :3].sum(0), action[end - 1, 3]])
     assert np.allclose(files[0].action, expected, atol=1e-6)
     assert np.allclose(files[0].state, state[::2], atol=1e-7)
+    assert convert(tmp_path / "in", tmp_path / "none", "--deltas", "0")[0].deltas == 0
     assert abs(files[1].frame(3).astype(int) - pictures(1)[6]).max() <= 5
 
 
@@ -768,6 +769,13 @@ def test_a_conversion_goes_on_after_a_stop(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
     with pytest.raises(SystemExit, match="begun with --image-format raw, not png; give the same"):
         convert(tmp_path / "in", tmp_path / "out", "--resume", "--image-format", "png")
+    # begun by a version that kept --deltas to itself: half of the episodes would not say it
+    flags = tmp_path / "out.part/conversion.json"
+    kept = flags.read_text()
+    flags.write_text(json.dumps(json.loads(kept) | {"deltas": 3}))
+    with pytest.raises(SystemExit, match="with deltas None, --deltas says 3; delete .*out.part"):
+        convert(tmp_path / "in", tmp_path / "out", "--resume", "--deltas", "3")
+    flags.write_text(kept)
 
     def only_the_second(job, plan):
         converted.append(plan.entry.number)

@@ -623,6 +623,26 @@ def test_rows_load_and_chunks_are_the_recorded_actions(data, written):
         assert row["messages"][1]["content"].endswith("</think><answer><ACTION></answer>")
 
 
+@pytest.mark.parametrize("style", ["varied", "recorded"])
+def test_thoughts_before_an_episodes_last_actions(tmp_path, style):
+    """Where the robot is known to hold still past the end all steps begin a chunk. But what came of
+    the last action is not recorded: before it "go nowhere, keep the fingers closed" was thought,
+    and up and open done. The expert's own thought knows."""
+    said = [(arrays, header | {"deltas": "3"}) for arrays, header in recordings(objects=True)]
+    write_episodes(tmp_path / "episodes", said)
+    write_file(tmp_path / "axes.json", AXES)
+    rq.main(flags(tmp_path, tmp_path / "out", camera="", thought_style=style, thought_actions=400))
+    steps = set()
+    for row in rows_of(tmp_path / "out/thought_actions.jsonl"):
+        number, t, _ = td.Image.open(tmp_path / "out" / row["images"][0]).getpixel((0, 0))
+        steps.add(t)
+        action = read_episodes(tmp_path)[number].action
+        still = np.append([0, 0, 0], action[-1, 3:])
+        expected = [*action[t : t + 4], *[still] * 4][:4]
+        np.testing.assert_allclose(row["chunk"], expected, atol=1e-6)
+    assert steps == set(range(19 if style == "varied" else 20))
+
+
 def test_same_seed_same_bytes_raw_or_encoded(data, written, tmp_path):
     write_episodes(tmp_path / "episodes", recordings(encoded=True))
     for name in ("axes", "camera"):

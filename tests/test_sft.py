@@ -300,6 +300,21 @@ def test_actions_with_and_without_a_thought(tmp_path, robot):
     assert shown.target_ids(11) == tokenizer.encode(last)[0]
 
 
+def test_a_tasks_last_actions_are_learned_where_it_is_known_how_to_hold_still(robot):
+    """Both dimensions are movements: all 9 steps of an episode begin a chunk, padded with 0."""
+    tokenizer = FastTokenizer.load(robot / "fast")
+    for path in (robot / "episodes").glob("*.safetensors"):
+        header = {"task": "push", "fps": "5", "source": "test", "deltas": "2"}
+        save_file(load_file(path), path, header)
+    shown = model.EpisodeDataset(robot / "episodes", tokenizer)
+    assert len(shown.train) == 18 and list(shown.held) == list(range(18, 27))
+    for i, episode in ((8, shown.episodes[0]), (17, shown.episodes[1])):
+        last = np.zeros((1, 4, 2), np.float32)
+        last[0, 0] = episode.action[8]
+        assert shown.target_ids(i) == tokenizer.encode(last)[0]
+        assert np.array_equal(shown[i].images[0], episode.frame(8))
+
+
 def test_actions_are_learned_and_vision_stays(tmp_path, robot, capsys):
     chunk = action_chunks(read_episodes(robot / "episodes")[0], 4)[2]
     data, n = conversations(tmp_path / "talk", 3, [thought_row(chunk)])

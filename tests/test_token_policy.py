@@ -152,6 +152,11 @@ def test_how_to_hold_still_by_hand():
     executor(np.full((2, 5), 0.5, np.float32), "go")
     assert executor(nothing, "go").tolist() == [[0, 0.5, 0.5, 0, 0.5]]
 
+    # a joint angle on both sides of 0 was sent to 0; what the recordings say comes before a guess
+    for deltas, keeps in ((0, [True] * 5), (3, [False, False, False, True, True])):
+        hold = vla.how_to_hold_still(stats | {"deltas": deltas})
+        assert hold.keeps.tolist() == keeps and np.isnan(hold.first[[0, 4]]).all()
+
     del stats["std"]
     assert vla.how_to_hold_still(stats) is None
     for unknown in (None, vla.how_to_hold_still(stats)):

@@ -829,6 +829,11 @@ def begin(args: argparse.Namespace) -> dict[str, list[tuple[str, int]]]:
     path.write_text(json.dumps(kept, indent=1) + "\n")
     episodes = {}
     for file in unfinished_episodes(args.out):
+        if file.deltas != args.deltas:  # of a version that did not write it
+            raise ValueError(
+                f"{file} was written with deltas {file.deltas}, --deltas says {args.deltas}; "
+                f"delete {path.parent} to begin again"
+            )
         episodes.setdefault(file.source, []).append((file.task, len(file)))
     return episodes
 

@@ -1223,11 +1223,14 @@ def action_thought(moment: Moment, rng) -> str:
 
 
 def make_thought_action(source: Source, out: Path, horizon: int, rng) -> str:
-    """A line of thought_actions.jsonl: a thought, then the recorded actions (`horizon` x A)."""
+    """A line of thought_actions.jsonl: a thought, then the next actions (`horizon` x A). What the
+    last action led to is not recorded, so only the expert's own thought is learned before it."""
+    says_the_last = source.world.thought_style == "recorded"
     while True:
         index, moment = draw_moment(source, rng)
         file = moment.motion.file
-        if moment.t in chunk_starts(file, horizon):
+        is_last = moment.t == len(file) - 1
+        if moment.t in chunk_starts(file, horizon) and (says_the_last or not is_last):
             break
     reason = action_thought(moment, rng)
     chunk = action_chunks(file, horizon)[moment.t].astype(float).round(6).tolist()
