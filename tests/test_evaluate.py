@@ -409,8 +409,20 @@ def test_the_experts_chunk_leaves_the_environment_alone():
     chunk = tabletop_tokens.expert_chunk(env, 4)
     assert env.steps == 0
     for action in chunk:
-        assert (env.expert()[0] == action).all()
+        assert (env.expert()[0].round(4) == action).all()
         env.advance(action)
+
+
+def test_the_experts_chunk_holds_still_when_the_task_is_done():
+    """It went on, lifting: an end that nobody is trained on."""
+    env = tt.Tabletop("goal")
+    env.place(9, 0, "eval")  # lift the red cube
+    chunk = tabletop_tokens.expert_chunk(env, 60)
+    steps = 0
+    while not env.advance(chunk[steps]):
+        steps += 1
+    assert chunk[steps][2] > 0.5  # up, and done
+    assert (chunk[steps + 1 :] == [0] * 6 + [chunk[steps][6]]).all() and steps < 59
 
 
 def test_more_actions_than_a_chunk_has_are_refused(expert_chunks, tmp_path):
