@@ -112,27 +112,34 @@ def test_the_probe_has_its_trajectories_in_a_quick_study_too():
     assert episodes[-1] >= evaluate.make_parser("probe").parse_args(probe[1:]).trajectories
 
 
-def test_base_and_sft_are_those_of_the_full_speedrun_and_rl_is_the_default_ones():
-    """Its data and tokenizer, its steps of SFT, and its presets without another flag."""
-    script = (ROOT / "speedrun.sh").read_text().replace("\\\n", " ")
+def test_the_first_models_are_those_of_the_speedrun():
+    """Its data and tokenizer, its SFT, RL and head."""
+    script = re.sub(r" +", " ", (ROOT / "speedrun.sh").read_text().replace("\\\n", " "))
     for words in (
-        "--episodes 3200 --conversations 12000 --thought-actions 60000",
+        "--episodes 3200 --conversations 6000 --thought-actions 36000 --carried-on 0.5",
         "--horizon 5 --scale 2.5 --vocab-size 64 --max-episodes 400",
     ):
-        assert words in re.sub(r" +", " ", script)
+        assert words in script
         assert any(words in data.command for data in study.DATA)
     stages = study.all_stages(study.MATRIX, {"SFT+RL": [3]}, FOLDERS, ranks=2)
     assert stages["SFT_3"].command == (
-        "sft.py speedrun --steps 9600 --data data/3/train/conversations.jsonl:1,"
-        "data/3/train/episodes:1,data/3/train/thought_actions.jsonl:2 --init assets/tiny-vlm "
+        "sft.py speedrun --steps 4800 --shards 1 --data data/3/train/conversations.jsonl:0.5,"
+        "data/3/train/episodes:1.5,data/3/train/thought_actions.jsonl:2 --init assets/tiny-vlm "
         "--out runs/SFT_3 --seed 3 --action-tokenizer data/3/fast"
     )
     assert stages["SFT+RL_3"].command == (
         "grpo.py speedrun --data data/3/train/episodes --init runs/SFT_3 --out runs/SFT+RL_3 "
         "--seed 3"
     )
-    assert "sft=(speedrun --steps 9600 --save-every 400)" in script
-    assert "weights=1,1,2 sft=(speedrun --steps 9600" in re.sub(r"\s+", " ", script)
+    assert stages["SFT+RL_3 head thought"].command == (
+        "vla.py speedrun --stride 8 --condition thought --init runs/SFT+RL_3 "
+        "--data data/3/train/episodes --out runs/heads/SFT+RL_3/thought --seed 3"
+    )
+    default = script.partition("0,0)")[2].partition(";;")[0]
+    assert "weights=0.5,1.5,2 #" in re.sub(r"\s+", " ", default)
+    assert "sft=(speedrun --steps 4800 --shards 1)" in default
+    assert "grpo=(speedrun)" in default
+    assert "head=(speedrun --condition thought --stride 8)" in default
 
 
 def test_what_starts_a_stage():
@@ -662,10 +669,10 @@ def test_the_report_of_made_up_results(made_up, tmp_path, capsys):
     assert "seeds 0, 1; 2 cores; the study so far took 1.0 worker hours" in section
 
     rows = rows_of(text.split("<!-- study: head differences -->")[1].split("<!-- end -->")[0])
-    without_p = "| thought-only | 25.0 [0.0, 75.0] | 1 x 4 |"
+    without_p = "| thought | 25.0 [0.0, 75.0] | 1 x 4 |"
     assert rows["SFT+RL - SFT"].endswith(without_p), "no p where the interval holds 0"
     rows = rows_of(text.split("<!-- study: heads -->")[1].split("<!-- end -->")[0])
-    assert "| thought-only | 75.0 [25.0, 100.0] | 0.010 | 1 x 4 |" in rows["SFT+RL"]
+    assert "| thought | 75.0 [25.0, 100.0] | 0.010 | 1 x 4 |" in rows["SFT+RL"]
     rows = rows_of(text.split("<!-- study: cost -->")[1].split("<!-- end -->")[0])
     assert rows["SFT"] == "| SFT | 2,400 samples | 4.2 | 60.0 | 0.0 | 1.0 | 1 |"
     rows = rows_of(text.split("<!-- study: thoughts -->")[1].split("<!-- end -->")[0])
@@ -688,7 +695,7 @@ def test_the_report_of_made_up_results(made_up, tmp_path, capsys):
 def test_the_page_shows_metrics_that_there_are():
     """A misspelt one would leave its column out and say nothing."""
     known = set()
-    for path in (ROOT / "results/study").glob("few*.json"):
+    for path in (ROOT / "results").glob("study*/few*.json"):
         for variant in json.loads(path.read_text())["arms"].values():
             known |= set(variant["metrics"])
     for shown in (study_report.THOUGHTS, study_report.QUESTIONS, study_report.PROBES):
@@ -736,7 +743,7 @@ def test_figures_hold_the_differences(made_up):
     assert list(figures) == ["differences", "heads"]
     r_a, head = figures["differences"].axes
     assert r_a.get_title() == "greedy r_a"
-    assert head.get_title() == "success of the head that reads: thought-only, %"
+    assert head.get_title() == "success of the head that reads: thought, %"
     labels = [tick.get_text() for tick in r_a.get_yticklabels()]
     assert labels == ["SFT - base", "SFT+RL - base", "SFT+RL - SFT"]
     means = [line.get_xdata()[0] for line in r_a.get_lines() if line.get_marker() == "o"]

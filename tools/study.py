@@ -50,9 +50,8 @@ from tools import plot
 #
 # Commands name what they read and write: {seed}, {train}, {fast}, {test}, {one_task}, {questions},
 # {words}, {scenes}, {qwen} are the folders below; {init} is the parent's checkpoint, {out} the
-# model's own. A command depends on those that write what it names. Data and SFT are those of
-# speedrun.sh with FULL=1, its RL that of the default: RL refines what SFT can do, and this SFT
-# drives best by its own thoughts and tokens.
+# model's own. A command depends on those that write what it names. Data, SFT, RL and the head
+# `thought` are those of speedrun.sh.
 
 
 class Data(NamedTuple):
@@ -83,7 +82,7 @@ DATA = [
     Data(
         "{train}",
         f"{RECORD} --seed {{seed}} --single "
-        "--episodes 3200 --conversations 12000 --thought-actions 60000",
+        "--episodes 3200 --conversations 6000 --thought-actions 36000 --carried-on 0.5",
         "--episodes 80 --conversations 120 --thought-actions 240",
     ),
     Data(
@@ -139,21 +138,22 @@ MEASURES = {
 ALL_MEASURES = " ".join(MEASURES)
 DRIVE = f"evaluate.py tabletop {TRIALS}"  # by a head
 
-HEADS = {  # ways to the head: what vla.py speedrun is told beside data, checkpoint and seed
-    "thought-only": "",  # that of FULL=1
-    "thought": "--condition thought",  # and the prompt: the speedrun's
+HEADS = {  # ways to the head: what HEAD is told beside data, checkpoint and seed
+    "thought": "--condition thought",  # prompt and thought: the speedrun's
+    "thought-only": "",
     "prompt": "--condition prompt",  # the paper's
     "think": "--condition prompt --think",
-    "layer1": "--layer 1",
-    "layer2": "--layer 2",
-    "layer4": "--layer 4",  # the last; the others read 3, 0.64 of the depth
+    "layer1": "--condition prompt --layer 1",
+    "layer2": "--condition prompt --layer 2",
+    "layer4": "--condition prompt --layer 4",  # the last; the others read 3, 0.64 of the depth
     # upper lines, not frozen: the flow loss trains the backbone too; and that of its action tokens
     "flow": "--condition prompt --cache none --backbone-lr 1e-4",
     "flow+tokens": "--condition prompt --cache none --backbone-lr 1e-4 --ce-weight 0.1",
 }
-FROZEN_HEADS = "thought-only thought prompt think layer1 layer2 layer4"
-OWN_HEAD = "thought-only"  # it stands under the name of the model itself
+FROZEN_HEADS = "thought thought-only prompt think layer1 layer2 layer4"
+OWN_HEAD = "thought"  # it stands under the name of the model itself
 ALL_HEADS = " ".join(HEADS)
+HEAD = "vla.py speedrun --stride 8"
 
 # ---- The matrix: models --------------------------------------------------------------------------
 
@@ -175,10 +175,10 @@ class Model(NamedTuple):
     checkpoint: str = BASE  # of a model without commands
 
 
-MIXTURE = "{train}/conversations.jsonl:1,{train}/episodes:1,{train}/thought_actions.jsonl:2"
-SFT = "sft.py speedrun --steps 9600"
-HALF_SFT = "sft.py speedrun --steps 4800"
-ON_SFT = "sft.py speedrun --lr 2e-4 --probe-prompts 0"  # a little more SFT
+MIXTURE = "{train}/conversations.jsonl:0.5,{train}/episodes:1.5,{train}/thought_actions.jsonl:2"
+SFT = "sft.py speedrun --steps 4800 --shards 1"
+HALF_SFT = "sft.py speedrun --steps 2400 --shards 1"
+ON_SFT = "sft.py speedrun --shards 1 --lr 2e-4 --probe-prompts 0"  # a little more SFT
 REJECTION = [  # the right ones of RL's rollouts, then SFT on those
     "evaluate.py actions --policy {init} --data {train}/episodes --split train "
     "--prompts 2560 --samples 8 --keep 2 --keep-right {out}_rows/thoughts.jsonl "
@@ -195,12 +195,12 @@ MODELS = [
     # the paper's
     Model(
         "base", "", [], "the pretrained model under the head",
-        against="", heads="prompt thought-only", measures="actions vqa probe", seeds=5,
+        against="", heads="thought prompt", measures="actions vqa probe", seeds=5,
     ),
     Model(
         "language-SFT", "base", [f"{HALF_SFT} --data {{train}}/conversations.jsonl"],
         "language alone, as many samples as action-SFT",
-        heads="prompt thought-only", measures="actions vqa probe",
+        heads="thought prompt", measures="actions vqa probe",
     ),
     Model(
         "action-SFT", "base", [f"{HALF_SFT} --data {{train}}/episodes"],
@@ -229,31 +229,31 @@ MODELS = [
     ),
     Model(
         "language-RL", "SFT", ["grpo.py language --data {words}/conversations.jsonl"],
-        "Table 6: RL on answers in words", heads="prompt thought-only",
+        "Table 6: RL on answers in words", heads="thought prompt",
     ),
     Model(
         "visual-RL", "SFT", ["grpo.py visual --data {words}/conversations.jsonl"],
-        "Table 6: RL on points and paths", heads="prompt thought-only",
+        "Table 6: RL on points and paths", heads="thought prompt",
     ),
     Model(
         "ECoT-SFT", "SFT", ECOT,
         "Table 7: thought + action of the expert on as many samples as RL has prompts",
-        heads="prompt thought-only",
+        heads="thought prompt",
     ),
     # controls
     Model(
         "no-thought-SFT", "SFT", [f"{ON_SFT} --steps 107 --data {{train}}/episodes"],
         "actions without thoughts on as many samples as RL has prompts",
-        heads="prompt thought-only",
+        heads="thought prompt",
     ),
     Model(
         "rejection", "SFT", REJECTION,
         "rejection sampling at RL's rollouts: what a gain of RL must beat",
-        heads="prompt thought-only",
+        heads="thought prompt",
     ),
     Model(
         "more-SFT", "SFT", [f"{ON_SFT} --steps 800 --data {MIXTURE}"],
-        "more SFT for as long as RL takes", heads="prompt thought-only",
+        "more SFT for as long as RL takes", heads="thought prompt",
     ),
     Model(
         "RL-no-thought", "SFT", [f"{RL} --thought none"], "RL without thinking",
@@ -266,23 +266,23 @@ MODELS = [
     Model(
         "RL-anchor", "SFT", [f"{RL} --anchor-coef 10"],
         "RL that keeps the features that the head reads", against="SFT SFT+RL",
-        heads="prompt thought-only", measures="actions think",
+        heads="thought prompt", measures="actions think",
     ),
     # the paper's regime: thoughts reach actions by transfer and by RL, hardly by SFT
     Model(
-        "few", "base", [f"{HALF_SFT} --data {FEW_THOUGHTS}"],
+        "few", "base", [f"{SFT} --data {FEW_THOUGHTS}"],
         "SFT where 1% of the samples think before they act (the paper: none)",
-        against="base", heads="prompt thought-only",
+        against="base", heads="thought prompt",
         measures="actions think direct vqa thought probe",
     ),
     Model(
         "few+RL", "few", [RL], "does RL teach what SFT left out?",
-        against="base few few-rejection few-ECoT few-more", heads="prompt thought-only",
+        against="base few few-rejection few-ECoT few-more", heads="thought prompt",
         measures="actions think direct vqa thought probe",
     ),
     Model(
         "few+RL-3x", "few", [f"{RL} --steps 240"], "and three times as much of it?",
-        against="few few+RL", heads="prompt thought-only", measures="actions think",
+        against="few few+RL", heads="thought prompt", measures="actions think",
     ),
     Model(
         "few+RL-l1", "few", [f"{RL} --reward l1"], "the distance of decoded actions there",
@@ -291,13 +291,13 @@ MODELS = [
     Model(
         "few+RL-expected", "few", [f"{RL} --credit expected"],
         "the reward that is to be expected behind a thought, in place of a drawn one",
-        against="base few few+RL few-rejection few-ECoT few-more", heads="prompt thought-only",
+        against="base few few+RL few-rejection few-ECoT few-more", heads="thought prompt",
         measures="actions think direct vqa thought probe",
     ),
     Model(
         "few+RL-expected-3x", "few", [f"{RL} --credit expected --steps 240"],
         "and three times as much of it?",
-        against="few few+RL few+RL-3x few+RL-expected", heads="prompt thought-only",
+        against="few few+RL few+RL-3x few+RL-expected", heads="thought prompt",
         measures="actions think thought",
     ),
     Model(
@@ -312,31 +312,31 @@ MODELS = [
     ),
     Model(
         "few-rejection", "few", REJECTION, "rejection sampling at RL's rollouts",
-        against="few", heads="prompt thought-only", measures="actions think",
+        against="few", heads="thought prompt", measures="actions think",
     ),
     Model(
         "few-ECoT", "few", ECOT,
         "thought + action of the expert on as many samples as RL has prompts",
-        against="few", heads="prompt thought-only", measures="actions think thought",
+        against="few", heads="thought prompt", measures="actions think thought",
     ),
     Model(
         "few-more", "few", [f"{ON_SFT} --steps 800 --data {FEW_THOUGHTS}"],
         "more SFT for as long as RL takes",
-        against="few", heads="prompt thought-only", measures="actions think",
+        against="few", heads="thought prompt", measures="actions think",
     ),
     # another architecture
     Model(
         "base-qwen", "", [], "a tiny Qwen2.5-VL in place of the Qwen3-VL",
-        against="base", heads="prompt thought-only", measures="actions vqa probe",
+        against="base", heads="thought prompt", measures="actions vqa probe",
         checkpoint="{qwen}",
     ),
     Model(
         "SFT-qwen", "base-qwen", [f"{SFT} --data {MIXTURE}"], "its SFT",
-        against="base-qwen SFT", heads="prompt thought-only",
+        against="base-qwen SFT", heads="thought prompt",
     ),
     Model(
         "SFT+RL-qwen", "SFT-qwen", [RL], "does RL do for it what it does for the other?",
-        against="base-qwen SFT-qwen SFT+RL", heads="prompt thought-only",
+        against="base-qwen SFT-qwen SFT+RL", heads="thought prompt",
     ),
     # rewards and credit: by r_a and one seed first
     Model("RL-l1", "SFT", [f"{RL} --reward l1"], "the distance of decoded actions", **SCREENING),
@@ -362,16 +362,16 @@ MODELS = [
     # budgets
     Model(
         "RL-3x", "SFT", [f"{RL} --steps 240"], "does more RL reach the head?",
-        against="SFT SFT+RL", heads="prompt thought-only", measures="actions think",
+        against="SFT SFT+RL", heads="thought prompt", measures="actions think",
     ),
     Model(
         "RL-10x", "SFT", [f"{RL} --steps 800"], "does ten times the RL reach the head?",
-        against="SFT SFT+RL", heads="prompt thought-only", measures="actions think",
+        against="SFT SFT+RL", heads="thought prompt", measures="actions think",
     ),
     Model(
         "RL-l1-10x", "SFT", [f"{RL} --reward l1 --steps 800"],
         "and with the reward that every sample has a part of?",
-        against="SFT SFT+RL RL-10x", heads="prompt thought-only", measures="actions think",
+        against="SFT SFT+RL RL-10x", heads="thought prompt", measures="actions think",
     ),
 ]  # fmt: skip
 
@@ -554,7 +554,7 @@ def stages_of(
     # 3. heads, and driving by them
     for head in one.heads.split():
         out = f"{folders.runs}/heads/{name}/{head}"
-        command = f"vla.py speedrun {matrix.heads[head]}".strip()
+        command = f"{HEAD} {matrix.heads[head]}".strip()
         added = f"--init {checkpoint} --data {{train}}/episodes --out {out} --seed {seed}"
         yield Stage(f"{name} head {head}", complete(command, added), out, kind_of(command))
         kind = "tabletop" if "--condition prompt" in command else "tabletop thought"
@@ -722,24 +722,24 @@ def check_outputs(plan: list[Stage], records: dict[str, dict]) -> None:
 
 # Of each kind, on two cores of a 2026 server: seconds a step of training, seconds in all of others.
 SECONDS = {
-    "sft.py": 0.35,
+    "sft.py": 0.3,
     "sft.py base": 0.5,
     "grpo.py": 2.5,
     "vla.py": 0.25,
-    "vla.py thought": 0.55,
+    "vla.py thought": 0.35,
     "vla.py trained": 1.0,
-    "benchmarks.tabletop_data": 60,
+    "benchmarks.tabletop_data": 90,
     "fast_tokenizer.py": 10,
     "awk": 1,
-    "actions": 35,
-    "actions kept": 480,
-    "vqa": 120,
-    "thought": 90,
-    "probe": 120,
-    "tabletop": 160,
-    "tabletop thought": 420,
-    "tabletop think": 600,
-    "tabletop direct": 600,
+    "actions": 40,
+    "actions kept": 240,
+    "vqa": 220,
+    "thought": 130,
+    "probe": 70,
+    "tabletop": 90,
+    "tabletop thought": 400,
+    "tabletop think": 400,
+    "tabletop direct": 200,
     "tabletop think removed": 300,
     "tabletop think swapped": 300,
     "tabletop think true": 300,

@@ -549,7 +549,7 @@ def draw_rows(axes, rows: list[Row], metric: Metric, colours: dict[str, str]) ->
 
 
 SHOWN = ("think greedy r_a", "think greedy thought true", "think success")  # of METRICS
-SHOWN_HEADS = ("prompt", "thought-only")
+SHOWN_HEADS = ("prompt", "thought")
 
 
 def difference_rows(report: Report, head: str, metric_name: str) -> list[Row]:
