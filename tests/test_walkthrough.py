@@ -76,9 +76,9 @@ def test_it_shows_the_projects_own_functions_and_repeats_none():
 SMALL = {"DEMONSTRATIONS": 3, "SFT_STEPS": 2, "HEAD_STEPS": 2, "TRIALS": 1, "TASKS": [5]}
 
 
-@pytest.mark.slow
 def test_it_runs(tmp_path):
-    """All cells from the first to the last, with data and steps that teach nothing: a minute."""
+    """All cells from the first to the last, with data and steps that teach nothing: a minute. Among
+    the slow tests, which CI leaves out, it did not tell that grpo.prompt_rows() had changed."""
     nbclient = pytest.importorskip("nbclient")
     nbformat = pytest.importorskip("nbformat")
     for name in ("ipykernel", "matplotlib"):
