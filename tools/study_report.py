@@ -2,7 +2,7 @@
 
 Reads results/study/*.json, writes the tables into a page between its lines `<!-- study: NAME -->`
 and `<!-- end -->`, so that the prose around them stays, and two figures beside it. A page may have
-some of the TABLES: `--page README.md` fills those of the README.
+some of the TABLES alone.
 
 Models are compared on what both were measured on: per seed the same prompts, trials or questions.
 The interval of a difference resamples seeds, and within each drawn seed its items; p is that of the
