@@ -451,15 +451,23 @@ def join_splits(earlier: list[dict], records: list[dict]) -> list[dict]:
     return [*[other for other in earlier if other not in records], *records]
 
 
+def hold_still(action: np.ndarray, deltas: int) -> np.ndarray:
+    """What follows an action (..., A) while the robot holds still: the same without its movements,
+    which are the first `deltas` dimensions."""
+    still = action.copy()
+    still[..., :deltas] = 0
+    return still
+
+
 def action_chunks(episode: EpisodeFile, horizon: int) -> np.ndarray:
     """The `horizon` actions from each step (T, K, A) float32.
 
-    Past the end the robot holds still: the last action without its movements. Where nobody knows
-    which those are (`deltas`), the last one repeats."""
+    Past the end the robot holds still. Where nobody knows which dimensions are movements
+    (`deltas`), the last action repeats."""
     if horizon < 1:
         raise ValueError(f"horizon {horizon}; a chunk has at least 1 step")
-    after = np.repeat(episode.action[-1:], horizon - 1, 0)  # (K - 1, A)
-    after[:, : episode.deltas or 0] = 0
+    still = hold_still(episode.action[-1:], episode.deltas or 0)  # (1, A)
+    after = np.repeat(still, horizon - 1, 0)  # (K - 1, A)
     actions = np.concatenate([episode.action, after])  # (T + K - 1, A)
     steps = np.arange(len(episode))[:, None] + np.arange(horizon)  # (T, K)
     return actions[steps]  # (T, K, A)

@@ -18,8 +18,8 @@ Reads --init, --data. Writes runs/vla/{log.jsonl, features/, step_*/, final/}.
 OMP_NUM_THREADS=1 python vla.py              # tabletop; 12 minutes on one CPU core. With torchrun
                                              # --nproc_per_node N on N of them, or on N GPUs
 python vla.py speedrun --condition thought --stride 8 --init I --data D   # as in speedrun.sh: 12
-                                 # minutes on one CPU core, 75.0% of 200 trials succeed on
-                                 # the base [68.6, 80.5], 89.0 on SFT [83.9, 92.6]
+                                 # minutes on one CPU core, 76.0% of 200 trials succeed on
+                                 # the base [69.6, 81.4], 90.0 on SFT [85.1, 93.4]
 torchrun --nproc_per_node 8 vla.py paper --init runs/grpo-paper --data data/libero
                                  # 8 GPUs, both cameras; not run here at full size. An image of
                                  # 128 px (LIBERO as published) is 25 tokens for Qwen2.5-VL, one
@@ -1568,9 +1568,10 @@ def how_to_hold_still(stats: Stats) -> Hold | None:
     largest_variance = (high - mean) * (mean - low)
     is_gripper = np.square(stats["std"]) > 0.75 * largest_variance
     is_constant = high - low < STILL
-    keeps = (is_gripper & ~is_constant) | (low > 0) | (high < 0)
     if "deltas" in stats:
         keeps = np.arange(len(mean)) >= stats["deltas"]
+    else:
+        keeps = (is_gripper & ~is_constant) | (low > 0) | (high < 0)
     more_frequent = np.where(mean - low < high - mean, low, high)
     return Hold(keeps, np.where(is_gripper | is_constant, more_frequent, np.nan))
 

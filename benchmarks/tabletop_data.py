@@ -27,7 +27,15 @@ from tqdm import tqdm
 
 from benchmarks.simulate import distinct
 from benchmarks.tabletop import EDGE, GOALS, HANDLE, OBJECTS, SIZE, SUITES, Plan, Tabletop
-from fast_tokenizer import Recording, count, natural, non_negative, share, write_episodes
+from fast_tokenizer import (
+    Recording,
+    count,
+    hold_still,
+    natural,
+    non_negative,
+    share,
+    write_episodes,
+)
 
 ACTION_QUESTION = "What should the robot do next?"  # as model.action_question asks it
 
@@ -471,7 +479,7 @@ def expert_chunk(env: Tabletop, horizon: int) -> np.ndarray:
     is_done = False
     for _ in range(horizon):
         if is_done:
-            actions.append(np.concatenate([np.zeros(DELTAS), actions[-1][DELTAS:]]))
+            actions.append(hold_still(actions[-1], DELTAS))
         else:
             actions.append(ahead.expert()[0].round(4))
             is_done = ahead.advance(actions[-1])

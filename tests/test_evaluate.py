@@ -21,7 +21,7 @@ import fast_tokenizer
 import model
 import sft
 import vla
-from benchmarks import simulate, tabletop_data, tabletop_tokens
+from benchmarks import simulate, tabletop_data
 from benchmarks import tabletop as tt
 from benchmarks.simulate import Outcome, TrialResult
 from benchmarks.tabletop import drive
@@ -353,7 +353,7 @@ def expert_chunks():
             env = tt.Tabletop(suite)
             env.place(task, 0, "train")
             while env.steps < 40:
-                chunks.append(tabletop_tokens.expert_chunk(env, 5))
+                chunks.append(tabletop_data.expert_chunk(env, 5))
                 for action in chunks[-1][:2]:
                     env.advance(action)
     return np.stack(chunks)
@@ -406,7 +406,7 @@ def test_without_tokens_the_expert_does_all_trials_on_any_number_of_ranks(tmp_pa
 def test_the_experts_chunk_leaves_the_environment_alone():
     env = tt.Tabletop("long")
     env.place(3, 0, "eval")
-    chunk = tabletop_tokens.expert_chunk(env, 4)
+    chunk = tabletop_data.expert_chunk(env, 4)
     assert env.steps == 0
     for action in chunk:
         assert (env.expert()[0].round(4) == action).all()
@@ -417,7 +417,7 @@ def test_the_experts_chunk_holds_still_when_the_task_is_done():
     """It went on, lifting: an end that nobody is trained on."""
     env = tt.Tabletop("goal")
     env.place(9, 0, "eval")  # lift the red cube
-    chunk = tabletop_tokens.expert_chunk(env, 60)
+    chunk = tabletop_data.expert_chunk(env, 60)
     steps = 0
     while not env.advance(chunk[steps]):
         steps += 1

@@ -500,9 +500,8 @@ def test_tasks_that_carry_on_begin_where_others_ended():
 def test_action_tokens_are_made_of_a_tasks_last_movements_too(tmp_path):
     """No chunk began within 4 steps of the end, so no thought or action was learned of a lift,
     which takes 4, and a model by its own tokens solved 0 of 50 of them."""
-    fast_tokenizer.write_episodes(
-        tmp_path / "e", [td.demonstration("goal", 9, 5, 0.06)]
-    )  # lift the red cube
+    lifting = td.demonstration("goal", 9, 5, 0.06)  # of the red cube
+    fast_tokenizer.write_episodes(tmp_path / "e", [lifting])
     (episode,) = fast_tokenizer.read_episodes(tmp_path / "e")
     assert fast_tokenizer.chunk_starts(episode, 5) == range(len(episode))
     last = episode.action[-1]

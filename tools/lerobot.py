@@ -8,9 +8,9 @@ The first camera is `image`, a further one `image_<last part of its name>` (`wri
 in LIBERO's copies, gives `image_wrist`, as our recordings have it); keys are put side by
 side. --deltas says how many first dimensions of an action are movements, for the episodes' headers.
 --fps keeps the first image and state of each interval, and the last value of the action, but the
-sum of movements. Where the task changes, a new episode begins. All numbers
-and instructions are checked first, then images are read. What --skip-blank and --skip-damaged leave
-out is counted, and stands in skipped.jsonl beside the episodes.
+sum of movements. Where the task changes, a new episode begins. All numbers and instructions are
+checked first, then images are read. What --skip-blank and --skip-damaged leave out is counted, and
+stands in skipped.jsonl beside the episodes.
 
 A dataset is a folder: meta/ describes it, data/ holds all numbers (and images, if they are PNG) as
 parquet, videos/ the images as MP4. v2.0 and v2.1 have a file a recording, v3.0 joins recordings to

@@ -138,6 +138,7 @@ MEASURES = {
 ALL_MEASURES = " ".join(MEASURES)
 DRIVE = f"evaluate.py tabletop {TRIALS}"  # by a head
 
+HEAD = "vla.py speedrun --stride 8"
 HEADS = {  # ways to the head: what HEAD is told beside data, checkpoint and seed
     "thought": "--condition thought",  # prompt and thought: the speedrun's
     "thought-only": "",
@@ -153,7 +154,6 @@ HEADS = {  # ways to the head: what HEAD is told beside data, checkpoint and see
 FROZEN_HEADS = "thought thought-only prompt think layer1 layer2 layer4"
 OWN_HEAD = "thought"  # it stands under the name of the model itself
 ALL_HEADS = " ".join(HEADS)
-HEAD = "vla.py speedrun --stride 8"
 
 # ---- The matrix: models --------------------------------------------------------------------------
 
