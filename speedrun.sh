@@ -19,7 +19,7 @@ case ${QUICK:-0},${FULL:-0} in
     DATA=${DATA:-data/speedrun}
     RESULT=results/speedrun.json
     preset=speedrun
-    train_data=(--episodes 3200 --conversations 6000 --thought-actions 36000 --carried-on 0.75 --by-verb 0.4)
+    train_data=(--episodes 3200 --conversations 6000 --thought-actions 36000 --carried-on 0.5)
     test_data=(--episodes 120)
     weights=0.5,1.5,2  # in SFT, of conversations, of actions, of thoughts and actions
     # A preset of each stage, and what differs from it. --shards 1: a tenth less CPU time. --stride 8:
@@ -37,7 +37,7 @@ case ${QUICK:-0},${FULL:-0} in
     DATA=${DATA:-data/quick}
     RESULT=$RUN/results.json
     preset=quick
-    train_data=(--episodes 400 --conversations 1200 --thought-actions 2400 --carried-on 0.75 --by-verb 0.4)
+    train_data=(--episodes 400 --conversations 1200 --thought-actions 2400 --carried-on 0.5)
     test_data=(--episodes 40)
     weights=0.5,1.5,2
     sft=(speedrun --steps 160 --shards 1)

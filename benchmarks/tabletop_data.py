@@ -26,17 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.simulate import distinct
-from benchmarks.tabletop import (
-    EDGE,
-    GOALS,
-    HANDLE,
-    OBJECTS,
-    SIZE,
-    SUITES,
-    Plan,
-    Tabletop,
-    suite_tasks,
-)
+from benchmarks.tabletop import EDGE, GOALS, HANDLE, OBJECTS, SIZE, SUITES, Plan, Tabletop
 from fast_tokenizer import (
     Recording,
     count,
@@ -400,37 +390,10 @@ def ask(kind: str, env: Tabletop, rng) -> Question:
     return Question(text, thought(env, plan), answer)
 
 
-ALL_TASKS = [(suite, task) for task in range(10) for suite in SUITES]
-
-
-@functools.cache
-def tasks_by_verb(tasks: tuple[tuple[str, int], ...]) -> dict[str, list[tuple[str, int]]]:
-    """Those of the tasks (suite, number) that ask for each verb, one or both of their goals: of all
-    40 one asks to push, 32 to put something on something."""
-    asking = {}
-    for suite, number in tasks:
-        for verb in sorted({goal.verb for goal in suite_tasks(suite)[number].goals}):
-            asking.setdefault(verb, []).append((suite, number))
-    return asking
-
-
-def task_of_a_verb(rng, tasks: list[tuple[str, int]] = ALL_TASKS) -> tuple[str, int]:
-    """A verb, each as likely, then a task that asks for it -> (suite, number)."""
-    return pick(rng, pick(rng, list(tasks_by_verb(tuple(tasks)).values())))
-
-
-def random_task(rng, by_verb: float) -> tuple[str, int]:
-    """(suite, number), each as likely; with a chance of by_verb task_of_a_verb()."""
-    if by_verb and rng.random() < by_verb:  # 0 draws nothing
-        return task_of_a_verb(rng)
-    return pick(rng, SUITES), int(rng.integers(10))
-
-
-def random_state(rng, size: int = 64, tilt: float = 0.0, by_verb: float = 0.0) -> Tabletop:
-    """A scene in the middle of a random task, sometimes disturbed. by_verb: see random_task()."""
-    suite, task = random_task(rng, by_verb)
-    env = Tabletop(suite, size, tilt)
-    env.place(task, int(rng.integers(1 << 40)), "train")
+def random_state(rng, size: int = 64, tilt: float = 0.0) -> Tabletop:
+    """A scene in the middle of a random task, sometimes disturbed."""
+    env = Tabletop(pick(rng, SUITES), size, tilt)
+    env.place(int(rng.integers(10)), int(rng.integers(1 << 40)), "train")
     if rng.random() < 0.4:  # the gripper anywhere above the table
         env.gripper_xyz = rng.uniform([-0.19, -0.19, 0.015], [0.19, 0.19, 0.15])
         env.aperture = float(rng.random() < 0.6)
@@ -443,34 +406,30 @@ def random_state(rng, size: int = 64, tilt: float = 0.0, by_verb: float = 0.0) -
     return env
 
 
-MOST_BEFORE = 4  # instructions of a chain before its last
+MOST_BEFORE = 4  # instructions that are carried out before one that carries on
 
 
 def carry_on(env: Tabletop, rng) -> None:
-    """Begin env's task, of the goal suite, where it may begin in a chain: in a scene that is laid
-    out for no task in particular, behind none to MOST_BEFORE other instructions that the expert has
-    carried out, and from where it can do this one too. CALVIN's demonstrations, of play without a
-    reset, do so too (arXiv 2112.03227). The trials of the task itself may have easier scenes: where
-    the way of a push is free."""
+    """Let the expert carry out other instructions of the goal suite, 1 to MOST_BEFORE of them,
+    before env's own is given: it then begins where another ended, as in a chain. CALVIN's
+    demonstrations, of play without a reset, do so too (arXiv 2112.03227). The scene may be laid out
+    anew for it, and that env's own can be done is not asked: demonstration() drops failures."""
     text = env.instruction
     others = [goal for goal in GOALS if goal != text]
-    can_be_done = False
-    while not can_be_done:
-        env.place(0, int(rng.integers(1 << 40)), "train")  # as a chain's scene, see chain()
-        earlier = rng.choice(others, int(rng.integers(MOST_BEFORE + 1)), replace=False).tolist()
-        can_be_done = all(env.follow(other) for other in earlier) and env.clone().follow(text)
+    while True:
+        earlier = rng.choice(others, int(rng.integers(1, MOST_BEFORE + 1)), replace=False)
+        if all(env.follow(other) for other in earlier) and not env.satisfied(GOALS[text]):
+            break
+        env.place(int(rng.integers(10)), int(rng.integers(1 << 40)), "train")
     env.instruct(text)
 
 
-def demonstrated_state(
-    rng, size: int = 64, tilt: float = 0.0, carried_on: float = 0.0, by_verb: float = 0.0
-) -> Tabletop:
+def demonstrated_state(rng, size: int = 64, tilt: float = 0.0, carried_on: float = 0.0) -> Tabletop:
     """A scene on the expert's way to the end of a random task, each of its steps as likely. What
     demonstrations are made of: a random_state() is never late in a task of two goals. carried_on:
-    see demonstration(); by_verb: see random_task()."""
-    suite, task = random_task(rng, by_verb)
-    env = Tabletop(suite, size, tilt)
-    env.place(task, int(rng.integers(1 << 40)), "train")
+    see demonstration()."""
+    env = Tabletop(pick(rng, SUITES), size, tilt)
+    env.place(int(rng.integers(10)), int(rng.integers(1 << 40)), "train")
     if carried_on and env.suite == "goal" and rng.random() < carried_on:  # 0 draws nothing
         carry_on(env, rng)
     chosen = env
@@ -488,11 +447,11 @@ class Turn(NamedTuple):
 
 
 def conversation(
-    seed: int, number: int, size: int = 64, tilt: float = 0.0, by_verb: float = 0.0
+    seed: int, number: int, size: int = 64, tilt: float = 0.0
 ) -> tuple[np.ndarray, list[Turn]]:
     """Conversation `number`: image (size, size, 3) and its turns, half of them with a thought."""
     rng = np.random.default_rng([3, seed, number])
-    env = random_state(rng, size, tilt, by_verb)
+    env = random_state(rng, size, tilt)
     weights = {name: kind.weight for name, kind in (SCENE | TASK).items()}
     shares = np.array(list(weights.values())) / sum(weights.values())
     count = 1 if number % 4 == 0 else 5  # a quarter of single questions, held-out scores use those
@@ -565,7 +524,7 @@ def demonstration(
     Some are disturbed: the recorded actions are always the expert's for the state seen, but
     disturbed steps execute a random push, so that demonstrations contain recoveries (as in DART,
     arXiv 1703.09327). noise: the chance a step that a disturbance begins, of 2 to 4 steps.
-    carried_on: the chance in the goal suite that it begins as in a chain, see carry_on()."""
+    carried_on: the chance in the goal suite that it begins where other instructions ended."""
     env = Tabletop(suite, size, tilt)
     env.place(task, seed, "train")
     start_rng = np.random.default_rng([7, task, seed])
@@ -623,9 +582,6 @@ def demonstration(
 def make_episode(args, number: int) -> tuple[int, dict[str, np.ndarray], dict[str, str]]:
     """Demonstration `number`: how many failures were dropped before it, its arrays and header."""
     suite, task = args.tasks[number % len(args.tasks)]
-    task_rng = np.random.default_rng([9, args.seed, number])
-    if task_rng.random() < args.by_verb:
-        suite, task = task_of_a_verb(task_rng, args.tasks)
     dropped = 0
     while True:
         seed = (args.seed << 24) + (number << 4) + dropped
@@ -663,7 +619,7 @@ def json_row(frames: list[str], questions: list[Question], **more) -> str:
 
 def make_conversation(args, number: int) -> str:
     """Lines of conversations.jsonl: one, or with --single one for each question."""
-    image, turns = conversation(args.seed, number, args.size, args.tilt, args.by_verb)
+    image, turns = conversation(args.seed, number, args.size, args.tilt)
     frame = save_frame(args.out, "frames", number, image)
     kinds = SCENE | TASK
     if len(turns) > 1 and not args.single:  # RL and evaluation ask the first question of a row
@@ -683,9 +639,9 @@ def make_thought_action(args, number: int) -> str:
     Not in the paper's data, see sft.py."""
     rng = np.random.default_rng([5, args.seed, number])
     if number % 2:
-        env = demonstrated_state(rng, args.size, args.tilt, args.carried_on, args.by_verb)
+        env = demonstrated_state(rng, args.size, args.tilt, args.carried_on)
     else:
-        env = random_state(rng, args.size, args.tilt, args.by_verb)
+        env = random_state(rng, args.size, args.tilt)
     image = env.render()
     _, plan = env.expert()
     text = f"Instruction: {env.instruction}\n{ACTION_QUESTION}"
@@ -696,6 +652,8 @@ def make_thought_action(args, number: int) -> str:
 
 
 # ---- Command -------------------------------------------------------------------------------------
+
+ALL_TASKS = [(suite, task) for task in range(10) for suite in SUITES]
 
 
 def task_list(text: str) -> list[tuple[str, int]]:
@@ -727,13 +685,7 @@ def main(argv: list[str] | None = None):
         "--carried-on",
         type=share,
         default=0.0,
-        help="share of goal-suite tasks that begin as in a chain, where up to four others ended",
-    )
-    add(
-        "--by-verb",
-        type=share,
-        default=0.0,
-        help="share of all scenes whose task is drawn by its verb (to push is asked by one of 40)",
+        help="share of goal-suite tasks that begin where others ended, as those of chains do",
     )
     add("--size", type=count, default=64, help="image side in pixels")
     add("--tilt", type=non_negative, default=0.0, help="0 looks straight down; 0.5 is oblique")

@@ -116,8 +116,7 @@ def test_the_first_models_are_those_of_the_speedrun():
     """Its data and tokenizer, its SFT, RL and head."""
     script = re.sub(r" +", " ", (ROOT / "speedrun.sh").read_text().replace("\\\n", " "))
     for words in (
-        "--episodes 3200 --conversations 6000 --thought-actions 36000",
-        "--carried-on 0.75 --by-verb 0.4",
+        "--episodes 3200 --conversations 6000 --thought-actions 36000 --carried-on 0.5",
         "--horizon 5 --scale 2.5 --vocab-size 64 --max-episodes 400",
     ):
         assert words in script

@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import types
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -429,9 +428,7 @@ def test_flags_out_of_range_stop_before_anything_is_written(flag, tmp_path, caps
 
 def test_thought_actions_end_with_the_task(tmp_path):
     """Past the end a chunk repeated the last movement, and the model learned to move on."""
-    args = argparse.Namespace(
-        seed=0, size=16, tilt=0.0, horizon=12, carried_on=0.0, by_verb=0.0, out=tmp_path
-    )
+    args = argparse.Namespace(seed=0, size=16, tilt=0.0, horizon=12, carried_on=0.0, out=tmp_path)
     ended_early = 0
     for number in range(40):
         rng = np.random.default_rng([5, 0, number])
@@ -467,11 +464,9 @@ def test_demonstrated_states_are_of_all_steps_alike():
     assert late > 20
 
 
-def test_tasks_that_carry_on_begin_as_in_a_chain():
-    """Nearly all of a chain's instructions begin where another ended, and no demonstration did:
-    heads solved 94% of first instructions and 73% of those behind a solved one. Then pushes of
-    demonstrations had their way free, unlike those of chains: 9 of 10 were solved in trials of the
-    suite, 22 of 49 in chains."""
+def test_tasks_that_carry_on_begin_where_others_ended():
+    """Nearly all of a chain's instructions do, and no demonstration did: heads solved 94% of first
+    instructions and 73% of those behind a solved one."""
     left = {"held": 0, "lit": 0, "on the plate": 0, "stacked": 0}
     for number in range(60):
         env = tt.Tabletop("goal", 16)
@@ -480,21 +475,11 @@ def test_tasks_that_carry_on_begin_as_in_a_chain():
         td.carry_on(env, np.random.default_rng([9, number]))
         assert env.instruction == text and env.goals == [tt.GOALS[text]] and env.steps == 0
         assert not env.satisfied(tt.GOALS[text])
-        assert env.clone().follow(text)
         left["held"] += env.held is not None
         left["lit"] += env.button_lit
         left["on the plate"] += any(math.dist(thing.xy, env.plate) < 0.02 for thing in env.things)
         left["stacked"] += any(thing.z >= tt.SIZE and thing is not env.held for thing in env.things)
     assert min(left.values()) > 3, left
-
-    ways_free = 0
-    for number in range(30):
-        env = tt.Tabletop("goal", 16)
-        env.place(8, number, "train")
-        assert env._can_push()
-        td.carry_on(env, np.random.default_rng([9, number]))
-        ways_free += env._can_push()
-    assert 0 < ways_free < 20
 
     fresh = tt.Tabletop("goal")
     fresh.place(3, 5, "train")
@@ -512,36 +497,6 @@ def test_tasks_that_carry_on_begin_as_in_a_chain():
     assert sum(lit[:80]) < sum(lit[80:])
 
 
-def test_tasks_drawn_by_their_verbs(tmp_path):
-    """To push is one task of 40: where each comes as often, half of the pushes of a chain fail."""
-    asking = td.tasks_by_verb(tuple(td.ALL_TASKS))
-    assert {verb: len(tasks) for verb, tasks in asking.items()} == {
-        "on": 32, "press": 6, "open": 5, "close": 4, "push": 1, "lift": 2
-    }  # fmt: skip
-    assert asking["push"] == [("goal", 8)] and asking["lift"] == [("long", 7), ("goal", 9)]
-    rng = np.random.default_rng(0)
-    by_verb = Counter(td.random_task(rng, 1.0) for _ in range(6000))
-    assert abs(by_verb["goal", 8] - 1000) < 100 and abs(by_verb["goal", 9] - 500) < 80
-    by_task = Counter(td.random_task(rng, 0.0) for _ in range(6000))
-    assert abs(by_task["goal", 8] - 150) < 40
-    made = [td.random_state, td.demonstrated_state]
-    for make, by_verb in itertools.product(made, (0.0, 1.0)):
-        states = [make(np.random.default_rng([8, i]), 16, by_verb=by_verb) for i in range(80)]
-        pushes = sum(env.goals[0].verb == "push" for env in states)
-        assert (6 < pushes < 25) if by_verb else pushes < 6
-
-    def tasks_made(*flags):
-        out = tmp_path / "-".join(flags)
-        td.main(["--out", str(out), "--episodes", "12", "--conversations", "0", *flags])
-        return [episode.task for episode in fast_tokenizer.read_episodes(out / "episodes")]
-
-    given = ["--tasks", "goal:8,goal:9,spatial:0,object:0"]
-    each_as_often = tasks_made(*given)
-    assert set(Counter(each_as_often).values()) == {3}
-    drawn = tasks_made(*given, "--by-verb", "1")
-    assert set(drawn) <= set(each_as_often) and Counter(drawn) != Counter(each_as_often)
-
-
 def test_action_tokens_are_made_of_a_tasks_last_movements_too(tmp_path):
     """No chunk began within 4 steps of the end, so no thought or action was learned of a lift,
     which takes 4, and a model by its own tokens solved 0 of 50 of them."""
@@ -553,9 +508,7 @@ def test_action_tokens_are_made_of_a_tasks_last_movements_too(tmp_path):
     assert last[2] > 0.5  # up
     still = [0] * 6 + [last[6]]
     assert np.array_equal(fast_tokenizer.action_chunks(episode, 5)[-1], [last] + [still] * 4)
-    args = argparse.Namespace(
-        seed=0, size=16, tilt=0.0, horizon=5, carried_on=0.0, by_verb=0.0, out=tmp_path
-    )
+    args = argparse.Namespace(seed=0, size=16, tilt=0.0, horizon=5, carried_on=0.0, out=tmp_path)
     rows = [json.loads(td.make_thought_action(args, number)) for number in range(1, 600, 2)]
     lifts = [row["chunk"] for row in rows if "Now lift" in row["messages"][1]["content"]]
     assert len(lifts) > 2

@@ -82,8 +82,7 @@ DATA = [
     Data(
         "{train}",
         f"{RECORD} --seed {{seed}} --single "
-        "--episodes 3200 --conversations 6000 --thought-actions 36000 "
-        "--carried-on 0.75 --by-verb 0.4",
+        "--episodes 3200 --conversations 6000 --thought-actions 36000 --carried-on 0.5",
         "--episodes 80 --conversations 120 --thought-actions 240",
     ),
     Data(
