@@ -14,7 +14,8 @@ it is 0 where r_f is 0. Groups whose rewards are all equal are not forwarded (--
 does): they get no gradient of the KL either, while their tokens stay in the mean's divisor. The G
 completions of a prompt share its keys and values, in sampling and update: same gradients.
 A question is answered in words instead, and r_a is its row's "score": language and visual RL, alone
-or mixed with episodes. A first reader may skip "Scores of answers" and "Log-probabilities".
+or mixed with episodes. A first reader may skip "Scores of answers", "Log-probabilities" and
+"Credit".
 
 Reads --init, --data. Writes runs/grpo/{log.jsonl, step_*/, final/}.
 python grpo.py                                   # tabletop, one CPU process
@@ -196,14 +197,18 @@ def draw_prompts(
     for number in prompt_numbers:
         s = int(source_of[number])
         train = sources[s].train
-        place = int(drawn_up_to[s][number]) - 1 + (again << 40)  # no run is so long
-        epoch, place = divmod(place, len(train))
-        picks.append(Pick(s, train[shuffled_places(seed, s, len(train), epoch)[place]]))
+        draw = int(drawn_up_to[s][number]) - 1  # draws of this source before
+        draw += again << 40  # beyond any run: other shuffles
+        epoch, index = divmod(draw, len(train))
+        order = shuffled_rows(seed, s, len(train), epoch)
+        picks.append(Pick(s, train[order[index]]))
     return picks
 
 
 @lru_cache(maxsize=16)
-def shuffled_places(seed: int, source: int, n: int, epoch: int) -> list[int]:
+def shuffled_rows(seed: int, source: int, n: int, epoch: int) -> list[int]:
+    """The order of a source's n training rows in an epoch."""
+    # the first source draws as the only one of a run does
     keys = ("prompts", epoch, source) if source else ("prompts", epoch)
     return model.rng(seed, *keys).permutation(n).tolist()
 
@@ -252,8 +257,9 @@ def right_answer(
 
 
 def check_question(source: ConversationDataset, i: int, target: Target) -> None:
-    """Damaged when row i cannot be asked or, where its answer is in words, not be scored: text,
-    tags, images, of which the headers are opened, and an own answer that would not be right."""
+    """Raises Damaged if row i cannot be asked: its text, its tags, its images, of which the headers
+    are opened. If it is answered in words, also if that answer does not earn 1 by its own score;
+    not of a point, whose row says where it may be and no more."""
     sample_id = source.sample_id(i)
     question = source.question(i)
     with reading(sample_id):
@@ -265,7 +271,7 @@ def check_question(source: ConversationDataset, i: int, target: Target) -> None:
         if "mask" in target.row:
             source.image_path(target.row["mask"], sample_id)
         worth = answer_score(target.text, target)
-        if worth != 1 and target.score != "point":  # of a point the row has the place alone
+        if worth != 1 and target.score != "point":
             raise ValueError(f"its answer {target.text!r} is none for the score {target.score}")
 
 
@@ -280,37 +286,37 @@ def base_kind(row: dict) -> str:
 
 
 def keep_kinds(sources: list[Source], kinds: str) -> None:
-    """Checks the rows of conversations, and leaves those of the kinds alone; "point" is
-    "point+think" too. ValueError for a kind that no row has."""
+    """Narrows each source of conversations to the rows of these kinds ("": of all), and checks
+    them. "point" is "point+think" too. ValueError for a kind that no row has."""
     wanted = named_kinds(kinds)
-    found = set()
+    seen = set()
     for source in sources:
         if isinstance(source, EpisodeDataset):
             continue
-        left = []
+        kept = []
         for i in range(source.units):
             row = source.row(i)
             kind = base_kind(row)
             if wanted and kind not in wanted:
                 continue
-            found.add(kind)
+            seen.add(kind)
             check_question(source, i, target_of(source, i))
-            left.append(i)
+            kept.append(i)
         n_train = len(source.train)
-        source.train = [i for i in left if i < n_train]
-        source.held = [i for i in left if i >= n_train]
+        source.train = [i for i in kept if i < n_train]
+        source.held = [i for i in kept if i >= n_train]
         if not source.train:
             raise ValueError(f"{source.path}: no row to train on is of --kinds {kinds}")
-    if wanted - found:
-        raise ValueError(f"--kinds: no row is of kind {', '.join(sorted(wanted - found))}")
+    if wanted - seen:
+        raise ValueError(f"--kinds: no row is of kind {', '.join(sorted(wanted - seen))}")
 
 
 # ---- Scores of answers in words ------------------------------------------------------------------
 #
 # What an answer to a question is worth, 0 .. 1, to RL and to evaluate.py vqa. A row's "score" names
-# one of SCORES. Of both answers plain() leaves what is said; what can be read in two ways, one of
-# them wrong, and numbers in words ("twelve") are worth 0. RL asks for the `graded` worth: how near
-# an answer is, where a group of wrong ones would all earn 0; what is right is worth 1 either way.
+# one of SCORES. Of both answers plain() leaves what is said; who names two options has named none,
+# and numbers in words ("twelve") are worth 0. RL asks for the `graded` worth: how near an answer
+# is, where a group of wrong ones would all earn 0; what is right is worth 1 either way.
 
 NEAR = 0.1  # shares of the image: a point or path so far off is worth 1 / e
 PATH_POINTS = 32  # of a path, when two are compared
@@ -333,8 +339,8 @@ AS_ASCII = {  # full-width forms, minus and spaces; not "\u00b2", which would ma
 
 
 def plain(text: str) -> str:
-    """What an answer says, without how it is dressed: "**Yes**" -> "Yes", "$12$" -> "12",
-    "The answer is \\\\boxed{B}." -> "B"."""
+    r"""What an answer says, without how it is dressed: "**Yes**" -> "Yes", "$12$" -> "12",
+    "The answer is \boxed{B}." -> "B"."""
     text = text.translate(AS_ASCII)
     boxes = re.findall(BOXED, text)
     if boxes:
@@ -354,8 +360,8 @@ def exact(answer: str, right: RightAnswer, graded: bool) -> float:
         return float(said is not None and said[1] == right_text)
     if answer == right_text:
         return float(answer != "")
-    wanted = whole_number(right_text)
-    return float(wanted is not None and whole_number(answer) == wanted)
+    wanted = as_number(right_text)
+    return float(wanted is not None and as_number(answer) == wanted)
 
 
 def undecorated(text: str) -> str:
@@ -367,8 +373,8 @@ def undecorated(text: str) -> str:
     return bare
 
 
-def whole_number(text: str) -> float | None:
-    """The number that a text is, "1,024" -> 1024.0; None when it is something else."""
+def as_number(text: str) -> float | None:
+    """The number that a text is, "1,024" -> 1024.0, "1.5" -> 1.5; None if it is something else."""
     if not re.fullmatch(f"(?:{THOUSANDS}|{NUMBER})", text):
         return None
     joined = readings(text)[0]
@@ -452,19 +458,19 @@ def items(answer: str, right: RightAnswer, graded: bool) -> float:
     the two. An item is right by its words and, as in number(), the numbers that stand among them.
 
         right "plate 10 4, red cube d5", answer "red cube d5, plate 10 9, gripper a1"  ->  1 / 3"""
-    left = split_items(answer)
+    unmatched = split_items(answer)
     wanted = split_items(right.text)
-    longer = max(len(left), len(wanted), 1)
+    longer = max(len(unmatched), len(wanted), 1)
     worth = 0.0
     for words, numbers in wanted:
         worths = {}  # of the answer's items that it may be -> what they are worth
-        for i, (other_words, said) in enumerate(left):
+        for i, (other_words, said) in enumerate(unmatched):
             if other_words == words:
                 worths[i] = numbers_worth(said, numbers, right, graded) if numbers else 1.0
         if worths:
             best = max(worths, key=worths.get)
             worth += worths[best]
-            del left[best]
+            del unmatched[best]
     return worth / longer
 
 
@@ -678,15 +684,14 @@ def reward(
     names = ("r_f", "r_a", "tags", "markers", "decodes")
     parts = {name: np.zeros(len(token_ids)) for name in names}
     in_words = is_in_words(targets)
-    for members, score in (
-        (np.flatnonzero(~in_words), partial(action_parts, kind=kind)),
-        (np.flatnonzero(in_words), word_parts),
-    ):
-        if len(members):
-            member_ids = [token_ids[i] for i in members]
-            member_targets = [targets[i] for i in members]
-            for name, values in score(backbone, member_ids, member_targets, think).items():
-                parts[name][members] = values
+    for is_wanted, score in ((~in_words, partial(action_parts, kind=kind)), (in_words, word_parts)):
+        indices = np.flatnonzero(is_wanted)
+        if not len(indices):
+            continue
+        these_ids = [token_ids[i] for i in indices]
+        these_targets = [targets[i] for i in indices]
+        for name, values in score(backbone, these_ids, these_targets, think).items():
+            parts[name][indices] = values
     # ours: a malformed answer earns nothing, whatever its tokens
     parts["r_a"] = np.where(parts["r_f"], parts["r_a"], 0.0)
     return (parts["r_f"] + parts["r_a"]) / 2, parts
@@ -756,19 +761,20 @@ def format_diagnostics(backbone, token_ids, parsed, think) -> dict[str, np.ndarr
 
 
 def advantage(
-    r: torch.Tensor, kind: str = "grpo", part: torch.Tensor | None = None
+    r: torch.Tensor, kind: str = "grpo", paid: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """r (B, G) -> advantages (B, G), and which groups have no spread, zero_std (B,) bool.
 
     grpo: (r - mean) / (std + 1e-6), std over G - 1 as in the paper's framework; drgrpo: r - mean
-    (2503.20783), since the std weighs up groups that are nearly all right or all wrong. part
-    (B, G): what a summand of r adds to that, (part - its mean) / the std of r."""
+    (2503.20783), since the std weighs up groups that are nearly all right or all wrong. paid
+    (B, G): what is paid in place of r, (paid - its mean) / (the std of r + 1e-6), and 0 where r has
+    no spread."""
     # fork point: the advantage. A new kind also goes into check_config().
-    part = r if part is None else part
+    paid = r if paid is None else paid
     zero_std = r.amax(1) - r.amin(1) < 1e-6
-    deviations = part - part.mean(1, keepdim=True)
+    advantages = (paid - paid.mean(1, keepdim=True)) / spread(r, kind)
     # else a rounding error over 1e-6 would pass for an advantage
-    return (deviations / spread(r, kind)).masked_fill(zero_std[:, None], 0.0), zero_std
+    return advantages.masked_fill(zero_std[:, None], 0.0), zero_std
 
 
 def spread(r: torch.Tensor, kind: str) -> torch.Tensor:
@@ -779,33 +785,6 @@ def spread(r: torch.Tensor, kind: str) -> torch.Tensor:
     deviations = r - r.mean(1, keepdim=True)
     variance = deviations.square().sum(1, keepdim=True) / degrees
     return variance.sqrt() + 1e-6
-
-
-def token_advantages(
-    backbone: Backbone,
-    token_ids: list[list[int]],
-    targets: list[Target],
-    advantages: torch.Tensor,
-    format_part: torch.Tensor,
-) -> list[torch.Tensor]:
-    """--credit prefix: what follows the first wrong action token cannot raise the prefix reward,
-    so only the format's part of the advantage reaches it. Of a target 3 5 and advantage A:
-
-        <think> ... <ACTION_START>  3  7  2  <ACTION_END></answer>
-           A    ...       A         A  A  F    F           F        F: the format's part
-
-    token_ids, targets: N sequences and what they should say; advantages, format_part (N,). -> N
-    tensors, (T,) each. All of a malformed completion and of an answer in words is credited."""
-    result = []
-    for i, (sequence, target) in enumerate(zip(token_ids, targets, strict=True)):
-        answer = model.parse_actions(backbone, sequence)
-        credited = len(sequence)
-        if answer.well_formed and not isinstance(target, RightAnswer):
-            first_wrong = model.common_prefix(answer.action_ids, target)
-            credited = sequence.index(backbone.vocab.action_start) + 1 + first_wrong + 1
-        is_credited = torch.arange(len(sequence)) < credited
-        result.append(torch.where(is_credited, advantages[i], format_part[i]))
-    return result
 
 
 # ---- Objective -----------------------------------------------------------------------------------
@@ -824,9 +803,10 @@ def policy_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Clipped policy gradient with KL, summed over tokens; fp32.
 
-    logp, old_logp (at sampling), ref_logp (None: no KL), mask (1 on sampled tokens) (N, T);
-    advantages (N, 1) or (N, T). -> (loss summed over counted tokens, to be divided by their number
-    on all ranks; {"clipped": number of tokens whose gradient is clipped away, "kl": summed k3})."""
+    logp, old_logp (at sampling), ref_logp (None: no KL), mask (1 on tokens that count: the sampled
+    ones, with --credit expected a target's in their place) (N, T); advantages (N, 1) or (N, T).
+    -> (loss summed over counted tokens, to be divided by their number on all ranks; {"clipped":
+    number of tokens whose gradient is clipped away, "kl": summed k3})."""
     # fork point: the objective
     mask = mask.bool()
     # clipped surrogate
@@ -953,9 +933,10 @@ def completion_logp(
 
 @contextmanager
 def prompt_features(net: nn.Module, cfg: Config) -> Iterator[list[torch.Tensor]]:
-    """Inside, the first completion_logp() leaves here the features (B, T, D) of its prompts, padded
-    left: what vla.truncate() lets a net put out, with gradient where there is one. Without an
-    anchor none are kept."""
+    """Yields a list, to which the first forward inside (that of the prompts, see completion_logp)
+    appends its hidden states at the anchor's layer: (B, T, D), padded left, with gradient where
+    there is one. They are what vla.truncate() lets a net put out. Without an anchor it stays
+    empty."""
     features = []
     if not cfg.anchor_coef:
         yield features
@@ -1018,144 +999,11 @@ METRICS = [
     "completion_length", "truncated", "distinct_thoughts", "distinct_actions", "distinct_answers",
     "entropy",
 ]  # fmt: skip
-EXPECTED = ["expected_r_a", "group_std_expected_r_a", "group_std_r_a"]  # with --credit expected
-METRICS += EXPECTED
-KINDS = ["action", *SCORES]  # of answers, for each of which there is an r_a too
-METRICS += [f"r_a_{kind}" for kind in KINDS]
+EXPECTED_METRICS = ["expected_r_a", "group_std_expected_r_a", "group_std_r_a"]  # --credit expected
+METRICS += EXPECTED_METRICS
+ANSWER_TYPES = ["action", *SCORES]  # for each of which there is an r_a too
+METRICS += [f"r_a_{answer_type}" for answer_type in ANSWER_TYPES]
 Sums = dict[str, list[float]]  # metric -> [sum, count] over completions, groups or tokens of a rank
-
-
-# What a thought is worth is hidden by the answer that is drawn behind it: on Tabletop, after an SFT
-# of which 1% thinks before it acts, the r_a that is to be expected behind the thoughts of one
-# prompt differs by 0.01, r_a itself by 0.15. --credit expected takes the draw out. The prefix
-# reward pays a token only behind right ones, so its mean over all answers is known without a sample
-# (as in 2505.21493, where only whole answers pay):
-#
-#     E[r_a | thought] = (p(t_1) + p(t_1) p(t_2) + ... + p(t_1) ... p(t_m)) / m
-#
-# t: the target's tokens, the last of them ACTION_END. This mean is what the thought is paid, and
-# the answer learns by its gradient.
-
-CREDITS = {
-    "all": "r_a is paid to all tokens of a completion",
-    "prefix": "to those until the first wrong action token",
-    "expected": "E[r_a] is paid to the thought, and the answer learns by its gradient",
-    "expected-thought": "the first of these two alone",
-    "expected-answer": "the second alone",
-}
-
-
-def is_expected(cfg: Config) -> bool:
-    return cfg.credit.startswith("expected")
-
-
-def expected_prefix(logp: torch.Tensor, is_target: torch.Tensor) -> torch.Tensor:
-    """E[r_a] (N,), from the log-probabilities (N, T) of the target's tokens, which is_target (N, T)
-    marks; 0 where there are none. Probabilities 0.5, 0.8 and 1: (0.5 + 0.4 + 0.4) / 3."""
-    of_prefix = torch.where(is_target, logp, 0.0).cumsum(1).exp()
-    return torch.where(is_target, of_prefix, 0.0).sum(1) / is_target.sum(1).clamp(min=1)
-
-
-def with_expected_reward(
-    backbone: Backbone,
-    cfg: Config,
-    rows: list[Row],
-    sampled: Learned,
-    token_ids: list[list[int]],
-    targets: list[Target],
-    by_group: torch.Tensor,
-) -> tuple[Learned, np.ndarray]:
-    """--credit expected: N = B * G sampled completions, with the target's answer behind their
-    thoughts, and E[r_a] of each, (N,). by_group (B, G): their rewards.
-
-    1. from ACTION_START on the target, where a completion is well formed until there
-    2. E[r_a], by the model that has sampled; 0 where it is not
-    3. a thought's advantage: its (r_f + E[r_a]) / 2, r_f 1 if well formed until there, less the
-       group's mean, over the std of the rewards as in GRPO; so much weighs the gradient of E[r_a]
-    Of expected-thought and expected-answer the other half learns by the KL alone; malformed
-    completions belong to the thought's. Answers in words, whose reward has no such mean, learn from
-    their sampled reward, whole in either half. Groups whose sampled rewards are equal learn nothing
-    here too, though E[r_a] may differ."""
-    # 1. the target
-    ids, mask, old_logp, is_target = with_targets(
-        backbone, sampled, token_ids, targets, cfg.thought == "own"
-    )
-    # 2. what is to be expected
-    G = by_group.shape[1]
-    of_parts = []
-    with torch.no_grad():
-        for i in range(0, len(rows), cfg.micro_batch):
-            part = slice(i * G, (i + cfg.micro_batch) * G)
-            some = rows[i : i + cfg.micro_batch]
-            of_parts.append(completion_logp(backbone, some, ids[part], mask[part], cfg.temperature))
-    logp = torch.cat(of_parts)
-    expected = expected_prefix(logp, is_target)
-    # 3. advantages
-    by_group = by_group.to(ids.device)
-    in_words = torch.tensor(is_in_words(targets), device=ids.device)
-    worth = torch.where(in_words, by_group.flatten(), (is_target.any(1) + expected) / 2)
-    advantages, zero_std = advantage(by_group, cfg.advantage, worth.view(-1, G))
-    weights = 0.5 / spread(by_group, cfg.advantage)
-    weights = weights.masked_fill(zero_std[:, None], 0.0).expand(-1, G).reshape(-1, 1)  # (N, 1)
-    advantages = advantages.reshape(-1, 1)
-    if cfg.credit == "expected-thought":
-        weights = torch.zeros_like(weights)
-    elif cfg.credit == "expected-answer":
-        advantages = torch.where(in_words[:, None], advantages, 0.0)
-    learned = Learned(
-        ids,
-        mask,
-        old_logp=torch.where(is_target, logp, old_logp),
-        advantages=torch.where(is_target, 0.0, advantages),
-        target_weight=torch.where(is_target, weights, 0.0),
-    )
-    return learned, expected.cpu().numpy()
-
-
-def with_targets(
-    backbone: Backbone,
-    sampled: Learned,
-    token_ids: list[list[int]],
-    targets: list[Target],
-    think: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Completions whose answer is the target's in place of the drawn one, from ACTION_START on:
-
-        <think> ... <answer> <ACTION_START>  3  7 <ACTION_END>     is_target: 0 ... 0 0 1 1 1
-
-    -> ids, mask, old_logp (0 where is_target), is_target (N, T each). What is not well formed until
-    there stays, and so does an answer in words; is_target is 0 in these."""
-    vocab = backbone.vocab
-    in_words = is_in_words(targets)
-    ids, old_logp, is_target = [], [], []
-    for i, (sequence, target) in enumerate(zip(token_ids, targets, strict=True)):
-        kept, right = len(sequence), []
-        start = 0 if in_words[i] else answer_start(backbone, sequence, think)
-        if start:
-            kept = start
-            right = [*(vocab.fast[index] for index in target), vocab.action_end]
-        ids.append(torch.tensor(sequence[:kept] + right))
-        old_logp.append(pad(sampled.old_logp[i, :kept].cpu(), (0, len(right))))
-        is_target.append(torch.arange(kept + len(right)) >= kept)
-    mask = [torch.ones_like(one) for one in ids]
-    return tuple(
-        pad_sequence(tensors, True).to(sampled.ids.device)
-        for tensors in (ids, mask, old_logp, is_target)
-    )
-
-
-def answer_start(backbone: Backbone, sequence: list[int], think: bool) -> int:
-    """How many tokens of a completion come before its first action token, if it is well formed
-    until there; else 0."""
-    vocab = backbone.vocab
-    if vocab.action_start not in sequence:
-        return 0
-    begun = sequence[: sequence.index(vocab.action_start) + 1]
-    closing = [*backbone.tokenizer.encode("</answer>", add_special_tokens=False), vocab.eos]
-    whole = [*begun, vocab.fast[0], vocab.action_end, *closing]
-    answer = model.parse_actions(backbone, whole)
-    has_format = answer.has_thought if think else answer.well_formed
-    return len(begun) if has_format else 0
 
 
 def rollout(
@@ -1169,7 +1017,9 @@ def rollout(
     greedy: bool = False,
 ) -> tuple[list[Group], Sums, str]:
     """Samples and scores G completions of each of this rank's prompts; keys: one int a prompt.
-    -> groups, sums of METRICS, a text to show."""
+    -> groups, sums of METRICS, a text to show. The numbers are those of the algorithm, above.
+
+    2. sample   3. score   4. compare within groups; then what is logged"""
     if not rows:
         return [], {name: [0.0, 0] for name in METRICS}, ""
     # 2. sample
@@ -1188,44 +1038,43 @@ def rollout(
     token_ids = []
     for ids, mask in zip(samples["ids"].cpu(), samples["mask"].bool().cpu(), strict=True):
         token_ids.append(ids[mask].tolist())
-    # 3. and 4. score, compare within groups
+    # 3. score
     repeated_targets = [target for target in targets for _ in range(G)]
     r, diagnostics = reward(
         backbone, token_ids, repeated_targets, cfg.reward, think=cfg.thought == "own"
     )
+    # 4. compare within groups
     by_group = torch.tensor(r, dtype=torch.float32).view(-1, G)
     advantages, zero_std = advantage(by_group, cfg.advantage)
-    of_tokens = [a.expand(len(ids)) for a, ids in zip(advantages.flatten(), token_ids, strict=True)]
-    if cfg.credit == "prefix":
-        half_r_f = torch.tensor(diagnostics["r_f"] / 2, dtype=torch.float32).view(-1, G)
-        format_part, _ = advantage(by_group, cfg.advantage, half_r_f)
-        of_tokens = token_advantages(
-            backbone, token_ids, repeated_targets, advantages.flatten(), format_part.flatten()
-        )
-    device = samples["ids"].device
-    learned = Learned(
-        samples["ids"],
-        samples["mask"],
-        samples["logp"],
-        advantages=pad_sequence(of_tokens, True).to(device),
-        target_weight=torch.zeros_like(samples["logp"]),
-    )
     if is_expected(cfg):
         learned, expected = with_expected_reward(
-            backbone, cfg, rows, learned, token_ids, repeated_targets, by_group
+            backbone, cfg, rows, samples["logp"], token_ids, repeated_targets, by_group
         )
-        is_action = ~is_in_words(repeated_targets)
-        diagnostics["expected_r_a"] = expected[is_action]
-        of_actions = is_action[::G]
-        diagnostics["group_std_r_a"] = diagnostics["r_a"].reshape(-1, G).std(1)[of_actions]
-        diagnostics["group_std_expected_r_a"] = expected.reshape(-1, G).std(1)[of_actions]
+        diagnostics |= expected_diagnostics(expected, diagnostics["r_a"], repeated_targets, G)
+    else:
+        if cfg.credit == "prefix":
+            half_r_f = torch.tensor(diagnostics["r_f"] / 2, dtype=torch.float32).view(-1, G)
+            format_part, _ = advantage(by_group, cfg.advantage, half_r_f)
+            per_token = token_advantages(
+                backbone, token_ids, repeated_targets, advantages.flatten(), format_part.flatten()
+            )
+        else:
+            pairs = zip(advantages.flatten(), token_ids, strict=True)
+            per_token = [a.expand(len(ids)) for a, ids in pairs]
+        learned = Learned(
+            samples["ids"],
+            samples["mask"],
+            old_logp=samples["logp"],
+            advantages=pad_sequence(per_token, True).to(samples["ids"].device),
+            target_weight=torch.zeros_like(samples["logp"]),
+        )
     groups = []
     for b, row in enumerate(rows):
         completions = slice(b * G, b * G + G)
         T = int(learned.mask[completions].sum(1).max())
         of_group = Learned(*[tensor[completions, :T] for tensor in learned])
         groups.append(Group(row, *of_group, zero_std=bool(zero_std[b])))
-    # -log p of what was sampled: its mean is the entropy, of all groups, and costs no forward
+    # what is logged; the mean -log p of what was sampled is the entropy, and costs no forward
     surprise = -samples["logp"][samples["mask"].bool()].cpu()  # (tokens,)
     diagnostics["entropy"] = surprise.numpy()
     diagnostics["prompt_length"] = np.repeat([len(row["ids"]) for row in rows], G)
@@ -1253,24 +1102,24 @@ def rollout_metrics(backbone, token_ids, targets, r, diagnostics, zero_std, G) -
         return np.array([len(set(group)) / G for group in groups])
 
     in_words = is_in_words(targets)  # (N,), N = B * G
-    of_words = in_words[::G]  # (B,)
-    kinds = np.array([t.score if isinstance(t, RightAnswer) else "action" for t in targets])
-    values = {
+    group_in_words = in_words[::G]  # (B,)
+    answer_types = np.array([t.score if isinstance(t, RightAnswer) else "action" for t in targets])
+    values = {name: [] for name in EXPECTED_METRICS}  # empty without --credit expected
+    values |= diagnostics
+    for name in ("markers", "decodes"):
+        values[name] = diagnostics[name][~in_words]
+    values |= {
         "reward": r,
         "reward_squared": r**2,
-        **{name: [] for name in EXPECTED},
-        **diagnostics,
-        "markers": diagnostics["markers"][~in_words],
-        "decodes": diagnostics["decodes"][~in_words],
         "frac_reward_zero_std": zero_std.tolist(),
         "completion_length": [len(sequence) for sequence in token_ids],
         "truncated": [sequence[-1] != backbone.vocab.eos for sequence in token_ids],
         "distinct_thoughts": distinct(thoughts),
-        "distinct_actions": distinct(actions)[~of_words],
-        "distinct_answers": distinct(answers)[of_words],
+        "distinct_actions": distinct(actions)[~group_in_words],
+        "distinct_answers": distinct(answers)[group_in_words],
     }
-    for kind in KINDS:
-        values[f"r_a_{kind}"] = diagnostics["r_a"][kinds == kind]
+    for answer_type in ANSWER_TYPES:
+        values[f"r_a_{answer_type}"] = diagnostics["r_a"][answer_types == answer_type]
     return {name: [float(np.sum(values[name])), len(values[name])] for name in METRICS}
 
 
@@ -1304,17 +1153,203 @@ def replace_zero_std_groups(backbone, cfg, sources, weights, groups, prompt_numb
     with equal rewards, in `groups` itself, up to cfg.dynamic_sampling times. -> sums, in which the
     replaced groups count too."""
     for again in range(1, cfg.dynamic_sampling + 1):
-        places = [i for i, group in enumerate(groups) if group.zero_std]
+        replaced = [i for i, group in enumerate(groups) if group.zero_std]
         # other shuffles, so a row may come again, and keys that no step reaches: other samples
-        numbers = [prompt_numbers[i] for i in places]
+        numbers = [prompt_numbers[i] for i in replaced]
         picks = draw_prompts(cfg.seed, sources, weights, numbers, again)
         rows, targets = prompt_rows(backbone, sources, picks, cfg)
         keys = [number + (again << 40) for number in numbers]
         fresh, fresh_sums, _ = rollout(backbone, cfg, rows, targets, keys, cfg.seed, cfg.group)
-        for i, group in zip(places, fresh, strict=True):
+        for i, group in zip(replaced, fresh, strict=True):
             groups[i] = group
         sums = add_sums(sums, fresh_sums)
     return sums
+
+
+# ---- Credit (--credit) ---------------------------------------------------------------------------
+#
+# Which tokens learn from which part of the reward. The paper's way, "all", needs nothing of this.
+
+CREDITS = {
+    "all": "r_a is paid to all tokens of a completion",
+    "prefix": "to those until the first wrong action token",
+    "expected": "E[r_a] is paid to the thought, and the answer learns by its gradient",
+    "expected-thought": "the first of these two alone",
+    "expected-answer": "the second alone",
+}
+
+
+def is_expected(cfg: Config) -> bool:
+    return cfg.credit.startswith("expected")
+
+
+def token_advantages(
+    backbone: Backbone,
+    token_ids: list[list[int]],
+    targets: list[Target],
+    advantages: torch.Tensor,
+    format_part: torch.Tensor,
+) -> list[torch.Tensor]:
+    """--credit prefix: what follows the first wrong action token cannot raise the prefix reward,
+    so only the format's part of the advantage reaches it. Of a target 3 5 and advantage A:
+
+        <think> ... <ACTION_START>  3  7  2  <ACTION_END></answer>
+           A    ...       A         A  A  F    F           F        F: the format's part
+
+    token_ids, targets: N sequences and what they should say; advantages, format_part (N,). -> N
+    tensors, (T,) each. All of a malformed completion and of an answer in words is credited."""
+    result = []
+    for i, (sequence, target) in enumerate(zip(token_ids, targets, strict=True)):
+        answer = model.parse_actions(backbone, sequence)
+        credited = len(sequence)
+        if answer.well_formed and not isinstance(target, RightAnswer):
+            first_wrong = model.common_prefix(answer.action_ids, target)
+            credited = sequence.index(backbone.vocab.action_start) + 1 + first_wrong + 1
+        is_credited = torch.arange(len(sequence)) < credited
+        result.append(torch.where(is_credited, advantages[i], format_part[i]))
+    return result
+
+
+# What a thought is worth is hidden by the answer that is drawn behind it: on Tabletop, after an SFT
+# of which 1% thinks before it acts, the r_a that is to be expected behind the thoughts of one
+# prompt differs by 0.01, r_a itself by 0.15. --credit expected takes the draw out. The prefix
+# reward pays a token only behind right ones, so its mean over all answers is known without a sample
+# (as in 2505.21493, where only whole answers pay):
+#
+#     E[r_a | thought] = (p(t_1) + p(t_1) p(t_2) + ... + p(t_1) ... p(t_m)) / m
+#
+# t: the target's m tokens, the last of them ACTION_END. This mean is what the thought is paid, and
+# the answer learns by its gradient. It divides by m, where a drawn r_a divides by the longer list:
+# surplus tokens cost it the p of ACTION_END instead (docs/deviations.md).
+
+
+def expected_prefix(logp: torch.Tensor, is_target: torch.Tensor) -> torch.Tensor:
+    """E[r_a] (N,), from the log-probabilities (N, T) of the target's tokens, which is_target (N, T)
+    marks; 0 where there are none. Probabilities 0.5, 0.8 and 1: (0.5 + 0.4 + 0.4) / 3."""
+    of_prefix = torch.where(is_target, logp, 0.0).cumsum(1).exp()
+    return torch.where(is_target, of_prefix, 0.0).sum(1) / is_target.sum(1).clamp(min=1)
+
+
+def with_expected_reward(
+    backbone: Backbone,
+    cfg: Config,
+    rows: list[Row],
+    sampled_logp: torch.Tensor,
+    token_ids: list[list[int]],
+    targets: list[Target],
+    by_group: torch.Tensor,
+) -> tuple[Learned, np.ndarray]:
+    """--credit expected: N = B * G sampled completions, with the target's answer behind their
+    thoughts, and E[r_a] of each, (N,). sampled_logp (N, T): of their tokens; by_group (B, G): their
+    rewards.
+
+    1. from ACTION_START on the target, where a completion is well formed until there
+    2. E[r_a], by the model that has sampled; 0 where there is no target
+    3. the thought is paid worth - the group's mean, over the std of the sampled rewards, as in
+       GRPO; worth = (1 + E[r_a]) / 2 where there is a target, else 0
+    4. the answer's loss is -0.5 / that std * E[r_a], whose gradient is known
+    Of expected-thought and expected-answer the other half learns by the KL alone; malformed
+    completions belong to the thought's. Answers in words, whose reward has no such mean, learn from
+    their sampled reward, whole in either half. Groups whose sampled rewards are equal have no
+    advantage here too, though E[r_a] may differ."""
+    # 1. the target
+    ids, mask, old_logp, is_target = with_targets(
+        backbone, sampled_logp, token_ids, targets, cfg.thought == "own"
+    )
+    # 2. what is to be expected
+    G = by_group.shape[1]
+    logps = []
+    with torch.no_grad():
+        for first in range(0, len(rows), cfg.micro_batch):
+            end = first + cfg.micro_batch
+            completions = slice(first * G, end * G)
+            micro_batch = rows[first:end], ids[completions], mask[completions]
+            logps.append(completion_logp(backbone, *micro_batch, cfg.temperature))
+    logp = torch.cat(logps)
+    expected = expected_prefix(logp, is_target)
+    # 3. the thought's advantage
+    by_group = by_group.to(ids.device)
+    in_words = torch.tensor(is_in_words(targets), device=ids.device)
+    has_target = is_target.any(1)
+    worth = torch.where(in_words, by_group.flatten(), (has_target + expected) / 2)
+    advantages, zero_std = advantage(by_group, cfg.advantage, worth.view(-1, G))
+    # 4. the answer's weight
+    weights = 0.5 / spread(by_group, cfg.advantage)
+    weights = weights.masked_fill(zero_std[:, None], 0.0).expand(-1, G).reshape(-1, 1)  # (N, 1)
+    advantages = advantages.reshape(-1, 1)
+    if cfg.credit == "expected-thought":
+        weights = torch.zeros_like(weights)
+    elif cfg.credit == "expected-answer":
+        advantages = torch.where(in_words[:, None], advantages, 0.0)
+    learned = Learned(
+        ids,
+        mask,
+        old_logp=torch.where(is_target, logp, old_logp),
+        advantages=torch.where(is_target, 0.0, advantages),
+        target_weight=torch.where(is_target, weights, 0.0),
+    )
+    return learned, expected.cpu().numpy()
+
+
+def expected_diagnostics(
+    expected: np.ndarray, r_a: np.ndarray, targets: list[Target], G: int
+) -> dict[str, np.ndarray]:
+    """EXPECTED_METRICS, of actions alone: E[r_a] (N,), and how far it and the drawn r_a (N,) differ
+    within a group, (B,) each."""
+    is_action = ~is_in_words(targets)
+    of_actions = is_action[::G]
+    return {
+        "expected_r_a": expected[is_action],
+        "group_std_r_a": r_a.reshape(-1, G).std(1)[of_actions],
+        "group_std_expected_r_a": expected.reshape(-1, G).std(1)[of_actions],
+    }
+
+
+def with_targets(
+    backbone: Backbone,
+    sampled_logp: torch.Tensor,
+    token_ids: list[list[int]],
+    targets: list[Target],
+    think: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Completions whose answer is the target's in place of the drawn one, from ACTION_START on:
+
+        <think> ... <answer> <ACTION_START>  3  7 <ACTION_END>     is_target: 0 ... 0 0 1 1 1
+
+    -> ids, mask, old_logp (0 where is_target), is_target (N, T each). What is not well formed until
+    there stays, and so does an answer in words; is_target is 0 in these."""
+    vocab = backbone.vocab
+    in_words = is_in_words(targets)
+    ids, old_logp, is_target = [], [], []
+    for i, (sequence, target) in enumerate(zip(token_ids, targets, strict=True)):
+        kept, right = len(sequence), []
+        start = 0 if in_words[i] else answer_start(backbone, sequence, think)
+        if start:
+            kept = start
+            right = [*(vocab.fast[index] for index in target), vocab.action_end]
+        ids.append(torch.tensor(sequence[:kept] + right))
+        old_logp.append(pad(sampled_logp[i, :kept].cpu(), (0, len(right))))
+        is_target.append(torch.arange(kept + len(right)) >= kept)
+    mask = [torch.ones_like(one) for one in ids]
+    return tuple(
+        pad_sequence(tensors, True).to(sampled_logp.device)
+        for tensors in (ids, mask, old_logp, is_target)
+    )
+
+
+def answer_start(backbone: Backbone, sequence: list[int], think: bool) -> int:
+    """How many tokens of a completion come before its first action token, if it is well formed
+    until there; else 0."""
+    vocab = backbone.vocab
+    if vocab.action_start not in sequence:
+        return 0
+    begun = sequence[: sequence.index(vocab.action_start) + 1]
+    closing = [*backbone.tokenizer.encode("</answer>", add_special_tokens=False), vocab.eos]
+    # any answer that is well formed, so that the parser judges what comes before it
+    whole = [*begun, vocab.fast[0], vocab.action_end, *closing]
+    answer = model.parse_actions(backbone, whole)
+    has_format = answer.has_thought if think else answer.well_formed
+    return len(begun) if has_format else 0
 
 
 # ---- Update --------------------------------------------------------------------------------------
@@ -1334,9 +1369,12 @@ def stack_groups(groups: list[Group]) -> tuple[list[Row], Learned]:
 def group_loss(
     backbone: Backbone, reference: Backbone | None, groups: list[Group], cfg: Config
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss of some groups summed over their tokens, and the sums that are logged. A token has the
-    distance of its prompt (--anchor-coef) beside its KL."""
+    """Loss of some groups summed over their tokens, and the sums that are logged.
+
+    1. the reference, for the KL   2. the policy   3. clipped objective and KL
+    4. --credit expected: the answer's part   5. --anchor-coef: the distance of a token's prompt"""
     rows, (ids, mask, old_logp, advantages, target_weight) = stack_groups(groups)
+    # 1. the reference
     ref_logp = None
     if reference is not None:
         with (
@@ -1345,9 +1383,10 @@ def group_loss(
             prompt_features(reference.net, cfg) as ref_features,
         ):
             ref_logp = completion_logp(reference, rows, ids, mask, cfg.temperature)
+    # 2. the policy
     with prompt_features(backbone.net, cfg) as features:
         logp = completion_logp(backbone, rows, ids, mask, cfg.temperature)
-    # old_logp is what the sampler said, so the first update of a rollout is on-policy
+    # 3. old_logp is what the sampler said, so the first update of a rollout is on-policy
     loss, logged = policy_loss(
         logp,
         old_logp,
@@ -1359,9 +1398,11 @@ def group_loss(
         dual_clip=cfg.dual_clip,
         kl_coef=cfg.kl_coef,
     )
+    # 4. the answer's part
     if is_expected(cfg):
         expected = expected_prefix(logp, target_weight > 0)
         loss = loss - (target_weight.amax(1) * expected).sum()
+    # 5. the anchor, which needs the reference (Config.needs_reference)
     if cfg.anchor_coef > 0:
         lengths = [len(row["ids"]) for row in rows]
         distances = anchor_distance(features[0], ref_features[0], lengths)  # (B,)
@@ -1384,9 +1425,9 @@ def gap_sums(
 
 
 def micro_batches_of(groups: list[Group], cfg: Config) -> list[list[Group]]:
-    """This rank's groups of an update that are forwarded, as many at once as memory allows. All
-    ranks get as many micro-batches, since under FSDP each forward is collective: a rank that has
-    none left forwards one token that does not count."""
+    """This rank's groups of an update that are forwarded, --micro-batch at once. All ranks get
+    equally many micro-batches, since under FSDP each forward is collective: a rank that has none
+    left forwards a group of one-token completions that do not count."""
     learning = [group for group in groups if not (group.zero_std and cfg.skip_zero_std)]
     micro_batches = [
         learning[i : i + cfg.micro_batch] for i in range(0, len(learning), cfg.micro_batch)
@@ -1411,7 +1452,7 @@ def recompute_old_logp(
                 sums[name] += float(value)
             for group, group_logp in zip(micro_batch, logp.split(cfg.group), strict=True):
                 group.old_logp = group_logp[:, : group.ids.shape[1]]
-    return dict(zip(sums, all_sum(list(sums.values())), strict=True))
+    return sum_over_ranks(sums)
 
 
 LARGE_GAP = 0.01  # share of the sampled tokens
@@ -1442,8 +1483,8 @@ def update_step(
     when: str,
 ) -> dict[str, float]:
     """One optimizer step on this rank's groups of an update batch. -> sums over the tokens of all
-    ranks, and this update's loss, grad_norm and updates = 1; {} when every group of every rank has
-    equal rewards: nothing to learn from, and no weight decay either.
+    ranks, and this update's loss, grad_norm and updates = 1; {} when no rank forwards a group,
+    since all have equal rewards (--skip-zero-std): no step, and no weight decay either.
 
     1. all tokens count in the mean, those of groups that are not forwarded too
     2. all ranks run as many forwards, since under FSDP each is collective
@@ -1460,7 +1501,7 @@ def update_step(
     if not micro_batches:
         return {}
     # 3. forward and backward
-    check = partial(model.stop_if_not_finite, cfg.out, when, dist, arrays_of(groups))
+    check = partial(model.stop_if_not_finite, cfg.out, when, dist, arrays_of(groups))  # name, value
     sums = Counter()
     for micro_batch in micro_batches:
         loss, logged = group_loss(backbone, reference, micro_batch, cfg)
@@ -1473,8 +1514,12 @@ def update_step(
     check("gradient norm", grad_norm)
     optim.step()
     optim.zero_grad()
-    total = dict(zip(sums, all_sum(list(sums.values())), strict=True))
+    total = sum_over_ranks(sums)
     return {**total, "loss": total["loss"] / divisor, "grad_norm": grad_norm, "updates": 1}
+
+
+def sum_over_ranks(sums: dict[str, float]) -> dict[str, float]:
+    return dict(zip(sums, all_sum(list(sums.values())), strict=True))
 
 
 def all_max(count: int) -> int:
@@ -1599,7 +1644,7 @@ class Prepared(NamedTuple):
     weights: list[float]  # by which prompts are drawn from them
     data: dict[str, dict]  # what run.json says of them
     first_step: int  # 0, or where a resumed run goes on
-    num_tokens: float  # of this rank until then, see main()
+    num_tokens: float  # until then: of this rank, or of all ranks where rank 0 resumes
 
 
 def prepare(cfg: Config, dist: Dist) -> Prepared:
@@ -1705,14 +1750,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         backbone.net.train()
         local_batch = cfg.batch // dist.world_size
         batches = [groups[i : i + local_batch] for i in range(0, len(groups), local_batch)]
-        first = {}  # sums of the first update that forwarded something
+        before_update = {}  # gap_sums(), before the weights change
         if cfg.recompute_old_logp:
-            first = recompute_old_logp(backbone, batches, cfg)
+            before_update = recompute_old_logp(backbone, batches, cfg)
         total = Counter()
         for i, batch in enumerate(batches):
             when = f"step {step}, update {i}"
             sums_of_update = update_step(backbone, reference, optim, batch, cfg, dist, when)
-            first = first or sums_of_update
+            before_update = before_update or sums_of_update
             total.update(sums_of_update)  # a Counter: it adds
         update_time = time.perf_counter()
 
@@ -1729,7 +1774,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             clip_fraction=total["clipped"] / forwarded,
             kl=total["kl"] / forwarded,
             **anchor,
-            **gap_metrics(first, step, dist),
+            **gap_metrics(before_update, step, dist),
             loss=total["loss"] / updates,
             grad_norm=total["grad_norm"] / updates,
             updates=total["updates"],

@@ -64,6 +64,7 @@ from fast_tokenizer import (
     chunk_starts,
     count,
     episodes_sha256,
+    join_splits,
     normalize,
     open_arrays,
     positive,
@@ -111,13 +112,13 @@ class Config:
     # features of the backbone
     init: str = "runs/grpo"  # checkpoint of stage base, sft or grpo; or hub name
     layer: Natural = 0  # LLM layer whose output conditions the head; 0: 0.64 of the depth
-    think: bool = False  # the prompt asks to think first; without a thought to read no text follows
-    condition: str = "prompt"  # what the head reads; a thought brings --think with it
+    think: bool = False  # the prompt asks for a thought; --condition thought does so by itself
+    condition: str = "prompt"  # what the head reads
     thoughts: str = "own"  # own: the model's, by its most probable tokens; recorded: the episodes'
     max_thought: Count = 64  # tokens of an own thought at most
     max_pixels: Natural = 0  # larger images are shrunk to so many pixels; 0: as the backbone says
     backbone_lr: NonNegative = 0.0  # peak learning rate of what lies up to --layer; 0: frozen
-    ce_weight: NonNegative = 0.0  # of its action tokens' cross-entropy, which trains all; 0: none
+    ce_weight: NonNegative = 0.0  # of its action tokens' cross-entropy, it trains all; 0: none
 
     # head
     dim: Count = 128  # width of the head
@@ -282,12 +283,12 @@ class FrameDataset:
             self.frame_ranges.append(range(end - length, end))
 
         # 3. which are held out
-        train_episodes = self.episodes
-        self.held_out = []  # episodes
+        train_episodes, self.held_out_episodes = self.episodes, []
         if cfg.holdout_share > 0:
-            train_episodes, self.held_out = split_episodes(self.episodes, cfg.holdout_share)
-        self.train = self._frames_of(train_episodes)  # numbers of frames
-        self.held = self._frames_of(self.held_out)
+            split = split_episodes(self.episodes, cfg.holdout_share)
+            train_episodes, self.held_out_episodes = split
+        self.train = self._frames_of(train_episodes)  # frame ids
+        self.held = self._frames_of(self.held_out_episodes)
 
         # 4. what a policy that has learned from them should know
         sizes = self.episodes[0].image_sizes
@@ -338,8 +339,8 @@ class FrameDataset:
     def locate(self, frame_id: int) -> tuple[int, int]:
         """Number of a frame -> number of its episode, and its step there (0 .. T-1)."""
         number = int(np.searchsorted(self.ends, frame_id, side="right"))
-        index = int(frame_id) - self.frame_ranges[number].start
-        return number, index * self.stride
+        index_in_episode = int(frame_id) - self.frame_ranges[number].start
+        return number, index_in_episode * self.stride
 
     def observation(self, frame_id: int) -> tuple[list[np.ndarray], str]:
         """-> the images of the cameras, each uint8 (H, W, 3), and the instruction."""
@@ -419,7 +420,7 @@ class Draws(NamedTuple):
     time: torch.Tensor  # (B, R) in [0, 1]: 0 is pure noise, 1 the action
 
     def rows(self, indices: slice | np.ndarray) -> "Draws":
-        """Those of some frames of the batch."""
+        """The draws of these frames of the batch."""
         return Draws(self.noise[indices], self.time[indices])
 
 
@@ -556,31 +557,34 @@ class FlowHead(nn.Module):
         return Draws(torch.from_numpy(noise), torch.from_numpy(t).float())
 
     def loss(
-        self, feats, mask, state, action, action_mask, drawn: Draws, count: float | None = None
+        self, feats, mask, state, action, action_mask, drawn: Draws, divisor: float | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Masked flow-matching loss of one batch with R (noise, time) pairs a frame, which share
-        the context: at small sizes it costs more than the DiT. -> (loss fp32, {"sum", "count"}).
+        the context: at small sizes it costs more than the DiT does. -> (loss fp32, {"sum": of the
+        errors, "count": of the elements}).
 
         feats (B, T, vl_dim), mask (B, T) or None; state (B, S) and action (B, K, A) normalised;
-        action_mask (B, K, A); drawn: as draw() gives it. count: what the summed error is divided
-        by, None = the number of counted elements here (at least 1), which is also info's."""
+        action_mask (B, K, A); drawn: as draw() gives it. divisor: of the summed error; None: the
+        counted elements, at least 1."""
         noise, time = drawn
         noise = noise.to(action.device)
         time = time.to(action.device)
-        draws = time.shape[1]
+        draws_per_frame = time.shape[1]
         # fork point: the flow path, here straight from noise at t = 0 to the action at t = 1. The
         # distribution of t: draw().
         t = time[:, :, None, None]  # (B, R, 1, 1)
         x_t = (1 - t) * noise + t * action[:, None]  # (B, R, K, A)
         u_t = action[:, None] - noise  # its velocity, the target
 
-        state_token = self.state_in(state)[:, None].repeat_interleave(draws, dim=0)  # (B*R, 1, D)
+        state_token = self.state_in(state)[:, None]  # (B, 1, D)
+        state_token = state_token.repeat_interleave(draws_per_frame, dim=0)  # (B*R, 1, D)
         context = self.context(feats, mask)
         v_t = self.velocity(x_t.flatten(0, 1), time.flatten(), state_token, context)  # (B*R, K, A)
         error = (v_t.float().view_as(u_t) - u_t).square() * action_mask[:, None]  # (B, R, K, A)
         error_sum = error.sum()
-        counted = action_mask.sum() * draws
-        divisor = counted.clamp(min=1) if count is None else count
+        counted = action_mask.sum() * draws_per_frame
+        if divisor is None:
+            divisor = counted.clamp(min=1)
         return error_sum / divisor, {"sum": error_sum.detach(), "count": counted}
 
     @torch.no_grad()
@@ -599,7 +603,7 @@ class FlowHead(nn.Module):
 
 # ---- Thoughts ------------------------------------------------------------------------------------
 #
-# A thought is a list of token ids, see model.encode_thought().
+# A thought is an array of token ids (t,), see model.encode_thought().
 
 
 def write_thoughts(backbone: Backbone, prompts: list[Row], max_thought: int) -> list[np.ndarray]:
@@ -609,14 +613,9 @@ def write_thoughts(backbone: Backbone, prompts: list[Row], max_thought: int) -> 
     It ends with the token that completes </think>; without one it is as far as the model got. Where
     </think> is several tokens (Qwen2.5) writing stops at the action that follows."""
     vocab = backbone.vocab
-    end = backbone.tokenizer.convert_tokens_to_ids(THINK_END)  # None: no one token
-    samples = model.generate(
-        backbone,
-        prompts,
-        max_new_tokens=max_thought,
-        greedy=True,
-        stop={vocab.eos, vocab.action_start, end} - {None},
-    )
+    end = backbone.tokenizer.convert_tokens_to_ids(THINK_END)  # None: it is several tokens
+    stop = {vocab.eos, vocab.action_start, end} - {None}  # None: no action tokens, either
+    samples = model.generate(backbone, prompts, max_new_tokens=max_thought, greedy=True, stop=stop)
     thoughts = []
     for ids, mask in zip(samples["ids"], samples["mask"].bool(), strict=True):
         written = ids[mask].cpu().numpy()
@@ -629,7 +628,8 @@ def is_finished(backbone: Backbone, token_ids: np.ndarray) -> bool:
 
 
 def thought_length(backbone: Backbone, token_ids: np.ndarray) -> int:
-    """Tokens up to the one that completes </think>, that one included; without it all of them."""
+    """Tokens up to the one that completes </think>, that one included; without it all of them. What
+    is complete stays so with more tokens, so that a binary search decodes few beginnings."""
     return bisect.bisect_left(
         range(len(token_ids)), True, key=lambda length: is_finished(backbone, token_ids[:length])
     )
@@ -649,57 +649,6 @@ def given_thoughts(backbone: Backbone, texts: list[str], n: int) -> list[np.ndar
     return [encode_thought(backbone, text) for text in texts]
 
 
-def frame_thoughts(
-    backbone: Backbone, frames: FrameDataset, cfg: Config, dist: Dist
-) -> list[np.ndarray]:
-    """The thought of each frame: recorded, or the whole backbone's own. These are written once,
-    split over the ranks by episodes, and stay on disk beside the features (--cache none keeps them
-    too: to write them again in each pass costs more than all the rest of a step)."""
-    # 1. recorded
-    if cfg.thoughts == "recorded":
-        thoughts = []
-        for episode, frame_range in zip(frames.episodes, frames.frame_ranges, strict=True):
-            for frame_id in frame_range:
-                _, step = frames.locate(frame_id)
-                with reading(f"{episode}: thought of step {step}"):
-                    thoughts.append(encode_thought(backbone, episode.thoughts[step]))
-        return thoughts
-
-    # 2. its own
-    started = time.perf_counter()
-    model.replicate(backbone.net, dist)
-    live = LiveFeatures(backbone, frames, cfg, dist.device)
-    made_from = fingerprint(backbone, frames, live.read(first_frames(frames)), cfg)
-    made_from["lm_head"] = sha256_of(bytes_of([backbone.net.lm_head.weight]))
-    made_from["max_thought"] = cfg.max_thought
-    files = FrameFiles(feature_folder(cfg) / "thoughts", "thoughts", frames)
-
-    def write(frame_ids):
-        written = write_thoughts(backbone, live.read(frame_ids), cfg.max_thought)
-        return [torch.from_numpy(thought) for thought in written]
-
-    is_new = not files.hold(made_from)
-    if is_new:  # writing takes as long for a few frames as for many
-        files.make(write, episode_groups(frames, FRAMES_AT_ONCE), made_from, dist)
-    files.open()
-    thoughts = [files.read(frame_id).numpy() for frame_id in range(len(frames.state))]
-    backbone.net.to(dist.build)  # out of the GPU's way, and as open_features() expects it
-    backbone.net.tie_weights()  # to META tied ones went as two
-
-    # 3. how it went
-    if dist.rank == 0:
-        tokens = np.mean([len(thought) for thought in thoughts])
-        unfinished = sum(not is_finished(backbone, thought) for thought in thoughts)
-        line = (
-            f"{len(thoughts)} thoughts of {tokens:.1f} tokens on average, {unfinished} unfinished"
-        )
-        if is_new:
-            seconds = time.perf_counter() - started
-            line += f"; {1000 * seconds / len(thoughts):.1f} ms each"
-        print(line, flush=True)
-    return thoughts
-
-
 # ---- Features of the backbone --------------------------------------------------------------------
 
 
@@ -710,7 +659,7 @@ class Features(NamedTuple):
     mask: torch.Tensor | None  # (B, T); None: no row is padded
 
     def rows(self) -> list[torch.Tensor]:
-        """Those of each prompt without padding, (t, vl_dim)."""
+        """The features of each prompt, without padding, (t, vl_dim)."""
         if self.mask is None:
             return list(self.feats)
         return [feats[mask.bool()] for feats, mask in zip(self.feats, self.mask, strict=True)]
@@ -722,6 +671,11 @@ def pad_features(rows: list[torch.Tensor]) -> Features:
     feats = pad_sequence(rows, batch_first=True)  # (B, T, vl_dim)
     mask = torch.arange(feats.shape[1], device=feats.device) < lengths[:, None]  # (B, T)
     return Features(feats, None if mask.all() else mask)
+
+
+def selected(hidden: torch.Tensor, is_selected: torch.Tensor) -> Features:
+    """Of the hidden states (B, T, D) those of the tokens that is_selected (B, T) marks."""
+    return pad_features(Features(hidden, is_selected).rows())
 
 
 def compute_dtype(device: str | torch.device) -> torch.dtype:
@@ -757,8 +711,8 @@ def whole_copy(backbone: Backbone) -> Backbone:
 
 
 def freeze_backbone(backbone: Backbone, layer: int) -> nn.Module:
-    """Cuts the backbone after model.feature_layer() and freezes it. -> its final norm, which the
-    features do without and save_policy() puts back."""
+    """Cuts the backbone after `layer` and freezes it. -> its final norm, which the features do
+    without and save_policy() puts back."""
     final_norm = backbone.net.model.language_model.norm
     truncate(backbone.net, layer)
     backbone.net.requires_grad_(False).eval()
@@ -766,9 +720,9 @@ def freeze_backbone(backbone: Backbone, layer: int) -> nn.Module:
 
 
 def choose_trained(backbone: Backbone, layer: int, cfg: Config) -> nn.Module:
-    """Cuts the backbone and freezes it as freeze_backbone(), unless cfg trains it: by the flow loss
-    alone what is left after the cut, but for lm_head (where it is the table of the input, that is
-    trained); with --ce-weight all of it, uncut. -> its final norm."""
+    """Cuts the backbone and freezes it as freeze_backbone(), unless cfg trains it: with --ce-weight
+    all of it, uncut; by the flow loss alone (--backbone-lr) what the cut leaves, of which lm_head
+    has no gradient unless it is the table of the input too. -> its final norm."""
     if cfg.ce_weight:
         return backbone.net.model.language_model.norm
     final_norm = freeze_backbone(backbone, layer)
@@ -798,13 +752,13 @@ def encode_prompts(
     train: bool = False,
 ) -> Features:
     """The features of all image and text tokens of the prompts, and of their thoughts where they
-    have one; by the condition thought-only of these alone. train: with a gradient, where one is
-    asked for."""
+    have one; by the condition thought-only of these alone. train: with a gradient, unless the
+    caller is under no_grad()."""
     batch = model.to_device(model.collate(prompts, backbone.vocab.pad), device)
     with torch.set_grad_enabled(train and torch.is_grad_enabled()):
         hidden = model.hidden_states(backbone.net, batch)  # (B, T, D)
     if condition == "thought-only":
-        return pad_features(Features(hidden, batch["target"]).rows())
+        return selected(hidden, batch["target"])  # with_thought() marks a thought's tokens
     lengths = {len(prompt["ids"]) for prompt in prompts}
     return Features(hidden, None if len(lengths) == 1 else batch["mask"])
 
@@ -859,11 +813,11 @@ class LiveFeatures:
         self.condition = cfg.condition
         self.device = device
         self.is_trained = cfg.backbone_lr > 0
-        self.continuations = answers or thoughts  # of each frame's prompt
-        self.layer_output = None  # of a whole net's forward, with answers
-        if answers:
-            self.layer_output = []
-            model.keep_layer_output(backbone.net, layer, self.layer_output.append)
+        self.continuations = answers or thoughts  # of each frame's prompt; it never has both
+        self.learns_answers = bool(answers)
+        self.layer_outputs = []  # to which each forward of a whole net appends
+        if self.learns_answers:
+            model.keep_layer_output(backbone.net, layer, self.layer_outputs.append)
 
     def read(self, frame_ids: Iterable[int]) -> list[Row]:
         prompts = []
@@ -876,7 +830,7 @@ class LiveFeatures:
         return prompts
 
     def features(self, prompts: list[Row]) -> Features:
-        if self.layer_output is not None:
+        if self.learns_answers:  # evaluation has no use for their loss
             return self.features_and_answers(prompts)[0]
         return encode_prompts(
             self.backbone, prompts, self.device, self.condition, train=self.is_trained
@@ -887,9 +841,9 @@ class LiveFeatures:
         answers behind them, and the cross-entropy of the answers."""
         batch = model.to_device(model.collate(rows, self.backbone.vocab.pad), self.device)
         token_sums = model.token_loss(self.backbone.net, batch)
-        hidden = self.layer_output.pop()  # (B, T, D)
+        hidden = self.layer_outputs.pop()  # (B, T, D), of the forward in token_loss()
         is_prompt = batch["mask"].bool() & ~batch["target"]
-        return pad_features(Features(hidden, is_prompt).rows()), token_sums
+        return selected(hidden, is_prompt), token_sums
 
 
 class CachedFeatures:
@@ -926,8 +880,8 @@ class FrameFiles:
         self.frames = frames
         self.paths = [folder / f"{episode.name}.safetensors" for episode in frames.episodes]
 
-    def hold(self, made_from: dict[str, str | int]) -> bool:
-        """Whether they are there. ValueError when they were made from something else."""
+    def are_complete(self, made_from: dict[str, str | int]) -> bool:
+        """Whether all of them are there. ValueError when they were made from something else."""
         path = self.folder / "fingerprint.json"
         if not path.exists():
             return False
@@ -948,8 +902,9 @@ class FrameFiles:
         made_from: dict[str, str | int],
         dist: Dist,
     ) -> None:
-        """Writes them. make_rows(frame_ids): of at most FRAMES_AT_ONCE frames -> a row (t, ...)
-        each. groups: numbers of episodes that are made together, by one rank."""
+        """Makes and writes the rows of all frames. make_rows(frame_ids): of at most FRAMES_AT_ONCE
+        frames -> a row (t, ...) each. groups: numbers of episodes that are made together, by one
+        rank."""
         # 1. each rank makes those of its groups
         local_groups = groups[dist.rank :: dist.world_size]
         no_bar = None if dist.rank == 0 else True  # None: a bar where stderr is a terminal
@@ -979,7 +934,7 @@ class FrameFiles:
         save_file(tensors, path)
 
     def open(self) -> None:
-        """ValueError when one cannot be read."""
+        """Before the first read(). ValueError when a file cannot be read."""
         open_arrays.cache_clear()  # they may have been written anew
         for path in self.paths:
             try:
@@ -1007,9 +962,9 @@ def episode_groups(frames: FrameDataset, most: int) -> list[list[int]]:
     """Numbers of consecutive episodes with at most `most` frames together; one with more is alone.
     Of 9, 5, 7 and 20 frames and at most 16: [[0, 1], [2], [3]]."""
     groups = []
-    frames_in_group = most
+    frames_in_group = 0
     for number, frame_range in enumerate(frames.frame_ranges):
-        if frames_in_group + len(frame_range) > most:
+        if not groups or frames_in_group + len(frame_range) > most:
             groups.append([])
             frames_in_group = 0
         groups[-1].append(number)
@@ -1018,7 +973,7 @@ def episode_groups(frames: FrameDataset, most: int) -> list[list[int]]:
 
 
 def first_frames(frames: FrameDataset) -> list[int]:
-    """Of each episode."""
+    """The first frame of each episode."""
     return [frame_range[0] for frame_range in frames.frame_ranges]
 
 
@@ -1030,8 +985,8 @@ def build_cache(
     thoughts: list[np.ndarray] | None = None,
 ) -> CachedFeatures:
     """Runs the backbone over all frames, unless the folder holds the very same features already.
-    thoughts: of each frame. ValueError when it holds other ones or has no room, or when a feature
-    is not finite."""
+    thoughts: of each frame. ValueError when the folder holds other features or has no room, or when
+    a feature is not finite."""
     folder = feature_folder(cfg)
     files = FrameFiles(folder, "features", frames)
     live = LiveFeatures(backbone, frames, cfg, dist.device, thoughts)
@@ -1042,7 +997,7 @@ def build_cache(
     if thoughts is not None:
         made_from["condition"] = cfg.condition
         made_from["thoughts"] = sha256_of(thought.tobytes() for thought in thoughts)
-    if files.hold(made_from):
+    if files.are_complete(made_from):
         return CachedFeatures(files, dist.device)
 
     # 2. is there room for them?
@@ -1081,6 +1036,68 @@ def build_cache(
     each_alone = [[number] for number in range(len(frames.episodes))]  # without any padding
     files.make(make_rows, each_alone, made_from, dist)
     return CachedFeatures(files, dist.device)
+
+
+def frame_thoughts(
+    backbone: Backbone, frames: FrameDataset, cfg: Config, dist: Dist
+) -> list[np.ndarray]:
+    """The thought of each frame, as --thoughts says."""
+    if cfg.thoughts == "recorded":
+        return recorded_thoughts(backbone, frames)
+    return own_thoughts(backbone, frames, cfg, dist)
+
+
+def recorded_thoughts(backbone: Backbone, frames: FrameDataset) -> list[np.ndarray]:
+    """Those that the episodes hold."""
+    thoughts = []
+    for episode, frame_range in zip(frames.episodes, frames.frame_ranges, strict=True):
+        for frame_id in frame_range:
+            _, step = frames.locate(frame_id)
+            with reading(f"{episode}: thought of step {step}"):
+                thoughts.append(encode_thought(backbone, episode.thoughts[step]))
+    return thoughts
+
+
+def own_thoughts(
+    backbone: Backbone, frames: FrameDataset, cfg: Config, dist: Dist
+) -> list[np.ndarray]:
+    """The whole backbone writes a thought about each frame, once; the ranks share the episodes. All
+    stay on disk beside the features, with --cache none too: to write them again in each pass costs
+    more than all the rest of a step."""
+    # 1. written, or there from an earlier run
+    started = time.perf_counter()
+    model.replicate(backbone.net, dist)
+    live = LiveFeatures(backbone, frames, cfg, dist.device)
+    made_from = fingerprint(backbone, frames, live.read(first_frames(frames)), cfg)
+    made_from["lm_head"] = sha256_of(bytes_of([backbone.net.lm_head.weight]))
+    made_from["max_thought"] = cfg.max_thought
+    files = FrameFiles(feature_folder(cfg) / "thoughts", "thoughts", frames)
+
+    def write(frame_ids):
+        written = write_thoughts(backbone, live.read(frame_ids), cfg.max_thought)
+        return [torch.from_numpy(thought) for thought in written]
+
+    is_new = not files.are_complete(made_from)
+    if is_new:
+        # frames of many episodes together: to write takes as long for a few as for many
+        files.make(write, episode_groups(frames, FRAMES_AT_ONCE), made_from, dist)
+    files.open()
+    thoughts = [files.read(frame_id).numpy() for frame_id in range(len(frames.state))]
+    backbone.net.to(dist.build)  # out of the GPU's way, and as open_features() expects it
+    backbone.net.tie_weights()  # to META tied ones went as two
+
+    # 2. how it went
+    if dist.rank == 0:
+        tokens = np.mean([len(thought) for thought in thoughts])
+        unfinished = sum(not is_finished(backbone, thought) for thought in thoughts)
+        line = (
+            f"{len(thoughts)} thoughts of {tokens:.1f} tokens on average, {unfinished} unfinished"
+        )
+        if is_new:
+            seconds = time.perf_counter() - started
+            line += f"; {1000 * seconds / len(thoughts):.1f} ms each"
+        print(line, flush=True)
+    return thoughts
 
 
 def fingerprint(
@@ -1132,11 +1149,12 @@ def sha256_of(pieces: Iterable[bytes | np.ndarray]) -> str:
 
 
 class PolicySpec(TypedDict):
-    """What acting needs beside the weights: "policy" in a checkpoint's run.json."""
+    """What acting needs beside the weights: "policy" in a checkpoint's run.json. TokenPolicy.spec
+    has cameras, stats and action_range alone."""
 
     head: dict  # HeadConfig
     layer: int  # blocks of the cut backbone
-    think: bool  # Config.think
+    think: bool  # asks_to_think(Config)
     cameras: list[str]  # in the order in which images are given
     stats: dict[str, Stats]  # of "state" and "action"; of a TokenPolicy of "action" alone
     # Older checkpoints lack these: nothing is compared then.
@@ -1237,8 +1255,9 @@ class Policy:
     """A trained checkpoint as a function (images, instruction, state) -> the next K actions.
 
     Attributes: horizon K, action_dim A, cameras (names, in the order in which images are given).
-    Call n draws its noise from (seed, n): row b of a batch gets the same at any batch size. For
-    images of another size than in training see CameraViews.
+    Call n draws its noise from (seed, n), or act_batch() from the keys that it is given: row b of a
+    batch gets the same at any batch size. For images of another size than in training see
+    CameraViews.
 
     writer: the whole backbone of a head that reads its own thoughts (vla.py --condition), which
     writes one a chunk. backbone, which is cut, shares its weights."""
@@ -1468,10 +1487,11 @@ class TokenPolicy:
         for attempt in range(self.tries):
             answers = self._write([prompts[b] for b in failed], [keys[b] for b in failed], attempt)
             action_ids = [model.parse_actions(self.backbone, ids).action_ids for ids in answers]
-            chunks[failed], decodes = self.action_tokenizer.decode(action_ids)
+            decoded, is_chunk = self.action_tokenizer.decode(action_ids)  # NaN where it is none
+            chunks[failed] = decoded
             for b, ids in zip(failed, answers, strict=True):
                 written[b] = thought_text(self.backbone, ids)
-            failed = [b for b, is_chunk in zip(failed, decodes, strict=True) if not is_chunk]
+            failed = [b for b, ended in zip(failed, is_chunk, strict=True) if not ended]
             if attempt == 0:
                 self.count["retried"] += len(failed)
             if not failed:
@@ -1676,7 +1696,7 @@ def local_slice(cfg: Config, dist: Dist) -> slice:
 
 def flow_loss(
     head: FlowHead, source: FeatureSource, frames, cfg, step: int, fetched: Fetched, dist
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+) -> tuple[torch.Tensor, dict[str, torch.Tensor | TokenSums]]:
     """This rank's part of a step's loss, such that the average over ranks is the mean over the
     global batch. -> (loss, info), as FlowHead.loss(); with --ce-weight info has "answers", the
     TokenSums of this rank's frames."""
@@ -1685,9 +1705,9 @@ def flow_loss(
     state, action, action_mask = training_targets(frames, frame_ids[local], dist.device)
     drawn = head.draw(model.rng(cfg.seed, "flow", step), cfg.batch, cfg.draws)  # of all ranks
     # Counted elements of the global batch: each rank knows them without asking the others.
-    count = int(frames.mask[frame_ids].sum()) * frames.action.shape[2] * cfg.draws
-    count_per_rank = count / dist.world_size
-    targets = (state, action, action_mask, drawn.rows(local), count_per_rank)
+    counted = int(frames.mask[frame_ids].sum()) * frames.action.shape[2] * cfg.draws
+    divisor = counted / dist.world_size  # the gradient is averaged over ranks
+    targets = (state, action, action_mask, drawn.rows(local), divisor)
     with autocast(dist.device):
         if not cfg.ce_weight:
             return head.loss(*source.features(local_inputs), *targets)
@@ -1698,8 +1718,18 @@ def flow_loss(
     return loss, {**info, "answers": answers}
 
 
+class StepSums(NamedTuple):
+    """What is summed until the next line of the log; a checkpoint keeps it in this order."""
+
+    flow_error: float
+    flow_elements: float  # that were counted
+    answer_loss: float  # TokenSums of the answers, with --ce-weight
+    answer_tokens: float
+    answer_correct: float
+
+
 class StepInfo(NamedTuple):
-    sums: list[float]  # of this rank: flow error, its counted elements, and TokenSums of answers
+    sums: StepSums  # of this rank
     metrics: dict[str, float]  # of all ranks: norms of gradients before clipping, learning rate
 
 
@@ -1729,16 +1759,18 @@ def train_step(
         metrics["backbone_grad_norm"] = backbone_norm
     optim.step()
     optim.zero_grad()
-    sums = [info["sum"], info["count"], *info.get("answers", torch.zeros(3))]
-    return StepInfo([x.item() for x in sums], metrics)
+    answers = info.get("answers", torch.zeros(3))
+    sums = [value.item() for value in (info["sum"], info["count"], *answers)]
+    return StepInfo(StepSums(*sums), metrics)
 
 
 @torch.no_grad()
 def update_average(heads: dict[str, FlowHead], decay: float, step: int) -> None:
-    """head <- decay * head + (1 - decay) * raw, the decay at first smaller: raw still moves far."""
+    """head <- decay * head + (1 - decay) * raw."""
     averaged = model.local_shards(heads["head"].parameters())
     raw = model.local_shards(heads["raw"].parameters())
-    torch._foreach_lerp_(averaged, raw, 1 - min(decay, (1 + step) / (10 + step)))
+    decay = min(decay, (1 + step) / (10 + step))  # at first raw still moves far
+    torch._foreach_lerp_(averaged, raw, 1 - decay)
 
 
 @torch.no_grad()
@@ -1816,7 +1848,8 @@ def open_features(
     answers: list[np.ndarray] | None = None,
     layer: int = 0,
 ) -> FeatureSource:
-    """Where the features come from, as --cache says; the backbone goes to where they are made."""
+    """Where the features come from, as --cache says. The backbone goes to where they are
+    made, and back when all are in the cache."""
     if cfg.cache == "none":
         if cfg.backbone_lr or cfg.shard_backbone or not has_room(backbone.net, dist):
             model.shard(backbone.net, dist, compute_dtype(dist.device))
@@ -1886,10 +1919,57 @@ def save_policy(
     whole one that writes thoughts or learned its action tokens, the head in head.safetensors, and
     in run.json under "policy" all else that acting needs."""
     language_model = backbone.net.model.language_model
-    identity = language_model.norm  # of truncate()
+    norm = language_model.norm  # nn.Identity() of a net that truncate() has cut
     language_model.norm = final_norm
     model.save(folder, {"backbone": backbone, **heads}, run, optim)
-    language_model.norm = identity
+    language_model.norm = norm
+
+
+def make_head_config(cfg: Config, frames: FrameDataset, backbone: Backbone) -> HeadConfig:
+    return HeadConfig(
+        vl_dim=backbone.net.config.text_config.hidden_size,
+        dim=cfg.dim,
+        layers=cfg.layers,
+        heads=cfg.heads,
+        vl_layers=cfg.vl_layers,
+        state_dim=frames.state.shape[1],
+        action_dim=frames.action.shape[2],
+        horizon=cfg.horizon,
+        future_tokens=cfg.future_tokens,
+        dropout=cfg.dropout,
+    )
+
+
+def policy_spec(
+    cfg: Config, frames: FrameDataset, head_config: HeadConfig, layer: int
+) -> PolicySpec:
+    spec: PolicySpec = {
+        "head": asdict(head_config),
+        "layer": layer,
+        "think": asks_to_think(cfg),
+        "cameras": frames.cameras,
+        "stats": frames.stats,
+        "image_sizes": frames.image_sizes,
+        "action_range": frames.action_range,
+    }
+    if cfg.condition != "prompt":
+        spec |= {
+            "condition": cfg.condition,
+            "thoughts": cfg.thoughts,
+            "max_thought": cfg.max_thought,
+        }
+    return spec
+
+
+def training_metrics(local_sums: np.ndarray) -> dict[str, float]:
+    """StepSums of this rank, as an array -> means over all ranks. The loss keeps a floor, the
+    variance of the velocity: watch held_l1 instead."""
+    sums = StepSums(*model.all_sum(local_sums.tolist()))
+    metrics = {"loss": sums.flow_error / sums.flow_elements}
+    if sums.answer_tokens:
+        metrics["ce_loss"] = sums.answer_loss / sums.answer_tokens
+        metrics["token_accuracy"] = sums.answer_correct / sums.answer_tokens
+    return metrics
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -1898,7 +1978,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     model.keep_freed_memory()
     dist = model.setup(cfg.seed, cfg.shards, cfg.batch, cfg.timeout_hours)
 
-    # 1. the backbone, frozen and cut after a layer; before, it may think about each frame
+    # 1. the backbone; it may think about each frame, then it is cut after a layer and frozen, if
+    # nothing trains it
     frames = FrameDataset(cfg)
     if dist.rank == 0:
         for name, stats in frames.stats.items():
@@ -1923,45 +2004,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     if cfg.ce_weight:
         answers = frame_answers(backbone, frames, cfg)
     final_norm = choose_trained(backbone, layer, cfg)
-    head_config = HeadConfig(
-        vl_dim=backbone.net.config.text_config.hidden_size,
-        dim=cfg.dim,
-        layers=cfg.layers,
-        heads=cfg.heads,
-        vl_layers=cfg.vl_layers,
-        state_dim=frames.state.shape[1],
-        action_dim=frames.action.shape[2],
-        horizon=cfg.horizon,
-        future_tokens=cfg.future_tokens,
-        dropout=cfg.dropout,
-    )
+    head_config = make_head_config(cfg, frames, backbone)
     # 2. its features
     source = open_features(backbone, frames, cfg, dist, thoughts, answers, layer)
 
     # 3. the head, which reads them and the state
     heads = make_heads(head_config, newest, cfg, dist)
-    name = "raw" if cfg.ema_decay else "head"
-    trained = heads[name].train()
+    trained_name = "raw" if cfg.ema_decay else "head"
+    trained = heads[trained_name].train()
     optim = make_optimizer(trained, backbone, cfg)
-    parts = {name: trained, "backbone": backbone}
+    parts = {trained_name: trained, "backbone": backbone}
     start, unlogged = model.load_train_state(newest, parts, optim)
     model.check_steps(newest, start, cfg.steps)
-    unlogged = np.zeros(5) + unlogged  # StepInfo.sums since the last line; a new run gives 0
+    unlogged = np.zeros(len(StepSums._fields)) + unlogged  # a new run gives 0
 
-    spec: PolicySpec = {
-        "head": asdict(head_config),
-        "layer": layer,
-        "think": asks_to_think(cfg),
-        "cameras": frames.cameras,
-        "stats": frames.stats,
-        "image_sizes": frames.image_sizes,
-        "action_range": frames.action_range,
-    }
-    if cfg.condition != "prompt":
-        for name in ("condition", "thoughts", "max_thought"):
-            spec[name] = getattr(cfg, name)
-    split = [split_record(frames.episodes, frames.held_out)]
-    if dist.rank == 0 and frames.held_out:
+    split = [split_record(frames.episodes, frames.held_out_episodes)]
+    if dist.rank == 0 and frames.held_out_episodes:
         warn_of_other_split(backbone.run.get("split", []), split)
     run = {
         "stage": "vla",
@@ -1969,8 +2027,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "parent": cfg.init,
         "command": model.command_line("vla.py", argv),
         "data": data,
-        "split": split,
-        "policy": spec,
+        "split": join_splits(backbone.run.get("split", []), split),
+        "policy": policy_spec(cfg, frames, head_config, layer),
         "trained": ["head", "backbone"] if cfg.backbone_lr else ["head"],
     }
     save = functools.partial(
@@ -1998,17 +2056,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             unlogged += info.sums
             done = step + 1
             if done % cfg.log_every == 0 or done == cfg.steps:
-                # The loss keeps a floor, the variance of the velocity: watch held_l1 instead.
-                loss_sum, count, ce_sum, tokens, correct = model.all_sum(unlogged.tolist())
-                metrics = {"loss": loss_sum / count, **info.metrics}
-                if tokens:
-                    metrics["ce_loss"] = ce_sum / tokens
-                    metrics["token_accuracy"] = correct / tokens
+                metrics = training_metrics(unlogged) | info.metrics
                 speed = (done - timed_step) / (time.perf_counter() - clock)
                 log.write(step=done, **metrics, steps_per_s=speed)
                 timed_step = done
                 clock = time.perf_counter()
-                unlogged = np.zeros(5)
+                unlogged = np.zeros_like(unlogged)
             # 5. chunks of held-out frames, against the true ones
             if cfg.eval_every and done % cfg.eval_every == 0 and done < cfg.steps:
                 metrics = evaluate(heads["head"], source, frames, cfg, dist)

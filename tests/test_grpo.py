@@ -283,7 +283,7 @@ def test_credit_ends_at_the_first_wrong_token(backbone):
 
     r = torch.tensor([[1.0, 2 / 3]])
     A, _ = grpo.advantage(r)
-    F, _ = grpo.advantage(r, part=torch.tensor([[0.5, 0.5]]))
+    F, _ = grpo.advantage(r, paid=torch.tensor([[0.5, 0.5]]))
     right, wrong = grpo.token_advantages(backbone, rows[:2], [target] * 2, A[0], F[0])
     assert A[0].tolist() == pytest.approx([0.7071, -0.7071], abs=1e-4) and F.tolist() == [[0, 0]]
     end = rows[0].index(backbone.vocab.action_end) + 1
@@ -293,8 +293,8 @@ def test_credit_ends_at_the_first_wrong_token(backbone):
 
     r = torch.tensor([[1.0, 2 / 3, 0.0]])
     A, _ = grpo.advantage(r)
-    F, _ = grpo.advantage(r, part=torch.tensor([[0.5, 0.5, 0.0]]))
-    R, _ = grpo.advantage(r, part=torch.tensor([[0.5, 1 / 6, 0.0]]))
+    F, _ = grpo.advantage(r, paid=torch.tensor([[0.5, 0.5, 0.0]]))
+    R, _ = grpo.advantage(r, paid=torch.tensor([[0.5, 1 / 6, 0.0]]))
     assert torch.allclose(A, F + R)  # the parts sum to the whole
     _, wrong, malformed = grpo.token_advantages(backbone, rows, [target] * 3, A[0], F[0])
     assert (wrong[: start + 3] == A[0, 1]).all() and (wrong[start + 3 :] == F[0, 1]).all()
@@ -1365,7 +1365,7 @@ def test_the_expected_reward_on_two_ranks_equals_one(world, monkeypatch):
     monkeypatch.setattr(model, "SMALL", 0)
     both = ["--steps", "2", "--batch", "4", "--credit", "expected", "--eval-every", "0"]
     both += ["--dynamic-sampling", "2"]
-    one = one_rank_as_two(world, "expected", both, grpo.EXPECTED)
+    one = one_rank_as_two(world, "expected", both, grpo.EXPECTED_METRICS)
     assert one[1]["expected_r_a"] > one[0]["expected_r_a"] > 0
 
 

@@ -147,7 +147,7 @@ def test_loss_by_hand(monkeypatch):
     assert torch.equal(seen[0], torch.zeros(1, 5, 4))  # 0.75 * -1 + 0.25 * 3
     assert loss.item() == 6.25  # (3 - -1 - 1.5)^2
     assert info["count"] == 6 and info["sum"] == 37.5
-    assert head.loss(*args, drawn, count=75)[0].item() == 0.5
+    assert head.loss(*args, drawn, divisor=75)[0].item() == 0.5
     action[:, 2:] = 1e3  # what is masked has no influence
     assert head.loss(*args, drawn)[0].item() == 6.25
     action_mask[:] = 0
@@ -637,7 +637,8 @@ def test_the_split_is_recorded_and_another_one_is_told(data, tmp_path, capsys):
         vla.main(argv(data, out, **flags, **{"holdout-share": share}))
         assert ("an earlier stage held out others (1 of 5)" in capsys.readouterr().err) == is_told
         run = json.loads((out / "final" / "run.json").read_text())
-        assert run["split"][0]["held_out"] == {0.05: 1, 0.4: 2, 0: 0}[share]
+        assert run["split"][-1]["held_out"] == {0.05: 1, 0.4: 2, 0: 0}[share]
+        assert split[0] in run["split"], "what an earlier stage has seen"
         assert (run["split"] == split) == (share == 0.05)
 
 
@@ -717,7 +718,7 @@ def plain_losses(backbone, head, frames, cfg, frame_ids, layer):
         feats = output.hidden_states[layer][:, : len(prompt["ids"])]
         rows = slice(b, b + 1)
         targets = (state[rows], action[rows], action_mask[rows], drawn.rows(rows))
-        flow += head.loss(feats, None, *targets, count=action_mask.sum() * cfg.draws)[0]
+        flow += head.loss(feats, None, *targets, divisor=action_mask.sum() * cfg.draws)[0]
         is_target = batch["target"][0, 1:]
         cross_entropy += F.cross_entropy(
             output.logits[0, :-1][is_target], batch["ids"][0, 1:][is_target], reduction="sum"
@@ -1342,7 +1343,9 @@ def test_the_range_of_the_actions_travels_in_the_checkpoint(data, trained):
     what they take. The held-out ones do not count."""
     spec = json.loads((trained / "final" / "run.json").read_text())["policy"]
     frames = vla.FrameDataset(vla.Config(data=str(data), horizon=4))
-    actions = np.concatenate([e.action for e in frames.episodes if e not in frames.held_out])
+    actions = np.concatenate(
+        [e.action for e in frames.episodes if e not in frames.held_out_episodes]
+    )
     assert len(actions) == len(frames.train) < sum(LENGTHS)
     assert spec["action_range"] == {"low": actions.min(0).tolist(), "high": actions.max(0).tolist()}
 

@@ -354,7 +354,7 @@ def vla_estimate(cfg: vla.Config, net: nn.Module, load: Load) -> Estimate:
             action=action,
             action_mask=action,
             drawn=vla.Draws(noise=torch.empty(B, R, *chunk_shape), time=torch.empty(B, R)),
-            count=1,
+            divisor=1,
         )
 
     # 2. the backbone: whole on each rank (vla.py shards one that takes over half of the memory)
