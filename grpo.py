@@ -1790,6 +1790,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # a last evaluation that fails loses nothing
     final = Path(cfg.out) / "final"
     model.save(final, backbone, {**run, "step": cfg.steps})
+    model.end_on_sigterm()
     if cfg.eval_every:
         metrics = evaluate(backbone, cfg, eval_rows, eval_targets, dist)
         log.write(step=cfg.steps, **metrics)

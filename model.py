@@ -253,7 +253,7 @@ class ImageSpec:
         )
 
     def bounded(self, max_pixels: int) -> "ImageSpec":
-        """The same with larger images shrunk to so many pixels; 0: as it is."""
+        """The same, where an image has so many pixels at most; 0: as it is."""
         if not max_pixels:
             return self
         return replace(self, min_pixels=min(self.min_pixels, max_pixels), max_pixels=max_pixels)
@@ -663,7 +663,8 @@ class MixtureItem(NamedTuple):
 
 
 def parse_mixture(spec: str) -> list[MixtureItem]:
-    """The value of --data, "path:weight,path" or "path#samples,path", whose paths must exist."""
+    """The value of --data, "path:weight,path:weight" or "path#samples,path", whose paths must
+    exist."""
     mixture = [parse_mixture_item(text.strip()) for text in spec.split(",")]
     weights = [item.weight for item in mixture if item.weight is not None]
     if weights and any(item.samples for item in mixture):
@@ -671,7 +672,13 @@ def parse_mixture(spec: str) -> list[MixtureItem]:
             f"--data {spec}: weights (:) and counts (#); a weight is no number of samples, write "
             "path#samples for all of them, or path:weight"
         )
-    if len(weights) == len(mixture) and not sum(weights):
+    if weights and len(weights) < len(mixture):
+        bare = next(item.path for item in mixture if item.weight is None)
+        raise ValueError(
+            f"--data {spec}: {bare} has no weight, and its number of rows is none beside those of "
+            "the others; write path:weight for all"
+        )
+    if weights and not sum(weights):
         raise ValueError(f"--data {spec}: all weights are 0; give one that is not")
     return mixture
 
@@ -966,15 +973,21 @@ def open_sources(
     holdout_rows: int,
     outside_images: bool,
 ) -> list[Source]:
-    """A dataset for each item. Of two that have the same name the later gets a number."""
+    """A dataset for each item. Of two that have the same name the later gets a number, of its place
+    among all or the next that is free."""
     sources = []
+    names = set()
     for item in mixture:
         if item.path.endswith(".jsonl"):
             source = ConversationDataset(item.path, action_tokenizer, holdout_rows, outside_images)
         else:
             source = EpisodeDataset(item.path, action_tokenizer)
-        if source.name in [earlier.name for earlier in sources]:
-            source.name += str(len(sources))
+        name = source.name
+        number = len(sources)
+        while source.name in names:
+            source.name = f"{name}{number}"
+            number += 1
+        names.add(source.name)
         sources.append(source)
     return sources
 
@@ -1158,17 +1171,18 @@ def forget_forwards(net: nn.Module) -> None:
 def _hidden_states(net, batch, cache):
     # 1. what is seen
     ids = batch["ids"]
-    starts = cache is None or cache.get_seq_length() == 0  # rows, not what goes on from a prompt
+    is_beginning = cache is None or cache.get_seq_length() == 0  # of rows
+    needs_blank = isinstance(net, fsdp.FSDPModule) or _trains(net.model.visual)
     if batch.get("pixels") is not None:
         inputs = {
             "input_ids": ids,
             "pixel_values": cut_patches(batch["pixels"], batch["grid"], net.image_spec),
             "image_grid_thw": batch["grid"],
         }
-    elif starts and (isinstance(net, fsdp.FSDPModule) or _trains(net.model.visual)):
+    elif is_beginning and needs_blank:
         # A batch without images looks at a blank one, with weight 0. FSDP's ranks must gather and
-        # reduce the same parameters in the same order; and the vision tower then has a gradient of
-        # 0, not none, on any number of ranks: for AdamW, whose averages decay by it, they differ.
+        # reduce the same parameters in the same order. And AdamW's averages decay by a gradient of
+        # 0, not by none: the vision tower has one of 0 then, on any number of ranks.
         embeddings = net.get_input_embeddings()(ids)
         inputs = {"inputs_embeds": embeddings + 0 * _blank(net, ids.device)}
     else:
@@ -1224,17 +1238,17 @@ def keep_layer_output(net: nn.Module, layer: int, keep: Callable[[torch.Tensor],
     return reader.register_forward_pre_hook(lambda module, inputs: keep(inputs[0]))
 
 
-def logits(net: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+def logits(net: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """Hidden states (N, D) -> logits (N, V) fp32."""
-    return net.lm_head(rows).float()
+    return net.lm_head(hidden).float()
 
 
 def score_in_slices(
     net: nn.Module, score: Callable, rows: torch.Tensor, ids: torch.Tensor
 ) -> Sequence[torch.Tensor]:
     """score(logits (n, V), ids (n,)) -> tensors (n,), over slices of rows (N, D), ids (N,): -> as
-    many tensors (N,). A slice is computed again in backward: else logits would be most of a rank's
-    memory."""
+    many tensors (N,). Of several slices each is computed again in backward: else logits would be
+    most of a rank's memory."""
     return as_forward(_score_in_slices, net.lm_head, score, rows, ids)
 
 
@@ -1355,9 +1369,13 @@ def attend_with_prompt(q, k, v, prompt_keys, prompt_values, decoding: Decoding) 
         q (R, H, 1, d), k and v (R, h, t, d) own tokens, prompt_keys and prompt_values (B, h, T, d)
         -> (R, 1, H, d)
 
-    In bf16 it rounds where SDPA does, which the update calls, and nowhere else: exp(score) before
-    it weighs the values, and the result. Qwen2.5's keys are so large that scores rounded to bf16
-    gave every fourth sampled token another probability than the update's, by 20% and more."""
+    With B = 2, n = 3, H = 4 and h = 2 six samples, each with two queries for each of two key heads,
+    become two prompts with six queries for each: (6, 2, 2, d) -> (2, 2, 6, d).
+
+    The update attends by SDPA, which in bf16 rounds twice: exp(score) before it weighs the values,
+    and the result. So does this function, and nowhere else: Qwen2.5's keys are so large that scores
+    rounded to bf16 gave every fourth sampled token another probability than the update's, by 20%
+    and more."""
     R, H, _, d = q.shape
     B, h, T, _ = prompt_keys.shape
     all_go_on = decoding.total == R
@@ -1365,8 +1383,8 @@ def attend_with_prompt(q, k, v, prompt_keys, prompt_values, decoding: Decoding) 
 
     def by_prompt(x):  # (R, h, H/h, .) -> (B, h, n * H/h, .), 0 for samples that have finished
         if not all_go_on:
-            whole = x.new_zeros(decoding.total, *x.shape[1:])
-            x = whole.index_copy_(0, decoding.active, x)  # (B*n, h, H/h, .)
+            with_finished = x.new_zeros(decoding.total, *x.shape[1:])
+            x = with_finished.index_copy_(0, decoding.active, x)  # (B*n, h, H/h, .)
         return x.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)
 
     def by_sample(x):  # and back
@@ -2192,6 +2210,7 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self):
         group = next((group for group in self.param_groups if group["muon"]), {"params": []})
+        # 1. momentum, of matrices of equal shape at once
         by_shape = {}
         for p in group["params"]:
             if p.grad is None:
@@ -2204,15 +2223,15 @@ class Muon(torch.optim.AdamW):
             momenta = local_shards([self.state[p]["exp_avg"] for p in params])
             grads = local_shards([p.grad for p in params])
             torch._foreach_lerp_(momenta, grads, 1 - group["betas"][0])
-            torch._foreach_lerp_(grads, momenta, group["betas"][0])  # Nesterov
+            # in place: p.grad is Nesterov's momentum from here on
+            torch._foreach_lerp_(grads, momenta, group["betas"][0])
             stacks.append(torch.stack([p.grad for p in params]))  # (N, out, in)
-        whole = [stack.full_tensor() if isinstance(stack, DTensor) else stack for stack in stacks]
-        updates = orthogonalize_shared(whole)
+        # 2. whole matrices, orthogonalised
+        gathered = [s.full_tensor() if isinstance(s, DTensor) else s for s in stacks]
+        updates = orthogonalize_shared(gathered)
+        # 3. decay and subtract, of each matrix this rank's shard
         for params, stack, whole_update in zip(by_shape.values(), stacks, updates, strict=True):
-            update = whole_update
-            if isinstance(stack, DTensor):
-                mesh, placements = stack.device_mesh, stack.placements
-                update = distribute_tensor(update, mesh, placements, src_data_rank=None).to_local()
+            update = _shard_like(stack, whole_update)
             weights = local_shards(params)
             scale = 0.2 * max(stack.shape[1:]) ** 0.5
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
@@ -2220,6 +2239,14 @@ class Muon(torch.optim.AdamW):
             for p in params:
                 p.grad = None  # AdamW passes over what has none
         super().step()
+
+
+def _shard_like(stack, whole):
+    """This rank's shard of a whole tensor that all ranks have, as `stack` is sharded."""
+    if not isinstance(stack, DTensor):
+        return whole
+    mesh, placements = stack.device_mesh, stack.placements
+    return distribute_tensor(whole, mesh, placements, src_data_rank=None).to_local()
 
 
 def local_shards(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
@@ -2398,7 +2425,8 @@ def add_metrics(folder: Path, metrics: dict[str, float]) -> None:
 
 
 def _swap_in(unfinished, folder):
-    """Gives the finished folder its name. At no moment is there none of that name."""
+    """Gives the finished folder its name. At no moment is there none of that name, where the system
+    exchanges names (Linux)."""
     for path in [*unfinished.rglob("*"), unfinished]:  # on disk before the name is
         file = os.open(path, os.O_RDONLY)
         os.fsync(file)
@@ -2423,6 +2451,14 @@ def stop_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, lambda *_: SIGTERM_CAME.set())
 
 
+def end_on_sigterm() -> None:
+    """What was trained is saved: from here on SIGTERM ends this process again, at once if it has
+    come since the last step."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if SIGTERM_CAME.is_set():
+        raise SystemExit(128 + signal.SIGTERM)
+
+
 def save_step(cfg, step: int, run: dict, write: Callable, unlogged: Sequence[float] = ()) -> None:
     """All ranks call it at the end of each step. Every --save-every steps write(folder, run=...) is
     to save out/step_000123, of which the newest --keep stay; SIGTERM saves too, and ends the
@@ -2435,8 +2471,8 @@ def save_step(cfg, step: int, run: dict, write: Callable, unlogged: Sequence[flo
     if must_stop or is_due:
         write(folder, run={**run, "step": step, "unlogged": all_sum(unlogged)})
         if _rank() == 0:
-            saved = [path for path in _saved_steps(out) if path.name <= folder.name]  # of this run
-            surplus = saved[: -cfg.keep] if cfg.keep else []
+            of_this_run = [path for path in _saved_steps(out) if _step_of(path) <= step]
+            surplus = of_this_run[: -cfg.keep] if cfg.keep else []
             for old in surplus:
                 old.rename(old.with_suffix(".tmp"))  # one half deleted must not pass for whole
             for unfinished in out.glob("step_*.tmp"):
@@ -2452,9 +2488,12 @@ def load_train_state(
 ) -> tuple[int, np.ndarray]:
     """Restores the optimizer's tensors of a Backbone or module (or dict of parts, as saved) in
     place, on as many ranks as there are now. The weights come from load(), the learning rate from
-    the schedule. folder None: a new run. -> step, and the sums that the log goes on from."""
+    the schedule. folder None: a new run; final/: one that has ended, and needs none of them.
+    -> step, and the sums that the log goes on from."""
     if folder is None:
         return 0, np.zeros(())
+    if folder.name == "final":
+        return read_json(folder / "run.json")["step"], np.zeros(())
     if not (folder / "train_state").exists():
         raise FileNotFoundError(f"{folder}: no state to resume; start from the weights with --init")
     reader = dcp.HuggingFaceStorageReader(folder / "train_state")
@@ -2479,23 +2518,40 @@ def load_train_state(
 
 def check_steps(newest: Path | None, start: int, steps: int) -> None:
     """ValueError when the run to resume, which goes on at `start`, is past the steps asked for: its
-    weights would be saved as those of a shorter run."""
+    weights would be saved as those of a shorter run. And when it has ended before them, and kept
+    no optimizer to go on with."""
     if start > steps:
         raise ValueError(f"{newest}: is past --steps {steps}; give {start} or more")
+    if newest and newest.name == "final" and start < steps:
+        raise ValueError(
+            f"{newest}: ended at step {start} without a step_* to go on from (--save-every); give "
+            f"--steps {start}, or start from it by --init in another --out"
+        )
 
 
 def checkpoint_to_resume(cfg, may_change: Sequence[str] = ()) -> Path | None:
     """The newest checkpoint if the run is to --resume it. ValueError when it goes on with another
     value of a flag that may not change, or would mix with an older run's files. may_change: fields
-    that decide no number of this stage, beside those of MAY_CHANGE_ON_RESUME."""
+    that decide no number of this stage, beside those of MAY_CHANGE_ON_RESUME.
+
+    Of a run that has ended and kept no step_* it is final/: nothing is trained, and the last
+    evaluation is made again."""
     newest = latest_checkpoint(cfg.out)
+    final = Path(cfg.out) / "final"
     if not cfg.resume:
-        if newest or (Path(cfg.out) / "final").exists():
+        if newest or final.exists():
             raise ValueError(
                 f"{cfg.out}: already holds a run; go on with --resume, name another --out, "
                 "or delete it"
             )
         return None
+    if newest is None and final.exists():
+        if getattr(cfg, "lora", 0):
+            raise ValueError(
+                f"{final}: the run has ended, and its adapters are in the weights; delete it to "
+                "train again"
+            )
+        newest = final
     if newest is None:
         return None
     old_config = read_json(newest / "run.json")["config"]
@@ -2514,10 +2570,19 @@ def checkpoint_to_resume(cfg, may_change: Sequence[str] = ()) -> Path | None:
 
 
 def check_unchanged(data: dict[str, dict], newest: Path) -> None:
-    """ValueError naming a source that is not what the checkpoint `newest` was trained on."""
+    """ValueError naming a source that is not what the checkpoint `newest` was trained on: another
+    file, or (sft.py) other rows of it, which would come in another order."""
     old = read_json(newest / "run.json").get("data", {})
     for path, record in data.items():
-        if path in old and old[path]["sha256"] != record["sha256"]:
+        if path not in old:
+            continue
+        before, now = old[path].get("train"), record.get("train")
+        if None not in (before, now) and before != now:
+            raise ValueError(
+                f"{path}: {now} samples to train on, {before} before {newest}; resume with its "
+                "--max-length and --too-long, or go on with other samples by --changed-data"
+            )
+        if old[path]["sha256"] != record["sha256"]:
             raise ValueError(
                 f"{path}: has changed since {newest}; put the old one back, or go on with the new "
                 "one by --changed-data"
@@ -2527,7 +2592,11 @@ def check_unchanged(data: dict[str, dict], newest: Path) -> None:
 def _saved_steps(out):
     """The complete checkpoints out/step_000123, oldest first."""
     folders = [path for path in Path(out).glob("step_*") if path.name[5:].isdigit()]
-    return sorted(folders, key=lambda path: int(path.name[5:]))
+    return sorted(folders, key=_step_of)
+
+
+def _step_of(folder):
+    return int(folder.name.removeprefix("step_"))
 
 
 def latest_checkpoint(out: str | Path) -> Path | None:

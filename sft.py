@@ -9,7 +9,8 @@ Out: a checkpoint that sees, reasons in <think></think> and answers with words o
 3. pack the rows of a micro-batch one after the other, without padding
 4. cross-entropy on the assistant's tokens, divided by their count over all ranks
 5. AdamW, warmup, cosine; repeat from 3
-Our deviations: the tabletop presets train the vision tower too (it is far too small to freeze).
+Our deviations: the tabletop presets train the vision tower too (it is far too small to freeze), two
+of them by Muon.
 A conversation whose answer is "<answer><ACTION></answer>", with the actions in the row's "chunk"
 (K x A, dataset units), is an action sample that may carry a thought; mixture weights set its share.
 
@@ -203,8 +204,8 @@ def load_row(backbone: model.Backbone, source, i: int, max_length: int) -> model
 
 # ---- Data: all rows are checked before the first step --------------------------------------------
 
-HEADER_THREADS = 8  # that open images at once
-ROWS_A_TASK = 256  # of such a thread
+HEADER_THREADS = 8  # threads that open images at once
+ROWS_A_TASK = 256  # rows that a thread looks at before it tells how far it is
 TURN_TOKENS = 16  # at most, around the text of a message: "<|im_start|>assistant\n", "<|im_end|>\n"
 NEVER_FITS = -1  # in RowSize.max_pixels
 
@@ -228,8 +229,8 @@ def row_size(backbone: model.Backbone, outline: Outline, max_length: int) -> Row
     spec = backbone.image_spec
     model.check_messages(messages, len(image_sizes))
 
-    def tokens_of_images(spec):
-        return sum(image_tokens(spec, *size) for size in image_sizes)
+    def tokens_of_images(of_spec):
+        return sum(image_tokens(of_spec, *size) for size in image_sizes)
 
     # 1. no token is shorter than a byte, so that most rows need not be tokenized
     text_bytes = 0
@@ -254,10 +255,13 @@ def row_size(backbone: model.Backbone, outline: Outline, max_length: int) -> Row
     def tokens_bounded(per_image):
         return tokens_of_images(spec.bounded(per_image * unit**2))
 
-    room = max_length - text_tokens
+    if not blanks:
+        return RowSize(tokens, NEVER_FITS)
     choices = range(1, spec.max_pixels // unit**2 + 1)
-    per_image = bisect.bisect_right(choices, room, key=tokens_bounded) if blanks else 0
-    return RowSize(tokens, per_image * unit**2 or NEVER_FITS)
+    room = max_length - text_tokens
+    # the choices are 1, 2, 3, ...: how many of them fit is the largest that fits
+    largest = bisect.bisect_right(choices, room, key=tokens_bounded)
+    return RowSize(tokens, largest * unit**2 if largest else NEVER_FITS)
 
 
 def measure_rows(backbone: model.Backbone, source, max_length: int, dist: model.Dist) -> np.ndarray:
@@ -287,7 +291,9 @@ def measure_rows(backbone: model.Backbone, source, max_length: int, dist: model.
         except ValueError as e:
             error = e
     if all_sum(error is not None):
-        raise error or SystemExit(1)  # the rank that knows says it
+        if error is None:
+            raise SystemExit(1)  # the rank that knows says it
+        raise error
     return np.reshape(all_sum(sizes.ravel().tolist()), sizes.shape)
 
 
@@ -650,8 +656,11 @@ def load_backbone(cfg: Config, newest: Path | None, device: torch.device) -> mod
         action_tokenizer = FastTokenizer.load(newest / "fast")
     elif cfg.action_tokenizer and newest is None:
         action_tokenizer = FastTokenizer.load(cfg.action_tokenizer)
+    weights = cfg.init
+    if newest and not cfg.lora:
+        weights = newest
     backbone = model.load(
-        cfg.init if cfg.lora else newest or cfg.init,
+        weights,
         device,
         stages=("base", "sft"),
         seed=cfg.seed,
@@ -724,7 +733,9 @@ def main(argv: list[str] | None = None) -> None:
     newest = model.checkpoint_to_resume(cfg, MAY_CHANGE_ON_RESUME)
     backbone = load_backbone(cfg, newest, dist.build)
     sources = open_sources(mixture, backbone.action_tokenizer, cfg.holdout_rows, cfg.outside_images)
-    data = {str(source.path): check_rows(backbone, source, cfg, dist) for source in sources}
+    data = {}  # what run.json says of it
+    for source in sources:
+        data[str(source.path)] = check_rows(backbone, source, cfg, dist)
     if cfg.lora:
         data[cfg.init] = {"sha256": model.frozen_sha256(backbone.net)}
     if newest and not cfg.changed_data:
@@ -736,8 +747,10 @@ def main(argv: list[str] | None = None) -> None:
     net.train()
     optim = model.make_optimizer(net, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2), cfg.muon)
     start, saved = model.load_train_state(newest, net, optim)
-    unlogged = np.zeros(4)  # model.TokenSums since the last line of the log; num_tokens so far
-    unlogged[: np.size(saved)] = saved
+    unlogged = np.zeros(3)  # model.TokenSums since the last line of the log
+    num_tokens = 0.0  # so far, of this rank; of all where rank 0 resumes
+    if saved.ndim:
+        unlogged, num_tokens = saved[:3], float(saved[3:].sum())
 
     # 2. the samples of the whole run, in order
     sizes = [len(source.train) for source in sources]
@@ -757,8 +770,8 @@ def main(argv: list[str] | None = None) -> None:
     save = functools.partial(model.save, what=backbone, optim=optim)
     model.stop_on_sigterm()
     log = model.Log(cfg.out, cfg, dist)
+    timed_step = start  # samples_per_s counts from it, and from clock, when it ended
     clock = time.perf_counter()
-    logged_step = start
     with ThreadPoolExecutor(cfg.loader_threads) as pool:
         # 3. rows, packed into micro-batches
         def load_step(step):
@@ -770,32 +783,34 @@ def main(argv: list[str] | None = None) -> None:
             lr = model.learning_rate(step, steps, cfg.lr, cfg.warmup_ratio)
             info = train_step(net, optim, batches, step, lr, cfg, dist)
             for sums in info.micro_sums:
-                unlogged[:3] += sums
-            unlogged[3] += info.num_tokens
+                unlogged += sums
+            num_tokens += info.num_tokens
             done = step + 1
             if done % cfg.log_every == 0 or done == steps:
-                loss, tokens, correct, num_tokens = all_sum(unlogged.tolist())
-                now = time.perf_counter()
+                loss, tokens, correct = all_sum(unlogged.tolist())
+                seconds = time.perf_counter() - clock
                 log.write(
                     step=done,
                     loss=loss / tokens,
                     token_accuracy=correct / tokens,
                     grad_norm=info.grad_norm,
                     lr=lr,
-                    samples_per_s=cfg.batch * (done - logged_step) / (now - clock),
-                    num_tokens=int(num_tokens),
+                    samples_per_s=cfg.batch * (done - timed_step) / seconds,
+                    num_tokens=int(all_sum(num_tokens)),
                 )
-                clock = now
-                logged_step = done
-                unlogged[:3] = 0
+                timed_step = done
+                clock = time.perf_counter()
+                unlogged = np.zeros(3)
             if cfg.eval_every and done % cfg.eval_every == 0 and done < steps:
                 log.write(step=done, **evaluate(backbone, sources, cfg, dist))
+                timed_step = done
                 clock = time.perf_counter()
-            model.save_step(cfg, done, run, save, unlogged.tolist())
+            model.save_step(cfg, done, run, save, [*unlogged.tolist(), num_tokens])
 
     # what was trained is on disk before the last evaluation, which may fail or be killed
     final = Path(cfg.out) / "final"
     model.save(final, backbone, {**run, "step": steps})
+    model.end_on_sigterm()
     metrics = evaluate(backbone, sources, cfg, dist)
     metrics |= thinking_rollouts(backbone, sources, cfg, dist)
     log.write(step=steps, **metrics)

@@ -1889,7 +1889,8 @@ def make_heads(
     if cfg.ema_decay:
         heads["raw"] = copy.deepcopy(heads["head"])
     for name, head in heads.items():
-        if newest:
+        is_saved = name == "head" or (newest and newest.name != "final")  # final/ has the average
+        if newest and is_saved:
             head.load_state_dict(load_file(newest / f"{name}.safetensors"))
         # fp32: in bf16 FSDP would round the inputs, time among them. autocast() lowers the matmuls.
         model.shard(head, dist, torch.float32)
@@ -2074,6 +2075,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     final = Path(cfg.out) / "final"
     run |= {"step": cfg.steps}
     save_policy(final, saved_backbone, final_norm, {"head": heads["head"]}, run)
+    model.end_on_sigterm()
     metrics = evaluate(heads["head"], source, frames, cfg, dist)
     if metrics:
         log.write(step=cfg.steps, **metrics)

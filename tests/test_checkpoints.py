@@ -217,6 +217,21 @@ def test_a_full_disk_stops_with_the_old_checkpoint_intact(tmp_path, data, monkey
     assert all(np.array_equal(again[k], whole_run[k]) for k in again)
 
 
+def test_sigterm_ends_a_run_whose_weights_are_saved():
+    """In the last evaluation, of minutes, it was noted and never looked at."""
+    default = signal.getsignal(signal.SIGTERM)
+    model.stop_on_sigterm()
+    model.end_on_sigterm()  # none has come
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    model.stop_on_sigterm()
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        model.end_on_sigterm()
+    assert ended.value.code == 143
+    model.SIGTERM_CAME.clear()
+    signal.signal(signal.SIGTERM, default)
+
+
 def test_keep_deletes_what_is_older_and_unfinished(tmp_path):
     """And not the folders of another run that went further, nor what it has just written
     instead."""
@@ -232,6 +247,9 @@ def test_keep_deletes_what_is_older_and_unfinished(tmp_path):
         "step_000006",
         "step_000100",
     ]
+    for step in range(10**6 - 2, 10**6 + 3):  # names are no longer of one length
+        model.save_step(cfg, step, {}, lambda folder, run: folder.mkdir())
+    assert [p.name for p in model._saved_steps(tmp_path)] == ["step_1000000", "step_1000002"]
 
 
 def test_a_checkpoint_is_written_over_without_a_moment_without_one(tmp_path, monkeypatch):

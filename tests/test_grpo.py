@@ -1133,6 +1133,13 @@ def test_a_last_evaluation_that_fails_loses_nothing(world, monkeypatch):
     assert run["metrics"] and run["metrics"].items() <= last.items() and last["step"] == 1
     ours, theirs = weights(world / "fails" / "final"), weights(world / "succeeds" / "final")
     assert all(torch.equal(p, theirs[name]) for name, p in ours.items())
+    # resumed, it is measured again and not trained again
+    monkeypatch.setattr(grpo, "update_step", None)
+    grpo.main(flags(world, "fails", "--steps", "1", "--resume"))
+    again = json.loads((world / "fails" / "final" / "run.json").read_text())
+    assert again["metrics"] == run["metrics"]
+    ours = weights(world / "fails" / "final")
+    assert all(torch.equal(p, theirs[name]) for name, p in ours.items())
 
 
 def test_no_steps_and_no_evaluation(world, capsys):

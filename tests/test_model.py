@@ -317,7 +317,8 @@ def test_logits_by_slices_are_the_logits(backbone, monkeypatch):
     assert whole == [int(values[1]), len(h)] and max(sliced) == 7
     assert sum(sliced) == 2 * sum(whole), "once forward and once backward"
     for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        # added in another order, which rounds by processor, and by the largest summands
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * max(1.0, float(a.abs().max())))
 
 
 def test_packed_rows_equal_padded_rows(backbone):

@@ -577,11 +577,24 @@ def test_max_length_and_pixels_may_change_on_resume(tmp_path, long_rows):
     the error had advised."""
     data, n = long_rows
     out = tmp_path / "o"
-    flags = ["--max-length", 400, "--too-long", "shrink", "--save-every", 3]
+    flags = ["--max-length", 1700, "--too-long", "shrink", "--save-every", 3]
     sft.main(args(out, data, *flags, steps=3, holdout=n))
     flags = ["--max-length", 2000, "--max-pixels", 4096, "--max-new-tokens", 8, "--resume"]
     sft.main(args(out, data, *flags, steps=4, holdout=n))
     assert model.load(out).image_spec.max_pixels == 4096
+
+
+def test_a_max_length_that_leaves_other_rows_is_told_on_resume(tmp_path, long_rows):
+    """They came in another order: some again, some not at all."""
+    data, n = long_rows
+    flags = ["--too-long", "skip", "--save-every", 3]
+    sft.main(args(tmp_path / "o", data, *flags, "--max-length", 400, steps=3, holdout=n))
+    resumed = args(
+        tmp_path / "o", data, *flags, "--max-length", 2000, "--resume", steps=4, holdout=n
+    )
+    with pytest.raises(ValueError, match=r"talk\.jsonl: 10 samples to train on, 8 before .*step_0"):
+        sft.main(resumed)
+    sft.main([*resumed, "--changed-data"])
 
 
 def test_changed_data_is_named_on_resume(tmp_path, robot):
@@ -713,7 +726,7 @@ def test_a_mixture_names_its_shares(tmp_path, monkeypatch):
     for name in ("a.jsonl", "b", "odd:3", "odd#3"):
         Path(name).touch()
     parse = model.parse_mixture
-    assert parse("a.jsonl, b:0.5") == [("a.jsonl", None, None), ("b", 0.5, None)]
+    assert parse("a.jsonl:2, b:0.5") == [("a.jsonl", 2, None), ("b", 0.5, None)]
     assert parse("a.jsonl#7,\n b#1") == [("a.jsonl", None, 7), ("b", None, 1)]
     assert parse("odd:3,odd#3") == [("odd:3", None, None), ("odd#3", None, None)]
     for spec, message in (
@@ -723,11 +736,26 @@ def test_a_mixture_names_its_shares(tmp_path, monkeypatch):
         ("b#0", "b#0: 0 is not a whole number of at least 1"),
         ("b#1.5", "1.5 is not a whole number"),
         ("b:0", "all weights are 0"),
+        ("a.jsonl, b:0.5", "a.jsonl has no weight, and its number of rows is none"),
         ("b:1,a.jsonl#5", r"weights \(:\) and counts \(#\)"),
         ("a.jsonl,", "a path is empty"),
     ):
         with pytest.raises(ValueError, match=message):
             parse(spec)
+
+
+def test_sources_of_one_name_get_numbers(tmp_path):
+    """By its place the third was "qa2" too, and one wrote over the other's metrics."""
+    data, n = conversations(tmp_path)
+    names = ("x/qa", "x/qa2", "y/qa", "z/qa")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(data, tmp_path / f"{name}.jsonl")
+        for picture in tmp_path.glob("*.png"):
+            shutil.copy(picture, (tmp_path / name).parent)
+    mixture = model.parse_mixture(",".join(f"{tmp_path}/{name}.jsonl" for name in names))
+    sources = model.open_sources(mixture, None, n, False)
+    assert [source.name for source in sources] == ["qa", "qa2", "qa3", "qa4"]
 
 
 # ---- Edges of settings ---------------------------------------------------------------------------
@@ -757,6 +785,56 @@ def test_final_is_saved_before_the_last_evaluation(tmp_path, monkeypatch):
     run = json.loads((tmp_path / "o" / "final" / "run.json").read_text())
     assert run["step"] == 2 and "metrics" not in run
     assert model.load(tmp_path / "o").run["stage"] == "base"
+
+
+def test_to_resume_an_ended_run_evaluates_it_and_no_more(tmp_path, monkeypatch):
+    """Without a step_* it trained all over again, and wrote over final/."""
+    data, _ = conversations(tmp_path)
+    out = tmp_path / "o"
+    sft.main(args(out, data, steps=2))
+    before, metrics = weights(out / "final"), log(out)[-1]
+    monkeypatch.setattr(sft, "train_step", None)
+    sft.main(args(out, data, "--resume", steps=2))
+    assert all(
+        np.array_equal(before[name], value) for name, value in weights(out / "final").items()
+    )
+    again = log(out)[-1]
+    assert {**again, "seconds": 0} == {**metrics, "seconds": 0} and len(log(out)) == 4
+    run = json.loads((out / "final" / "run.json").read_text())
+    assert run["step"] == 2 and run["metrics"].items() <= metrics.items()
+    with pytest.raises(
+        ValueError, match="final: ended at step 2 without a step_.* --init in anoth"
+    ):
+        sft.main(args(out, data, "--resume", steps=3))
+    with pytest.raises(ValueError, match="final: is past --steps 1"):
+        sft.main(args(out, data, "--resume", steps=1))
+    with pytest.raises(ValueError, match="another --seed"):
+        sft.main(args(out, data, "--resume", "--seed", 1, steps=2))
+    monkeypatch.undo()
+    lora = ["--lora", 2, "--no-muon"]
+    sft.main(args(tmp_path / "adapted", data, *lora, steps=1))
+    with pytest.raises(ValueError, match="final: the run has ended, and its adapters are in"):
+        sft.main(args(tmp_path / "adapted", data, *lora, "--resume", steps=1))
+
+
+def test_samples_per_s_leave_evaluations_out(tmp_path, monkeypatch):
+    """The clock began anew behind each, the count of samples did not: twice as many a second."""
+    clock = [0.0]
+
+    def takes(seconds, function):
+        def timed(*args, **kwargs):
+            clock[0] += seconds
+            return function(*args, **kwargs)
+
+        return timed
+
+    data, _ = conversations(tmp_path)
+    monkeypatch.setattr(sft, "train_step", takes(2.0, sft.train_step))
+    monkeypatch.setattr(sft, "evaluate", takes(100.0, sft.evaluate))
+    monkeypatch.setattr(sft.time, "perf_counter", lambda: clock[0])
+    sft.main(args(tmp_path / "o", data, "--log-every", 2, "--eval-every", 3, steps=8))
+    speeds = [record["samples_per_s"] for record in log(tmp_path / "o") if "loss" in record]
+    assert speeds == [2.0] * 4  # 4 samples a step
 
 
 def test_the_probe_samples_as_long_as_grpo(tmp_path, robot, monkeypatch):

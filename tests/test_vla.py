@@ -487,6 +487,22 @@ def test_resume_equals_uninterrupted(data, speaking, tmp_path, changes):
         vla.main(argv(data, tmp_path, **flags))
 
 
+@pytest.mark.parametrize("changes", [{}, {"ema-decay": 0}, {"condition": "thought"}])
+def test_to_resume_an_ended_run_evaluates_it_and_no_more(
+    data, speaking, tmp_path, monkeypatch, changes
+):
+    """Without a step_* it trained all over again, and wrote over final/."""
+    flags = {"init": speaking, "save-every": 0, "steps": 2, **changes}
+    vla.main(argv(data, tmp_path, **flags))
+    want, metrics = weights_of(tmp_path / "final"), records(tmp_path)[-1]
+    monkeypatch.setattr(vla, "train_step", None)
+    vla.main(argv(data, tmp_path, **flags, resume=True))
+    got = weights_of(tmp_path / "final")
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+    again = records(tmp_path)[-1]
+    assert {**again, "seconds": 0} == {**metrics, "seconds": 0}
+
+
 def test_changed_episodes_are_named_on_resume(data, tmp_path):
     """A cache of features is refused then; a run without one went on."""
     shutil.copytree(data, tmp_path / "data")
