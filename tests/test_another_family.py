@@ -77,7 +77,7 @@ def test_every_stage_runs_behind_it(folder, monkeypatch):
         fast_tokenizer.main,
         "fit --data data/base --out fast --horizon 5 --scale 1.5 --vocab-size 64",
     )
-    data = "data/base/conversations.jsonl:1,data/base/episodes:2,data/base/thought_actions.jsonl"
+    data = "data/base/conversations.jsonl:1,data/base/episodes:2,data/base/thought_actions.jsonl:1"
     run(
         sft.main,
         f"tabletop --init runs/base-qwen2.5 --data {data} --action-tokenizer fast --out runs/sft "
