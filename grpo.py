@@ -1645,6 +1645,7 @@ class Prepared(NamedTuple):
     data: dict[str, dict]  # what run.json says of them
     first_step: int  # 0, or where a resumed run goes on
     num_tokens: float  # until then: of this rank, or of all ranks where rank 0 resumes
+    resume_from: Path | None  # the checkpoint that this run goes on from
 
 
 def prepare(cfg: Config, dist: Dist) -> Prepared:
@@ -1691,7 +1692,9 @@ def prepare(cfg: Config, dist: Dist) -> Prepared:
     first_step, counted = model.load_train_state(resume_from, backbone.net, optim)
     model.check_steps(resume_from, first_step, cfg.steps)
     num_tokens = float(counted.sum())  # 0 of a new run
-    return Prepared(backbone, reference, optim, sources, weights, data, first_step, num_tokens)
+    return Prepared(
+        backbone, reference, optim, sources, weights, data, first_step, num_tokens, resume_from
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -1701,7 +1704,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_config(cfg)
     model.check_adapters(cfg, dist)
     prepared = prepare(cfg, dist)
-    backbone, reference, optim, sources, weights, data, first_step, num_tokens = prepared
+    backbone, reference, optim, sources, weights, data, first_step, num_tokens, _ = prepared
     eval_rows, eval_targets = held_out_prompts(backbone, cfg, sources, weights, dist)
     split = [source.split for source in sources if isinstance(source, EpisodeDataset)]
     if dist.rank == 0:
@@ -1789,7 +1792,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         model.save_step(cfg, done, run, save_checkpoint, [num_tokens])
     # a last evaluation that fails loses nothing
     final = Path(cfg.out) / "final"
-    model.save(final, backbone, {**run, "step": cfg.steps})
+    if prepared.resume_from != final:  # else it is there
+        model.save(final, backbone, {**run, "step": cfg.steps})
     model.end_on_sigterm()
     if cfg.eval_every:
         metrics = evaluate(backbone, cfg, eval_rows, eval_targets, dist)

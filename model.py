@@ -659,7 +659,7 @@ def to_device(batch: Batch, device: str | torch.device) -> Batch:
 class MixtureItem(NamedTuple):
     path: str  # .jsonl of conversations, or folder of episodes
     weight: float | None = None  # relative share of the samples
-    samples: int | None = None  # in an epoch; neither: its rows to train on
+    samples: int | None = None  # in an epoch; where no item has a weight: else its rows to train on
 
 
 def parse_mixture(spec: str) -> list[MixtureItem]:
@@ -2452,10 +2452,10 @@ def stop_on_sigterm() -> None:
 
 
 def end_on_sigterm() -> None:
-    """What was trained is saved: from here on SIGTERM ends this process again, at once if it has
-    come since the last step."""
+    """What was trained is saved: from here on SIGTERM ends this process again; all ranks at once if
+    it has come to one of them since the last step."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if SIGTERM_CAME.is_set():
+    if all_sum(SIGTERM_CAME.is_set()):
         raise SystemExit(128 + signal.SIGTERM)
 
 
@@ -2520,13 +2520,13 @@ def check_steps(newest: Path | None, start: int, steps: int) -> None:
     """ValueError when the run to resume, which goes on at `start`, is past the steps asked for: its
     weights would be saved as those of a shorter run. And when it has ended before them, and kept
     no optimizer to go on with."""
-    if start > steps:
-        raise ValueError(f"{newest}: is past --steps {steps}; give {start} or more")
-    if newest and newest.name == "final" and start < steps:
+    if newest and newest.name == "final" and start != steps:
         raise ValueError(
-            f"{newest}: ended at step {start} without a step_* to go on from (--save-every); give "
+            f"{newest}: the run ended at step {start}, with no step_* of that to go on from; give "
             f"--steps {start}, or start from it by --init in another --out"
         )
+    if start > steps:
+        raise ValueError(f"{newest}: is past --steps {steps}; give {start} or more")
 
 
 def checkpoint_to_resume(cfg, may_change: Sequence[str] = ()) -> Path | None:
@@ -2534,8 +2534,9 @@ def checkpoint_to_resume(cfg, may_change: Sequence[str] = ()) -> Path | None:
     value of a flag that may not change, or would mix with an older run's files. may_change: fields
     that decide no number of this stage, beside those of MAY_CHANGE_ON_RESUME.
 
-    Of a run that has ended and kept no step_* it is final/: nothing is trained, and the last
-    evaluation is made again."""
+    Of a run that has ended it is final/, unless it kept the step_* of its end or is asked for more
+    steps than it had: nothing is trained or saved, and the last evaluation is made again. With
+    --lora a ValueError: in final/ the adapters are in the weights."""
     newest = latest_checkpoint(cfg.out)
     final = Path(cfg.out) / "final"
     if not cfg.resume:
@@ -2545,7 +2546,9 @@ def checkpoint_to_resume(cfg, may_change: Sequence[str] = ()) -> Path | None:
                 "or delete it"
             )
         return None
-    if newest is None and final.exists():
+    ended_at = read_json(final / "run.json")["step"] if final.exists() else 0
+    is_longer = cfg.steps > ended_at  # 0 of sft.py: as --epochs say
+    if ended_at and (newest is None or (_step_of(newest) < ended_at and not is_longer)):
         if getattr(cfg, "lora", 0):
             raise ValueError(
                 f"{final}: the run has ended, and its adapters are in the weights; delete it to "
@@ -2577,12 +2580,14 @@ def check_unchanged(data: dict[str, dict], newest: Path) -> None:
         if path not in old:
             continue
         before, now = old[path].get("train"), record.get("train")
-        if None not in (before, now) and before != now:
+        is_same_file = old[path]["sha256"] == record["sha256"]
+        if is_same_file and None not in (before, now) and before != now:
             raise ValueError(
                 f"{path}: {now} samples to train on, {before} before {newest}; resume with its "
-                "--max-length and --too-long, or go on with other samples by --changed-data"
+                "--max-length, --max-pixels and --too-long, or go on with other samples by "
+                "--changed-data"
             )
-        if old[path]["sha256"] != record["sha256"]:
+        if not is_same_file:
             raise ValueError(
                 f"{path}: has changed since {newest}; put the old one back, or go on with the new "
                 "one by --changed-data"

@@ -809,7 +809,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # what was trained is on disk before the last evaluation, which may fail or be killed
     final = Path(cfg.out) / "final"
-    model.save(final, backbone, {**run, "step": steps})
+    if newest != final:  # else it is there
+        model.save(final, backbone, {**run, "step": steps})
     model.end_on_sigterm()
     metrics = evaluate(backbone, sources, cfg, dist)
     metrics |= thinking_rollouts(backbone, sources, cfg, dist)

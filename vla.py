@@ -2074,7 +2074,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     final = Path(cfg.out) / "final"
     run |= {"step": cfg.steps}
-    save_policy(final, saved_backbone, final_norm, {"head": heads["head"]}, run)
+    if newest != final:  # else it is there
+        save_policy(final, saved_backbone, final_norm, {"head": heads["head"]}, run)
     model.end_on_sigterm()
     metrics = evaluate(heads["head"], source, frames, cfg, dist)
     if metrics:

@@ -971,7 +971,8 @@ def test_words_and_actions_resume_exactly(world, questions, monkeypatch):
     more = ["--steps", "4", "--save-every", "2", "--eval-prompts", "6"]
     grpo.main(mixed(world, questions, "mixed", *more))
     final = weights(world / "mixed" / "final")
-    shutil.rmtree(world / "mixed" / "step_000004")
+    for folder in "step_000004", "final":  # as if killed in step 3
+        shutil.rmtree(world / "mixed" / folder)
     grpo.main(mixed(world, questions, "mixed", *more, "--resume"))
     for k, p in weights(world / "mixed" / "final").items():
         assert torch.equal(p, final[k]), k
@@ -1072,7 +1073,8 @@ def test_resume_equals_uninterrupted(world, monkeypatch):
     grpo.main(flags(world, "whole", "--steps", "4"))
     grpo.main(flags(world, "parts", "--steps", "4", "--save-every", "2"))
     final = weights(world / "parts" / "final")
-    shutil.rmtree(world / "parts" / "step_000004")  # as if killed in step 3
+    for folder in "step_000004", "final":  # as if killed in step 3
+        shutil.rmtree(world / "parts" / folder)
     grpo.main(flags(world, "parts", "--steps", "4", "--save-every", "2", "--resume"))
     whole = weights(world / "whole" / "final")
     for k, p in weights(world / "parts" / "final").items():

@@ -604,20 +604,25 @@ def test_changed_data_is_named_on_resume(tmp_path, robot):
     mixture = f"{data},{robot}/episodes"
     flags = ["--action-tokenizer", robot / "fast", "--probe-prompts", 0, "--save-every", 3]
     sft.main(args(tmp_path / "o", mixture, *flags, steps=3))
-    resumed = args(tmp_path / "o", mixture, *flags, "--resume", steps=4)
-    sft.main(resumed)
 
+    def resumed(steps):  # from step_000003: the others are not saved
+        return args(tmp_path / "o", mixture, *flags, "--resume", steps=steps)
+
+    sft.main(resumed(4))
     data.write_text(data.read_text().replace("red", "rot", 1))
+    with pytest.raises(ValueError, match=r"talk\.jsonl: has changed since .*final; put"):
+        sft.main(resumed(4))  # which would be evaluated again
     with pytest.raises(ValueError, match=r"talk\.jsonl: has changed since .*step_000003; put"):
-        sft.main(resumed)
-    sft.main([*resumed, "--changed-data"])
+        sft.main(resumed(5))
+    shutil.copytree(tmp_path / "o", tmp_path / "other")
+    sft.main([*resumed(5), "--out", str(tmp_path / "other"), "--changed-data"])
     data.write_text(data.read_text().replace("rot", "red", 1))
-    sft.main(resumed)
+    sft.main(resumed(5))
     path = robot / "episodes" / "episode_000001.safetensors"
     arrays = load_file(path)
     save_file(arrays, path, {"task": "push another block"})
     with pytest.raises(ValueError, match="episodes: has changed since"):
-        sft.main(resumed)
+        sft.main(resumed(5))
 
 
 # ---- Other bad input -----------------------------------------------------------------------------
@@ -802,14 +807,24 @@ def test_to_resume_an_ended_run_evaluates_it_and_no_more(tmp_path, monkeypatch):
     assert {**again, "seconds": 0} == {**metrics, "seconds": 0} and len(log(out)) == 4
     run = json.loads((out / "final" / "run.json").read_text())
     assert run["step"] == 2 and run["metrics"].items() <= metrics.items()
-    with pytest.raises(
-        ValueError, match="final: ended at step 2 without a step_.* --init in anoth"
-    ):
-        sft.main(args(out, data, "--resume", steps=3))
-    with pytest.raises(ValueError, match="final: is past --steps 1"):
-        sft.main(args(out, data, "--resume", steps=1))
+    for steps in (1, 3):
+        with pytest.raises(
+            ValueError, match="final: the run ended at step 2, .* give --steps 2, or"
+        ):
+            sft.main(args(out, data, "--resume", steps=steps))
     with pytest.raises(ValueError, match="another --seed"):
         sft.main(args(out, data, "--resume", "--seed", 1, steps=2))
+    # nor is an older step_* taken, unless the run is to be longer
+    shutil.copytree(out / "final", out / "step_000001")
+    record = json.loads((out / "step_000001" / "run.json").read_text())
+    (out / "step_000001" / "run.json").write_text(json.dumps({**record, "step": 1}))
+    sft.main(args(out, data, "--resume", steps=2))
+    assert run == json.loads((out / "final" / "run.json").read_text())
+    with pytest.raises(ValueError, match="the run ended at step 2"):
+        sft.main(args(out, data, "--resume", steps=1))
+    with pytest.raises(FileNotFoundError, match="step_000001: no state to resume"):
+        sft.main(args(out, data, "--resume", steps=3))
+
     monkeypatch.undo()
     lora = ["--lora", 2, "--no-muon"]
     sft.main(args(tmp_path / "adapted", data, *lora, steps=1))
