@@ -1792,7 +1792,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model.save_step(cfg, done, run, save_checkpoint, [num_tokens])
     # a last evaluation that fails loses nothing
     final = Path(cfg.out) / "final"
-    if prepared.resume_from != final:  # else it is there
+    if not model.has_ended(prepared.resume_from):
         model.save(final, backbone, {**run, "step": cfg.steps})
     model.end_on_sigterm()
     if cfg.eval_every:

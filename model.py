@@ -659,7 +659,7 @@ def to_device(batch: Batch, device: str | torch.device) -> Batch:
 class MixtureItem(NamedTuple):
     path: str  # .jsonl of conversations, or folder of episodes
     weight: float | None = None  # relative share of the samples
-    samples: int | None = None  # in an epoch; where no item has a weight: else its rows to train on
+    samples: int | None = None  # in an epoch; with neither: its rows to train on
 
 
 def parse_mixture(spec: str) -> list[MixtureItem]:
@@ -1172,14 +1172,13 @@ def _hidden_states(net, batch, cache):
     # 1. what is seen
     ids = batch["ids"]
     is_beginning = cache is None or cache.get_seq_length() == 0  # of rows
-    needs_blank = isinstance(net, fsdp.FSDPModule) or _trains(net.model.visual)
     if batch.get("pixels") is not None:
         inputs = {
             "input_ids": ids,
             "pixel_values": cut_patches(batch["pixels"], batch["grid"], net.image_spec),
             "image_grid_thw": batch["grid"],
         }
-    elif is_beginning and needs_blank:
+    elif is_beginning and (isinstance(net, fsdp.FSDPModule) or _trains(net.model.visual)):
         # A batch without images looks at a blank one, with weight 0. FSDP's ranks must gather and
         # reduce the same parameters in the same order. And AdamW's averages decay by a gradient of
         # 0, not by none: the vision tower has one of 0 then, on any number of ranks.
@@ -2492,7 +2491,7 @@ def load_train_state(
     -> step, and the sums that the log goes on from."""
     if folder is None:
         return 0, np.zeros(())
-    if folder.name == "final":
+    if has_ended(folder):
         return read_json(folder / "run.json")["step"], np.zeros(())
     if not (folder / "train_state").exists():
         raise FileNotFoundError(f"{folder}: no state to resume; start from the weights with --init")
@@ -2516,11 +2515,17 @@ def load_train_state(
     return run["step"], unlogged
 
 
+def has_ended(newest: Path | None) -> bool:
+    """Whether the checkpoint to resume is that of a run that has ended, of which nothing is left to
+    train or to save."""
+    return newest is not None and newest.name == "final"
+
+
 def check_steps(newest: Path | None, start: int, steps: int) -> None:
     """ValueError when the run to resume, which goes on at `start`, is past the steps asked for: its
     weights would be saved as those of a shorter run. And when it has ended before them, and kept
     no optimizer to go on with."""
-    if newest and newest.name == "final" and start != steps:
+    if has_ended(newest) and start != steps:
         raise ValueError(
             f"{newest}: the run ended at step {start}, with no step_* of that to go on from; give "
             f"--steps {start}, or start from it by --init in another --out"

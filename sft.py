@@ -9,8 +9,8 @@ Out: a checkpoint that sees, reasons in <think></think> and answers with words o
 3. pack the rows of a micro-batch one after the other, without padding
 4. cross-entropy on the assistant's tokens, divided by their count over all ranks
 5. AdamW, warmup, cosine; repeat from 3
-Our deviations: the tabletop presets train the vision tower too (it is far too small to freeze), two
-of them by Muon.
+Our deviations: the tabletop presets train the vision tower too (it is far too small to freeze);
+base and speedrun take Muon in the place of AdamW.
 A conversation whose answer is "<answer><ACTION></answer>", with the actions in the row's "chunk"
 (K x A, dataset units), is an action sample that may carry a thought; mixture weights set its share.
 
@@ -787,7 +787,7 @@ def main(argv: list[str] | None = None) -> None:
             num_tokens += info.num_tokens
             done = step + 1
             if done % cfg.log_every == 0 or done == steps:
-                loss, tokens, correct = all_sum(unlogged.tolist())
+                loss, tokens, correct, all_tokens = all_sum([*unlogged.tolist(), num_tokens])
                 seconds = time.perf_counter() - clock
                 log.write(
                     step=done,
@@ -796,7 +796,7 @@ def main(argv: list[str] | None = None) -> None:
                     grad_norm=info.grad_norm,
                     lr=lr,
                     samples_per_s=cfg.batch * (done - timed_step) / seconds,
-                    num_tokens=int(all_sum(num_tokens)),
+                    num_tokens=int(all_tokens),
                 )
                 timed_step = done
                 clock = time.perf_counter()
@@ -809,7 +809,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # what was trained is on disk before the last evaluation, which may fail or be killed
     final = Path(cfg.out) / "final"
-    if newest != final:  # else it is there
+    if not model.has_ended(newest):
         model.save(final, backbone, {**run, "step": steps})
     model.end_on_sigterm()
     metrics = evaluate(backbone, sources, cfg, dist)

@@ -1487,11 +1487,11 @@ class TokenPolicy:
         for attempt in range(self.tries):
             answers = self._write([prompts[b] for b in failed], [keys[b] for b in failed], attempt)
             action_ids = [model.parse_actions(self.backbone, ids).action_ids for ids in answers]
-            decoded, is_chunk = self.action_tokenizer.decode(action_ids)  # NaN where it is none
+            decoded, decodes = self.action_tokenizer.decode(action_ids)  # NaN where it does not
             chunks[failed] = decoded
             for b, ids in zip(failed, answers, strict=True):
                 written[b] = thought_text(self.backbone, ids)
-            failed = [b for b, ended in zip(failed, is_chunk, strict=True) if not ended]
+            failed = [b for b, is_chunk in zip(failed, decodes, strict=True) if not is_chunk]
             if attempt == 0:
                 self.count["retried"] += len(failed)
             if not failed:
@@ -1889,8 +1889,8 @@ def make_heads(
     if cfg.ema_decay:
         heads["raw"] = copy.deepcopy(heads["head"])
     for name, head in heads.items():
-        is_saved = name == "head" or (newest and newest.name != "final")  # final/ has the average
-        if newest and is_saved:
+        is_needed = name == "head" or not model.has_ended(newest)  # which kept no raw one
+        if newest and is_needed:
             head.load_state_dict(load_file(newest / f"{name}.safetensors"))
         # fp32: in bf16 FSDP would round the inputs, time among them. autocast() lowers the matmuls.
         model.shard(head, dist, torch.float32)
@@ -2074,7 +2074,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     final = Path(cfg.out) / "final"
     run |= {"step": cfg.steps}
-    if newest != final:  # else it is there
+    if not model.has_ended(newest):
         save_policy(final, saved_backbone, final_norm, {"head": heads["head"]}, run)
     model.end_on_sigterm()
     metrics = evaluate(heads["head"], source, frames, cfg, dist)

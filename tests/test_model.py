@@ -1,5 +1,6 @@
 """model.py against transformers, hand-worked numbers, and itself (1 process against 2)."""
 
+import copy
 import dataclasses
 import json
 import re
@@ -290,7 +291,10 @@ def test_token_loss_equals_transformers_labels(backbone):
 
 def test_logits_by_slices_are_the_logits(backbone, monkeypatch):
     """Losses of both stages and their gradients, from 7 tokens at a time; backward makes them
-    again, and at no time are there those of more."""
+    again, and at no time are there those of more. In fp64: sums in another order round by
+    processor, in fp32 by up to 3e-5."""
+    net = copy.deepcopy(backbone.net).double()
+    backbone = dataclasses.replace(backbone, net=net)
     batch = model.collate(rows_of(backbone), backbone.vocab.pad)
     V = len(backbone.net.lm_head.weight)
     forward = backbone.net.lm_head.forward
@@ -317,8 +321,7 @@ def test_logits_by_slices_are_the_logits(backbone, monkeypatch):
     assert whole == [int(values[1]), len(h)] and max(sliced) == 7
     assert sum(sliced) == 2 * sum(whole), "once forward and once backward"
     for a, b in zip(*results, strict=True):
-        # added in another order, which rounds by processor, and by the largest summands
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * max(1.0, float(a.abs().max())))
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_packed_rows_equal_padded_rows(backbone):
