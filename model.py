@@ -2765,6 +2765,9 @@ def run_main(main: Callable[[], None], lower: str) -> None:
     when a GPU's memory runs out."""
     try:
         main()
+        # left to Python's exit, gloo's threads now and then abort the process
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
     except (ValueError, OSError) as e:
         raise SystemExit(f"error: {e}") from e
     except torch.OutOfMemoryError as e:
