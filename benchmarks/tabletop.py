@@ -8,7 +8,8 @@ right) in which questions and thoughts name places. A cast shadow shows height.
 
 Four suites of ten tasks in LIBERO's sense (arXiv 2306.03310): `spatial` (which of two equal cubes:
 the relation decides), `object` (which object), `goal` (one scene, the instruction decides the
-verb), `long` (two goals in sequence); and CALVIN's protocol (arXiv 2112.03227): chains of five.
+verb), `long` (two goals, one after the other; at the end both must hold); and CALVIN's protocol
+(arXiv 2112.03227): chains of five.
 
     env = Tabletop("goal")
     obs = env.reset(task=0, seed=0)
@@ -47,6 +48,7 @@ ACTION_NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")  # each -1 .. 
 EDGE = 0.2  # half the table's side, m
 STEP = 0.025  # translation of a full action, m a step
 TURN = 0.1  # rotation of a full action, rad a step
+CONTACTS = 5  # a step: how often on its way the hand moves what it meets
 SIZE = 0.04  # cubes and balls, m
 HOVER = 0.11  # height at which the expert travels, m
 PLATE = 0.045  # radius, m
@@ -86,7 +88,7 @@ class Relation(NamedTuple):
 
 class Task(NamedTuple):
     instruction: str
-    goals: list[Goal]  # in order
+    goals: list[Goal]  # in the expert's order
     relation: Relation | None = None
 
 
@@ -297,7 +299,8 @@ class Tabletop:
 
     def place(self, task: int, seed: int, split: str):
         """`reset` without rendering."""
-        rng = np.random.default_rng([split != "train", SUITES.index(self.suite), task, seed])
+        is_eval = {"train": 0, "eval": 1}[split]
+        rng = np.random.default_rng([is_eval, SUITES.index(self.suite), task, seed])
         text, goals, relation = self.tasks[task]
         while not self._lay_out(rng, goals, relation):
             pass
@@ -348,8 +351,10 @@ class Tabletop:
         # 2. fingers
         self._move_fingers(float(action[6]))
 
-        # 3. contacts
-        self.push_things()
+        # 3. contacts, all along the way: at its end alone the hand would be deep in what it pushes,
+        # or past it, and the direction of the push a matter of millimetres
+        for share in np.linspace(0, 1, CONTACTS + 1)[1:]:
+            self.push_things(old + share * (new - old))
 
         # 4. the button
         if self.button and self.gripper_xyz[2] < 0.02:
@@ -523,12 +528,14 @@ class Tabletop:
         if thing.on == "plate" and math.dist(thing.xy, self.plate) > PLATE:
             thing.on = "table"
 
-    def push_things(self):
-        """Low fingers, and a low carried thing, move what stands in their way."""
-        x, y, z = self.gripper_xyz
+    def push_things(self, hand: np.ndarray):
+        """Low fingers, and a low carried thing, move what stands in their way. hand: where it is,
+        or was on its way (3,) m."""
+        x, y, z = hand
         carried = self.held if isinstance(self.held, Thing) else None
         fingers_open = self.aperture >= 0.5
         lowest = z - (0.02 if carried else 0)
+        fastest = math.hypot(STEP, STEP) / CONTACTS  # no thing is faster than the hand can be
         for thing in self.things:
             if thing is carried or not thing.z - 0.005 < lowest < thing.z + SIZE:
                 continue
@@ -536,13 +543,16 @@ class Tabletop:
             if not carried and fingers_open and gap < 0.02:
                 if gap > 0.012:  # between the open fingers: free to move 12 mm, then dragged along
                     self._shift(thing, x, y, 0.012)
-                continue
-            if carried:
-                radius = SIZE
             else:
-                radius = 0.034 if fingers_open else 0.03
-            if gap < radius:
-                self._shift(thing, x, y, min(radius, gap + STEP))
+                if carried:
+                    radius = SIZE
+                else:
+                    radius = 0.034 if fingers_open else 0.03
+                if gap >= radius:
+                    continue
+                self._shift(thing, x, y, min(radius, gap + fastest))
+            if thing.z > 0:
+                self._fall(thing)  # unless what it stood on still bears it
 
     # ---- camera ----------------------------------------------------------------------------------
 
@@ -727,7 +737,7 @@ class Tabletop:
             enclosed = math.dist(thing.xy, (x, y)) < 0.045 and z < thing.z + SIZE
             wanted = thing.name == target and phase != "carry"
             if enclosed and thing is not self.held and not wanted:
-                free = min(max((z - thing.z - 0.015) / 0.03, 0.0), 1.0)
+                free = min(max((z - thing.z - 0.03) / 0.015, 0.0), 1.0)
                 wish = np.array([wish[0] * free, wish[1] * free, max(wish[2], 1.0 - free)])
 
         # one speed limit for all directions
@@ -802,8 +812,9 @@ class Trial:
 
     def act(self, actions: np.ndarray, thought: str | None = None):
         """Carry out a chunk's actions (K, 7), or as many as the instruction lasts. A chain's next
-        one is given in the state that this one leaves. thought: before them, of a policy that
-        thinks."""
+        one is given in the state that this one leaves; if that is done already it cannot be
+        solved, as in CALVIN (arXiv 2112.03227), and the chain is over. thought: before them, of a
+        policy that thinks."""
         self.thought = thought
         if self.forwards == 0:
             self.shoot()
@@ -814,6 +825,7 @@ class Trial:
             self.solved += success
             if success and self.to_do:
                 self.env.instruct(self.to_do.pop(0))
+                self.done = all(self.env.satisfied(goal) for goal in self.env.goals)
                 return
             self.done = success or self.env.steps >= self.env.limit
             if self.done:

@@ -252,7 +252,7 @@ def which_one(env, rng) -> Question:
     places = named_places(env)
     right = pick(rng, places)
     here = cell(right.x, right.y)
-    there = [place.name for place in places if cell(place.x, place.y) == here]
+    there = [place.name for place in everything(env) if cell(place.x, place.y) == here]
     names = [place.name for place in places] + list(rng.permutation(OBJECTS))
     wrong = [str(name) for name in rng.permutation(names) if name not in there]
     options, letter = multiple_choice(rng, right.name, wrong)
@@ -397,12 +397,14 @@ def random_state(rng, size: int = 64, tilt: float = 0.0) -> Tabletop:
     if rng.random() < 0.4:  # the gripper anywhere above the table
         env.gripper_xyz = rng.uniform([-0.19, -0.19, 0.015], [0.19, 0.19, 0.15])
         env.aperture = float(rng.random() < 0.6)
-        env.push_things()
+        env.push_things(env.gripper_xyz)
     env.button_lit = bool(rng.random() < 0.3 and env.button)
+    if all(env.satisfied(goal) for goal in env.goals):
+        return random_state(rng, size, tilt)  # a finished task has no next move
     for _ in range(int(rng.integers(0, 30))):
         before = env.clone()
         if env.advance(env.expert()[0]):
-            return before  # a finished task has no next move
+            return before
     return env
 
 
@@ -426,19 +428,21 @@ def carry_on(env: Tabletop, rng) -> None:
 
 def demonstrated_state(rng, size: int = 64, tilt: float = 0.0, carried_on: float = 0.0) -> Tabletop:
     """A scene on the expert's way to the end of a random task, each of its steps as likely. What
-    demonstrations are made of: a random_state() is never late in a task of two goals. carried_on:
-    see demonstration()."""
+    demonstrations are made of: a random_state() is never late in a task of two goals, and this is
+    none from which the expert fails. carried_on: see demonstration()."""
     env = Tabletop(pick(rng, SUITES), size, tilt)
     env.place(int(rng.integers(10)), int(rng.integers(1 << 40)), "train")
-    if carried_on and env.suite == "goal" and rng.random() < carried_on:  # 0 draws nothing
+    # with carried_on = 0 no number is drawn here, so that what is drawn later stays the same
+    if carried_on and env.suite == "goal" and rng.random() < carried_on:
         carry_on(env, rng)
     chosen = env
     for seen in range(1, env.limit + 1):
-        if rng.random() < 1 / seen:  # so each of those seen is the one chosen with 1 / seen
+        # reservoir sampling: the newest takes the place with chance 1 / seen, so all are as likely
+        if rng.random() < 1 / seen:
             chosen = env.clone()
         if env.advance(env.expert()[0]):
-            break
-    return chosen
+            return chosen
+    return demonstrated_state(rng, size, tilt, carried_on)  # the expert failed
 
 
 class Turn(NamedTuple):

@@ -953,9 +953,7 @@ def test_an_ended_script_leaves_no_process_group():
     called without an active exception", once in some hundred runs on a busy machine."""
 
     def script():
-        distributed.init_process_group(
-            "gloo", store=distributed.HashStore(), rank=0, world_size=1
-        )
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
 
     model.run_main(script, "--batch")
     assert not distributed.is_initialized()

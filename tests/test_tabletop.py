@@ -156,6 +156,86 @@ def test_push_moves_a_block_and_what_stands_on_it():
     assert red.x == pytest.approx(blue.x)
 
 
+def test_a_push_beside_the_middle_still_pushes():
+    """Contacts were looked at where a step of the hand ended, 2 cm deep in the cube: with the cube
+    seen 8 mm beside its place the expert pushed it aside in every other trial."""
+    solved = 0
+    for trial in range(20):
+        env = tt.Tabletop("goal")
+        env.place(8, trial, "eval")
+        angle = np.random.default_rng(trial).uniform(0, 2 * np.pi)
+        while env.steps < env.limit:
+            seen = env.clone()
+            blue = seen.find("blue cube")
+            blue.x += 0.008 * np.cos(angle)
+            blue.y += 0.008 * np.sin(angle)
+            if env.advance(seen.expert()[0]):
+                solved += 1
+                break
+    assert solved == 20
+
+
+def test_open_fingers_drag_what_is_between_them():
+    """At more than 8 mm a step they jumped over it."""
+    env = tt.Tabletop("goal")
+    env.place(8, 0, "train")
+    blue = env.find("blue cube")
+    env.gripper_xyz = np.array([blue.x, blue.y, 0.02])
+    x = blue.x
+    for _ in range(3):
+        env.advance([-1, 0, 0, 0, 0, 0, -1])
+    assert blue.x == pytest.approx(x - 3 * tt.STEP + 0.012)
+
+
+def test_a_thing_is_no_faster_than_the_hand():
+    """What a hand comes down on is moved aside over some steps, not at once."""
+    env = tt.Tabletop("goal")
+    env.place(8, 0, "train")
+    blue = env.find("blue cube")
+    env.aperture = 0.0
+    env.gripper_xyz = np.array([blue.x + 0.001, blue.y, 0.0401])
+    x = blue.x
+    env.advance([0, 0, -0.2, 0, 0, 0, 0])  # 5 mm: all five looks find it below the fingers' tips
+    assert blue.x == pytest.approx(x + 0.001 - 0.03)  # the reach of closed fingers
+    env.place(8, 0, "train")
+    blue = env.find("blue cube")
+    env.aperture = 0.0
+    env.gripper_xyz = np.array([blue.x + 0.001, blue.y, 0.0445])
+    env.advance([0, 0, -0.2, 0, 0, 0, 0])  # the last look alone
+    assert blue.x == pytest.approx(x - 0.025 * 2**0.5 / 5)
+
+
+def test_what_is_pushed_off_a_stack_falls():
+    """It floated, and the stack still counted."""
+    env = tt.Tabletop("goal")
+    env.place(3, 0, "train")
+    blue = env.find("blue cube")
+    red = env.find("red cube")
+    red.x, red.y, red.z = blue.x, blue.y, tt.SIZE
+    red.on = "blue cube"
+    stacked = tt.GOALS["stack the red cube on the blue cube"]
+    assert env.satisfied(stacked)
+    env.aperture = 0.0
+    env.gripper_xyz = np.array([red.x + 0.045, red.y, 0.06])
+    env.advance([-1, 0, 0, 0, 0, 0, 0])  # 1 cm, to where the other still bears it
+    assert env.satisfied(stacked) and red.z == tt.SIZE
+    env.advance([-1, 0, 0, 0, 0, 0, 0])
+    assert not env.satisfied(stacked)
+    assert red.z == 0 and red.on != "blue cube"
+    assert math.dist(red.xy, blue.xy) == pytest.approx(tt.SIZE)
+
+
+def test_a_chain_ends_at_what_is_done_already():
+    """An instruction that held when it was given was solved by doing nothing."""
+    number = next(n for n in range(50) if tt.chain(n)[1][1] == "press the button")
+    trial = tt.Trial("chain", 0, number)
+    trial.env.button_lit = True
+    while not trial.solved and not trial.done:
+        trial.act(trial.env.expert()[0][None])
+    assert trial.solved == 1 and trial.done
+    assert trial.env.instruction == "press the button"
+
+
 def test_drawer_runs_on_its_rail():
     env = tt.Tabletop("goal")
     env.place(6, 0, "train")
@@ -461,7 +541,7 @@ def test_demonstrated_states_are_of_all_steps_alike():
         late += done >= 30
     for shares in steps.values():  # uniform in 0 .. 1: mean 1/2, std 0.289 / sqrt(n)
         assert abs(np.mean(shares) - 0.5) < 3 * 0.289 / len(shares) ** 0.5
-    assert late > 20
+    assert late > 10  # random_state(): none
 
 
 def test_tasks_that_carry_on_begin_where_others_ended():
