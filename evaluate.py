@@ -30,15 +30,15 @@ imported. Who wants to know what a number means reads the three sections of what
 import argparse
 import contextlib
 import fcntl
+import hashlib
 import importlib
 import itertools
 import json
 import os
 import platform
-import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypedDict, TypeVar
 
@@ -116,10 +116,11 @@ def mcnemar(before: np.ndarray, after: np.ndarray) -> McNemar:
 # One JSON file a run. The key of the variants on disk is "arms", as in files of earlier versions:
 #   {"preset", "arms": {variant: {"metrics": {name: Interval}, "paired": {name: values}, ...}},
 #    "tokens", "commands", "seeds", "hardware", "minutes", "versions"}
-# "paired" holds a metric's value of each prompt, trial or chain, in an order that all share. Beside
-# it a variant has "checkpoints" {command: path}, "prompts": where those of `actions` come from, and
-# "seconds" {command: {"chunk", "forward"}}: of a policy, on average; "thought" is the part of a
-# chunk's that a head's thought takes. They are no metrics: the same command gives others each time.
+# "paired" holds a metric's value of each prompt, trial or chain, in an order that all share; items
+# {metric: digest} which ones these are. Beside them a variant has "checkpoints" {command: path},
+# "prompts" {command: where they come from}, and "seconds" {command: {"chunk", "forward"}}: of a
+# policy, on average; "thought" is the part of a chunk's that a head's thought takes. They are no
+# metrics: the same command gives others each time.
 # Of a model that drives by its own tokens the mode follows the command, as in "tabletop think".
 # "tokens" holds what `tokens` found: {"action_tokenizer": path, "horizon", "execute": actions,
 # "metrics"}; a later one takes its place.
@@ -148,14 +149,15 @@ def open_results(args: argparse.Namespace, started: float) -> Iterator[dict]:
         if path.exists():
             results = read_results(path)
         else:
-            results = {"preset": args.preset, "arms": {}, "commands": [], "seeds": []}
+            results = {"arms": {}, "commands": [], "seeds": []}
+        results["preset"] = args.preset or results.get("preset", "tabletop")
         yield results
-        results["hardware"] = hardware()
+        results["hardware"] = hardware(getattr(args, "device", ""))
         minutes = (time.time() - started) / 60
         results["minutes"] = round(results.get("minutes", 0) + minutes, 2)
         results["versions"] = model.versions()
-        command = shlex.join(["python", "evaluate.py", *args.argv])
-        earlier = [other for other in results["commands"] if other != command]
+        command = model.command_line("evaluate.py", args.argv)
+        earlier = [other for other in results.get("commands", []) if other != command]
         results["commands"] = [*earlier, command]
         model.write_json(path, results)
 
@@ -165,27 +167,37 @@ def write_metrics(
     paired: dict[str, list[float]],
     args: argparse.Namespace,
     started: float,
-    prompts: str = "",
+    items: dict[str, Sequence] | None = None,
+    prompts_from: str = "",
     seconds: dict[str, float] | None = None,
-    way: str = "",
+    record_as: str = "",
 ):
     """Add metrics to the variant args.variant of the file args.out, and print them. Metrics of the
     same name are replaced, others stay.
 
     paired: the values of each prompt, trial or chain, by metric. started: see open_results().
-    prompts: of action tokens, where they come from. seconds: of a policy, for a "chunk" and for a
-    "forward". way: what checkpoint and seconds are kept under; the command if not given."""
-    way = way or args.command
+    items: names of those, in the same order. prompts_from: of action tokens, where they come from.
+    seconds: of a policy, for a "chunk" and for a "forward". record_as: key of
+    checkpoint, prompts_from and seconds; the command if not given."""
+    record_as = record_as or args.command
+    digests = {}
+    for metric, names in (items or {}).items():
+        digests[metric] = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
     with open_results(args, started) as results:
         new_variant = {"metrics": {}, "paired": {}, "checkpoints": {}}
         variant = results["arms"].setdefault(args.variant, new_variant)
         variant["metrics"].update(metrics)
         variant["paired"].update(paired)
-        variant["checkpoints"][way] = str(args.policy)
-        if prompts:
-            variant["prompts"] = prompts
+        variant["checkpoints"][record_as] = str(args.policy)
+        if digests:
+            variant.setdefault("items", {}).update(digests)
+        if prompts_from:
+            earlier = variant.get("prompts", {})
+            if isinstance(earlier, str):  # of a file from before November 2026
+                earlier = {"actions": earlier}
+            variant["prompts"] = earlier | {record_as: prompts_from}
         if seconds:
-            variant.setdefault("seconds", {})[way] = seconds
+            variant.setdefault("seconds", {})[record_as] = seconds
         results["seeds"] = sorted({*results.get("seeds", []), args.seed})
     print_metrics(metrics)
     for unit, value in (seconds or {}).items():
@@ -194,18 +206,20 @@ def write_metrics(
 
 
 def print_metrics(metrics: dict[str, Interval]):
-    """A line each, but for those of single tasks; `actions` prints lines of its own."""
+    """A line each of the short names; longer ones are of single tasks, or their command prints
+    them."""
     for name, value in metrics.items():
         words = [word for word in name.split() if word not in vla.MODES]
-        if len(words) < 3 and words[0] not in ("sampled", "greedy"):
+        is_of_action_tokens = words[0] in ("sampled", "greedy")
+        if len(words) <= 2 and not is_of_action_tokens:
             print(f"{name:24s}", "{mean:6.3f}  [{low:.3f}, {high:.3f}]  n {n}".format(**value))
 
 
-def hardware() -> str:
-    """What the evaluation runs on, in words."""
-    gpus = torch.cuda.device_count()
-    if gpus:
-        return f"{gpus} x {torch.cuda.get_device_name()}"
+def hardware(device: str) -> str:
+    """What the evaluation runs on, in words. device: of each of its ranks."""
+    if device.startswith("cuda"):
+        ranks = distributed.get_world_size() if distributed.is_initialized() else 1
+        return f"{ranks} x {torch.cuda.get_device_name(device)}"
     threads = torch.get_num_threads()
     return f"{os.cpu_count()} CPU cores ({platform.machine()}), {threads} threads"
 
@@ -287,10 +301,12 @@ def closed_loop(args: argparse.Namespace):
 
     metrics = {}
     paired = {}
+    items = {}
     trials = gather(local_outcome.trials or [], dist)
     if trials:  # without any, those of an earlier call stay in the file
         metrics |= success_metrics(trials)
         paired["success"] = [trial.solved for trial in trials]
+        items["success"] = [(trial.group, trial.task) for trial in trials]
     chain_lengths = gather(local_outcome.chain_lengths or [], dist)
     if chain_lengths:
         metrics |= chain_metrics(chain_lengths)
@@ -308,14 +324,17 @@ def closed_loop(args: argparse.Namespace):
         if isinstance(policy, vla.TokenPolicy):
             metrics["retried"] = wilson(int(count["retried"]), int(count["chunks"]))
             metrics["held still"] = wilson(int(count["held"]), int(count["chunks"]))
-    start = [policy.mode] if isinstance(policy, vla.TokenPolicy) else []
+    prefix = []
+    if isinstance(policy, vla.TokenPolicy):
+        prefix.append(policy.mode)
     if getattr(args, "thought", "own") != "own":  # a flag of Tabletop
-        start.append(args.thought)
-    metrics = {" ".join([*start, name]): value for name, value in metrics.items()}
-    paired = {" ".join([*start, name]): values for name, values in paired.items()}
-    way = " ".join([args.command, *start])
+        prefix.append(args.thought)
+    metrics = {" ".join([*prefix, name]): value for name, value in metrics.items()}
+    paired = {" ".join([*prefix, name]): values for name, values in paired.items()}
+    items = {" ".join([*prefix, name]): names for name, names in items.items()}
     if dist.rank == 0:
-        write_metrics(metrics, paired, args, started, seconds=seconds, way=way)
+        way = " ".join([args.command, *prefix])
+        write_metrics(metrics, paired, args, started, items, seconds=seconds, record_as=way)
 
 
 def success_metrics(trials) -> dict[str, Interval]:
@@ -397,13 +416,20 @@ def episodes_to_ask(backbone: model.Backbone, data: str, split: str) -> tuple[li
     """The episodes of `data` that prompts are drawn from -> (they, in words which they are).
 
     split: "all", "held-out" (those that every stage holds out of such a folder), "train" (the
-    others), or "auto": held out when the checkpoint says that it was trained on this folder, else
-    all."""
+    others), or "auto": held out when the checkpoint says that it was trained on this folder, or on
+    one of as many episodes and the same names, else all."""
     # 1. what the checkpoint says of this folder
     episodes = fast_tokenizer.read_episodes(data, 0, backbone.action_tokenizer)
     records = backbone.run.get("split", [])
     folder = episodes[0].path.parent
-    own = [record for record in records if Path(record["folder"]).resolve() == folder.resolve()]
+    train, held_out = fast_tokenizer.split_episodes(episodes)
+    here = fast_tokenizer.split_record(episodes, held_out)
+    own = []  # records of this folder, or of one that may be it: copied, or named from elsewhere
+    for record in records:
+        is_this_folder = Path(record["folder"]).resolve() == folder.resolve()
+        has_its_names = all(record[key] == here[key] for key in ("episodes", "sha256"))
+        if is_this_folder or has_its_names:
+            own.append(record)
 
     # 2. which episodes
     if split == "all" or (split == "auto" and not own):
@@ -415,12 +441,10 @@ def episodes_to_ask(backbone: model.Backbone, data: str, split: str) -> tuple[li
         else:
             why = "the checkpoint names no episodes that it was trained on"
         return episodes, f"all {len(episodes)} episodes of {folder}: {why}"
-    train, held_out = fast_tokenizer.split_episodes(episodes)
     if split == "train":
         return train, f"the {len(train)} of {len(episodes)} episodes of {folder} to train on"
     words = f"the {len(held_out)} held-out ones of {len(episodes)} episodes of {folder}"
-    record = fast_tokenizer.split_record(episodes, held_out)
-    if any(other["sha256"] != record["sha256"] for other in own):
+    if any(record["sha256"] != here["sha256"] for record in own):
         words += "; the checkpoint held out others, and may have been trained on these"
     return held_out, words
 
@@ -428,8 +452,8 @@ def episodes_to_ask(backbone: model.Backbone, data: str, split: str) -> tuple[li
 def draw_prompts(
     backbone: model.Backbone, episodes: list, args: argparse.Namespace, think: bool, local: slice
 ) -> Prompts:
-    """This rank's share of args.prompts prompts at random steps of the episodes; the same for each
-    checkpoint."""
+    """This rank's share of args.prompts prompts at random steps of the episodes: the same for each
+    checkpoint whose action tokens span as many steps."""
     tokenizer = backbone.action_tokenizer
     rng = model.rng(args.seed, 11)
     drawn = []
@@ -474,12 +498,17 @@ def true_shares(statements: Statements, own: list[str], true_thought: str) -> di
     return {"thought true": float(np.mean(list(shares.values()))), **by_name}
 
 
+def steps_of(prompts: Prompts, dist: model.Dist) -> list[tuple[str, int]]:
+    """(episode, step) of the prompts of all ranks; all ranks call it."""
+    return gather([(episode.name, step) for episode, step in prompts.steps], dist)
+
+
 class Score(NamedTuple):
     """What a prompt's n completions are worth."""
 
     # "reward", "r_f", "r_a", "l1" (NaN: none decodes), "truncated"; of true_shares() what is known
     means: dict[str, float]
-    thoughts: set[str]  # those that differ
+    thoughts: set[str] | None  # those that differ; None: none was asked for
     actions: set[tuple[int, ...]]  # lists of action ids that decode
 
 
@@ -551,12 +580,11 @@ def score_completions(
         finite = l1[of_prompt][np.isfinite(l1[of_prompt])]
         means["l1"] = float(finite.mean()) if len(finite) else float("nan")
         means["truncated"] = float(truncated[of_prompt].mean())
-        texts = [backbone.tokenizer.decode(ids) for ids in completions[of_prompt]]
+        own_thoughts = [vla.thought_text(backbone, ids) for ids in completions[of_prompt]]
         if statements:
             episode, step = prompts.steps[b]
-            own_thoughts = [vla.thought_text(backbone, ids) for ids in completions[of_prompt]]
             means |= true_shares(statements, own_thoughts, episode.thoughts[step])
-        thoughts = {text.split("</think>")[0] for text in texts}
+        thoughts = set(own_thoughts) - {""} if think else None
         actions = {tuple(ids) for ids in action_ids[of_prompt] if ids}
         scores.append(Score(means, thoughts, actions))
     return scores
@@ -584,6 +612,13 @@ def action_tokens(args: argparse.Namespace):
                 "--action-tokenizer"
             )
         backbone.action_tokenizer = fast_tokenizer.FastTokenizer.load(args.action_tokenizer)
+    elif args.action_tokenizer:
+        other = fast_tokenizer.FastTokenizer.load(args.action_tokenizer)
+        if other.horizon != backbone.action_tokenizer.horizon:
+            raise ValueError(
+                f"--action-tokenizer {args.action_tokenizer}: {args.policy} has one of its own, of "
+                f"{backbone.action_tokenizer.horizon} actions a chunk, not {other.horizon}"
+            )
     episodes, words = episodes_to_ask(backbone, args.data, args.split)
     if dist.rank == 0:
         print(f"{args.prompts} prompts from {words}; {args.max_new_tokens} tokens at most")
@@ -594,6 +629,7 @@ def action_tokens(args: argparse.Namespace):
         # 2. this rank's prompts
         prompts = draw_prompts(backbone, episodes, args, think, local_share(dist))
         targets = gather(prompts.targets, dist)
+        steps = steps_of(prompts, dist)  # the same in both modes
         statements = statements_of(episodes) if think else None
         for style, n in (("sampled", args.samples), ("greedy", 1)):
             # 3. complete and score them
@@ -614,7 +650,9 @@ def action_tokens(args: argparse.Namespace):
                 local_kept = rejection.kept_actions(backbone, completions, prompts, args)
                 kept = gather(local_kept, dist)
     if dist.rank == 0:
-        write_metrics(metrics, paired, args, started, prompts=f"{args.prompts} from {words}")
+        words = f"{args.prompts} from {words}"
+        items = dict.fromkeys(paired, steps)
+        write_metrics(metrics, paired, args, started, items, words)
         if args.keep_right:
             rejection.write_actions(kept, args)
 
@@ -637,11 +675,12 @@ def action_metrics(
         if name in PAIRED:
             rounded = [round(value, 5) for value in of_prompts]
             paired[name] = [None if np.isnan(value) else value for value in rounded]
-    for kind in ("thoughts", "actions"):
-        distinct = set().union(*[getattr(score, kind) for score in scores])
+    distinct = {"actions": set().union(*[score.actions for score in scores])}
+    if scores[0].thoughts is not None:
+        distinct["thoughts"] = set().union(*[score.thoughts for score in scores])
+    for kind, of_all in distinct.items():
         total = len(scores) * n
-        of_all = {"mean": len(distinct), "low": None, "high": None, "n": total}
-        metrics[f"distinct {kind}"] = of_all
+        metrics[f"distinct {kind}"] = {"mean": len(of_all), "low": None, "high": None, "n": total}
     return metrics, paired
 
 
@@ -651,13 +690,14 @@ def print_scores(mode: str, style: str, metrics: dict[str, Interval], targets: l
     for name in ("reward", "r_f", "r_a", "l1", "truncated"):
         mean = metrics[name]["mean"]
         words.append(f"{name} -" if mean is None else f"{name} {mean:.3f}")
-    thoughts = metrics["distinct thoughts"]
     actions = metrics["distinct actions"]
+    distinct = f"actions {actions['mean']}"
+    if "distinct thoughts" in metrics:
+        distinct = f"thoughts {metrics['distinct thoughts']['mean']}, {distinct}"
     distinct_targets = len({tuple(target) for target in targets})
     print(
-        f"{mode:6s} {style:7s}  {'  '.join(words)}  "
-        f"distinct thoughts {thoughts['mean']}, actions {actions['mean']} "
-        f"of {thoughts['n']} (targets {distinct_targets} of {len(targets)})"
+        f"{mode:6s} {style:7s}  {'  '.join(words)}  distinct {distinct} "
+        f"of {actions['n']} (targets {distinct_targets} of {len(targets)})"
     )
     statements = []
     for name, value in metrics.items():
@@ -696,7 +736,8 @@ def vqa(args: argparse.Namespace):
     metrics, paired = answer_metrics(answers, by_row=args.score == "row")
     truncated = sum(answer.truncated for answer in answers)
     metrics["truncated"] = wilson(truncated, len(answers))
-    write_metrics(metrics, paired, args, started)
+    rows = (args.score, *[one.sample.sample_id for one in asked])
+    write_metrics(metrics, paired, args, started, dict.fromkeys(paired, rows))
     if args.keep_right:
         rejection.write(kept, args)
 
@@ -728,11 +769,15 @@ def blind(args: argparse.Namespace):
     from benchmarks import questions
 
     started = time.time()
+    dist = model.setup(seed=0)  # nothing is drawn
     check_out(args.out)
+    if dist.rank > 0:  # there is no work to share
+        return
     for variant, answers in questions.blind_answers(args.train, args.data).items():
         args.variant = variant
         args.policy = args.train  # in the file: where the answers come from
         write_metrics(*answer_metrics(answers, by_row=True), args, started)
+        started = time.time()
 
 
 # ---- Report --------------------------------------------------------------------------------------
@@ -756,12 +801,15 @@ COMPARED = [*COLUMNS.values(), *GREEDY, *[f"{mode} success" for mode in vla.MODE
 
 
 def report(args: argparse.Namespace):
-    """`evaluate.py report`: a results file -> a Markdown table, differences between variants.
-
-    Prints them, writes them to args.markdown if that is set, and keeps args.minutes and args.note
-    in the file."""
+    """`evaluate.py report`: results files -> a Markdown table and differences between variants of
+    each. Prints them, writes them to args.markdown if that is set, and keeps args.minutes and
+    args.note in the files."""
+    texts = []
     for path in args.files:
         results = read_results(path)
+        unknown = sorted({"preset", "seeds", "hardware", "minutes"} - set(results))
+        if unknown:
+            raise ValueError(f"{path}: does not say its {', '.join(unknown)}; measure again")
         if args.minutes:
             results["minutes_whole_run"] = args.minutes
         if args.note:
@@ -787,10 +835,11 @@ def report(args: argparse.Namespace):
             *ways_to_drive(variants),
             *true_statements(variants),
         ]
-        text = "\n".join(lines) + "\n"
-        print(text)
-        if args.markdown:
-            Path(args.markdown).write_text(text)
+        texts.append("\n".join(lines) + "\n")
+        print(texts[-1])
+    if args.markdown:
+        Path(args.markdown).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.markdown).write_text("\n".join(texts))
 
 
 def heading(results: dict) -> str:
@@ -846,12 +895,16 @@ def cell(metric: str, value: Interval | None) -> str:
 
 
 def paired_differences(variants: list[tuple[str, dict]]) -> list[str]:
-    """Each variant minus the one above it, for what is COMPARED and both measured on as many items.
+    """Each variant minus the one above it, for what is COMPARED, measured on the same items.
     Left out are items of which one of the two has no value. Of what is right or wrong, as success,
     also McNemar's test."""
     lines = []
     for (old_name, old), (new_name, new) in itertools.pairwise(variants):
         for metric in COMPARED:
+            digests = [variant.get("items", {}).get(metric) for variant in (old, new)]
+            if None not in digests and digests[0] != digests[1]:  # older files have none
+                lines.append(f"- {metric}: {new_name} was measured on other items than {old_name}")
+                continue
             before = np.array(old["paired"].get(metric, []), float)  # NaN: no value
             after = np.array(new["paired"].get(metric, []), float)
             if len(before) != len(after):
@@ -886,7 +939,6 @@ def distinct_actions(variants: list[tuple[str, dict]]) -> list[str]:
 def ways_to_drive(variants: list[tuple[str, dict]]) -> list[str]:
     """Lines of another Markdown table: success by the head and by the model's own tokens, each with
     the seconds that a chunk took. None when no model drove by its own tokens."""
-    ways = {"its head": ""} | {f"its own tokens, {mode}": f"{mode} " for mode in vla.MODES}
     measured = [name for _, variant in variants for name in variant["metrics"]]
     if not any(f"{mode} success" in measured for mode in vla.MODES):
         return []
@@ -895,16 +947,18 @@ def ways_to_drive(variants: list[tuple[str, dict]]) -> list[str]:
         "| driven by | " + " | ".join(name for name, _ in variants) + " |",
         "|---" * (len(variants) + 1) + "|",
     ]
-    for words, mode in ways.items():
+    for mode in ("", *vla.MODES):
+        row_name = f"its own tokens, {mode}" if mode else "its head"
+        metric = f"{mode} success" if mode else "success"
         cells = []
         for _, variant in variants:
-            success = cell("success", variant["metrics"].get(f"{mode}success"))
+            success = cell("success", variant["metrics"].get(metric))
             for way, seconds in variant.get("seconds", {}).items():
-                _, _, mode_of_way = way.partition(" ")
-                if mode_of_way == mode.strip():
+                mode_of_way = " ".join(way.split()[1:])  # "tabletop think" -> "think"
+                if mode_of_way == mode:
                     success += f", {seconds['chunk']:.3f} s"
             cells.append(success)
-        lines.append(f"| {words} | " + " | ".join(cells) + " |")
+        lines.append(f"| {row_name} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -912,9 +966,11 @@ def true_statements(variants: list[tuple[str, dict]]) -> list[str]:
     """Lines of a second Markdown table: how often each statement of sampled thoughts is true, a
     column for each variant. None when nobody measured it."""
     start = "think sampled thought true "
-    metrics = {}  # in their order, each once
+    metrics = []  # in the order in which they were measured, each once
     for _, variant in variants:
-        metrics |= dict.fromkeys(name for name in variant["metrics"] if name.startswith(start))
+        for name in variant["metrics"]:
+            if name.startswith(start) and name not in metrics:
+                metrics.append(name)
     if not metrics:
         return []
     lines = [
@@ -934,7 +990,7 @@ def true_statements(variants: list[tuple[str, dict]]) -> list[str]:
 def results_flags(add):
     """Flags of all commands that measure something."""
     add("--out", default="results/results.json", help="results file, which is added to")
-    add("--preset", default="tabletop", help="name of the run, noted in the results file")
+    add("--preset", default="", help="name of the run, noted in the results file; tabletop")
 
 
 def common_flags(add):

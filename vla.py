@@ -636,9 +636,12 @@ def thought_length(backbone: Backbone, token_ids: np.ndarray) -> int:
 
 
 def thought_text(backbone: Backbone, token_ids: Sequence[int]) -> str:
-    """What token ids say inside <think>, as far as they get."""
-    text = backbone.tokenizer.decode(token_ids)
-    return text.partition("<think>")[2].partition(THINK_END)[0].strip()
+    """What token ids say inside <think>, as far as they get. Where </think> is missing, no answer
+    and no end of the turn belongs to it; nor does an image's tag, of which a prompt has its own."""
+    thought = backbone.tokenizer.decode(token_ids).partition("<think>")[2]
+    for end in (THINK_END, "<answer>", model.ACTION_START, "<image>", backbone.tokenizer.eos_token):
+        thought = thought.partition(end)[0]
+    return thought.strip()
 
 
 def given_thoughts(backbone: Backbone, texts: list[str], n: int) -> list[np.ndarray]:

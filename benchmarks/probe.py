@@ -27,6 +27,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -57,7 +58,7 @@ def arguments(add):
     evaluate.split_flag(add)
     add("--one-task", default="", help="folder with episodes of one task; empty: left out")
     add("--task", default="", help="the instruction, where that folder has several")
-    add("--trajectories", type=count, default=20, help="of one task, the first so many")
+    add("--trajectories", type=count, help="of one task, the first so many; 20")
     add("--classes", type=count, default=8, help="segments of progress")
     add("--stride", type=count, default=1, help="take every so-many-th frame")
     add("--think", action="store_true", help="with the prompt that asks for a thought")
@@ -227,23 +228,23 @@ def aligned_steps(states: np.ndarray, reference: np.ndarray) -> np.ndarray:
     state is, by the path of least summed distance; of several steps the middle one.
 
     0 0 1 2 against 0 1 1 2 gives 0 0 1 3: the path is (0, 0) (1, 0) (2, 1) (2, 2) (3, 3)."""
-    # 1. least cost of a path from (0, 0) to (t, u); row and column 0 stand before the start
+    # 1. least cost of a path to each pair; row and column 0 of cost stand before the start
     T, U = len(states), len(reference)
     distance = np.linalg.norm(states[:, None] - reference[None], axis=2)  # (T, U)
     cost = np.full((T + 1, U + 1), np.inf)
     cost[0, 0] = 0
-    for t in range(T):
-        for u in range(U):
-            before = min(cost[t, u], cost[t, u + 1], cost[t + 1, u])
-            cost[t + 1, u + 1] = distance[t, u] + before
-    # 2. back along it, diagonally where that is as good
-    partners = [[] for _ in range(T)]
-    t, u = T - 1, U - 1
-    while t >= 0:
-        partners[t].insert(0, u)
-        befores = [(t - 1, u - 1), (t - 1, u), (t, u - 1)]
-        t, u = min(befores, key=lambda place: cost[place[0] + 1, place[1] + 1])
-    return np.array([of_step[(len(of_step) - 1) // 2] for of_step in partners])
+    for t in range(1, T + 1):
+        for u in range(1, U + 1):
+            cheapest = min(cost[t - 1, u - 1], cost[t - 1, u], cost[t, u - 1])
+            cost[t, u] = distance[t - 1, u - 1] + cheapest
+    # 2. back along the cheapest, diagonally where that is as good
+    partners = [[] for _ in range(T)]  # of each state, the last first
+    t, u = T, U
+    while t > 0:
+        partners[t - 1].append(u - 1)
+        earlier = [(t - 1, u - 1), (t - 1, u), (t, u - 1)]
+        t, u = min(earlier, key=lambda indices: cost[indices])
+    return np.array([of_step[len(of_step) // 2] for of_step in partners])
 
 
 def progress(episodes: list[EpisodeFile], classes: int) -> list[list[str]]:
@@ -334,8 +335,8 @@ def knn(inputs: np.ndarray, values: np.ndarray, asked: np.ndarray) -> np.ndarray
     equal, over all."""
     similarity = unit_length(asked) @ unit_length(inputs).T  # (n, N)
     k = min(NEIGHBOURS, len(inputs))
-    of_the_last = -np.partition(-similarity, k - 1, axis=1)[:, k - 1 : k]  # (n, 1)
-    is_near = similarity >= of_the_last - 1e-12  # (n, N), but for rounding
+    kth_best = np.sort(similarity, axis=1)[:, -k]  # (n,)
+    is_near = similarity >= kth_best[:, None] - 1e-12  # (n, N), but for rounding
     return is_near @ values / is_near.sum(1, keepdims=True)
 
 
@@ -353,12 +354,18 @@ def ridge(
     x = (inputs - centre) / scale
     y = values - values.mean(0)
     has_few_rows = N < x.shape[1]
-    matrix = x @ x.T / N if has_few_rows else x.T @ x / N  # (N, N) or (D, D)
-    right_side = y / N if has_few_rows else x.T @ y / N  # (N, C) or (D, C)
+    if has_few_rows:
+        matrix = x @ x.T / N  # (N, N)
+        right_side = y / N  # (N, C)
+    else:
+        matrix = x.T @ x / N  # (D, D)
+        right_side = x.T @ y / N  # (D, C)
     told = []
     for strength in strengths:
         solved = solve(matrix + strength * np.eye(len(matrix)), right_side, assume_a="pos")
-        weights = x.T @ solved if has_few_rows else solved  # (D, C)
+        weights = solved  # (D, C)
+        if has_few_rows:
+            weights = x.T @ solved
         told.append((asked - centre) / scale @ weights + values.mean(0))
     return told
 
@@ -412,8 +419,14 @@ def r2_intervals(
     told: np.ndarray, true: np.ndarray, trajectory: np.ndarray
 ) -> dict[str, evaluate.Interval]:
     """(N, 3) told and true -> R2 of all frames, 1 - squared errors / squared distances from the
-    mean, of each axis (" x") and ("") their mean. Intervals: bootstrap over trajectories, as
-    evaluate.bootstrap()."""
+    mean, of each axis (" x") that varies and ("") their mean. Intervals: bootstrap over
+    trajectories, as evaluate.bootstrap(). ValueError where no axis varies."""
+    _, scale = centre_and_scale(true)
+    varies = np.isfinite(scale)  # (3,)
+    if not varies.any():
+        raise ValueError("--data: no hand moves relative to its target; leave these episodes out")
+    told, true = told[:, varies], true[:, varies]
+    axes = np.array([" x", " y", " z"])[varies]
     # 1. sums of each trajectory
     error = np.square(told - true)  # (N, 3)
     spread = np.square(true - true.mean(0))
@@ -425,7 +438,7 @@ def r2_intervals(
     drawn = np.random.default_rng(0).integers(0, len(known), (2000, len(known)))
     r2_drawn = 1 - errors[drawn].sum(1) / spreads[drawn].sum(1)  # (2000, 3)
     # 3. each axis, and their mean
-    columns = {axis: (r2[i], r2_drawn[:, i]) for i, axis in enumerate((" x", " y", " z"))}
+    columns = {axis: (r2[i], r2_drawn[:, i]) for i, axis in enumerate(axes.tolist())}
     columns[""] = (r2.mean(), r2_drawn.mean(1))
     intervals = {}
     for name, (mean, resampled) in columns.items():
@@ -515,34 +528,37 @@ def measure(args):
     """`evaluate.py probe`.
 
     1. the model   2. trajectories of many tasks and of one, and what is to be told of them
-    3. of either: features; each probe of each target"""
+    3. of each of the two: features; each probe of each target"""
     # 1. the model
     started = time.time()
-    if args.task and not args.one_task:
-        raise ValueError("--task names one of the tasks in a folder; give that by --one-task")
+    if (args.task or args.trajectories) and not args.one_task:
+        raise ValueError("--task and --trajectories are of a folder that --one-task names")
+    if args.axes and not Path(args.axes).is_file():
+        raise ValueError(f"--axes {args.axes}: no such file")
+    args.trajectories = args.trajectories or 20
     dist = evaluate.start_ranks(args)
     backbone = model.load(args.policy, args.device, vla.compute_dtype(args.device))
     backbone.net.eval()
 
     # 2. trajectories of many tasks and of one, and what is to be told of them
     episodes, words = evaluate.episodes_to_ask(backbone, args.data, args.split)
-    frames = frames_of(episodes, args.stride)
-    targets, missing = read_targets(frames, args)
-    parts = [(frames, targets)]
+    many_frames = frames_of(episodes, args.stride)
+    many_targets, missing = read_targets(many_frames, args)
+    parts = [(many_frames, many_targets)]
     lines = [f"many tasks: {words}"]
     if args.one_task:
         episodes, words = evaluate.episodes_to_ask(backbone, args.one_task, args.split)
         episodes = trajectories_of_one_task(episodes, args.task, args.trajectories)
-        frames = frames_of(episodes, args.stride)
-        segments = frames.take(progress(episodes, args.classes)).tolist()
-        parts.append((frames, [Target("one-task", *one_hot(segments))]))
+        one_frames = frames_of(episodes, args.stride)
+        segments = one_frames.take(progress(episodes, args.classes)).tolist()
+        parts.append((one_frames, [Target("one-task", *one_hot(segments))]))
         lines.append(f"one task: {len(episodes)} of {episodes[0].task!r}, from {words}")
     else:
         missing.append(f"one-task: give --one-task a folder, recorded as by {RECORD}")
     if dist.rank == 0:
         print("\n".join([*lines, *[f"left out: {line}" for line in missing]]))
 
-    # 3. of either: features; each probe of each target
+    # 3. of each of the two: features; each probe of each target
     start = "think probe" if args.think else "probe"
     scores = Scores({}, {})
     for frames, targets in parts:
@@ -551,4 +567,4 @@ def measure(args):
             for target in targets:
                 probe_all(scores, inputs, target, frames, start)
     if dist.rank == 0:
-        evaluate.write_metrics(scores.metrics, scores.paired, args, started, way=start)
+        evaluate.write_metrics(scores.metrics, scores.paired, args, started, record_as=start)

@@ -43,19 +43,25 @@ def arguments(add):
     )
 
 
-def check(args, defaults: dict[str, int | float]):
-    """ValueError, before hours are spent, for flags that do nothing or a file that cannot be
-    written. defaults: of the flags that --keep-right alone reads."""
-    file = args.keep_right
+def set_defaults(args, defaults: dict[str, int | float]):
+    """Gives flags that --keep-right alone reads their defaults; without it ValueError for one that
+    would do nothing."""
     for name, value in defaults.items():
         is_given = getattr(args, name) is not None
-        if is_given and not file:
+        if is_given and not args.keep_right:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag}: of answers to be kept; name a file by --keep-right")
-        if file and not is_given:
+        if args.keep_right and not is_given:
             setattr(args, name, value)
-    if file and (Path(file).is_dir() or not file.endswith(".jsonl")):
+
+
+def check_file(file: str):
+    """Before hours are spent: ValueError or OSError when no rows can be written to this file."""
+    if not file:
+        return
+    if Path(file).is_dir() or not file.endswith(".jsonl"):
         raise ValueError(f"--keep-right {file}: name a file that ends in .jsonl")
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
 
 
 def answer_arguments(add):
@@ -69,9 +75,10 @@ def answer_arguments(add):
 
 
 def check_answers(args):
-    """Of `evaluate.py vqa`: as check(), and sft.py must find the images of args.data from the file
-    to be written."""
-    check(args, {"samples": 8, "keep": 2, "least": 1.0, "holdout_rows": 256})
+    """Flags of `evaluate.py vqa`. sft.py must find the images of args.data from the file to be
+    written."""
+    set_defaults(args, {"samples": 8, "keep": 2, "least": 1.0, "holdout_rows": 256})
+    check_file(args.keep_right)
     if not args.keep_right:
         return
     if args.prompt != "think":
@@ -88,8 +95,9 @@ def check_answers(args):
 
 
 def check_actions(args):
-    """Of `evaluate.py actions`: as check(), and rows to train on are of no held-out episode."""
-    check(args, {"keep": 2, "least": 0.5})
+    """Flags of `evaluate.py actions`. Rows to train on are of no held-out episode."""
+    set_defaults(args, {"keep": 2, "least": 0.5})
+    check_file(args.keep_right)
     if args.keep_right and args.split != "train":
         raise ValueError(
             f"--keep-right of --split {args.split}: held-out episodes are not to be trained on; "
@@ -98,8 +106,9 @@ def check_actions(args):
 
 
 def relative(path: Path, file: str) -> str:
-    """A path as seen from the folder of `file`."""
-    return os.path.relpath(path.resolve(), Path(file).resolve().parent)
+    """A path as seen from the folder of `file`, links left as they are: model.image_path() looks at
+    the words of a path too."""
+    return os.path.relpath(path.absolute(), Path(file).absolute().parent)
 
 
 # ---- Which thoughts ------------------------------------------------------------------------------
@@ -236,9 +245,16 @@ def write_actions(kept: list[list[KeptThought]], args):
     path = Path(args.keep_right)
     frames = f"{path.stem}_frames"
     rows = []  # of each prompt
+    drawn = set()  # (episode, step): what is drawn again is the same question
     for number, thoughts in enumerate(kept):
         name = f"{frames}/{number:07d}.png"
         rows.append([])
+        if not thoughts:
+            continue
+        step = (thoughts[0].episode.name, thoughts[0].step)
+        if step in drawn:
+            continue
+        drawn.add(step)
         for one in thoughts:
             (path.parent / frames).mkdir(parents=True, exist_ok=True)
             Image.fromarray(one.episode.frame(one.step)).save(path.parent / name)

@@ -66,11 +66,11 @@ REPLACEMENTS: dict[str, Callable[[Known, np.random.Generator, Backbone], str | N
 
 
 def others(thoughts: list[str], rng) -> list[str]:
-    """For each thought one about another prompt, each used once."""
-    order = rng.permutation(len(thoughts))
+    """For each of two or more thoughts one about another prompt, each used once."""
+    order = rng.permutation(len(thoughts)).tolist()
     chosen = [""] * len(thoughts)
-    for place, i in enumerate(order):
-        chosen[i] = thoughts[order[place - 1]]
+    for i, giver in zip(order, order[-1:] + order[:-1], strict=True):
+        chosen[i] = thoughts[giver]
     return chosen
 
 
@@ -145,7 +145,10 @@ def other_target(name: bool, cell: bool, move: bool) -> Callable:
             changes["move"] = (*np.rint(100 * new).astype(int).tolist(), own.move[2])
         turn = np.zeros(7)
         turn[:2] = new / np.linalg.norm(new) - old / np.linalg.norm(old)
-        return Edit(own._replace(**changes), turn)
+        edited = own._replace(**changes)
+        if edited == own:  # it was wrong, and says already what the edit would
+            return None
+        return Edit(edited, turn)
 
     return edit
 
@@ -200,8 +203,11 @@ def edits_of(prompts: evaluate.Prompts, own: list[str], seed: int) -> dict[str, 
         parsed = tabletop_data.parse_thought(text)
         scene = scene_at(episode, step)
         for name, make in EDITS.items():
-            rng = model.rng(seed, "edit", key)  # the same object in all edits of a prompt
-            edits[name].append(None if parsed is UNREADABLE else make(parsed, scene, rng))
+            edit = None
+            if parsed is not UNREADABLE:
+                rng = model.rng(seed, "edit", key)  # anew: the same object in all edits of a prompt
+                edit = make(parsed, scene, rng)
+            edits[name].append(edit)
     return edits
 
 
@@ -239,8 +245,7 @@ def answer_after(
     return after
 
 
-def some(prompts: evaluate.Prompts, chosen: list[int]) -> evaluate.Prompts:
-    """These prompts of them."""
+def subset(prompts: evaluate.Prompts, chosen: list[int]) -> evaluate.Prompts:
     return evaluate.Prompts(
         keys=[prompts.keys[b] for b in chosen],
         rows=[prompts.rows[b] for b in chosen],
@@ -274,6 +279,8 @@ def measure(args):
 
     1. own thoughts   2. replaced   3. edited   4. metrics, of the prompts of all ranks"""
     started = time.time()
+    if args.prompts < 2:
+        raise ValueError("--prompts 1: there is no other thought to give; ask for two or more")
     dist = evaluate.start_ranks(args)
     local = evaluate.local_share(dist)
     backbone = evaluate.load_backbone(args)
@@ -305,7 +312,7 @@ def measure(args):
         after[name] = answer_after(backbone, prompts, thoughts, args)
 
     # 3. edited
-    followed = {}  # name -> of each prompt that it applies to (before, after)
+    followed = {}  # edit -> of each prompt that it applies to: did it with the own thought, now
     edits = {}
     if can_be_edited(episodes):
         edits = edits_of(prompts, own, args.seed)
@@ -314,28 +321,31 @@ def measure(args):
     for name, of_prompts in edits.items():
         chosen = [b for b, edit in enumerate(of_prompts) if edit is not None]
         texts = [in_words(of_prompts[b].thought) for b in chosen]
-        edited = answer_after(backbone, some(prompts, chosen), texts, args)
+        answers = answer_after(backbone, subset(prompts, chosen), texts, args)
         followed[name] = []
-        for b, new in zip(chosen, edited, strict=True):
-            edit = of_prompts[b]
-            followed[name].append((follows(after["kept"][b], edit), follows(new, edit)))
+        for b, answer in zip(chosen, answers, strict=True):
+            did_before = follows(after["kept"][b], of_prompts[b])
+            does_now = follows(answer, of_prompts[b])
+            followed[name].append((did_before, does_now))
 
     # 4. metrics, of the prompts of all ranks
+    steps = evaluate.steps_of(prompts, dist)
     after = {name: evaluate.gather(values, dist) for name, values in after.items()}
     shares = {name: shares_of_all_ranks(values, dist) for name, values in followed.items()}
     if dist.rank == 0:
         metrics, paired = replacement_metrics(after, backbone.action_tokenizer.stats)
         metrics |= edit_metrics(shares)
         print_table(metrics)
-        evaluate.write_metrics(
-            metrics, paired, args, started, prompts=f"{args.prompts} from {words}"
-        )
+        items = dict.fromkeys(paired, steps)
+        words = f"{args.prompts} from {words}"
+        evaluate.write_metrics(metrics, paired, args, started, items, words)
 
 
 def shares_of_all_ranks(followed: list[tuple[bool, bool]], dist: model.Dist) -> tuple[int, ...]:
-    """(before, after) of this rank's prompts -> how often before, how often after, of how many."""
-    counts = [sum(b for b, _ in followed), sum(a for _, a in followed), len(followed)]
-    return tuple(int(count) for count in model.all_sum(counts))
+    """(did before, does now) of this rank's prompts -> how many did, how many do, of how many."""
+    n_before = sum(did_before for did_before, _ in followed)
+    n_now = sum(does_now for _, does_now in followed)
+    return tuple(int(count) for count in model.all_sum([n_before, n_now, len(followed)]))
 
 
 def replacement_metrics(
@@ -357,7 +367,7 @@ def replacement_metrics(
             if metric != "moved":
                 rounded = [round(value, 5) if np.isfinite(value) else None for value in each]
                 paired[f"given {name} {metric}"] = rounded
-        differ = sum(value.ids != own.ids for value, own in zip(values, kept, strict=True))
+        differ = sum(value.ids != before.ids for value, before in zip(values, kept, strict=True))
         decode = sum(bool(np.isfinite(value.chunk).all()) for value in values)
         metrics[f"given {name} changed"] = evaluate.wilson(differ, len(values))
         metrics[f"given {name} decodes"] = evaluate.wilson(decode, len(values))

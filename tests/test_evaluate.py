@@ -208,6 +208,32 @@ def test_answers_that_are_right_or_wrong_get_mcnemars_test(tmp_path, capsys):
     assert "McNemar" not in capsys.readouterr().out
 
 
+def test_other_items_are_not_compared(tmp_path, capsys):
+    """As many prompts of other episodes were called the same ones."""
+    variants = {}
+    for name, digest in (("base", "1"), ("SFT", "1"), ("SFT+RL", "2")):
+        variants[name] = {"metrics": {}, "paired": {"answers": [0.0, 1.0]}}
+        variants[name]["items"] = {"answers": digest}
+    evaluate.main(["report", str(write_results(tmp_path, variants))])
+    printed = capsys.readouterr().out
+    assert "- answers: SFT - base = 0.000" in printed
+    assert "- answers: SFT+RL was measured on other items than SFT\n" in printed
+    assert "SFT+RL - SFT" not in printed
+
+
+def test_one_markdown_file_of_all_results_files(tmp_path, capsys):
+    """It held the last one's table alone."""
+    path = write_results(tmp_path, {"base": {"metrics": {}, "paired": {}}})
+    other = tmp_path / "other.json"
+    other.write_text(path.read_text().replace('"base"', '"SFT"'))
+    markdown = tmp_path / "new/t.md"
+    evaluate.main(["report", str(path), str(other), "--markdown", str(markdown)])
+    assert "| base |" in markdown.read_text() and "| SFT |" in markdown.read_text()
+    path.write_text('{"arms": {}}')
+    with pytest.raises(ValueError, match="does not say its hardware, minutes, preset, seeds"):
+        evaluate.main(["report", str(path)])
+
+
 def write_variant(path, name):
     args = argparse.Namespace(
         out=path, variant=name, preset="p", command="actions", policy="x", seed=0, argv=[name]
@@ -385,7 +411,7 @@ def test_fine_tokens_drive_and_coarse_ones_do_not(expert_chunks, tmp_path, capsy
 
     write_variant(out, "SFT")  # the caption of the table says it
     evaluate.main(["report", str(out)])
-    _, _, report = capsys.readouterr().out.partition("Preset tabletop, ")
+    _, _, report = capsys.readouterr().out.partition("Preset p, ")
     caption = report.splitlines()[0]
     percent = 100 * shares[1]
     assert f"Through these action tokens the expert itself succeeds in {percent:.1f} [" in caption
@@ -592,9 +618,12 @@ def test_prompts_are_called_held_out_only_when_they_are(written, tmp_path, monke
     names, words = asked(folder, "all")
     assert len(names) == len(files) and words.startswith(f"all {len(files)} episodes")
 
-    shutil.copytree(folder, tmp_path / "test")  # another folder: all of it is unseen
+    shutil.copytree(folder, tmp_path / "copy")
+    assert asked(tmp_path / "copy")[0] == [episode.name for episode in held_out], "the same ones"
+    shutil.copytree(folder, tmp_path / "test")
+    (tmp_path / "test" / files[1].path.name).unlink()  # another folder: all of it is unseen
     names, words = asked(tmp_path / "test")
-    assert len(names) == len(files)
+    assert len(names) == len(files) - 1
     assert "which the checkpoint was not trained on (but on " in words
     assert len(asked(tmp_path / "test", "held-out")[0]) == 1
 
@@ -612,7 +641,18 @@ def test_prompts_are_called_held_out_only_when_they_are(written, tmp_path, monke
     evaluate.main(actions(written, out))
     sentence = f"5 prompts from the 1 held-out ones of {len(files)} episodes"
     assert sentence in capsys.readouterr().out
-    assert "held-out" in json.loads(out.read_text())["arms"]["policy"]["prompts"]
+    variant = json.loads(out.read_text())["arms"]["policy"]
+    assert "held-out" in variant["prompts"]["actions"]
+    assert set(variant["items"]) == set(variant["paired"]), "which prompts these are"
+    assert "think sampled distinct thoughts" in variant["metrics"]
+    assert "direct sampled distinct thoughts" not in variant["metrics"], (
+        "whole answers were counted"
+    )
+    digests = variant["items"]
+    evaluate.main([*actions(written, out), "--seed", "1"])
+    others = json.loads(out.read_text())["arms"]["policy"]["items"]
+    assert digests.keys() == others.keys()
+    assert not set(digests.values()) & set(others.values())
 
 
 def with_thoughts(folder, out):

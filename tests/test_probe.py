@@ -175,6 +175,17 @@ def test_r2_by_hand():
     assert (found[" x"]["low"], found[" x"]["high"], found[" x"]["n"]) == (0.75, 1, 2)
 
 
+def test_r2_of_axes_that_vary():
+    """Of one that does not it was minus infinity, or -1e28, and so was the mean."""
+    true = np.array([[0.0, 1, -7.1], [4, 3, -7.1]])
+    told = np.array([[1.0, 2, -7], [4, 2, -7.2]])
+    found = probe.r2_intervals(told, true, np.array([0, 1]))
+    assert found.keys() == {" x", " y", ""}
+    assert found[""]["mean"] == pytest.approx((0.875 + 0) / 2)
+    with pytest.raises(ValueError, match="no hand moves"):
+        probe.r2_intervals(told[:1], true[:1], np.array([0]))
+
+
 def test_accuracy_is_by_trajectory():
     """Trajectories of 1 and 3 frames with 1 and 0 right: 0.5 of two, not 0.25 of four."""
     values = np.array([[1.0, 0], [1, 0], [1, 0], [1, 0]])
@@ -330,7 +341,7 @@ def test_what_cannot_be_probed_is_one_line(data, tmp_path):
     task = fast_tokenizer.read_episodes(data)[0].task
     with pytest.raises(ValueError, match="4 traj.* fewer than --trajectories 20; record more, as"):
         evaluate.main(argv(data, out, "--one-task", str(data), "--task", task))
-    with pytest.raises(ValueError, match="give that by --one-task"):
+    with pytest.raises(ValueError, match="of a folder that --one-task names"):
         evaluate.main(argv(data, out, "--task", task))
     with pytest.raises(ValueError, match="2 trajectories, a probe needs 3"):
         probe.frames_of(fast_tokenizer.read_episodes(data)[:2], 1)

@@ -149,6 +149,31 @@ def test_flags_that_do_nothing_and_files_that_sft_would_refuse(
         vqa(data, *flags)
 
 
+def test_a_step_drawn_twice_is_one_question(tmp_path):
+    """Prompts are drawn with replacement: --keep 1 kept a step's thought once a draw."""
+    image = np.zeros((3, 8, 8, 3), np.uint8)
+    arrays = {"image": image, "state": np.zeros((3, 2)), "action": np.zeros((3, A))}
+    header = {"task": "go", "fps": "5", "source": "test"}
+    write_episodes(tmp_path / "episodes", [(arrays, header)])
+    (episode,) = read_episodes(tmp_path / "episodes")
+    kept = []
+    for text, step in (("a", 0), ("b", 1), ("c", 0)):
+        kept.append([rejection.KeptThought(text, episode, step, np.zeros((K, A)))])
+    file = tmp_path / "own.jsonl"
+    rejection.write_actions(kept, argparse.Namespace(keep_right=str(file), least=0.5))
+    answers = [json.loads(line)["messages"][1]["content"][:8] for line in file.open()]
+    assert answers == ["<think>a", "<think>b"]
+
+
+def test_links_stay_as_they_are(tmp_path):
+    """sft.py looks at the words of a path, and refused what lay behind a link in its folder."""
+    (tmp_path / "store").mkdir()
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/images").symlink_to(tmp_path / "store")
+    file = str(tmp_path / "set/own.jsonl")
+    assert rejection.relative(tmp_path / "set/images/0.png", file) == "images/0.png"
+
+
 @pytest.mark.parametrize("split", ["auto", "held-out", "all"])
 def test_held_out_episodes_do_not_become_rows_to_train_on(split):
     """By the default, auto, the held-out episodes of a folder that was trained on were asked."""

@@ -86,6 +86,8 @@ def test_an_edit_that_says_nothing_is_none():
     assert EDITS["left-right"](near, SCENE, rng) is None
     assert EDITS["object"](own._replace(phase="grasp"), SCENE, rng) is None
     assert EDITS["object"](own._replace(target="green cube"), SCENE, rng) is None
+    told_so = own._replace(target_cell="b7")  # wrongly, of the cell where the other one is
+    assert EDITS["cell"](own, SCENE, rng) and EDITS["cell"](told_so, SCENE, rng) is None
     alone = Scene(SCENE.hand, {name: SCENE.places[name] for name in ("red cube", "plate")})
     assert EDITS["cell"](own, alone, rng) is None
 
@@ -206,6 +208,13 @@ def test_the_answer_after_its_own_thought_is_its_own():
     given = model.with_thought(row, whole[:10].numpy())
     rest = model.generate(backbone, [given], 1, 14, greedy=True)["ids"][0]
     assert len(whole) == 24 and torch.equal(rest, whole[10:])
+
+
+def test_one_prompt_has_no_other_thought(data, tmp_path):
+    """Its own was given as another's."""
+    flags = ["--policy", "x", "--data", str(data), "--out", str(tmp_path / "r.json")]
+    with pytest.raises(ValueError, match="--prompts 1: there is no other thought"):
+        evaluate.main(["thought", *flags, "--prompts", "1"])
 
 
 def test_a_model_without_actions(data, tmp_path):

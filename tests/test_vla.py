@@ -1078,6 +1078,21 @@ def test_where_a_thought_ends(monkeypatch):
     assert stops == [{backbone.vocab.eos, one_token[-1]}], "the action token is not known yet"
 
 
+def test_an_answer_is_no_part_of_a_thought():
+    """Where </think> was missing, the answer behind it, or the end of the turn, was kept as thought
+    and given to the model again; a written <image> ended the run."""
+    backbone = backbones.random_backbone("tiny-vlm")
+    sft.grow_vocabulary(backbone, 4)
+    for tail in (
+        "<answer>b</answer>",
+        model.action_answer([1, 2]),
+        "<|im_end|>",
+        "<image>.</think>",
+    ):
+        ids = backbone.tokenizer.encode(f"<think>The cube {tail}")
+        assert vla.thought_text(backbone, ids) == "The cube"
+
+
 def test_short_episodes_are_thought_about_together(data):
     """The groups are the same on any number of ranks, and so are the batches."""
     frames = vla.FrameDataset(vla.Config(data=str(data), horizon=4))
