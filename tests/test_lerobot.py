@@ -281,6 +281,12 @@ def drop_fps(folder):
     path.write_text('{"codebase_version": "v3.0", "features": {}}')
 
 
+def drop_shapes(folder):
+    info = json.loads((folder / "meta/info.json").read_text())
+    features = {key: {"dtype": feature["dtype"]} for key, feature in info["features"].items()}
+    change_info(folder, features=features)
+
+
 def first_table_for_second(folder):
     first = folder / "data/chunk-000/episode_000000.parquet"
     (folder / TABLE_V2).write_bytes(first.read_bytes())
@@ -343,6 +349,8 @@ CASES = {
         damage=lambda folder: change_info(folder, codebase_version=None),
     ),
     "no fps": Case("v3.0", "info.json: KeyError: 'fps'", damage=drop_fps),
+    "fps 0": Case("v3.0", "info.json: fps is 0", damage=lambda folder: change_info(folder, fps=0)),
+    "no shape": Case("v3.0", "info.json: KeyError: 'shape'", damage=drop_shapes),
     "parquet cut": Case(
         "v2.1",
         f"{TABLE_V2}: ArrowInvalid",
@@ -787,24 +795,68 @@ def test_a_conversion_goes_on_after_a_stop(tmp_path, monkeypatch):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("flag", ["camera", "action", "deltas"])
+def test_flags_that_never_worked_are_not_kept(tmp_path, flag):
+    """The one that stopped it ended --resume for good: "out.part was begun with --camera cma, not
+    ..." when it was corrected. The second is found out in the first recording."""
+    write(tmp_path / "in", "v3.0", False)
+    wrong = {"camera": "cma", "action": f"action,{WRIST}", "deltas": "9"}[flag]
+    with pytest.raises(SystemExit):
+        convert(tmp_path / "in", tmp_path / "out", "--resume", f"--{flag}", wrong)
+    assert not list((tmp_path / "out.part").glob("*.safetensors"))
+    assert len(convert(tmp_path / "in", tmp_path / "out", "--resume")) == 2
+    kept = json.loads((tmp_path / "out/conversion.json").read_text())
+    assert kept["camera"] == CAMERA and kept["action"] == "action" and kept["deltas"] is None
+
+
 # ---- Command line -------------------------------------------------------------------------------
 
 
 def test_flags_that_do_not_fit_are_named(tmp_path):
+    """They, and not info.json, which was to be repaired or copied again: it was whole."""
     write(tmp_path / "in", "v3.0")
     for flags, message in (
-        (("--camera", "front"), "info.json: no front among .*images.front"),
+        (("--camera", "front"), "--camera: no front in .*info.json; name one of .*images.front"),
         (("--fps", "3"), "--fps 3 does not divide its 10"),
-        (("--action", "act"), "no act among"),
+        (("--fps", "20"), "--fps 20 does not divide its 10"),
+        (("--action", "action,act"), "--action: no act in"),
+        (("--state", "pose"), "--state: no pose in"),
         (("--deltas", "5"), "--deltas 5: an action has 4 dimensions"),  # all were added up
-        (("--fps", "1e-320"), "info.json: OverflowError"),  # was a traceback
+        (("--fps", "1e-320"), "--fps 9.99989e-321 does not divide its 10"),  # was a traceback
     ):
-        with pytest.raises(SystemExit, match=message):
+        with pytest.raises(SystemExit, match=message) as stop:
             convert(tmp_path / "in", tmp_path / "out", *flags)
+        assert str(stop.value).startswith("error: --") and "\n" not in str(stop.value)
+        assert "copy the dataset" not in str(stop.value)
     convert(tmp_path / "in", tmp_path / "out")
     with pytest.raises(SystemExit, match="already holds data"):
         convert(tmp_path / "in", tmp_path / "out")
     assert len(fast_tokenizer.read_episodes(tmp_path / "out")) == 2
+
+
+def test_cameras_that_would_have_one_name(tmp_path):
+    """Of them it was said that --fps 0 does not divide 10."""
+    write(tmp_path / "in", "v3.0")
+    info = json.loads((tmp_path / "in/meta/info.json").read_text())
+    keys = [f"observation.images.{side}.rgb" for side in ("left", "right")]
+    change_info(tmp_path / "in", features=info["features"] | {key: {} for key in keys})
+    cameras = ",".join([CAMERA, *keys])
+    with pytest.raises(SystemExit, match="--camera: 2 of .* would be called image_rgb") as stop:
+        convert(tmp_path / "in", tmp_path / "out", "--camera", cameras)
+    assert "copy the dataset" not in str(stop.value) and "--fps" not in str(stop.value)
+
+
+def test_thinning_asks_which_dimensions_are_movements(tmp_path):
+    """Without --deltas --fps dropped half of all movements: of none was it known to be one, and
+    each kept the last value, without a word."""
+    write(tmp_path / "in", "v3.0", False)
+    with pytest.raises(SystemExit, match="--fps thins actions; say --deltas N"):
+        convert(tmp_path / "in", tmp_path / "out", "--fps", "5")
+    (first, _) = convert(tmp_path / "in", tmp_path / "out", "--fps", "5", "--deltas", "0")
+    assert first.deltas == 0 and len(first) == 5
+    # nothing is thinned: nothing is asked
+    (first, _) = convert(tmp_path / "in", tmp_path / "all", "--fps", "10")
+    assert first.deltas is None and len(first) == 9
 
 
 def test_a_missing_package_names_its_installation(tmp_path, monkeypatch):

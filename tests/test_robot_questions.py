@@ -150,6 +150,16 @@ def test_a_new_target_ends_grasp_and_release():
     assert mt.primitives(place, closed, slow, unknown, target, 4)[8:] == ["release"] * 4
 
 
+def test_fingers_that_close_on_a_new_target_grasp():
+    """Of a hand that stands and gets its target as it closes: there was nothing to leave, so all
+    that followed was as the step before, which is reach, with closed fingers."""
+    place = np.zeros((12, 3))
+    closed = np.arange(12) >= 4
+    target = np.array([0] * 4 + [1] * 8)
+    names = mt.primitives(place, closed, np.ones(12, bool), np.full(12, -1), target, 2)
+    assert names == ["reach"] * 4 + ["grasp"] * 8
+
+
 GRIPPER_STATES = {3: "open", 4: "about to close", 6: "closed", 15: "closed", 16: "about to open"}
 
 
@@ -193,6 +203,22 @@ def test_words_by_hand(moment):
     # half a centimetre is rounded alike in words and in numbers
     assert rq.place_words(at, np.array([0.125, -0.125, 0])) == "forward 13, right 13"
     assert rq.centimetres(np.array([0.125, -0.125, -0.001])) == "13, -13, 0"
+
+
+def test_after_the_last_step_nothing_happens(world, tmp_path):
+    """Fingers that open in the last frame are open there, and yet a thought about that frame said
+    "Without going further, the fingers open."."""
+    arrays = scripted()
+    arrays["action"][:, 3] = [-1] * 5 + [1] * 13 + [-1] * 2
+    at = moment_of(world, tmp_path / "late", (arrays, HEADER))
+    assert np.flatnonzero(~at.motion.closed).tolist() == [*range(6), 19]
+    assert rq.event(at._replace(t=18), 19) == "the fingers open"
+    rng = np.random.default_rng(0)
+    said = {rq.say(at._replace(t=19), rng, "waypoint") for _ in range(20)}
+    assert said == {
+        "The next waypoint is right here, where the task ends.",
+        "Without going further, the task ends.",
+    }
 
 
 def test_directions_that_are_no_answer_are_not_asked(moment):
@@ -747,6 +773,22 @@ def test_what_no_step_can_answer_is_not_asked(data_objects, tmp_path):
     assert report["not_asked"] == ["point", "path", "holding", "object_point"]
 
 
+def test_what_few_steps_can_answer_is_asked(data, tmp_path):
+    """`next` means 59.9 s, which follow on the first of 600 steps only: most rows were given up
+    after 200 tries, and the first of these ended the run, with all lines lost."""
+    slow = []
+    for arrays, header in recordings():
+        longer = {name: np.repeat(values, 30, axis=0) for name, values in arrays.items()}
+        slow.append((longer, header))
+    write_episodes(tmp_path / "episodes", slow)
+    more = {"camera": "", "ahead": 59.9, "shares": "movement:1", "thought_actions": 0}
+    rq.main(flags(data, tmp_path / "out", data=tmp_path, rows=20, held_rows=5, **more))
+    rows = rows_of(tmp_path / "out/conversations.jsonl")
+    assert len(rows) == 20
+    for row in rows:
+        assert td.Image.open(tmp_path / "out" / row["images"][0]).getpixel((0, 0))[1] == 0
+
+
 GRIP = AXES["gripper"]
 BAD_AXES = {
     "dimension 7 of the state, which has 0 .. 2": {**AXES, "position": [0, 1, 7]},
@@ -782,7 +824,10 @@ BAD_FLAGS = {
     "all are 0": {"shares": "gripper:0"},
     "named twice": {"shares": "gripper:1,gripper:2"},
     "needs --camera FILE": {"shares": "path:1", "camera": ""},
-    "found no step for a question of kind direction": {"shares": "direction:1", "ahead": 60},
+    "kind direction; leave it out of --shares, or change --ahead": {
+        "shares": "direction:1",
+        "ahead": 60,
+    },
     "are unknown; say with --axes FILE": {"axes": ""},
     "no thoughts are recorded": {"thought-style": "recorded"},
     "object_point needs episodes that record objects in sight": {"shares": "object_point:1"},
@@ -803,6 +848,15 @@ def test_bad_flags(data, tmp_path, message):
 
 def test_not_over_what_is_there(data, written):
     assert "already holds data" in error_of(flags(data, written))
+
+
+@pytest.mark.parametrize("below", ["", "deeper/still"])
+def test_a_file_is_no_folder_to_write_in(data, tmp_path, below):
+    """--out FILE ended in a traceback, a NotADirectoryError at the first frame."""
+    (tmp_path / "notes.txt").write_text("kept")
+    message = error_of(flags(data, tmp_path / "notes.txt" / below))
+    assert "notes.txt is a file, no folder to write in" in message
+    assert (tmp_path / "notes.txt").read_text() == "kept"
 
 
 def cut(arrays, header):
@@ -838,6 +892,36 @@ def test_one_instruction_is_no_question(data, tmp_path, capsys):
     assert "instruction needs two instructions" in error_of(argv)
 
 
+def test_spaces_around_an_instruction_make_no_other_one(data, tmp_path):
+    """Two of three options were "put the cube away" and "put the cube away ", of which one was
+    right. And where only spaces differ there is no question."""
+    tasks = ["put the cube away", " put the cube away ", "wave", "lift the cube", "wave "]
+    spaced = [
+        (arrays, {**header, "task": tasks[number % 5]})
+        for number, (arrays, header) in enumerate(recordings())
+    ]
+    write_episodes(tmp_path / "episodes", spaced)
+    argv = flags(data, tmp_path / "out", data=tmp_path, shares="instruction:1", rows=100)
+    rq.main(argv)
+    known = {task.strip() for task in tasks}
+    for row in rows_of(tmp_path / "out/conversations.jsonl"):
+        answer = model.answer_text(row["messages"][1]["content"])
+        _, *options = re.split(r" ?[ABC]\) ", row["messages"][0]["content"])
+        if "+choice" in row["kind"]:
+            assert len(options) == 3 and set(options) == known
+        else:
+            assert answer in known
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["instructions"] == 3
+    same = [
+        (arrays, {**header, "task": tasks[number % 2]})
+        for number, (arrays, header) in enumerate(recordings())
+    ]
+    write_episodes(tmp_path / "same/episodes", same)
+    argv = flags(data, tmp_path / "other", data=tmp_path / "same", shares="instruction:1")
+    assert "instruction needs two instructions" in error_of(argv)
+
+
 # ---- Files of axes -------------------------------------------------------------------------------
 
 DIMENSIONS = {"tabletop": (8, 7), "libero": (8, 7), "metaworld": (4, 4), "calvin": (15, 7)}
@@ -857,9 +941,31 @@ def test_axes_of_our_worlds(name):
         ("LIBERO_DATASETS/libero_goal/open_it_demo.hdf5/data/demo_3", "libero"),
     ],
 )
-def test_axes_by_the_source_of_a_recording(moment, source, name):
+def test_axes_by_the_source_of_a_recording(moment, capsys, source, name):
+    """They were guessed by part of a name, and only report.json said which."""
     moment.motion.file.source = source
-    assert mt.axes_path("", [moment.motion.file]).stem == name
+    path = mt.axes_path("", [moment.motion.file])
+    assert path.stem == name
+    assert capsys.readouterr().out == f"axes: {path}\n"
+    assert mt.axes_path("mine.json", [moment.motion.file]) == Path("mine.json")
+    assert capsys.readouterr().out == ""
+
+
+def test_episodes_of_two_worlds_have_no_common_axes(world, tmp_path):
+    """Those of Tabletop were taken for CALVIN's episodes too where one of Tabletop came first."""
+    files = []
+    for source in ("tabletop goal task 3", "tabletop goal task 4", "calvin training 0-64", "mine"):
+        recording = (scripted(), {**HEADER, "source": source})
+        files.append(moment_of(world, tmp_path / source, recording).motion.file)
+    assert mt.axes_path("", files[:2]).stem == "tabletop"
+    with pytest.raises(
+        ValueError, match="of calvin by its source .* is of tabletop; keep"
+    ) as error:
+        mt.axes_path("", files[:3])
+    assert "\n" not in str(error.value) and str(files[2]) in str(error.value)
+    with pytest.raises(ValueError, match="axes of 'mine' are unknown; say with --axes FILE"):
+        mt.axes_path("", [files[0], files[3]])
+    assert mt.axes_path("mine.json", files) == Path("mine.json")
 
 
 def test_tabletop_facts_agree_with_its_world(tmp_path):

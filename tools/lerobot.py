@@ -266,9 +266,10 @@ def frame_numbers(
     if not len(times):
         raise ValueError("no frame")
     # 1. the first one, by count from the anchor, by time if frames are missing there
-    anchor = abs(times - start.anchor).argmin()
-    first = anchor + start.frames
-    gaps = np.diff(times[anchor : first + 1], prepend=start.anchor - 1 / fps) * fps  # 1 each
+    anchor_index = abs(times - start.anchor).argmin()
+    first = anchor_index + start.frames
+    before_anchor = start.anchor - 1 / fps  # s; so that the anchor has a gap of its own
+    gaps = np.diff(times[anchor_index : first + 1], prepend=before_anchor) * fps  # 1 each
     tolerance = 1.0
     if (abs(gaps - 1) >= 0.5).any():
         first = abs(times - start.begin).argmin()
@@ -403,30 +404,57 @@ def read_tasks(path: Path) -> dict[int, str]:
 
 
 def steps_apart(recorded_fps: float, fps: float) -> int:
-    """How many recorded steps lie between two that are kept; fps 0: all are."""
-    return round(recorded_fps / fps) if fps else 1
+    """Recorded steps from one that is kept to the next; fps 0: all are kept. ValueError when fps
+    does not divide the recorded rate."""
+    if not fps:
+        return 1
+    ratio = recorded_fps / fps
+    every = round(ratio) if ratio < np.inf else 0
+    if every < 1 or recorded_fps != every * fps:
+        raise ValueError(
+            f"--fps {fps:g} does not divide its {recorded_fps}; give one that does, or leave it out"
+        )
+    return every
 
 
 # ---- Checks -------------------------------------------------------------------------------------
 
 
-def check_flags(info: dict, columns: Columns, fps: float, deltas: int | None) -> None:
-    """ValueError when the dataset lacks a column, --fps does not divide its own, or an action has
-    less than --deltas dimensions."""
-    recorded_fps = info["fps"]
-    if not recorded_fps > 0:
-        raise ValueError(f"fps is {recorded_fps}")
-    missing = {*columns.cameras, *columns.numbers} - set(info["features"])
-    if missing:
-        raise ValueError(f"no {', '.join(sorted(missing))} among {', '.join(info['features'])}")
-    dims = sum(int(np.prod(info["features"][key]["shape"])) for key in columns.actions)
+def check_flags(path: Path, info: dict, columns: Columns, fps: float, deltas: int | None) -> None:
+    """ValueError, naming the flag, where one does not fit the dataset. Damaged where info.json,
+    which is `path`, does not say what they must fit: the two have different cures."""
+    with reading(path):
+        recorded_fps = info["fps"]
+        if not 0 < recorded_fps < np.inf:
+            raise ValueError(f"fps is {recorded_fps}")
+        features = dict(info["features"])
+    # 1. keys
+    for flag, keys in (
+        ("camera", columns.cameras),
+        ("action", columns.actions),
+        ("state", columns.states),
+    ):
+        missing = [key for key in keys if key not in features]
+        if missing:
+            raise ValueError(
+                f"--{flag}: no {', '.join(missing)} in {path}; name one of {', '.join(features)}"
+            )
+    for name, times in Counter(columns.image_names).items():
+        if times > 1:
+            raise ValueError(
+                f"--camera: {times} of {', '.join(columns.cameras)} would be called {name}, by the "
+                "last part of the key; leave one out, or name it first"
+            )
+    # 2. movements
+    with reading(path):
+        dims = sum(int(np.prod(features[key]["shape"])) for key in columns.actions)
     if deltas is not None and deltas > dims:
-        raise ValueError(f"--deltas {deltas}: an action has {dims} dimensions")
-    every = steps_apart(recorded_fps, fps)
-    divides = every >= 1 and (not fps or recorded_fps == every * fps)
-    names = columns.image_names
-    if not divides or len(set(names)) < len(names):
-        raise ValueError(f"--fps {fps:g} does not divide its {recorded_fps}, or cameras end alike")
+        raise ValueError(f"--deltas {deltas}: an action has {dims} dimensions; give at most {dims}")
+    # 3. rate
+    if steps_apart(recorded_fps, fps) > 1 and deltas is None:
+        raise ValueError(
+            "--fps thins actions; say --deltas N, the first dimensions that are movements (0: none)"
+        )
 
 
 class Moments(NamedTuple):
@@ -776,13 +804,14 @@ def make_plans(job: Job, dataset: Dataset, skipped: Skipped, run: Run) -> list[P
     surveys = run(functools.partial(survey, job), dataset.entries)
     surveys = tqdm(surveys, "checking", len(dataset.entries), disable=None)
     for entry, surveyed in zip(dataset.entries, surveys, strict=True):
-        pieces = surveyed
-        if not isinstance(surveyed, Damaged):
-            all_moments.append(surveyed.moments)
-            cut = functools.partial(cut_by_task, entry, surveyed.task_numbers)
-            pieces = result_or_damaged(cut, dataset.tasks)
-        if isinstance(pieces, Damaged):
-            skipped.add("damaged", entry, entry.length, str(pieces))
+        if isinstance(surveyed, Damaged):
+            skipped.add("damaged", entry, entry.length, str(surveyed))
+            continue
+        all_moments.append(surveyed.moments)
+        try:
+            pieces = cut_by_task(entry, surveyed.task_numbers, dataset.tasks)
+        except Damaged as e:
+            skipped.add("damaged", entry, entry.length, str(e))
             continue
         kept = []
         for piece in pieces:
@@ -813,10 +842,12 @@ def make_plans(job: Job, dataset: Dataset, skipped: Skipped, run: Run) -> list[P
 
 def begin(args: argparse.Namespace) -> dict[str, list[tuple[str, int]]]:
     """Writes the flags that make the episodes into conversion.json beside them. -> source of each
-    recording that a run before this has written: its episodes. ValueError if its flags differ."""
+    recording that a run before this has written: its episodes. ValueError if its flags differ.
+    Those of a run that wrote none may have been wrong, and need not be the same."""
     path = unfinished_folder(args.out) / "conversion.json"
     kept = {name: value for name, value in vars(args).items() if name in SAME_ON_RESUME}
-    if path.exists():
+    written = unfinished_episodes(args.out)
+    if written and path.exists():
         with reading(path):
             before = json.loads(path.read_text())
         for name, value in kept.items():
@@ -828,7 +859,7 @@ def begin(args: argparse.Namespace) -> dict[str, list[tuple[str, int]]]:
                 )
     path.write_text(json.dumps(kept, indent=1) + "\n")
     episodes = {}
-    for file in unfinished_episodes(args.out):
+    for file in written:
         if file.deltas != args.deltas:  # of a version that did not write it
             raise ValueError(
                 f"{file} was written with deltas {file.deltas}, --deltas says {args.deltas}; "
@@ -843,16 +874,15 @@ def episodes_of(args: argparse.Namespace) -> Iterator[tuple[dict, dict] | None]:
     args: flags of main(). Damaged, naming what is wrong with it, and the flag that leaves such
     recordings out."""
     require("-r requirements-extras.txt", "av", "pyarrow.parquet")
-    begun = begin(args)
     # 1. meta/
     folder = Path(args.data)
     columns = Columns(args.camera.split(","), args.action.split(","), args.state.split(","))
     info = read_info(folder)
-    with reading(folder / "meta/info.json"):
-        check_flags(info, columns, args.fps, args.deltas)
-        every = steps_apart(info["fps"], args.fps)
-        job = Job(folder, info, columns, every, args.deltas, CODECS[args.image_format])
+    check_flags(folder / "meta/info.json", info, columns, args.fps, args.deltas)
+    every = steps_apart(info["fps"], args.fps)
+    job = Job(folder, info, columns, every, args.deltas, CODECS[args.image_format])
     dataset = read_dataset(job, args.max_episodes)
+    begun = begin(args)
 
     # 2. all numbers and instructions
     skipped = Skipped(args.skip_blank, args.skip_damaged)
@@ -904,7 +934,9 @@ def main(argv: list[str] | None = None) -> None:
     add("--camera", required=True, help="image keys, separated by commas")
     add("--action", default="action", help="action keys, separated by commas")
     add("--state", default="observation.state", help="state keys, separated by commas")
-    add("--fps", type=non_negative, default=0, help="steps a second to keep; 0: all")
+    add(
+        "--fps", type=non_negative, default=0, help="steps a second to keep, needs --deltas; 0: all"
+    )
     add(
         "--deltas",
         type=natural,

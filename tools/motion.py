@@ -104,17 +104,33 @@ def read_object(path: str | Path, keys: tuple[str, ...]) -> dict:
 
 
 def axes_path(given: str, files: list[EpisodeFile]) -> Path:
-    """--axes, else the file of the world that the episodes name as their source."""
+    """--axes, else the file of the world that all episodes name in their source, which is printed.
+    ValueError when one names none, or another one than the first."""
     if given:
         return Path(given)
-    source = files[0].source
+    world = named_world(files[0])
+    for file in files:
+        other_world = named_world(file)
+        if other_world != world:
+            raise ValueError(
+                f"{file}: of {other_world} by its source {file.source!r}, but {files[0]} is of "
+                f"{world}; keep worlds in folders of their own, or say with --axes FILE which "
+                "numbers are the hand's place in all of them"
+            )
+    path = AXES / f"{world}.json"
+    print(f"axes: {path}")
+    return path
+
+
+def named_world(file: EpisodeFile) -> str:
+    """That of WORLDS which an episode's source names. ValueError when it names none."""
     for world in WORLDS:
-        if re.search(rf"(?<![a-z]){world}", source.lower()):
-            return AXES / f"{world}.json"
-    if source.startswith(("spatial/", "object/", "goal/", "long/")):  # as benchmarks/libero.py
-        return AXES / "libero.json"
+        if re.search(rf"(?<![a-z]){world}", file.source.lower()):
+            return world
+    if file.source.startswith(("spatial/", "object/", "goal/", "long/")):  # as benchmarks/libero.py
+        return "libero"
     raise ValueError(
-        f"{files[0]}: axes of {source or 'an unnamed source'!r} are unknown; say with --axes FILE "
+        f"{file}: axes of {file.source or 'an unnamed source'!r} are unknown; say with --axes FILE "
         f"which numbers of the state are the hand's place, as the files in {AXES} do"
     )
 
@@ -251,18 +267,20 @@ def primitives(
     target: np.ndarray,
     ahead: int,
 ) -> list[str]:
-    """The primitive of each step, of places (T, 3) m:
+    """The primitive of each step, of places (T, 3) m; held, target (T,): objects, -1 for none.
 
-        open                          reach    until the hand has left where it opened: release
-        closed from the start, or
-        closed in fast motion, and
-        not known to hold a thing     push
-        closed                        grasp    until the hand has left where it closed, then by its
-                                               direction: lift, carry or place; standing: as before,
-                                      at the start grasp
+    open fingers        reach
+                        But after they have opened it is release until the hand leaves the place.
+    closed, empty       push
+                        They are empty when they are closed from the start or closed in fast motion.
+                        But a hand that is known to hold an object is not empty.
+    closed, holding     lift (it goes up), place (down) or carry (level)
+                        But after they have closed it is grasp until the hand leaves the place. And
+                        a hand that then stands does what it did in the step before; where there is
+                        none, or the fingers were open in it, that is grasp.
 
-    held, target (T,): objects, -1 for none. The hand leaves, too, as soon as its target is another
-    one. The direction is that of the next `ahead` steps, up to the next change of the gripper."""
+    The hand leaves a place when it is over MOVED away, or has another target. It goes where the
+    next `ahead` steps lead, up to the next change of the gripper."""
     changes = np.flatnonzero(closed[1:] != closed[:-1]) + 1
     names = []
     holds = False
@@ -287,7 +305,8 @@ def primitives(
         elif changed_at is not None:
             name = "grasp"
         elif np.linalg.norm(move) < 0.003:
-            name = names[-1] if names else "grasp"
+            was_closed = t > 0 and closed[t - 1]
+            name = names[-1] if was_closed else "grasp"
         elif abs(move[2]) > level:
             name = "lift" if move[2] > 0 else "place"
         else:
@@ -299,9 +318,10 @@ def primitives(
 def held_objects(hand: np.ndarray, things: np.ndarray, closed: np.ndarray) -> np.ndarray:
     """The object that the hand holds at each step (T,); -1: none, or not known.
 
-    hand (T, 3), things (T, N, 3), m. From where the fingers close until they open it is the one
-    that moves, and that stays beside the hand best all the while. Who pushes has closed the fingers
-    before coming to the object."""
+    hand (T, 3), things (T, N, 3), m. In each stretch of steps with closed fingers it is one object
+    or none. The object must move, and stay beside the hand from the first of these steps to the
+    last; if several do, it is the one whose place from the hand changes least. A pushed object does
+    not stay: the fingers have closed before the hand comes to it."""
     held = np.full(len(closed), -1)
     changes = [0, *(np.flatnonzero(closed[1:] != closed[:-1]) + 1), len(closed)]
     for start, end in itertools.pairwise(changes):

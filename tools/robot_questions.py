@@ -56,7 +56,7 @@ class World(NamedTuple):
     """What all episodes share."""
 
     axes: Axes
-    instructions: list[str]  # that occur
+    instructions: list[str]  # that occur, without the spaces around them
     thought_style: str = "varied"  # of THOUGHT_STYLES
 
 
@@ -94,8 +94,12 @@ class Moment(NamedTuple):
 
     def thing(self, index: int) -> Thing | None:
         """An object of the episode; None when it is not there, and for -1."""
-        place = self.motion.object_position[self.t, index] if index >= 0 else np.array(np.nan)
-        return Thing(index, self.motion.objects[index], place) if np.isfinite(place).all() else None
+        if index < 0:
+            return None
+        place = self.motion.object_position[self.t, index]
+        if not np.isfinite(place).all():
+            return None
+        return Thing(index, self.motion.objects[index], place)
 
     @property
     def objects(self) -> list[Thing]:
@@ -169,7 +173,9 @@ def progress(moment: Moment) -> int:
 
 
 def event(moment: Moment, step: int) -> str:
-    """What happens at a waypoint."""
+    """What happens at a waypoint; at the last step, which has no next one, the task ends."""
+    if step == moment.t:
+        return "the task ends"
     closed = moment.motion.closed
     if closed[step] != closed[step - 1]:
         return "the fingers close" if closed[step] else "the fingers open"
@@ -531,18 +537,19 @@ def ask_primitive(moment, rng) -> Asked:
 
 
 def ask_instruction(moment, rng) -> Asked:
-    """Among those that occur in the data."""
-    others = [text for text in moment.world.instructions if text != moment.task]
+    """Among those that occur in the data; spaces around them make no other one."""
+    task = moment.task.strip()
+    others = [text for text in moment.world.instructions if text != task]
     return Asked(
         text=pick(rng, ["Which instruction is being carried out?", "What was the robot told?"]),
         hint="",
-        answer=moment.task,
+        answer=task,
         conclusion=phrase(
             moment,
             rng,
             ["So the instruction is: {}.", "This fits one instruction: {}.", "It must be: {}."],
-        ).format(moment.task),
-        options=(moment.task, [str(text) for text in rng.permutation(others)]),
+        ).format(task),
+        options=(task, [str(text) for text in rng.permutation(others)]),
         context=("position", "gripper", "movement", "primitive"),
         told=False,
     )
@@ -832,7 +839,8 @@ def beside_another(moment, rng) -> Which | None:
 
 
 def ask_which(moment, rng) -> Asked | None:
-    """In one of these ways, the first of which has an answer."""
+    """Tries the ways below in random order and takes the first that has an answer; None: none
+    has."""
     if len(moment.objects) < 2:
         return None
     ways = [nearest_to_hand, at_place, at_pixel, furthest, beside_another]
@@ -1048,7 +1056,7 @@ KINDS = {
 
 # ---- Rows ----------------------------------------------------------------------------------------
 
-TRIES = 200  # to find a moment at which a question can be asked
+TRIES = 10_000  # to find a moment at which a question can be asked: of some kinds there are few
 
 
 class Pool(NamedTuple):
@@ -1126,7 +1134,9 @@ def draw_moment(source: Source, rng, needs: str = "", classes=None) -> tuple[int
     by_class = {}
     for t in range(len(motion.position)):
         by_class.setdefault(classes(moment._replace(t=t)), []).append(t)
-    return index, moment._replace(t=pick(rng, by_class[pick(rng, sorted(by_class))]))
+    drawn_class = pick(rng, sorted(by_class))
+    t = pick(rng, by_class[drawn_class])
+    return index, moment._replace(t=t)
 
 
 def save_frames(source: Source, out: Path, index: int, steps) -> list[str]:
@@ -1162,7 +1172,7 @@ def make_row(source: Source, out: Path, shares: dict[str, float], rng) -> Row:
     else:
         raise ValueError(
             f"{source.motions[0].file.path.parent}: found no step for a question of kind {name}; "
-            f"leave it out of --shares, or shorten --ahead"
+            "leave it out of --shares, or change --ahead"
         )
     # 2. how
     has_thought = bool(rng.random() < 0.5)
@@ -1269,7 +1279,8 @@ def write_questions(args) -> dict:
                 raise ValueError(
                     f"{file}: no thoughts are recorded; record them, or name another style"
                 )
-    world = World(axes, sorted({file.task for file in files}), args.thought_style)
+    instructions = sorted({file.task.strip() for file in files})
+    world = World(axes, instructions, args.thought_style)
     train_files, held_files = split_episodes(files)
     sources = []
     first_frame = 0
@@ -1343,6 +1354,9 @@ def main(argv: list[str] | None = None):
     add("--seed", type=natural, default=0)
     args = parser.parse_args(argv)
     out = Path(args.out)
+    existing = next(path for path in (out, *out.parents) if path.exists())
+    if not existing.is_dir():
+        raise SystemExit(f"error: {existing} is a file, no folder to write in; name another --out")
     if (out / "conversations.jsonl").exists():
         raise SystemExit(f"error: {out} already holds data; name another --out or delete it")
     try:
