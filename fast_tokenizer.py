@@ -202,10 +202,12 @@ def _open_episodes(path):
                 if not is_camera:
                     wanted = f"F32 {SHAPES[name]}"
                     fits = dtype == "F32" and _has_shape(shape, SHAPES[name])
+                elif f"{name}.codec" in header:
+                    wanted = "U8 (N,), as its codec says"
+                    fits = dtype == "U8" and len(shape) == 1
                 else:
-                    wanted = "U8 (T, H, W, 3), nor U8 (N,) with its codec"
-                    encoded = f"{name}.codec" in header
-                    fits = dtype == "U8" and (len(shape) == 1 if encoded else len(shape) == 4)
+                    wanted = "U8 (T, H, W, 3)"
+                    fits = dtype == "U8" and _has_shape(shape, wanted.removeprefix("U8 "))
                 if not fits:
                     raise ValueError(
                         f"{path}: {name} is {dtype} {shape}, not {wanted}; convert it again"
@@ -246,7 +248,9 @@ def _encoded_frames(path, name, header, arrays, shape):
     ends = arrays.get(f"{name}.ends", np.empty(0))
     size = header.get(f"{name}.shape", "").split()
     ascends = ends.ndim == 1 and ends.dtype.kind == "i" and (np.diff(ends, prepend=0) > 0).all()
-    if not ascends or list(ends[-1:]) != shape or len(size) != 2 or not "".join(size).isdigit():
+    fills_the_blob = ends.tolist()[-1:] == list(shape)
+    is_size = len(size) == 2 and all(text.isdigit() for text in size)
+    if not (ascends and fills_the_blob and is_size):
         raise ValueError(f"{path}: {name}.ends or {name}.shape do not fit it; convert it again")
     return (int(size[0]), int(size[1])), ends
 
@@ -254,7 +258,9 @@ def _encoded_frames(path, name, header, arrays, shape):
 def _episode_entries(path, header, rows):
     """Task, fps, source and steps of each episode in a file of so many rows."""
     try:
-        entries = json.loads(header.get("episodes", "null")) or [{**header, "steps": rows}]
+        entries = json.loads(header["episodes"]) if "episodes" in header else []
+        if not entries:  # a file of one episode: the header is its own
+            entries = [{**header, "steps": rows}]
         for entry in entries:
             if not isinstance(entry["task"], str) or entry["steps"] < 1:
                 raise ValueError(f"task {entry['task']!r} of {entry['steps']} steps")
@@ -486,7 +492,7 @@ def chunk_starts(episode: EpisodeFile, horizon: int) -> range:
 
 
 def chunk_ends(files: Sequence[EpisodeFile], horizon: int) -> np.ndarray:
-    """Such steps counted through all files: how many there are up to the end of each (files,)."""
+    """How many chunk_starts() there are up to the end of each file (files,); see locate_step."""
     return np.cumsum([len(chunk_starts(file, horizon)) for file in files])
 
 
@@ -602,7 +608,7 @@ def rare_dimensions(stats: Stats) -> list[int]:
 
 
 def rare_lines(stats: Stats, name: str) -> list[str]:
-    """A line for each of them, of the "action" or the "state"."""
+    """A line for each of the rare_dimensions() of `name`, "action" or "state"."""
     lines = []
     for i in rare_dimensions(stats):
         q01, q99, low, high = (stats[key][i] for key in ("q01", "q99", "min", "max"))
@@ -632,14 +638,14 @@ def normalize(x: Array, stats: Stats) -> Array:
     """x (..., A) in dataset units -> value_range(stats) at -1 and +1, not clipped. numpy, torch."""
     x = _floating(x)
     line = _line(x, stats)
-    return (x - line.low) * line.gain - line.moves
+    return (x - line.low) * line.gain - line.one
 
 
 def unnormalize(x: Array, stats: Stats) -> Array:
     """Inverse of normalize: x (..., A) -> dataset units; dimensions that never move give q01."""
     x = _floating(x)
     line = _line(x, stats)
-    return (x + line.moves) * line.half_width + line.low
+    return (x + line.one) * line.half_width + line.low
 
 
 class _Line(NamedTuple):
@@ -648,7 +654,7 @@ class _Line(NamedTuple):
     low: Array  # what is -1
     half_width: Array  # half of what lies between -1 and +1; 0 where nothing moves
     gain: Array  # 1 / half_width; 0 where nothing moves
-    moves: Array  # 1 where the dimension moves, 0 where not
+    one: Array  # 1; 0 where nothing moves, so that low is 0 there
 
 
 def _line(x, stats):
@@ -674,7 +680,10 @@ def check_stats(stats: Stats, dims: int, source: str | Path = "stats") -> Stats:
     """A copy of stats as plain lists. ValueError naming `source` unless it fits so many dims."""
     if not isinstance(stats, dict) or not {"q01", "q99"} <= set(stats):
         raise ValueError(f"{source}: no q01 and q99; make it with fast_tokenizer.statistics")
-    stats = {name: np.asarray(value).tolist() for name, value in stats.items()}
+    try:
+        stats = {name: np.asarray(value).tolist() for name, value in stats.items()}
+    except ValueError as e:  # lists of unequal length
+        raise ValueError(f"{source}: no statistics ({e}); recompute the statistics") from e
     for name in ("mean", "q01", "q99", "min", "max", "std"):
         if name not in stats:  # all but the quantiles may be missing
             continue
@@ -852,6 +861,8 @@ def _missing_recordings(recordings, written):
     passed = 0
     for recording in recordings:
         if passed == len(written):
+            if recording is None:
+                raise ValueError("None comes in place of a recording that is not written yet")
             yield _checked_recording(*recording)
             continue
         file = written[passed]
@@ -892,7 +903,7 @@ def _groups(recordings, size):
 
 def _checked_recording(arrays, header):
     """A recording, numbers as float32. ValueError naming its source and the step that is wrong."""
-    arrays = dict(arrays)
+    arrays = {name: np.asarray(array) for name, array in arrays.items()}
     source = header.get("source", "a recording without source")
     for key, text in header.items():
         if not isinstance(text, str):
@@ -973,7 +984,9 @@ def _write_file(folder, name, recordings):
 
 def _safetensors(arrays, header):
     """The bytes of a file, the header's keys sorted: the library leaves them in random order, and
-    the same episode should be the same file."""
+    the same episode should be the same file. It writes memory as it lies, and views such as
+    frames[:, ::-1] or rows.T lie in another order than they read."""
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     data = save(arrays, header)  # 8 bytes: length of the JSON; the JSON; the arrays
     arrays_start = 8 + int.from_bytes(data[:8], "little")
     record = json.loads(data[8:arrays_start])
@@ -1108,12 +1121,11 @@ class FastTokenizer:
         return self.horizon * self.action_dim * ids_each
 
     def _text_of_each_id(self):
-        """What the ids 0 .. vocab_size - 1 spell, then as many times BROKEN: ids just out of range
-        meet it, vocab_size and more from the front, -1 and less from the end.
+        """{id: what it spells}, and -1, which stands for all ids out of range: BROKEN.
 
         Byte level: a token may end inside a character, so a text has one Latin-1 character a byte,
         and _spell() puts the bytes together."""
-        texts = [BROKEN] * (2 * self.vocab_size)
+        texts = dict.fromkeys(range(-1, self.vocab_size), BROKEN)
         for i, piece in self.pieces.items():
             texts[i] = piece.decode("latin-1" if self.byte_level else "utf-8")
         return texts
@@ -1191,7 +1203,7 @@ class FastTokenizer:
         texts = self._spell(ids)
         chunk_size = self.horizon * self.action_dim
         if partial:
-            zero = chr(-self.min_coef)
+            zero = chr(max(0, min(0, self.max_coef) - self.min_coef))  # 0, or what is nearest to it
             texts = [text[:chunk_size].ljust(chunk_size, zero) for text in texts]
         ok = np.array([len(text) == chunk_size and BROKEN not in text for text in texts], bool)
         # 2. the texts of chunks -> coefficients -> actions
@@ -1210,8 +1222,8 @@ class FastTokenizer:
         rows = [row.tolist() if hasattr(row, "tolist") else row for row in ids]
         try:
             texts = ["".join(itemgetter(*row)(self._texts)) if row else "" for row in rows]
-        except IndexError:  # far out of range; just out of range is BROKEN as well
-            return self._spell([np.clip(row, -1, self.vocab_size).astype(int) for row in rows])
+        except KeyError:  # an id out of range
+            return self._spell([[i if i in self._texts else -1 for i in row] for row in rows])
         if self.byte_level:  # one character a byte so far; put those of a coefficient together
             for b, text in enumerate(texts):
                 if BROKEN not in text:
@@ -1257,7 +1269,7 @@ class FastTokenizer:
             if stats:
                 stats = check_stats(stats, record["dim"], path)
             return cls(
-                Tokenizer.from_str(json.dumps(record["bpe"])),
+                _read_bpe(path, record["bpe"]),
                 record["scale"],
                 record["horizon"],
                 record["dim"],
@@ -1364,9 +1376,21 @@ def _read_ours(path):
     """fast.json -> its record, see FastTokenizer.save; old ones may lack stats, and clip."""
     record = json.loads(path.read_text())
     clip = record.get("clip")
-    if clip is not None and not clip > 0:
-        raise ValueError(f"{path}: clip is {clip}, not above 0; fit the tokenizer again")
+    above_0 = {name: record[name] for name in ("scale", "horizon", "dim")}
+    if clip is not None:
+        above_0["clip"] = clip
+    for name, number in above_0.items():
+        if type(number) not in (int, float) or not 0 < number < np.inf:
+            raise ValueError(f"{path}: {name} is {number!r}, not above 0; fit the tokenizer again")
     return {**record, "stats": record.get("stats"), "clip": clip}
+
+
+def _read_bpe(path, record):
+    """What a fast.json or a tokenizer.json says of the vocabulary and the merges."""
+    try:
+        return Tokenizer.from_str(json.dumps(record))
+    except Exception as e:  # the library raises no narrower one
+        raise ValueError(f"{path}: no BPE vocabulary ({e}); fit or save it again") from e
 
 
 def _read_published(path, horizon, action_dim):
@@ -1534,12 +1558,12 @@ def answer_help(path: str | Path) -> None:
 def round_trip_report(tokenizer: FastTokenizer, chunks: np.ndarray) -> dict:
     """What chunks (B, K, A) lose on the way to ids and back, and how long they are on the way.
 
-    A number a dimension: mse, max_error, naive_mse in units of chunks squared, units, squared
-    (naive: one token of 256 bins a number); outside: share of the actions beyond what normalises to
+    Of each dimension, in the chunks' units: mse (squared), max_error, and naive_mse (squared), that
+    of one token of 256 bins a number; outside: share of the actions beyond what normalises to
     -1 .. 1; clipped_actions: share beyond the tokenizer's clip.
-    clipped: share of the coefficients. tokens_*: ids of a chunk, mean and 95% quantile. cover:
-    coefficients that an id covers; first_cover: the first id of a chunk. first_entropy: of the
-    first id, in nats."""
+    Of all: clipped, share of the coefficients; tokens_*: ids of a chunk, mean and 95% quantile;
+    cover: coefficients that an id covers; first_cover: that the first id of a chunk does;
+    first_entropy: of the first id, in nats."""
     # 1. ours
     ids = tokenizer.encode(chunks)
     per_dimension = chunks.size / tokenizer.action_dim
@@ -1597,13 +1621,15 @@ def fit_command(args: argparse.Namespace) -> None:
     """fast_tokenizer.py fit: every 10th episode is held out of the fit, for the report."""
     if not args.out:
         raise ValueError("--out is empty; name a folder for the tokenizer")
+    if Path(args.out).is_file():
+        raise ValueError(f"--out {args.out}: a file; name a folder for the tokenizer")
     files = read_episodes(args.data, args.max_episodes)
     stats = read_stats(args.data, files)["action"]
     kept = [file for i, file in enumerate(files) if i % 10 != 9]
     chunks = all_chunks(kept, args.horizon, args.stride)  # (B, K, A)
     clip = args.clip if args.clip > 0 else None
     tokenizer = FastTokenizer.fit(chunks, args.vocab_size, args.scale, stats, clip)
-    tell(tokenizer, files, args.stride, args.out)
+    tell(tokenizer, files, args.stride, args.out, ("held-out chunks", "fitted chunks"))
 
 
 def report_command(args: argparse.Namespace) -> None:
@@ -1614,11 +1640,19 @@ def report_command(args: argparse.Namespace) -> None:
     tokenizer = FastTokenizer.load(args.tokenizer, args.horizon, action_dim)
     if not tokenizer.stats:  # published processors expect normalised chunks
         tokenizer.stats = stats
-    tell(tokenizer, files, args.stride, args.out)
+    names = ("chunks of every 10th episode", "chunks of all episodes")
+    tell(tokenizer, files, args.stride, args.out, names)
 
 
-def tell(tokenizer: FastTokenizer, files: list[EpisodeFile], stride: int, out: str | None) -> None:
-    """Print the report on every 10th episode, on all when there are fewer; save both to `out`."""
+def tell(
+    tokenizer: FastTokenizer,
+    files: list[EpisodeFile],
+    stride: int,
+    out: str | None,
+    names: tuple[str, str],
+) -> None:
+    """Print the report on every 10th episode, on all when there are fewer; save both to `out`.
+    names: what the chunks of either are called."""
     held_out = files[9::10]
     chunks = all_chunks(held_out or files, tokenizer.horizon, stride)  # (B, K, A)
     result = round_trip_report(tokenizer, chunks)
@@ -1637,10 +1671,8 @@ def tell(tokenizer: FastTokenizer, files: list[EpisodeFile], stride: int, out: s
             f"the last {tokenizer.horizon - 1} steps of {unknown} of {len(files)} episodes begin "
             "no chunk: their headers do not say which dimensions move (deltas in docs/data.md)"
         )
-    print(
-        f"round trip of {result['chunks']} {'held-out' if held_out else 'fitted'} chunks, "
-        "in dataset units"
-    )
+    name_of_chunks = names[0] if held_out else names[1]
+    print(f"round trip of {result['chunks']} {name_of_chunks}, in dataset units")
     for line in clipped_lines(tokenizer, result["clipped_actions"]):
         print(line)
     for name, value in result.items():  # what they are: see round_trip_report()
@@ -1687,5 +1719,5 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError) as e:
+    except (ValueError, OSError) as e:
         raise SystemExit(f"error: {e}") from e

@@ -238,6 +238,7 @@ def test_malformed_ids_are_reported_not_zeroed(tok):
     assert ok.tolist() == [True, False, False, False, True] + [False] * 5
     assert np.isfinite(decoded[ok]).all() and np.isnan(decoded[~ok]).all()
     far = [[*good[:-1], i * tok.vocab_size] for i in (-1, -2, -9, 2, 9)]
+    far[-1] = [i - 2 * tok.vocab_size for i in good]  # from the end of a list they were good ones
     assert tok.decode([*far, good, []])[1].tolist() == [False] * 5 + [True, False]
     assert tok.decode([torch.tensor(good), np.array(good)])[1].all()
     decoded, ok = tok.decode([])
@@ -343,10 +344,18 @@ def test_damaged_or_missing_files(tmp_path, tok):
         FastTokenizer.load(tmp_path)
     tok.save(tmp_path)
     text = (tmp_path / "fast.json").read_text()
-    for damaged in (text[:200], "[]", "{}", text.replace('"scale": 4.0', '"scale": null')):
+    for damaged in (text[:200], "[]", "{}"):
         (tmp_path / "fast.json").write_text(damaged)
         with pytest.raises(ValueError, match="fast.json: not a FAST tokenizer"):
             FastTokenizer.load(tmp_path)
+    for scale in ("null", "0", "-2", '"x"', "true"):  # 0 was loaded, and decoded to NaN
+        (tmp_path / "fast.json").write_text(text.replace('"scale": 4.0', f'"scale": {scale}'))
+        with pytest.raises(ValueError, match="fast.json: scale is .*, not above 0"):
+            FastTokenizer.load(tmp_path)
+    record = json.loads(text)
+    (tmp_path / "fast.json").write_text(json.dumps(record | {"bpe": {}}))
+    with pytest.raises(ValueError, match="fast.json: no BPE vocabulary"):
+        FastTokenizer.load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -661,6 +670,48 @@ def test_encoded_frames_and_several_episodes_a_file(tmp_path, codec, per_file):
     ]
     stats = ft.read_stats(tmp_path / "out", files)
     assert stats["action"] == ft.statistics(np.concatenate([arrays["action"] for arrays, _ in raw]))
+
+
+@pytest.mark.parametrize("per_file", [1, 2])
+def test_views_are_written_as_they_read(tmp_path, per_file):
+    """The library writes memory as it lies: of a flipped image, of one with its channels moved and
+    of columns stacked with .T other numbers came back than were given."""
+    rng = np.random.default_rng(0)
+    chw = rng.integers(0, 255, (2, 6, 3, 8, 10), dtype=np.uint8)
+    given = []
+    for number in range(2):
+        arrays = {
+            "image": chw[number].transpose(0, 2, 3, 1)[:, ::-1, 1:-1],
+            "state": rng.normal(size=(2, 6)).T,
+            "action": rng.normal(size=(12, 3))[::2],
+            "image_wrist": np.stack([frame.transpose(1, 2, 0) for frame in chw[number]])[..., ::-1],
+        }
+        given.append((arrays, {"task": "go", "fps": "5", "source": "test"}))
+    ft.write_episodes(tmp_path / "e", given, episodes_per_file=per_file)
+    for (arrays, _), episode in zip(given, ft.read_episodes(tmp_path / "e"), strict=True):
+        for name in ("state", "action"):
+            np.testing.assert_array_equal(getattr(episode, name), arrays[name].astype(np.float32))
+        for camera in ("image", "image_wrist"):
+            frames = [episode.frame(t, camera) for t in range(6)]
+            np.testing.assert_array_equal(frames, arrays[camera])
+
+
+@pytest.mark.parametrize("shape", [(6, 3, 8, 8), (6, 8, 8, 4), (6, 8, 8, 1)])
+def test_images_of_three_channels_last(tmp_path, shape, capsys):
+    """Any four dimensions were taken."""
+    arrays = {"state": np.zeros((6, 2)), "action": np.zeros((6, 3))}
+    arrays["image"] = np.zeros(shape, np.uint8)
+    with pytest.raises(SystemExit, match=r"image is U8 \[6, .*\], not U8 \(T, H, W, 3\)"):
+        ft.write_episodes(tmp_path / "e", [(arrays, {"task": "go", "source": "test"})])
+
+
+def test_recordings_may_be_lists(tmp_path):
+    arrays = {"state": [[0.0]] * 3, "action": [[1.0]] * 3}
+    arrays["image"] = [np.zeros((4, 4, 3), np.uint8)] * 3
+    ft.write_episodes(tmp_path / "e", [(arrays, {"task": "go", "source": "test"})])
+    assert len(ft.read_episodes(tmp_path / "e")[0]) == 3
+    with pytest.raises(SystemExit, match="None comes in place of a recording"):
+        ft.write_episodes(tmp_path / "n", [(arrays, {"task": "go"}), None], resume=True)
 
 
 def test_recordings_of_another_size_begin_another_file(tmp_path):
@@ -1003,7 +1054,7 @@ def test_command(tmp_path):
     assert tok.vocab_size <= 64
     # the same numbers again, by the other command; another process writes the same bytes
     again = command("report", "--tokenizer", out, "--data", data)
-    assert again.stdout == done.stdout
+    assert again.stdout.replace("chunks of every 10th episode", "held-out chunks") == done.stdout
     assert command("fit", "--data", data, "--out", tmp_path / "b").returncode == 0
     assert (out / "fast.json").read_bytes() == (tmp_path / "b/fast.json").read_bytes()
     # one without statistics, as the published ones are, is saved with those of the data
