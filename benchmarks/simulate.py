@@ -153,9 +153,10 @@ def check_action_range(
 
     # 3. a gripper of one side
     moves = trained_high - trained_low > 0.01 * width
-    one_sided = (trained_low > middle - 0.05 * width) | (trained_high < middle + 0.05 * width)
-    for i in np.flatnonzero(is_gripper & moves & one_sided):
-        end = low[i] if trained_low[i] > middle[i] - 0.05 * width[i] else high[i]
+    never_low = trained_low > middle - 0.05 * width
+    never_high = trained_high < middle + 0.05 * width
+    for i in np.flatnonzero(is_gripper & moves & (never_low | never_high)):
+        end = low[i] if never_low[i] else high[i]
         why = f"it could never be told {end:g}"
         refuse(int(i), why, f"stretch it to {low[i]:g} .. {high[i]:g}")
 
@@ -609,8 +610,19 @@ def record(name: str, convert=None):
     add("--size", type=count, default=SIDE, help="side of the images, pixels")
     limit_argument(add)
     args = parser.parse_args()
+    for flag in ("tasks", "suites"):
+        try:
+            check_once(f"--{flag}", getattr(args, flag, "").split(","))
+        except ValueError as e:
+            parser.error(str(e))
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     if convert and args.convert:
+        unused = given - {"command", "out", "convert", "drop_noops"}
+        if unused:
+            parser.error(f"--convert takes all demonstrations: --{unused.pop()} would do nothing")
         recordings = convert(args)
+    elif "drop_noops" in given:
+        parser.error("--drop-noops is of --convert: the expert's steps all do something")
     else:
         recordings = demonstrations(name, args)
     write_episodes(Path(args.out) / "episodes", recordings)

@@ -589,7 +589,7 @@ class Tabletop:
         return Shape(False, x, y, half_width, half_height, half_gap, *color, alpha)
 
     def _fixed_shapes(self) -> list[Shape]:
-        """Plate, button and drawer, back to front."""
+        """Plate, button and drawer, the lowest first, as paint() wants them."""
         shapes = [
             self._disc(*self.plate, 0, PLATE, (250, 250, 250)),
             self._disc(*self.plate, 0, PLATE - 0.012, (215, 215, 225)),
@@ -607,7 +607,7 @@ class Tabletop:
         return shapes
 
     def _moving_shapes(self) -> list[Shape]:
-        """Things, then the gripper, each with its shadow, back to front."""
+        """Things, then the gripper, each with its shadow, the lowest first."""
         shapes = []
         black = (0, 0, 0)
         for thing in sorted(self.things, key=lambda thing: thing.z):
@@ -666,7 +666,8 @@ class Tabletop:
         if self.held not in (None, wanted):
             low = z if self.held == "drawer" else 0.02
             waypoint, near = self._approach((x, y), low)
-            return self._act("drop", "gripper", (x, y), waypoint, -near)
+            fingers = -near  # they open where it arrives
+            return self._act("drop", "gripper", (x, y), waypoint, fingers)
 
         # 2. press the button
         if goal.verb == "press":
@@ -693,7 +694,8 @@ class Tabletop:
         if self.held is None:
             waypoint, near = self._approach(target_xy, low)
             phase = "grasp" if near > 0 else "reach"
-            return self._act(phase, name, target_xy, waypoint, near)
+            fingers = near  # they close where it arrives
+            return self._act(phase, name, target_xy, waypoint, fingers)
 
         # 5. with it in the hand
         if goal.verb == "open":
@@ -713,13 +715,14 @@ class Tabletop:
         over = (target_xy[0] - dx, target_xy[1] - dy)
         waypoint, near = self._approach(over, low + 0.004 - dz)
         phase = "place" if near > 0 else "carry"
-        return self._act(phase, goal.destination, target_xy, waypoint, -near)
+        fingers = -near  # they open where it arrives
+        return self._act(phase, goal.destination, target_xy, waypoint, fingers)
 
     def _approach(self, xy, low: float) -> tuple[tuple[float, float, float], float]:
         """-> waypoint over xy (m), and nearness to the end of the way, -1 away .. +1 there.
 
         The waypoint is at travel height far away, and goes down to `low` within the last 6 cm.
-        Both are smooth; the nearness commands the fingers."""
+        Both are smooth."""
         gap = math.dist(self.gripper_xyz[:2], xy)
         far = min(max((gap - 0.015) / 0.05, 0.0), 1.0)
         height = low + (max(HOVER, low + 0.05) - low) * far * far * (3 - 2 * far)

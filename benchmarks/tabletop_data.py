@@ -3,8 +3,8 @@
     python -m benchmarks.tabletop_data --out data/tabletop --episodes 600 --conversations 20000
 
 writes episodes/episode_*.safetensors (with what is where, and the expert's thoughts),
-episodes/stats.json, conversations.jsonl and frames/*.png
-(formats: docs/data.md). The same seed gives the same bytes at any number of workers.
+episodes/stats.json, conversations.jsonl, thought_actions.jsonl and their frames/*/*.png (formats:
+docs/data.md). The same seed gives the same bytes at any number of workers.
 
 In the order of the file: words for what is on the table and for the expert's plan; questions, a
 function for each kind; demonstrations; rows of the .jsonl files; the command. Who wants another
@@ -236,8 +236,11 @@ def where_is(env, rng) -> Question:
 
 def what_is_at(env, rng) -> Question:
     """A cell with something in it, or any; of several things in it, the highest."""
-    occupied = everything(env)[: len(env.things)] + named_places(env)[-3:]
-    x, y = pick(rng, occupied)[1:]
+    things = everything(env)[: len(env.things)]
+    last_named = named_places(env)[
+        -3:
+    ]  # plate, button, handle; where one is missing, a thing again
+    _, x, y = pick(rng, things + last_named)
     if rng.random() < 0.15:
         x, y = rng.uniform(-EDGE, EDGE, 2)
     here = cell(x, y)
@@ -674,12 +677,16 @@ def task_list(text: str) -> list[tuple[str, int]]:
 
 
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tabletop_data", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tabletop_data",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--out", required=True, help="folder to write")
     add("--episodes", type=natural, default=600, help="demonstrations, spread over the tasks")
     add("--tasks", type=task_list, default=ALL_TASKS, help="of demonstrations: long:0,...; all 40")
-    add("--conversations", type=natural, default=20000, help="rows of conversations.jsonl")
+    add("--conversations", type=natural, default=20000, help="conversations of several questions")
     add("--single", action="store_true", help="each question of a conversation in its own row")
     add("--thought-actions", type=natural, default=0, help="rows of thought_actions.jsonl")
     add("--horizon", type=count, default=5, help="actions in each, as of the FAST tokenizer")
@@ -696,8 +703,9 @@ def main(argv: list[str] | None = None):
     add("--workers", type=count, default=2, help="processes; the bytes do not depend on it")
     args = parser.parse_args(argv)
     out = Path(args.out)
-    if (out / "conversations.jsonl").exists():
-        raise SystemExit(f"error: {out} already holds data; name another --out or delete it")
+    for name in ("conversations", "thought_actions"):
+        if (out / f"{name}.jsonl").exists():
+            raise SystemExit(f"error: {out} already holds data; name another --out or delete it")
     out.mkdir(parents=True, exist_ok=True)
     dropped = 0
 
@@ -722,11 +730,11 @@ def main(argv: list[str] | None = None):
             if total:
                 with open(out / f"{name}.jsonl", "w") as f:
                     f.writelines(tqdm(in_order(make, total), name, total, disable=None))
-    print(f"{out}: {dropped} failed demonstrations dropped, {args.conversations} rows")
+    print(f"{out}: {dropped} failed demonstrations dropped, {args.conversations} conversations")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         raise SystemExit(f"error: {e}") from e

@@ -410,6 +410,22 @@ def test_record_drops_failures_and_counts_them(toy, tmp_path, monkeypatch, capsy
         simulate.record("toy")
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--convert", "hdf5", "--episodes", "5"], "--episodes would do nothing"),
+        (["--drop-noops"], "--drop-noops is of --convert"),
+        (["--suites", "spatial,spatial"], "--suites: spatial is named twice"),
+    ],
+)
+def test_flags_of_a_recording_that_do_nothing(flags, message, tmp_path, monkeypatch, capsys):
+    """All demonstrations were converted, or some recorded twice, without a word."""
+    monkeypatch.setattr(sys, "argv", ["x", "record", "--out", str(tmp_path / "data"), *flags])
+    with pytest.raises(SystemExit):
+        simulate.record("libero", lambda args: [])
+    assert message in capsys.readouterr().err
+
+
 def test_record_keeps_what_is_where(toy, tmp_path, monkeypatch):
     argv = ["x", "record", "--out", str(tmp_path / "data"), "--episodes", "2"]
     monkeypatch.setattr(sys, "argv", argv)

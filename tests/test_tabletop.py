@@ -506,6 +506,40 @@ def test_flags_out_of_range_stop_before_anything_is_written(flag, tmp_path, caps
     assert not (tmp_path / "out").exists()
 
 
+def test_data_is_not_written_over(tmp_path):
+    """Thoughts before actions alone were, and a file as --out was a traceback."""
+    out = tmp_path / "out"
+    flags = ["--out", str(out), "--episodes", "0", "--conversations", "0", "--thought-actions", "1"]
+    out.mkdir()
+    (out / "thought_actions.jsonl").write_text("")
+    with pytest.raises(SystemExit, match="already holds data"):
+        td.main(flags)
+    command = [sys.executable, "-m", "benchmarks.tabletop_data"]
+    done = subprocess.run(
+        [*command, "--out", __file__], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 1 and done.stderr.startswith("error: ")
+
+
+def test_no_question_is_about_a_finished_task():
+    """11 of 1,500 were, with a move that nobody makes."""
+    for number in range(300):
+        env = td.random_state(np.random.default_rng([9, number]), 16)
+        assert not all(env.satisfied(goal) for goal in env.goals)
+
+
+def test_wrong_options_are_not_in_the_cell():
+    """Of two red cubes, which have no name of their own, one was, and was called wrong."""
+    env = tt.Tabletop("spatial", 16)
+    env.place(0, 0, "train")
+    cube = env.things[0]
+    env.plate = (cube.x, cube.y)
+    for draw in range(40):
+        question = td.which_one(env, np.random.default_rng(draw))
+        if f"at {td.cell(*env.plate)}" in question.text:
+            assert "red cube" not in question.text
+
+
 def test_thought_actions_end_with_the_task(tmp_path):
     """Past the end a chunk repeated the last movement, and the model learned to move on."""
     args = argparse.Namespace(seed=0, size=16, tilt=0.0, horizon=12, carried_on=0.0, out=tmp_path)
