@@ -8,8 +8,8 @@
 
 Run again, it goes on where it was: a stage that ended is not run again, one that was killed resumes
 from its own checkpoints. A stage is known by its command and by those of all that it starts from:
-when one of these has changed, nothing runs until --redo says that what rests on it is to be run
-again. A stage that fails names its log; what does not depend on it goes on.
+when one that is needed has changed, nothing runs until --redo says that what rests on it is to be
+run again. A stage that fails names its log; what does not depend on it goes on.
 
 Writes results/study/MODEL_SEED.json, as evaluate.py does, results/study/stages.json (which commands
 ended, in how many seconds), checkpoints and logs below runs/study, data below data/study.
@@ -25,6 +25,7 @@ import fcntl
 import hashlib
 import itertools
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -48,10 +49,10 @@ from tools import plot
 
 # ---- The matrix: data ----------------------------------------------------------------------------
 #
-# Commands name what they read and write: {seed}, {train}, {fast}, {test}, {one_task}, {questions},
-# {words}, {scenes}, {qwen} are the folders below; {init} is the parent's checkpoint, {out} the
-# model's own. A command depends on those that write what it names. Data, SFT, RL and the head
-# `thought` are those of speedrun.sh.
+# Commands name what they read and write: {train}, {fast}, {test}, {one_task}, {questions}, {words},
+# {scenes}, {qwen} are the folders below, {path} that of the entry itself; {init} is the parent's
+# checkpoint, {out} the model's own; {seed} is a number. A command depends on those that write what
+# it names. Data, SFT, RL and the head `thought` are those of speedrun.sh.
 
 
 class Data(NamedTuple):
@@ -121,7 +122,8 @@ DATA = [
 
 # ---- The matrix: what is measured ----------------------------------------------------------------
 #
-# Each gets --policy, --variant, --out and --seed. 400 trials and 100 chains a model and seed.
+# Each gets --policy, --variant, --out, --preset and --seed. 400 trials and 100 chains a model and
+# seed.
 
 TRIALS = "--execute 2 --trials 10 --chains 100"
 MEASURES = {
@@ -147,7 +149,8 @@ HEADS = {  # ways to the head: what HEAD is told beside data, checkpoint and see
     "layer1": "--condition prompt --layer 1",
     "layer2": "--condition prompt --layer 2",
     "layer4": "--condition prompt --layer 4",  # the last; the others read 3, 0.64 of the depth
-    # upper lines, not frozen: the flow loss trains the backbone too; and that of its action tokens
+    # upper bounds, as their backbone is not frozen: the flow loss trains it too; in the second also
+    # the loss of its own action tokens
     "flow": "--condition prompt --cache none --backbone-lr 1e-4",
     "flow+tokens": "--condition prompt --cache none --backbone-lr 1e-4 --ce-weight 0.1",
 }
@@ -517,8 +520,8 @@ def stages_of(
         places["init"] = checkpoint_of(matrix.models, one.parent, folders, seed)
 
     def complete(command: str, added: str) -> str:
-        script, *_ = kind_of(command).split()
-        words = [command, QUICK.get(script, "") if quick else "", added]
+        quick_key = kind_of(command).split()[0]
+        words = [command, QUICK.get(quick_key, "") if quick else "", added]
         return " ".join(word for word in words if word).format(**places)
 
     def measure(label: str, command: str, policy: str, variant: str, kind: str = "") -> Stage:
@@ -596,16 +599,23 @@ def output_of(command: str, checkpoint: str) -> str:
 
 
 def with_inputs(stages: dict[str, Stage]) -> dict[str, Stage]:
-    """The same, each with the stages that write what its command names, and with its digest."""
-    writer = {stage.output: stage.key for stage in stages.values() if not stage.variant}
+    """The same, each with the stages that write what its command names, and with its digest.
+    ValueError for a stage that does not stand behind what it starts from."""
+    writer = {Path(stage.output): stage.key for stage in stages.values() if not stage.variant}
     complete = {}
-    for stage in stages.values():  # a stage stands behind what it starts from
+    for stage in stages.values():
         inputs = []
         for path in named_paths(stage.command):
             for place in (path, *path.parents):
-                key = writer.get(str(place))
-                if key in complete and key not in inputs:
-                    inputs.append(key)
+                key = writer.get(place, stage.key)
+                if key == stage.key or key in inputs:  # what it writes itself is no input
+                    continue
+                if key not in complete:
+                    raise ValueError(
+                        f"{stage.key}: starts from {key}, which the matrix lists behind it; list "
+                        "what it starts from first"
+                    )
+                inputs.append(key)
         digests = [complete[key].digest for key in sorted(inputs)]
         text = "\n".join([stage.command, *digests])
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -658,6 +668,24 @@ def changed(stages: dict[str, Stage], records: dict[str, dict]) -> list[str]:
     ]
 
 
+def needed_for(targets: list[str], stages: dict[str, Stage]) -> set[str]:
+    """Keys of the targets and of all that they start from, whether it has been done or not."""
+    needed = set(targets)
+    for stage in reversed(stages.values()):
+        if stage.key in needed:
+            needed.update(stage.inputs)
+    return needed
+
+
+def resting_on(keys: list[str], stages: dict[str, Stage]) -> set[str]:
+    """These keys and those of all stages that start from them, or from what starts from them."""
+    resting = set(keys)
+    for stage in stages.values():
+        if resting.intersection(stage.inputs):
+            resting.add(stage.key)
+    return resting
+
+
 def why_changed(key: str, stages: dict[str, Stage], records: dict[str, dict]) -> str:
     """One line for the first of the changed stages."""
     old = records[key]["command"]
@@ -671,18 +699,51 @@ def why_changed(key: str, stages: dict[str, Stage], records: dict[str, dict]) ->
 
 
 def forget(keys: list[str], stages: dict[str, Stage], records: dict[str, dict]) -> None:
-    """Of stages to be run again: deletes what they wrote. Results that another command would give
-    of the same model stay until they are replaced; those of a model that has changed do not."""
+    """Of changed stages: deletes what they wrote, and their records. Results that another command
+    would give of the same model stay until they are replaced; those of another model, or on other
+    data, do not."""
     for key in keys:
         stage = stages[key]
-        of_another_parent = records[key]["command"] == stage.command
+        # Its digest is another by its command or by what it starts from: by the latter where the
+        # command is the same, and, beside a command that is another, where that is forgotten too.
+        has_same_command = records[key]["command"] == stage.command
+        is_of_another_model = has_same_command or not set(stage.inputs).isdisjoint(keys)
         if not stage.variant:
             delete(stage.output)
-        elif of_another_parent and Path(stage.output).exists():
-            results = evaluate.read_results(stage.output)
-            results["arms"].pop(stage.variant, None)
-            model.write_json(stage.output, results)
+        elif is_of_another_model and Path(stage.output).exists():
+            delete_results(stage)
         del records[key]
+
+
+METRIC_NAMES = {  # a command of evaluate.py -> how the names of its metrics begin
+    "actions": r"(think|direct) (sampled|greedy) ",
+    "tabletop": r"(success|chain|retried|held still|thoughts unfinished)\b",  # behind its mode
+    "vqa": r"(answers|truncated)$|(exact|choice|number|items|path) ",
+    "thought": r"(given|edited) ",
+    "probe": r"probe ",
+}
+
+
+def is_metric_of(way: str, name: str) -> bool:
+    """Whether evaluate.py writes a metric of this name when it measures that way: "think success
+    goal" by "tabletop think"."""
+    command, *mode = way.split()
+    return re.match(" ".join([*mode, METRIC_NAMES[command]]), name) is not None
+
+
+def delete_results(stage: Stage) -> None:
+    """What a measure wrote about its variant; what other measures wrote about it stays."""
+    results = evaluate.read_results(stage.output)
+    variant = results["arms"].get(stage.variant, {})
+    for part in variant.values():
+        if not isinstance(part, dict):
+            continue  # "prompts", in older files
+        for name in list(part):  # of a metric, or of the way as that of "checkpoints"
+            if name == stage.way or is_metric_of(stage.way, name):
+                del part[name]
+    if not variant.get("checkpoints"):
+        results["arms"].pop(stage.variant, None)
+    model.write_json(stage.output, results)
 
 
 def delete(path: str) -> None:
@@ -764,9 +825,19 @@ def seconds_a_step(kind: str, records: dict[str, dict]) -> float:
     return SECONDS.get(kind, 60.0)
 
 
+def seconds_spent(stage: Stage, records: dict[str, dict]) -> float:
+    """Of training that was stopped: what the checkpoint that it resumes from took; else 0."""
+    record = records.get(stage.key, {})
+    resumes = stage.command.split()[0] in TRAINING and Path(stage.output).exists()
+    if not resumes or record.get("digest") != stage.digest:
+        return 0.0
+    return record.get("spent", 0.0)
+
+
 def estimate(stage: Stage, records: dict[str, dict]) -> float:
-    """Seconds that a stage will take."""
-    return steps_of(stage.command) * seconds_a_step(stage.kind, records)
+    """Seconds that a stage will take, from where it is."""
+    whole = steps_of(stage.command) * seconds_a_step(stage.kind, records)
+    return max(whole - seconds_spent(stage, records), 0.0)
 
 
 def print_plan(plan: list[Stage], records: dict[str, dict], workers: int) -> None:
@@ -774,12 +845,12 @@ def print_plan(plan: list[Stage], records: dict[str, dict], workers: int) -> Non
     for number, stage in enumerate(plan, 1):
         seconds = estimate(stage, records)
         worker_seconds += seconds * stage.slots
-        is_begun = records.get(stage.key, {}).get("digest") == stage.digest
-        resumes = ", was begun" if is_begun else ""
+        record = records.get(stage.key, {})
+        has_ended = "seconds" in record  # with this command, but its output is not there
+        is_begun = record.get("digest") == stage.digest and not has_ended
+        begun = ", was begun" if is_begun else ""
         words = "worker" if stage.slots == 1 else "workers"
-        print(
-            f"{number:4d}  {stage.key:36s} {seconds / 60:6.1f} min, {stage.slots} {words}{resumes}"
-        )
+        print(f"{number:4d}  {stage.key:36s} {seconds / 60:6.1f} min, {stage.slots} {words}{begun}")
     hours = worker_seconds / 3600
     print(
         f"{len(plan)} stages to run: {hours:.1f} worker hours, "
@@ -865,11 +936,14 @@ class Runner:
     def start_what_can(self, lock: int) -> None:
         """Starts stages, and takes those that cannot run any more from the waiting ones."""
         for stage in list(self.waiting):
-            pending = {one.key for one in self.waiting} | {one.stage.key for one in self.running}
-            if set(stage.inputs) & {*self.failed, *self.late, *self.blocked}:
+            inputs = set(stage.inputs)
+            will_never_be = {*self.failed, *self.late, *self.blocked}
+            still_to_come = {one.key for one in self.waiting}
+            still_to_come |= {one.stage.key for one in self.running}
+            if inputs & will_never_be:
                 self.waiting.remove(stage)
                 self.blocked.append(stage.key)
-            elif set(stage.inputs) & pending:
+            elif inputs & still_to_come:
                 continue
             elif time.time() + estimate(stage, self.records) > self.deadline:
                 self.waiting.remove(stage)
@@ -889,13 +963,12 @@ class Runner:
         if is_begun and not resumes and not stage.variant:
             delete(stage.output)
         # 2. the record, before the process: whoever stops it finds that it was begun
-        spent = self.records.get(stage.key, {}).get("spent", 0.0)
         self.records[stage.key] = {
             "command": stage.command,
             "digest": stage.digest,
             "kind": stage.kind,
             "slots": stage.slots,
-            "spent": spent if resumes else 0.0,
+            "spent": seconds_spent(stage, self.records),
         }
         self.write_records()
         # 3. the process, in a group of its own: Ctrl-C reaches it through stop_all() alone
@@ -1045,7 +1118,7 @@ def wanted_models(matrix: Matrix, only: str, seeds: str) -> dict[str, list[int]]
 
 def narrowed(matrix: Matrix, measures: str, heads: str) -> Matrix:
     """--measures and --heads -> the matrix with these alone. Empty: all; "none": none. What is left
-    away is not run, and not forgotten where it was."""
+    away is not run, and not forgotten where it was (unless --redo runs again what it rests on)."""
     models = []
     for one in matrix.models:
         of_model = names_kept(one.measures, measures, matrix.measures, "--measures")
@@ -1065,15 +1138,33 @@ def names_kept(declared: str, given: str, known: dict[str, str], flag: str) -> s
     return " ".join(name for name in declared.split() if name in wanted)
 
 
-def targets_of(stages: dict[str, Stage], wanted: dict[str, list[int]]) -> list[str]:
-    """What a study is for: all measures, and the checkpoints of wanted models without any."""
-    folders = [folder_name(name, seed) for name, seeds in wanted.items() for seed in seeds]
-    measured = {stage.key.split()[0] for stage in stages.values() if stage.variant}
-    targets = []
-    for stage in stages.values():
-        if stage.variant or (stage.key in folders and stage.key not in measured):
-            targets.append(stage.key)
-    return targets
+def targets_of(
+    matrix: Matrix,
+    wanted: dict[str, list[int]],
+    stages: dict[str, Stage],
+    only_checkpoints: bool = False,
+) -> list[str]:
+    """What a study is for: all measures among the stages. Checkpoints alone of models for which the
+    matrix, as it is before it is narrowed, declares neither measures nor heads; or of all wanted
+    ones, where only_checkpoints says so."""
+    checkpoints = set()
+    for name, seeds in wanted.items():
+        one = model_named(matrix.models, name)
+        is_only_trained = not one.measures and not one.heads
+        if is_only_trained or only_checkpoints:
+            checkpoints.update(folder_name(name, seed) for seed in seeds)
+    return [key for key, stage in stages.items() if stage.variant or key in checkpoints]
+
+
+def checked_folder(flag: str, folder: str) -> str:
+    """Its path as commands name it: "./runs/" is runs. ValueError for characters that would take a
+    command apart, or the list of a mixture."""
+    if re.search(r"""[\s,:#'"\\{}]""", folder):
+        raise ValueError(
+            f"{flag} {folder}: name a folder without spaces, commas, colons, #, quotes, "
+            "backslashes and braces: commands could not name it"
+        )
+    return str(Path(folder))
 
 
 def main(argv: list[str] | None = None, matrix: Matrix = MATRIX) -> int:
@@ -1109,19 +1200,28 @@ def main(argv: list[str] | None = None, matrix: Matrix = MATRIX) -> int:
     runs = args.runs or ("runs/study-quick" if args.quick else "runs/study")
     data = args.data or ("data/study-quick" if args.quick else "data/study")
     results = args.results or (f"{runs}/results" if args.quick else "results/study")
-    folders = Folders(runs, data, results)
+    folders = Folders(
+        checked_folder("--runs", runs),
+        checked_folder("--data", data),
+        checked_folder("--results", results),
+    )
     names, on_gpus = worker_names(args.workers)
     ranks = 1 if on_gpus else min(2, len(names))
     wanted = wanted_models(matrix, args.only, args.seeds)
-    matrix = narrowed(matrix, args.measures, args.heads)
     stages = all_stages(matrix, wanted, folders, ranks, args.quick)
+    narrowed_matrix = narrowed(matrix, args.measures, args.heads)
+    asked = all_stages(narrowed_matrix, wanted, folders, ranks, args.quick)  # some of the stages
+    only_checkpoints = args.measures == args.heads == "none"
+    targets = targets_of(matrix, wanted, asked, only_checkpoints)
 
     # 2. what is missing
-    records = read_records(results)
-    stale = changed(stages, records)
+    records = read_records(folders.results)
+    all_changed = changed(stages, records)
+    needed = needed_for(targets, stages)
+    stale = [key for key in all_changed if key in needed]
     if stale and not args.redo:
         raise ValueError(why_changed(stale[0], stages, records))
-    plan = missing(stages, records, targets_of(stages, wanted))
+    plan = missing(stages, records, targets)
     check_outputs(plan, records)
     print_plan(plan, records, len(names))
     if args.dry_run or not plan:
@@ -1129,18 +1229,24 @@ def main(argv: list[str] | None = None, matrix: Matrix = MATRIX) -> int:
 
     # 3. run it
     deadline = time.time() + 3600 * args.hours if args.hours else float("inf")
-    with only_one(runs) as lock:
-        forget(stale, stages, records)
+    outdated = resting_on(stale, stages)
+    with only_one(folders.runs) as lock:
+        forget([key for key in all_changed if key in outdated], stages, records)
         return Runner(plan, records, folders, names, deadline, on_gpus).run(lock)
 
 
 def worker_names(wanted: int) -> tuple[list[str], bool]:
     """-> a name for each worker, and whether they are GPUs, of which CUDA_VISIBLE_DEVICES may name
-    some."""
+    some. ValueError for more workers than GPUs."""
     gpus = torch.cuda.device_count()
     if gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         names = visible.split(",") if visible else [str(i) for i in range(gpus)]
+        if wanted > len(names):
+            raise ValueError(
+                f"--workers {wanted}: a worker is a GPU, of which there are {len(names)}; give at "
+                f"most {len(names)}, or set CUDA_VISIBLE_DEVICES= for workers on cores"
+            )
         return names[: wanted or gpus], True
     return [str(i) for i in range(wanted or os.cpu_count())], False
 

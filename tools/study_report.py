@@ -34,6 +34,13 @@ from tools.extras import require
 
 RESAMPLES = 40_000  # p is at least 2 / (R + 1): below 0.05 after a correction by 900 comparisons
 
+# Of few seeds p is too small. Simulated share of p < 0.05 where there is no difference, when seeds'
+# true means have a standard deviation as large as the standard error of one of them over its items,
+# and 3 times as large: 2 seeds 0.09 and 0.28, 3 seeds 0.06 and 0.19, 4 seeds 0.05 and 0.15, 5 seeds
+# 0.05 and 0.12.
+FEW_SEEDS = 5  # with fewer the captions say so
+SEEDS_OF_BOLD = 3  # with fewer nothing is bold
+
 
 class Estimate(NamedTuple):
     """A mean over seeds and items."""
@@ -48,8 +55,8 @@ def hierarchical_bootstrap(by_seed: dict[int, Sequence[float]], resamples=RESAMP
     of each drawn seed its N items with replacement. by_seed: seed -> N values, at least one.
 
     Seeds of a single value each, 0 and 1: means of 0, 0.5 and 1 in 1/4, 1/2 and 1/4 of all
-    resamples, so [0, 1]. p is twice the smaller share of means on one side of 0, the observed one
-    among them: (1 + how many) / (1 + R)."""
+    resamples, so [0, 1]. p = 2 (1 + k) / (1 + R), at most 1: k of the R means are on the rarer side
+    of 0 (0 itself counts on both); the 1 is the observed mean, so that p is never 0."""
     rng = np.random.default_rng(0)
     values = [np.asarray(items, np.float64) for items in by_seed.values()]
     count = len(values)
@@ -286,7 +293,8 @@ def models_table(report: Report) -> list[str]:
             if items and seeds_and_n(items) not in sizes:
                 sizes.append(seeds_and_n(items))
         rows.append([*row, "; ".join(sizes) or "-"])
-    return captioned_table(head, rows, caption(report))
+    words = "Format and distinct thoughts of several seeds: mean (lowest to highest)."
+    return captioned_table(head, rows, f"{caption(report)} {words}")
 
 
 # Of what `evaluate.py thought`, `vqa` and `probe` measure, that which the page shows, under its
@@ -332,7 +340,7 @@ def metrics_table(report: Report, shown: dict[str, str], of: str) -> list[str]:
     for name in report.results:
         rows.append([name, *[plain_cell(report, name, metric) for metric in shown]])
     words = f"Several seeds: their mean (lowest to highest); one: its interval over {of}."
-    return captioned_table(["model", *shown.values()], rows, f"{words} {caption(report)}")
+    return captioned_table(["model", *shown.values()], rows, f"{words} {caption(report, 'Seeds')}")
 
 
 def heads_table(report: Report) -> list[str]:
@@ -352,7 +360,7 @@ def heads_table(report: Report) -> list[str]:
             row += [seconds_a_chunk(report, one.name, way), "; ".join(sizes)]
             if sizes:
                 rows.append(row)
-    return captioned_table(head, rows, caption(report))
+    return captioned_table(head, rows, f"{caption(report)} Seconds: the mean alone.")
 
 
 def seconds_a_chunk(report: Report, name: str, head: str) -> str:
@@ -365,10 +373,10 @@ def seconds_a_chunk(report: Report, name: str, head: str) -> str:
 
 
 def difference_cell(one: Comparison) -> str:
-    """The difference, bold where it holds after Holm's correction; where p is below 0.05, also p
-    before and after it."""
+    """The difference, bold where it holds after Holm's correction and is of SEEDS_OF_BOLD seeds or
+    more; where p is below 0.05, also p before and after it."""
     text = cell(one.estimate.interval, one.metric)
-    if one.corrected_p < 0.05:
+    if one.corrected_p < 0.05 and len(one.estimate.by_seed) >= SEEDS_OF_BOLD:
         text = f"**{text}**"
     if one.estimate.p < 0.05:
         text += f", p {one.estimate.p:.2g} ({one.corrected_p:.2g})"
@@ -377,12 +385,12 @@ def difference_cell(one: Comparison) -> str:
 
 def differences_table(report: Report, of_heads: bool) -> list[str]:
     metrics = HEAD_METRICS if of_heads else METRICS
-    rows = {}  # (new, old, head) -> metric -> comparison
+    by_row = {}  # (new, old, head) -> metric -> comparison
     for one in report.comparisons:
         if bool(one.head) == of_heads:
-            rows.setdefault((one.new, one.old, one.head), {})[one.metric.name] = one
-    lines = []
-    for (new, old, head), by_metric in rows.items():
+            by_row.setdefault((one.new, one.old, one.head), {})[one.metric.name] = one
+    rows = []
+    for (new, old, head), by_metric in by_row.items():
         row = [f"{new} - {old}"]
         if of_heads:
             row.append(head)
@@ -401,30 +409,41 @@ def differences_table(report: Report, of_heads: bool) -> list[str]:
             size = f"{seeds} x {one.estimate.interval['n'] / seeds:.0f}"
             if size not in sizes:
                 sizes.append(size)
-        lines.append([*row, "; ".join(sizes)])
-    head = ["difference", *(["head reads"] if of_heads else [])]
-    head += [metric.title for metric in metrics] + ["seeds x n"]
-    return captioned_table(head, lines, f"{caption(report)} {correction(report)}")
+        rows.append([*row, "; ".join(sizes)])
+    columns = ["difference"]
+    if of_heads:
+        columns.append("head reads")
+    columns += [metric.title for metric in metrics] + ["seeds x n"]
+    return captioned_table(columns, rows, f"{caption(report)} {correction(report)}")
 
 
 def correction(report: Report) -> str:
+    """What a table of differences needs to be read."""
     count = len(report.comparisons)
-    return (
+    words = (
         "Differences on the same prompts, trials, chains and questions; seeds and, within them, "
         f"items resampled {RESAMPLES:,} times. p is of a difference of 0, shown below 0.05, behind "
         f"it in brackets Holm's correction over all {count} comparisons of the study; bold: below "
-        "0.05 after it. One seed (1 x n): the interval knows nothing of other seeds."
+        f"0.05 after it, of {SEEDS_OF_BOLD} seeds or more. One seed (1 x n): the interval knows "
+        "nothing of other seeds."
     )
+    if any(len(one.estimate.by_seed) < FEW_SEEDS for one in report.comparisons):
+        words += (
+            f" Of fewer than {FEW_SEEDS} seeds p is too small: without any difference it is below "
+            "0.05 in 9 to 28% of all cases with 2 seeds, in 6 to 19% with 3, the more the further "
+            "training runs differ."
+        )
+    return words
 
 
-def caption(report: Report) -> str:
-    """Seeds, intervals, hardware, hours."""
+def caption(report: Report, of_seeds: str = "Mean [95% interval] over seeds") -> str:
+    """What the numbers of these seeds are; hardware, hours."""
     files = [file for seeds in report.results.values() for file in seeds.values()]
     seeds = sorted({seed for by_seed in report.results.values() for seed in by_seed})
     hardware = "; ".join(sorted({file.get("hardware", "unknown") for file in files}))
     hours = sum(one["seconds"] * one["slots"] for one in ended(report.records)) / 3600
     presets = sorted({file["preset"] for file in files})
-    words = f"Mean [95% interval] over seeds {', '.join(map(str, seeds))}; {hardware}; "
+    words = f"{of_seeds} {', '.join(map(str, seeds))}; {hardware}; "
     words += f"the study so far took {hours:.1f} worker hours."
     if presets != ["study"]:
         words = f"**Preset {', '.join(presets)}: these numbers say nothing of the method.** {words}"
@@ -435,35 +454,48 @@ def ended(records: dict[str, dict]) -> list[dict]:
     return [one for one in records.values() if "seconds" in one]
 
 
+def part_of_cost(rest: str) -> str:
+    """The column of a stage, by what its key has behind MODEL_SEED: "" and "(1 of 2)" are training,
+    "head prompt" is of heads, all else is measuring."""
+    if not rest or rest.startswith("("):
+        return "training"
+    if rest.startswith("head "):
+        return "heads"
+    return "measuring"
+
+
 def cost_table(report: Report) -> list[str]:
-    """What each model took: of a seed, on average."""
+    """What each model took: of a seed, on average over those that have any stage of that part."""
+    parts = ["training", "heads", "measuring"]
     rows = []
     for one in report.matrix.models:
-        cost = {"training": [], "head": [], "measuring": []}  # worker seconds of stages
-        samples = tokens = "-"
-        seeds = set()
+        cost = {part: {} for part in parts}  # part -> seed -> worker seconds of its stages
+        samples = "-"
+        tokens = "-"
         for key, record in report.records.items():
             folder, _, rest = key.partition(" ")
             name, _, seed = folder.rpartition("_")
             if name != one.name or "seconds" not in record:
                 continue
-            seeds.add(seed)
-            part = "measuring"
-            if not rest or rest.startswith("("):
-                part = "training"
-                if not rest:  # its last command, which writes the model
-                    samples = samples_of(record["command"])
-                    if "num_tokens" in record:
-                        tokens = f"{record['num_tokens'] / 1e6:.1f}"
-            elif rest.startswith("head "):
-                part = "head"
-            cost[part].append(record["seconds"] * record["slots"])
+            if not rest:  # its last command, which writes the model
+                samples = samples_of(record["command"])
+                if "num_tokens" in record:
+                    tokens = f"{record['num_tokens'] / 1e6:.1f}"
+            of_part = cost[part_of_cost(rest)]
+            of_part[seed] = of_part.get(seed, 0.0) + record["seconds"] * record["slots"]
+        seeds = {seed for of_part in cost.values() for seed in of_part}
+        minutes = []
+        for of_part in cost.values():
+            mean = sum(of_part.values()) / max(len(of_part), 1)
+            minutes.append(f"{mean / 60:.1f}")
         if seeds:
-            minutes = [f"{sum(cost[part]) / 60 / len(seeds):.1f}" for part in cost]
             rows.append([one.name, samples, tokens, *minutes, str(len(seeds))])
-    head = ["model", "trained on", "million tokens", "training", "heads", "measuring", "seeds"]
-    words = "Tokens: of all samples or rollouts, prompts and images too. Worker minutes a seed, "
-    return captioned_table(head, rows, f"{words}without data. {caption(report)}")
+    columns = ["model", "trained on", "million tokens", *parts, "seeds"]
+    words = (
+        "Tokens: of all samples or rollouts, prompts and images too. Worker minutes a seed, of the "
+        f"seeds that ran that part, without data. {caption(report, 'Seeds')}"
+    )
+    return captioned_table(columns, rows, words)
 
 
 def samples_of(command: str) -> str:
@@ -499,17 +531,25 @@ TABLES: dict[str, Callable[[Report], list[str]]] = {
     "cost": cost_table,
 }
 
-BLOCK = re.compile(r"(<!-- study: ([a-z ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BEGIN = "<!-- study:"
+# no block within another: without its end it would take all up to the end of the next one
+BLOCK = re.compile(rf"({BEGIN} ([a-z ]+) -->\n)(?:(?!{BEGIN}).)*?(<!-- end -->)", re.DOTALL)
 
 
 def fill(page: str, path: Path, report: Report) -> str:
-    """The page with its tables made anew. ValueError naming what no table is called."""
-    names = [match[2] for match in BLOCK.finditer(page)]
-    unknown = [name for name in names if name not in TABLES]
-    if unknown or not names:
+    """The page with its tables made anew. ValueError for one that cannot be filled."""
+    names = {match.start(): match[2] for match in BLOCK.finditer(page)}
+    wrong = "" if names else "no place for a table"
+    for match in re.finditer(rf"{BEGIN} *(.*?) *(-->|\n|$)", page):
+        name = names.get(match.start(), "")
+        if name not in TABLES:
+            wrong = f"no table {match[1]}"
+            if match[1] in TABLES:
+                wrong = f"{match[1]} has no <!-- end -->, or does not stand on a line of its own"
+            break
+    if wrong:
         raise ValueError(
-            f"{path}: {f'no table {unknown[0]}' if unknown else 'no place for a table'}; write "
-            f"<!-- study: NAME --> and <!-- end -->, of {', '.join(TABLES)}"
+            f"{path}: {wrong}; write <!-- study: NAME --> and <!-- end -->, of {', '.join(TABLES)}"
         )
 
     def with_table(match: re.Match) -> str:
@@ -535,6 +575,8 @@ def draw_rows(axes, rows: list[Row], metric: Metric, colours: dict[str, str]) ->
     """Means with their intervals one below the other, seeds as small dots."""
     for place, row in enumerate(rows):
         mean, low, high = (metric.scale * row.interval[key] for key in ("mean", "low", "high"))
+        low = min(low, mean)  # of equal items the resamples' mean may be 1e-17 beside it
+        high = max(high, mean)
         colour = colours[row.label.split()[0]]
         errors = [[mean - low], [high - mean]]
         axes.errorbar([mean], [place], xerr=errors, fmt="o", ms=5, capsize=2, lw=1.4, color=colour)
@@ -631,9 +673,13 @@ def main(argv: list[str], matrix: study.Matrix) -> None:
     add = parser.add_argument
     add("--results", default="results/study", help="folder of results files")
     add("--page", default="docs/study.md", help="its tables are made anew, its prose stays")
-    add("--figures", default="docs/study_", help="beginning of the pictures' names; empty: none")
+    add(
+        "--figures",
+        help="beginning of the pictures' names, as docs/study_, the page's; empty: none",
+    )
     args = parser.parse_args(argv)
     path = Path(args.page)
+    figures = f"{path.with_suffix('')}_" if args.figures is None else args.figures
     text = path.read_text()
     results = read_study(args.results, matrix)
     comparisons = compare(results, matrix)
@@ -641,8 +687,8 @@ def main(argv: list[str], matrix: study.Matrix) -> None:
     filled = fill(text, path, report)
     path.write_text(filled)
     print(f"{path}: {len(results)} models, {len(comparisons)} comparisons")
-    if args.figures:
+    if figures:
         for name, figure in figures_of(report).items():
-            picture = f"{args.figures}{name}.png"
+            picture = f"{figures}{name}.png"
             figure.savefig(picture, dpi=110)
             print(picture)
