@@ -674,15 +674,15 @@ class Tabletop:
             waypoint, _ = self._approach(self.button, 0.0)
             return self._act("press", name, self.button, waypoint, 1.0)
 
-        # 3. push
+        # 3. push, from inside the open fingers, as one of them pushes straight from anywhere behind
         if goal.verb == "push":
             thing = self.find(name)
-            behind = 0.02 < x - thing.x < 0.07 and abs(y - thing.y) < 0.012 and z < 0.035
-            if behind:
-                waypoint = (thing.x - 0.02, thing.y, 0.02)
-                return self._act("push", name, thing.xy, waypoint, 1.0)
-            waypoint, _ = self._approach((thing.x + 0.05, thing.y), 0.02)
-            return self._act("reach", name, thing.xy, waypoint, 1.0)
+            is_around = math.dist((x, y), thing.xy) < 0.016 and z < 0.035 and self.aperture > 0.5
+            if is_around:
+                waypoint = (x - 0.05, thing.y, 0.02)
+                return self._act("push", name, thing.xy, waypoint, -1.0)
+            waypoint, _ = self._approach(thing.xy, 0.02)
+            return self._act("reach", name, thing.xy, waypoint, -1.0)
 
         # 4. reach and grasp
         if wanted == "drawer":
