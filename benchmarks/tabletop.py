@@ -299,7 +299,9 @@ class Tabletop:
 
     def place(self, task: int, seed: int, split: str):
         """`reset` without rendering."""
-        is_eval = {"train": 0, "eval": 1}[split]
+        if split not in ("train", "eval"):
+            raise ValueError(f"split {split!r}; give train or eval")
+        is_eval = int(split == "eval")
         rng = np.random.default_rng([is_eval, SUITES.index(self.suite), task, seed])
         text, goals, relation = self.tasks[task]
         while not self._lay_out(rng, goals, relation):
@@ -327,7 +329,7 @@ class Tabletop:
     def advance(self, action) -> bool:
         """`step` without rendering -> success. ValueError unless 7 finite numbers are given.
 
-        1. the hand and what it holds   2. fingers   3. contacts   4. the button"""
+        1. the hand and what it holds   2. contacts   3. fingers   4. the button"""
         action = np.asarray(action, np.float64)
         if action.shape != (7,) or not np.isfinite(action).all():
             raise ValueError(f"action must be 7 finite numbers, got shape {action.shape}: {action}")
@@ -348,13 +350,14 @@ class Tabletop:
         self.gripper_xyz = new
         self.gripper_rpy = np.clip(self.gripper_rpy + TURN * action[3:6], -0.5, 0.5)
 
-        # 2. fingers
-        self._move_fingers(float(action[6]))
-
-        # 3. contacts, all along the way: at its end alone the hand would be deep in what it pushes,
-        # or past it, and the direction of the push a matter of millimetres
-        for share in np.linspace(0, 1, CONTACTS + 1)[1:]:
+        # 2. contacts on the way: at its end alone the hand would be deep in what it pushes, or past
+        # it, and the direction of the push a matter of millimetres
+        for share in np.linspace(0, 1, CONTACTS + 1)[1:-1]:
             self.push_things(old + share * (new - old))
+
+        # 3. fingers, then contacts at the end of the way
+        self._move_fingers(float(action[6]))
+        self.push_things(new)
 
         # 4. the button
         if self.button and self.gripper_xyz[2] < 0.02:
@@ -439,7 +442,7 @@ class Tabletop:
         return True
 
     def _can_push(self) -> bool:
-        """The way of the gripper and of the blue cube must be free."""
+        """The blue cube's way must be free, and a place at its other side."""
         red, blue, green = self.things
         path = [(blue.x - distance, blue.y) for distance in (-0.05, 0.05, 0.1)]
         obstacles = [self.plate, self.button, red.xy, green.xy]
@@ -500,20 +503,24 @@ class Tabletop:
         return above
 
     def _fall(self, thing: Thing):
-        """Drop a released thing onto what is below: another thing, the plate, or the table."""
+        """Drop a thing that nothing bears onto what is below: another thing, the plate, or the
+        table; then what stood on it."""
+        above = self._above(thing)
         thing.z = 0.0
         thing.on = "table"
         if math.dist(thing.xy, self.plate) < PLATE - 0.005:
             thing.on = "plate"
         for other in sorted(self.things, key=lambda other: other.z):
             gap = math.dist(thing.xy, other.xy)
-            if other is thing or gap > 0.9 * SIZE:
+            if other is thing or other in above or gap > 0.9 * SIZE:
                 continue
             if gap < 0.022:
                 thing.z = other.z + SIZE
                 thing.on = other.name
             else:  # off the edge: it slides down beside
                 self._shift(thing, other.x, other.y, SIZE)
+        for other in above:
+            self._fall(other)
 
     def _shift(self, thing: Thing, x: float, y: float, radius: float):
         """Move a thing away from (x, y) to the given distance, with whatever stands on it."""
@@ -650,7 +657,7 @@ class Tabletop:
         predicted from the scene. For the first goal that does not hold yet:
         1. put down what the goal does not want in the hand
         2. press the button
-        3. push: go to the right side of the thing, then left
+        3. push: put the open fingers around the thing, then go left
         4. reach for what is wanted and grasp it
         5. with it in the hand: pull or shut the drawer, lift the thing, carry and place it"""
         open_goals = [goal for goal in self.goals if not self.satisfied(goal)]
@@ -740,7 +747,7 @@ class Tabletop:
             enclosed = math.dist(thing.xy, (x, y)) < 0.045 and z < thing.z + SIZE
             wanted = thing.name == target and phase != "carry"
             if enclosed and thing is not self.held and not wanted:
-                free = min(max((z - thing.z - 0.03) / 0.015, 0.0), 1.0)
+                free = min(max((z - thing.z - 0.03) / 0.01, 0.0), 1.0)
                 wish = np.array([wish[0] * free, wish[1] * free, max(wish[2], 1.0 - free)])
 
         # one speed limit for all directions

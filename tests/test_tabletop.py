@@ -240,6 +240,39 @@ def test_what_is_pushed_off_a_stack_falls():
     assert math.dist(red.xy, blue.xy) == pytest.approx(tt.SIZE)
 
 
+@pytest.mark.parametrize("way", [(1, 0), (1, 1), (0, -1), (0.9, 0)])
+def test_what_is_let_go_of_in_motion_stays_where_it_is(way):
+    """Open fingers that go all the way of the step behind it would kick it on."""
+    env = tt.Tabletop("goal")
+    env.place(3, 0, "train")
+    red = grasp(env, "red cube")
+    env.gripper_xyz = np.array([0.0, 0.1, 0.1])
+    red.x, red.y, red.z = (env.gripper_xyz + env.held_offset).tolist()
+    env.advance([*way, 0, 0, 0, 0, -1])
+    while env.held:
+        env.advance([*way, 0, 0, 0, 0, -1])
+    assert math.dist(red.xy, env.gripper_xyz[:2]) < 0.016
+
+
+def test_the_middle_of_a_stack_goes_with_what_stands_on_it():
+    """Touched, it fell upwards, onto what stood on it."""
+    env = tt.Tabletop("goal")
+    env.place(3, 0, "train")
+    red, blue, ball = env.things
+    for thing, below in ((red, blue), (ball, red)):
+        thing.x, thing.y, thing.z = below.x, below.y, below.z + tt.SIZE
+        thing.on = below.name
+    env.gripper_xyz = np.array([red.x + 0.015, red.y, 0.06])
+    env.push_things(env.gripper_xyz)
+    assert (red.z, ball.z) == (tt.SIZE, 2 * tt.SIZE)
+    for _ in range(8):  # off the stack
+        env.gripper_xyz[0] -= 0.005
+        env.aperture = 0.0
+        env.push_things(env.gripper_xyz)
+    assert red.z == 0 and red.on != "blue cube"
+    assert ball.z == (tt.SIZE if ball.on in ("red cube", "blue cube") else 0)
+
+
 def test_a_chain_ends_at_what_is_done_already():
     """An instruction that held when it was given was solved by doing nothing."""
     number = next(n for n in range(50) if tt.chain(n)[1][1] == "press the button")
