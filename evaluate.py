@@ -152,7 +152,9 @@ def open_results(args: argparse.Namespace, started: float) -> Iterator[dict]:
             results = {"arms": {}, "commands": [], "seeds": []}
         results["preset"] = args.preset or results.get("preset", "tabletop")
         yield results
-        results["hardware"] = hardware(getattr(args, "device", ""))
+        if hasattr(args, "device"):  # else no model ran
+            results["hardware"] = hardware(args.device)
+        results.setdefault("hardware", hardware("cpu"))
         minutes = (time.time() - started) / 60
         results["minutes"] = round(results.get("minutes", 0) + minutes, 2)
         results["versions"] = model.versions()
@@ -193,8 +195,8 @@ def write_metrics(
             variant.setdefault("items", {}).update(digests)
         if prompts_from:
             earlier = variant.get("prompts", {})
-            if isinstance(earlier, str):  # of a file from before November 2026
-                earlier = {"actions": earlier}
+            if isinstance(earlier, str):  # of a file from before 2026-11-30
+                earlier = {}
             variant["prompts"] = earlier | {record_as: prompts_from}
         if seconds:
             variant.setdefault("seconds", {})[record_as] = seconds
@@ -417,7 +419,7 @@ def episodes_to_ask(backbone: model.Backbone, data: str, split: str) -> tuple[li
 
     split: "all", "held-out" (those that every stage holds out of such a folder), "train" (the
     others), or "auto": held out when the checkpoint says that it was trained on this folder, or on
-    one of as many episodes and the same names, else all."""
+    one of as many episodes and the same names of held-out ones, else all."""
     # 1. what the checkpoint says of this folder
     episodes = fast_tokenizer.read_episodes(data, 0, backbone.action_tokenizer)
     records = backbone.run.get("split", [])
@@ -444,6 +446,8 @@ def episodes_to_ask(backbone: model.Backbone, data: str, split: str) -> tuple[li
     if split == "train":
         return train, f"the {len(train)} of {len(episodes)} episodes of {folder} to train on"
     words = f"the {len(held_out)} held-out ones of {len(episodes)} episodes of {folder}"
+    if own and not any(Path(record["folder"]).resolve() == folder.resolve() for record in own):
+        words += f", which has the names of {own[0]['folder']} (if it is another: --split all)"
     if any(record["sha256"] != here["sha256"] for record in own):
         words += "; the checkpoint held out others, and may have been trained on these"
     return held_out, words
@@ -736,8 +740,11 @@ def vqa(args: argparse.Namespace):
     metrics, paired = answer_metrics(answers, by_row=args.score == "row")
     truncated = sum(answer.truncated for answer in answers)
     metrics["truncated"] = wilson(truncated, len(answers))
-    rows = (args.score, *[one.sample.sample_id for one in asked])
-    write_metrics(metrics, paired, args, started, dict.fromkeys(paired, rows))
+    rows = [args.score]
+    for one in asked:
+        rows.append([*[message["content"] for message in one.sample.messages], one.right.text])
+    items = dict.fromkeys(paired, tuple(rows))
+    write_metrics(metrics, paired, args, started, items)
     if args.keep_right:
         rejection.write(kept, args)
 

@@ -903,8 +903,11 @@ def _groups(recordings, size):
 
 def _checked_recording(arrays, header):
     """A recording, numbers as float32. ValueError naming its source and the step that is wrong."""
-    arrays = {name: np.asarray(array) for name, array in arrays.items()}
     source = header.get("source", "a recording without source")
+    try:
+        arrays = {name: np.asarray(array) for name, array in arrays.items()}
+    except ValueError as e:  # frames of unequal size
+        raise ValueError(f"{source}: {e}; give arrays whose steps have one shape") from e
     for key, text in header.items():
         if not isinstance(text, str):
             raise ValueError(f"{source}: {key} is {text!r}; give it as text")

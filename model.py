@@ -2761,8 +2761,8 @@ def commit() -> str:
 
 
 def run_main(main: Callable[[], None], lower: str) -> None:
-    """Runs a script; what its user can cure ends the process in one line. lower: the flag to lower
-    when a GPU's memory runs out."""
+    """Runs a script; what its user can cure ends the process in one line. When it has ended, its
+    process group is destroyed. lower: the flag to lower when a GPU's memory runs out."""
     try:
         main()
         # left to Python's exit, gloo's threads now and then abort the process

@@ -53,12 +53,15 @@ RECORD = (
 )
 
 
+TRAJECTORIES = 20  # of one task, the paper's
+
+
 def arguments(add):
     add("--data", required=True, help="folder of episodes, of many tasks")
     evaluate.split_flag(add)
     add("--one-task", default="", help="folder with episodes of one task; empty: left out")
     add("--task", default="", help="the instruction, where that folder has several")
-    add("--trajectories", type=count, help="of one task, the first so many; 20")
+    add("--trajectories", type=count, help=f"of one task, the first so many; {TRAJECTORIES}")
     add("--classes", type=count, default=8, help="segments of progress")
     add("--stride", type=count, default=1, help="take every so-many-th frame")
     add("--think", action="store_true", help="with the prompt that asks for a thought")
@@ -428,15 +431,15 @@ def r2_intervals(
     told, true = told[:, varies], true[:, varies]
     axes = np.array([" x", " y", " z"])[varies]
     # 1. sums of each trajectory
-    error = np.square(told - true)  # (N, 3)
+    error = np.square(told - true)  # (N, axes)
     spread = np.square(true - true.mean(0))
     known = np.unique(trajectory)
-    errors = np.array([error[trajectory == g].sum(0) for g in known])  # (G, 3)
+    errors = np.array([error[trajectory == g].sum(0) for g in known])  # (G, axes)
     spreads = np.array([spread[trajectory == g].sum(0) for g in known])
     # 2. of all, and of trajectories drawn anew
-    r2 = 1 - errors.sum(0) / spreads.sum(0)  # (3,)
+    r2 = 1 - errors.sum(0) / spreads.sum(0)  # (axes,)
     drawn = np.random.default_rng(0).integers(0, len(known), (2000, len(known)))
-    r2_drawn = 1 - errors[drawn].sum(1) / spreads[drawn].sum(1)  # (2000, 3)
+    r2_drawn = 1 - errors[drawn].sum(1) / spreads[drawn].sum(1)  # (2000, axes)
     # 3. each axis, and their mean
     columns = {axis: (r2[i], r2_drawn[:, i]) for i, axis in enumerate(axes.tolist())}
     columns[""] = (r2.mean(), r2_drawn.mean(1))
@@ -535,7 +538,7 @@ def measure(args):
         raise ValueError("--task and --trajectories are of a folder that --one-task names")
     if args.axes and not Path(args.axes).is_file():
         raise ValueError(f"--axes {args.axes}: no such file")
-    args.trajectories = args.trajectories or 20
+    args.trajectories = args.trajectories or TRAJECTORIES
     dist = evaluate.start_ranks(args)
     backbone = model.load(args.policy, args.device, vla.compute_dtype(args.device))
     backbone.net.eval()

@@ -106,9 +106,12 @@ def check_actions(args):
 
 
 def relative(path: Path, file: str) -> str:
-    """A path as seen from the folder of `file`, links left as they are: model.image_path() looks at
-    the words of a path too."""
-    return os.path.relpath(path.absolute(), Path(file).absolute().parent)
+    """A path as seen from the folder of `file`. Below it links stay as they are, since
+    model.image_path() looks at the words of a path; elsewhere ".." follows them."""
+    as_written = os.path.relpath(path.absolute(), Path(file).absolute().parent)
+    if os.pardir not in Path(as_written).parts:
+        return as_written
+    return os.path.relpath(path.resolve(), Path(file).resolve().parent)
 
 
 # ---- Which thoughts ------------------------------------------------------------------------------
@@ -244,17 +247,16 @@ def write_actions(kept: list[list[KeptThought]], args):
     """Thought + action rows, see sft.py, and their frames beside the file."""
     path = Path(args.keep_right)
     frames = f"{path.stem}_frames"
-    rows = []  # of each prompt
+    rows = []  # of each question
     drawn = set()  # (episode, step): what is drawn again is the same question
     for number, thoughts in enumerate(kept):
         name = f"{frames}/{number:07d}.png"
+        if thoughts:
+            step = (thoughts[0].episode.name, thoughts[0].step)
+            if step in drawn:
+                continue
+            drawn.add(step)
         rows.append([])
-        if not thoughts:
-            continue
-        step = (thoughts[0].episode.name, thoughts[0].step)
-        if step in drawn:
-            continue
-        drawn.add(step)
         for one in thoughts:
             (path.parent / frames).mkdir(parents=True, exist_ok=True)
             Image.fromarray(one.episode.frame(one.step)).save(path.parent / name)

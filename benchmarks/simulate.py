@@ -617,9 +617,9 @@ def record(name: str, convert=None):
             parser.error(str(e))
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     if convert and args.convert:
-        unused = given - {"command", "out", "convert", "drop_noops"}
+        unused = sorted(given - {"command", "out", "convert", "drop_noops"})
         if unused:
-            parser.error(f"--convert takes all demonstrations: --{unused.pop()} would do nothing")
+            parser.error(f"--convert takes all demonstrations: --{unused[0]} would do nothing")
         recordings = convert(args)
     elif "drop_noops" in given:
         parser.error("--drop-noops is of --convert: the expert's steps all do something")

@@ -237,10 +237,8 @@ def where_is(env, rng) -> Question:
 def what_is_at(env, rng) -> Question:
     """A cell with something in it, or any; of several things in it, the highest."""
     things = everything(env)[: len(env.things)]
-    last_named = named_places(env)[
-        -3:
-    ]  # plate, button, handle; where one is missing, a thing again
-    _, x, y = pick(rng, things + last_named)
+    fixed = named_places(env)[-3:]  # plate, button, handle; for a missing one a thing comes again
+    _, x, y = pick(rng, things + fixed)
     if rng.random() < 0.15:
         x, y = rng.uniform(-EDGE, EDGE, 2)
     here = cell(x, y)

@@ -172,6 +172,10 @@ def test_links_stay_as_they_are(tmp_path):
     (tmp_path / "set/images").symlink_to(tmp_path / "store")
     file = str(tmp_path / "set/own.jsonl")
     assert rejection.relative(tmp_path / "set/images/0.png", file) == "images/0.png"
+    (tmp_path / "big/deep").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "big/deep")  # from it ".." is big
+    way = rejection.relative(tmp_path / "store/0.png", str(tmp_path / "out/own.jsonl"))
+    assert (tmp_path / "out" / way).resolve() == tmp_path / "store/0.png"
 
 
 @pytest.mark.parametrize("split", ["auto", "held-out", "all"])

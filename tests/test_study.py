@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 
 import evaluate
+import grpo
 import model
+from benchmarks import probe
 from tools import study, study_report
 from tools.study import Data, Folders, Matrix, Model, Runner, Stage
 
@@ -108,9 +110,9 @@ def test_the_probe_has_its_trajectories_in_a_quick_study_too():
     stages = study.all_stages(study.MATRIX, {"base": [0]}, FOLDERS, 2, quick=True)
     words = shlex.split(stages["data/one_task"].command)
     episodes = [int(value) for flag, value in itertools.pairwise(words) if flag == "--episodes"]
-    probe = shlex.split(stages["base_0 probe"].command)
-    args = evaluate.make_parser("probe").parse_args(probe[1:])
-    assert episodes[-1] >= (args.trajectories or 20)
+    command = shlex.split(stages["base_0 probe"].command)
+    args = evaluate.make_parser("probe").parse_args(command[1:])
+    assert episodes[-1] >= (args.trajectories or probe.TRAJECTORIES)
 
 
 def test_the_first_models_are_those_of_the_speedrun():
@@ -412,6 +414,9 @@ def test_names_of_metrics_tell_what_measured_them():
     assert study.is_metric_of("tabletop think removed", "think removed success goal 3")
     assert not study.is_metric_of("tabletop think", "think removed success goal 3")
     assert not study.is_metric_of("tabletop", "think success")
+    for score in grpo.SCORES:
+        assert study.is_metric_of("vqa", f"{score} where")
+        assert study.is_metric_of("vqa", f"{score}_graded where")
     for path in (ROOT / "results").glob("study*/*_[0-9].json"):
         for variant in json.loads(path.read_text())["arms"].values():
             for name in [*variant["metrics"], *variant["paired"]]:

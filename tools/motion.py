@@ -104,8 +104,8 @@ def read_object(path: str | Path, keys: tuple[str, ...]) -> dict:
 
 
 def axes_path(given: str, files: list[EpisodeFile]) -> Path:
-    """--axes, else the file of the world that all episodes name in their source, which is printed.
-    ValueError when one names none, or another one than the first."""
+    """--axes, else the file of the world that all episodes name in their source. ValueError when
+    one names none, or another one than the first."""
     if given:
         return Path(given)
     world = named_world(files[0])
@@ -117,9 +117,7 @@ def axes_path(given: str, files: list[EpisodeFile]) -> Path:
                 f"{world}; keep worlds in folders of their own, or say with --axes FILE which "
                 "numbers are the hand's place in all of them"
             )
-    path = AXES / f"{world}.json"
-    print(f"axes: {path}")
-    return path
+    return AXES / f"{world}.json"
 
 
 def named_world(file: EpisodeFile) -> str:
@@ -269,7 +267,7 @@ def primitives(
 ) -> list[str]:
     """The primitive of each step, of places (T, 3) m; held, target (T,): objects, -1 for none.
 
-    open fingers        reach
+    open fingers        reach (or a push, which looks no different)
                         But after they have opened it is release until the hand leaves the place.
     closed, empty       push
                         They are empty when they are closed from the start or closed in fast motion.
@@ -321,7 +319,8 @@ def held_objects(hand: np.ndarray, things: np.ndarray, closed: np.ndarray) -> np
     hand (T, 3), things (T, N, 3), m. In each stretch of steps with closed fingers it is one object
     or none. The object must move, and stay beside the hand from the first of these steps to the
     last; if several do, it is the one whose place from the hand changes least. A pushed object does
-    not stay: the fingers have closed before the hand comes to it."""
+    not stay: the fingers have closed before the hand comes to it; or they are open, as those of
+    Tabletop's expert when it pushes."""
     held = np.full(len(closed), -1)
     changes = [0, *(np.flatnonzero(closed[1:] != closed[:-1]) + 1), len(closed)]
     for start, end in itertools.pairwise(changes):

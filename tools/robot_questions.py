@@ -1271,6 +1271,7 @@ def write_questions(args) -> dict:
     if not state_dim:
         raise ValueError(f"{args.data}: no state is recorded; convert it with the robot's state")
     path = axes_path(args.axes, files)
+    print(f"axes: {path}")
     axes = read_axes(path, state_dim, files[0].action.shape[1])
     camera = read_camera(args.camera) if args.camera else None
     if args.thought_style == "recorded":

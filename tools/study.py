@@ -531,6 +531,8 @@ def stages_of(
             f"--preset {preset} --seed {seed}"
         )
         way = kind_of(command)
+        if way.split()[0] not in METRIC_NAMES:
+            raise ValueError(f"{name} {label}: say in METRIC_NAMES what {way} writes")
         full = complete(command, added)
         return Stage(f"{name} {label}", full, results, kind or way, 1, variant, way)
 
@@ -717,11 +719,12 @@ def forget(keys: list[str], stages: dict[str, Stage], records: dict[str, dict]) 
 
 METRIC_NAMES = {  # a command of evaluate.py -> how the names of its metrics begin
     "actions": r"(think|direct) (sampled|greedy) ",
-    "tabletop": r"(success|chain|retried|held still|thoughts unfinished)\b",  # behind its mode
-    "vqa": r"(answers|truncated)$|(exact|choice|number|items|path) ",
+    "vqa": rf"(answers|truncated)$|({'|'.join(grpo.SCORES)})(_graded)? ",
     "thought": r"(given|edited) ",
     "probe": r"probe ",
 }
+DRIVEN = r"(success|chain|retried|held still|thoughts unfinished)\b"  # behind its mode
+METRIC_NAMES |= dict.fromkeys(evaluate.SIMULATORS, DRIVEN)
 
 
 def is_metric_of(way: str, name: str) -> bool:
