@@ -156,134 +156,6 @@ def test_push_moves_a_block_and_what_stands_on_it():
     assert red.x == pytest.approx(blue.x)
 
 
-def test_a_push_is_the_same_in_large_and_small_steps():
-    """Contacts were looked at where a step of the hand ended, 2 cm deep in the cube: pushed 8 mm
-    beside its middle it then went 17 mm less far than in steps of a tenth."""
-    places = []
-    for steps in (3, 30):
-        env = tt.Tabletop("goal")
-        env.place(8, 0, "train")
-        blue = env.find("blue cube")
-        env.aperture = 0.0
-        env.gripper_xyz = np.array([blue.x + 0.045, blue.y + 0.008, 0.02])
-        for _ in range(steps):
-            env.advance([-3 / steps, 0, 0, 0, 0, 0, 0])
-        places.append(blue.xy)
-    assert math.dist(*places) < 0.005
-
-
-def test_the_expert_pushes_what_it_sees_a_centimetre_beside_its_place():
-    """With 8 mm it did so in every other trial."""
-    solved = 0
-    for trial in range(40):
-        env = tt.Tabletop("goal")
-        env.place(8, trial, "eval")
-        angle = np.random.default_rng(trial).uniform(0, 2 * np.pi)
-        while env.steps < env.limit:
-            seen = env.clone()
-            blue = seen.find("blue cube")
-            blue.x += 0.01 * np.cos(angle)
-            blue.y += 0.01 * np.sin(angle)
-            if env.advance(seen.expert()[0]):
-                solved += 1
-                break
-    assert solved == 40
-
-
-def test_open_fingers_drag_what_is_between_them():
-    """At more than 8 mm a step they jumped over it."""
-    env = tt.Tabletop("goal")
-    env.place(8, 0, "train")
-    blue = env.find("blue cube")
-    env.gripper_xyz = np.array([blue.x, blue.y, 0.02])
-    x = blue.x
-    for _ in range(3):
-        env.advance([-1, 0, 0, 0, 0, 0, -1])
-    assert blue.x == pytest.approx(x - 3 * tt.STEP + 0.012)
-
-
-def test_a_thing_is_no_faster_than_the_hand():
-    """What a hand comes down on is moved aside over some steps, not at once."""
-    env = tt.Tabletop("goal")
-    env.place(8, 0, "train")
-    blue = env.find("blue cube")
-    env.aperture = 0.0
-    env.gripper_xyz = np.array([blue.x + 0.001, blue.y, 0.0401])
-    x = blue.x
-    env.advance([0, 0, -0.2, 0, 0, 0, 0])  # 5 mm: all five looks find it below the fingers' tips
-    assert blue.x == pytest.approx(x + 0.001 - 0.03)  # the reach of closed fingers
-    env.place(8, 0, "train")
-    blue = env.find("blue cube")
-    env.aperture = 0.0
-    env.gripper_xyz = np.array([blue.x + 0.001, blue.y, 0.0445])
-    env.advance([0, 0, -0.2, 0, 0, 0, 0])  # the last look alone
-    assert blue.x == pytest.approx(x - 0.025 * 2**0.5 / 5)
-
-
-def test_what_is_pushed_off_a_stack_falls():
-    """It floated, and the stack still counted."""
-    env = tt.Tabletop("goal")
-    env.place(3, 0, "train")
-    blue = env.find("blue cube")
-    red = env.find("red cube")
-    red.x, red.y, red.z = blue.x, blue.y, tt.SIZE
-    red.on = "blue cube"
-    stacked = tt.GOALS["stack the red cube on the blue cube"]
-    assert env.satisfied(stacked)
-    env.aperture = 0.0
-    env.gripper_xyz = np.array([red.x + 0.045, red.y, 0.06])
-    env.advance([-1, 0, 0, 0, 0, 0, 0])  # 1 cm, to where the other still bears it
-    assert env.satisfied(stacked) and red.z == tt.SIZE
-    env.advance([-1, 0, 0, 0, 0, 0, 0])
-    assert not env.satisfied(stacked)
-    assert red.z == 0 and red.on != "blue cube"
-    assert math.dist(red.xy, blue.xy) == pytest.approx(tt.SIZE)
-
-
-@pytest.mark.parametrize("way", [(1, 0), (1, 1), (0, -1), (0.9, 0)])
-def test_what_is_let_go_of_in_motion_stays_where_it_is(way):
-    """Open fingers that go all the way of the step behind it would kick it on."""
-    env = tt.Tabletop("goal")
-    env.place(3, 0, "train")
-    red = grasp(env, "red cube")
-    env.gripper_xyz = np.array([0.0, 0.1, 0.1])
-    red.x, red.y, red.z = (env.gripper_xyz + env.held_offset).tolist()
-    env.advance([*way, 0, 0, 0, 0, -1])
-    while env.held:
-        env.advance([*way, 0, 0, 0, 0, -1])
-    assert math.dist(red.xy, env.gripper_xyz[:2]) < 0.016
-
-
-def test_the_middle_of_a_stack_goes_with_what_stands_on_it():
-    """Touched, it fell upwards, onto what stood on it."""
-    env = tt.Tabletop("goal")
-    env.place(3, 0, "train")
-    red, blue, ball = env.things
-    for thing, below in ((red, blue), (ball, red)):
-        thing.x, thing.y, thing.z = below.x, below.y, below.z + tt.SIZE
-        thing.on = below.name
-    env.gripper_xyz = np.array([red.x + 0.015, red.y, 0.06])
-    env.push_things(env.gripper_xyz)
-    assert (red.z, ball.z) == (tt.SIZE, 2 * tt.SIZE)
-    for _ in range(8):  # off the stack
-        env.gripper_xyz[0] -= 0.005
-        env.aperture = 0.0
-        env.push_things(env.gripper_xyz)
-    assert red.z == 0 and red.on != "blue cube"
-    assert ball.z == (tt.SIZE if ball.on in ("red cube", "blue cube") else 0)
-
-
-def test_a_chain_ends_at_what_is_done_already():
-    """An instruction that held when it was given was solved by doing nothing."""
-    number = next(n for n in range(50) if tt.chain(n)[1][1] == "press the button")
-    trial = tt.Trial("chain", 0, number)
-    trial.env.button_lit = True
-    while not trial.solved and not trial.done:
-        trial.act(trial.env.expert()[0][None])
-    assert trial.solved == 1 and trial.done
-    assert trial.env.instruction == "press the button"
-
-
 def test_drawer_runs_on_its_rail():
     env = tt.Tabletop("goal")
     env.place(6, 0, "train")
@@ -398,7 +270,7 @@ def test_heading_in_words():
 def test_a_thought_is_true_of_the_state_it_is_about():
     """Whatever thought() may say is read back, so that a true one states nothing false."""
     phases = set()
-    for number in range(600):
+    for number in range(300):
         env = td.random_state(np.random.default_rng(number))
         _, plan = env.expert()
         true = td.thought(env, plan)
@@ -569,25 +441,6 @@ def test_data_is_not_written_over(tmp_path):
     assert done.returncode == 1 and done.stderr.startswith("error: ")
 
 
-def test_no_question_is_about_a_finished_task():
-    """11 of 1,500 were, with a move that nobody makes."""
-    for number in range(300):
-        env = td.random_state(np.random.default_rng([9, number]), 16)
-        assert not all(env.satisfied(goal) for goal in env.goals)
-
-
-def test_wrong_options_are_not_in_the_cell():
-    """Of two red cubes, which have no name of their own, one was, and was called wrong."""
-    env = tt.Tabletop("spatial", 16)
-    env.place(0, 0, "train")
-    cube = env.things[0]
-    env.plate = (cube.x, cube.y)
-    for draw in range(40):
-        question = td.which_one(env, np.random.default_rng(draw))
-        if f"at {td.cell(*env.plate)}" in question.text:
-            assert "red cube" not in question.text
-
-
 def test_thought_actions_end_with_the_task(tmp_path):
     """Past the end a chunk repeated the last movement, and the model learned to move on."""
     args = argparse.Namespace(seed=0, size=16, tilt=0.0, horizon=12, carried_on=0.0, out=tmp_path)
@@ -623,7 +476,7 @@ def test_demonstrated_states_are_of_all_steps_alike():
         late += done >= 30
     for shares in steps.values():  # uniform in 0 .. 1: mean 1/2, std 0.289 / sqrt(n)
         assert abs(np.mean(shares) - 0.5) < 3 * 0.289 / len(shares) ** 0.5
-    assert late > 10  # random_state(): none
+    assert late > 20
 
 
 def test_tasks_that_carry_on_begin_where_others_ended():

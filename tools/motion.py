@@ -319,8 +319,7 @@ def held_objects(hand: np.ndarray, things: np.ndarray, closed: np.ndarray) -> np
     hand (T, 3), things (T, N, 3), m. In each stretch of steps with closed fingers it is one object
     or none. The object must move, and stay beside the hand from the first of these steps to the
     last; if several do, it is the one whose place from the hand changes least. A pushed object does
-    not stay: the fingers have closed before the hand comes to it; or they are open, as those of
-    Tabletop's expert when it pushes."""
+    not stay: the fingers have closed before the hand comes to it."""
     held = np.full(len(closed), -1)
     changes = [0, *(np.flatnonzero(closed[1:] != closed[:-1]) + 1), len(closed)]
     for start, end in itertools.pairwise(changes):
