@@ -116,11 +116,11 @@ def mcnemar(before: np.ndarray, after: np.ndarray) -> McNemar:
 # One JSON file a run. The key of the variants on disk is "arms", as in files of earlier versions:
 #   {"preset", "arms": {variant: {"metrics": {name: Interval}, "paired": {name: values}, ...}},
 #    "tokens", "commands", "seeds", "hardware", "minutes", "versions"}
-# "paired" holds a metric's value of each prompt, trial or chain, in an order that all share; items
-# {metric: digest} which ones these are. Beside them a variant has "checkpoints" {command: path},
-# "prompts" {command: where they come from}, and "seconds" {command: {"chunk", "forward"}}: of a
-# policy, on average; "thought" is the part of a chunk's that a head's thought takes. They are no
-# metrics: the same command gives others each time.
+# "paired" holds a metric's value of each prompt, trial or chain, in an order that all share, and
+# "items" {metric: digest} which ones these are. Beside them a variant has "checkpoints" {command:
+# path}, "prompts" {command: where they come from}, and "seconds" {command: {"chunk", "forward"}},
+# of a policy, on average; "thought" is the part of a chunk's that a head's thought takes. They are
+# no metrics: the same command gives others each time.
 # Of a model that drives by its own tokens the mode follows the command, as in "tabletop think".
 # "tokens" holds what `tokens` found: {"action_tokenizer": path, "horizon", "execute": actions,
 # "metrics"}; a later one takes its place.
@@ -426,15 +426,16 @@ def episodes_to_ask(backbone: model.Backbone, data: str, split: str) -> tuple[li
     folder = episodes[0].path.parent
     train, held_out = fast_tokenizer.split_episodes(episodes)
     here = fast_tokenizer.split_record(episodes, held_out)
-    own = []  # records of this folder, or of one that may be it: copied, or named from elsewhere
-    for record in records:
-        is_this_folder = Path(record["folder"]).resolve() == folder.resolve()
-        has_its_names = all(record[key] == here[key] for key in ("episodes", "sha256"))
-        if is_this_folder or has_its_names:
-            own.append(record)
+    own = [record for record in records if Path(record["folder"]).resolve() == folder.resolve()]
+    # of one that may be this folder: copied, or named as seen from elsewhere
+    namesakes = [
+        record
+        for record in records
+        if record["episodes"] == here["episodes"] and record["sha256"] == here["sha256"]
+    ]
 
     # 2. which episodes
-    if split == "all" or (split == "auto" and not own):
+    if split == "all" or (split == "auto" and not own and not namesakes):
         if split == "all":
             why = "as --split all asks"
         elif records:
@@ -446,8 +447,10 @@ def episodes_to_ask(backbone: model.Backbone, data: str, split: str) -> tuple[li
     if split == "train":
         return train, f"the {len(train)} of {len(episodes)} episodes of {folder} to train on"
     words = f"the {len(held_out)} held-out ones of {len(episodes)} episodes of {folder}"
-    if own and not any(Path(record["folder"]).resolve() == folder.resolve() for record in own):
-        words += f", which has the names of {own[0]['folder']} (if it is another: --split all)"
+    if namesakes and not own:
+        words += (
+            f", which has the names of {namesakes[0]['folder']} (if it is another: --split all)"
+        )
     if any(record["sha256"] != here["sha256"] for record in own):
         words += "; the checkpoint held out others, and may have been trained on these"
     return held_out, words
@@ -584,11 +587,13 @@ def score_completions(
         finite = l1[of_prompt][np.isfinite(l1[of_prompt])]
         means["l1"] = float(finite.mean()) if len(finite) else float("nan")
         means["truncated"] = float(truncated[of_prompt].mean())
-        own_thoughts = [vla.thought_text(backbone, ids) for ids in completions[of_prompt]]
-        if statements:
-            episode, step = prompts.steps[b]
-            means |= true_shares(statements, own_thoughts, episode.thoughts[step])
-        thoughts = set(own_thoughts) - {""} if think else None
+        thoughts = None
+        if think:
+            own_thoughts = [vla.thought_text(backbone, ids) for ids in completions[of_prompt]]
+            thoughts = set(own_thoughts) - {""}
+            if statements:
+                episode, step = prompts.steps[b]
+                means |= true_shares(statements, own_thoughts, episode.thoughts[step])
         actions = {tuple(ids) for ids in action_ids[of_prompt] if ids}
         scores.append(Score(means, thoughts, actions))
     return scores
@@ -633,7 +638,6 @@ def action_tokens(args: argparse.Namespace):
         # 2. this rank's prompts
         prompts = draw_prompts(backbone, episodes, args, think, local_share(dist))
         targets = gather(prompts.targets, dist)
-        steps = steps_of(prompts, dist)  # the same in both modes
         statements = statements_of(episodes) if think else None
         for style, n in (("sampled", args.samples), ("greedy", 1)):
             # 3. complete and score them
@@ -653,6 +657,7 @@ def action_tokens(args: argparse.Namespace):
             if args.keep_right and (mode, style) == ("think", "sampled"):
                 local_kept = rejection.kept_actions(backbone, completions, prompts, args)
                 kept = gather(local_kept, dist)
+    steps = steps_of(prompts, dist)  # those of either mode
     if dist.rank == 0:
         words = f"{args.prompts} from {words}"
         items = dict.fromkeys(paired, steps)
