@@ -314,7 +314,12 @@ def read_targets(frames: Frames, args) -> tuple[list[Target], list[str]]:
         path = axes_path(args.axes, episodes)
         axes = read_axes(path, first.state.shape[1], first.action.shape[1])
         ways = [displacements(episode, axes.position, axes.metres) for episode in episodes]
-        targets.append(Target("displacement", frames.take(ways), []))
+        values = frames.take(ways)
+        known = values[np.isfinite(values).all(1)]  # of too few trajectories: see probe_all()
+        if len(known) and np.isinf(centre_and_scale(known)[1]).all():
+            missing.append("displacement: no hand moves relative to its target")
+        else:
+            targets.append(Target("displacement", values, []))
     else:
         missing.append("displacement: these recordings do not say where the target is")
     return targets, missing
@@ -423,11 +428,9 @@ def r2_intervals(
 ) -> dict[str, evaluate.Interval]:
     """(N, 3) told and true -> R2 of all frames, 1 - squared errors / squared distances from the
     mean, of each axis (" x") that varies and ("") their mean. Intervals: bootstrap over
-    trajectories, as evaluate.bootstrap(). ValueError where no axis varies."""
+    trajectories, as evaluate.bootstrap(). read_targets() sees to it that an axis varies."""
     _, scale = centre_and_scale(true)
     varies = np.isfinite(scale)  # (3,)
-    if not varies.any():
-        raise ValueError("--data: no hand moves relative to its target; leave these episodes out")
     told, true = told[:, varies], true[:, varies]
     axes = np.array([" x", " y", " z"])[varies]
     # 1. sums of each trajectory
