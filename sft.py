@@ -575,9 +575,9 @@ def greedy_accuracy(backbone, sources, cfg, dist) -> dict[str, float]:
 def thinking_rollouts(backbone, sources, cfg, dist, n: int = 4) -> dict[str, float]:
     """What RL will start from: n thinking rollouts on each of some held-out action prompts, which
     SFT never showed. -> probe_format (share well formed, with a thought), probe_r_a (mean prefix
-    reward, paper section 3), probe_truncated (share cut off at cfg.max_new_tokens, which is not
-    well formed), and how many of the n thoughts and actions differ: if they are all alike RL has no
-    signal (Table 1 of the paper)."""
+    reward, paper section 3, here also of malformed answers), probe_truncated (share cut off at
+    cfg.max_new_tokens, which is not well formed), and how many of the n thoughts and actions
+    differ: if they are all alike RL has no signal (Table 1 of the paper)."""
     # 1. the prompts, and this rank's share of them
     prompts = []
     for source in sources:
