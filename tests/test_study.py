@@ -555,6 +555,21 @@ def test_a_stage_of_two_ranks_has_both_workers(tmp_path):
     assert status == 0
 
 
+def test_a_stage_of_two_ranks_does_not_wait_for_what_is_measured_before_it(tmp_path, capsys):
+    """A model's measurements came before the next model's training, and at the last of them, a
+    head of ten minutes, the other worker had nothing to do."""
+    stages = [
+        python_stage("A", "pass", tmp_path, slots=2),
+        python_stage("A head", "pass", tmp_path, inputs=("A",)),
+        python_stage("B", "pass", tmp_path, slots=2),
+        python_stage("B head", "pass", tmp_path, inputs=("B",)),
+    ]
+    run_stages(tmp_path, stages)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "  started " in line]
+    started = [line.split("  started ")[1].split(" (about")[0] for line in lines]
+    assert started == ["A", "B", "A head", "B head"]
+
+
 def test_each_gpu_has_its_own_stage(tmp_path):
     code = """
         import os, time

@@ -889,8 +889,9 @@ def launch_words(stage: Stage) -> list[str]:
 
 class Runner:
     """Runs a plan on workers. A worker is a core, or a GPU; each stage starts as soon as what it
-    needs is there, workers are free and, with a deadline, it would end in time; of several that
-    could start the first of the plan does."""
+    needs is there, workers are free and, with a deadline, it would end in time. Of several that
+    could start the one of most ranks does, which finds its workers free least often; of as many,
+    the first of the plan."""
 
     def __init__(
         self,
@@ -938,7 +939,7 @@ class Runner:
 
     def start_what_can(self, lock: int) -> None:
         """Starts stages, and takes those that cannot run any more from the waiting ones."""
-        for stage in list(self.waiting):
+        for stage in sorted(self.waiting, key=lambda one: -one.slots):
             inputs = set(stage.inputs)
             will_never_be = {*self.failed, *self.late, *self.blocked}
             still_to_come = {one.key for one in self.waiting}
