@@ -299,6 +299,8 @@ def raw_reply(port, message):
 
 @network
 def test_malformed_messages_leave_the_server_alive():
+    """An array without its bytes was made of as many as its shape asks for: 80 TB ended the
+    connection with a traceback, less was taken from the machine's memory."""
     import msgpack
 
     array = {b"__ndarray__": True, b"data": b"1234", b"dtype": "<f4", b"shape": [1]}
@@ -313,6 +315,7 @@ def test_malformed_messages_leave_the_server_alive():
         msgpack.packb({**array, b"dtype": "<f4,<f4"}),
         msgpack.packb({**array, b"shape": "x"}),
         msgpack.packb({b"__ndarray__": True}),
+        msgpack.packb({**array, b"data": None, b"shape": [10**13]}),
         msgpack.packb({1: 2}),
         msgpack.packb(msgpack.ExtType(5, b"x")),
         msgpack.packb({"prompt": {"a": 1}}),
@@ -457,9 +460,37 @@ def test_flags_out_of_range_end_the_command(monkeypatch, capsys):
         with pytest.raises(ValueError, match="--api-key: give one or more printable ASCII"):
             run_command(monkeypatch, "--api-key", key)
     assert run_command(monkeypatch, "--api-key", "sesame-42").api_key == "sesame-42"
-    for pair in ("img=cam", "image", "image="):
+    for pair in ("img=cam", "image", "image=", "state=joints+"):
         with pytest.raises(ValueError, match="--keys .*ours one of prompt, state, image, image_w"):
             run_command(monkeypatch, "--keys", pair)
+    with pytest.raises(ValueError, match="--keys state=grip: state is named twice; join .* by +"):
+        run_command(monkeypatch, "--keys", "state=joints", "state=grip")
+
+
+@network
+def test_a_policy_without_state_says_what_it_reads():
+    """--keys state=... did nothing, and clients were told to send a state."""
+    policy = FakePolicy()
+    del policy.spec["stats"]["state"]
+    with pytest.raises(ValueError, match="ours one of prompt, image, image_wrist"):
+        serve.Server(policy, keys={"state": "joints"})
+    with serve.Server(policy).listen() as port, protocol.client(port) as robot:
+        assert robot.metadata["state_dim"] == 0
+        with pytest.raises(RuntimeError, match="the policy reads prompt, image, image_wrist$"):
+            robot.infer({"image": VIEW})
+
+
+@network
+def test_a_client_asks_this_machine_and_no_proxy(monkeypatch):
+    """Where HTTP_PROXY is set, as in many a laboratory, no simulator reached the policy."""
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        proxy = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, proxy)
+    with serve.Server(FakePolicy()).listen() as port, protocol.client(port) as robot:
+        assert robot.infer(seen())["actions"].shape == (2, 3)
 
 
 @network

@@ -59,6 +59,8 @@ def dict_to_array(value: dict) -> Any:
         if not re.fullmatch(NUMBER_TYPE, str(value[b"dtype"])):
             raise ValueError(f"an array of type {value[b'dtype']!r}, not of numbers")
         data = value[b"data"]
+        if not isinstance(data, bytes):  # of None numpy would make as many as `shape` asks for
+            raise TypeError(f"an array whose data is a {type(data).__name__}, not bytes")
         array = np.ndarray(value[b"shape"], value[b"dtype"], data)
         if array.nbytes != len(data):
             raise ValueError(f"{len(data)} bytes for an array {array.shape} of {array.dtype}")
@@ -92,9 +94,10 @@ class Connection(NamedTuple):
 def client(port: int) -> Iterator[Connection]:
     """Inside the block, a connection to the server at this port of this machine."""
     url = f"ws://127.0.0.1:{port}"
-    # without ping_timeout a server whose forward takes long would be given up
-    connect = network().client.connect
-    with connect(url, compression=None, max_size=None, ping_timeout=None) as socket:
+    # Without ping_timeout=None a server whose forward takes long would be given up, without
+    # proxy=None one that HTTP_PROXY names asked for this machine.
+    settings = {"compression": None, "max_size": None, "ping_timeout": None, "proxy": None}
+    with network().client.connect(url, **settings) as socket:
 
         def infer(observation: dict) -> dict:
             socket.send(pack(observation))

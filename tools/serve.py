@@ -151,11 +151,14 @@ class Server:
         self.ensemble = ensemble
         self.keys = keys or {}
         self.batch = batch
-        inputs = ["prompt", "state", *policy.cameras]
+        stats = policy.spec["stats"]
+        state_dim = len(stats["state"]["q01"]) if "state" in stats else 0
+        self.inputs = ["prompt", *(["state"] if state_dim else []), *policy.cameras]
         for ours, theirs in self.keys.items():
-            if ours not in inputs or not theirs:
+            if ours not in self.inputs or not all(theirs.split("+")):
                 raise ValueError(
-                    f"--keys {ours}={theirs}: write OURS=THEIRS, ours one of {', '.join(inputs)}"
+                    f"--keys {ours}={theirs}: write OURS=THEIRS, ours one of "
+                    f"{', '.join(self.inputs)}"
                 )
 
         self.waiting: list[Job] = []  # in order of arrival
@@ -164,7 +167,6 @@ class Server:
         self.count = Counter()  # requests, forwards, refused, numbers (sent), clipped (of these)
         self.latencies = deque(maxlen=1000)  # of the last answers, ms
 
-        stats = policy.spec["stats"]
         self.image_sizes = policy.spec.get("image_sizes", {})  # camera -> [H, W]; others: any size
         # what the policy knows as -1 .. 1, and what a robot is sent at most, (A,) each
         lowest, highest = value_range(stats["action"])
@@ -172,7 +174,7 @@ class Server:
         self.highest = highest.astype(np.float32)
         self.metadata = {
             "cameras": list(policy.cameras),
-            "state_dim": len(stats["state"]["q01"]) if "state" in stats else 0,
+            "state_dim": state_dim,
             "action_horizon": self.executor().execute,
             "action_range": [self.lowest, self.highest],
             "image_sizes": self.image_sizes,
@@ -323,8 +325,7 @@ class Server:
                 except ANSWERABLE as e:
                     with self.counting:
                         self.count["refused"] += 1
-                    cameras = ", ".join(self.policy.cameras)
-                    reply = f"error: {e!r}; the policy reads prompt, state, {cameras}"
+                    reply = f"error: {e!r}; the policy reads {', '.join(self.inputs)}"
                 connection.send(reply)
                 # as openpi has it: from the wait for a message until its answer was sent, which
                 # only the next answer can tell
@@ -430,6 +431,8 @@ def main(argv: list[str] | None = None) -> None:
     keys = {}
     for pair in args.keys:
         ours, _, theirs = pair.partition("=")
+        if ours in keys:
+            raise ValueError(f"--keys {pair}: {ours} is named twice; join what it is made of by +")
         keys[ours] = theirs
     server = load_server(args, keys, args.api_key)
     with contextlib.suppress(KeyboardInterrupt), server.listen(args.host, args.port) as port:
