@@ -105,8 +105,9 @@ def test_a_missing_package_names_its_installation(monkeypatch):
 
 
 def test_cameras_by_name_or_in_their_order():
+    """Where one was named, the image at the place of the other could be the same: two wrists."""
     server = serve.Server(FakePolicy())
-    for names, pixels in ((THEIRS, [0, 1]), ({}, [1, 0]), ({"image_wrist": "wrist"}, [1, 1])):
+    for names, pixels in ((THEIRS, [0, 1]), ({}, [1, 0]), ({"image_wrist": "wrist"}, [0, 1])):
         observation = vla_eval.read_message(server, names, seen())
         assert [image.max() for image in observation.images] == pixels
     with pytest.raises(ValueError, match="1 images, the policy reads .*image_wrist"):
@@ -212,3 +213,6 @@ def test_the_command_says_where_it_listens(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             vla_eval.main([*words, "--cameras", text])
         assert "write OURS=THEIRS" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        vla_eval.main([*words, "--cameras", "image=agentview,image=wrist"])
+    assert "image is named twice" in capsys.readouterr().err

@@ -38,15 +38,15 @@ class Episode:
 def read_message(server: Server, cameras: dict[str, str], message: dict) -> Observation:
     """An observation of vla-eval, {"images": {name: (H, W, 3) uint8}, "task_description": str,
     "states" or "state": (S,)} -> what the policy reads. cameras: ours -> theirs; a camera that it
-    lacks is the image at its place. ValueError or KeyError naming what does not fit."""
+    lacks is the next of the other images. ValueError or KeyError naming what does not fit."""
     images = message["images"]
+    others = [image for name, image in images.items() if name not in cameras.values()]
     ours = {"prompt": message["task_description"]}
-    in_their_order = list(images.values())
-    for place, camera in enumerate(server.policy.cameras):
+    for camera in server.policy.cameras:
         if camera in cameras:
             ours[camera] = images[cameras[camera]]
-        elif place < len(images):
-            ours[camera] = in_their_order[place]
+        elif others:
+            ours[camera] = others.pop(0)
         else:
             raise ValueError(f"{len(images)} images, the policy reads {server.policy.cameras}")
     if "states" in message or "state" in message:
@@ -113,6 +113,8 @@ def camera_names(text: str) -> dict[str, str]:
         ours, _, theirs = pair.partition("=")
         if not ours or not theirs:
             raise argparse.ArgumentTypeError(f"{pair!r}: write OURS=THEIRS, as image=agentview")
+        if ours in names:
+            raise argparse.ArgumentTypeError(f"{pair!r}: {ours} is named twice; name it once")
         names[ours] = theirs
     return names
 
