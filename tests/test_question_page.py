@@ -3,6 +3,9 @@
 import base64
 import io
 import json
+import os
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from PIL import Image, ImageColor
 
 from tools import question_page
 
+ROOT = Path(__file__).parents[1]
 GREY = (90, 90, 90)
 
 
@@ -150,6 +154,8 @@ BAD = {
     "rows.jsonl:1: ": ([row("a", images=["gone.png"])], []),
     "lies outside": ([row("a", images=["../grey.png"])], []),
     "rows.jsonl:1: cannot reshape": ([row("a", box=[1, 2])], []),
+    "rows.jsonl:1: TypeError": ([row("<ACTION>", chunk=[0.5, 1.0])], []),  # was a traceback
+    "rows.jsonl:1: Unknown format": ([row("<ACTION>", chunk=["x"])], []),  # named no row
 }
 
 
@@ -162,3 +168,21 @@ def test_bad_input_is_one_line(tmp_path, message):
     text = str(error.value)
     assert text.startswith("error: ") and message in text and "\n" not in text
     assert not (tmp_path / "page.html").exists()
+
+
+def test_a_page_that_cannot_be_written_is_one_line(tmp_path):
+    """It was a traceback."""
+    (tmp_path / "page.html").mkdir()
+    data = str(write(tmp_path, [row("a")]))
+    with pytest.raises(SystemExit, match=r"error: .*directory.*page\.html"):
+        question_page.main(["--data", data, "--out", str(tmp_path / "page.html")])
+
+
+def test_a_page_is_utf8_in_any_locale(tmp_path):
+    """It says charset=utf-8, and what its reader's locale lacks ended in a traceback."""
+    data = write(tmp_path, [row("<answer>\u00e9\u4e2d</answer>")])
+    out = tmp_path / "page.html"
+    command = [sys.executable, "-m", "tools.question_page", "--data", str(data), "--out", str(out)]
+    plain = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run(command, check=True, cwd=ROOT, env=plain)
+    assert "\u00e9\u4e2d</p>" in out.read_text(encoding="utf-8")

@@ -54,3 +54,13 @@ def test_one_digit_is_found(tmp_path, capsys, change, line):
     before, after = tree(tmp_path / "a"), tree(tmp_path / "b", **change)
     assert same_numbers.main([before, after]) == 1
     assert line in capsys.readouterr().out
+
+
+def test_what_cannot_be_compared_is_said_in_one_line(tmp_path, capsys):
+    """Both were tracebacks."""
+    before = tree(tmp_path / "a")
+    with pytest.raises(SystemExit, match=r"error: .*b/results/speedrun.json.*run speedrun.sh in"):
+        same_numbers.main([before, str(tmp_path / "b")])
+    with pytest.raises(SystemExit):
+        same_numbers.main([before, before, "--renamed", "norm"])
+    assert "--renamed norm: write OLD=NEW" in capsys.readouterr().err

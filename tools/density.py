@@ -43,7 +43,7 @@ def docstring_lines(tree: ast.Module) -> set[int]:
 
 
 def measure(source: str) -> Density:
-    """Density of a file that has at least one assignment."""
+    """Density of a file; shares of what it does not have are 0. SyntaxError."""
     tree = ast.parse(source)
     nodes = list(ast.walk(tree))
     in_docstring = docstring_lines(tree)
@@ -61,11 +61,11 @@ def measure(source: str) -> Density:
     names = [n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
     return Density(
         code_lines,
-        tokens_a_line=len(token_lines) / code_lines,
-        tuple_assignments=100 * tuple_assignments / len(assignments),
-        comprehensions=100 * comprehensions / code_lines,
+        tokens_a_line=len(token_lines) / max(code_lines, 1),
+        tuple_assignments=100 * tuple_assignments / max(len(assignments), 1),
+        comprehensions=100 * comprehensions / max(code_lines, 1),
         walrus=sum(isinstance(node, ast.NamedExpr) for node in nodes),
-        name_length=sum(len(name) for name in names) / len(names),
+        name_length=sum(len(name) for name in names) / max(len(names), 1),
     )
 
 
@@ -79,7 +79,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     print(f"{'file':20s}  lines  tokens  tuples  compr.  walrus  names")
     for path in args.files:
-        d = measure(path.read_text())
+        try:
+            d = measure(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, SyntaxError) as e:
+            raise SystemExit(f"error: {path}: no Python that can be read ({e})") from e
         print(
             f"{path.name:20s} {d.code_lines:6d} {d.tokens_a_line:7.1f} {d.tuple_assignments:6.1f}% "
             f"{d.comprehensions:7.1f} {d.walrus:7d} {d.name_length:6.1f}"

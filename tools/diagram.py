@@ -171,8 +171,13 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tools.diagram", description=__doc__)
     parser.add_argument("--out", default="docs/pipeline.svg", help="file to write")
     args = parser.parse_args(argv)
-    Path(args.out).write_text(diagram())
-    print(args.out)
+    out = Path(args.out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(diagram(), encoding="utf-8")
+    except OSError as e:
+        raise SystemExit(f"error: --out {out}: {e.strerror}; name a file to write") from e
+    print(out)
 
 
 if __name__ == "__main__":

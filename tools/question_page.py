@@ -69,8 +69,8 @@ def read_cards(path: str | Path, total: int, outside_images: bool = False) -> li
         for name in row["images"]:
             file = source.image_path(name, sample_id)
             images.append(read_image(file, f"{sample_id}: {file}"))
-        turns = read_turns(row)
         with reading(sample_id):
+            turns = read_turns(row)
             picture = draw_row(images, row, turns[0]) if images else None
         cards.append(Card(row.get("kind") or "", picture, turns))
     return cards
@@ -248,13 +248,13 @@ def main(argv: list[str] | None = None):
         raise SystemExit(f"error: --out {out}: no page; name it .html, .png or .jpg")
     try:
         cards = read_cards(args.data, args.rows, args.outside_images)
-    except (ValueError, FileNotFoundError) as e:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.suffix == ".html":
+            out.write_text(html_page(cards, str(args.data)), encoding="utf-8")
+        else:
+            picture_page(cards).save(out, quality=85)
+    except (ValueError, OSError) as e:
         raise SystemExit(f"error: {e}") from e
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.suffix == ".html":
-        out.write_text(html_page(cards, str(args.data)))
-    else:
-        picture_page(cards).save(out, quality=85)
     print(f"{out}: {len(cards)} rows, {out.stat().st_size / 1000:.0f} kB")
 
 

@@ -85,8 +85,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--renamed", nargs="*", default=[], metavar="OLD=NEW", help="log keys")
     parser.add_argument("--added", nargs="*", default=[], metavar="NEW", help="log keys")
     args = parser.parse_args(argv)
-    renamed = dict(pair.split("=") for pair in args.renamed)
-    compared, lines = differences(args.before, args.after, renamed, args.added)
+    renamed = {}
+    for pair in args.renamed:
+        old, _, new = pair.partition("=")
+        if not old or not new:
+            parser.error(f"--renamed {pair}: write OLD=NEW, as norm=grad_norm")
+        renamed[old] = new
+    try:
+        compared, lines = differences(args.before, args.after, renamed, args.added)
+    except OSError as e:
+        raise SystemExit(f"error: {e}; run speedrun.sh in both trees first") from e
     print("\n".join(lines) or f"the same: {compared} metrics and records")
     return 1 if lines else 0
 
