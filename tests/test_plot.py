@@ -90,11 +90,14 @@ def test_panels_hold_the_numbers(tmp_path):
 
 
 def test_results_of_questions_are_bars_too(tmp_path):
-    """Their metrics are named by kinds, which no panel knows; one without an answer has no bar."""
+    """Their metrics are named by kinds, which no panel knows; one without an answer has no bar, and
+    neither has a count, whose lack of an interval ended in a TypeError."""
     pytest.importorskip("matplotlib", reason="pip install -r requirements-extras.txt")
     value = {"mean": 0.5, "low": 0.4, "high": 0.7, "n": 9}
     none = {"mean": None, "low": None, "high": None, "n": 0}
+    number = {"mean": 344, "low": None, "high": None, "n": 512}
     metrics = {"exact colour": value, "exact shape": none, "answers": value}
+    metrics["direct greedy distinct actions"] = number
     (tmp_path / "vqa.json").write_text(json.dumps({"arms": {"SFT": {"metrics": metrics}}}))
     found = panels(plot.figure_of([str(tmp_path / "vqa.json")]))
     labels = [tick.get_text() for tick in found["mean"].get_xticklabels()]
@@ -128,3 +131,19 @@ def test_what_cannot_be_drawn_is_one_line(tmp_path):
         plot.figure_of([str(tmp_path / "r.json")], ["RL"])
     with pytest.raises(ValueError, match="no number that a panel shows"):
         plot.figure_of([str(tmp_path / "r.json")])
+    write_log(tmp_path / "run", rl(1, 0.1))
+    with pytest.raises(ValueError, match="--variants: of results files, and none is named"):
+        plot.main([str(tmp_path / "run"), "--out", "picture.png", "--variants", "SFT"])
+
+
+def test_panels_of_two_files_tell_them_apart(tmp_path):
+    """Those of the probe had one title."""
+    pytest.importorskip("matplotlib", reason="pip install -r requirements-extras.txt")
+    value = {"mean": 0.5, "low": 0.4, "high": 0.7, "n": 9}
+    metrics = {"success": value, "probe knn progress layer 0 mean": value}
+    for name in ("a", "b"):
+        results = {"arms": {"SFT": {"metrics": metrics}}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(results))
+    found = panels(plot.figure_of([str(tmp_path / "a.json"), str(tmp_path / "b.json")]))
+    titles = ["success, %", "progress in many tasks, accuracy: k-NN"]
+    assert list(found) == [f"{title} ({name})" for name in "ab" for title in titles]

@@ -8,9 +8,9 @@
 A folder of a run gives curves from its log.jsonl, a folder above several runs those of each; a
 results file of evaluate.py gives bars with 95% intervals, a colour for each model; of what
 `evaluate.py probe` measured lines over the layers. A panel shows up when something has its numbers:
-see CURVES and BARS (a results file with none of the latter's shows all that it has). Of what is
-logged at each step a thin line is as it was, a thick one the mean over a twentieth of the run;
-held-out evaluations are dots.
+see CURVES and BARS (a results file with none of the latter's shows all that have an interval). Of
+what is logged at each step a thin line is as it was, a thick one the mean over a twentieth of the
+run; held-out evaluations are dots.
 
 Needs matplotlib. In the order of the file: a run's log, curves, bars, layers, the command.
 """
@@ -315,16 +315,18 @@ def draw_layers(axes, panel: Layers, variants: dict[str, dict], colours: dict[st
 
 
 def read_variants(path: Path, chosen: Sequence[str]) -> dict[str, dict]:
-    """The models of a results file -> their metrics that have a value; chosen: which models, in
-    this order; none: all."""
+    """The models of a results file -> their metrics that have a value and an interval, which counts
+    have not; chosen: which models, in this order; none: all."""
     arms = evaluate.read_results(path)["arms"]
     unknown = [name for name in chosen if name not in arms]
     if unknown:
         raise ValueError(f"{path}: no variant {', '.join(unknown)}; it has {', '.join(arms)}")
     variants = {}
     for name in chosen or arms:
-        metrics = arms[name]["metrics"]
-        variants[name] = {m: value for m, value in metrics.items() if value["mean"] is not None}
+        variants[name] = {}
+        for metric, value in arms[name]["metrics"].items():
+            if value["mean"] is not None and value["low"] is not None:
+                variants[name][metric] = value
     return variants
 
 
@@ -350,6 +352,8 @@ def figure_of(paths: Sequence[str], chosen: Sequence[str] = (), columns: int = 3
             results[path] = read_variants(path, chosen)
         else:
             logs += logs_of(path)
+    if chosen and not results:
+        raise ValueError("--variants: of results files, and none is named; leave it out")
     logs = short_names(logs)
     # 2. the panels that it fills
     panels = []  # (title, function that draws it on axes)
@@ -360,11 +364,11 @@ def figure_of(paths: Sequence[str], chosen: Sequence[str] = (), columns: int = 3
             panels.append((panel.title, draw_curves, (panel, logs, run_colours)))
     for path, variants in results.items():
         colours = colour_of(list(variants))
+        name = f" ({path.stem})" if len(results) > 1 else ""
         for panel in bars_of(variants):
-            title = f"{panel.title} ({path.stem})" if len(results) > 1 else panel.title
-            panels.append((title, draw_bars, (panel, variants, colours)))
+            panels.append((panel.title + name, draw_bars, (panel, variants, colours)))
         for panel in layers_of(variants):
-            panels.append((panel.title, draw_layers, (panel, variants, colours)))
+            panels.append((panel.title + name, draw_layers, (panel, variants, colours)))
     if not panels:
         raise ValueError(f"{', '.join(paths)}: no number that a panel shows")
     # 3. draw
