@@ -285,8 +285,41 @@ def test_what_cannot_be_shown_is_one_line(written, tmp_path):
         rollouts.main(["--policy", "x", "--data", "y", "--out", "page.png"])
     with pytest.raises(ValueError, match="named twice"):
         rollouts.main(["--policy", "x", "x", "--data", "y", "--out", "page.html"])
+    base = ["--policy", untrained.folder("tiny-vlm")]
     with pytest.raises(ValueError, match="no fast/ in this checkpoint"):
-        made(written, tmp_path, "--policy", untrained.folder("tiny-vlm"))
+        made(written, tmp_path, *base)
+    # both flags did nothing
+    with pytest.raises(ValueError, match="--split all: of episodes, and --data is a file"):
+        made(written, tmp_path, "--split", "all", data=write_questions(tmp_path))
+    with pytest.raises(ValueError, match="--outside-images: of a file, and --data is episodes"):
+        made(written, tmp_path, "--outside-images")
+    # it was told to give a flag that there is none of
+    messages = [
+        {"role": "user", "content": "Go."},
+        {"role": "assistant", "content": "<answer><ACTION></answer>"},
+    ]
+    row = {"messages": messages, "chunk": [[0.5] * A] * K}
+    (tmp_path / "actions.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=r"actions.jsonl:1: it asks for actions, and the check"):
+        made(written, tmp_path, *base, data=tmp_path / "actions.jsonl")
+
+
+@pytest.mark.parametrize("dims", [(K - 1, A), (K, A - 1)])
+def test_checkpoints_of_other_chunks_are_not_compared(written, tmp_path, monkeypatch, dims):
+    """They were asked first, at other steps, and where the dimensions differ that ended in numpy's
+    "cannot reshape"."""
+    other = model.load(written / "sft")
+    chunks = np.random.default_rng(0).uniform(-1, 1, (60, *dims)).astype(np.float32)
+    stats = fast_tokenizer.statistics(chunks.reshape(-1, dims[1]))
+    other.action_tokenizer = fast_tokenizer.FastTokenizer.fit(chunks, 30, 2, stats)
+    run = {"stage": "sft", "step": 1, "config": {}, "parent": "", "split": []}
+    model.save(tmp_path / "other" / "final", other, run)
+    asked = scripted(monkeypatch, four_answers)
+    policies = ["--policy", str(written / "sft"), str(tmp_path / "other")]
+    words = re.escape(f"other: its chunks (steps, dimensions) are {dims}, those of ")
+    with pytest.raises(ValueError, match=words):
+        made(written, tmp_path, *policies, "--samples", "4")
+    assert len(asked) == 2, "the first checkpoint's prompts alone"
 
 
 FILTERS = {  # settings: what is left of each prompt's 1, w, 0, 0

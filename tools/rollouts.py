@@ -86,6 +86,11 @@ def prompts_of_questions(backbone: model.Backbone, args: argparse.Namespace) -> 
     source = model.ConversationDataset(args.data, backbone.action_tokenizer, 0, args.outside_images)
     prompts = []
     for i in rows_in_turn(source, args.prompts):
+        if "chunk" in source.row(i) and backbone.action_tokenizer is None:
+            raise ValueError(
+                f"{source.sample_id(i)}: it asks for actions, and the checkpoint has no fast/, so "
+                "knows no action tokens; name one of sft.py or grpo.py, or questions in words"
+            )
         target = grpo.target_of(source, i)
         grpo.check_question(source, i, target)
         asked = source.question(i, args.mode == "think")
@@ -560,33 +565,40 @@ def make_page(args: argparse.Namespace) -> str:
     """The page of args.policy on args.data. ValueError naming what does not fit.
 
     1. the prompts, by the first checkpoint   2. each checkpoint's answers   3. the page"""
+    is_file = args.data.endswith(".jsonl")
+    if is_file and args.split != "auto":
+        raise ValueError(f"--split {args.split}: of episodes, and --data is a file; leave it out")
+    if args.outside_images and not is_file:
+        raise ValueError("--outside-images: of a file, and --data is episodes; leave it out")
     groups = {}
     episodes = []
+    with_actions = not is_file
     for path in args.policy:
         dtype = vla.compute_dtype(args.device)
         backbone = model.load(path, args.device, dtype, stages=("base", "sft", "grpo"))
-        if args.data.endswith(".jsonl"):
+        shape = chunk_shape(backbone.action_tokenizer)
+        if with_actions and shape is None:
+            raise ValueError(
+                f"{path}: no fast/ in this checkpoint, so it knows no action tokens; name one of "
+                "sft.py or grpo.py, or questions in words, .jsonl, as --data"
+            )
+        if not groups:
+            first = backbone.action_tokenizer
+        elif with_actions and shape != chunk_shape(first):
+            raise ValueError(
+                f"{path}: its chunks (steps, dimensions) are {shape}, those of {args.policy[0]} "
+                f"{chunk_shape(first)}; compare checkpoints that have the same"
+            )
+        if is_file:
             words = f"questions of {args.data}, kinds in turn"
             asked = prompts_of_questions(backbone, args)
         else:
-            if backbone.action_tokenizer is None:
-                raise ValueError(
-                    f"{path}: no fast/ in this checkpoint, so it knows no action tokens; name one "
-                    "of sft.py or grpo.py, or questions in words, .jsonl, as --data"
-                )
             if not episodes:
                 episodes, words = evaluate.episodes_to_ask(backbone, args.data, args.split)
             asked = prompts_of_episodes(backbone, episodes, args)
         if not groups:
             prompts = asked
-            first = backbone.action_tokenizer
             with_actions = any(prompt.chunk is not None for prompt in prompts)
-        other = chunk_shape(backbone.action_tokenizer)
-        if with_actions and other != chunk_shape(first):
-            raise ValueError(
-                f"{path}: its chunks (steps, dimensions) are {other}, those of {args.policy[0]} "
-                f"{chunk_shape(first)}; compare checkpoints that have the same"
-            )
         groups[path] = answer_prompts(backbone, asked, args)
         del backbone  # before the next one is loaded
     pixel_map = fit_pixel_map(episodes, first.horizon) if episodes else None
