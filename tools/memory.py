@@ -553,6 +553,15 @@ def load_shapes(cfg, size: str) -> model.Backbone:
     return backbone
 
 
+def check_ranks(run: str, cfg, ranks: int) -> None:
+    """ValueError where the run would stop since so many ranks cannot share it out: see
+    model.setup()."""
+    if cfg.batch % ranks:
+        raise ValueError(f"--gpus {ranks}: must divide --batch {cfg.batch} of {run}")
+    if cfg.shards and ranks % cfg.shards:
+        raise ValueError(f"--gpus {ranks}: must be a multiple of --shards {cfg.shards} of {run}")
+
+
 def load_of(
     stage: str, cfg, spec: model.ImageSpec, ranks: int, dtype: torch.dtype, row: int, image: int
 ) -> Load:
@@ -669,15 +678,14 @@ def main(argv: list[str] | None = None) -> int:
         if args.size or stage_argv:
             parser.error(f"{' '.join(stage_argv) or '--size'}: goes with a stage; name it first")
         for name, stage in STAGES.items():
-            batch = stage.PRESETS["paper"]["batch"]
-            if batch % args.ranks:
-                parser.error(f"--gpus {args.ranks}: must divide --batch {batch} of {name} paper")
+            check_ranks(f"{name} paper", stage.Config(**stage.PRESETS["paper"]), args.ranks)
         tell_table(args.ranks, gb, dtype, args.row, args.image)
         return 0
 
     stage = STAGES[args.stage]
     cfg = model.parse_config(stage.Config, stage.PRESETS, stage_argv)
     stage.check_config(cfg)
+    check_ranks(f"{args.stage} {cfg.preset}", cfg, args.ranks)
     if stage is not vla:
         device = torch.device("cuda" if dtype == torch.bfloat16 else "cpu")  # only its name counts
         model.check_adapters(cfg, model.Dist(rank=0, world_size=args.ranks, device=device))
