@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import distributed
 
 import model
 from tools import gpu_check
@@ -50,6 +51,27 @@ def test_a_check_that_fails_is_recorded_and_the_rest_runs(tmp_path, monkeypatch,
     assert checks["decode"]["error"].startswith("TypeError: bmm()")
     assert any("meets_another_torch" in line for line in checks["decode"]["traceback"])
     assert checks["graphs"]["same_tokens"] == 1
+
+
+def test_a_folder_is_no_file_to_write(tmp_path, capsys):
+    """That was a traceback after the first check's minutes, whose numbers were lost."""
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--cpu", "--only", "gap", "--out", str(tmp_path)])
+    assert "a folder; name a file in it" in capsys.readouterr().err
+
+
+def test_no_process_group_is_left_by_a_check_that_fails(monkeypatch):
+    """Its threads may abort the process as it ends, with the exit status of a crash."""
+
+    def fails(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(gpu_check, "sft_memory", fails)
+    store = distributed.HashStore()
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    with pytest.raises(torch.OutOfMemoryError):
+        gpu_check.check_memory(gpu_check.TOY)
+    assert not distributed.is_initialized()
 
 
 def test_the_gap_sees_a_sampler_that_is_off(monkeypatch):

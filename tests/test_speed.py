@@ -135,3 +135,15 @@ def test_different_work_gives_no_figure():
     args = argparse.Namespace(device="cpu", repeats=1, on_the_wall=False)
     with pytest.raises(ValueError, match="turn 0: tokens is 8 in ours, 7 in the peer"):
         speed.compare(lambda turn: 8, lambda turn: 7, tokens, args)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_cuda_is_refused(capsys):
+    """It was an AssertionError of torch."""
+    for flags, words in (
+        (["--device", "cuda"], "--device cuda: this machine has no GPU that torch knows"),
+        (["--group", "1"], "--group and --new-tokens must be at least 2"),
+    ):
+        with pytest.raises(SystemExit):
+            speed.main(["sft", *flags])
+        assert words in capsys.readouterr().err

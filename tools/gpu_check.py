@@ -207,15 +207,16 @@ def peak_gb(setting: Setting) -> float | None:
 def check_memory(setting: Setting) -> dict:
     """SFT and GRPO through FSDP on one rank: fp32 masters, bf16 compute, AdamW after a step."""
     device = torch.device(setting.device)
-    dist = model.setup(0) if setting.device == "cuda" else model.Dist(0, 1, device)
-    result = {
-        "sft": sft_memory(setting, dist),
-        "grpo": grpo_memory(setting, dist),
-        "grpo_lora": grpo_memory(setting, dist, lora=16),
-    }
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
-    return result
+    try:
+        dist = model.setup(0) if setting.device == "cuda" else model.Dist(0, 1, device)
+        return {
+            "sft": sft_memory(setting, dist),
+            "grpo": grpo_memory(setting, dist),
+            "grpo_lora": grpo_memory(setting, dist, lora=16),
+        }
+    finally:  # left to Python's exit, its threads now and then abort the process
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def estimate(stage: str, cfg, rows: list[model.Row], setting: Setting) -> dict[str, float]:
@@ -359,6 +360,8 @@ def main(argv: list[str] | None = None) -> int:
     setting = TOY if args.cpu else GPU
     model.quiet_libraries()
     out = Path(args.out)
+    if out.is_dir():
+        parser.error(f"--out {out}: a folder; name a file in it")
     out.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     record = {

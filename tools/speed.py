@@ -1015,9 +1015,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--repeats", type=count, default=9, help="measured turns")
     add("--json", action="store_true", help="print the JSON line alone")
     add("--keep-memory", action="store_true", help="glibc keeps freed memory, for both sides")
-    add("--prompts", type=count, default=4, help="rollout, grpo: prompts")
-    add("--group", type=count, default=8, help="rollout, grpo: completions a prompt")
-    add("--new-tokens", type=count, default=64, help="rollout, grpo: tokens a completion")
+    add("--prompts", type=count, default=4, help="rollout, grpo, cost: prompts")
+    add("--group", type=count, default=8, help="rollout, grpo, cost: completions a prompt")
+    add("--new-tokens", type=count, default=64, help="rollout, grpo, cost: tokens a completion")
     add("--image", type=count, help="side of the images, pixels (tiny-vlm: 64, else 112)")
     add("--batch", type=count, help="sft: rows (24); head: frames (that of the preset)")
     add("--vl-layers", type=natural, help="head: self-attention over the features (the preset's)")
@@ -1035,8 +1035,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error("under torchrun: cost, with --prompts a multiple of the ranks")
     if args.size == "tiny-vlm" and args.command not in ("head", "fast"):
         parser.error("--size tiny-vlm is for head; choose tiny, 3b or 7b")
-    if min(args.repeats, args.prompts, args.chunks) < 1 or min(args.group, args.new_tokens) < 2:
-        parser.error("--repeats, --prompts, --chunks must be at least 1, --group, --new-tokens 2")
+    if min(args.group, args.new_tokens) < 2:
+        parser.error("--group and --new-tokens must be at least 2")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this machine has no GPU that torch knows")
     return args
 
 
