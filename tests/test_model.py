@@ -558,6 +558,38 @@ def test_a_bare_folder_is_filled_at_random_and_says_so(tmp_path, monkeypatch, ca
     assert "has no weights: filled at random, seed 3" in capsys.readouterr().out
 
 
+def test_a_new_backbone_takes_no_other_s_place(tmp_path, monkeypatch):
+    """Random weights were written over trained ones; a published size's configuration beside the
+    weights of a tiny one, which would then be loaded."""
+    backbones.write(SIZES[0], tmp_path)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="holds weights of another backbone; name another --out"):
+        backbones.write("qwen3-vl-2b", tmp_path)
+    backbones.write(SIZES[0], tmp_path, seed=1)  # nothing of it was learned
+    assert (tmp_path / "model.safetensors").read_bytes() != weights
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds what a stage has trained; name another --out"):
+        backbones.write(SIZES[0], tmp_path)
+
+
+def test_texts_of_a_tokenizer_are_those_of_the_first_rows(tmp_path):
+    """A line that is no row ended in a traceback, or in "Expecting value" without file or line."""
+    path = tmp_path / "texts.jsonl"
+    messages = [
+        {"role": "user", "content": "Where?"},
+        {"role": "assistant", "content": "<answer>here</answer>"},
+    ]
+    good = json.dumps({"messages": messages}) + "\n"
+    path.write_text(good * 3)
+    text = f"Where?\n{model.DIRECT}\n<answer>here</answer>"
+    assert list(backbones.training_texts(path)) == [text] * 3
+    assert list(backbones.training_texts(path, 2)) == [text] * 2
+    for bad in ('{"messages": 3}', '{"messages": 3', ""):
+        path.write_text(f"{good}{bad}\n")
+        with pytest.raises(ValueError, match=r"texts\.jsonl:2: not a row"):
+            list(backbones.training_texts(path))
+
+
 def test_a_checkpoint_that_lost_its_weights_is_refused(backbone, tmp_path):
     """It was taken for a bare folder and filled at random."""
     run = {"stage": "sft", "step": 1, "config": {}, "parent": ""}

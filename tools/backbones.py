@@ -225,11 +225,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
 
 
 def training_texts(path: str, rows: int = 20000) -> Iterator[str]:
-    """The texts of the first `rows` conversations of a .jsonl file, as a stage reads them."""
-    with open(path) as file:
-        for line in itertools.islice(file, rows):
-            messages = model.add_mode_lines(json.loads(line)["messages"])
-            yield "\n".join(message["content"] for message in messages)
+    """The texts of the first `rows` conversations of a .jsonl file, as a stage reads them.
+    ValueError naming the line of one that is none."""
+    source = model.ConversationDataset(path, None, 0)
+    for i in source.train[:rows]:
+        messages = model.add_mode_lines(source.row(i)["messages"])
+        yield "\n".join(message["content"] for message in messages)
 
 
 # ---- Backbone -----------------------------------------------------------------------------------
@@ -339,10 +340,14 @@ def random_backbone(
 
 def write(name: str, folder: str | Path, seed: int = 0, texts: Iterable[str] = ()) -> None:
     """Writes a backbone of SIZES in the Hugging Face layout: a tiny one with weights, a published
-    size without. ValueError for a name not in SIZES."""
-    weightless = name in SIZES and SIZES[name].is_published
-    backbone = random_backbone(name, seed, texts, device="meta" if weightless else "cpu")
+    size without. ValueError for a name not in SIZES, or a folder whose content would be lost."""
     folder = Path(folder)
+    weightless = name in SIZES and SIZES[name].is_published
+    if (folder / "run.json").exists():
+        raise ValueError(f"{folder}: holds what a stage has trained; name another --out")
+    if weightless and any(folder.glob("*.safetensors")):  # which would be loaded in place of none
+        raise ValueError(f"{folder}: holds weights of another backbone; name another --out")
+    backbone = random_backbone(name, seed, texts, device="meta" if weightless else "cpu")
     folder.mkdir(parents=True, exist_ok=True)
     if weightless:
         backbone.net.config.save_pretrained(folder)
