@@ -69,13 +69,18 @@ case ${QUICK:-0},${FULL:-0} in
     ;;
 esac
 SEED=${SEED:-0}
+test_seed=1000
+if [ "$SEED" = $test_seed ]; then
+  stop "SEED=$SEED is that of the test data, which would be trained on; give another one"
+fi
 DATA=${DATA%/}
 
 # ---- Set-up ----
 
 use_venv -r requirements.txt
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-resume=${RESUME:+--resume}
+resume=
+[ "${RESUME:-0}" = 0 ] || resume=--resume
 if [ -z "$resume" ] && { [ -e "$RUN/ended" ] || [ -e "$DATA" ]; }; then
   stop "$RUN or $DATA is from an earlier run; RESUME=1 goes on with it; or delete both, or set others"
 elif [ -n "$resume" ] && [ ! -e "$RUN/ended" ]; then
@@ -144,8 +149,8 @@ make_data() {
   rm -rf "$DATA.unfinished"  # of a run that was stopped here
   python -m benchmarks.tabletop_data --out "$DATA.unfinished/train" --seed "$SEED" \
     --single "${train_data[@]}"
-  python -m benchmarks.tabletop_data --out "$DATA.unfinished/test" --seed 1000 --conversations 0 \
-    "${test_data[@]}"
+  python -m benchmarks.tabletop_data --out "$DATA.unfinished/test" --seed $test_seed \
+    --conversations 0 "${test_data[@]}"
   mv "$DATA.unfinished" "$DATA"
 }
 

@@ -337,3 +337,17 @@ def test_another_size_is_refused(size, tmp_path):
     quick, full = size.get("QUICK", "0"), size.get("FULL", "0")
     with pytest.raises(AssertionError, match=f"error: QUICK={quick}, FULL={full}; give one of"):
         commands_of_speedrun(tmp_path, **size)
+
+
+def test_the_test_data_are_not_trained_on(tmp_path):
+    """SEED=1000 made the training data by the seed of the test data: the same scenes."""
+    process, commands = start_speedrun(tmp_path, SEED="1000")
+    assert process.returncode == 1 and not commands
+    assert process.stderr.startswith("error: SEED=1000 is that of the test data, which would be tr")
+    data = commands_of_speedrun(tmp_path, SEED="7")[:2]
+    assert [command[command.index("--seed") + 1] for command in data] == ["7", "1000"]
+
+
+def test_resume_0_does_not_resume(tmp_path):
+    """As QUICK=0 and FULL=0 are none: it was told that there is no run to go on with."""
+    assert not any("--resume" in command for command in commands_of_speedrun(tmp_path, RESUME="0"))
