@@ -226,6 +226,15 @@ def test_what_does_not_fit_together_is_one_line(tmp_path):
         export(tmp_path / "nowhere", tmp_path / "out")
 
 
+def test_a_link_to_an_empty_folder_is_filled(tmp_path):
+    """A folder does not take a link's place, so that at the end all that was written was lost."""
+    write(tmp_path / "in")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    export(tmp_path / "in", tmp_path / "link")
+    assert (tmp_path / "disk/meta/info.json").exists() and (tmp_path / "link").is_symlink()
+
+
 def test_names_and_sizes_that_lerobot_cannot_have(tmp_path):
     """H.264 with half the colour resolution has even sizes; of two cameras one would be lost."""
     rows = np.zeros((2, 1), np.float32)

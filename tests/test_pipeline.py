@@ -348,6 +348,14 @@ def test_the_test_data_are_not_trained_on(tmp_path):
     assert [command[command.index("--seed") + 1] for command in data] == ["7", "1000"]
 
 
-def test_resume_0_does_not_resume(tmp_path):
-    """As QUICK=0 and FULL=0 are none: it was told that there is no run to go on with."""
+def test_0_is_no(tmp_path):
+    """As in QUICK=0 and FULL=0. RESUME=0 was told that there is no run to go on with,
+    SKIP_INSTALL=0 took the Python that is active."""
     assert not any("--resume" in command for command in commands_of_speedrun(tmp_path, RESUME="0"))
+    shutil.rmtree(tmp_path / "runs")
+    shutil.rmtree(tmp_path / "data")
+    (tmp_path / "commands").unlink()
+    (tmp_path / "new").symlink_to(tmp_path)  # its bin/ is an environment's
+    (tmp_path / "bin/activate").touch()
+    first = commands_of_speedrun(tmp_path, SKIP_INSTALL="0", VENV="new")[0]
+    assert first[:4] == ["python", "-m", "pip", "install"]

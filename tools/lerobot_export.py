@@ -515,7 +515,8 @@ def main(argv: list[str]) -> None:
         files = read_episodes(args.data, args.max_episodes)
         fps = common_fps(files, args.fps)
         check_cameras(files, args.image_format)
-        with new_folder(Path(args.out)) as folder:
+        # a link would not take the place of what is written beside it
+        with new_folder(Path(args.out).resolve()) as folder:
             write_dataset(folder, files, fps, args.image_format)
     except (ValueError, OSError) as e:
         raise SystemExit(f"error: {e}") from e

@@ -6,7 +6,7 @@
 # use_venv [arguments of pip install]: makes or reuses the environment, installs, activates it
 use_venv() {
   local venv=${VENV:-.venv} python=${PYTHON:-python3}
-  if [ -n "${SKIP_INSTALL:-}" ]; then
+  if [ "${SKIP_INSTALL:-0}" != 0 ]; then
     need_python python "activate an environment that has it, or run without SKIP_INSTALL"
     return
   fi
