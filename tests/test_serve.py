@@ -283,6 +283,21 @@ def test_who_listens_beyond_this_machine_without_a_key_is_told(capsys):
         assert (words in said) == warned and bool(said) == warned
 
 
+@network
+def test_who_holds_still_does_not_move():
+    """All training actions moved the first dimension forward, by 1 at least: the 0 of holding still
+    was clipped to that, and the robot went on as long as nothing decoded."""
+    policy = FakePolicy()
+    policy.spec["stats"]["action"] = {"q01": [1, -5, -5], "q99": [5, 5, 5]}
+    policy.hold = vla.Hold(np.array([False, False, True]), np.array([np.nan, np.nan, 9.0]))
+    with serve.Server(policy).listen() as port, protocol.client(port) as robot:
+        assert robot.infer(seen(prompt="nan"))["actions"].tolist() == [[0, 0, 5]] * 2
+        robot.infer(seen(state=np.array([2.0, 0])))  # its second step is told to all three: 3
+        assert robot.infer(seen(prompt="nan"))["actions"].tolist() == [[0, 0, 3]] * 2
+        out = robot.infer(seen(state=np.zeros(2)))
+        assert out["actions"].tolist() == [[1, 0, 0], [1, 1, 1]] and out["clipped"] == 1
+
+
 def raw_reply(port, message):
     """The server's reply to raw bytes or text, or its close code."""
     from websockets import ConnectionClosed

@@ -263,6 +263,8 @@ class Server:
         decision = self.predict(Job(observation, noise_key))
         predicted = executor(decision.chunk, observation.prompt)  # (n, A)
         actions = np.clip(predicted, self.lowest, self.highest)
+        if not np.isfinite(decision.chunk).all():  # held still: 0 may be outside of the range
+            actions = np.where(self.policy.hold.keeps, actions, predicted)
         clipped = int((actions != predicted).sum())
         with self.counting:
             self.count.update(requests=1, numbers=actions.size, clipped=clipped)
