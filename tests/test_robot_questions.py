@@ -801,6 +801,9 @@ BAD_AXES = {
     "not state or action": {**AXES, "gripper": {**GRIP, "of": "hand"}},
     "as many dimensions as values": {**AXES, "gripper": {**GRIP, "open": [1]}},
     "its keys are not": {"position": [0, 1, 2]},
+    # these two passed: the second number of a place was the first, and no gripper ever closed
+    "a dimension is named twice": {**AXES, "position": [0, 0, 1]},
+    "of the gripper are not numbers": {**AXES, "gripper": {**GRIP, "open": [float("nan")]}},
     "could not convert string to float": {**AXES, "gripper": {**GRIP, "open": ["wide"]}},
 }
 
@@ -809,6 +812,13 @@ BAD_AXES = {
 def test_bad_axes(data, tmp_path, message):
     axes = write_file(tmp_path / "axes.json", BAD_AXES[message])
     assert message in error_of(flags(data, tmp_path / "out", axes=axes))
+
+
+def test_axes_that_are_no_text_are_named(tmp_path):
+    """The codec's error alone named no file."""
+    (tmp_path / "axes.json").write_bytes(b"\xff{}")
+    with pytest.raises(ValueError, match=r"axes\.json: not JSON .*can't decode.*; repair it"):
+        mt.read_axes(tmp_path / "axes.json", 3, 4)
 
 
 def error_of(argv: list[str]) -> str:

@@ -77,6 +77,8 @@ def axes_fault(axes: Axes) -> str:
         return f'"metres" {axes.metres} is not above 0'
     if len(axes.position) != 3 or len(axes.origin) != 3 or not np.isfinite(axes.origin).all():
         return '"position" and "origin" are not 3 numbers each'
+    if len(set(axes.position)) < 3 or len(set(gripper.dimensions)) < len(gripper.dimensions):
+        return "a dimension is named twice"
     if not isinstance(axes.origin_name, str) or not all(isinstance(word, str) for word in words):
         return '"origin_name" or one of "words" is no text'
     if len(axes.words) != 3 or len(set(words)) != 6 or words[4:] != ["down", "up"]:
@@ -86,16 +88,19 @@ def axes_fault(axes: Axes) -> str:
     lengths = {len(gripper.dimensions), len(gripper.closed), len(gripper.open)}
     if lengths == {0} or len(lengths) != 1 or list(gripper.closed) == list(gripper.open):
         return "a gripper needs as many dimensions as values when closed and, other ones, open"
-    np.array([gripper.closed, gripper.open], float)
+    if not np.isfinite(np.array([gripper.closed, gripper.open], float)).all():
+        return '"closed" and "open" of the gripper are not numbers'
     return ""
 
 
 def read_object(path: str | Path, keys: tuple[str, ...]) -> dict:
     """A JSON object that has just these keys. ValueError, FileNotFoundError."""
     try:
-        fields = json.loads(Path(path).read_text())
+        fields = json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as e:
         raise ValueError(f"{path}:{e.lineno}: not JSON ({e.msg}); repair it") from e
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path}: not JSON ({e}); repair it") from e
     except (FileNotFoundError, IsADirectoryError) as e:
         raise FileNotFoundError(f"{path}: no such file; see those in {AXES}") from e
     if not isinstance(fields, dict) or set(fields) != set(keys):

@@ -76,7 +76,7 @@ class Decision(NamedTuple):
 class Answer(NamedTuple):
     """What one client is told."""
 
-    actions: np.ndarray  # (n, A) float32, dataset units, within the range of the training actions
+    actions: np.ndarray  # (n, A) float32, dataset units, within the training range, or still
     clipped: int  # numbers of them that were beyond it
     thought: str | None
 
