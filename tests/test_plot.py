@@ -136,6 +136,16 @@ def test_what_cannot_be_drawn_is_one_line(tmp_path):
         plot.main([str(tmp_path / "run"), "--out", "picture.png", "--variants", "SFT"])
 
 
+@pytest.mark.parametrize(
+    "arm", [{}, {"metrics": []}, {"metrics": {"success": 3}}, {"metrics": {"success": {"mean": 1}}}]
+)
+def test_results_of_another_shape_are_named(tmp_path, arm):
+    """They were tracebacks."""
+    (tmp_path / "r.json").write_text(json.dumps({"arms": {"SFT": arm}}))
+    with pytest.raises(ValueError, match=r"r\.json: SFT is not as evaluate\.py writes it"):
+        plot.read_variants(tmp_path / "r.json", [])
+
+
 def test_panels_of_two_files_tell_them_apart(tmp_path):
     """Those of the probe had one title."""
     pytest.importorskip("matplotlib", reason="pip install -r requirements-extras.txt")

@@ -324,9 +324,15 @@ def read_variants(path: Path, chosen: Sequence[str]) -> dict[str, dict]:
     variants = {}
     for name in chosen or arms:
         variants[name] = {}
-        for metric, value in arms[name]["metrics"].items():
-            if value["mean"] is not None and value["low"] is not None:
-                variants[name][metric] = value
+        try:
+            for metric, value in arms[name]["metrics"].items():
+                interval = [value[key] for key in ("mean", "low", "high")]
+                if None not in interval and np.isfinite(interval).all():
+                    variants[name][metric] = value
+        except (KeyError, TypeError, AttributeError) as e:
+            raise ValueError(
+                f"{path}: {name} is not as evaluate.py writes it ({e!r}); make the file anew"
+            ) from e
     return variants
 
 
