@@ -36,6 +36,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -128,10 +129,7 @@ def mcnemar(before: np.ndarray, after: np.ndarray) -> McNemar:
 
 def read_results(path: str | Path) -> dict:
     """A results file as a dict. ValueError when it is not one."""
-    try:
-        results = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path}:{e.lineno}: not JSON ({e.msg}); delete the file") from e
+    results = model.read_json(path)
     if not isinstance(results, dict) or "arms" not in results:
         raise ValueError(f'{path}: no "arms" in it; give a results file that evaluate.py wrote')
     return results
@@ -807,6 +805,9 @@ COLUMNS = {  # head of a column: its metric
     "average": "success",
     "chain length": "chain length",
 }
+# Regular expressions of metrics of which each has a row of its own, named by the first group.
+TRUE_STATEMENTS = "think sampled thought true (.+)"
+ANSWERS = f"((?:{'|'.join(grpo.SCORES)})(?:_graded)? .+|answers)"
 # What variants are compared in, where each prompt's, trial's or chain's value is known.
 GREEDY = ["think greedy r_a", "think greedy l1", "think greedy thought true"]
 COMPARED = [*COLUMNS.values(), *GREEDY, *[f"{mode} success" for mode in vla.MODES], "answers"]
@@ -828,12 +829,9 @@ def report(args: argparse.Namespace):
             results["note"] = args.note
         if args.minutes or args.note:
             model.write_json(path, results)
-        names = args.variants.split(",") if args.variants else list(results["arms"])
-        unknown = sorted(set(names) - set(results["arms"]))
-        if unknown:
-            raise ValueError(
-                f"{path}: no variant {', '.join(unknown)}; it has {', '.join(results['arms'])}"
-            )
+        names = list(results["arms"])
+        if args.variants:
+            names = named_variants(args.variants, names, path)
         variants = [(name, results["arms"][name]) for name in names]  # one may come twice
         lines = [
             heading(results),
@@ -845,13 +843,28 @@ def report(args: argparse.Namespace):
             *paired_differences(variants),
             *distinct_actions(variants),
             *ways_to_drive(variants),
-            *true_statements(variants),
+            *rows_by_kind("true in sampled thoughts", TRUE_STATEMENTS, variants),
+            *rows_by_kind("answers, by score and kind", ANSWERS, variants),
         ]
         texts.append("\n".join(lines) + "\n")
         print(texts[-1])
     if args.markdown:
         Path(args.markdown).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.markdown).write_text("\n".join(texts))
+        Path(args.markdown).write_text("\n".join(texts), "utf-8")
+
+
+def named_variants(text: str, known: list[str], path: str) -> list[str]:
+    """Names of --variants, which commas separate and may hold themselves. ValueError for one that
+    the file does not know."""
+    names = []
+    while text:
+        fitting = [name for name in known if f"{text},".startswith(f"{name},")]
+        if not fitting:
+            unknown = text.split(",", 1)[0]
+            raise ValueError(f"{path}: no variant {unknown}; it has {', '.join(known)}")
+        names.append(max(fitting, key=len))
+        text = text[len(names[-1]) + 1 :]
+    return names
 
 
 def heading(results: dict) -> str:
@@ -884,13 +897,18 @@ def tokens_sentence(tokens: dict) -> str:
 
 
 def table(variants: list[tuple[str, dict]]) -> list[str]:
-    """Lines of the Markdown table: a row for each variant."""
+    """Lines of a Markdown table: a row for each variant, a column for each of COLUMNS that somebody
+    measured. None when nobody measured any."""
+    measured = {metric for _, variant in variants for metric in variant["metrics"]}
+    columns = {head: metric for head, metric in COLUMNS.items() if metric in measured}
+    if not columns:
+        return []
     lines = [
-        "| model | " + " | ".join(COLUMNS) + " |",
-        "|---" * (len(COLUMNS) + 1) + "|",
+        "| model | " + " | ".join(columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
     ]
     for name, variant in variants:
-        cells = [cell(metric, variant["metrics"].get(metric)) for metric in COLUMNS.values()]
+        cells = [cell(metric, variant["metrics"].get(metric)) for metric in columns.values()]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
@@ -974,25 +992,24 @@ def ways_to_drive(variants: list[tuple[str, dict]]) -> list[str]:
     return lines
 
 
-def true_statements(variants: list[tuple[str, dict]]) -> list[str]:
-    """Lines of a second Markdown table: how often each statement of sampled thoughts is true, a
-    column for each variant. None when nobody measured it."""
-    start = "think sampled thought true "
-    metrics = []  # in the order in which they were measured, each once
+def rows_by_kind(head: str, pattern: str, variants: list[tuple[str, dict]]) -> list[str]:
+    """Lines of a Markdown table: a row for each metric that fits the pattern, a column for each
+    variant. None when nobody measured any."""
+    rows = {}  # metric -> its name in the table, in the order in which they were measured
     for _, variant in variants:
-        for name in variant["metrics"]:
-            if name.startswith(start) and name not in metrics:
-                metrics.append(name)
-    if not metrics:
+        for metric in variant["metrics"]:
+            if match := re.fullmatch(pattern, metric):
+                rows[metric] = match[1]
+    if not rows:
         return []
     lines = [
         "",
-        "| true in sampled thoughts | " + " | ".join(name for name, _ in variants) + " |",
+        f"| {head} | " + " | ".join(name for name, _ in variants) + " |",
         "|---" * (len(variants) + 1) + "|",
     ]
-    for metric in metrics:
+    for metric, row in rows.items():
         cells = [cell(metric, variant["metrics"].get(metric)) for _, variant in variants]
-        lines.append(f"| {metric.removeprefix(start)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return lines
 
 

@@ -2308,7 +2308,13 @@ def write_json(path: str | Path, value) -> None:
 
 
 def read_json(path: str | Path):
-    return json.loads(Path(path).read_text())
+    """What stands in a JSON file. ValueError naming it, and the line, when it is not JSON."""
+    try:
+        return json.loads(Path(path).read_text())
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path}:{e.lineno}: not JSON ({e.msg}); repair or delete the file") from e
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path}: not JSON ({e}); repair or delete the file") from e
 
 
 def _whole_weights(module):

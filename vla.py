@@ -1528,36 +1528,31 @@ def policy_flags(add: Callable) -> None:
     """Flags of what loads a policy, for a checkpoint of sft or grpo; add is a parser's
     add_argument."""
     add("--mode", choices=MODES, help="of an sft or grpo checkpoint; think if not given")
-    add(
-        "--tries",
-        type=count,
-        default=3,
-        help="its answers to a prompt at most, then it holds still",
-    )
-    add(
-        "--temperature",
-        type=positive,
-        default=1.0,
-        help="of its answers after the first, greedy one",
-    )
+    add("--tries", type=count, help="its answers to a prompt at most, then it holds still; 3")
+    add("--temperature", type=positive, help="of its answers after the first, greedy one; 1")
 
 
 def load_policy(
     path: str | Path,
     mode: str | None = None,
-    tries: int = 3,
-    temperature: float = 1.0,
+    tries: int | None = None,
+    temperature: float | None = None,
     device: str | torch.device = "cpu",
     seed: int = 0,
 ) -> Policy | TokenPolicy:
     """A checkpoint of stage vla -> Policy; of sft or grpo -> TokenPolicy. path: it, or its run
-    folder. ValueError for one of another stage, or a mode for a head."""
+    folder. What is None is as TokenPolicy has it. ValueError for one of another stage, or for what
+    a head does not have: mode, tries, temperature."""
     record = Path(model.find_checkpoint(path)) / "run.json"
     stage = model.read_json(record)["stage"] if record.exists() else "vla"
+    of_tokens = {"mode": mode, "tries": tries, "temperature": temperature}
+    given = {name: value for name, value in of_tokens.items() if value is not None}
     if stage != "vla":
-        return TokenPolicy.load(path, mode or "think", tries, temperature, device, seed)
-    if mode:
-        raise ValueError(f"--mode {mode}: the head of {path} has no modes; leave --mode out")
+        return TokenPolicy.load(path, device=device, seed=seed, **given)
+    for name, value in given.items():
+        raise ValueError(
+            f"--{name} {value}: the head of {path} writes no tokens; leave --{name} out"
+        )
     return Policy.load(path, device, seed)
 
 

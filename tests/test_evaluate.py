@@ -154,7 +154,7 @@ def test_report_table_and_paired_differences(tmp_path, capsys):
     path = write_results(tmp_path, {"SFT": variant(0), "SFT+RL": variant(0.05)})
     evaluate.main(["report", str(path), "--markdown", str(tmp_path / "r.md")])
     out = capsys.readouterr().out
-    assert "| SFT+RL | - | - | 0.275 [" in out and "75.0 [" in out
+    assert "| SFT+RL | 0.275 [" in out and "75.0 [" in out
     # every prompt gained 0.05, so the interval of the difference has no width
     assert "think sampled r_a: SFT+RL - SFT = 0.050 [0.050, 0.050], n 51" in out
     line = next(line for line in out.splitlines() if line.startswith("- success: SFT+RL"))
@@ -221,9 +221,44 @@ def test_other_items_are_not_compared(tmp_path, capsys):
     assert "SFT+RL - SFT" not in printed
 
 
+def test_a_table_has_what_was_measured(tmp_path, capsys):
+    """Of questions it was a row of dashes for each variant."""
+    values = [{"mean": mean, "low": 0.0, "high": 1.0, "n": 4} for mean in (0.25, 0.5, 0.75)]
+    answers = {"exact where": values[0], "path_graded trajectory+think": values[1]}
+    answers |= {"answers": values[2], "truncated": values[2]}
+    variants = {"SFT": {"metrics": answers, "paired": {}}, "base": {"metrics": {}, "paired": {}}}
+    evaluate.main(["report", str(write_results(tmp_path, variants))])
+    tables = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert tables == [
+        "| answers, by score and kind | SFT | base |",
+        "|---|---|---|",
+        "| exact where | 0.250 [0.000, 1.000] | - |",
+        "| path_graded trajectory+think | 0.500 [0.000, 1.000] | - |",
+        "| answers | 0.750 [0.000, 1.000] | - |",
+    ]
+    variants["base"]["metrics"] = {"chain length": values[0]}
+    evaluate.main(["report", str(write_results(tmp_path, variants)), "--variants", "base"])
+    tables = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert tables[:3] == [
+        "| model | chain length |",
+        "|---|---|",
+        "| base | 0.250 [0.000, 1.000] |",
+    ]
+
+
+def test_names_of_variants_may_have_commas():
+    known = ["SFT", "SFT, reads its thought", "base"]
+    assert evaluate.named_variants("SFT,base,SFT", known, "r.json") == ["SFT", "base", "SFT"]
+    both = "SFT, reads its thought,SFT"
+    assert evaluate.named_variants(both, known, "r.json") == ["SFT, reads its thought", "SFT"]
+    with pytest.raises(ValueError, match=r"r.json: no variant SFT\+RL; it has SFT, SFT, reads"):
+        evaluate.named_variants("base,SFT+RL", known, "r.json")
+
+
 def test_one_markdown_file_of_all_results_files(tmp_path, capsys):
     """It held the last one's table alone."""
-    path = write_results(tmp_path, {"base": {"metrics": {}, "paired": {}}})
+    success = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 10}
+    path = write_results(tmp_path, {"base": {"metrics": {"success": success}, "paired": {}}})
     other = tmp_path / "other.json"
     other.write_text(path.read_text().replace('"base"', '"SFT"'))
     markdown = tmp_path / "new/t.md"

@@ -1153,3 +1153,10 @@ def test_log(tmp_path, capsys):
     last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
     assert last["loss"] == 0.25, "the file holds what the terminal does not show"
     assert not (tmp_path / "quiet").exists()
+
+
+@pytest.mark.parametrize("content", [b'{"stage":\n "sft"', b"\xff\xfe"])
+def test_a_damaged_json_file_is_named(tmp_path, content):
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"run\.json.*: not JSON .*repair or delete the file"):
+        model.read_json(tmp_path / "run.json")

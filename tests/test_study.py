@@ -702,6 +702,7 @@ def test_two_studies_do_not_run_in_one_folder(tmp_path):
     ("flags", "words"),
     [
         (["--only", "SFT,nobody"], "no model nobody; the study has base, A, B, C"),
+        (["--only", "A", "--seeds", "1000"], "--seeds 1000: .* of what is measured on"),
         (["--only", "A", "--seeds", "0,x"], "--seeds 0,x: .*; give numbers, as 0,1,2"),
         (["--measures", "actions,vqa"], "--measures: no 'vqa'; give some of actions, or none"),
         (["--heads", "prompt"], "--heads: no 'prompt'; give some of"),

@@ -241,7 +241,8 @@ def test_the_stage_decides_who_drives(checkpoints):
     for name, flags, words in (
         ("base", {}, "stage 'base', expected sft or grpo"),
         ("wordy", {}, "no action tokenizer.*train it on episodes with sft.py"),
-        ("vla", {"mode": "think"}, "--mode think: the head of .* has no modes; leave --mode out"),
+        ("vla", {"mode": "think"}, "--mode think: the head of .* no tokens; leave --mode out"),
+        ("vla", {"tries": 3}, "--tries 3: the head of .* writes no tokens; leave --tries out"),
         ("vla", {}, "no policy; train one"),
     ):
         with pytest.raises(ValueError, match=words) as e:

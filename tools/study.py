@@ -1114,6 +1114,8 @@ def wanted_models(matrix: Matrix, only: str, seeds: str) -> dict[str, list[int]]
         given = [natural(seed) for seed in seeds.split(",")] if seeds else []
     except (ValueError, argparse.ArgumentTypeError) as e:
         raise ValueError(f"--seeds {seeds}: {e}; give numbers, as 0,1,2") from e
+    if given and max(given) >= 1000:
+        raise ValueError(f"--seeds {seeds}: from 1000 on they are of what is measured on")
     wanted = {}
     for name in names:
         wanted[name] = given or list(range(model_named(matrix.models, name).seeds))
