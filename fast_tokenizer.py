@@ -815,7 +815,7 @@ def write_episodes(
         # 3. statistics of all
         stats = _statistics_of(written)
         (unfinished / "stats.json").write_text(json.dumps(stats, indent=1))
-        unfinished.replace(folder)
+        unfinished.replace(folder.resolve())
     for name in stats:
         for line in rare_lines(stats[name], name):
             print(f"{folder}: {line}")
@@ -823,8 +823,12 @@ def write_episodes(
 
 
 def unfinished_folder(folder: str | Path) -> Path:
-    """The folder beside `folder` that takes its name when all is written."""
-    return Path(folder).with_name(Path(folder).name + ".part")
+    """The folder beside `folder` that takes its name when all is written. Of a link: beside what it
+    leads to, perhaps a larger disk, since a folder takes the place of a folder alone."""
+    folder = Path(folder)
+    if folder.is_symlink():
+        folder = folder.resolve()
+    return folder.with_name(folder.name + ".part")
 
 
 def unfinished_episodes(folder: str | Path) -> list[EpisodeFile]:

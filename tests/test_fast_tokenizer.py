@@ -860,6 +860,17 @@ def test_many_episodes_need_few_memory_maps(tmp_path):
     assert ft.OPEN_FILES / 2 < maps <= ft.OPEN_FILES
 
 
+def test_a_link_to_an_empty_folder_is_filled(tmp_path):
+    """As of data/ on a larger disk: at the end a folder does not take a link's place, so that hours
+    of writing ended in an error."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    ft.write_episodes(tmp_path / "link", recordings(2))
+    assert (tmp_path / "link").is_symlink()
+    assert len(ft.read_episodes(tmp_path / "disk")) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"disk", "link"}
+
+
 @pytest.mark.parametrize("per_file", [1, 3])
 @pytest.mark.parametrize("yields_none", [True, False])
 def test_a_stopped_writer_goes_on_to_the_same_bytes(tmp_path, per_file, yields_none):

@@ -486,7 +486,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
-        unfinished.replace(folder)
+        unfinished.replace(folder.resolve())
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -515,8 +515,7 @@ def main(argv: list[str]) -> None:
         files = read_episodes(args.data, args.max_episodes)
         fps = common_fps(files, args.fps)
         check_cameras(files, args.image_format)
-        # a link would not take the place of what is written beside it
-        with new_folder(Path(args.out).resolve()) as folder:
+        with new_folder(Path(args.out)) as folder:
             write_dataset(folder, files, fps, args.image_format)
     except (ValueError, OSError) as e:
         raise SystemExit(f"error: {e}") from e
