@@ -246,6 +246,12 @@ def check(args):
     """ValueError when a flag is wrong, before a policy is loaded."""
     if args.chains > 1000:
         raise ValueError(f"--chains {args.chains}: there are 1,000")
+    described = Path(args.data, "validation", ".hydra", "merged_config.yaml")
+    if not described.is_file():
+        raise ValueError(
+            f"--data {args.data}: no {described}; give the folder of a CALVIN dataset, as "
+            "task_ABC_D, with its validation/"
+        )
 
 
 def evaluate(policy, args, local: slice) -> Outcome:

@@ -31,6 +31,8 @@ from tools.extras import require
 
 TRIALS = 50  # a task
 EXPERT = {"spatial": "012356789", "object": "0123456789", "goal": "124689"}  # tasks that it can do
+SETTLING = 10  # steps before a trial begins
+MOST_STEPS = 1000 - SETTLING  # LIBERO's horizon
 LIMITS = {"spatial": 220, "object": 280, "goal": 300, "long": 520}  # long: LIBERO's "libero_10"
 STATE_DIM = 8
 ACTION_NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")  # each -1 .. 1
@@ -91,8 +93,9 @@ def tasks(args) -> list[str]:
 
 
 def check(args):
-    """ValueError when a flag is wrong, before a policy is loaded."""
+    """ValueError when a flag is wrong, before a policy is loaded or a recording begins."""
     tasks(args)
+    simulate.check_limit(args.limit, MOST_STEPS)
 
 
 def evaluate(policy, args, local: slice) -> simulate.Outcome:
@@ -173,8 +176,8 @@ class Simulator:
         self.env.reset()
         if split == "eval":
             self.env.set_init_state(self.states[number % len(self.states)])
-        for i in range(10):  # to settle
-            self.advance([0, 0, 0, 0, 0, 0, -1], look=i == 9)
+        for i in range(SETTLING):
+            self.advance([0, 0, 0, 0, 0, 0, -1], look=i == SETTLING - 1)
         self.script = demonstrate(self)
         self.target = ""  # LIBERO's name of what the expert is going for
         self.objects = self._find_objects()

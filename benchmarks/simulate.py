@@ -3,7 +3,8 @@ their experts and trials that ask one policy.
 
 A benchmark is a module of benchmarks/ with
     arguments(add)                   flags of `evaluate.py NAME`; add is a parser's add_argument
-    check(args)                      ValueError when they are wrong, before a policy is loaded
+    check(args)                      ValueError when they are wrong, before a policy is loaded or
+                                     a recording begins
     evaluate(policy, args, local)    -> Outcome of trials[local], this process's share of them all;
                                      noise by a trial's own numbers, so that shares change nothing
                                      and compared policies meet the same in each of its steps
@@ -31,6 +32,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -68,6 +70,13 @@ def check_once(flag: str, chosen: Sequence[str]):
     twice = sorted({name for name in chosen if chosen.count(name) > 1})
     if twice:
         raise ValueError(f"{flag}: {', '.join(twice)} is named twice; name each once")
+
+
+def check_limit(limit: int, most: int):
+    """ValueError when --limit asks for more steps than the simulator takes in a trial: the one
+    after them would be a crash, in the middle of an evaluation."""
+    if limit > most:
+        raise ValueError(f"--limit {limit}: the simulator takes at most {most} steps in a trial")
 
 
 def render_headless():
@@ -332,6 +341,15 @@ def limit_argument(add):
     add("--limit", type=natural, default=0, help="steps a trial; 0: the benchmark's own")
 
 
+def program(text: str) -> str:
+    """The value of --python, as a whole path: workers run in another folder. What cannot be run is
+    refused before a policy is loaded."""
+    found = shutil.which(text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text} is no program that can be run")
+    return os.path.abspath(found)  # links stay: a virtual environment's python is one
+
+
 def trial_arguments(add, trials: int):
     """Flags of `evaluate.py NAME` for a real simulator; trials: how many of a task by default."""
     from fast_tokenizer import count, natural
@@ -345,7 +363,7 @@ def trial_arguments(add, trials: int):
     limit_argument(add)
     add("--trials", type=count, default=trials, help="trials a task")
     add("--workers", type=count, default=2, help="simulator processes of each rank")
-    add("--python", default=sys.executable, help="a Python that has the simulator")
+    add("--python", type=program, default=sys.executable, help="a Python that has the simulator")
     film_argument(add)
 
 
@@ -425,7 +443,10 @@ def worker(
     module = importlib.import_module(f"benchmarks.{name}")
     with protocol.client(port) as (infer, metadata):
         for task, jobs_of_task in itertools.groupby(jobs, lambda job: job[0]):
-            env = module.Simulator(task, sizes, limit)
+            try:
+                env = module.Simulator(task, sizes, limit)
+            except ValueError as e:  # no such task, or no such package in this Python
+                raise SystemExit(f"error: {e}") from e
             for _, number, is_filmed in jobs_of_task:
                 film = Film(env.fps) if is_filmed else None
                 success, steps = run_trial(env, task, number, infer, metadata["cameras"], film)
@@ -606,15 +627,11 @@ def record(name: str, convert=None):
     if convert:
         add("--convert", default="", help="instead: folder of the published demonstrations")
         add("--drop-noops", action="store_true", help="with it: leave out steps that do nothing")
-    importlib.import_module(f"benchmarks.{name}").task_arguments(add)
+    module = importlib.import_module(f"benchmarks.{name}")
+    module.task_arguments(add)
     add("--size", type=count, default=SIDE, help="side of the images, pixels")
     limit_argument(add)
     args = parser.parse_args()
-    for flag in ("tasks", "suites"):
-        try:
-            check_once(f"--{flag}", getattr(args, flag, "").split(","))
-        except ValueError as e:
-            parser.error(str(e))
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     if convert and args.convert:
         unused = sorted(given - {"command", "out", "convert", "drop_noops"})
@@ -624,6 +641,10 @@ def record(name: str, convert=None):
     elif "drop_noops" in given:
         parser.error("--drop-noops is of --convert: the expert's steps all do something")
     else:
+        try:
+            module.check(args)
+        except ValueError as e:
+            parser.error(str(e))
         recordings = demonstrations(name, args)
     write_episodes(Path(args.out) / "episodes", recordings)
 

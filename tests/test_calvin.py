@@ -282,6 +282,19 @@ def test_a_crash_in_a_late_chain_loses_none_before_it(package, tmp_path):
     assert len(set(map(tuple, second.keys))) == len(second.keys)
 
 
+def test_a_folder_that_is_no_dataset_is_named_before_the_policy_is_loaded(package, tmp_path):
+    """One of its two splits, as the converter takes, was first found wrong by the simulator."""
+    argv = ["calvin", "--policy", "x", "--out", str(tmp_path / "r.json"), "--data"]
+    for folder in (package / "validation", tmp_path / "elsewhere"):
+        with pytest.raises(ValueError, match=f"--data {folder}: no .*; give the folder of a CALV"):
+            evaluate.main([*argv, str(folder)])
+    args = evaluate.make_parser("calvin").parse_args([*argv, str(package)])
+    calvin.check(args)
+    args.chains = 1001
+    with pytest.raises(ValueError, match="--chains 1001: there are 1,000"):
+        calvin.check(args)
+
+
 def test_what_is_missing_is_one_line(package, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="elsewhere/validation/.hydra/merged_config.yaml"):
         calvin.play(Scripted(()), flags(tmp_path, tmp_path / "elsewhere"), slice(None))

@@ -331,7 +331,10 @@ def test_what_a_benchmark_has_none_of_is_not_written(tmp_path, monkeypatch):
     }
     unasked = types.SimpleNamespace(count=collections.Counter())
     monkeypatch.setattr(evaluate.vla, "load_policy", lambda *args: unasked)
-    for command, more in (("libero", []), ("calvin", ["--data", "x"])):
+    described = tmp_path / "validation/.hydra/merged_config.yaml"
+    described.parent.mkdir(parents=True)
+    described.touch()
+    for command, more in (("libero", []), ("calvin", ["--data", str(tmp_path)])):
         module = evaluate.simulator_module(command)
         monkeypatch.setattr(module, "evaluate", lambda policy, args, local: outcomes[args.command])
         evaluate.main([command, "--policy", "x", "--out", str(path), *more])

@@ -172,7 +172,7 @@ def test_files_that_are_no_demonstrations(tmp_path, monkeypatch):
 )
 def test_objects_of_the_real_simulator(task, first, others):
     """Names, what the expert goes for, and the camera of tools/axes."""
-    pytest.importorskip("libero.libero.envs", reason="runs in LIBERO's Python, see README")
+    pytest.importorskip("libero.libero.envs", reason="LIBERO's Python, see docs/simulators.md")
     env = libero.Simulator(task, {"image": [64, 64], "image_wrist": [64, 64]}, 0)
     env.reset(1, "train")
     suite = task.split("/")[0]
@@ -199,7 +199,7 @@ def test_objects_of_the_real_simulator(task, first, others):
 @pytest.mark.sim
 def test_a_scene_that_is_compiled_once_is_the_same_after_each_reset(monkeypatch):
     """The second trial: the states, frames and objects of a simulator that compiles anew."""
-    pytest.importorskip("libero.libero.envs", reason="runs in LIBERO's Python, see README")
+    pytest.importorskip("libero.libero.envs", reason="LIBERO's Python, see docs/simulators.md")
     import mujoco
     from robosuite.utils.binding_utils import MjSim
 
@@ -235,7 +235,7 @@ def test_a_scene_that_is_compiled_once_is_the_same_after_each_reset(monkeypatch)
 @pytest.mark.sim
 @pytest.mark.parametrize("number", libero.GOAL_GRASPS)
 def test_the_expert_does_goal(number):
-    pytest.importorskip("libero.libero.envs", reason="runs in LIBERO's Python, see README")
+    pytest.importorskip("libero.libero.envs", reason="LIBERO's Python, see docs/simulators.md")
     env = libero.Simulator(f"goal/{number}", {"image": [64, 64], "image_wrist": [64, 64]}, 0)
     env.reset(1, "train")
     targets = []
@@ -254,7 +254,7 @@ def test_the_expert_does_goal(number):
 def test_a_file_written_from_the_real_simulator(tmp_path, monkeypatch):
     """Frames and states as LIBERO's own recorder stores them (create_dataset.py: images as
     rendered, the hand by robosuite's quat2axisangle) become the episode of our own recording."""
-    pytest.importorskip("libero.libero.envs", reason="runs in LIBERO's Python, see README")
+    pytest.importorskip("libero.libero.envs", reason="LIBERO's Python, see docs/simulators.md")
     h5py = pytest.importorskip("h5py", reason="pip install -r requirements-extras.txt")
     from robosuite.utils.transform_utils import quat2axisangle
 

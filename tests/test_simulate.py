@@ -28,11 +28,14 @@ import numpy as np
 from benchmarks.simulate import Scene
 TRIALS, STATE_DIM, ACTION_NAMES = 2, 2, ("x", "y", "gripper")
 def task_arguments(add): pass
+def check(args): pass
 def tasks(args): return ["toy/0", "toy/1"]
 class Simulator:
     limit, fps, cameras = 15, 10, ["image", "image_wrist"]
     def __init__(self, task, sizes, limit):
         print("simulators print")
+        if task == "toy/9":
+            raise ValueError("the toy has no task 9")
         self.shapes = {name: (*size, 3) for name, size in sizes.items()}
         self.task, self.prompt, self.env = task, "go right", self
         self.goal = 10 * (int(task[-1]) + 1)
@@ -209,6 +212,48 @@ def test_a_crash_stops_the_other_workers(toy, tmp_path):
     with pytest.raises(ValueError, match=r"task toy/1, trial 1 \(exit code 139"):
         simulate.run_trials("toy", Right(), toy, ALL)
     assert len(rows(toy)) < 23
+
+
+def test_what_a_simulator_refuses_is_one_line(toy, monkeypatch, capfd):
+    """A --python without the package, or a task that there is not, ended in a traceback."""
+    monkeypatch.setattr(evaluate.simulator_module("toy"), "tasks", lambda args: ["toy/9"])
+    with pytest.raises(ValueError, match=r"task toy/9, trial [01] \(exit code 1, see above"):
+        simulate.run_trials("toy", Right(), toy, ALL)
+    written = capfd.readouterr().err
+    assert "error: the toy has no task 9\n" in written and "Traceback" not in written
+
+
+def test_the_python_of_a_simulator_is_found_from_where_the_user_is(tmp_path, monkeypatch, capsys):
+    """Workers run in the repository's folder: a path relative to another one was not there, which
+    was known only when the policy had been loaded. A link, as of a virtual environment, stays."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").symlink_to(sys.executable)
+    monkeypatch.chdir(tmp_path)
+    assert simulate.program("bin/python") == str(tmp_path / "bin/python")
+    assert simulate.program(sys.executable) == sys.executable
+    with pytest.raises(SystemExit):
+        evaluate.main(["libero", "--policy", "x", "--python", "bin/nowhere"])
+    assert "--python: bin/nowhere is no program that can be run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "most", "flags"), [("metaworld", 500, []), ("libero", 990, ["--suites", "spatial"])]
+)
+def test_more_steps_than_a_simulator_takes_are_refused(
+    name, most, flags, tmp_path, monkeypatch, capsys
+):
+    """Meta-World and robosuite raise an error in the step after their last: a trial that got there
+    was a crash, and so was each time that the same command went on."""
+    argv = [name, *flags, "--policy", "x", "--out", str(tmp_path / "r.json"), "--limit"]
+    with pytest.raises(ValueError, match=f"--limit {most + 1}: .* at most {most} steps"):
+        evaluate.main([*argv, str(most + 1)])
+    args = evaluate.make_parser(name).parse_args([*argv, str(most)])
+    evaluate.simulator_module(name).check(args)
+    argv = ["x", "record", *flags, "--out", str(tmp_path / "data"), "--limit", str(most + 1)]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit):
+        simulate.record(name)
+    assert f"--limit {most + 1}: " in capsys.readouterr().err
 
 
 def test_two_ranks_run_each_trial_once_and_a_lone_process_goes_on(toy):
