@@ -246,6 +246,25 @@ def test_malformed_ids_are_reported_not_zeroed(tok):
     assert np.isnan(tok.decode([[]])[0]).all()
 
 
+def test_a_partial_chunk_has_zeros_for_what_is_missing(tok):
+    """Of coefficients, not of codes: the code 0 is the least coefficient. By the transform, not by
+    decode itself."""
+    ids = tok.encode(smooth(20))
+    basis = idct(np.eye(tok.horizon), axis=0, norm="ortho")  # (K, K): time by frequency
+    for row in ids:
+        for k in range(len(row) + 1):
+            text = "".join(tok.pieces[i].decode() for i in row[:k])
+            coefs = np.zeros(tok.horizon * tok.action_dim)
+            coefs[: len(text)] = [ord(character) + tok.min_coef for character in text]
+            want = basis @ coefs.reshape(tok.horizon, tok.action_dim) / tok.scale
+            decoded, ok = tok.decode([row[:k]], partial=True)
+            assert ok.all()
+            np.testing.assert_allclose(decoded[0], want, atol=1e-6)
+    too_long, ok = tok.decode([[*ids[0], *ids[1]]], partial=True)
+    assert ok.all()
+    np.testing.assert_array_equal(too_long, tok.decode(ids[:1])[0])
+
+
 def test_both_ends_are_clipped_and_counted(tok):
     chunks = np.zeros((2, 5, 3))
     chunks[0, :, 0] = 1e9  # constant in time: one coefficient each
@@ -256,6 +275,9 @@ def test_both_ends_are_clipped_and_counted(tok):
     assert ok.all()
     np.testing.assert_allclose(decoded[0, :, 0], tok.max_coef / tok.scale / 5**0.5, rtol=1e-6)
     np.testing.assert_allclose(decoded[1, :, 2], tok.min_coef / tok.scale / 5**0.5, rtol=1e-6)
+    both = chunks[:1] + chunks[1:]  # in one row of coefficients
+    tok.encode(both)
+    assert tok.clipped == 2
     tok.encode(chunks * 0)
     assert tok.clipped == 0
 
@@ -442,6 +464,18 @@ def test_a_rare_dimension_keeps_its_range():
     tokenizer = FastTokenizer.fit(chunks, 256, 10, stats)
     decoded, _ = tokenizer.decode(tokenizer.encode(chunks))
     assert np.abs(decoded[..., 0] - chunks[..., 0]).max() < 0.05
+
+
+def test_what_trembles_by_a_rounding_stands_still():
+    """Below 1e-6 nothing moves, however seldom: a float that is rounded another way in one step of
+    1,000 was a dimension of its own, from -1 to 1, and of the lines that warn of such."""
+    x = np.full((1000, 2), 0.25)
+    x[:, 0] += np.linspace(-2e-7, 2e-7, 1000)  # always
+    x[500, 1] += 1e-8  # once
+    stats = ft.statistics(x)
+    assert (ft.normalize(x, stats) == 0).all()
+    assert ft.unnormalize(np.ones((1, 2)), stats).tolist() == [stats["q01"]]
+    assert ft.rare_dimensions(stats) == [] and ft.rare_lines(stats, "action") == []
 
 
 def test_heavy_tails_are_not_rare():
@@ -1014,6 +1048,7 @@ def test_the_split_is_a_shuffle_that_all_stages_share(tmp_path):
     assert [file.name for file in again] == [file.name for file in held]
     fewer = ft.split_episodes(files)[1]
     assert len(fewer) == 5 and set(fewer) < set(held)  # a smaller share is a part of a larger one
+    assert len(ft.split_episodes(files, 0.29)[1]) == 29  # 0.29 * 100 is 28.999999999999996
     with pytest.raises(ValueError, match="1 episodes, all of them held out"):
         ft.split_episodes(files[:1])
 

@@ -1215,6 +1215,28 @@ def test_dynamic_sampling_puts_fresh_prompts_in_the_place_of_equal_rewards(world
             assert static == dynamic
 
 
+def test_no_two_rollouts_draw_the_same(world, monkeypatch):
+    """A sample is a function of (seed, key). Fresh prompts, and the same one asked again, get
+    numbers of their own; the evaluation's are its own too, and the same at each."""
+    monkeypatch.setattr(grpo, "reward", spread_rewards)
+    rollout = grpo.rollout
+    drawn = []  # (seed, keys) of each rollout
+
+    def watched(backbone, cfg, rows, targets, keys, seed, *rest):
+        drawn.append((seed, list(keys)))
+        return rollout(backbone, cfg, rows, targets, keys, seed, *rest)
+
+    monkeypatch.setattr(grpo, "rollout", watched)
+    more = ["--steps", "2", "--dynamic-sampling", "2", "--eval-every", "1", "--eval-prompts", "3"]
+    grpo.main(flags(world, "draws", *more))
+    of_evaluation = [call for call in drawn if call[0] == 1]  # --seed is 0
+    assert len(of_evaluation) == 6 and of_evaluation[:2] * 3 == of_evaluation
+    of_training = [(seed, key) for seed, keys in drawn if seed != 1 for key in keys]
+    assert {seed for seed, _ in of_training} == {0}
+    assert len(of_training) > 8, "some of them fresh ones"
+    assert len(set(of_training)) == len(of_training)
+
+
 @pytest.mark.parametrize(
     ("ranks", "more"),
     [(2, []), (4, ["--shards", "2", "--recompute", "--cpu-offload", "--recompute-old-logp"])],

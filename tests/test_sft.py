@@ -5,10 +5,12 @@ import json
 import re
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import untrained
 from PIL import Image
 from ranks import on_ranks
@@ -357,6 +359,37 @@ def test_the_order_shuffles_each_source_in_passes():
     assert np.array_equal(shorter_row, row[:100])
     _, other_row = sft.sample_order([5, 50], [3, 1], 100, seed=5)
     assert not np.array_equal(other_row, row[:100])
+
+
+def test_ranks_get_rows_of_like_length():
+    """All wait for the rank with the most tokens: of eight rows of 1 to 8 words, whatever their
+    order, rank 0 gets the shortest, the third, ..., and both get all of them once."""
+    backbone = model.load(INIT)
+    lengths = [5, 1, 8, 3, 7, 2, 6, 4]
+
+    class Words:
+        """A source whose row i has lengths[i] words."""
+
+        train = range(8)
+        tokens = lengths
+
+        def unit(self, i):
+            return i
+
+        def __getitem__(self, i):
+            messages = [{"role": "user", "content": "a" + " a" * lengths[i]}]
+            return model.Sample(messages, [], None, f"words:{lengths[i]}")
+
+    picks = np.stack([np.zeros(8, int), np.arange(8)], 1)
+    cfg = sft.Config(micro_batch=2)
+    for rank, want in ((0, [[1, 3], [5, 7]]), (1, [[2, 4], [6, 8]])):
+        dist = model.Dist(rank, 2, torch.device("cpu"))
+        with ThreadPoolExecutor(2) as pool:
+            futures = sft.load_batches(pool, backbone, [Words()], picks, cfg, dist)
+            batches = [future.result() for future in futures]
+        assert [batch["sample_id"] for batch in batches] == [
+            [f"words:{length}" for length in lengths_of_batch] for lengths_of_batch in want
+        ]
 
 
 def test_pack_by_hand():
