@@ -612,6 +612,59 @@ def test_ranks_equal_one_in_action_tokens_and_questions(written, tmp_path):
     assert len((tmp_path / "1.jsonl").read_text().splitlines()) == 5
 
 
+def test_scores_of_completions_by_hand():
+    """Two prompts, four completions each. The first prompt's: right, another's action, right but
+    without the thought that was asked for, and cut off before an action. Only the first two count
+    in l1 and among the actions; l1 is in normalised units, here halves and tenths of the dataset's.
+    Of the second prompt nothing decodes, so it has no l1."""
+    low, high = np.array([-1.0, 10.0]), np.array([3.0, 30.0])
+    stats = {"q01": low.tolist(), "q99": high.tolist()}
+    chunks = np.random.default_rng(0).uniform(low, high, (60, 3, 2)).astype(np.float32)
+    backbone = model.load(untrained.folder("tiny-vlm"))
+    tokenizer = fast_tokenizer.FastTokenizer.fit(chunks, 64, 4, stats)
+    backbone.action_tokenizer = tokenizer
+    sft.grow_vocabulary(backbone, tokenizer.vocab_size)
+    targets = tokenizer.encode(chunks[:2])
+    assert targets[0] != targets[1]
+
+    def completion(text):
+        return backbone.tokenizer(text)["input_ids"]
+
+    right, other = (model.action_answer(ids) + "<|im_end|>" for ids in targets)
+    texts = [f"<think>left</think>{right}", f"<think>up</think>{other}", right, "<think>left"]
+    completions = [completion(text) for text in [*texts, *["<think>no", "so<|im_end|>"] * 2]]
+    prompts = evaluate.Prompts([0, 1], [None] * 2, targets, chunks[:2], [])
+    scores = evaluate.score_completions(backbone, completions, 4, prompts, "prefix", think=True)
+
+    decoded, ok = tokenizer.decode(targets)
+    assert ok.all()
+    gaps = np.abs(decoded - chunks[0]) / [2, 10]  # a unit is half of q01 .. q99
+    l1 = gaps.mean((1, 2))  # of the right and of the other action
+    assert l1[0] < 0.15 < l1[1]
+    r_a = model.prefix_reward(targets[1], targets[0])
+    assert scores[0].means == pytest.approx(
+        {
+            "reward": (1 + (1 + r_a) / 2) / 4,
+            "r_f": 0.5,
+            "r_a": (1 + r_a) / 4,
+            "l1": l1.mean(),
+            "truncated": 0.25,
+        },
+        rel=1e-5,
+    )
+    assert scores[0].thoughts == {"left", "up"} and scores[0].actions == {*map(tuple, targets)}
+    nothing = {"reward": 0, "r_f": 0, "r_a": 0, "l1": np.nan, "truncated": 0.5}
+    assert scores[1].means == pytest.approx(nothing, nan_ok=True) and scores[1].actions == set()
+
+    metrics, paired = evaluate.action_metrics(scores, 4)
+    assert metrics["l1"]["n"] == 1 and metrics["l1"]["mean"] == pytest.approx(l1.mean())
+    assert metrics["r_f"] == {"mean": 0.25, "low": 0.0, "high": 0.5, "n": 2}
+    assert paired["l1"] == [round(scores[0].means["l1"], 5), None]
+    assert metrics["distinct actions"] == {"mean": 2, "low": None, "high": None, "n": 8}
+    direct = evaluate.score_completions(backbone, completions, 4, prompts, "prefix", think=False)
+    assert direct[0].thoughts is None and direct[0].means["r_f"] == 0.75
+
+
 def test_completions_may_be_as_long_as_in_the_run(written, tmp_path, capsys):
     """GRPO's preset allowed 2,048 tokens, evaluate.py 96: a thought of 97 counted as malformed, and
     nothing said that it was cut off."""

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -470,6 +471,9 @@ def test_words_and_actions_in_one_batch(backbone):
     assert sums["decodes"] == sums["markers"] == [1, 2]
     assert sums["distinct_answers"] == [0.5, 1] and sums["distinct_actions"] == [1, 1]
     assert sums["r_a_exact"] == [2, 2] and sums["r_a_action"] == [1, 2]
+    assert sums["completion_length"] == [sum(map(len, ids)), 4] and sums["truncated"] == [0, 4]
+    cut = [ids[0][:-1], *ids[1:]]  # of the one that does not end
+    assert grpo.rollout_metrics(backbone, cut, pairs, r, info, zero_std, 2)["truncated"] == [1, 4]
     means = grpo.means(sums)
     assert means["r_a"] == 0.75 and means["r_a_exact"] == 1 and means["r_a_action"] == 0.5
     assert "r_a_path" not in means
@@ -1070,18 +1074,20 @@ def weights(folder):
 
 def test_resume_equals_uninterrupted(world, monkeypatch):
     monkeypatch.setattr(grpo, "reward", spread_rewards)
-    grpo.main(flags(world, "whole", "--steps", "4"))
-    grpo.main(flags(world, "parts", "--steps", "4", "--save-every", "2"))
+    warm = ["--warmup-ratio", "0.5"]
+    grpo.main(flags(world, "whole", "--steps", "4", *warm))
+    grpo.main(flags(world, "parts", "--steps", "4", "--save-every", "2", *warm))
     final = weights(world / "parts" / "final")
     for folder in "step_000004", "final":  # as if killed in step 3
         shutil.rmtree(world / "parts" / folder)
-    grpo.main(flags(world, "parts", "--steps", "4", "--save-every", "2", "--resume"))
+    grpo.main(flags(world, "parts", "--steps", "4", "--save-every", "2", *warm, "--resume"))
     whole = weights(world / "whole" / "final")
     for k, p in weights(world / "parts" / "final").items():
         assert torch.equal(p, whole[k]) and torch.equal(p, final[k]), k
     assert any(not torch.equal(p, whole[k]) for k, p in weights(world / "sft").items())
     steps = [r for r in records(world / "parts") if "r_f" in r]
     assert [r["step"] for r in steps] == [1, 2, 3, 4, 3, 4]
+    assert [r["lr"] for r in steps] == pytest.approx([0.001, 0.002, *[0.003] * 4]), "no decay"
     for a, b in zip(steps[2:4], steps[4:], strict=True):
         assert all(a[k] == b[k] for k in a.keys() - CLOCK)
     completions = 4 * 4  # a step: prompts x group, of flags()
@@ -1093,9 +1099,9 @@ def test_resume_equals_uninterrupted(world, monkeypatch):
     run = json.loads((world / "whole" / "final" / "run.json").read_text())
     assert (run["stage"], run["step"], run["parent"]) == ("grpo", 4, str(world / "sft"))
     with pytest.raises(ValueError, match="step_000004: is past --steps 3; give 4 or more"):
-        grpo.main(flags(world, "parts", "--steps", "3", "--save-every", "2", "--resume"))
+        grpo.main(flags(world, "parts", "--steps", "3", "--save-every", "2", *warm, "--resume"))
     with pytest.raises(ValueError, match="was run with another --lr"):
-        grpo.main(flags(world, "parts", "--steps", "5", "--lr", "0.1", "--resume"))
+        grpo.main(flags(world, "parts", "--steps", "5", "--lr", "0.1", *warm, "--resume"))
 
 
 def test_changed_episodes_are_named_on_resume(world, tmp_path, monkeypatch):
@@ -1153,6 +1159,25 @@ def test_no_steps_and_no_evaluation(world, capsys):
     grpo.main(flags(world, "not measured", "--steps", "1", "--eval-every", "0"))
     assert "metrics" not in json.loads((world / "not measured/final/run.json").read_text())
     assert not [r for r in records(world / "not measured") if "eval_greedy_reward" in r]
+
+
+def test_held_out_prompts_by_the_weights_of_their_sources(monkeypatch):
+    """Of 8 prompts a quarter and three quarters, spread over what each source holds out; a source
+    that holds out fewer gives each once, one that holds out none nothing. Ranks take turns."""
+    monkeypatch.setattr(grpo, "prompt_rows", lambda backbone, sources, picks, cfg: picks)
+
+    def asked(held, weights, rank=0, world_size=1):
+        sources = [SimpleNamespace(held=range(100, 100 + n)) for n in held]
+        cfg = grpo.Config(eval_prompts=8)
+        dist = model.Dist(rank, world_size, torch.device("cpu"))
+        return [tuple(pick) for pick in grpo.held_out_prompts(None, cfg, sources, weights, dist)]
+
+    whole = asked([11, 51], [1, 3])
+    assert whole == [(0, 100), (0, 110), *[(1, 100 + 10 * i) for i in range(6)]]
+    assert [asked([11, 51], [1, 3], rank, 2) for rank in (0, 1)] == [whole[::2], whole[1::2]]
+    assert asked([0, 2], [1, 1]) == [(1, 100), (1, 101)]
+    with pytest.raises(ValueError, match="--eval-every 25: no row to ask is held out"):
+        asked([0, 0], [1, 1])
 
 
 def test_more_evaluation_prompts_than_held_out_steps(world, monkeypatch):

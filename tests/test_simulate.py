@@ -544,6 +544,7 @@ def test_metaworld_goes_for_the_peg_then_for_the_hole():
     committed = json.loads((ROOT / "tools/axes/metaworld_camera.json").read_text())["matrix"]
     for task, names in (("peg-insert-side-v3", ["peg", "hole"]), ("push-v3", ["puck", "goal"])):
         env = metaworld.Simulator(f"metaworld/{task}", {"image": [32, 32]}, 0)
+        assert env.env.max_path_length == metaworld.MOST_STEPS
         env.reset(1, "train")
         targets = []
         success = False
