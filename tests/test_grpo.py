@@ -253,6 +253,21 @@ def test_the_ladder_by_hand(backbone):
     assert rungs[0] == 1 > rungs[1]
     ladder = grpo.ladder_rewards(backbone.action_tokenizer, [generated], [target])
     assert ladder == pytest.approx([np.mean(rungs)])
+    # up to the longer of the two: a token of two coefficients is ahead by one at each rung but the
+    # last, where both have said all
+    pieces = backbone.action_tokenizer.pieces
+    merged = next(i for i, piece in pieces.items() if len(piece.decode()) == 2)
+    apart = [i for c in pieces[merged].decode() for i in one if pieces[i].decode() == c]
+    short, long = [merged, *[a] * 10], [*apart, *[a] * 10]
+    chunks, ok = backbone.action_tokenizer.decode([short, long])
+    assert ok.all() and np.array_equal(chunks[0], chunks[1])
+    rungs = []
+    for k in range(1, 13):
+        chunks, _ = backbone.action_tokenizer.decode([short[:k], long[:k]], partial=True)
+        rungs.append(grpo.closeness(backbone.action_tokenizer, chunks[:1], chunks[1:])[0])
+    assert rungs[-1] == 1 > min(rungs)
+    ladder = grpo.ladder_rewards(backbone.action_tokenizer, [short, long], [long, short])
+    assert ladder == pytest.approx([np.mean(rungs)] * 2)
 
 
 def test_the_ladder_is_not_climbed_where_nothing_decodes(backbone, monkeypatch):
@@ -427,6 +442,7 @@ def test_reward_of_answers_in_words(backbone):
     cases = {  # text -> r_f, r_a
         "<think>far</think><answer>10</answer><|im_end|>": (1, 1),
         " <think>far</think>\n<answer> 13 </answer> <|im_end|>": (1, math.exp(-0.5)),
+        "<think>far</think><answer>10</answer><|im_end|>11<|im_end|>": (1, 1),  # it has ended
         "<think>far</think><answer>near</answer><|im_end|>": (1, 0),
         "<think>far</think><answer></answer><|im_end|>": (1, 0),
         "<think> </think><answer>10</answer><|im_end|>": (0, 0),  # no thought
@@ -1218,6 +1234,7 @@ def test_dynamic_sampling_puts_fresh_prompts_in_the_place_of_equal_rewards(world
     update_step = grpo.update_step
 
     def watched(backbone, ref, optim, groups, *rest):
+        assert backbone.net.training, "or --recompute would do nothing"
         seen[name].extend((g.row["sample_id"], g.zero_std, g.ids.tolist()) for g in groups)
         return update_step(backbone, ref, optim, groups, *rest)
 

@@ -822,6 +822,8 @@ GOOD = "<think>left, then down</think>" + model.action_answer([4, 0, 7]) + "<|im
             (True, True, [1]),
         ),
         (GOOD + "<|endoftext|>" * 3, (True, True, [4, 0, 7])),
+        (GOOD + "<|im_end|>" * 3, (True, True, [4, 0, 7])),  # the first one ends it
+        ("<think>a</think><|im_end|>" + GOOD, (False, False, [])),
         (model.action_answer([2]) + "<|im_end|>", (True, False, [2])),  # no thought
         ("<think> </think>" + model.action_answer([2]) + "<|im_end|>", (True, False, [2])),
         (GOOD.replace("<|im_end|>", ""), (False, False, [4, 0, 7])),  # cut off
@@ -858,6 +860,13 @@ def test_parse_actions(text, expected):
 )
 def test_prefix_reward(generated, target, expected):
     assert model.prefix_reward(generated, target) == pytest.approx(expected)
+
+
+def test_evenly_spaced_by_hand():
+    assert model.evenly_spaced(range(100, 111), 3) == [100, 105, 110]
+    assert model.evenly_spaced("abcde", 4) == ["a", "b", "c", "e"]  # 0, 1.3, 2.7 and 4
+    assert model.evenly_spaced([7, 8], 9) == [7, 8] and model.evenly_spaced([7, 8], 1) == [7]
+    assert model.evenly_spaced([], 3) == model.evenly_spaced([7], 0) == []
 
 
 def test_learning_rate_by_hand():

@@ -161,6 +161,9 @@ CASES = {  # score: [(answer, the row's own, more of the row, what it is worth)]
         ("(0.5, 0.5)", "", {"mask": "m.png"}, 0),
         ("(0.49, 0.3)", "", {"mask": "m.png"}, 0),
         ("(-0.5, 0.3), (1.0, 1.0), (0.7, 0.4)", "", {"mask": "m.png"}, 1 / 3),
+        # one that is white up to the image's right end, and no further
+        ("(0.99, 0.5)", "", {"mask": "right.png"}, 1),
+        ("(1.0, 0.5), (1.2, 0.5), (0.9, -0.1), (0.9, 1.1)", "", {"mask": "right.png"}, 0),
     ],
 }
 
@@ -170,6 +173,9 @@ def folder(tmp_path):
     mask = np.zeros((40, 80), np.uint8)
     mask[10:20, 40:60] = 255
     Image.fromarray(mask).save(tmp_path / "m.png")
+    right = np.zeros((40, 80), np.uint8)
+    right[:, 60:] = 255
+    Image.fromarray(right).save(tmp_path / "right.png")
     Image.fromarray(np.zeros((40, 80, 3), np.uint8)).save(tmp_path / "i.png")
     return tmp_path
 
@@ -229,6 +235,7 @@ GRADED = {  # score: [(answer, the row's own, more of the row, what it is worth 
         ("(0.1, 0.1), (0.5, 0.1)", "(0.1, 0.1), (0.2, 0.1), (0.5, 0.1)", {}, 1, 1),  # by its length
         ("(0.1, 0.2), (0.5, 0.2)", "(0.1, 0.1), (0.5, 0.1)", {}, E, E),
         ("(0.3, 0.3)", "(0.3, 0.3), (0.3, 0.3)", {}, 1, 1),  # a rest
+        ("(0, 0), (0.4, 0)", "(0, 0), (0.8, 0)", {}, E**2, E**2),  # half as far: 0 to 0.4 off
         ("the way", "(0.1, 0.1), (0.5, 0.1)", {}, 0, 0),
         ("a1 c1", "a1 b1 c1", {"grid": [8, 8]}, 1, 1),
         ("a2 c2", "a1 c1", {"grid": [10, 10]}, E, E),  # a row of cells is 0.1

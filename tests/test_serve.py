@@ -363,6 +363,14 @@ def test_an_array_has_the_bytes_of_its_shape(shape):
         protocol.unpack(message(size + 4))
 
 
+def wait_until(is_true):
+    """What never comes is a failure, not a test that hangs."""
+    deadline = time.monotonic() + 30
+    while not is_true():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.001)
+
+
 @network
 def test_eight_clients_share_a_forward():
     """While the first forward is held, eight more clients ask: one forward answers them all, each
@@ -380,15 +388,15 @@ def test_eight_clients_share_a_forward():
         def together(observations):
             """Eight observations, sent while a forward is held -> their answers, as futures."""
             policy.gate.clear()
-            first = pool.submit(first_robot.infer, seen())
-            while policy.waiting == 0:
-                time.sleep(0.001)
-            answers = []
-            for robot, observation in zip(robots, observations, strict=True):
-                answers.append(pool.submit(robot.infer, observation))
-            while len(server.waiting) < 8:
-                time.sleep(0.001)
-            policy.gate.set()
+            try:
+                first = pool.submit(first_robot.infer, seen())
+                wait_until(lambda: policy.waiting)
+                answers = []
+                for robot, observation in zip(robots, observations, strict=True):
+                    answers.append(pool.submit(robot.infer, observation))
+                wait_until(lambda: len(server.waiting) == 8)
+            finally:
+                policy.gate.set()
             first.result(20)
             return answers
 

@@ -541,14 +541,20 @@ def test_a_stage_of_two_ranks_has_both_workers(tmp_path):
         assert not list(busy.parent.glob("*.busy")), "somebody else works"
         busy.touch()
         time.sleep(0.2)
+        assert list(busy.parent.glob("*.busy")) == [busy], "somebody else has begun"
         busy.unlink()
     """
     busy = [str(tmp_path / f"{number}.busy") for number in range(3)]
-    single = "import time; time.sleep(0.1)"
+    single = """
+        import pathlib, time
+        pathlib.Path({busy!r}).touch()
+        time.sleep(0.1)
+        pathlib.Path({busy!r}).unlink()
+    """
     stages = [
         python_stage("a", alone.format(busy=busy[0]), tmp_path, slots=2),
         python_stage("b", alone.format(busy=busy[1]), tmp_path, slots=2),
-        python_stage("c", single, tmp_path),
+        python_stage("c", single.format(busy=busy[2]), tmp_path),
     ]
     # torchrun is for scripts of the pipeline, so that these run as they are
     status, _ = run_stages(tmp_path, stages)
@@ -658,7 +664,10 @@ def test_sigterm_stops_the_children_and_a_second_run_goes_on(place, capsys):
     Path("train.py").write_text(textwrap.dedent(slow) + quick)
 
     def stop_when_it_runs():
+        deadline = time.monotonic() + 60  # as long as the stage sleeps: then the test fails
         while not (Path("pid").exists() and Path("pid").read_text()):
+            if time.monotonic() > deadline:
+                return
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGTERM)
 
