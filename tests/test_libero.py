@@ -5,6 +5,7 @@ import itertools
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -62,6 +63,144 @@ def test_things_are_called_as_instructions_call_them():
         ("wine_rack_1", spatial, "wine rack"),
     ):
         assert libero.spoken(name, instruction) == words
+
+
+# ---- the package: what LIBERO offers, as far as a trial needs it
+
+
+class FakeWorld:
+    """robosuite's part: sensors are made anew at each reset, and asked in each step."""
+
+    def __init__(self, shapes, calls):
+        self.shapes = shapes  # camera -> (H, W)
+        self.calls = calls
+        self.steps = 0
+        self.obj_of_interest = ["akita_black_bowl_1", "plate_1"]
+        self.obj_body_id = {"plate_1": 0, "akita_black_bowl_1": 1, "akita_black_bowl_2": 2}
+        self.object_sites_dict = {"wooden_cabinet_1_top_region": None}
+
+    def _create_camera_sensors(self, name):
+        def sensor(cache):
+            self.calls.append(f"render {name}")
+            height, width = self.shapes[name]
+            row, column = np.mgrid[:height, :width]
+            return np.stack([row, column, row * 0 + self.steps], 2).astype(np.uint8)
+
+        return [sensor], [f"{name}_image"]
+
+    def observe(self):
+        obs = {
+            "robot0_eef_pos": np.array([0.1, 0.2, 0.3]),
+            "robot0_eef_quat": np.array([0, 0, 0.5**0.5, 0.5**0.5]),  # a quarter about z
+            "robot0_gripper_qpos": np.array([0.04, -0.04]),
+        }
+        for sensor, name in self.sensors:
+            obs[name] = sensor({})
+        return obs
+
+
+class FakeEnv:
+    """LIBERO's OffScreenRenderEnv; done in step 12."""
+
+    def __init__(self, bddl_file_name, camera_names, camera_heights, camera_widths):
+        self.calls = [bddl_file_name]
+        shapes = dict(
+            zip(camera_names, zip(camera_heights, camera_widths, strict=True), strict=True)
+        )
+        self.env = FakeWorld(shapes, self.calls)
+
+    def seed(self, seed):
+        self.calls.append(f"seed {seed}")
+
+    def reset(self):
+        self.calls.append("reset")
+        self.env.steps = 0
+        self.env.sensors = []
+        for camera in self.env.shapes:
+            sensors, names = self.env._create_camera_sensors(camera)
+            self.env.sensors += zip(sensors, names, strict=True)
+
+    def set_init_state(self, state):
+        self.calls.append(f"state {state}")
+
+    def step(self, action):
+        self.env.steps += 1
+        self.calls.append(list(action))
+        done = self.env.steps == 12
+        return self.env.observe(), float(done), done, {}
+
+
+@pytest.fixture
+def package(monkeypatch):
+    """LIBERO's modules: each suite has 50 initial states, numbered, of every task."""
+    task = SimpleNamespace(
+        language="put the bowl in the top drawer", problem_folder="suite", bddl_file="task.bddl"
+    )
+
+    class Suite:
+        def get_task(self, number):
+            return task
+
+        def get_task_init_states(self, number):
+            return [f"{number}.{i}" for i in range(50)]
+
+    suites = {f"libero_{name}": Suite for name in ("spatial", "object", "goal", "10")}
+    modules = {
+        "libero.libero": {"get_libero_path": lambda name: f"/{name}"},
+        "libero.libero.benchmark": {"get_benchmark_dict": lambda: suites},
+        "libero.libero.envs": {"OffScreenRenderEnv": FakeEnv},
+    }
+    for name, content in modules.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**content))
+    monkeypatch.setattr(libero, "compile_scenes_once", lambda: None)
+
+
+def test_a_trial_begins_as_the_benchmark_says(package):
+    """Seed 0, the initial state of its number and never a reset after it, ten steps with an open
+    gripper; a camera renders where somebody looks."""
+    env = libero.Simulator("long/3", {"image": [4, 6], "image_wrist": [2, 2]}, 0)
+    assert (env.limit, env.prompt) == (520, "put the bowl in the top drawer")
+    calls = env.env.calls
+    env.reset(52, "eval")
+    settle = [0, 0, 0, 0, 0, 0, -1]
+    renders = ["render agentview", "render robot0_eye_in_hand"]
+    begun = ["/bddl_files/suite/task.bddl", "seed 0", "reset", "state 3.2"]
+    assert calls == [*begun, *[settle] * 10, *renders]
+    del calls[:]
+    assert env.advance(np.zeros(7), look=False) is False
+    assert env.advance(np.zeros(7), look=True) is True, "in the step in which the goal holds"
+    assert [call for call in calls if isinstance(call, str)] == renders
+    del calls[:]
+    env.reset(7, "train")
+    assert calls[:2] == ["seed 7", "reset"] and not any("state" in str(call) for call in calls)
+    # "bowl" is the one that the task is about; the drawer that the instruction names is there too
+    assert env.objects == {
+        "bowl": "akita_black_bowl_1",
+        "plate": "plate_1",
+        "other bowl": "akita_black_bowl_2",
+        "top drawer": "wooden_cabinet_1_top_region",
+    }
+
+
+def test_what_a_policy_sees_is_what_it_was_trained_on(package):
+    """Both pictures turned by 180 degrees, each of its own size, as the converter does (below); the
+    state is the hand's place, its turn, the two fingers."""
+    env = libero.Simulator("spatial/0", {"image": [4, 6], "image_wrist": [2, 3]}, 99)
+    env.reset(0, "eval")
+    assert env.limit == 99
+    seen = env.observe(["image", "image_wrist"])
+    assert seen["image"].shape == (4, 6, 3) and seen["image_wrist"].shape == (2, 3, 3)
+    for name, last in (("image", [3, 5]), ("image_wrist", [1, 2])):
+        assert seen[name][0, 0].tolist() == [*last, 10], "the picture after ten steps"
+        assert seen[name][-1, -1].tolist() == [0, 0, 10]
+        assert seen[name][0, -1].tolist() == [last[0], 0, 10]
+    state = [0.1, 0.2, 0.3, 0, 0, np.pi / 2, 0.04, -0.04]
+    assert seen["state"].dtype == np.float32
+    assert seen["state"].tolist() == pytest.approx(state, abs=1e-6)
+    # of a policy that reads one camera the other is of the usual size
+    env = libero.Simulator("object/0", {"image_wrist": [2, 2]}, 0)
+    side = simulate.SIDE
+    assert list(env.env.env.shapes.values()) == [(side, side), (2, 2)] and env.limit == 280
 
 
 def write(path, demos=2, steps=6, **changes):
