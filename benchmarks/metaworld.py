@@ -10,6 +10,7 @@ package allows (--limit 500).
 benchmarks/simulate.py has the interface and what drives it.
 """
 
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -81,8 +82,12 @@ def tasks(args) -> list[str]:
 
 def check(args):
     """ValueError when a flag is wrong. Which tasks there are is known where Meta-World is
-    installed, see Simulator."""
-    simulate.check_once("--tasks", args.tasks.split(","))
+    installed, see Simulator; here only what can be none."""
+    names = args.tasks.split(",")
+    for name in names:
+        if not re.fullmatch("[a-z-]+-v3", name):
+            raise ValueError(f"--tasks {args.tasks}: {name!r} is no task; give names like reach-v3")
+    simulate.check_once("--tasks", names)
     simulate.check_limit(args.limit, MOST_STEPS)
 
 

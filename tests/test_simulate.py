@@ -236,6 +236,14 @@ def test_the_python_of_a_simulator_is_found_from_where_the_user_is(tmp_path, mon
     assert "--python: bin/nowhere is no program that can be run" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("tasks", ["", "reach", "reach-v3,", "reach-v3, push-v3", "a/reach-v3"])
+def test_what_can_be_no_task_is_refused_before_the_policy_is_loaded(tasks, tmp_path):
+    """It was a simulator that stopped, after the policy had been loaded."""
+    argv = ["metaworld", "--policy", "x", "--out", str(tmp_path / "r.json"), "--tasks", tasks]
+    with pytest.raises(ValueError, match=f"--tasks {tasks}: '.*' is no task; give names like rea"):
+        evaluate.main(argv)
+
+
 @pytest.mark.parametrize(
     ("name", "most", "flags"), [("metaworld", 500, []), ("libero", 990, ["--suites", "spatial"])]
 )
