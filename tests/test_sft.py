@@ -342,6 +342,31 @@ def test_actions_are_learned_and_vision_stays(tmp_path, robot, capsys):
         assert stays == ("visual" in name), name
 
 
+def test_an_answer_without_an_end_is_cut_off(monkeypatch):
+    """greedy_truncated of sft.py and truncated of evaluate.py vqa count these. Asked is the first
+    question, two at once; what follows it is not shown."""
+    backbone = model.load(INIT)
+    texts = ["<answer>red</answer><|im_end|>", "<answer>blue", "green<|im_end|>"]
+    asked = []
+
+    def generate(backbone, rows, **flags):
+        batch = texts[len(asked) : len(asked) + len(rows)]
+        asked.extend(backbone.tokenizer.decode(row["ids"]) for row in rows)
+        assert flags["greedy"] and flags["max_new_tokens"] == 9
+        ids = [torch.tensor(backbone.tokenizer.encode(text)) for text in batch]
+        padded = torch.nn.utils.rnn.pad_sequence(ids, True, backbone.vocab.pad)
+        return {"ids": padded}
+
+    monkeypatch.setattr(model, "generate", generate)
+    messages = []
+    for role, content in (("user", "Which?"), ("assistant", "never shown"), ("user", "And?")):
+        messages.append({"role": role, "content": content})
+    answers = sft.greedy_answers(backbone, [model.Sample(messages, [], None, "")] * 3, 9, size=2)
+    assert answers == [("red", False), ("blue", True), ("green", False)]
+    assert len(asked) == 3 and all("Which?" in prompt for prompt in asked)
+    assert not any("never shown" in prompt or "And?" in prompt for prompt in asked)
+
+
 # ---- Samples and their order ---------------------------------------------------------------------
 
 

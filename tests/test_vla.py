@@ -1379,6 +1379,13 @@ def test_the_range_of_the_actions_travels_in_the_checkpoint(data, trained):
     )
     assert len(actions) == len(frames.train) < sum(LENGTHS)
     assert spec["action_range"] == {"low": actions.min(0).tolist(), "high": actions.max(0).tolist()}
+    # of two that are held out one reaches further than all others
+    frames = vla.FrameDataset(vla.Config(data=str(data), horizon=4, holdout_share=0.4))
+    known = [e.action for e in frames.episodes if e not in frames.held_out_episodes]
+    low, high = np.concatenate(known).min(0), np.concatenate(known).max(0)
+    held_out = np.concatenate([e.action for e in frames.held_out_episodes])
+    assert ((held_out < low) | (held_out > high)).any()
+    assert frames.action_range == {"low": low.tolist(), "high": high.tolist()}
 
 
 def test_a_policy_does_not_grow_with_what_it_is_asked(data, trained):
