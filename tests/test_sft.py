@@ -342,6 +342,29 @@ def test_actions_are_learned_and_vision_stays(tmp_path, robot, capsys):
         assert stays == ("visual" in name), name
 
 
+def test_thinking_rollouts_are_of_held_out_steps(tmp_path, robot, monkeypatch):
+    """Of 3 of the held-out episode's 6 chunks: those of its steps 0, 2 and 5."""
+    generate = model.generate
+    asked = {}
+
+    def watched(backbone, rows, **settings):
+        if settings.get("n") == 4:
+            asked.update(zip(settings["keys"], rows, strict=True))
+        return generate(backbone, rows, **settings)
+
+    monkeypatch.setattr(model, "generate", watched)
+    flags = ["--action-tokenizer", robot / "fast", "--probe-prompts", 3, "--holdout-rows", 0]
+    sft.main(args(tmp_path / "o", f"{robot}/episodes", *flags, steps=1))
+    backbone = model.load(tmp_path / "o", stages=("sft",))
+    source = model.EpisodeDataset(robot / "episodes", backbone.action_tokenizer)
+    assert sorted(asked) == [0, 1, 2]
+    for key, step in enumerate((0, 2, 5)):
+        question = source.question(source.held[step], think=True)
+        expected = sft.encode_sample(backbone, question, prompt_only=True)
+        assert np.array_equal(asked[key]["pixels"], expected["pixels"])
+        assert np.array_equal(asked[key]["ids"], expected["ids"])
+
+
 def test_an_answer_without_an_end_is_cut_off(monkeypatch):
     """greedy_truncated of sft.py and truncated of evaluate.py vqa count these. Asked is the first
     question, two at once; what follows it is not shown."""
