@@ -829,9 +829,7 @@ def report(args: argparse.Namespace):
             results["note"] = args.note
         if args.minutes or args.note:
             model.write_json(path, results)
-        names = list(results["arms"])
-        if args.variants:
-            names = named_variants(args.variants, names, path)
+        names = named_variants(args.variants, list(results["arms"]), path)
         variants = [(name, results["arms"][name]) for name in names]  # one may come twice
         lines = [
             heading(results),
@@ -853,9 +851,11 @@ def report(args: argparse.Namespace):
         Path(args.markdown).write_text("\n".join(texts), "utf-8")
 
 
-def named_variants(text: str, known: list[str], path: str) -> list[str]:
-    """Names of --variants, which commas separate and may hold themselves. ValueError for one that
-    the file does not know."""
+def named_variants(text: str, known: list[str], path: str | Path) -> list[str]:
+    """Names of --variants, which commas separate and may hold themselves; of "" all. ValueError for
+    one that the file does not know."""
+    if not text:
+        return known
     names = []
     while text:
         fitting = [name for name in known if f"{text},".startswith(f"{name},")]

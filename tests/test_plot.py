@@ -71,7 +71,7 @@ def test_panels_hold_the_numbers(tmp_path):
     results = {"arms": {"SFT": {"metrics": {"success": value}}, "base": {"metrics": {}}}}
     results["arms"]["base"]["metrics"] = {"success": {**value, "mean": 0.6}, "success goal": value}
     (tmp_path / "r.json").write_text(json.dumps(results))
-    figure = plot.figure_of([str(tmp_path / "runs"), str(tmp_path / "r.json")], ["base", "SFT"])
+    figure = plot.figure_of([str(tmp_path / "runs"), str(tmp_path / "r.json")], "base,SFT")
     found = panels(figure)
     assert list(found) == ["loss", "reward", "r_a", "KL to the start, nats a token", "success, %"]
     raw, mean = found["reward"].get_lines()
@@ -128,7 +128,7 @@ def test_what_cannot_be_drawn_is_one_line(tmp_path):
         plot.figure_of([str(tmp_path / "empty")])
     (tmp_path / "r.json").write_text('{"arms": {"SFT": {"metrics": {}}}}')
     with pytest.raises(ValueError, match="no variant RL; it has SFT"):
-        plot.figure_of([str(tmp_path / "r.json")], ["RL"])
+        plot.figure_of([str(tmp_path / "r.json")], "RL")
     with pytest.raises(ValueError, match="no number that a panel shows"):
         plot.figure_of([str(tmp_path / "r.json")])
     write_log(tmp_path / "run", rl(1, 0.1))
@@ -143,7 +143,7 @@ def test_results_of_another_shape_are_named(tmp_path, arm):
     """They were tracebacks."""
     (tmp_path / "r.json").write_text(json.dumps({"arms": {"SFT": arm}}))
     with pytest.raises(ValueError, match=r"r\.json: SFT is not as evaluate\.py writes it"):
-        plot.read_variants(tmp_path / "r.json", [])
+        plot.read_variants(tmp_path / "r.json", "")
 
 
 def test_panels_of_two_files_tell_them_apart(tmp_path):

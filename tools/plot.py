@@ -314,15 +314,12 @@ def draw_layers(axes, panel: Layers, variants: dict[str, dict], colours: dict[st
     axes.xaxis.get_major_locator().set_params(integer=True)
 
 
-def read_variants(path: Path, chosen: Sequence[str]) -> dict[str, dict]:
+def read_variants(path: Path, chosen: str) -> dict[str, dict]:
     """The models of a results file -> their metrics that have a value and an interval, which counts
-    have not; chosen: which models, in this order; none: all."""
+    have not; chosen: which models, as evaluate.named_variants() has it."""
     arms = evaluate.read_results(path)["arms"]
-    unknown = [name for name in chosen if name not in arms]
-    if unknown:
-        raise ValueError(f"{path}: no variant {', '.join(unknown)}; it has {', '.join(arms)}")
     variants = {}
-    for name in chosen or arms:
+    for name in evaluate.named_variants(chosen, list(arms), path):
         variants[name] = {}
         try:
             for metric, value in arms[name]["metrics"].items():
@@ -346,7 +343,7 @@ def colour_of(names: Sequence[str]) -> dict[str, str]:
     return {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(dict.fromkeys(names))}
 
 
-def figure_of(paths: Sequence[str], chosen: Sequence[str] = (), columns: int = 3):
+def figure_of(paths: Sequence[str], chosen: str = "", columns: int = 3):
     """A matplotlib Figure of runs and results files. chosen: variants of the latter. ValueError or
     FileNotFoundError naming what cannot be drawn."""
     (figures,) = require(MATPLOTLIB, "matplotlib.figure")
@@ -407,8 +404,7 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(args.out)
     if out.suffix not in FORMATS:
         raise ValueError(f"--out {out}: no picture; name it {', '.join(FORMATS)}")
-    chosen = args.variants.split(",") if args.variants else []
-    figure = figure_of(args.paths, chosen, args.columns)
+    figure = figure_of(args.paths, args.variants, args.columns)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)
     print(f"{out}: {len(figure.axes)} panels, {out.stat().st_size / 1000:.0f} kB")
