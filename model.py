@@ -131,7 +131,7 @@ class ParsedAnswer(NamedTuple):
     action_ids: list[int]  # the run of FAST tokens behind ACTION_START, also of a malformed answer
 
 
-TAGLESS = r"(?:(?!</?think>|</?answer>|<FAST_).)*"  # text without a tag in it
+TAGLESS = r"(?:(?!</?think>|</?answer>|<ACTION_|<FAST_).)*"  # no tag, no action token in it
 BEFORE_ACTIONS = re.compile(rf"\s*(?:<think>({TAGLESS})</think>)?\s*<answer>\s*", re.DOTALL)
 AFTER_ACTIONS = re.compile(r"\s*</answer>\s*<\|im_end\|>")
 
@@ -143,7 +143,8 @@ def parse_actions(backbone: "Backbone", token_ids: Sequence[int]) -> ParsedAnswe
 
         [<think>words</think>] <answer> ACTION_START FAST+ ACTION_END </answer> <|im_end|>
 
-    Tags are compared as text, since Qwen2.5 has no token for them."""
+    The words hold no tag and no action token. Tags are compared as text, since Qwen2.5 has no token
+    for them."""
     vocab = backbone.vocab
     decode = backbone.tokenizer.decode
     token_ids = [int(token) for token in token_ids]
@@ -190,7 +191,7 @@ def parse_words(backbone: "Backbone", token_ids: Sequence[int]) -> ParsedWords:
     if backbone.vocab.eos in token_ids:
         token_ids = token_ids[: token_ids.index(backbone.vocab.eos) + 1]
     parts = WORDS.fullmatch(backbone.tokenizer.decode(token_ids))
-    if parts is None or {backbone.vocab.action_start, backbone.vocab.action_end} & {*token_ids}:
+    if parts is None:
         return ParsedWords(False, False, "", "")
     thought = (parts[1] or "").strip()
     return ParsedWords(True, thought != "", thought, parts[2].strip())

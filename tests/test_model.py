@@ -832,6 +832,7 @@ GOOD = "<think>left, then down</think>" + model.action_answer([4, 0, 7]) + "<|im
         (GOOD.replace("</answer>", "</answer> and more"), (False, False, [4, 0, 7])),
         (GOOD.replace("<FAST_0>", "up"), (False, False, [4])),
         (GOOD.replace("left", "<FAST_3>"), (False, False, [4, 0, 7])),
+        (GOOD.replace("left", "<ACTION_END>"), (False, False, [4, 0, 7])),  # it was well formed
         (GOOD.replace("left", "<think>"), (False, False, [4, 0, 7])),
         (model.action_answer([]) + "<|im_end|>", (False, False, [])),
         ("<think>left</think><answer>d5</answer><|im_end|>", (False, False, [])),
