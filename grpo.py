@@ -249,7 +249,7 @@ def right_answer(
     sample_id = source.sample_id(i)
     row = {**source.row(i), "sample_id": sample_id}
     score = score or row.get("score")
-    if score not in SCORES:
+    if score not in tuple(SCORES):  # a tuple, since JSON may hold a list, which is no key
         raise ValueError(f'{sample_id}: its "score" is {score!r}; write one of {", ".join(SCORES)}')
     answered = len(source.question(i).messages)
     text = model.answer_text(source[i].messages[answered]["content"])

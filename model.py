@@ -68,6 +68,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from transformers.utils import cached_file
 
 from fast_tokenizer import (
+    Damaged,
     FastTokenizer,
     action_chunks,
     chunk_ends,
@@ -857,15 +858,15 @@ class ConversationDataset:
         try:
             chunk = np.asarray(row["chunk"], np.float32)  # (K, A)
             return self.action_tokenizer.encode(chunk[None])[0]
-        except (ValueError, TypeError) as e:
+        except (ValueError, TypeError, OverflowError) as e:
             raise ValueError(f'{sample_id}: "chunk": {e}') from e
 
     def image_path(self, name: str, sample_id: str) -> Path:
-        """Where an image of a row lies. ValueError outside the file's folder, unless allowed."""
+        """Where an image of a row lies. Damaged outside the file's folder, unless allowed."""
         inside = os.path.normpath(name)
         is_outside = os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir
         if is_outside and not self.outside_images:
-            raise ValueError(
+            raise Damaged(
                 f"{sample_id}: image {name} lies outside {self.path.parent}; move it below that "
                 "folder, or trust this file with --outside-images"
             )

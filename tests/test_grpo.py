@@ -1049,12 +1049,14 @@ def test_rows_that_cannot_be_scored_are_named_before_the_first_step(world, quest
 
     good = json.loads(questions.read_text().splitlines()[1])
     error({**good, "score": "taste"}, """bad.jsonl:6: its "score" is 'taste'; write one of exact""")
+    error({**good, "score": ["number"]}, "bad.jsonl:6: its \"score\" is \\['number'\\]; write one")
     bare = {name: value for name, value in good.items() if name != "score"}
     error(bare, 'bad.jsonl:6: its "score" is None')
     error({**good, "score": "path"}, "bad.jsonl:6: its answer '10' is none for the score path")
     error({**good, "score": "point"}, "bad.jsonl:6: KeyError: 'mask'")
     error({**good, "tolerance": -1}, "bad.jsonl:6: its answer '10' is none for the score number")
     error({**good, "tolerance": "2"}, "bad.jsonl:6: ")
+    error({**good, "mask": "../0.png"}, "^[^:]*bad.jsonl:6: image ../0.png lies outside")
     error({**good, "images": ["images/9.png"]}, "bad.jsonl:6: .*9.png: image does not open")
 
 

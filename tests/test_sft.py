@@ -741,6 +741,7 @@ def test_an_action_row_needs_the_right_chunk(tmp_path, robot):
         (question_row([], "Push.", answer, chunk=right[:1]), '"chunk": '),
         (question_row([], "Push.", answer, chunk="right"), '"chunk": '),
         (question_row([], "Push.", answer, chunk=[[1.0, "a"]] * 4), '"chunk": '),
+        (question_row([], "Push.", answer, chunk=[[1.0, 10**400]] * 4), '"chunk": '),
         (question_row([], "Push.", answer), 'an <ACTION> but no "chunk"'),
         (question_row([], "Push.", "Done.", chunk=right), 'a "chunk" but no <ACTION>'),
         (question_row([], "Push.", "I do <ACTION>.", chunk=right), "not the whole answer"),
