@@ -370,8 +370,9 @@ def load(
             f"{folder}: a checkpoint of stage {run['stage']!r}, expected "
             f"{' or '.join(stages)}; give the folder that such a stage wrote"
         )
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    net = _load_net(folder, device, dtype, seed)
+    with reading_checkpoint(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        net = _load_net(folder, device, dtype, seed)
     vocab = Vocabulary.read(net, tokenizer)
     image_spec = ImageSpec.load(folder).bounded(max_pixels)
     action_tokenizer = None
@@ -383,6 +384,19 @@ def load(
                 f"knows {len(vocab.fast)} <FAST_i>; copy the whole folder again"
             )
     return Backbone(net, tokenizer, image_spec, vocab, action_tokenizer, run)
+
+
+@contextlib.contextmanager
+def reading_checkpoint(folder: str | Path) -> Iterator[None]:
+    """`with reading_checkpoint(folder): ...`: a file in it that is damaged, as a copy that was cut
+    off leaves it, is a ValueError in one line that names the folder."""
+    try:
+        yield
+    except dcp.api.CheckpointException as e:  # DCP tells all ranks what failed on one
+        error = next(iter(e.failures.values()))[0]
+        raise ValueError(f"{folder}: damaged ({error}); copy the whole folder again") from e
+    except (SafetensorError, json.JSONDecodeError) as e:
+        raise ValueError(f"{folder}: damaged ({e}); copy the whole folder again") from e
 
 
 def _load_net(folder, device, dtype, seed):
@@ -2375,6 +2389,7 @@ def save(
     if _rank() == 0:
         shutil.rmtree(unfinished, ignore_errors=True)
     error = None
+    record = dict(run)
     try:
         # 2. each rank writes its shard of the optimizer, in safetensors: DCP's own format pickles
         if optim:
@@ -2384,6 +2399,7 @@ def save(
                 unfinished / "train_state", file_numbers, save_distributed=True
             )
             dcp.save(tensors, storage_writer=writer)
+            record["state_tensors"] = len(tensors)  # as many as load_train_state() must find
         # 3. rank 0 writes the rest, and gives the folder its name
         if _rank() == 0:
             unfinished.mkdir(parents=True, exist_ok=True)
@@ -2402,7 +2418,7 @@ def save(
                         part.action_tokenizer.save(unfinished / "fast")
                 else:
                     save_file(states[name], unfinished / f"{name}.safetensors")
-            record = {**run, "base": base, "versions": versions(), "commit": commit()}
+            record |= {"base": base, "versions": versions(), "commit": commit()}
             write_json(unfinished / "run.json", record)
             (unfinished / "README.md").write_text(model_card(record), "utf-8")
             _swap_in(unfinished, folder)
@@ -2496,6 +2512,7 @@ def load_train_state(
     """Restores the optimizer's tensors of a Backbone or module (or dict of parts, as saved) in
     place, on as many ranks as there are now. The weights come from load(), the learning rate from
     the schedule. folder None: a new run; final/: one that has ended, and needs none of them.
+    ValueError when some of them are missing or damaged: they would begin at 0 again.
     -> step, and the sums that the log goes on from."""
     if folder is None:
         return 0, np.zeros(())
@@ -2503,20 +2520,28 @@ def load_train_state(
         return read_json(folder / "run.json")["step"], np.zeros(())
     if not (folder / "train_state").exists():
         raise FileNotFoundError(f"{folder}: no state to resume; start from the weights with --init")
-    reader = dcp.HuggingFaceStorageReader(folder / "train_state")
+    run = read_json(folder / "run.json")
     module = _as_module(what)
     params = dict(module.named_parameters())
-    for key in reader.read_metadata().state_dict_metadata:
-        name, kind = key.split("/")  # "model.layer.weight/exp_avg"
-        p = params[name]
-        if kind == "value":  # of an adapter: read into the parameter itself
-            continue
-        if kind == "step":
-            optim.state[p][kind] = torch.zeros((), device=p.device)
-        else:
-            optim.state[p][kind] = torch.zeros_like(p, requires_grad=False)
-    dcp.load(_optimizer_tensors(module, optim), storage_reader=reader)
-    run = read_json(folder / "run.json")
+    with reading_checkpoint(folder / "train_state"):
+        reader = dcp.HuggingFaceStorageReader(folder / "train_state")
+        keys = list(reader.read_metadata().state_dict_metadata)
+        n_saved = run.get("state_tensors", len(keys))  # checkpoints of before do not say it
+        if len(keys) != n_saved:
+            raise ValueError(
+                f"{folder}/train_state: holds {len(keys)} of {n_saved} tensors; copy the whole "
+                "folder again"
+            )
+        for key in keys:
+            name, kind = key.split("/")  # "model.layer.weight/exp_avg"
+            p = params[name]
+            if kind == "value":  # of an adapter: read into the parameter itself
+                continue
+            if kind == "step":
+                optim.state[p][kind] = torch.zeros((), device=p.device)
+            else:
+                optim.state[p][kind] = torch.zeros_like(p, requires_grad=False)
+        dcp.load(_optimizer_tensors(module, optim), storage_reader=reader)
     unlogged = np.array(run.get("unlogged", 0))
     if _rank() > 0:  # they are sums over all ranks
         unlogged = np.zeros_like(unlogged)

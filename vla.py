@@ -1302,7 +1302,8 @@ class Policy:
         writer = whole_copy(backbone) if spec.get("thoughts") == "own" else None
         freeze_backbone(backbone, spec["layer"])
         head = FlowHead(HeadConfig(**spec["head"]))
-        head.load_state_dict(load_file(folder / "head.safetensors"))
+        with model.reading_checkpoint(folder):
+            head.load_state_dict(load_file(folder / "head.safetensors"))
         return cls(backbone, head.to(device), spec, device, seed, writer)
 
     def identity(self) -> Iterator[np.ndarray]:
@@ -1889,7 +1890,8 @@ def make_heads(
     for name, head in heads.items():
         is_needed = name == "head" or not model.has_ended(newest)  # which kept no raw one
         if newest and is_needed:
-            head.load_state_dict(load_file(newest / f"{name}.safetensors"))
+            with model.reading_checkpoint(newest):
+                head.load_state_dict(load_file(newest / f"{name}.safetensors"))
         # fp32: in bf16 FSDP would round the inputs, time among them. autocast() lowers the matmuls.
         model.shard(head, dist, torch.float32)
         for method in ("loss", "sample"):

@@ -602,6 +602,42 @@ def test_a_checkpoint_that_lost_its_weights_is_refused(backbone, tmp_path):
         model.load(tmp_path / "sft")
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_checkpoint_whose_copy_was_cut_off_is_one_line(backbone, tmp_path, name):
+    """The weights ended in a traceback, the tokenizer in a line that named no file."""
+    model.save(tmp_path / "sft", backbone, {"stage": "sft", "step": 1, "config": {}, "parent": ""})
+    path = tmp_path / "sft" / name
+    path.write_bytes(path.read_bytes()[:-60])
+    with pytest.raises(ValueError, match=f"^{tmp_path}/sft: damaged .*; copy the whole folder"):
+        model.load(tmp_path / "sft")
+
+
+def test_an_optimizer_that_lost_a_file_is_not_resumed(tmp_path, monkeypatch):
+    """The parameters of that file went on as if training had just begun, without a word."""
+    monkeypatch.setattr(model, "TENSORS_A_FILE", 3)  # of one parameter: step and two averages
+    net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    optim = model.make_optimizer(net, 0.1, 0.0, (0.9, 0.99))
+    net(torch.ones(1, 2)).sum().backward()
+    optim.step()
+    folder = tmp_path / "step_000001"
+    model.save(folder, {"head": net}, {"stage": "vla", "step": 1, "config": {}}, optim)
+
+    def resume():
+        new = model.make_optimizer(net, 0.1, 0.0, (0.9, 0.99))
+        return model.load_train_state(folder, {"head": net}, new)[0]
+
+    assert resume() == 1
+    file, *_, last = sorted((folder / "train_state").iterdir())
+    content = file.read_bytes()
+    file.write_bytes(content[:-4])
+    with pytest.raises(ValueError, match="train_state: damaged .*; copy the whole folder again"):
+        resume()
+    file.write_bytes(content)
+    last.unlink()
+    with pytest.raises(ValueError, match="train_state: holds 9 of 12 tensors; copy the whole"):
+        resume()
+
+
 @pytest.mark.parametrize("pixels", [0, 100, 5000])
 def test_max_pixels_bounds_images_and_stays_in_the_checkpoint(backbone, tmp_path, pixels):
     one = model.load(untrained.folder(backbone.run["size"]), max_pixels=pixels)
