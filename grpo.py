@@ -1459,7 +1459,8 @@ LARGE_GAP = 0.01  # share of the sampled tokens
 
 
 def gap_metrics(sums: dict[str, float], step: int, dist: Dist) -> dict[str, float]:
-    """What is logged of gap_sums() at a rollout's first update; a line where they are too large."""
+    """What is logged of gap_sums() at a rollout's first update; a line where they are too large.
+    step: as in the log, from 1."""
     if not sums:  # nothing was forwarded, so nothing was measured
         return {}
     gap = sums["gap"] / sums["forwarded"]
@@ -1758,7 +1759,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             before_update = recompute_old_logp(backbone, batches, cfg)
         total = Counter()
         for i, batch in enumerate(batches):
-            when = f"step {step}, update {i}"
+            when = f"step {step + 1}, update {i + 1}"  # as the log counts steps
             sums_of_update = update_step(backbone, reference, optim, batch, cfg, dist, when)
             before_update = before_update or sums_of_update
             total.update(sums_of_update)  # a Counter: it adds
@@ -1777,7 +1778,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             clip_fraction=total["clipped"] / forwarded,
             kl=total["kl"] / forwarded,
             **anchor,
-            **gap_metrics(before_update, step, dist),
+            **gap_metrics(before_update, done, dist),
             loss=total["loss"] / updates,
             grad_norm=total["grad_norm"] / updates,
             updates=total["updates"],
