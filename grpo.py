@@ -188,7 +188,12 @@ def draw_prompts(
     """What each prompt is about. The prompts of a run are numbered: step * cfg.prompts + index in
     the step. Sources are drawn by weight, as in sft.py; of each source every row comes once,
     shuffled, before any comes again, as in an epoch of the paper. again: other draws for the same
-    numbers."""
+    numbers.
+
+        number            0 1 2 3 4
+        its source        0 1 0 0 1
+        drawn_up_to[0]    1 1 2 3 3    number 3 is the third draw of source 0: order[2] of its rows
+    """
     total = max(prompt_numbers, default=-1) + 1
     p = np.asarray(weights, float) / sum(weights)
     source_of = model.rng(seed, "sources", again).choice(len(sources), total, p=p)  # of each number
@@ -558,12 +563,16 @@ def mask_distances(points: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Points (N, 2) in 0 .. 1 -> how far from the mask (H, W) they are: 0 in a pixel where it is
     true, else to the middle of the nearest such pixel, (N,)."""
     size = np.array(mask.shape[::-1])  # width, height
-    framed = np.pad(mask, 1)  # a frame of False catches points outside
-    x, y = (np.floor(points * size).astype(int).T + 1).clip(0, size[:, None] + 1)
-    rows, columns = np.nonzero(mask)
-    white = (np.stack([columns, rows], 1) + 0.5) / size  # (M, 2)
-    nearest = [np.linalg.norm(white - point, axis=1).min() for point in points]
-    return np.where(framed[y, x], 0.0, np.reshape(nearest, -1))
+    # 1. the pixel in which each point lies; a frame of False catches points outside
+    framed = np.pad(mask, 1)  # (H + 2, W + 2)
+    pixels = np.floor(points * size).astype(int) + 1  # (N, 2) column and row of framed
+    columns, rows = pixels.clip(0, size + 1).T  # (N,) each
+    is_inside = framed[rows, columns]  # (N,)
+    # 2. the middle of the nearest white pixel
+    white_rows, white_columns = np.nonzero(mask)
+    middles = (np.stack([white_columns, white_rows], 1) + 0.5) / size  # (M, 2)
+    nearest = [np.linalg.norm(middles - point, axis=1).min() for point in points]
+    return np.where(is_inside, 0.0, np.reshape(nearest, -1))
 
 
 SCORES = {
@@ -621,18 +630,24 @@ def ladder_rewards(
     exp(-L1 / 0.1) between what the first k tokens of each decode to, later coefficients 0. A rung
     for each token, low frequencies first (OAT, 2602.04215); a near miss early is not the end. 0
     where the whole does not decode, which may be hundreds of tokens long."""
+    # 1. the first 1, 2, 3, ... tokens of each pair
     _, decodes = action_tokenizer.decode(generated)
-    ours, theirs, counts = [], [], []
-    for a, b, whole in zip(generated, targets, decodes, strict=True):
-        rungs = max(len(a), len(b)) if whole else 0
-        ours += [a[:k] for k in range(1, rungs + 1)]
-        theirs += [b[:k] for k in range(1, rungs + 1)]
+    generated_prefixes = []
+    target_prefixes = []
+    counts = []  # rungs of each pair
+    for generated_ids, target_ids, is_whole in zip(generated, targets, decodes, strict=True):
+        rungs = max(len(generated_ids), len(target_ids)) if is_whole else 0
+        for k in range(1, rungs + 1):
+            generated_prefixes.append(generated_ids[:k])
+            target_prefixes.append(target_ids[:k])
         counts.append(rungs)
-    if not ours:
+    if not generated_prefixes:
         return np.zeros(len(generated))
-    our_actions, _ = action_tokenizer.decode(ours, partial=True)
-    their_actions, _ = action_tokenizer.decode(theirs, partial=True)
-    values = closeness(action_tokenizer, our_actions, their_actions)
+    # 2. how close they come, all rungs of all pairs at once
+    generated_actions, _ = action_tokenizer.decode(generated_prefixes, partial=True)
+    target_actions, _ = action_tokenizer.decode(target_prefixes, partial=True)
+    values = closeness(action_tokenizer, generated_actions, target_actions)
+    # 3. the mean over the rungs of each pair
     rungs_of_each = np.split(np.nan_to_num(values), np.cumsum(counts)[:-1])
     return np.array([rungs.mean() if len(rungs) else 0.0 for rungs in rungs_of_each])
 
@@ -1322,14 +1337,15 @@ def with_targets(
     in_words = is_in_words(targets)
     ids, old_logp, is_target = [], [], []
     for i, (sequence, target) in enumerate(zip(token_ids, targets, strict=True)):
-        kept, right = len(sequence), []
+        kept = len(sequence)  # tokens that stay as they were drawn
+        answer = []  # the target's tokens behind them
         start = 0 if in_words[i] else answer_start(backbone, sequence, think)
-        if start:
+        if start > 0:
             kept = start
-            right = [*(vocab.fast[index] for index in target), vocab.action_end]
-        ids.append(torch.tensor(sequence[:kept] + right))
-        old_logp.append(pad(sampled_logp[i, :kept].cpu(), (0, len(right))))
-        is_target.append(torch.arange(kept + len(right)) >= kept)
+            answer = [vocab.fast[index] for index in target] + [vocab.action_end]
+        ids.append(torch.tensor(sequence[:kept] + answer))
+        old_logp.append(pad(sampled_logp[i, :kept].cpu(), (0, len(answer))))
+        is_target.append(torch.arange(kept + len(answer)) >= kept)
     mask = [torch.ones_like(one) for one in ids]
     return tuple(
         pad_sequence(tensors, True).to(sampled_logp.device)
@@ -1429,11 +1445,13 @@ def micro_batches_of(groups: list[Group], cfg: Config) -> list[list[Group]]:
     equally many micro-batches, since under FSDP each forward is collective: a rank that has none
     left forwards a group of one-token completions that do not count."""
     learning = [group for group in groups if not (group.zero_std and cfg.skip_zero_std)]
-    micro_batches = [
-        learning[i : i + cfg.micro_batch] for i in range(0, len(learning), cfg.micro_batch)
-    ]
-    idle = [idle_group(groups[0])]
-    return micro_batches + [idle] * (all_max(len(micro_batches)) - len(micro_batches))
+    micro_batches = []
+    for i in range(0, len(learning), cfg.micro_batch):
+        micro_batches.append(learning[i : i + cfg.micro_batch])
+    most = all_max(len(micro_batches))  # of the rank that has the most
+    while len(micro_batches) < most:
+        micro_batches.append([idle_group(groups[0])])
+    return micro_batches
 
 
 @torch.no_grad()
@@ -1606,6 +1624,11 @@ def check_config(cfg: Config) -> None:
         raise ValueError(
             f"--anchor-layer {cfg.anchor_layer} without --anchor-coef: nothing is anchored; give "
             "both, or neither"
+        )
+    if cfg.filler != Config.filler and cfg.thought != "filler":
+        raise ValueError(
+            f"--filler {cfg.filler} --thought {cfg.thought}: there is no filler; give --thought "
+            "filler too, or leave --filler out"
         )
     if cfg.lora and cfg.cpu_offload:
         raise ValueError(

@@ -2585,8 +2585,9 @@ def checkpoint_to_resume(cfg, may_change: Sequence[str] = ()) -> Path | None:
             )
         return None
     ended_at = read_json(final / "run.json")["step"] if final.exists() else 0
-    is_longer = cfg.steps > ended_at  # 0 of sft.py: as --epochs say
-    if ended_at and (newest is None or (_step_of(newest) < ended_at and not is_longer)):
+    kept_its_end = newest is not None and _step_of(newest) >= ended_at
+    goes_on = newest is not None and cfg.steps > ended_at  # --steps 0 of sft.py: as --epochs say
+    if ended_at and not kept_its_end and not goes_on:
         if getattr(cfg, "lora", 0):
             raise ValueError(
                 f"{final}: the run has ended, and its adapters are in the weights; delete it to "
@@ -2617,18 +2618,18 @@ def check_unchanged(data: dict[str, dict], newest: Path) -> None:
     for path, record in data.items():
         if path not in old:
             continue
-        before, now = old[path].get("train"), record.get("train")
-        is_same_file = old[path]["sha256"] == record["sha256"]
-        if is_same_file and None not in (before, now) and before != now:
-            raise ValueError(
-                f"{path}: {now} samples to train on, {before} before {newest}; resume with its "
-                "--max-length, --max-pixels and --too-long, or go on with other samples by "
-                "--changed-data"
-            )
-        if not is_same_file:
+        if old[path]["sha256"] != record["sha256"]:
             raise ValueError(
                 f"{path}: has changed since {newest}; put the old one back, or go on with the new "
                 "one by --changed-data"
+            )
+        n_before = old[path].get("train")  # None: not of sft.py
+        n_now = record.get("train")
+        if None not in (n_before, n_now) and n_before != n_now:
+            raise ValueError(
+                f"{path}: {n_now} samples to train on, {n_before} before {newest}; resume with its "
+                "--max-length, --max-pixels and --too-long, or go on with other samples by "
+                "--changed-data"
             )
 
 

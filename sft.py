@@ -643,6 +643,11 @@ def check_config(cfg: Config) -> None:
     """ValueError naming a flag that has no such value, or does not go with another."""
     if cfg.too_long not in TOO_LONG:
         raise ValueError(f"--too-long {cfg.too_long}: give one of {', '.join(TOO_LONG)}")
+    if cfg.steps and cfg.epochs != Config.epochs:
+        raise ValueError(
+            f"--epochs {cfg.epochs} --steps {cfg.steps}: the steps count, not the epochs; give "
+            "--steps 0 too, or leave --epochs out"
+        )
     if cfg.muon and cfg.lora:
         raise ValueError("--muon --lora: Muon is for whole matrices; give --no-muon")
 

@@ -1461,6 +1461,9 @@ def test_bad_input_is_one_line(world, questions, tmp_path):
     error("--group", "1", match="at least 2 completions")
     error("--anchor-layer", "1", match="--anchor-layer 1 without --anchor-coef: nothing is anch")
     error("--anchor-coef", "1", "--anchor-layer", "3", match=r"layer 3 is not in 1\.\.2")
+    error(
+        "--filler", "20", match="--filler 20 --thought own: there is no filler; give --thought fi"
+    )
     error("--dual-clip", "0.5", match="--dual-clip 0.5 .* give more than 1, or 0")
     error("--reward", "exact", match="--reward exact.*prefix, ladder, l1, lcs")
     error("--credit", "first", match="--credit first: choose one of all, prefix, expected")

@@ -716,6 +716,7 @@ def test_changed_data_is_named_on_resume(tmp_path, robot):
         (["--holdout-rows", 16], ValueError, "16 rows, all of them held out; lower --holdout-rows"),
         (["--action-tokenizer", "nowhere"], FileNotFoundError, "nowhere"),
         (["--init", "runs/nowhere"], FileNotFoundError, "runs/nowhere: no such folder"),
+        (["--epochs", 2], ValueError, "--epochs 2.0 --steps 6: the steps count, not the epochs"),
     ],
 )
 def test_bad_input_is_one_line_with_a_cure(tmp_path, more, error, message):
