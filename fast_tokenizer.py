@@ -68,6 +68,9 @@ SHAPES = {  # of an episode's arrays beside its frames, float32; all but the fir
 }
 
 
+IMAGE_TAGS = ("<image>", "<|image_pad|>")  # where model.encode() puts images: of no instruction
+
+
 @functools.lru_cache(OPEN_FILES)
 def open_arrays(path: Path, framework: str = "numpy") -> safe_open:
     """A safetensors file to read slices from ("numpy" or "pt"); the last OPEN_FILES stay open."""
@@ -262,8 +265,15 @@ def _episode_entries(path, header, rows):
         if not entries:  # a file of one episode: the header is its own
             entries = [{**header, "steps": rows}]
         for entry in entries:
-            if not isinstance(entry["task"], str) or entry["steps"] < 1:
-                raise ValueError(f"task {entry['task']!r} of {entry['steps']} steps")
+            task = entry["task"]
+            steps = entry["steps"]
+            if not isinstance(task, str) or type(steps) is not int or steps < 1:
+                raise ValueError(f"task {task!r} of {steps!r} steps")
+            if not isinstance(entry.get("source", ""), str):
+                raise ValueError(f"source {entry['source']!r} is no text")
+            task.encode()  # JSON may hold half a character: UnicodeEncodeError, a ValueError
+            if any(tag in task for tag in IMAGE_TAGS):
+                raise ValueError(f"the instruction {task!r} has a tag that stands for an image")
             if not 0 <= float(entry.get("fps", "0")) < np.inf:
                 raise ValueError(f"fps {entry['fps']!r} is not a number")
         if sum(entry["steps"] for entry in entries) != rows:

@@ -658,6 +658,34 @@ def test_wrong_episodes_are_refused(tmp_path):
         ft.read_episodes(tmp_path / "nothing")
 
 
+def test_a_damaged_list_of_episodes_is_one_line(tmp_path):
+    """Of a file of several, whose header another program wrote: TypeError and AttributeError, here
+    or when a stage looked at the source."""
+    arrays, _ = next(recordings(1))
+    path = tmp_path / "pack_000000.safetensors"
+    good = {"task": "go", "steps": 7}
+    for change, message in (
+        ({"steps": 7.0}, "task 'go' of 7.0 steps"),
+        ({"steps": "7"}, "task 'go' of '7' steps"),
+        ({"source": None}, "source None is no text"),
+        ({"task": "a \ud83d b"}, "'utf-8' codec can't encode"),
+    ):
+        save_file(arrays, path, {"episodes": json.dumps([good | change])})
+        with pytest.raises(ValueError, match=f"pack_000000.safetensors: {message}.*; convert"):
+            ft.read_episodes(tmp_path)
+    save_file(arrays, path, {"episodes": json.dumps([good])})
+    assert len(ft.read_episodes(tmp_path)[0]) == 7
+
+
+@pytest.mark.parametrize("tag", ["<image>", "<|image_pad|>"])
+def test_an_instruction_that_stands_for_an_image_names_its_episode(tmp_path, tag):
+    """A stage stopped when it came to such a frame, perhaps after hours: '2 "<image>" but 1
+    images', of which of the episodes, nobody knew."""
+    path, _ = write(tmp_path, 3, header={"task": f"put {tag} there"})
+    with pytest.raises(ValueError, match=r"episode_000003.safetensors: the instruction 'put <"):
+        ft.read_episode_file(path)
+
+
 def recordings(count, steps=7, codec=None):
     """Count recordings of smooth pictures, two cameras; the steps of each differ."""
     for number in range(count):
