@@ -418,30 +418,26 @@ def episodes_to_ask(backbone: model.Backbone, data: str, split: str) -> tuple[li
     split: "all", "held-out" (those that every stage holds out of such a folder), "train" (the
     others), or "auto": held out when the checkpoint says that it was trained on this folder, or on
     one of as many episodes and the same names of held-out ones, else all."""
-    # 1. what the checkpoint says of this folder
     episodes = fast_tokenizer.read_episodes(data, 0, backbone.action_tokenizer)
-    records = backbone.run.get("split", [])
     folder = episodes[0].path.parent
+    words_of_all = f"all {len(episodes)} episodes of {folder}"
+    if split == "all":
+        return episodes, f"{words_of_all}: as --split all asks"
+
+    # 1. what the checkpoint says of this folder
+    records = backbone.run.get("split", [])
+    own = [record for record in records if Path(record["folder"]).resolve() == folder.resolve()]
+    as_many = [record for record in records if record["episodes"] == len(episodes)]
+    if split == "auto" and not own and not as_many:  # a single episode, too, which has no split
+        return episodes, f"{words_of_all}: {why_unseen(records)}"
     train, held_out = fast_tokenizer.split_episodes(episodes)
     here = fast_tokenizer.split_record(episodes, held_out)
-    own = [record for record in records if Path(record["folder"]).resolve() == folder.resolve()]
     # of one that may be this folder: copied, or named as seen from elsewhere
-    namesakes = [
-        record
-        for record in records
-        if record["episodes"] == here["episodes"] and record["sha256"] == here["sha256"]
-    ]
+    namesakes = [record for record in as_many if record["sha256"] == here["sha256"]]
 
     # 2. which episodes
-    if split == "all" or (split == "auto" and not own and not namesakes):
-        if split == "all":
-            why = "as --split all asks"
-        elif records:
-            trained_on = ", ".join(record["folder"] for record in records)
-            why = f"which the checkpoint was not trained on (but on {trained_on})"
-        else:
-            why = "the checkpoint names no episodes that it was trained on"
-        return episodes, f"all {len(episodes)} episodes of {folder}: {why}"
+    if split == "auto" and not own and not namesakes:
+        return episodes, f"{words_of_all}: {why_unseen(records)}"
     if split == "train":
         return train, f"the {len(train)} of {len(episodes)} episodes of {folder} to train on"
     words = f"the {len(held_out)} held-out ones of {len(episodes)} episodes of {folder}"
@@ -452,6 +448,14 @@ def episodes_to_ask(backbone: model.Backbone, data: str, split: str) -> tuple[li
     if any(record["sha256"] != here["sha256"] for record in own):
         words += "; the checkpoint held out others, and may have been trained on these"
     return held_out, words
+
+
+def why_unseen(records: list[dict]) -> str:
+    """Why a checkpoint with these split_record()s is taken not to have seen other episodes."""
+    if not records:
+        return "the checkpoint names no episodes that it was trained on"
+    folders = ", ".join(record["folder"] for record in records)
+    return f"which the checkpoint was not trained on (but on {folders})"
 
 
 def draw_prompts(

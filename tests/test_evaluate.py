@@ -746,6 +746,23 @@ def test_prompts_are_called_held_out_only_when_they_are(written, tmp_path, monke
     assert not set(digests.values()) & set(others.values())
 
 
+def test_a_single_episode_can_be_asked_about(tmp_path):
+    """It has no split, and none is asked for: --split all, too, ended in "all of them held out"."""
+    episode = tabletop_data.demonstration("goal", 1, 0, 0.0)
+    fast_tokenizer.write_episodes(tmp_path / "one", [episode])
+    trained_on = {"folder": "data", "episodes": 20, "held_out": 1, "sha256": "of their names"}
+    for records, split, why in (
+        ([], "all", "as --split all asks"),
+        ([], "auto", "the checkpoint names no episodes"),
+        ([trained_on], "auto", "which the checkpoint was not trained on (but on data)"),
+    ):
+        backbone = types.SimpleNamespace(action_tokenizer=None, run={"split": records})
+        episodes, words = evaluate.episodes_to_ask(backbone, tmp_path / "one", split)
+        assert len(episodes) == 1 and why in words
+    with pytest.raises(ValueError, match="1 episodes, all of them held out; record more"):
+        evaluate.episodes_to_ask(backbone, tmp_path / "one", "held-out")
+
+
 def with_thoughts(folder, out):
     """Three episodes of a folder, each step with a thought of some state of Tabletop."""
     some_thoughts = []
