@@ -1240,6 +1240,15 @@ def check_instructions(instructions: list[str], images: list) -> None:
             raise ValueError(f"instruction {row} is blank; say what the robot should do")
 
 
+def check_thoughts(thoughts: list[str] | None, policy: "Policy | TokenPolicy") -> None:
+    """ValueError for thoughts that are given to a policy that reads none."""
+    if thoughts is not None and not policy.thinks:
+        raise ValueError(
+            "thoughts are given, but this policy reads none; give none, or a head trained with "
+            "--condition thought, or a checkpoint of sft or grpo in the mode think"
+        )
+
+
 def counted(act_batch: Callable) -> Callable:
     """act_batch, which also adds to its policy's `count`: chunks, forwards and seconds."""
 
@@ -1341,6 +1350,7 @@ class Policy:
             row = np.flatnonzero(~is_finite)[0]
             raise ValueError(f"state {row} is not finite; repair the observation")
         check_instructions(instructions, images)
+        check_thoughts(thoughts, self)
         # 2. prompts, states and noise
         think = self.spec["think"]
         prompts = []
@@ -1474,6 +1484,7 @@ class TokenPolicy:
         thoughts: in words, after which it writes the answer; without them it thinks by itself."""
         # 1. prompts
         check_instructions(instructions, images)
+        check_thoughts(thoughts, self)
         prompts = []
         for row_images, instruction in zip(images, instructions, strict=True):
             views = self.views(row_images)

@@ -102,6 +102,15 @@ def test_it_answers_after_a_thought_that_is_given(monkeypatch, backbone):
         policy.act_batch([VIEW] * 2, ["go"] * 2, np.zeros((2, 0)), thoughts=["one"])
 
 
+def test_without_thinking_it_is_given_no_thought(monkeypatch, backbone):
+    """The thought stood behind the prompt that asks for none, a pair that no stage trains on."""
+    answer, _ = answer_of(backbone, 3)
+    script(monkeypatch, backbone, [answer])
+    policy = vla.TokenPolicy(backbone, "direct")
+    with pytest.raises(ValueError, match="reads none; .* of sft or grpo in the mode think"):
+        policy.act_batch([VIEW], ["go"], np.zeros((1, 0)), thoughts=["the cup is right"])
+
+
 def test_what_does_not_decode_is_tried_again_and_then_holds_still(monkeypatch, backbone):
     """Row 0 decodes at once, row 1 at the third answer, row 2 never: too few tokens, none, no end
     of its thought. Tags may be missing around tokens that decode."""

@@ -1309,6 +1309,13 @@ def test_bad_observations_stop_with_a_clear_line(data, trained):
         policy.act_batch(images, instructions, states)
 
 
+def test_a_head_that_reads_no_thought_is_given_none(data, trained):
+    """It acted as if none were given; one thought for three observations was fine, too."""
+    policy = vla.Policy.load(trained)
+    with pytest.raises(ValueError, match="this policy reads none; give none, or a head trained"):
+        policy.act_batch(*observations(data), thoughts=["left"])
+
+
 def test_the_size_of_the_images_travels_in_the_checkpoint(data, trained, capsys):
     """An image of twice the size gave other tokens, 64 instead of 16 of them, and other actions,
     without a word. Each pixel doubled and brought back to the size of training, it means the same,
