@@ -1589,7 +1589,13 @@ def how_to_hold_still(stats: Stats) -> Hold | None:
     cannot be told from movements then.
 
     A gripper is told first the end that is nearer to its mean, the more frequent one; what a
-    position is told first is not known."""
+    position is told first is not known. Without `deltas`:
+
+        dimension   min   max   mean    std   share of largest variance   is told
+        gripper     -1    1     0.2     0.95  0.90 / 0.96 = 0.94          the last one, first 1
+        movement    -1    1     0       0.5   0.25 / 1    = 0.25          0
+        height       0.1  0.4   0.25    0.1   0.01 / 0.0225 = 0.44        the last one, first NaN
+    """
     if not {"mean", "std"} <= set(stats):
         return None
     low = np.array(stats.get("min", stats["q01"]))  # (A,)
@@ -1788,7 +1794,15 @@ def evaluate(
     head: FlowHead, source: FeatureSource, frames: FrameDataset, cfg: Config, dist: Dist
 ) -> dict[str, float]:
     """Held-out frames, evenly spaced: flow loss, L1 and squared error of sampled chunks, each the
-    mean over counted elements, in normalised units (q01 to q99 is 2). {} without held-out ones."""
+    mean over counted elements, in normalised units (q01 to q99 is 2). {} without held-out ones.
+
+    Each rank makes as many forwards as any other, since FSDP needs it. So each has as many frames:
+    where some are missing the last one fills in, and is not counted. Of 5 frames on 2 ranks,
+    --batch 4:
+
+        rank     0          1
+        frames   0 1 | 2    3 4 | (4)     two forwards each
+    """
     # 1. the frames, and their draws: the same at each evaluation
     frame_count = min(cfg.eval_rows, len(frames.held))
     if frame_count == 0:
@@ -1797,15 +1811,15 @@ def evaluate(
     loss_draws = head.draw(model.rng(cfg.seed, "held"), frame_count)
     start_noise = head.draw(model.rng(cfg.seed, "sample"), frame_count).noise[:, 0]
 
-    # 2. this rank's, in as many forwards as on any other (FSDP needs it): where frames are missing,
-    # the last one fills in, and is not counted
-    rank_count = -(-frame_count // dist.world_size)  # rounded up
+    # 2. this rank's
+    frames_each = -(-frame_count // dist.world_size)  # rounded up
+    first_frame = dist.rank * frames_each
     local_batch = cfg.batch // dist.world_size
     sums = np.zeros(4)  # flow loss, counted elements, |error|, error squared
     head.eval()
-    for first in range(0, rank_count, local_batch):
-        last = min(first + local_batch, rank_count)
-        indices = dist.rank * rank_count + np.arange(first, last)  # (B,)
+    for start in range(0, frames_each, local_batch):
+        end = min(start + local_batch, frames_each)
+        indices = first_frame + np.arange(start, end)  # (B,)
         is_real = torch.from_numpy(indices < frame_count).to(dist.device)
         indices = np.minimum(indices, frame_count - 1)
         state, action, action_mask = training_targets(frames, frame_ids[indices], dist.device)
