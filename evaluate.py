@@ -290,6 +290,7 @@ def closed_loop(args: argparse.Namespace):
     metrics: "retried", the share of chunks whose first answer did not decode, and "held
     still", of those where no answer did. Of a head that reads its own thoughts: "thoughts
     unfinished", the share that --max-thought of vla.py cut off."""
+    # 1. this rank's share of the trials
     started = time.time()
     simulator = simulator_module(args.command)
     simulator.check(args)
@@ -299,6 +300,7 @@ def closed_loop(args: argparse.Namespace):
     )
     local_outcome = simulator.evaluate(policy, args, local_share(dist))
 
+    # 2. what became of the trials and chains of all ranks
     metrics = {}
     paired = {}
     items = {}
@@ -311,6 +313,8 @@ def closed_loop(args: argparse.Namespace):
     if chain_lengths:
         metrics |= chain_metrics(chain_lengths)
         paired["chain length"] = chain_lengths
+
+    # 3. what it took
     names = ("chunks", "forwards", "seconds", "retried", "held", "thinking", "unfinished")
     of_all_ranks = model.all_sum([policy.count[name] for name in names])
     count = dict(zip(names, of_all_ranks, strict=True))
@@ -324,17 +328,19 @@ def closed_loop(args: argparse.Namespace):
         if isinstance(policy, vla.TokenPolicy):
             metrics["retried"] = wilson(int(count["retried"]), int(count["chunks"]))
             metrics["held still"] = wilson(int(count["held"]), int(count["chunks"]))
-    prefix = []
+
+    # 4. under names that begin with the way in which it drove, as "think removed success"
+    way = ""
     if isinstance(policy, vla.TokenPolicy):
-        prefix.append(policy.mode)
+        way += f"{policy.mode} "
     if getattr(args, "thought", "own") != "own":  # a flag of Tabletop
-        prefix.append(args.thought)
-    metrics = {" ".join([*prefix, name]): value for name, value in metrics.items()}
-    paired = {" ".join([*prefix, name]): values for name, values in paired.items()}
-    items = {" ".join([*prefix, name]): names for name, names in items.items()}
+        way += f"{args.thought} "
+    metrics = {way + name: value for name, value in metrics.items()}
+    paired = {way + name: values for name, values in paired.items()}
+    items = {way + name: names for name, names in items.items()}
     if dist.rank == 0:
-        way = " ".join([args.command, *prefix])
-        write_metrics(metrics, paired, args, started, items, seconds=seconds, record_as=way)
+        record_as = f"{args.command} {way}".strip()
+        write_metrics(metrics, paired, args, started, items, seconds=seconds, record_as=record_as)
 
 
 def success_metrics(trials) -> dict[str, Interval]:

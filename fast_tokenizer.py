@@ -1514,6 +1514,7 @@ def config_parser(path: str | Path) -> argparse.ArgumentParser:
 
     The source is parsed, not imported: torch takes seconds, and --help should not. ValueError when
     Config holds what can be no flag."""
+    # 1. what the file says: its constants, the fields of Config, the comments behind them
     source = Path(path).read_text(encoding="utf-8")
     module = ast.parse(source)
     constants = {}  # of the module: name -> syntax tree of its value
@@ -1528,6 +1529,8 @@ def config_parser(path: str | Path) -> argparse.ArgumentParser:
         match = re.match(r"    (\w+): .*?  # (.+)", line)
         if match:
             comments[match[1]] = match[2]
+
+    # 2. a parser, which takes a preset
     parser = argparse.ArgumentParser(
         description=ast.get_docstring(module),
         allow_abbrev=False,
@@ -1536,6 +1539,8 @@ def config_parser(path: str | Path) -> argparse.ArgumentParser:
     )
     presets = [key.value for key in constants["PRESETS"].keys]
     parser.add_argument("preset", nargs="?", choices=presets, default=presets[0])
+
+    # 3. a flag for each field
     for field in fields:
         name = ast.unparse(field.target)
         annotation = ast.unparse(field.annotation)

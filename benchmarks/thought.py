@@ -124,10 +124,13 @@ def other_target(name: bool, cell: bool, move: bool) -> Callable:
     there; height and fingers stay."""
 
     def edit(own: ParsedThought, scene: Scene, rng) -> Edit | None:
+        # 1. the object that it goes for, and the way there
         target = {"handle": "drawer handle"}.get(own.target, own.target)
         if own.phase not in ("reach", "carry") or target not in scene.places:
             return None
         old = (scene.places[target] - scene.hand)[:2]  # m
+
+        # 2. another one, to which the way is another
         candidates = []
         for other, place in scene.places.items():
             new = (place - scene.hand)[:2]
@@ -136,6 +139,8 @@ def other_target(name: bool, cell: bool, move: bool) -> Callable:
         if not candidates:
             return None
         other, place, new = candidates[int(rng.integers(len(candidates)))]
+
+        # 3. the thought that goes for that one
         changes = {}
         if name:
             changes["target"] = {"drawer handle": "handle"}.get(other, other)
@@ -143,11 +148,13 @@ def other_target(name: bool, cell: bool, move: bool) -> Callable:
             changes["target_cell"] = tabletop_data.cell(*place[:2])
         if move:
             changes["move"] = (*np.rint(100 * new).astype(int).tolist(), own.move[2])
-        turn = np.zeros(7)
-        turn[:2] = new / np.linalg.norm(new) - old / np.linalg.norm(old)
         edited = own._replace(**changes)
         if edited == own:  # it was wrong, and says already what the edit would
             return None
+
+        # 4. the turn: what the new direction has and the old one has not
+        turn = np.zeros(7)
+        turn[:2] = new / np.linalg.norm(new) - old / np.linalg.norm(old)
         return Edit(edited, turn)
 
     return edit
