@@ -528,9 +528,12 @@ class Tabletop:
             thing.on = "table"
 
     def push_things(self):
-        """Low fingers, and a low carried thing, move what stands in their way, where the hand is
-        at the end of a step, which is up to 2.5 cm long: a push off the middle of a thing is a
-        matter of millimetres, and fingers that go over 8 mm leave what is between them behind."""
+        """Low fingers, and a low carried thing, move what stands in their way.
+
+        Only the place of the hand at the end of a step counts, and a step is up to 2.5 cm long.
+        So millimetres decide where a thing goes that is not pushed at its middle. And what open
+        fingers drag along they leave behind in a step of over 8 mm: it stays 12 mm off the middle
+        of the hand, and 20 mm off it is no longer between them."""
         x, y, z = self.gripper_xyz
         carried = self.held if isinstance(self.held, Thing) else None
         fingers_open = self.aperture >= 0.5
@@ -717,8 +720,8 @@ class Tabletop:
     def _approach(self, xy, low: float) -> tuple[tuple[float, float, float], float]:
         """-> waypoint over xy (m), and nearness to the end of the way, -1 away .. +1 there.
 
-        The waypoint is at travel height far away, and goes down to `low` within the last 6 cm.
-        Both are smooth."""
+        The waypoint is at travel height as long as the hand is over 6.5 cm away, and comes down to
+        `low`, where it is from 1.5 cm on. Both are smooth."""
         gap = math.dist(self.gripper_xyz[:2], xy)
         far = min(max((gap - 0.015) / 0.05, 0.0), 1.0)
         height = low + (max(HOVER, low + 0.05) - low) * far * far * (3 - 2 * far)
