@@ -873,11 +873,11 @@ def _only_writer(unfinished, resume):
 def _missing_recordings(recordings, written):
     """Passes over the first recordings, which are `written`. ValueError if they are other ones."""
     passed = 0
-    for recording in recordings:
+    for number, recording in enumerate(recordings):
         if passed == len(written):
             if recording is None:
                 raise ValueError("None comes in place of a recording that is not written yet")
-            yield _checked_recording(*recording)
+            yield _checked_recording(number, recording)
             continue
         file = written[passed]
         passed += 1
@@ -915,9 +915,14 @@ def _groups(recordings, size):
         yield group
 
 
-def _checked_recording(arrays, header):
-    """A recording, numbers as float32. ValueError naming its source and the step that is wrong."""
-    source = header.get("source", "a recording without source")
+def _checked_recording(number, recording):
+    """A recording, numbers as float32. ValueError naming its number among those that come, its
+    source, and the step or the array that is wrong."""
+    is_pair = isinstance(recording, tuple | list) and len(recording) == 2
+    if not is_pair or not all(isinstance(part, dict) for part in recording):
+        raise ValueError(f"recording {number} is no pair of dicts; yield (arrays, header)")
+    arrays, header = recording
+    source = f"recording {number}, {header.get('source', 'without source')}"
     try:
         arrays = {name: np.asarray(array) for name, array in arrays.items()}
     except ValueError as e:  # frames of unequal size
@@ -931,21 +936,55 @@ def _checked_recording(arrays, header):
         numbers = arrays.get(name)
         if not _has_shape(np.shape(numbers), shape):
             raise ValueError(f"{source}: {name} is no array {shape}; give a row of numbers a step")
-        with np.errstate(over="ignore"):  # infinity, which is no number either
-            arrays[name] = np.asarray(numbers).astype(np.float32)
+        try:
+            with np.errstate(over="ignore"):  # infinity, which is no number either
+                arrays[name] = np.asarray(numbers).astype(np.float32)
+        except (ValueError, TypeError) as e:
+            raise ValueError(f"{source}: {name}: {e}; give numbers") from e
         bad_rows = _bad_rows(arrays, name)
         if len(bad_rows):
             raise ValueError(
                 f"{source}: {name} of step {bad_rows[0]} is not finite; "
                 "repair it or copy the dataset again"
             )
+    _check_other_arrays(source, arrays, header)
     lengths = {}
     for name, array in arrays.items():
         if f"{name}.ends" not in arrays:  # else a blob, whose steps are its ends
             lengths[name] = len(array)
     if len(set(lengths.values())) != 1:
         raise ValueError(f"{source}: steps differ ({lengths}); copy the dataset again")
+    # what is said of it, as the file will be read: in a pack nobody would know of which recording
+    _episode_entries(source, header, len(arrays["action"]))
+    _deltas(source, header, arrays["action"].shape[1])
+    _known_objects(source, header, arrays, 0, len(arrays["action"]))
     return arrays, header
+
+
+def _check_other_arrays(source, arrays, header):
+    """Of a recording, all arrays but SHAPES. ValueError unless cameras are frames, what looks like
+    frames is called a camera, and the rest can be written."""
+    if "image" not in arrays:
+        raise ValueError(f"{source}: image is missing; call the frames of the first camera so")
+    for name, array in arrays.items():
+        is_camera = name == "image" or name.startswith("image_")
+        is_camera = is_camera and not name.endswith(".ends")
+        if is_camera and f"{name}.codec" not in header:
+            if array.dtype != np.uint8 or not _has_shape(array.shape, "(T, H, W, 3)"):
+                raise ValueError(
+                    f"{source}: {name} is {array.dtype} {array.shape}, not uint8 (T, H, W, 3); "
+                    "give colours of 0 to 255, the channels last"
+                )
+        elif array.ndim == 0 or array.dtype.kind not in "biuf":
+            raise ValueError(
+                f"{source}: {name} is {array.dtype} {array.shape}, no array of numbers; "
+                "leave it out"
+            )
+        elif not is_camera and name not in SHAPES and _has_shape(array.shape, "(T, H, W, 3)"):
+            raise ValueError(
+                f"{source}: {name} {array.shape} looks like frames, which no stage would find; "
+                f"call it image_{name}, or leave it out"
+            )
 
 
 def _layout(arrays, header):

@@ -763,7 +763,7 @@ def test_images_of_three_channels_last(tmp_path, shape, capsys):
     """Any four dimensions were taken."""
     arrays = {"state": np.zeros((6, 2)), "action": np.zeros((6, 3))}
     arrays["image"] = np.zeros(shape, np.uint8)
-    with pytest.raises(SystemExit, match=r"image is U8 \[6, .*\], not U8 \(T, H, W, 3\)"):
+    with pytest.raises(SystemExit, match=r"image is uint8 \(6, .*\), not uint8 \(T, H, W, 3\)"):
         ft.write_episodes(tmp_path / "e", [(arrays, {"task": "go", "source": "test"})])
 
 
@@ -993,6 +993,12 @@ def test_instructions_keep_every_character(tmp_path, per_file):
         ({"action": np.full((6, 2), 1e300)}, {}, "lab 0: action of step 0 is not finite"),
         ({}, {"task": None}, "lab 0: task is None; give it as text"),
         ({}, {"fps": 5}, "lab 0: fps is 5; give it as text"),
+        ({"action": np.full((7, 2), "a")}, {}, "lab 0: action: could not convert .*; give numbers"),
+        ({"image": None}, {}, r"lab 0: image is object \(\), not uint8 \(T, H, W, 3\)"),
+        ({"image_top": np.zeros((7, 4, 4, 3))}, {}, "lab 0: image_top is float64 .*; give colours"),
+        ({"top": np.zeros((7, 4, 4, 3), np.uint8)}, {}, "looks like frames.*call it image_top"),
+        ({"success": np.float32(1)}, {}, r"success is float32 \(\), no array of numbers"),
+        ({"who": np.full(7, "me")}, {}, r"who is <U2 \(7,\), no array of numbers; leave it out"),
     ],
 )
 def test_a_recording_of_another_shape_is_one_line(tmp_path, arrays, header, message):
@@ -1002,6 +1008,34 @@ def test_a_recording_of_another_shape_is_one_line(tmp_path, arrays, header, mess
         ft.write_episodes(tmp_path / "out", [(ours | arrays, our_header | header)])
     ours |= {name: ours[name].tolist() for name in ("action", "state")}  # lists are good enough
     ft.write_episodes(tmp_path / "out", [(ours, our_header)])
+
+
+@pytest.mark.parametrize("per_file", [1, 3])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda arrays, header: arrays["action"].__setitem__((3, 1), np.nan), "action of step 3"),
+        (lambda arrays, header: arrays.update(image=arrays["image"] / 255), "image is float64"),
+        (lambda arrays, header: header.update(deltas="9"), "deltas '9' of 3 action dimensions"),
+        (lambda arrays, header: header.update(fps="10 Hz"), "could not convert .*'10 Hz'"),
+        (lambda arrays, header: header.pop("task"), "'task' is missing"),
+    ],
+)
+def test_the_recording_that_is_wrong_is_named(tmp_path, per_file, change, message):
+    """All of a lab's recordings have one source, as in the example of docs/data.md: "lab: action
+    of step 3 is not finite" was all that was said. Of a pack it was the source of the first."""
+    given = [(arrays, header | {"source": "lab"}) for arrays, header in recordings(3)]
+    change(*given[1])
+    with pytest.raises(SystemExit, match=f"^error: recording 1, lab: {message}"):
+        ft.write_episodes(tmp_path / "out", given, per_file)
+
+
+@pytest.mark.parametrize("shape", [lambda a, h: a, lambda a, h: (a, h, 1), lambda a, h: (a, None)])
+def test_what_is_no_pair_of_arrays_and_header_is_one_line(tmp_path, shape):
+    """It was a TypeError about _checked_recording(), or an AttributeError of None."""
+    first, second = recordings(2)
+    with pytest.raises(SystemExit, match="recording 1 is no pair of dicts; yield .arrays, header"):
+        ft.write_episodes(tmp_path / "out", [first, shape(*second)])
 
 
 @pytest.mark.parametrize("folder", ["", ".", "/"])
@@ -1052,7 +1086,7 @@ def test_a_writer_goes_on_with_the_same_recordings_only(tmp_path):
 def test_a_recording_that_cannot_be_read_back_leaves_no_file(tmp_path):
     bad = next(recordings(1))
     bad[0]["image"] = bad[0]["image"].astype(np.float32)
-    with pytest.raises(SystemExit, match="lab 0: .*image is F32"):
+    with pytest.raises(SystemExit, match="recording 2, lab 0: image is float32"):
         ft.write_episodes(tmp_path / "out", [*recordings(2), bad], resume=True)
     assert len(ft.unfinished_episodes(tmp_path / "out")) == 2
     uneven = next(recordings(1))
