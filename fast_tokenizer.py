@@ -392,6 +392,13 @@ def _check_same_robot(files):
             )
 
 
+def require_instructions(files: list[EpisodeFile]) -> None:
+    """ValueError naming the first episode whose instruction is blank."""
+    for file in files:
+        if not file.task.strip():
+            raise ValueError(f"{file}: its instruction is blank; write one, or delete the episode")
+
+
 def locate_step(files: list[EpisodeFile], ends: np.ndarray, i: int) -> tuple[EpisodeFile, int]:
     """Step i of those that `ends` counts through all files, see chunk_ends -> (file, its step)."""
     index = int(np.searchsorted(ends, i, side="right"))

@@ -80,6 +80,7 @@ from fast_tokenizer import (
     non_negative,
     read_episodes,
     read_image,
+    require_instructions,
     split_episodes,
     split_record,
 )
@@ -935,6 +936,7 @@ class EpisodeDataset:
         self.name = "action"
         self.action_tokenizer = action_tokenizer
         all_episodes = read_episodes(folder, action_tokenizer=action_tokenizer)
+        require_instructions(all_episodes)
         train_episodes, held_out = split_episodes(all_episodes)
         self.episodes = [*train_episodes, *held_out]
         self.ends = chunk_ends(self.episodes, action_tokenizer.horizon)

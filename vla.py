@@ -72,6 +72,7 @@ from fast_tokenizer import (
     read_episodes,
     read_stats,
     reading,
+    require_instructions,
     split_episodes,
     split_record,
     unnormalize,
@@ -306,11 +307,8 @@ class FrameDataset:
         return np.array(frame_ids, int)
 
     def _check(self, cfg):
+        require_instructions(self.episodes)
         for episode in self.episodes:
-            if not episode.task.strip():
-                raise ValueError(
-                    f"{episode}: its instruction is blank; write one, or delete the episode"
-                )
             if cfg.thoughts == "recorded" and episode.thoughts is None:
                 raise ValueError(
                     f"{episode}: holds no thoughts; record it by what knows them, as "

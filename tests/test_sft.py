@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 import grpo
 import model
 import sft
+import vla
 from fast_tokenizer import FastTokenizer, action_chunks, read_episodes, split_episodes
 from tools import backbones
 
@@ -732,6 +733,17 @@ def test_episodes_need_a_tokenizer_of_their_dataset(tmp_path, robot):
     bare.stats = None
     with pytest.raises(ValueError, match="without statistics; save it with those of the episodes"):
         model.EpisodeDataset(robot / "episodes", bare)
+
+
+def test_episodes_without_an_instruction_are_refused(tmp_path, robot):
+    """SFT and RL trained on them; the head's stage, hours later, and the server refused them."""
+    path = robot / "episodes/episode_000001.safetensors"
+    save_file(load_file(path), path, {"task": " \n", "fps": "5", "source": "test"})
+    tokenizer = FastTokenizer.load(robot / "fast")
+    with pytest.raises(ValueError, match="episode_000001: its instruction is blank; write one"):
+        model.EpisodeDataset(robot / "episodes", tokenizer)
+    with pytest.raises(ValueError, match="episode_000001: its instruction is blank; write one"):
+        vla.FrameDataset(vla.Config(data=str(robot / "episodes")))
 
 
 def test_an_action_row_needs_the_right_chunk(tmp_path, robot):
