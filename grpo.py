@@ -595,7 +595,7 @@ def answer_score(answer: str, right: RightAnswer, graded: bool = False) -> float
 
 # fork point: the reward. r_a of actions is a function (action tokenizer, N generated and N target
 # lists of action ids) -> (N,) in [0, 1], with a name in REWARDS, which --reward and evaluate.py
-# take. r_a of words is one of SCORES.
+# take. r_a of words is one of SCORES. reward() checks both.
 IdLists = list[list[int]]
 
 
@@ -709,6 +709,15 @@ def reward(
             parts[name][indices] = values
     # ours: a malformed answer earns nothing, whatever its tokens
     parts["r_a"] = np.where(parts["r_f"], parts["r_a"], 0.0)
+    outside = ~((parts["r_a"] >= 0) & (parts["r_a"] <= 1))  # NaN too
+    if outside.any():
+        i = int(np.argmax(outside))  # the first
+        name, wanted = f"reward {kind}", f"action ids {targets[i]}"
+        if in_words[i]:
+            name, wanted = f"score {targets[i].score}", repr(targets[i].text)
+        raise ValueError(
+            f"{name} gave {parts['r_a'][i]:g} where {wanted} are right; give numbers from 0 to 1"
+        )
     return (parts["r_f"] + parts["r_a"]) / 2, parts
 
 
@@ -722,9 +731,15 @@ def action_parts(backbone, token_ids, targets, think, kind) -> dict[str, np.ndar
     parsed = [model.parse_actions(backbone, sequence) for sequence in token_ids]
     generated = [answer.action_ids for answer in parsed]
     _, decodes = backbone.action_tokenizer.decode(generated)
+    r_a = np.asarray(REWARDS[kind](backbone.action_tokenizer, generated, targets), float)
+    if r_a.shape != (len(targets),):
+        raise ValueError(
+            f"reward {kind} gave an array {r_a.shape} for {len(targets)} completions; give one "
+            "number for each"
+        )
     return {
         "r_f": format_reward(parsed, decodes, think),
-        "r_a": REWARDS[kind](backbone.action_tokenizer, generated, targets),
+        "r_a": r_a,
         **format_diagnostics(backbone, token_ids, parsed, think),
         "decodes": decodes,
     }

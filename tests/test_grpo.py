@@ -240,6 +240,29 @@ def test_reward_of_partly_right_actions(backbone):
     assert score([a] * 12, "ladder") == 1 and score([a] * 13, "ladder") == 0
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([1.0, -0.25], "reward mine gave -0.25 where action ids .*; give numbers from 0 to 1"),
+        ([1.0, np.nan], "reward mine gave nan where action ids .*; give numbers from 0 to 1"),
+        ([1.0, 3], "reward mine gave 3 where"),
+        (0.5, r"reward mine gave an array \(\) for 2 completions; give one number for each"),
+        (np.ones((2, 3)), r"reward mine gave an array \(2, 3\) for 2 completions"),
+    ],
+)
+def test_a_new_reward_gives_a_number_from_0_to_1_for_each(backbone, monkeypatch, values, message):
+    """One beyond them trained in silence, NaN ended as a loss that is not finite, and one number
+    for all was paid to each."""
+    monkeypatch.setitem(grpo.REWARDS, "mine", lambda tokenizer, generated, targets: values)
+    target = backbone.action_tokenizer.encode(chunks(1, seed=5))[0]
+    row = ids_of(backbone, f"<think>x</think>{model.action_answer(target)}<|im_end|>")
+    with pytest.raises(ValueError, match=message):
+        grpo.reward(backbone, [row, row], [target, target], "mine")
+    monkeypatch.setitem(grpo.REWARDS, "mine", lambda tokenizer, generated, targets: [1, np.nan])
+    r, _ = grpo.reward(backbone, [row, row[:-1]], [target, target], "mine")
+    assert r.tolist() == [1, 0], "what is malformed earns nothing, whatever it decodes to"
+
+
 def test_the_ladder_by_hand(backbone):
     """Each rung compares what as many tokens of both decode to, with zeros for the rest."""
     one = [i for i, p in backbone.action_tokenizer.pieces.items() if len(p.decode()) == 1]
