@@ -1583,7 +1583,7 @@ def config_parser(path: str | Path) -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    presets = [key.value for key in constants["PRESETS"].keys]
+    presets = _keys(path, "PRESETS", constants["PRESETS"])
     parser.add_argument("preset", nargs="?", choices=presets, default=presets[0])
 
     # 3. a flag for each field
@@ -1600,14 +1600,30 @@ def config_parser(path: str | Path) -> argparse.ArgumentParser:
         else:
             allowed = ", ".join(FLAG_TYPES)
             raise ValueError(f"{path}: Config.{name} is {annotation}; use bool or one of {allowed}")
-        choices = constants.get(f"{name.upper()}S")
-        if choices:
-            kind["metavar"] = "{" + ",".join(key.value for key in choices.keys) + "}"
-        default = ast.literal_eval(constants.get(ast.unparse(field.value), field.value))
+        dict_name = f"{name.upper()}S"
+        if dict_name in constants:
+            choices = _keys(path, dict_name, constants[dict_name])
+            kind["metavar"] = "{" + ",".join(choices) + "}"
+        written = ast.unparse(field.value) if field.value else ""
+        try:
+            default = ast.literal_eval(constants.get(written, field.value))
+        except ValueError as e:
+            raise ValueError(
+                f"{path}: the default of Config.{name} is {written or 'missing'}; write a number, "
+                "a text, True or False, or a constant of this file that is one"
+            ) from e
         text = f"{comments.get(name, '')} ({default})"
         flag = "--" + name.replace("_", "-")
         parser.add_argument(flag, help=text.replace("%", "%%"), **kind)
     return parser
+
+
+def _keys(path, name, node):
+    """The keys of a dict in the source. ValueError where they do not stand there as text."""
+    keys = getattr(node, "keys", [None])
+    if not all(isinstance(key, ast.Constant) for key in keys):
+        raise ValueError(f"{path}: {name} is no {{...}} with each key in it; write it so")
+    return [key.value for key in keys]
 
 
 def answer_help(path: str | Path) -> None:

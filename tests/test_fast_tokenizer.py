@@ -1343,6 +1343,24 @@ def test_config_parser_returns_what_was_given(tmp_path, capsys):
         ft.config_parser(path)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("lr: float = 1e-3", "lr: float = 1 / 3", "Config.lr is 1 / 3; write a number, a text"),
+        ("lr: float = 1e-3", "lr: float", "the default of Config.lr is missing; write a number"),
+        ("REWARDS = {", "REWARDS = {**OTHERS, ", "REWARDS is no {...} with each key in it"),
+        ("PRESETS = {", "PRESETS = OTHERS | {", "PRESETS is no {...} with each key in it"),
+    ],
+)
+def test_a_new_flag_that_cannot_be_read_is_named(tmp_path, old, new, message):
+    """Of whoever adds one: a malformed node at an address, or 'NoneType' has no attribute."""
+    path = tmp_path / "stage.py"
+    assert old in STAGE
+    path.write_text(STAGE.replace(old, new))
+    with pytest.raises(ValueError, match=f"stage.py: .*{re.escape(message)}"):
+        ft.config_parser(path)
+
+
 # ---- Images --------------------------------------------------------------------------------------
 
 
