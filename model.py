@@ -227,6 +227,7 @@ SPECIAL_TOKENS = [
 ]  # fmt: skip
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 THINK_END = TAGS[1]
+FAMILIES = ("qwen2_5_vl", "qwen3_vl")  # model_type in config.json
 SYSTEM_PROMPT = "You are a helpful assistant."  # Qwen2.5-VL opens with it, Qwen3-VL with nothing
 
 
@@ -359,8 +360,9 @@ def load(
     written the checkpoint, ValueError for another one; what no stage has written always passes.
     device META: shapes alone, which shard() fills. max_pixels: of an image, 0: the backbone's
     own."""
-    # fork point: the backbone family. What is asked of another one: `net.model.visual`,
-    # `net.model.language_model.layers`, `net.lm_head`, M-RoPE positions, Qwen2-VL's patches.
+    # fork point: the backbone family, a name more in FAMILIES. What is asked of another one:
+    # `net.model.visual`, `net.model.language_model.layers`, `net.lm_head`, M-RoPE positions,
+    # Qwen2-VL's patches.
     folder = find_checkpoint(path)
     local_folder = Path(folder)  # of a hub model: there is none
     run = {}
@@ -370,6 +372,12 @@ def load(
         raise ValueError(
             f"{folder}: a checkpoint of stage {run['stage']!r}, expected "
             f"{' or '.join(stages)}; give the folder that such a stage wrote"
+        )
+    family = transformers.AutoConfig.from_pretrained(folder).model_type
+    if family not in FAMILIES:  # its prompts, patches or positions may be other ones
+        raise ValueError(
+            f"{path}: of family {family}, not {' or '.join(FAMILIES)}; choose one of these, or see "
+            '"A new backbone family" in docs/change-one-thing.md'
         )
     with reading_checkpoint(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder)

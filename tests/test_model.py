@@ -21,7 +21,12 @@ from ranks import on_ranks, start
 from safetensors.torch import load_file
 from torch import distributed, nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    Qwen2VLConfig,
+)
 from transformers.cache_utils import DynamicCache
 from transformers.utils import hub
 from transformers.vision_utils import get_vision_window_index
@@ -559,6 +564,44 @@ def test_a_bare_folder_is_filled_at_random_and_says_so(tmp_path, monkeypatch, ca
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     assert first.net.generation_config.eos_token_id == first.vocab.eos
     assert "has no weights: filled at random, seed 3" in capsys.readouterr().out
+
+
+def test_another_family_is_refused(tmp_path):
+    """Qwen2-VL has the special tokens of Qwen2.5-VL, so it was taken, and asked without the system
+    turn with which its template opens."""
+    text = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 640}
+    text["rope_parameters"] = {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "mrope_section": [6, 5, 5],
+    }
+    vision = {"depth": 1, "embed_dim": 64, "hidden_size": 64, "num_heads": 2}
+    Qwen2VLConfig(text_config=text, vision_config=vision).save_pretrained(tmp_path)
+    backbone = backbones.random_backbone("tiny-qwen2.5-vl")
+    backbone.tokenizer.save_pretrained(tmp_path)
+    backbone.image_spec.save(tmp_path)
+    with pytest.raises(ValueError, match="of family qwen2_vl, not qwen2_5_vl or qwen3_vl; choose"):
+        model.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"family": "qwen3vl"}, "family is one of qwen2_5_vl, qwen3_vl"),
+        ({"head_dim": 64}, "mrope_section sums to head_dim / 2, 32"),
+        ({"heads": 4, "kv_heads": 3}, "heads is a multiple of kv_heads"),
+        ({"family": "qwen2_5_vl", "hidden": 96}, "of qwen2_5_vl, heads x head_dim is hidden"),
+        ({"vision_heads": 5}, "vision_heads divides vision_hidden"),
+        ({"special_layers": (2,)}, "special_layers lie below vision_layers"),
+    ],
+)
+def test_a_size_that_cannot_be_is_refused(monkeypatch, change, message):
+    """A family with a typo was Qwen2.5-VL, deepstack behind the last block was none; the others
+    were written, and ended the first forward in shapes that do not fit."""
+    size = dataclasses.replace(backbones.SIZES["tiny-qwen3-vl"], **change)
+    monkeypatch.setitem(backbones.SIZES, "mine", size)
+    with pytest.raises(ValueError, match=f"mine: change its line in SIZES, so that {message}"):
+        backbones.random_backbone("mine")
 
 
 def test_a_new_backbone_takes_no_other_s_place(tmp_path, monkeypatch):

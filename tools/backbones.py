@@ -236,6 +236,27 @@ def training_texts(path: str, rows: int = 20000) -> Iterator[str]:
 # ---- Backbone -----------------------------------------------------------------------------------
 
 
+def check_size(name: str, size: Size) -> None:
+    """ValueError naming what does not fit together: transformers would build it."""
+    half_head = size.head_dim // 2
+    for fits, rule in (
+        (size.family in model.FAMILIES, f"family is one of {', '.join(model.FAMILIES)}"),
+        (size.heads % size.kv_heads == 0, "heads is a multiple of kv_heads"),
+        (sum(size.mrope_section) == half_head, f"mrope_section sums to head_dim / 2, {half_head}"),
+        (
+            size.family != "qwen2_5_vl" or size.heads * size.head_dim == size.hidden,
+            "of qwen2_5_vl, heads x head_dim is hidden",
+        ),
+        (size.vision_hidden % size.vision_heads == 0, "vision_heads divides vision_hidden"),
+        (
+            max(size.special_layers, default=0) < size.vision_layers,
+            "special_layers lie below vision_layers",
+        ),
+    ):
+        if not fits:
+            raise ValueError(f"{name}: change its line in SIZES, so that {rule}")
+
+
 def configuration(size: Size, tokenizer: Qwen2Tokenizer) -> transformers.PretrainedConfig:
     """The configuration of transformers. Weights begin with std 1 / sqrt(width): about the usual
     0.02 at real widths, with which a narrow network does not begin to learn."""
@@ -317,10 +338,12 @@ def random_backbone(
 ) -> model.Backbone:
     """A backbone of SIZES with random weights, a function of seed; on "meta" shapes alone.
 
-    texts: what its tokenizer learns besides SENTENCES. ValueError for a name not in SIZES."""
+    texts: what its tokenizer learns besides SENTENCES. ValueError for a name not in SIZES, or a
+    size that cannot be."""
     if name not in SIZES:
         raise ValueError(f"{name}: unknown size; choose one of {', '.join(SIZES)}")
     size = SIZES[name]
+    check_size(name, size)
     tokenizer = train_tokenizer([*SENTENCES, *texts], size.vocab_size)
     if size.family == "qwen2_5_vl":
         tokenizer.chat_template = QWEN2_5_CHAT_TEMPLATE
