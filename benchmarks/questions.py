@@ -52,8 +52,9 @@ def write(folder: str | Path, rows):
     (folder / "images").mkdir(parents=True, exist_ok=True)
     copies = {}  # path of an image -> that of its copy below the folder
     lines = []
-    for i, (question, answer, kind, images, *more) in enumerate(rows):
+    for i, given in enumerate(rows):
         with reading(f"row {i}"):
+            question, answer, kind, images, *more = given
             names = []
             for k, image in enumerate(images):
                 if image is None:
@@ -61,6 +62,8 @@ def write(folder: str | Path, rows):
                 if isinstance(image, Image.Image):
                     names.append(save_image(folder, f"{i}_{k}.png", image, i))
                     continue
+                if not isinstance(image, str | Path):
+                    raise ValueError(f"an image is {type(image)}; give a PIL image or a path")
                 if image not in copies:
                     copies[image] = save_image(folder, f"{i}_{k}.png", image, i)
                 names.append(copies[image])

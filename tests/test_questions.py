@@ -721,6 +721,22 @@ def test_all_before_the_first_answer_is_asked(tmp_path, monkeypatch):
 # ---- easy-VQA, and answers without images --------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (("q", "a"), "row 1: not enough values to unpack"),
+        (
+            ("q", "a", "k", [np.zeros((4, 4, 3), np.uint8)]),
+            "row 1: an image is .*ndarray.*; give a",
+        ),
+    ],
+)
+def test_a_row_that_cannot_be_converted_is_named(tmp_path, bad, message):
+    """Of a short one nobody knew which; an array was an "unhashable type"."""
+    with pytest.raises(ValueError, match=message):
+        questions.write(tmp_path / "out", [("q", "a", "k", []), bad])
+
+
 def test_an_image_that_many_rows_name_is_copied_once(tmp_path):
     """The 38,575 training rows of easy-VQA, which name 4,000 files, were to become 38,575 files."""
     for name in ("a.png", "b.png"):
