@@ -929,7 +929,9 @@ def _checked_recording(number, recording):
     if not is_pair or not all(isinstance(part, dict) for part in recording):
         raise ValueError(f"recording {number} is no pair of dicts; yield (arrays, header)")
     arrays, header = recording
-    source = f"recording {number}, {header.get('source', 'without source')}"
+    source_text = str(header.get("source", "without source"))
+    source_text = source_text.encode(errors="backslashreplace").decode()  # a path may be any bytes
+    source = f"recording {number}, {source_text}"
     try:
         arrays = {name: np.asarray(array) for name, array in arrays.items()}
     except ValueError as e:  # frames of unequal size
@@ -937,6 +939,13 @@ def _checked_recording(number, recording):
     for key, text in header.items():
         if not isinstance(text, str):
             raise ValueError(f"{source}: {key} is {text!r}; give it as text")
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:  # JSON may hold half of an emoji, a path any byte
+            what = "the instruction" if key == "task" else key
+            raise ValueError(
+                f"{source}: half a character in {what} {text!r}; write the whole one, or delete it"
+            ) from e
     for name, shape in SHAPES.items():
         if name not in arrays and name not in ("action", "state"):
             continue
@@ -1004,17 +1013,6 @@ def _layout(arrays, header):
 def _write_file(folder, name, recordings):
     """Writes recordings of one layout as folder/name.safetensors, complete or not at all; several
     are joined, and what is said of each stands in the header's list "episodes". -> its episodes."""
-    for _, one_header in recordings:
-        for key, text in one_header.items():
-            try:
-                text.encode()
-            except UnicodeEncodeError as e:  # JSON may hold half of an emoji, a path any byte
-                source = ascii(one_header.get("source", ""))[1:-1]
-                what = "the instruction" if key == "task" else key
-                raise ValueError(
-                    f"{source}: half a character in {what} {text!r}; "
-                    "write the whole one, or delete it"
-                ) from e
     # 1. one set of arrays, one header
     arrays, header = recordings[0]
     if name.startswith("pack"):
