@@ -2,7 +2,7 @@
 # The whole of RoboAlign on Tabletop: data -> FAST -> SFT -> GRPO -> three action heads -> the table.
 # A fresh machine with Python 3.11+ and two CPU cores is enough; with a GPU the same script uses it.
 # QUICK=1 shows every stage in some five minutes, with a table that says that it is only that.
-# FULL=1 takes hours: twice as many steps of SFT, four times as many of the head, ten of GRPO.
+# FULL=1 takes hours: twice the data and steps of SFT, four times those of the head, ten of GRPO.
 # RESUME=1 goes on with a run that was stopped: at the stage, and with FULL=1 at the saved step.
 # RUN, DATA and SEED name other folders and another seed; tools/venv.sh explains VENV, PYTHON and
 # SKIP_INSTALL.
@@ -53,12 +53,12 @@ case ${QUICK:-0},${FULL:-0} in
     DATA=${DATA:-data/full}
     RESULT=results/full.json
     preset=full
-    train_data=(--episodes 3200 --conversations 12000 --thought-actions 60000)
+    train_data=(--episodes 6400 --conversations 12000 --thought-actions 72000 --carried-on 0.5)
     test_data=(--episodes 120)
-    weights=1,1,2
-    sft=(speedrun --steps 9600 --save-every 400)
+    weights=0.5,1.5,2
+    sft=(speedrun --steps 9600 --shards 1 --save-every 400)
     grpo=(speedrun --steps 800 --save-every 40)
-    head=(speedrun --steps 8800 --save-every 400)
+    head=(speedrun --condition thought --stride 8 --steps 8800 --save-every 400)
     held_out=(--prompts 512)
     trials=(--trials 10 --chains 100)
     suites_of_tokens=spatial,object,goal,long
