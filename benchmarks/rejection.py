@@ -25,7 +25,7 @@ import grpo
 import model
 import vla
 from benchmarks.questions import Asked
-from fast_tokenizer import EpisodeFile, count, natural, share
+from fast_tokenizer import IMAGE_TAGS, EpisodeFile, count, natural, share
 
 # ---- Flags ---------------------------------------------------------------------------------------
 
@@ -177,7 +177,7 @@ def kept_answers(backbone, asked: list[Asked], keys: list[int], args) -> list[li
 
 def is_plain(text: str) -> bool:
     """Whether sft.py would read the text as text."""
-    return not any(tag in text for tag in ("<image>", "<|image_pad|>", "<ACTION>"))
+    return not any(tag in text for tag in (*IMAGE_TAGS, "<ACTION>"))
 
 
 def own_row(asked: Asked, words: model.ParsedWords, file: str) -> dict:
