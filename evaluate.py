@@ -285,18 +285,24 @@ def closed_loop(args: argparse.Namespace):
     """`evaluate.py tabletop | metaworld | libero | calvin`: a policy drives to each trial's end.
 
     Of a checkpoint of sft or grpo, which drives by the tokens that it writes, all names begin with
-    its mode, as "think success", so that they stand beside those of its head; then what --thought
-    gave it in place of its own, "think removed success". Of such a checkpoint there are two more
-    metrics: "retried", the share of chunks whose first answer did not decode, and "held
-    still", of those where no answer did. Of a head that reads its own thoughts: "thoughts
-    unfinished", the share that --max-thought of vla.py cut off."""
+    its mode, as "think success", so that they stand beside those of its head; then "sampled", with
+    --sampled; then what --thought gave it in place of its own, "think removed success". Of such a
+    checkpoint there are two more metrics: "retried", the share of chunks whose first answer did not
+    decode, and "held still", of those where no answer did. Of a head that reads its own thoughts:
+    "thoughts unfinished", the share that --max-thought of vla.py cut off."""
     # 1. this rank's share of the trials
     started = time.time()
     simulator = simulator_module(args.command)
     simulator.check(args)
     dist = start_ranks(args)
     policy = vla.load_policy(
-        args.policy, args.mode, args.tries, args.temperature, args.device, args.seed
+        args.policy,
+        args.mode,
+        args.tries,
+        args.temperature,
+        args.device,
+        args.seed,
+        args.sampled,
     )
     local_outcome = simulator.evaluate(policy, args, local_share(dist))
 
@@ -333,6 +339,8 @@ def closed_loop(args: argparse.Namespace):
     way = ""
     if isinstance(policy, vla.TokenPolicy):
         way += f"{policy.mode} "
+        if policy.sampled:
+            way += "sampled "
     if getattr(args, "thought", "own") != "own":  # a flag of Tabletop
         way += f"{args.thought} "
     metrics = {way + name: value for name, value in metrics.items()}

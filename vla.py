@@ -1406,7 +1406,7 @@ class TokenPolicy:
     """A checkpoint of sft or grpo as a policy: the model itself writes the chunk as FAST tokens.
 
     1. it answers the action prompt, thinking first or directly (mode), with the most probable
-       tokens
+       tokens, or, if `sampled`, with tokens drawn at `temperature`, as RL draws them
     2. an answer whose FAST tokens are no chunk is written again, sampled at `temperature`, until
        there are `tries` answers
     3. where none of them is one the chunk is NaN, and ChunkExecutor holds still
@@ -1419,13 +1419,20 @@ class TokenPolicy:
     cameras = ("image",)  # what EpisodeFile.frame() gives where nobody names another
 
     def __init__(
-        self, backbone: Backbone, mode: str, tries: int = 3, temperature: float = 1.0, seed: int = 0
+        self,
+        backbone: Backbone,
+        mode: str,
+        tries: int = 3,
+        temperature: float = 1.0,
+        seed: int = 0,
+        sampled: bool = False,
     ):
         self.backbone = backbone
         self.mode = mode
         self.tries = tries
         self.temperature = temperature
         self.seed = seed
+        self.sampled = sampled
         self.max_new_tokens = model.token_limit(None, backbone, 96)
         self.action_tokenizer = backbone.action_tokenizer
         self.horizon = self.action_tokenizer.horizon
@@ -1450,6 +1457,7 @@ class TokenPolicy:
         temperature: float = 1.0,
         device: str | torch.device = "cpu",
         seed: int = 0,
+        sampled: bool = False,
     ) -> "TokenPolicy":
         """ValueError for a checkpoint of another stage, or one that knows no actions."""
         backbone = model.load(path, device, compute_dtype(device), stages=("sft", "grpo"))
@@ -1457,10 +1465,10 @@ class TokenPolicy:
             raise ValueError(
                 f"{path}: no action tokenizer with statistics; train it on episodes with sft.py"
             )
-        return cls(backbone, mode, tries, temperature, seed)
+        return cls(backbone, mode, tries, temperature, seed, sampled)
 
     def identity(self) -> Iterator[np.ndarray | bytes]:
-        settings = [self.mode, self.tries, self.temperature, self.max_new_tokens]
+        settings = [self.mode, self.tries, self.temperature, self.max_new_tokens, self.sampled]
         yield json.dumps(settings).encode()
         yield from bytes_of(self.backbone.net.parameters())
 
@@ -1477,7 +1485,7 @@ class TokenPolicy:
         keys: list | None = None,
         thoughts: list[str] | None = None,
     ) -> np.ndarray:
-        """As Policy.act_batch. keys: a list of integers for each row, by which its retries are
+        """As Policy.act_batch. keys: a list of integers for each row, by which its answers are
         sampled, whatever the batch; without them, by the number of the call and of the row.
         thoughts: in words, after which it writes the answer; without them it thinks by itself."""
         # 1. prompts
@@ -1524,7 +1532,7 @@ class TokenPolicy:
             prompts,
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
-            greedy=attempt == 0,
+            greedy=attempt == 0 and not self.sampled,
             seed=self.seed,
             keys=sample_keys,
         )
@@ -1539,7 +1547,13 @@ def policy_flags(add: Callable) -> None:
     add_argument."""
     add("--mode", choices=MODES, help="of an sft or grpo checkpoint; think if not given")
     add("--tries", type=count, help="its answers to a prompt at most, then it holds still; 3")
-    add("--temperature", type=positive, help="of its answers after the first, greedy one; 1")
+    add("--temperature", type=positive, help="of its answers that are sampled; 1")
+    add(
+        "--sampled",
+        action="store_true",
+        default=None,
+        help="its first answer is sampled too, as RL samples it; else it is the greedy one",
+    )
 
 
 def load_policy(
@@ -1549,13 +1563,14 @@ def load_policy(
     temperature: float | None = None,
     device: str | torch.device = "cpu",
     seed: int = 0,
+    sampled: bool | None = None,
 ) -> Policy | TokenPolicy:
     """A checkpoint of stage vla -> Policy; of sft or grpo -> TokenPolicy. path: it, or its run
     folder. What is None is as TokenPolicy has it. ValueError for one of another stage, or for what
-    a head does not have: mode, tries, temperature."""
+    a head does not have: mode, tries, temperature, sampled."""
     record = Path(model.find_checkpoint(path)) / "run.json"
     stage = model.read_json(record)["stage"] if record.exists() else "vla"
-    of_tokens = {"mode": mode, "tries": tries, "temperature": temperature}
+    of_tokens = {"mode": mode, "tries": tries, "temperature": temperature, "sampled": sampled}
     given = {name: value for name, value in of_tokens.items() if value is not None}
     if stage != "vla":
         return TokenPolicy.load(path, device=device, seed=seed, **given)

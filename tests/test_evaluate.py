@@ -383,11 +383,14 @@ def test_a_head_and_own_tokens_stand_beside_each_other(tmp_path, monkeypatch, ca
     drivers = {
         "": types.SimpleNamespace(count=collections.Counter(chunks=2, forwards=2, seconds=1.0)),
         "think": vla.TokenPolicy.__new__(vla.TokenPolicy),
+        "think sampled": vla.TokenPolicy.__new__(vla.TokenPolicy),
     }
-    drivers["think"].mode = "think"
-    drivers["think"].count = collections.Counter(chunks=4, forwards=1, seconds=8.0, retried=1)
+    for way in ("think", "think sampled"):
+        drivers[way].mode = "think"
+        drivers[way].sampled = way == "think sampled"
+        drivers[way].count = collections.Counter(chunks=4, forwards=1, seconds=8.0, retried=1)
     module = evaluate.simulator_module("tabletop")
-    for mode, is_solved in (("", True), ("think", False)):
+    for mode, is_solved in (("", True), ("think", False), ("think sampled", True)):
         monkeypatch.setattr(evaluate.vla, "load_policy", lambda *args, m=mode: drivers[m])
         outcome = Outcome(trials=[TrialResult("goal", "0", is_solved)])
         monkeypatch.setattr(module, "evaluate", lambda policy, args, local, o=outcome: o)
@@ -396,7 +399,12 @@ def test_a_head_and_own_tokens_stand_beside_each_other(tmp_path, monkeypatch, ca
     assert variant["metrics"]["success"]["mean"] == 1
     assert variant["metrics"]["think success"]["mean"] == 0
     assert variant["metrics"]["think retried"]["mean"] == 0.25
-    assert variant["paired"] == {"success": [True], "think success": [False]}
+    assert variant["metrics"]["think sampled success"]["mean"] == 1
+    assert variant["paired"] == {
+        "success": [True],
+        "think success": [False],
+        "think sampled success": [True],
+    }
     capsys.readouterr()
     evaluate.main(["report", str(path)])
     printed = capsys.readouterr().out

@@ -414,6 +414,9 @@ def test_names_of_metrics_tell_what_measured_them():
     assert study.is_metric_of("tabletop think removed", "think removed success goal 3")
     assert not study.is_metric_of("tabletop think", "think removed success goal 3")
     assert not study.is_metric_of("tabletop", "think success")
+    assert study.is_metric_of("tabletop think sampled", "think sampled success goal 3")
+    assert not study.is_metric_of("actions", "think sampled success goal 3")
+    assert study.is_metric_of("actions", "think sampled r_a")
     for score in grpo.SCORES:
         assert study.is_metric_of("vqa", f"{score} where")
         assert study.is_metric_of("vqa", f"{score}_graded where")

@@ -132,6 +132,13 @@ def test_what_does_not_decode_is_tried_again_and_then_holds_still(monkeypatch, b
     assert len({key for call in asked for key in call.keys}) == 7, "each answer has its own draw"
     assert policy.count == {**policy.count, "chunks": 3, "retried": 2, "held": 1}
 
+    # --sampled: the first answer is drawn too, as RL draws it
+    asked = script(monkeypatch, backbone, [short], [good])
+    policy = vla.TokenPolicy(backbone, "think", temperature=0.7, sampled=True)
+    assert np.array_equal(policy.act_batch([VIEW], ["go"], np.zeros((1, 0)))[0], good_chunk)
+    assert [call.greedy for call in asked] == [False, False] and asked[0].keys != asked[1].keys
+    assert policy.count["retried"] == 1
+
     # the robot: nothing was said yet, so the gripper stays as it mostly is; then as it was told
     executor = vla.ChunkExecutor(4, 2, hold=policy.hold)
     assert executor(chunks[2], "go").tolist() == [[0, 1]] * 2
@@ -246,12 +253,14 @@ def test_the_stage_decides_who_drives(checkpoints):
     assert thinking.max_new_tokens == 9, "as in its own run"
     direct = vla.load_policy(checkpoints / "grpo", "direct", tries=5)
     assert (direct.mode, direct.max_new_tokens, direct.tries) == ("direct", 96, 5)
+    assert not direct.sampled and vla.load_policy(checkpoints / "grpo", sampled=True).sampled
     assert direct.spec["action_range"] == {"low": [-1, -1], "high": [1, 1]}
     for name, flags, words in (
         ("base", {}, "stage 'base', expected sft or grpo"),
         ("wordy", {}, "no action tokenizer.*train it on episodes with sft.py"),
         ("vla", {"mode": "think"}, "--mode think: the head of .* no tokens; leave --mode out"),
         ("vla", {"tries": 3}, "--tries 3: the head of .* writes no tokens; leave --tries out"),
+        ("vla", {"sampled": True}, "--sampled True: the head of .* tokens; leave --sampled out"),
         ("vla", {}, "no policy; train one"),
     ):
         with pytest.raises(ValueError, match=words) as e:

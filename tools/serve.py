@@ -417,7 +417,13 @@ def load_server(
     """args: those of server_flags(). The rest as of Server."""
     model.quiet_libraries()
     policy = vla.load_policy(
-        args.policy, args.mode, args.tries, args.temperature, args.device, args.seed
+        args.policy,
+        args.mode,
+        args.tries,
+        args.temperature,
+        args.device,
+        args.seed,
+        args.sampled,
     )
     return Server(policy, args.execute, args.ensemble, keys, args.batch, api_key)
 

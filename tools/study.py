@@ -129,6 +129,7 @@ TRIALS = "--execute 2 --trials 10 --chains 100"
 MEASURES = {
     "actions": "evaluate.py actions --data {test} --action-tokenizer {fast} --prompts 512",
     "think": f"evaluate.py tabletop --mode think {TRIALS}",  # by its own thought and tokens
+    "sampled": f"evaluate.py tabletop --mode think --sampled {TRIALS}",  # as RL samples them
     "direct": f"evaluate.py tabletop --mode direct {TRIALS}",  # by its own tokens, no thought
     "removed": f"evaluate.py tabletop --mode think --thought removed {TRIALS}",
     "swapped": f"evaluate.py tabletop --mode think --thought swapped {TRIALS}",
@@ -571,16 +572,22 @@ def slots_of(command: str, ranks: int) -> int:
 
 
 def kind_of(command: str) -> str:
-    """The script; of evaluate.py its command, with the mode in which a model drives and the thought
-    that it is given.
+    """The script; of evaluate.py its command, with the mode in which a model drives, "sampled", and
+    the thought that it is given.
 
     "sft.py speedrun ...": "sft.py";  "evaluate.py tabletop --mode think": "tabletop think"."""
     words = shlex.split(command)
     if "--keep-right" in words:
         return f"{words[1]} kept"
     if words[0] == "evaluate.py":
-        given = [words[words.index(flag) + 1] for flag in ("--mode", "--thought") if flag in words]
-        return " ".join([words[1], *given])
+        way = [words[1]]
+        if "--mode" in words:
+            way.append(words[words.index("--mode") + 1])
+        if "--sampled" in words:
+            way.append("sampled")
+        if "--thought" in words:
+            way.append(words[words.index("--thought") + 1])
+        return " ".join(way)
     if words[0] == "-m":
         return words[1]
     if words[:2] == ["sft.py", "base"]:
@@ -717,13 +724,13 @@ def forget(keys: list[str], stages: dict[str, Stage], records: dict[str, dict]) 
         del records[key]
 
 
+DRIVEN = r"(success|chain|retried|held still|thoughts unfinished)\b"  # behind its mode
 METRIC_NAMES = {  # a command of evaluate.py -> how the names of its metrics begin
-    "actions": r"(think|direct) (sampled|greedy) ",
+    "actions": rf"(think|direct) (sampled|greedy) (?!{DRIVEN})",
     "vqa": rf"(answers|truncated)$|({'|'.join(grpo.SCORES)})(_graded)? ",
     "thought": r"(given|edited) ",
     "probe": r"probe ",
 }
-DRIVEN = r"(success|chain|retried|held still|thoughts unfinished)\b"  # behind its mode
 METRIC_NAMES |= dict.fromkeys(evaluate.SIMULATORS, DRIVEN)
 
 
@@ -803,6 +810,7 @@ SECONDS = {
     "tabletop": 90,
     "tabletop thought": 400,
     "tabletop think": 400,
+    "tabletop think sampled": 400,
     "tabletop direct": 200,
     "tabletop think removed": 300,
     "tabletop think swapped": 300,

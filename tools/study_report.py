@@ -117,6 +117,7 @@ METRICS = [  # of a model itself
     Metric("think greedy thought true", "true in thoughts"),
     Metric("answers", "questions"),
     Metric("think success", "by its own tokens, %", 100, 1),
+    Metric("think sampled success", "by them as sampled, %", 100, 1),
     Metric("think chain length", "chain, own tokens", 1, 2),
 ]
 HEAD_METRICS = [  # of a head on it
