@@ -169,7 +169,7 @@ def write_metrics(
     started: float,
     items: dict[str, Sequence] | None = None,
     prompts_from: str = "",
-    seconds: dict[str, float] | None = None,
+    seconds: dict[str, dict[str, float]] | None = None,
     record_as: str = "",
 ):
     """Add metrics to the variant args.variant of the file args.out, and print them. Metrics of the
@@ -177,8 +177,8 @@ def write_metrics(
 
     paired: the values of each prompt, trial or chain, by metric. started: see open_results().
     items: names of those, in the same order. prompts_from: of action tokens, where they come from.
-    seconds: of a policy, for a "chunk" and for a "forward". record_as: key of
-    checkpoint, prompts_from and seconds; the command if not given."""
+    seconds: of a policy, {"tabletop think": {"chunk", "forward"}}, by what it drove. record_as: key
+    of checkpoint and prompts_from; the command if not given."""
     record_as = record_as or args.command
     digests = {}
     for metric, names in (items or {}).items():
@@ -197,11 +197,12 @@ def write_metrics(
                 earlier = {}
             variant["prompts"] = earlier | {record_as: prompts_from}
         if seconds:
-            variant.setdefault("seconds", {})[record_as] = seconds
+            variant.setdefault("seconds", {}).update(seconds)
         results["seeds"] = sorted({*results.get("seeds", []), args.seed})
     print_metrics(metrics)
-    for unit, value in (seconds or {}).items():
-        print(f"{f'seconds a {unit}':24s} {value:.4f}")
+    for seconds_of_way in (seconds or {}).values():
+        for unit, value in seconds_of_way.items():
+            print(f"{f'seconds a {unit}':24s} {value:.4f}")
     print(f"{args.out}: variant {args.variant}, {len(metrics)} metrics")
 
 
@@ -289,7 +290,9 @@ def closed_loop(args: argparse.Namespace):
     --sampled; then what --thought gave it in place of its own, "think removed success". Of such a
     checkpoint there are two more metrics: "retried", the share of chunks whose first answer did not
     decode, and "held still", of those where no answer did. Of a head that reads its own thoughts:
-    "thoughts unfinished", the share that --max-thought of vla.py cut off."""
+    "thoughts unfinished", the share that --max-thought of vla.py cut off. These three, and the
+    seconds, are of all that one call drove; where that was chains alone their names begin with
+    "chain", as "think chain retried", and those of an earlier call's trials stay."""
     # 1. this rank's share of the trials
     started = time.time()
     simulator = simulator_module(args.command)
@@ -324,16 +327,20 @@ def closed_loop(args: argparse.Namespace):
     names = ("chunks", "forwards", "seconds", "retried", "held", "thinking", "unfinished")
     of_all_ranks = model.all_sum([policy.count[name] for name in names])
     count = dict(zip(names, of_all_ranks, strict=True))
+    part = "chain " if chain_lengths and not trials else ""
     seconds = {}
     if count["chunks"]:  # else all trials were over before
         for unit in ("chunk", "forward"):
             seconds[unit] = round(count["seconds"] / count[f"{unit}s"], 5)
+        shares = {}  # metric -> of how many chunks it tells
         if count["thinking"]:
             seconds["thought"] = round(count["thinking"] / count["chunks"], 5)
-            metrics["thoughts unfinished"] = wilson(int(count["unfinished"]), int(count["chunks"]))
+            shares["thoughts unfinished"] = count["unfinished"]
         if isinstance(policy, vla.TokenPolicy):
-            metrics["retried"] = wilson(int(count["retried"]), int(count["chunks"]))
-            metrics["held still"] = wilson(int(count["held"]), int(count["chunks"]))
+            shares["retried"] = count["retried"]
+            shares["held still"] = count["held"]
+        for name, n in shares.items():
+            metrics[part + name] = wilson(int(n), int(count["chunks"]))
 
     # 4. under names that begin with the way in which it drove, as "think removed success"
     way = ""
@@ -348,7 +355,8 @@ def closed_loop(args: argparse.Namespace):
     items = {way + name: names for name, names in items.items()}
     if dist.rank == 0:
         record_as = f"{args.command} {way}".strip()
-        write_metrics(metrics, paired, args, started, items, seconds=seconds, record_as=record_as)
+        timed = {f"{record_as} {part}".strip(): seconds} if seconds else {}
+        write_metrics(metrics, paired, args, started, items, seconds=timed, record_as=record_as)
 
 
 def success_metrics(trials) -> dict[str, Interval]:

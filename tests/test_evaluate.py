@@ -377,6 +377,33 @@ def test_chains_alone_leave_the_trials_of_an_earlier_call(tmp_path, monkeypatch)
     assert paired == {"success": [True], "chain length": [3, 5]}
 
 
+def test_what_chains_alone_took_stands_beside_what_trials_took(tmp_path, monkeypatch):
+    """`--suites chain` wrote its 3 retries of 4 chunks over the trials' 1 of 8, its seconds over
+    theirs: results/full.json told of SFT's chains beside SFT+RL's trials."""
+    path = tmp_path / "r.json"
+    module = evaluate.simulator_module("tabletop")
+    calls = [
+        (Outcome([TrialResult("goal", "0", True)], []), {"chunks": 8, "retried": 1, "held": 0}),
+        (Outcome([], [3, 5]), {"chunks": 4, "retried": 3, "held": 1}),
+    ]
+    for outcome, count in calls:
+        policy = vla.TokenPolicy.__new__(vla.TokenPolicy)
+        policy.mode = "think"
+        policy.sampled = False
+        policy.count = collections.Counter(forwards=2, seconds=8.0, **count)
+        monkeypatch.setattr(evaluate.vla, "load_policy", lambda *args, p=policy: p)
+        monkeypatch.setattr(module, "evaluate", lambda policy, args, local, o=outcome: o)
+        evaluate.main(["tabletop", "--policy", "x", "--out", str(path)])
+    variant = json.loads(path.read_text())["arms"]["policy"]
+    shares = {name: variant["metrics"][name]["mean"] for name in variant["metrics"]}
+    assert (shares["think retried"], shares["think held still"]) == (1 / 8, 0)
+    assert (shares["think chain retried"], shares["think chain held still"]) == (3 / 4, 1 / 4)
+    assert variant["seconds"] == {
+        "tabletop think": {"chunk": 1.0, "forward": 4.0},
+        "tabletop think chain": {"chunk": 2.0, "forward": 4.0},
+    }
+
+
 def test_a_head_and_own_tokens_stand_beside_each_other(tmp_path, monkeypatch, capsys):
     """Driving by own tokens once took the place of the head's success in the same variant."""
     path = tmp_path / "r.json"
