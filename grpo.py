@@ -925,32 +925,45 @@ def completion_logp(
     """Log-probabilities of G completions of each of B prompts, with gradient, a prompt forwarded
     once. Equals forwarding B * G full rows.
 
-    rows: B prompts; ids, mask (B*G, T) padded right, completion g of prompt b in row b*G + g.
-    -> (B*G, T) fp32, 0 where mask is 0."""
-    (N, T), device = ids.shape, ids.device
+    rows: B prompts; ids, mask (N, T), N = B * G, padded right, completion g of prompt b in row
+    b * G + g. -> (N, T) fp32, 0 where mask is 0.
+
+    A token's probability is told by the hidden state one position before it. Of a prompt p0 p1 p2
+    with two completions a0 a1 a2 and b0 b1, so N = 2, T = 3 and S = 2 of them are forwarded:
+
+        1. forward the prompt         p0 p1 p2
+        2. forward the completions    a0 a1      each sees the prompt's keys and its own
+                                      b0 b1
+           their positions             3  4      behind the prompt's
+        3. who tells of whom          p2 a0 a1   tell of   a0 a1 a2
+                                      p2 b0 b1             b0 b1 -     (padding: 0)"""
+    N, T = ids.shape
+    device = ids.device
     G = N // len(rows)
-    # 1. the prompts; the last hidden state of each predicts the first token of its completions
+    # 1. the prompts
     prompts = model.to_device(model.collate(rows, backbone.vocab.pad, left=True), device)
     prompt_kv = [SharedKV() for _ in backbone.net.model.language_model.layers]
-    last = model.hidden_states(backbone.net, prompts, Cache(layers=prompt_kv))[:, -1]  # (B, D)
+    prompt_hidden = model.hidden_states(backbone.net, prompts, Cache(layers=prompt_kv))
+    last_hidden = prompt_hidden[:, -1]  # (B, D); padded left, so the last token is a prompt's own
     # 2. the completions behind them
-    S = max(T - 1, 1)  # the last token predicts nothing, but all ranks forward something
-    first_position = (prompts["positions"].amax((0, 2)) + 1).repeat_interleave(G)  # (B*G,) M-RoPE
-    positions = first_position[:, None] + torch.arange(S, device=device)  # (B*G, S)
-    prompt_mask = prompts["mask"].repeat_interleave(G, 0)
+    S = max(T - 1, 1)  # the last token tells of none, but all ranks forward something
+    next_position = prompts["positions"].amax((0, 2)) + 1  # (B,) of M-RoPE's three the largest
+    first_position = next_position.repeat_interleave(G)  # (N,)
+    positions = first_position[:, None] + torch.arange(S, device=device)  # (N, S)
+    prompt_mask = prompts["mask"].repeat_interleave(G, 0)  # (N, prompt)
     completions = {
         "ids": ids[:, :S],
-        "positions": positions.expand(3, N, S),
-        "mask": torch.cat([prompt_mask, mask[:, :S]], 1),
+        "positions": positions.expand(3, N, S),  # text counts alike in all three
+        "mask": torch.cat([prompt_mask, mask[:, :S]], 1),  # (N, prompt + S)
     }
-    kv = Cache(layers=[SharedKV(layer, G) for layer in prompt_kv])
-    hidden = model.hidden_states(backbone.net, completions, kv)  # (B*G, S, D)
-    # 3. token t is predicted from position t - 1
-    before = last.repeat_interleave(G, 0)[:, None]  # (B*G, 1, D)
-    hidden = torch.cat([before, hidden[:, : T - 1]], 1)  # (B*G, T, D)
+    completion_kv = [SharedKV(layer, G) for layer in prompt_kv]
+    hidden = model.hidden_states(backbone.net, completions, Cache(layers=completion_kv))
+    # 3. who tells of whom
+    first_hidden = last_hidden.repeat_interleave(G, 0)[:, None]  # (N, 1, D)
+    telling = torch.cat([first_hidden, hidden[:, : T - 1]], 1)  # (N, T, D)
     counted = mask.bool()
     logp = token_logp(
-        backbone.net, hidden[counted], ids[counted], temperature, backbone.vocab.banned
+        backbone.net, telling[counted], ids[counted], temperature, backbone.vocab.banned
     )
     return torch.zeros(N, T, device=device).masked_scatter(counted, logp)
 
@@ -1046,10 +1059,14 @@ def rollout(
     G: int,
     greedy: bool = False,
 ) -> tuple[list[Group], Sums, str]:
-    """Samples and scores G completions of each of this rank's prompts; keys: one int a prompt.
-    -> groups, sums of METRICS, a text to show. The numbers are those of the algorithm, above.
+    """Samples and scores G completions of each of this rank's B prompts; keys: one int a prompt.
+    -> B groups, sums of METRICS, a text to show. The completions of all prompts stand in one list
+    of N = B * G, those of a prompt side by side; of 2 prompts with G = 3:
 
-    2. sample   3. score   4. compare within groups; then what is logged"""
+        completion   0 1 2 3 4 5
+        its prompt   0 0 0 1 1 1
+
+    The numbers below are those of the algorithm, at the top of this file."""
     if not rows:
         return [], {name: [0.0, 0] for name in METRICS}, ""
     # 2. sample
@@ -1065,46 +1082,35 @@ def rollout(
         rollout_batch=cfg.rollout_batch,
         cuda_graphs=cfg.cuda_graphs,
     )
-    token_ids = []
+    token_ids = []  # of each completion, without padding
     for ids, mask in zip(samples["ids"].cpu(), samples["mask"].bool().cpu(), strict=True):
         token_ids.append(ids[mask].tolist())
     # 3. score
-    repeated_targets = [target for target in targets for _ in range(G)]
+    repeated_targets = []  # of each completion
+    for target in targets:
+        repeated_targets += [target] * G
     r, diagnostics = reward(
         backbone, token_ids, repeated_targets, cfg.reward, think=cfg.thought == "own"
     )
-    # 4. compare within groups
-    by_group = torch.tensor(r, dtype=torch.float32).view(-1, G)
-    advantages, zero_std = advantage(by_group, cfg.advantage)
+    # 4. compare within groups: what each token learns from
+    by_group = torch.tensor(r, dtype=torch.float32).view(-1, G)  # (B, G)
+    _, zero_std = advantage(by_group, cfg.advantage)  # (B,)
     if is_expected(cfg):
         learned, expected = with_expected_reward(
             backbone, cfg, rows, samples["logp"], token_ids, repeated_targets, by_group
         )
         diagnostics |= expected_diagnostics(expected, diagnostics["r_a"], repeated_targets, G)
     else:
-        if cfg.credit == "prefix":
-            half_r_f = torch.tensor(diagnostics["r_f"] / 2, dtype=torch.float32).view(-1, G)
-            format_part, _ = advantage(by_group, cfg.advantage, half_r_f)
-            per_token = token_advantages(
-                backbone, token_ids, repeated_targets, advantages.flatten(), format_part.flatten()
-            )
-        else:
-            pairs = zip(advantages.flatten(), token_ids, strict=True)
-            per_token = [a.expand(len(ids)) for a, ids in pairs]
-        learned = Learned(
-            samples["ids"],
-            samples["mask"],
-            old_logp=samples["logp"],
-            advantages=pad_sequence(per_token, True).to(samples["ids"].device),
-            target_weight=torch.zeros_like(samples["logp"]),
+        learned = with_sampled_reward(
+            backbone, cfg, samples, token_ids, repeated_targets, by_group, diagnostics["r_f"]
         )
     groups = []
     for b, row in enumerate(rows):
         completions = slice(b * G, b * G + G)
-        T = int(learned.mask[completions].sum(1).max())
+        T = int(learned.mask[completions].sum(1).max())  # the longest of this group
         of_group = Learned(*[tensor[completions, :T] for tensor in learned])
         groups.append(Group(row, *of_group, zero_std=bool(zero_std[b])))
-    # what is logged; the mean -log p of what was sampled is the entropy, and costs no forward
+    # What is logged. The mean -log p of what was sampled is the entropy, and costs no forward.
     surprise = -samples["logp"][samples["mask"].bool()].cpu()  # (tokens,)
     diagnostics["entropy"] = surprise.numpy()
     diagnostics["prompt_length"] = np.repeat([len(row["ids"]) for row in rows], G)
@@ -1113,6 +1119,42 @@ def rollout(
     target = targets[0]
     target_text = target.text if isinstance(target, RightAnswer) else model.action_answer(target)
     return groups, sums, f"{text!r} r {r[0]:.3f}, target {target_text}"
+
+
+def with_sampled_reward(
+    backbone: Backbone,
+    cfg: Config,
+    samples: model.Samples,
+    token_ids: list[list[int]],
+    targets: list[Target],
+    by_group: torch.Tensor,
+    r_f: np.ndarray,
+) -> Learned:
+    """What N = B * G completions learn from the rewards that they were drawn with, by_group (B, G):
+    each token its completion's advantage; with --credit prefix see token_advantages(). r_f (N,). Of
+    a prompt with G = 2 completions of 3 and 2 tokens:
+
+        rewards              0.7                0.5         mean 0.6, std over G - 1 0.141
+        advantages           0.71              -0.71
+        of each token        0.71  0.71  0.71  -0.71 -0.71  0 (padding)"""
+    advantages, _ = advantage(by_group, cfg.advantage)  # (B, G)
+    if cfg.credit == "prefix":
+        half_r_f = torch.tensor(r_f / 2, dtype=torch.float32).view_as(by_group)
+        format_part, _ = advantage(by_group, cfg.advantage, half_r_f)
+        of_tokens = token_advantages(
+            backbone, token_ids, targets, advantages.flatten(), format_part.flatten()
+        )
+    else:
+        of_tokens = []
+        for of_completion, ids in zip(advantages.flatten(), token_ids, strict=True):
+            of_tokens.append(of_completion.expand(len(ids)))
+    return Learned(
+        samples["ids"],
+        samples["mask"],
+        old_logp=samples["logp"],
+        advantages=pad_sequence(of_tokens, batch_first=True).to(samples["ids"].device),  # (N, T)
+        target_weight=torch.zeros_like(samples["logp"]),
+    )
 
 
 def rollout_metrics(backbone, token_ids, targets, r, diagnostics, zero_std, G) -> Sums:

@@ -107,6 +107,19 @@ def test_advantage_by_hand():
     assert torch.isfinite(grpo.advantage(torch.ones(3, 1))[0]).all()  # greedy evaluation: G = 1
 
 
+def test_each_token_has_the_advantage_of_its_completion():
+    """The table in with_sampled_reward(): rewards 0.7 and 0.5, completions of 3 and 2 tokens."""
+    ids = torch.tensor([[4, 5, 6], [7, 8, 0]])
+    samples = {"ids": ids, "mask": (ids > 0).long(), "logp": torch.full((2, 3), -1.0)}
+    rewards = torch.tensor([[0.7, 0.5]])
+    learned = grpo.with_sampled_reward(
+        None, grpo.Config(), samples, [[4, 5, 6], [7, 8]], [[1], [1]], rewards, np.ones(2)
+    )
+    want = torch.tensor([[0.7071, 0.7071, 0.7071], [-0.7071, -0.7071, 0]])
+    assert torch.allclose(learned.advantages, want, atol=1e-4)
+    assert torch.equal(learned.old_logp, samples["logp"]) and not learned.target_weight.any()
+
+
 @pytest.mark.parametrize(
     ("ratio", "adv", "loss", "slope"),
     [
