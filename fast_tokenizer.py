@@ -3,15 +3,15 @@ all stages read: episodes on disk, normalisation, the command line of a stage. F
 
 In: episodes (folder/*.safetensors: image (T, H, W, 3) uint8, state (T, S), action (T, A) float32).
 Out: fast.json, one file that holds all that decoding needs, and report.json beside it.
-1. normalise each action dimension: its 1% / 99% quantiles -> -1 / +1; outliers go beyond, to at
-   most -3 / +3 (--clip), and what was beyond is counted
+1. normalise each action dimension: its 1% / 99% quantiles -> -1 / +1 (of one that hardly moves its
+   least and largest value); outliers go beyond, to at most -3 / +3 (--clip), and are counted
 2. orthonormal DCT-II along time: K actions -> K frequencies a dimension
 3. quantise: round(scale * c); clipped to the range met in fitting, and counted
 4. flatten (K, A) row-major, low frequencies first; one character chr(c - min_coef) a coefficient
 5. byte-pair encoding over those characters: a token is a run of coefficients
-Our deviations: outliers are clipped; no byte level and no regex under the BPE; ids that do not
-decode to exactly K x A coefficients are reported (ok False, NaN rows), never zeros; horizon and
-dimensions are stored.
+Our deviations: dimensions that hardly move and outliers, as above; no byte level and no regex under
+the BPE; ids that do not decode to exactly K x A coefficients are reported (ok False, NaN rows),
+never zeros; horizon and dimensions are stored.
 
 Read "FAST tokenizer" first, for numbers see the docstring of its class, then "Statistics and
 normalisation". A first reader may skip the rest: episodes on disk are arrays with a header, checked
@@ -1277,19 +1277,33 @@ class FastTokenizer:
         return chunks, ok
 
     def _spell(self, ids):
-        """B lists of ids -> the B texts they spell, with BROKEN in those that spell none.
+        """B lists of ids -> the B texts they spell, with BROKEN in those that spell none. With the
+        ids of the class's example, a text written as its codes:
 
-        itemgetter looks up all ids of a row at once, in two thirds of the time of a loop."""
-        rows = [row.tolist() if hasattr(row, "tolist") else row for row in ids]
-        try:
-            texts = ["".join(itemgetter(*row)(self._texts)) if row else "" for row in rows]
-        except KeyError:  # an id out of range
-            return self._spell([[i if i in self._texts else -1 for i in row] for row in rows])
-        if self.byte_level:  # one character a byte so far; put those of a coefficient together
-            for b, text in enumerate(texts):
-                if BROKEN not in text:
-                    texts[b] = text.encode("latin-1").decode("utf-8", errors="replace")
+            4 8 2 11          4 8 2 44444
+            4 99              4 BROKEN        99 is no id
+            (none)            ""
+        """
+        texts = []
+        for row in ids:
+            is_array = hasattr(row, "tolist")
+            texts.append(self._spell_row(row.tolist() if is_array else row))
         return texts
+
+    def _spell_row(self, row):
+        if not row:
+            return ""
+        # 1. what each id spells. itemgetter looks all of them up at once, in two thirds of the time
+        # of a loop; of several ids it gives a tuple, of one the text itself, and join takes both.
+        try:
+            text = "".join(itemgetter(*row)(self._texts))
+        except KeyError:  # an id out of range
+            known = [i if i in self._texts else -1 for i in row]  # -1 spells BROKEN
+            text = "".join(itemgetter(*known)(self._texts))
+        # 2. byte level: one character a byte so far, and a coefficient may have several
+        if self.byte_level and BROKEN not in text:
+            text = text.encode("latin-1").decode("utf-8", errors="replace")
+        return text
 
     def save(self, folder: str | Path) -> None:
         """Write folder/fast.json, complete or not at all."""

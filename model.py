@@ -476,15 +476,27 @@ def fit_image(image: np.ndarray, spec: ImageSpec) -> tuple[np.ndarray, tuple[int
 
 def cut_patches(pixels: torch.Tensor, grid: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
     """Pixels (N,) uint8 of images of grid (images, 3) -> patches (P, 3 * temporal * patch * patch)
-    fp32, on the same device. Equals the Pillow image processor of transformers' Qwen2-VL."""
-    # 1. cut into patches, those of a token together; neighbours of one size at once
+    fp32, on the same device. Equals the Pillow image processor of transformers' Qwen2-VL.
+
+    The m x m patches of a token come one behind the other. Of an image of 4 x 4 patches, m = 2,
+    which makes 4 tokens, each patch comes at the place that stands in it:
+
+         0  1 |  4  5
+         2  3 |  6  7
+        ------+------
+         8  9 | 12 13
+        10 11 | 14 15
+    """
+    # 1. cut into patches of p x p pixels; neighbours of one size at once
     p, m = spec.patch, spec.merge
     cut = []
     start = 0
     for (_, h, w), same_size in itertools.groupby(grid.tolist()):
         n = len(list(same_size))
         end = start + n * h * w * p * p * 3
+        # image; row of tokens, patch in it, pixel in that; column of tokens, ..., ...; colour
         x = pixels[start:end].view(n, h // m, m, p, w // m, m, p, 3)
+        # image; row and column of tokens; of patches; colour; of pixels
         x = x.permute(0, 1, 4, 2, 5, 7, 3, 6)  # (n, h/m, w/m, m, m, 3, p, p)
         cut.append(x.reshape(n * h * w, 3, p * p))
         start = end
@@ -1394,8 +1406,13 @@ def attend_with_prompt(q, k, v, prompt_keys, prompt_values, decoding: Decoding) 
         q (R, H, 1, d), k and v (R, h, t, d) own tokens, prompt_keys and prompt_values (B, h, T, d)
         -> (R, 1, H, d)
 
-    With B = 2, n = 3, H = 4 and h = 2 six samples, each with two queries for each of two key heads,
-    become two prompts with six queries for each: (6, 2, 2, d) -> (2, 2, 6, d).
+    H query heads share h key heads, m = H / h to each. Of B = 2 prompts with n = 3 samples each,
+    H = 4 and h = 2 (so m = 2) the six samples' queries for one key head are
+
+        by sample   (R, h, m, .)        a1 a2 | b1 b2 | c1 c2 | d1 d2 | e1 e2 | f1 f2
+        by prompt   (B, h, n * m, .)    a1 a2 b1 b2 c1 c2     | d1 d2 e1 e2 f1 f2
+
+    and where sample b has finished, so that R = 5, its two places are 0 by prompt.
 
     The update attends by SDPA, which in bf16 rounds twice: exp(score) before it weighs the values,
     and the result. So does this function, and nowhere else: Qwen2.5's keys are so large that scores
@@ -1403,37 +1420,43 @@ def attend_with_prompt(q, k, v, prompt_keys, prompt_values, decoding: Decoding) 
     and more."""
     R, H, _, d = q.shape
     B, h, T, _ = prompt_keys.shape
+    m = H // h
     all_go_on = decoding.total == R
-    q = q.view(R, h, H // h, d)
 
-    def by_prompt(x):  # (R, h, H/h, .) -> (B, h, n * H/h, .), 0 for samples that have finished
+    def by_prompt(x):  # (R, h, m, .) -> (B, h, n * m, .)
         if not all_go_on:
             with_finished = x.new_zeros(decoding.total, *x.shape[1:])
-            x = with_finished.index_copy_(0, decoding.active, x)  # (B*n, h, H/h, .)
-        return x.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)
+            x = with_finished.index_copy_(0, decoding.active, x)  # (B*n, h, m, .)
+        x = x.unflatten(0, (B, -1))  # (B, n, h, m, .)
+        return x.transpose(1, 2).flatten(2, 3)
 
-    def by_sample(x):  # and back
-        x = x.unflatten(2, (-1, H // h)).transpose(1, 2).flatten(0, 1)  # (B*n, h, H/h, .)
+    def by_sample(x):  # (B, h, n * m, .) -> (R, h, m, .)
+        x = x.unflatten(2, (-1, m))  # (B, h, n, m, .)
+        x = x.transpose(1, 2).flatten(0, 1)  # (B*n, h, m, .)
         return x if all_go_on else x[decoding.active]
 
-    # 1. scores in fp32, of the prompt's tokens and of the own ones
+    # 1. scores in fp32: of the prompt's tokens, and of the own ones
     scale = d**-0.5
-    prompt_scores = multiply(by_prompt(q), prompt_keys.mT, scale) + decoding.prompt_bias
-    own_scores = multiply(q, k.mT, scale)  # (R, h, H/h, t)
+    q = q.view(R, h, m, d)
+    prompt_scores = multiply(by_prompt(q), prompt_keys.mT, scale)  # (B, h, n * m, T)
+    prompt_scores = by_sample(prompt_scores + decoding.prompt_bias)  # (R, h, m, T)
+    own_scores = multiply(q, k.mT, scale)  # (R, h, m, t)
     if decoding.filled is not None:
         own_scores = own_scores.masked_fill(~decoding.filled, -1e9)
     # 2. one softmax over both; of bf16 its sum divides at the end
-    scores = torch.cat([by_sample(prompt_scores), own_scores], -1)  # (R, h, H/h, T + t)
+    scores = torch.cat([prompt_scores, own_scores], -1)  # (R, h, m, T + t)
     if v.dtype == torch.float32:
-        p = scores.softmax(-1)
+        weights = scores.softmax(-1)
         total = 1.0
     else:
-        p = (scores - scores.amax(-1, keepdim=True)).exp()
-        total = p.sum(-1, keepdim=True)
-        p = p.to(v.dtype)
-    # 3. values
-    out = by_sample(multiply(by_prompt(p[..., :T]), prompt_values)) + multiply(p[..., T:], v)
-    return (out / total).to(v.dtype).reshape(R, 1, H, d)
+        weights = (scores - scores.amax(-1, keepdim=True)).exp()
+        total = weights.sum(-1, keepdim=True)
+        weights = weights.to(v.dtype)
+    # 3. values: of the prompt's tokens, and of the own ones
+    of_prompt = multiply(by_prompt(weights[..., :T]), prompt_values)  # (B, h, n * m, d)
+    of_own = multiply(weights[..., T:], v)  # (R, h, m, d)
+    values = by_sample(of_prompt) + of_own
+    return (values / total).to(v.dtype).reshape(R, 1, H, d)
 
 
 def draw_tokens(

@@ -432,7 +432,16 @@ def sinusoid(bucket: torch.Tensor, dim: int) -> torch.Tensor:
 class FlowBlock(nn.Module):
     """Pre-norm attention and MLP. `ada`: scale and shift of the first norm come from the time, the
     second has none, nothing is gated (N1.5's AdaLayerNorm). `cross`: keys and values are given, and
-    qkv makes queries alone."""
+    qkv makes queries alone.
+
+    The R draws of a frame stand one behind the other: B = 2 frames with R = 2 draws of Q = 3 tokens
+    are four rows. Tokens of one draw may not see another draw's, but all of a frame read the same
+    features, and a query does not know of other queries. So cross-attention makes one row of a
+    frame, and its keys and values (B, T, D) serve all of its draws without a copy:
+
+        self-attention   (B*R, Q, D)    a0 a1 a2 | b0 b1 b2 | c0 c1 c2 | d0 d1 d2
+        cross-attention  (B, R*Q, D)    a0 a1 a2 b0 b1 b2   | c0 c1 c2 d0 d1 d2
+    """
 
     def __init__(self, dim: int, heads: int, dropout: float = 0.0, ada=False, cross=False):
         super().__init__()
@@ -449,25 +458,30 @@ class FlowBlock(nn.Module):
 
     def forward(self, x, time=None, kv=None, mask=None) -> torch.Tensor:
         """x (B*R, Q, D), time (B*R or 1, D), kv two (B, T, D), mask (B, 1, 1, T) -> like x."""
-        # 1. norm
-        h = self.norm1(x)
+        # 1. norm, moved and scaled by the time
+        normed = self.norm1(x)  # (B*R, Q, D)
         if self.ada is not None:
             scale, shift = self.ada(time)[:, None].chunk(2, dim=-1)  # (B*R or 1, 1, D) each
-            h = torch.addcmul(shift, h, 1 + scale)
-        # 2. attention. The R draws of a frame stand one behind the other on the query axis:
-        # attention treats queries independently, so one K/V serves them all without a copy.
+            normed = torch.addcmul(shift, normed, 1 + scale)
+        # 2. queries, keys and values
         if kv is None:
-            q, k, v = self.qkv(h).chunk(3, dim=-1)  # (B*R, Q, D) each
+            q, k, v = self.qkv(normed).chunk(3, dim=-1)  # (B*R, Q, D) each
         else:
-            k, v = kv
-            q = self.qkv(h).view(len(k), -1, h.shape[-1])  # (B, R*Q, D)
-        # split the heads: q (B, H, R*Q, d), k and v (B, H, T, d)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, R*Q, d)
-        h = h.transpose(1, 2).reshape(x.shape)  # (B*R, Q, D)
-        x = x + self.drop(self.proj(h))
-        # 3. MLP
+            k, v = kv  # (B, T, D) each
+            q = self.qkv(normed).view(len(k), -1, x.shape[-1])  # (B, R*Q, D)
+        # 3. attention, by heads; of self-attention B is B*R below, and R*Q and T are Q
+        q = self.by_head(q)  # (B, H, R*Q, d)
+        k = self.by_head(k)  # (B, H, T, d)
+        v = self.by_head(v)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, R*Q, d)
+        attended = attended.transpose(1, 2).reshape(x.shape)  # (B*R, Q, D)
+        x = x + self.drop(self.proj(attended))
+        # 4. MLP
         return x + self.drop(self.mlp(self.norm2(x)))
+
+    def by_head(self, x):
+        """(B, T, D) -> (B, H, T, d)"""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 # fork point: the action head. The rest calls draw(), loss() and sample(), and reads `cfg`.
