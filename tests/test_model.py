@@ -115,6 +115,17 @@ def test_patches_equal_those_of_the_image_processor(backbone, size, tmp_path):
     assert np.array_equal(np.unique(by_numpy), np.unique(patches))
 
 
+def test_patches_come_in_the_order_of_the_docstring():
+    """The picture in cut_patches(): 4 x 4 patches of 2 x 2 pixels, 2 x 2 of them a token; each is
+    filled with its place."""
+    places = [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+    spec = model.ImageSpec(2, 2, 1, (0.0,) * 3, (1 / 255,) * 3, 1, 64)  # leaves pixels as they are
+    picture = np.kron(places, np.ones((2, 2)))[..., None].repeat(3, -1).astype(np.uint8)
+    pixels = torch.from_numpy(picture.reshape(-1))
+    patches = model.cut_patches(pixels, torch.tensor([[1, 4, 4]]), spec)  # (16, 3 * 2 * 2)
+    assert patches.round().tolist() == [[place] * 12 for place in range(16)]
+
+
 def test_images_of_several_sizes_are_cut_as_one_by_one(backbone):
     spec = backbone.image_spec
     images = [image(*size, seed) for seed, size in enumerate([(64, 64), (64, 64), (48, 80)])]
