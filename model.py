@@ -15,7 +15,7 @@ train_state/ (resume).
 | Sharding                | who runs on several GPUs                                         |
 | Adapters                | who trains with --lora                                           |
 | Optimizers              | sft.py and vla.py                                                |
-| Muon                    | nobody: the presets `speedrun` use it                            |
+| Muon                    | nobody: the presets `speedrun` and `base` use it                 |
 | Plumbing                | nobody: checkpoints, command line, log                           |
 
 Legend for shapes: B batch, T tokens, D width, H heads, h key-value heads, d head width, P patches,
