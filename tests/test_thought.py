@@ -2,11 +2,13 @@
 does what its thought says and one that does not care."""
 
 import json
+import types
 
 import numpy as np
 import pytest
 import torch
 import untrained
+from ranks import on_ranks
 
 import evaluate
 import model
@@ -92,6 +94,102 @@ def test_an_edit_that_says_nothing_is_none():
     assert EDITS["cell"](own, alone, rng) is None
 
 
+def test_an_edit_leaves_the_rest_as_it_was():
+    """3 cm have a side. What is carried goes elsewhere too, and the height stays: another object in
+    the plane says nothing of it."""
+    own = tabletop_data.parse_thought(TEXT)
+    rng = np.random.default_rng(0)
+    assert EDITS["left-right"](own._replace(move=(3, 0, 0)), SCENE, rng).thought.move == (-3, 0, 0)
+    carried = own._replace(phase="carry", move=(9, -13, -8))
+    edit = EDITS["object+cell+move"](carried, SCENE, rng)
+    assert edit.thought == carried._replace(target="blue ball", target_cell="b7", move=(-12, 7, -8))
+
+
+def test_all_edits_of_a_prompt_go_for_the_same_object():
+    """Drawn by the number of the prompt, of eight around the hand: "cell" and "object" of a prompt
+    differ in their words alone, and of another prompt about the same scene may be others."""
+    angles = np.arange(0, 360, 45)
+    names = ["red cube", *[f"{angle} degrees" for angle in angles[1:]]]
+    ways = np.stack([np.cos(np.radians(angles)), np.sin(np.radians(angles)), 0 * angles], 1)
+    episode = types.SimpleNamespace(
+        objects=names, object_position=0.1 * ways[None], state=np.zeros((1, 7))
+    )
+    keys = list(range(40))
+    prompts = evaluate.Prompts(keys, [], [], np.empty(0), [(episode, 0)] * 40)
+    edits = thought.edits_of(prompts, [TEXT] * 40, seed=0)
+    for name in ("cell", "object+cell", "object+cell+move"):
+        for edit, of_object in zip(edits[name], edits["object"], strict=True):
+            np.testing.assert_array_equal(edit.turn, of_object.turn)
+    chosen = [edit.thought.target for edit in edits["object"]]
+    assert set(chosen) == set(names[2:7]), "those that are 60 degrees apart, each now and then"
+    backwards = prompts._replace(keys=keys[::-1])
+    assert [
+        edit.thought.target for edit in thought.edits_of(backwards, [TEXT] * 40, 0)["object"]
+    ] == (chosen[::-1]), "by the number of the prompt, not by its place on a rank"
+
+
+def test_a_motion_follows_where_its_sum_points():
+    """It goes left after a first step to the right; of what stands still, or does not decode, no
+    direction is known. Distances are in normalised units: 0.2 of 4, and 1 of 20, are 0.1 of 2."""
+    turn = np.eye(7)[0]
+    chunk = np.zeros((3, 7))
+    chunk[:, 0] = [0.5, -0.4, -0.4]
+
+    def follows(chunk, turn):
+        return thought.follows(thought.After((), chunk, 0.0, 0.0), thought.Edit(None, turn))
+
+    assert follows(chunk, -turn) and not follows(chunk, turn)
+    still = 0 * chunk
+    assert (
+        not follows(still, turn) and not follows(still, -turn) and not follows(np.nan * chunk, turn)
+    )
+
+    stats = {"q01": [-1.0, 0.0], "q99": [3.0, 20.0]}
+    a = thought.After((), np.array([[0.0, 5.0], [1.0, 5.0]]), 0.0, 0.0)
+    b = a._replace(chunk=np.add(a.chunk, [0.2, 1.0]))
+    assert thought.distance(a, b, stats) == pytest.approx(0.1)
+    assert thought.distance(a, b, None) == pytest.approx(0.6), "normalised already"
+    assert np.isnan(thought.distance(a, b._replace(chunk=np.nan * b.chunk), stats))
+
+
+def test_metrics_of_replacements_by_hand():
+    """After another thought: the same action, one to the other side that is as far from what was
+    demonstrated, and one that does not decode, which has no distance and counts in no mean."""
+
+    def after(ids, x, l1, r_a):
+        return thought.After(ids, np.full((2, 7), x), r_a, l1)
+
+    kept = [after((1, 2), 0.1, 0.1, 1.0), after((3,), 0.2, 0.2, 0.5), after((4,), 0.0, 0.3, 0.0)]
+    removed = [kept[0], after((5,), -0.2, 0.2, 0.25), after((), np.nan, np.nan, 0.0)]
+    metrics, paired = thought.replacement_metrics({"kept": kept, "removed": removed}, None)
+    of_removed = {
+        name.removeprefix("given removed "): (value["mean"], value["n"])
+        for name, value in metrics.items()
+        if name.startswith("given removed")
+    }
+    assert of_removed == {
+        "r_a": (pytest.approx(1.25 / 3), 3),
+        "l1": (pytest.approx(0.15), 2),
+        "moved": (pytest.approx(0.2), 2),
+        "changed": (pytest.approx(2 / 3), 3),
+        "decodes": (pytest.approx(2 / 3), 3),
+    }
+    assert metrics["given kept changed"]["mean"] == metrics["given kept moved"]["mean"] == 0
+    assert paired["given removed l1"] == [0.1, 0.2, None] and "given removed moved" not in paired
+    assert thought.edit_metrics({"cell": (1, 3, 4), "object": (0, 0, 0)}) == {
+        "edited cell before": evaluate.wilson(1, 4),
+        "edited cell follows": evaluate.wilson(3, 4),
+    }
+
+
+def test_some_of_the_prompts_keep_what_belongs_to_each():
+    chunks = np.arange(3 * 2 * 7).reshape(3, 2, 7)
+    prompts = evaluate.Prompts([4, 6, 8], list("abc"), [[1], [2], [3]], chunks, list("xyz"))
+    some = thought.subset(prompts, [2, 0])
+    assert some[:3] == ([8, 4], ["c", "a"], [[3], [1]]) and some.steps == ["z", "x"]
+    np.testing.assert_array_equal(some.chunks, chunks[[2, 0]])
+
+
 # ---- The whole, with models by script ------------------------------------------------------------
 
 
@@ -103,7 +201,7 @@ def data(tmp_path_factory):
     return folder / "episodes"
 
 
-def measured(monkeypatch, data, out, obeys):
+def measured(monkeypatch, data, out, obeys, world=1):
     """The metrics of a model that thinks the truth and then moves as its thought says, or, if it
     does not obey, always to the right."""
     backbone = model.load(untrained.folder("tiny-vlm"))
@@ -148,7 +246,11 @@ def measured(monkeypatch, data, out, obeys):
     monkeypatch.setattr(evaluate, "draw_prompts", draw_prompts)
     monkeypatch.setattr(model, "generate", generate)
     argv = ["thought", "--policy", "x", "--data", str(data), "--prompts", "40", "--out", str(out)]
-    evaluate.main([*argv, "--max-new-tokens", "64"])
+    argv += ["--max-new-tokens", "64"]
+    if world == 1:
+        evaluate.main(argv)
+    else:
+        on_ranks(evaluate.main, argv, world)
     return json.loads(out.read_text())["arms"]["policy"]
 
 
@@ -166,6 +268,15 @@ def test_a_model_that_obeys_its_thought(monkeypatch, data, tmp_path):
         assert metrics[f"given {name} changed"]["mean"] > 0.5, name
         assert metrics[f"given {name} l1"]["mean"] > metrics["given kept l1"]["mean"]
     assert len(variant["paired"]["given swapped r_a"]) == 40
+
+
+def test_ranks_equal_one(monkeypatch, data, tmp_path):
+    """Each shuffles, swaps and edits the thoughts of its own prompts."""
+    one, two = (
+        measured(monkeypatch, data, tmp_path / f"{world}.json", True, world) for world in (1, 2)
+    )
+    assert two["paired"] == one["paired"] and two["items"] == one["items"]
+    assert two["metrics"] == one["metrics"]
 
 
 def test_a_model_that_does_not_care(monkeypatch, data, tmp_path):
@@ -197,6 +308,8 @@ def test_a_folder_of_two_worlds_is_not_edited(tmp_path):
     write_episodes(tmp_path / "e", [(arrays, header), (arrays, {**header, "source": "elsewhere"})])
     episodes = read_episodes(tmp_path / "e")
     assert thought.can_be_edited(episodes[:1]) and not thought.can_be_edited(episodes)
+    episodes[0].object_position = None
+    assert not thought.can_be_edited(episodes[:1]), "nobody knows where the objects are"
 
 
 def test_the_answer_after_its_own_thought_is_its_own():
