@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import types
 
 import numpy as np
@@ -289,6 +290,64 @@ def test_evaluations_at_once_lose_no_variant(tmp_path):
     assert sorted(json.loads(path.read_text())["arms"]) == sorted(names)
 
 
+def test_a_later_command_takes_nothing_away(tmp_path):
+    """Each adds what it found and how; the same command again stands once, behind the others. What
+    items it was is by their order too, in which their values stand."""
+    path = tmp_path / "r.json"
+    items = [("episode", 0), ("episode", 1)]
+    for command, metric, seed, minutes, of_metric, preset in (
+        ("actions", "a", 3, 2, items, "toy"),
+        ("vqa", "b", 0, 1, items, ""),
+        ("actions", "c", 3, 4, items[::-1], ""),
+    ):
+        args = argparse.Namespace(
+            out=path, variant="SFT", preset=preset, command=command, policy=command, seed=seed
+        )
+        args.argv = [command]
+        evaluate.write_metrics(
+            {metric: evaluate.wilson(1, 2)},
+            {metric: [0.0, 1.0]},
+            args,
+            time.time() - 60 * minutes,
+            {metric: of_metric},
+            f"those of {command}",
+            {"chunk": 0.5},
+        )
+    results = json.loads(path.read_text())
+    assert results["preset"] == "toy" and results["seeds"] == [0, 3]
+    assert results["minutes"] == pytest.approx(7, abs=0.2)
+    assert [line.split()[-1] for line in results["commands"]] == ["vqa", "actions"]
+    variant = results["arms"]["SFT"]
+    for name in ("metrics", "paired", "items"):
+        assert sorted(variant[name]) == ["a", "b", "c"], name
+    for name in ("checkpoints", "prompts", "seconds"):
+        assert sorted(variant[name]) == ["actions", "vqa"], name
+    assert variant["items"]["a"] == variant["items"]["b"] != variant["items"]["c"]
+
+
+def test_answers_are_counted_by_hand():
+    """A number, too, is right or wrong: 8 of 10 have Wilson's interval. Parts of lists have not."""
+    scores = {"number point": [1.0] * 8 + [0.0] * 2, "items caption": [0.5, 1.0, 0.25]}
+    answers = []
+    for metric, of_metric in scores.items():
+        answers += [types.SimpleNamespace(metric=metric, score=score) for score in of_metric]
+    metrics, paired = evaluate.answer_metrics(answers, by_row=True)
+    assert metrics["number point"] == evaluate.wilson(8, 10)
+    assert metrics["items caption"] == evaluate.bootstrap([0.5, 1.0, 0.25])
+    assert paired == {"answers": [*scores["number point"], *scores["items caption"]]}
+    assert metrics["answers"]["mean"] == pytest.approx(9.75 / 13)
+    assert evaluate.answer_metrics(answers, by_row=False)[1] == {}
+
+
+def test_seconds_stand_beside_the_way_that_took_them(tmp_path, capsys):
+    """Of its own tokens with its own thought, not of those after a thought that was given to it."""
+    metrics = {"think success": evaluate.wilson(1, 2)}
+    seconds = {"tabletop think": {"chunk": 1.5}, "tabletop think removed": {"chunk": 0.5}}
+    variant = {"metrics": metrics, "paired": {}, "seconds": seconds}
+    evaluate.main(["report", str(write_results(tmp_path, {"SFT": variant}))])
+    assert "| its own tokens, think | 50.0 [9.5, 90.5], 1.500 s |" in capsys.readouterr().out
+
+
 def test_bad_results_file_is_one_line(tmp_path):
     (tmp_path / "bad.json").write_text('{"arms": {')
     with pytest.raises(ValueError, match=r"bad.json:1: not JSON .*delete the file"):
@@ -350,11 +409,13 @@ def test_what_thoughts_cost_is_reported(tmp_path, monkeypatch):
     path = tmp_path / "r.json"
     count = collections.Counter(chunks=4, forwards=2, seconds=8.0, thinking=2.0, unfinished=1)
     policy = types.SimpleNamespace(count=count)
-    monkeypatch.setattr(evaluate.vla, "load_policy", lambda *args: policy)
+    asked = []
+    monkeypatch.setattr(evaluate.vla, "load_policy", lambda *args: asked.append(args) or policy)
     module = evaluate.simulator_module("tabletop")
     outcome = Outcome(trials=[TrialResult("goal", "0", True)])
     monkeypatch.setattr(module, "evaluate", lambda policy, args, local: outcome)
-    evaluate.main(["tabletop", "--policy", "x", "--out", str(path)])
+    evaluate.main(["tabletop", "--policy", "x", "--out", str(path), "--seed", "5"])
+    assert asked[0][0] == "x" and asked[0][-1] == 5, "the seed of its noise"
     variant = json.loads(path.read_text())["arms"]["policy"]
     assert variant["seconds"]["tabletop"] == {"chunk": 2.0, "forward": 4.0, "thought": 0.5}
     unfinished = variant["metrics"]["thoughts unfinished"]
@@ -758,6 +819,8 @@ def test_prompts_are_called_held_out_only_when_they_are(written, tmp_path, monke
     backbone.run["split"] = fast_tokenizer.join_splits([record, elsewhere], [elsewhere])
     assert len(backbone.run["split"]) == 2, "what SFT saw is not forgotten in GRPO"
     assert asked(folder)[0] == [episode.name for episode in held_out]
+    elsewhere["sha256"] = "of other episodes"
+    assert "held out others" not in asked(folder)[1], "of another folder"
     record["sha256"] = "of other episodes"
     assert "held out others, and may have been trained on these" in asked(folder)[1]
     backbone.run = {}
@@ -779,6 +842,50 @@ def test_prompts_are_called_held_out_only_when_they_are(written, tmp_path, monke
     others = json.loads(out.read_text())["arms"]["policy"]["items"]
     assert digests.keys() == others.keys()
     assert not set(digests.values()) & set(others.values())
+
+
+def test_prompts_begin_where_chunks_may(written, tmp_path):
+    """Of a robot of which nobody knows how it holds still chunks lie inside the episode: of 7 steps
+    those from 0, 1 and 2 have 5 actions. Where it is known each step has a chunk."""
+    backbone = model.load(written / "sft")
+    arrays, header = tabletop_data.demonstration("goal", 1, 0, 0.0)
+    arrays = {name: arrays[name][:7] for name in ("image", "state", "action")}
+    header = {"task": header["task"]}
+    for deltas, starts in (({}, range(3)), ({"deltas": "6"}, range(7))):
+        folder = tmp_path / f"{len(deltas)}"
+        fast_tokenizer.write_episodes(folder, [(arrays, header | deltas)])
+        episodes = fast_tokenizer.read_episodes(folder)
+        args = argparse.Namespace(prompts=60, seed=0)
+        prompts = evaluate.draw_prompts(backbone, episodes, args, True, slice(None))
+        assert {step for _, step in prompts.steps} == set(starts)
+        _, step = prompts.steps[7]
+        within = arrays["action"][step : step + 5]
+        np.testing.assert_array_equal(prompts.chunks[7][: len(within)], within)
+
+
+def test_what_is_sampled_follows_the_seed(written):
+    """And not the prompts alone, which follow it too."""
+    backbone = model.load(written / "sft")
+    episodes = fast_tokenizer.read_episodes(written / "data")
+    args = argparse.Namespace(prompts=3, seed=0, max_new_tokens=7, batch=3, cuda_graphs=False)
+    prompts = evaluate.draw_prompts(backbone, episodes, args, True, slice(None))
+    found = []
+    for args.seed in (0, 0, 1):
+        found.append(evaluate.complete(backbone, prompts, 2, False, args))
+    assert found[0] == found[1] != found[2]
+
+
+def test_statements_are_of_one_world_with_thoughts():
+    """One episode without them, or of a world whose thoughts nobody can read, and none are told."""
+
+    def known(*episodes):
+        files = [types.SimpleNamespace(source=source, thoughts=of) for source, of in episodes]
+        return evaluate.statements_of(files)
+
+    tabletop = ("tabletop goal task 0", ["a thought"])
+    assert known(tabletop, tabletop) is tabletop_data.statements
+    assert known(tabletop, ("tabletop goal task 1", None)) is None
+    assert known(tabletop, ("lab", ["a thought"])) is None
 
 
 def test_a_single_episode_can_be_asked_about(tmp_path):
