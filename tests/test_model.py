@@ -460,6 +460,8 @@ def test_grow_adds_once_keeps_old_rows_and_ties():
     rows = len(table)
     old = len(backbone.tokenizer)
     before = table[:old].clone()
+    answer = {"role": "assistant", "content": model.action_answer([0, 99, 1])}
+    in_letters = model.encode(backbone, [answer])["ids"]  # which is remembered, and must not be
     assert backbone.vocab.action_start is None and backbone.vocab.fast == []
     sft.grow_vocabulary(backbone, 3)  # fits into the padding rows: the table stays
     assert len(backbone.net.get_input_embeddings().weight) == rows
@@ -480,8 +482,8 @@ def test_grow_adds_once_keeps_old_rows_and_ties():
     same = table.clone()
     sft.grow_vocabulary(backbone, 100)
     assert torch.equal(backbone.net.get_input_embeddings().weight, same)
-    answer = {"role": "assistant", "content": model.action_answer([0, 99, 1])}
     ids = model.encode(backbone, [answer])["ids"]
+    assert len(ids) < len(in_letters)
     assert [backbone.vocab.fast.index(i) for i in ids if i in backbone.vocab.fast] == [0, 99, 1]
 
 
