@@ -86,6 +86,8 @@ def test_displacement_and_phase_by_hand():
     known = episode("a", hands, targets=[0, -1, 1], object_position=objects, thoughts=thoughts)
     way = probe.displacements(known, [0, 1, 2], 1)
     np.testing.assert_allclose(way, [[3, 4, 0], [np.nan] * 3, [-10, 0, -20]], atol=1e-4)
+    known.state *= 1000  # a robot that tells its hand in mm, where objects are in m
+    np.testing.assert_allclose(probe.displacements(known, [0, 1, 2], 0.001), way, atol=1e-4)
     assert probe.phases(known) == ["reach", "let go", ""]
     values, classes = probe.one_hot(probe.phases(known))
     assert classes == ["let go", "reach"]
@@ -106,7 +108,7 @@ def test_phase_of_tabletop_is_what_its_own_parser_reads():
 def test_nearest_neighbours_by_hand():
     """By angle, not by distance: five at 0, 10, .. 40 degrees, however long, and far ones at 90."""
     degrees = np.radians([0, 10, 20, 30, 40, 90, 90, 180])
-    inputs = np.stack([np.cos(degrees), np.sin(degrees)], 1) * column(9, 1, 3, 1, 7, 1, 1, 1)
+    inputs = np.stack([np.cos(degrees), np.sin(degrees)], 1) * column(9, 1, 3, 1, 7, 50, 1, 1)
     values = column(1, 1, 1, 6, 6, 100, 100, 100)
     assert probe.knn(inputs, values, np.array([[0.1, 0.02]])) == pytest.approx(3)
     assert probe.knn(inputs[:2], values[:2], np.array([[1.0, 0]])) == 1, "fewer than five"

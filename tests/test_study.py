@@ -752,6 +752,12 @@ def test_items_are_resampled_within_a_seed():
     assert interval["high"] == pytest.approx(items.mean() + half, abs=0.01)
 
 
+def test_a_seed_of_few_items_weighs_as_much():
+    """Of 4 items of one seed and 1 of another the mean is that of the seeds, 0.5, not 0.8."""
+    estimate = study_report.hierarchical_bootstrap({0: [1.0] * 4, 1: [0.0]}, 100)
+    assert estimate.interval["mean"] == 0.5 and estimate.interval["n"] == 5
+
+
 def test_variances_of_seeds_and_items_add():
     """S seeds whose means have variance a, N items of variance b each: a resampled mean has
     variance (a + b / N) / S, with a and b those of the sample itself."""
@@ -919,6 +925,27 @@ def test_minutes_of_a_part_are_of_the_seeds_that_ran_it(made_up):
     ]  # fmt: skip
 
 
+def test_what_a_model_was_trained_on():
+    """Samples are steps times batch; rollouts come in groups, of so many prompts a step."""
+    grpo_command = "grpo.py speedrun --steps 20 --prompts 4 --group 16 --resume"
+    assert study_report.samples_of(grpo_command) == "80 prompts x 16 rollouts"
+    assert study_report.samples_of("sft.py speedrun --steps 30 --batch 8") == "240 samples"
+    assert study_report.samples_of("evaluate.py actions --policy x") == "-"
+
+
+def test_a_range_is_from_the_lowest_to_the_highest_seed():
+    """In whatever order the seeds came. Of one seed there is its own interval."""
+    results = {"SFT": {}}
+    for seed, mean in enumerate((0.5, 0.9, 0.1)):
+        metrics = {"x": {"mean": mean, "low": 0.0, "high": 1.0, "n": 4}}
+        results["SFT"][seed] = {"arms": {"SFT": {"metrics": metrics, "paired": {}}}}
+    report = study_report.Report(results, study.MATRIX, [], {})
+    assert study_report.plain_cell(report, "SFT", "x") == "0.500 (0.100 to 0.900)"
+    del results["SFT"][1], results["SFT"][2]
+    assert study_report.plain_cell(report, "SFT", "x") == "0.500 [0.000, 1.000]"
+    assert study_report.plain_cell(report, "SFT", "y") == "-"
+
+
 def test_captions_promise_an_interval_where_there_is_one(made_up):
     """All tables said that they had them; those of thoughts and questions had the seeds' range."""
     results = study_report.read_study(str(made_up), study.MATRIX)
@@ -947,6 +974,9 @@ def test_nothing_of_two_seeds_is_bold_and_captions_of_few_say_why():
     cells = [study_report.difference_cell(of_seeds(count)) for count in (1, 2, 3, 5)]
     assert [cell.startswith("**") for cell in cells] == [False, False, True, True]
     assert all(", p 0.0005 (0.01)" in cell for cell in cells)
+    of_many = of_seeds(3)._replace(corrected_p=0.2)
+    cell = study_report.difference_cell(of_many)
+    assert "**" not in cell and cell.endswith(", p 0.0005 (0.2)"), "bold is what is left by Holm"
     for counts, says_so in (((5,), False), ((5, 4), True), ((2,), True)):
         comparisons = [of_seeds(count) for count in counts]
         report = study_report.Report({}, study.MATRIX, comparisons, {})
@@ -1049,6 +1079,8 @@ def test_figures_hold_the_differences(made_up):
     means = [line.get_xdata()[0] for line in r_a.get_lines() if line.get_marker() == "o"]
     assert means == pytest.approx([0.3, 0.525, 0.1]), "base has a value of each prompt"
     assert [line.get_xdata()[0] for line in head.get_lines() if line.get_marker() == "o"] == [25]
+    dots = [line.get_xdata().tolist() for line in head.get_lines() if line.get_marker() == "."]
+    assert dots == [[25]], "of its one seed, in percent too"
 
 
 def test_a_mean_beside_its_interval_by_rounding_is_drawn():
