@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.numpy import save_file
 from scipy.fft import dct, idct
 from tokenizers import ByteLevelBPETokenizer
@@ -654,8 +655,41 @@ def test_wrong_episodes_are_refused(tmp_path):
     write(tmp_path, 1, action=np.zeros((20, 4), np.float32))
     with pytest.raises(ValueError, match="000001.safetensors: 4 action dimensions, .* has 3"):
         ft.read_episodes(tmp_path)
+    write(tmp_path, 1, state=np.zeros((20, 5), np.float32))
+    with pytest.raises(ValueError, match="000001.safetensors: 5 state dimensions, .* has 2"):
+        ft.read_episodes(tmp_path)
     with pytest.raises(FileNotFoundError, match="no episode_"):
         ft.read_episodes(tmp_path / "nothing")
+
+
+def test_a_file_of_the_same_name_is_read_anew(tmp_path):
+    """Open files are kept: frames of a folder that was converted again were those of before."""
+    for number in range(2):
+        path, arrays = write(tmp_path / f"{number}", number)
+        target = tmp_path / "episode.safetensors"
+        path.replace(target)
+        (episode,) = ft.read_episode_file(target)
+        np.testing.assert_array_equal(episode.frame(3), arrays["image"][3])
+
+
+def test_every_part_of_an_episode_is_in_its_digest(tmp_path):
+    """By it a stage knows on --resume that data has changed."""
+    ft.write_episodes(tmp_path / "out", recordings(2))
+    files = ft.read_episodes(tmp_path / "out")
+    digests = [ft.episodes_sha256(files), ft.episodes_sha256(files[::-1])]
+    changes = {
+        "name": "episode_000009",
+        "task": "pull",
+        "action": files[0].action + 1,
+        "state": files[0].state + 1,
+        "thoughts": ["Now reach."] * len(files[0]),
+        "deltas": 2,
+    }
+    for name, value in changes.items():
+        changed = dataclasses.replace(files[0], **{name: value})
+        digests.append(ft.episodes_sha256([changed, files[1]]))
+    assert len(set(digests)) == len(digests) == 8
+    assert ft.episodes_sha256(ft.read_episodes(tmp_path / "out")) == digests[0]
 
 
 def test_a_damaged_list_of_episodes_is_one_line(tmp_path):
@@ -673,6 +707,9 @@ def test_a_damaged_list_of_episodes_is_one_line(tmp_path):
         save_file(arrays, path, {"episodes": json.dumps([good | change])})
         with pytest.raises(ValueError, match=f"pack_000000.safetensors: {message}.*; convert"):
             ft.read_episodes(tmp_path)
+    save_file(arrays, path, {"episodes": json.dumps([good, good | {"steps": 0}])})
+    with pytest.raises(ValueError, match="task 'go' of 0 steps"):  # all in all there are 7
+        ft.read_episodes(tmp_path)
     save_file(arrays, path, {"episodes": json.dumps([good])})
     assert len(ft.read_episodes(tmp_path)[0]) == 7
 
@@ -783,6 +820,26 @@ def test_recordings_of_another_size_begin_another_file(tmp_path):
     files = ft.read_episodes(tmp_path / "out")
     assert [file.frame(0).shape[0] for file in files] == [16, 8, 16]
     assert len({file.path for file in files}) == 3
+
+
+def test_frames_of_another_codec_begin_another_file(tmp_path):
+    """The header of a file tells one codec and one size of all its frames."""
+    small, header = next(recordings(1))
+    for name in ("image", "image_wrist"):
+        arrays, more = ft.encode_frames(small[name][:, :8], name, "png")
+        small |= arrays
+        header |= more
+    one, other = (next(recordings(1, codec=codec)) for codec in ("png", "jpeg 95"))
+    recorded = [one, other, (small, header)]
+    ft.write_episodes(tmp_path / "out", recorded, episodes_per_file=5)
+    files = ft.read_episodes(tmp_path / "out")
+    assert len({file.path for file in files}) == 3
+    headers = []
+    for file in files:
+        with safe_open(file.path, "numpy") as opened:
+            headers.append(opened.metadata())
+    assert [header["image.codec"] for header in headers] == ["png", "jpeg 95", "png"]
+    assert [file.frame(0).shape for file in files] == [(16, 12, 3), (16, 12, 3), (8, 12, 3)]
 
 
 def test_damaged_encoded_frames_are_one_line(tmp_path):
@@ -1111,6 +1168,8 @@ def test_the_split_is_a_shuffle_that_all_stages_share(tmp_path):
     fewer = ft.split_episodes(files)[1]
     assert len(fewer) == 5 and set(fewer) < set(held)  # a smaller share is a part of a larger one
     assert len(ft.split_episodes(files, 0.29)[1]) == 29  # 0.29 * 100 is 28.999999999999996
+    counts = [len(ft.split_episodes(files[:n])[1]) for n in (2, 19, 39, 40, 99)]
+    assert counts == [1, 1, 1, 2, 4], "whole ones of a twentieth, at least one"
     with pytest.raises(ValueError, match="1 episodes, all of them held out"):
         ft.split_episodes(files[:1])
 
@@ -1215,6 +1274,46 @@ def test_report_entropy_and_coverage_by_hand():
     assert r["cover"] == pytest.approx(8 / 6)
     assert r["naive_mse"][0] == pytest.approx((0.5 / 128) ** 2)
     assert r["outside"] == r["clipped_actions"] == [0]
+
+
+def test_report_of_lengths_and_bins_by_hand():
+    """Of 20 chunks one has two ids, and the 95% quantile lies a twentieth of the way from the last
+    but one to it. A bin tells its centre, -1 .. 1 are 256 of them, and what is beyond is told as
+    the last one: 1.5 as 255.5 / 128 - 1."""
+    chunks = np.zeros((20, 2, 1))
+    chunks[0, :, 0] = 1.5, 0.2
+    tok = FastTokenizer.fit(np.zeros((20, 2, 1)), 1, 1)
+    lengths = [len(ids) for ids in tok.encode(chunks)]
+    assert lengths == [2] * 20
+    r = ft.round_trip_report(tok, chunks)
+    assert r["tokens_p95"] == 2
+    last = 255.5 / 128 - 1
+    errors = [1.5 - last, 0.2 - (153.5 / 128 - 1), *[0.5 / 128] * 38]
+    assert r["naive_mse"][0] == pytest.approx(np.mean(np.square(errors)))
+    fitted = np.array([[[0.0], [0.0]]] * 19 + [[[2.0], [-2.0]]])
+    r = ft.round_trip_report(FastTokenizer.fit(fitted, 256, 3), fitted)
+    assert (r["tokens_mean"], r["tokens_p95"]) == (1.05, pytest.approx(1.05))
+
+
+def test_what_the_report_is_made_on_was_not_fitted(tmp_path, capsys):
+    """Of ten episodes the tenth moves ten times as far: its coefficients are none of the range."""
+    given = []
+    for number, (arrays, header) in enumerate(recordings(10)):
+        action = np.full_like(arrays["action"], 1 + 9 * (number == 9))
+        action[::2] *= -1
+        given.append((arrays | {"action": action}, header))
+    ft.write_episodes(tmp_path / "data", given)
+    flags = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "fast")]
+    ft.main(["fit", *flags, "--vocab-size", "300", "--scale", "10", "--clip", "0"])
+    assert "held-out chunks" in capsys.readouterr().out
+    report = json.loads((tmp_path / "fast/report.json").read_text())
+    assert report["clipped"] > 0 and report["max_error"][0] > 5
+    # and a tokenizer keeps its statistics in a report on other data
+    own = FastTokenizer.load(tmp_path / "fast").stats
+    ft.write_episodes(tmp_path / "other", recordings(10))
+    flags = ["--data", str(tmp_path / "other"), "--out", str(tmp_path / "kept")]
+    ft.main(["report", "--tokenizer", str(tmp_path / "fast"), *flags])
+    assert FastTokenizer.load(tmp_path / "kept").stats == own
 
 
 def test_a_trembling_gripper_that_the_clip_takes_away_is_named(tmp_path, capsys):
