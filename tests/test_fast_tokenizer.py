@@ -842,6 +842,22 @@ def test_frames_of_another_codec_begin_another_file(tmp_path):
     assert [file.frame(0).shape for file in files] == [(16, 12, 3), (16, 12, 3), (8, 12, 3)]
 
 
+def test_frames_of_no_bytes_are_refused(tmp_path):
+    """Each frame ends behind the one before it, the last one where all of them end."""
+    arrays, header = next(recordings(1, codec="png"))
+    path = tmp_path / "episode_000000.safetensors"
+    ends = arrays["image.ends"]
+    empty_first = np.where(np.arange(7) == 0, 0, ends)
+    empty_third = np.where(np.arange(7) == 2, ends[1], ends)
+    too_short = ends - (np.arange(7) == 6)
+    for wrong in (empty_first, empty_third, too_short):
+        save_file(arrays | {"image.ends": wrong}, path, header)
+        with pytest.raises(ValueError, match=r"image.ends or image.shape do not fit it"):
+            ft.read_episode_file(path)
+    save_file(arrays, path, header)
+    assert len(ft.read_episode_file(path)[0]) == 7
+
+
 def test_damaged_encoded_frames_are_one_line(tmp_path):
     ft.write_episodes(tmp_path / "out", recordings(2, codec="png"), 2)
     path = tmp_path / "out/pack_000000.safetensors"

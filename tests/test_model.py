@@ -262,8 +262,10 @@ def test_targets_are_the_assistants_turns_with_their_end(backbone):
 def test_encode_names_the_disagreement(backbone):
     with pytest.raises(ValueError, match='3 "<image>" but 2 images'):
         model.encode(backbone, talk(), [image(64, 64)] * 2)
-    with pytest.raises(ValueError, match="image_pad"):
-        model.encode(backbone, [{"role": "user", "content": "<|image_pad|>"}])
+    for contents in (["<|image_pad|>"], ["Where?", "<|image_pad|>"]):
+        messages = [{"role": "user", "content": content} for content in contents]
+        with pytest.raises(ValueError, match="image_pad"):
+            model.encode(backbone, messages)
 
 
 def three_steps(argv):
@@ -881,6 +883,10 @@ def test_an_unfinished_checkpoint_is_not_found(tmp_path):
     (tmp_path / "step_000009").mkdir()
     (tmp_path / "step_000010").mkdir()
     assert model.latest_checkpoint(tmp_path).name == "step_000010"
+    for name in ("step_000010", "final"):  # of a run that has ended: its end, not its last step_*
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "config.json").touch()
+        assert model.find_checkpoint(tmp_path).name == name
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         model.load(tmp_path / "empty")
@@ -888,6 +894,41 @@ def test_an_unfinished_checkpoint_is_not_found(tmp_path):
         model.load("runs/nowhere")
     with pytest.raises(ValueError, match="unknown size"):
         backbones.random_backbone("huge")
+
+
+def test_other_data_is_named_in_either_direction(tmp_path):
+    """More rows come in another order too; a source that is new, or of a stage that does not count
+    its rows, is no change."""
+    model.write_json(
+        tmp_path / "run.json", {"data": {"a": {"sha256": "x", "train": 5}, "b": {"sha256": "y"}}}
+    )
+    for n in (4, 6):
+        with pytest.raises(ValueError, match=f"a: {n} samples to train on, 5 before"):
+            model.check_unchanged({"a": {"sha256": "x", "train": n}}, tmp_path)
+    with pytest.raises(ValueError, match="b: has changed since"):
+        model.check_unchanged({"b": {"sha256": "z"}}, tmp_path)
+    same = {"a": {"sha256": "x", "train": 5}, "b": {"sha256": "y", "train": 7}}
+    model.check_unchanged(same | {"new": {"sha256": "n", "train": 1}}, tmp_path)
+
+
+def test_a_run_is_not_resumed_for_fewer_steps(tmp_path):
+    """One that has ended, and kept nothing to go on from, not for more either."""
+    model.check_steps(None, 0, 0)
+    model.check_steps(tmp_path / "step_000005", 5, 5)
+    with pytest.raises(ValueError, match="is past --steps 4; give 5 or more"):
+        model.check_steps(tmp_path / "step_000005", 5, 4)
+    model.check_steps(tmp_path / "final", 5, 5)
+    for steps in (4, 6):
+        with pytest.raises(ValueError, match="ended at step 5, .* give --steps 5"):
+            model.check_steps(tmp_path / "final", 5, steps)
+
+
+def test_sums_of_ranks_are_exact():
+    """fp32 holds no whole number beyond 2^24: tokens of a run, the digest of its base."""
+    assert model.all_sum(2**24 + 1) == 2**24 + 1 and model.all_sum([2**48 - 1, 0.1]) == [
+        2**48 - 1,
+        0.1,
+    ]
 
 
 def test_the_tokenizer_is_a_function_of_its_texts():

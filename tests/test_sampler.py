@@ -534,6 +534,24 @@ def test_frequencies_are_the_probabilities(small):
     assert chisquare(observed, expected * N / sum(expected)).pvalue > 0.01
 
 
+def test_a_sample_is_drawn_by_its_own_numbers(small):
+    """Those of (seed, key, g), one a token: the first token is where the probabilities add up to
+    1 - rng(seed, key, g).random(), whatever else is sampled."""
+    rows = prompts(small)
+    keys, n, seed = [7 + b for b in range(len(rows))], 3, 5
+    out = model.generate(small, rows, n, 2, seed=seed, keys=keys, stop=[])
+    batch = model.collate(rows, small.vocab.pad, left=True)
+    with torch.no_grad():
+        scores = model.logits(small.net, model.hidden_states(small.net, batch)[:, -1])
+    scores[:, small.vocab.banned] = -torch.inf
+    cdf = scores.double().softmax(-1).cumsum(-1)
+    for b, key in enumerate(keys):
+        for g in range(n):
+            u = 1 - model.rng(seed, key, g).random()
+            below, reached = np.searchsorted(cdf[b].numpy(), [u - 1e-5, u + 1e-5])
+            assert below <= out["ids"][b * n + g, 0] <= reached
+
+
 def test_draw_by_hand():
     p = torch.tensor([0.0, 0.3, 0.0, 0.5, 0.05, 0.15, 0.0])
     u = torch.tensor([1e-30, 0.29, 0.31, 0.79, 0.81, 0.84, 0.86, 1.0])

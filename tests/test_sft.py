@@ -477,6 +477,46 @@ def test_each_question_gets_the_mode_of_its_answer():
     out = model.add_mode_lines([{"role": role, "content": content} for role, content in turns])
     questions = [message["content"] for message in out if message["role"] == "user"]
     assert questions == ["a\n" + model.THINK, "d\n" + model.DIRECT, "f", "h"]
+    only_a_user_asks = [
+        {"role": "system", "content": "s"},
+        {"role": "assistant", "content": "<answer>e</answer>"},
+    ]
+    assert model.add_mode_lines(only_a_user_asks) == only_a_user_asks
+
+
+def test_the_first_question_alone_is_asked(tmp_path):
+    """With the images in it and what the system says; as its own answer begins, or as is asked."""
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    turns = [
+        ("system", "Be brief."),
+        ("user", "<image>Which?"),
+        ("assistant", "<think>b</think><answer>c</answer>"),
+        ("user", "And <image>?"),
+        ("assistant", "<answer>d</answer>"),
+    ]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    row = {"images": ["a.png", "b.png"], "messages": messages}
+    (tmp_path / "talk.jsonl").write_text(json.dumps(row))
+    source = model.ConversationDataset(tmp_path / "talk.jsonl", None, 0)
+    for think, line in ((None, model.THINK), (True, model.THINK), (False, model.DIRECT)):
+        sample = source.question(0, think)
+        assert [message["content"] for message in sample.messages] == [
+            "Be brief.",
+            f"<image>Which?\n{line}",
+        ]
+        assert sample.images == [tmp_path / "a.png"]
+
+
+def test_steps_of_episodes_are_counted_through(robot):
+    """Three episodes of 6 chunks: step 6 is the first of the second, whose images are bounded."""
+    source = model.EpisodeDataset(robot / "episodes", FastTokenizer.load(robot / "fast"))
+    assert [source.unit(i) for i in (0, 5, 6, 11, 12, 17)] == [0, 0, 1, 1, 2, 2]
+    assert (source.train, source.held) == (range(12), range(12, 18))
+    source.max_pixels[1] = 1024
+    bounds = [source.question(i).max_pixels for i in range(18)]
+    assert bounds == [0] * 6 + [1024] * 6 + [0] * 6
+    longest = source.outline(0).messages[-1]["content"]
+    assert longest.count("<FAST_") == source.action_tokenizer.max_ids == 4 * 2
 
 
 # ---- Bad input: one line that says what, where, and the cure -------------------------------------
@@ -506,6 +546,10 @@ BAD_ROWS = [
     (bad_line("0.png"), 'not a row .*"images" is no list'),  # *
     (bad_line([None]), 'not a row .*"images" holds what is no path'),  # *
     (bad_line([], role="robot"), r"not a row .*roles \['user', 'robot'\]"),
+    (
+        json.dumps({"messages": [{"role": who, "content": "a"} for who in ("assistant", "robot")]}),
+        r"not a row .*roles \['assistant', 'robot'\]",
+    ),
     (bad_line(["0.png"]).replace('"images"', '"kind": ["a"], "images"'), 'not a row .*"kind"'),  # *
     (bad_line(["gone.png"]), r".*gone\.png: image does not open"),
     (bad_line(["talk.jsonl"]), r".*talk\.jsonl: image does not open"),
@@ -829,6 +873,7 @@ def test_a_mixture_names_its_shares(tmp_path, monkeypatch):
     assert parse("a.jsonl:2, b:0.5") == [("a.jsonl", 2, None), ("b", 0.5, None)]
     assert parse("a.jsonl#7,\n b#1") == [("a.jsonl", None, 7), ("b", None, 1)]
     assert parse("odd:3,odd#3") == [("odd:3", None, None), ("odd#3", None, None)]
+    assert parse("odd:3:2") == [("odd:3", 2, None)] and parse("odd#3#2") == [("odd#3", None, 2)]
     for spec, message in (
         ("b:x", "b:x: x is not a number of at least 0; write path:weight or path#samples"),
         ("b:-1", "-1 is not a number of at least 0"),
