@@ -145,6 +145,27 @@ def test_no_trajectory_is_told_by_itself():
     assert told[own == 1].max() == 0
 
 
+def test_the_strength_is_chosen_by_trajectories_apart(monkeypatch):
+    """Five folds: with one held out, the next one chooses among probes that saw neither; then all
+    but the one held out are learned from. Chosen by the ones that it is fitted to, the weakest
+    would always win; by the one held out, it would be told what it is tested on."""
+    calls = []
+
+    def ridge(inputs, values, asked, strengths):
+        calls.append(({*inputs[:, 0].tolist()}, {*asked[:, 0].tolist()}, list(strengths)))
+        return [np.full((len(asked), 1), strength) for strength in strengths]
+
+    monkeypatch.setattr(probe, "ridge", ridge)
+    fold = np.arange(5).repeat(3)
+    told = probe.tell("linear", column(*fold), column(*[0.012] * 15), fold)
+    assert (told == 1e-2).all(), "the candidate that is nearest to the truth"
+    for held_out in range(5):
+        other = (held_out + 1) % 5
+        choosing, telling = calls[2 * held_out : 2 * held_out + 2]
+        assert choosing == ({*range(5)} - {held_out, other}, {other}, list(probe.STRENGTHS))
+        assert telling == ({*range(5)} - {held_out}, {held_out}, [1e-2])
+
+
 def test_trajectories_of_a_task_take_turns():
     folds = probe.folds_of(["b", "a", "b", "a", "a", "b"])
     assert folds.tolist() == [3, 0, 4, 1, 2, 0]
@@ -175,6 +196,8 @@ def test_r2_by_hand():
     assert [found[axis]["mean"] for axis in (" x", " y", " z")] == [1 - 1 / 8, 0, 1]
     assert found[""]["mean"] == pytest.approx((0.875 + 0 + 1) / 3)
     assert (found[" x"]["low"], found[" x"]["high"], found[" x"]["n"]) == (0.75, 1, 2)
+    twice = probe.r2_intervals(told.repeat(2, 0), true.repeat(2, 0), np.array([0, 0, 1, 1]))
+    assert twice == found, "two frames each: n counts trajectories"
 
 
 def test_r2_of_axes_that_vary():
@@ -196,6 +219,32 @@ def test_accuracy_is_by_trajectory():
     (interval,) = scores.metrics.values()
     assert (interval["mean"], interval["low"], interval["high"], interval["n"]) == (0.5, 0, 1, 2)
     assert scores.paired == {"probe knn phase layer 0 mean": [1.0, 0.0]}
+
+
+def test_frames_of_which_nothing_is_known_are_left_out(monkeypatch, capsys):
+    """Of the first three of eight frames: no frame of the first of four trajectories is left, and
+    one of the second. Folds are dealt to the trajectories that are left, by their tasks."""
+    folds = []
+
+    def tell(probe_name, inputs, values, fold):
+        folds.append((inputs[:, 0].tolist(), fold.tolist()))
+        told = values.copy()
+        told[2] = told[2, ::-1]  # the second frame of the third trajectory is told wrongly
+        return told
+
+    monkeypatch.setattr(probe, "tell", tell)
+    episodes = [episode(task, [[0.0]] * 2) for task in ("b", "a", "b", "a")]
+    frames = probe.Frames(episodes, np.arange(4).repeat(2), np.arange(8) % 2)
+    target = probe.Target("phase", *probe.one_hot(["", "", "", "a", "b", "a", "b", "a"]))
+    scores = probe.Scores({}, {})
+    probe.probe_all(scores, {"layer 0 mean": column(*range(8))}, target, frames, "probe")
+    assert folds == [([3, 4, 5, 6, 7], [0, 2, 2, 1, 1])] * 2
+    assert scores.paired["probe knn phase layer 0 mean"] == [1.0, 0.5, 1.0]
+    assert scores.metrics["probe linear phase layer 0 mean"]["n"] == 3
+    capsys.readouterr()
+    fewer = target._replace(values=np.where(frames.trajectory[:, None] < 2, np.nan, target.values))
+    probe.probe_all(scores, {}, fewer, frames, "probe")
+    assert capsys.readouterr().out == "left out: phase: known of 2 trajectories, needed are 3\n"
 
 
 @pytest.mark.parametrize("size", ["tiny-qwen2.5-vl", "tiny-qwen3-vl"])
