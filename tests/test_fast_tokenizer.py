@@ -945,6 +945,7 @@ def test_episodes_without_objects_are_what_they_were(tmp_path):
     [
         ({}, {"targets": "[0, 0]"}, "2 targets of 7 steps"),
         ({}, {"targets": "[0, 1, 2, 0, 0, 0, 0]"}, "2 in step 2 is none of 2 objects, nor -1"),
+        ({}, {"targets": "[0, -2, 1, 0, 0, 0, 0]"}, "-2 in step 1 is none of 2 objects, nor -1"),
         ({}, {"targets": "[0, 0, 0, true, 0, 0, 0]"}, "targets is no JSON list of int"),
         ({}, {"thoughts": '["one"]'}, "1 thoughts of 7 steps"),
         ({}, {"thoughts": "none"}, "thoughts is no JSON "),

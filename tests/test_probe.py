@@ -3,6 +3,7 @@
 import argparse
 import json
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -408,6 +409,19 @@ def test_what_cannot_be_probed_is_one_line(data, tmp_path):
     with pytest.raises(ValueError, match="2 trajectories, a probe needs 3"):
         probe.frames_of(fast_tokenizer.read_episodes(data)[:2], 1)
     assert not out.exists()
+
+
+def test_the_first_trajectories_of_a_task_are_taken():
+    """As many as are asked for, of the task that is named, or of the only one."""
+    episodes = []
+    for number, task in enumerate("abaab"):
+        episodes.append(episode(task, [[0.0]], path=Path("data/e"), number=number))
+
+    def chosen(of_all, task, wanted):
+        return [one.number for one in probe.trajectories_of_one_task(of_all, task, wanted)]
+
+    assert chosen(episodes, "a", 2) == [0, 2] and chosen(episodes, "b", 2) == [1, 4]
+    assert chosen(episodes[2:4], "", 1) == [2]
 
 
 def test_a_figure_over_the_layers(tmp_path):
