@@ -1057,10 +1057,14 @@ def test_tokens_of_quick_results_say_so(tmp_path):
     write_results(tmp_path / "quick", "base", 0, [0.0, 1.0], preset="quick")
     page = tmp_path / "page.md"
     page.write_text("<!-- study: models -->\n<!-- end -->\n")
-    study.main(
-        ["report", "--results", str(tmp_path / "quick"), "--page", str(page), "--figures", ""]
-    )
+    arguments = ["report", "--results", str(tmp_path / "quick"), "--page", str(page)]
+    study.main([*arguments, "--figures", ""])
     assert "**Preset quick: these numbers say nothing of the method.**" in page.read_text()
+    write_results(tmp_path / "quick", "SFT", 0, [0.0, 1.0], preset="study")
+    write_results(tmp_path / "quick", "base", 0, [0.0, 1.0], preset="study")
+    write_results(tmp_path / "quick", "base", 1, [0.0, 1.0], preset="quick")
+    study.main([*arguments, "--figures", ""])
+    assert "**Preset quick, study: these numbers say nothing" in page.read_text(), "any of them"
 
 
 def test_figures_hold_the_differences(made_up):
