@@ -266,6 +266,24 @@ def test_a_partial_chunk_has_zeros_for_what_is_missing(tok):
     np.testing.assert_array_equal(too_long, tok.decode(ids[:1])[0])
 
 
+def test_what_is_nearest_takes_the_place_of_what_cannot_be_written():
+    """Of two as near the lower; of a range without 0 its end, for what a partial chunk misses."""
+    assert ft._nearest_writable([0, 2, 5]).tolist() == [0, 0, 2, 2, 5, 5]
+    below = FastTokenizer.fit(np.array([[[-1.0]], [[-0.8]]]), 16, 10)
+    assert (below.min_coef, below.max_coef) == (-10, -8)
+    decoded, ok = below.decode([[]], partial=True)
+    assert ok.all() and decoded[0, 0, 0] == pytest.approx(-0.8)
+
+
+def test_the_last_call_alone_is_counted():
+    """Two actions beyond the clip, of one dimension; then none."""
+    tok = FastTokenizer.fit(np.zeros((1, 2, 2)), 1, 10, clip=3)
+    tok.encode(np.array([[[4.0, 0.0], [-4.0, 3.0]]]))
+    assert tok.clipped_actions.tolist() == [2, 0] and tok.clipped > 0
+    tok.encode(np.zeros((1, 2, 2)))
+    assert tok.clipped_actions.tolist() == [0, 0] and tok.clipped == 0
+
+
 def test_both_ends_are_clipped_and_counted(tok):
     chunks = np.zeros((2, 5, 3))
     chunks[0, :, 0] = 1e9  # constant in time: one coefficient each

@@ -711,6 +711,18 @@ def test_max_pixels_bounds_images_and_stays_in_the_checkpoint(backbone, tmp_path
     assert model.ImageSpec.load(tmp_path) == one.image_spec
 
 
+def test_a_bound_is_one_of_small_images_too():
+    """The least that an image has is no more than the most: one of 16 x 16, enlarged to the
+    first would be larger than --max-pixels allows."""
+    spec = model.ImageSpec(
+        8, 2, 2, (0.5,) * 3, (0.5,) * 3, min_pixels=64 * 64, max_pixels=128 * 128
+    )
+    assert model.image_grid(16, 16, spec) == (1, 8, 8)
+    assert model.image_grid(16, 16, spec.bounded(32 * 32)) == (1, 4, 4)
+    assert model.image_grid(16, 16, spec.bounded(96 * 96)) == (1, 8, 8)
+    assert spec.bounded(0) is spec
+
+
 def action_tokenizer(dim=3):
     chunks = model.rng(0).uniform(-1, 1, (50, 4, dim)).astype(np.float32)
     return FastTokenizer.fit(chunks, 64, 4)
