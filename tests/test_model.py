@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import time
+import types
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
@@ -456,6 +457,17 @@ def test_truncated_features_are_the_hidden_states_of_that_layer():
         vla.truncate(backbone.net, 3)
 
 
+@pytest.mark.parametrize(("blocks", "layer"), [(28, 18), (36, 23), (4, 3), (24, 15)])
+def test_the_feature_layer_is_the_nearest_to_0_64_of_all(blocks, layer):
+    """The paper's 18th of 28, where cutting off would read the 17th."""
+    language_model = types.SimpleNamespace(layers=[None] * blocks)
+    net = types.SimpleNamespace(model=types.SimpleNamespace(language_model=language_model))
+    assert model.feature_layer(net, 0) == layer
+    assert model.feature_layer(net, blocks) == blocks
+    with pytest.raises(ValueError, match=rf"layer {blocks + 1} is not in 1\.\.{blocks}"):
+        model.feature_layer(net, blocks + 1)
+
+
 def test_grow_adds_once_keeps_old_rows_and_ties():
     backbone = backbones.random_backbone(SIZES[0])
     table = backbone.net.get_input_embeddings().weight
@@ -712,8 +724,8 @@ def test_max_pixels_bounds_images_and_stays_in_the_checkpoint(backbone, tmp_path
 
 
 def test_a_bound_is_one_of_small_images_too():
-    """The least that an image has is no more than the most: one of 16 x 16, enlarged to the
-    first would be larger than --max-pixels allows."""
+    """The least that an image has is no more than the most: one of 16 x 16, enlarged to that
+    least, would be larger than --max-pixels allows."""
     spec = model.ImageSpec(
         8, 2, 2, (0.5,) * 3, (0.5,) * 3, min_pixels=64 * 64, max_pixels=128 * 128
     )
@@ -933,6 +945,33 @@ def test_a_run_is_not_resumed_for_fewer_steps(tmp_path):
     for steps in (4, 6):
         with pytest.raises(ValueError, match="ended at step 5, .* give --steps 5"):
             model.check_steps(tmp_path / "final", 5, steps)
+
+
+@dataclass
+class Resumable:
+    out: str = ""
+    steps: int = 2
+    resume: bool = True
+
+
+def test_an_ended_run_goes_on_from_what_it_kept(tmp_path):
+    """Its end, if it kept the step_* of that; final/ else; and the last step_* there is for more
+    steps than it had."""
+
+    def resumed(**change):
+        return model.checkpoint_to_resume(Resumable(out=str(tmp_path), **change))
+
+    for name, step in (("final", 2), ("step_000001", 1)):
+        (tmp_path / name).mkdir()
+        run = {"step": step, "config": vars(Resumable())}
+        model.write_json(tmp_path / name / "run.json", run)
+    assert resumed(steps=2).name == "final"
+    assert resumed(steps=3).name == "step_000001"
+    (tmp_path / "step_000002").mkdir()
+    model.write_json(tmp_path / "step_000002" / "run.json", {**run, "step": 2})
+    assert resumed(steps=2).name == resumed(steps=3).name == "step_000002"
+    with pytest.raises(ValueError, match="already holds a run; go on with --resume"):
+        resumed(resume=False)
 
 
 def test_sums_of_ranks_are_exact():
