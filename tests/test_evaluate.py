@@ -311,7 +311,7 @@ def test_a_later_command_takes_nothing_away(tmp_path):
             time.time() - 60 * minutes,
             {metric: of_metric},
             f"those of {command}",
-            {"chunk": 0.5},
+            {command: {"chunk": 0.5}},
         )
     results = json.loads(path.read_text())
     assert results["preset"] == "toy" and results["seeds"] == [0, 3]
@@ -415,7 +415,7 @@ def test_what_thoughts_cost_is_reported(tmp_path, monkeypatch):
     outcome = Outcome(trials=[TrialResult("goal", "0", True)])
     monkeypatch.setattr(module, "evaluate", lambda policy, args, local: outcome)
     evaluate.main(["tabletop", "--policy", "x", "--out", str(path), "--seed", "5"])
-    assert asked[0][0] == "x" and asked[0][-1] == 5, "the seed of its noise"
+    assert asked[0][0] == "x" and asked[0][5] == 5, "the seed of its noise"
     variant = json.loads(path.read_text())["arms"]["policy"]
     assert variant["seconds"]["tabletop"] == {"chunk": 2.0, "forward": 4.0, "thought": 0.5}
     unfinished = variant["metrics"]["thoughts unfinished"]
