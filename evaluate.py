@@ -298,15 +298,7 @@ def closed_loop(args: argparse.Namespace):
     simulator = simulator_module(args.command)
     simulator.check(args)
     dist = start_ranks(args)
-    policy = vla.load_policy(
-        args.policy,
-        args.mode,
-        args.tries,
-        args.temperature,
-        args.device,
-        args.seed,
-        args.sampled,
-    )
+    policy = vla.policy_of_flags(args)
     local_outcome = simulator.evaluate(policy, args, local_share(dist))
 
     # 2. what became of the trials and chains of all ranks

@@ -33,6 +33,7 @@ dimensions, T tokens of a prompt, F future tokens, Q query tokens of a block, N 
 D width, H attention heads, d head width, L layers of the backbone. A mask is 1 where it counts.
 """
 
+import argparse
 import bisect
 import copy
 import functools
@@ -1567,6 +1568,19 @@ def policy_flags(add: Callable) -> None:
         action="store_true",
         default=None,
         help="its first answer is sampled too, as RL samples it; else it is the greedy one",
+    )
+
+
+def policy_of_flags(args: argparse.Namespace) -> Policy | TokenPolicy:
+    """args: those of policy_flags(), and policy, device, seed; see load_policy()."""
+    return load_policy(
+        args.policy,
+        args.mode,
+        args.tries,
+        args.temperature,
+        args.device,
+        args.seed,
+        args.sampled,
     )
 
 

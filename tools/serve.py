@@ -416,15 +416,7 @@ def load_server(
 ) -> Server:
     """args: those of server_flags(). The rest as of Server."""
     model.quiet_libraries()
-    policy = vla.load_policy(
-        args.policy,
-        args.mode,
-        args.tries,
-        args.temperature,
-        args.device,
-        args.seed,
-        args.sampled,
-    )
+    policy = vla.policy_of_flags(args)
     return Server(policy, args.execute, args.ensemble, keys, args.batch, api_key)
 
 
