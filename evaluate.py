@@ -186,6 +186,7 @@ def write_metrics(
     with open_results(args, started) as results:
         new_variant = {"metrics": {}, "paired": {}, "checkpoints": {}}
         variant = results["arms"].setdefault(args.variant, new_variant)
+        left_out = groups_left_out(variant["metrics"], metrics)
         variant["metrics"].update(metrics)
         variant["paired"].update(paired)
         variant["checkpoints"][record_as] = str(args.policy)
@@ -199,20 +200,39 @@ def write_metrics(
         if seconds:
             variant.setdefault("seconds", {}).update(seconds)
         results["seeds"] = sorted({*results.get("seeds", []), args.seed})
-    print_metrics(metrics)
+    if args.command != "actions":  # which has a table of its own
+        print_metrics(metrics)
     for seconds_of_way in (seconds or {}).values():
         for unit, value in seconds_of_way.items():
             print(f"{f'seconds a {unit}':24s} {value:.4f}")
     print(f"{args.out}: variant {args.variant}, {len(metrics)} metrics")
+    if left_out:
+        print(
+            f"{args.out}: {', '.join(left_out)} of {args.variant} are of an earlier call, and no "
+            "part of its success now; name all suites in one call for one figure of all"
+        )
+
+
+def groups_left_out(earlier: dict[str, Interval], new: dict[str, Interval]) -> list[str]:
+    """Groups of trials whose success an earlier call measured and this one did not, so that the
+    success of all is now without them: "goal" of an earlier "think success goal" where there is a
+    new "think success" and no new "think success goal"."""
+    groups = []
+    for name in new:
+        if name.split()[-1] != "success":
+            continue
+        for other in earlier:
+            group = other.removeprefix(f"{name} ")
+            if group != other and " " not in group and other not in new:  # " ": of a single task
+                groups.append(group)
+    return groups
 
 
 def print_metrics(metrics: dict[str, Interval]):
-    """A line each of the short names; longer ones are of single tasks, or their command prints
-    them."""
+    """A line each of the short names; longer ones are of single tasks."""
     for name, value in metrics.items():
-        words = [word for word in name.split() if word not in vla.MODES]
-        is_of_action_tokens = words[0] in ("sampled", "greedy")
-        if len(words) <= 2 and not is_of_action_tokens:
+        words = [word for word in name.split() if word not in (*vla.MODES, "sampled")]
+        if len(words) <= 2:
             print(f"{name:24s}", "{mean:6.3f}  [{low:.3f}, {high:.3f}]  n {n}".format(**value))
 
 

@@ -438,6 +438,23 @@ def test_chains_alone_leave_the_trials_of_an_earlier_call(tmp_path, monkeypatch)
     assert paired == {"success": [True], "chain length": [3, 5]}
 
 
+def test_suites_that_a_later_call_leaves_out_are_named(tmp_path, monkeypatch, capsys):
+    """`--suites goal` after `--suites spatial` takes the place of its success, not of its parts."""
+    path = tmp_path / "r.json"
+    policy = types.SimpleNamespace(count=collections.Counter())
+    monkeypatch.setattr(evaluate.vla, "load_policy", lambda *args: policy)
+    module = evaluate.simulator_module("tabletop")
+    said = []
+    for groups in (["spatial"], ["spatial"], ["goal"], ["goal", "spatial"]):
+        outcome = Outcome([TrialResult(group, "0", True) for group in groups])
+        monkeypatch.setattr(module, "evaluate", lambda policy, args, local, o=outcome: o)
+        evaluate.main(["tabletop", "--policy", "x", "--variant", "SFT", "--out", str(path)])
+        said.append("spatial of SFT are of an earlier call" in capsys.readouterr().out)
+    assert said == [False, False, True, False]
+    metrics = json.loads(path.read_text())["arms"]["SFT"]["metrics"]
+    assert metrics["success"]["n"] == 2
+
+
 def test_what_chains_alone_took_stands_beside_what_trials_took(tmp_path, monkeypatch):
     """`--suites chain` wrote its 3 retries of 4 chunks over the trials' 1 of 8, its seconds over
     theirs: results/full.json told of SFT's chains beside SFT+RL's trials."""
@@ -487,6 +504,7 @@ def test_a_head_and_own_tokens_stand_beside_each_other(tmp_path, monkeypatch, ca
     assert variant["metrics"]["success"]["mean"] == 1
     assert variant["metrics"]["think success"]["mean"] == 0
     assert variant["metrics"]["think retried"]["mean"] == 0.25
+    assert "think sampled success     1.000" in capsys.readouterr().out, "it is printed too"
     assert variant["metrics"]["think sampled success"]["mean"] == 1
     assert variant["paired"] == {
         "success": [True],
