@@ -122,7 +122,8 @@ def mcnemar(before: np.ndarray, after: np.ndarray) -> McNemar:
 # path}, "prompts" {command: where they come from}, and "seconds" {command: {"chunk", "forward"}},
 # of a policy, on average; "thought" is the part of a chunk's that a head's thought takes. They are
 # no metrics: the same command gives others each time.
-# Of a model that drives by its own tokens the mode follows the command, as in "tabletop think".
+# Of a model that drives by its own tokens the mode follows the command, as in "tabletop think"; of
+# chains alone "chain" ends the key of "seconds", as in "tabletop think chain".
 # "tokens" holds what `tokens` found: {"action_tokenizer": path, "horizon", "execute": actions,
 # "metrics"}; a later one takes its place.
 
