@@ -740,6 +740,17 @@ def action_tokenizer(dim=3):
     return FastTokenizer.fit(chunks, 64, 4)
 
 
+def test_an_action_tokenizer_of_another_checkpoint_is_refused(backbone, tmp_path):
+    """One token more than the text tokenizer knows, which no <FAST_i> would stand for."""
+    one = backbones.random_backbone(backbone.run["size"])
+    one.action_tokenizer = action_tokenizer()
+    known = one.action_tokenizer.vocab_size - 1
+    sft.grow_vocabulary(one, known)
+    model.save(tmp_path / "a", one, {"stage": "sft", "step": 1, "config": {}, "parent": "random"})
+    with pytest.raises(ValueError, match=f"fast/ has {known + 1} tokens but .* knows {known} <FA"):
+        model.load(tmp_path / "a")
+
+
 def test_save_load_save_is_bit_identical_and_loads_in_plain_transformers(backbone, tmp_path):
     one = backbones.random_backbone(backbone.run["size"])
     one.action_tokenizer = action_tokenizer()
