@@ -1890,6 +1890,9 @@ def shard(
     on_gpu = dist.device.type == "cuda"
     if dist.world_size == 1 and not on_gpu:
         return net
+    for p in net.parameters():
+        if not p.numel():  # FSDP cannot reduce its gradient: of a head without future tokens
+            p.requires_grad_(False)
     if compute_dtype is None:
         compute_dtype = torch.bfloat16 if on_gpu else torch.float32
     shards = dist.shards or dist.world_size

@@ -545,6 +545,29 @@ def test_four_ranks_equal_one(data, tmp_path):
     assert again == pytest.approx([record["loss"] for record in one[:4]], rel=1e-4)
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_head_without_future_tokens_trains_sharded_as_on_one_rank(data, tmp_path, shards):
+    """The preset speedrun's has none, and a GPU always shards, alone too: FSDP could not reduce the
+    gradient of no numbers. The file keeps the empty tensor, and either world resumes the other."""
+    flags = {"future-tokens": 0, "vl-layers": 0, "save-every": 2, "cache": "none"}
+    vla.main(argv(data, tmp_path / "one", **flags))
+    on_ranks(vla.main, argv(data, tmp_path / "two", **flags, shards=shards), 2)
+    one = records(tmp_path / "one")[1:]
+    two = records(tmp_path / "two")[1:]
+    for a, b in zip(one, two, strict=True):
+        for key in set(a) - {"steps_per_s", "seconds"}:
+            assert a[key] == pytest.approx(b[key], rel=1e-4), key
+    head = load_file(tmp_path / "two" / "final" / "head.safetensors")
+    assert head["future"].shape == (0, 32)
+    for name, world in (("one", 2), ("two", 1)):  # the run before, with the other number of ranks
+        shutil.rmtree(tmp_path / name / "final")
+        shutil.rmtree(tmp_path / name / "step_000004")
+        on_ranks(vla.main, argv(data, tmp_path / name, **flags, resume=True), world)
+        assert records(tmp_path / name)[-1]["held_loss"] == pytest.approx(
+            one[-1]["held_loss"], rel=1e-4
+        )
+
+
 def test_features_in_the_loop_train_alike(data, trained, tmp_path, monkeypatch):
     """Also on two ranks, of which the second builds no weights: with a whole backbone on each, as
     where there is room for it, and with a sharded one, a unit for each block, which gathers all of
