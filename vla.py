@@ -1939,6 +1939,7 @@ def has_room(net: nn.Module, dist: Dist) -> bool:
 def free_memory(dist: Dist) -> float:
     """Bytes: of this rank's GPU, or its part of the whole memory of a CPU."""
     if dist.device.type == "cuda":
+        torch.cuda.empty_cache()  # what own_thoughts() has freed, torch would keep
         return torch.cuda.mem_get_info(dist.device)[0]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return memory / int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size))

@@ -615,6 +615,19 @@ def test_a_backbone_is_whole_where_it_takes_half_of_the_free_memory(monkeypatch)
     assert vla.free_memory(model.Dist(1, 4, cpu)) == memory / 2
 
 
+def test_what_torch_keeps_of_a_gpu_after_own_thoughts_is_free(monkeypatch):
+    """A backbone that has thought is off the GPU, its memory was still torch's: where that was half
+    of the GPU, the cut backbone was sharded without need."""
+    gpu = {"kept": 60, "free": 20}
+
+    def empty_cache():
+        gpu["free"] += gpu.pop("kept")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gpu["free"], 80))
+    assert vla.free_memory(model.Dist(0, 1, torch.device("cuda", 0))) == 80
+
+
 def test_a_gradient_that_is_not_finite_stops_with_its_batch(data, tmp_path, monkeypatch):
     monkeypatch.setattr(model, "clip_gradients", lambda *_: float("nan"))
     with pytest.raises(ValueError, match=r"step 1, rank 0: the gradient norm is nan.*episode_\d+"):
