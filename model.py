@@ -1353,6 +1353,8 @@ class SampleKV(DynamicLayer):
     def update(self, k, v, *args, **kwargs):
         if self.prompt is None:
             self.prompt = k, v
+            if k.dtype != torch.float32:  # multiply() takes heads as a batch, and would copy these
+                self.prompt = k.contiguous(), v.contiguous()
             B, h, _, d = k.shape
             self.keys = k.new_zeros(B * self.n, h, self.room, d)
             self.values = torch.zeros_like(self.keys)

@@ -289,6 +289,20 @@ def test_a_cpu_samples_without_graphs_and_without_a_word(small, monkeypatch, cap
     assert capsys.readouterr().out == ""
 
 
+def test_a_gpu_reads_the_keys_of_prompts_where_they_lie():
+    """They come as (B, T, h, d) seen as (B, h, T, d), where a batch of B * h is no view: each
+    step of each layer copied all keys and values of the prompts before it read them."""
+    k = torch.randn(2, 5, 3, 4).bfloat16().transpose(1, 2)  # (B, h, T, d)
+    layer = model.SampleKV(n=2, room=6)
+    layer.update(k, k)
+    layer.write_index, layer.readable = slice(0, 1), 1
+    own, _ = layer.update(*torch.randn(2, 4, 3, 1, 4).bfloat16())
+    prompt_keys, prompt_values = layer.prompt
+    assert torch.equal(prompt_keys, k) and torch.equal(prompt_values, k)
+    for factor in (prompt_keys.mT, prompt_values, own.mT, own):
+        assert factor.flatten(0, 1).data_ptr() == factor.data_ptr(), "a view"
+
+
 def watch_cache(monkeypatch, whole=False):
     """-> the bytes of the own tokens of all layers at each step, as SampleKV holds them. whole: all
     room is made at once, as it was before the cache grew."""
