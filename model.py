@@ -103,7 +103,8 @@ def fast_token(index: int) -> str:
 
 def ask(question: str, think: bool | None) -> str:
     """The one function that renders a prompt. think: None leaves the question as it is."""
-    # fork point: the prompt format. Training, RL and evaluation all come here.
+    # fork point: the prompt format. Training, RL and evaluation all come here; what an instruction
+    # is asked by: action_question(), whose words rows on disk hold too.
     if think is None:
         return question
     return f"{question}\n{THINK if think else DIRECT}"
