@@ -799,7 +799,7 @@ def advantage(
     (2503.20783), since the std weighs up groups that are nearly all right or all wrong. paid
     (B, G): what is paid in place of r, (paid - its mean) / (the std of r + 1e-6), and 0 where r has
     no spread."""
-    # fork point: the advantage. A new kind also goes into check_config().
+    # fork point: the advantage. A new kind also goes into spread() and check_config().
     paid = r if paid is None else paid
     zero_std = r.amax(1) - r.amin(1) < 1e-6
     advantages = (paid - paid.mean(1, keepdim=True)) / spread(r, kind)
