@@ -14,13 +14,14 @@
     torchrun --nproc_per_node 8 evaluate.py libero --policy runs/vla      # or any but report
     python evaluate.py report results/run.json
 
-Each command but `report` and `tokens` measures one model and writes its metrics to a results file,
-under the name of a variant; `report` makes one Markdown table of such a file, a row for each
-variant, with the paired differences between consecutive ones. Under torchrun each rank takes its
-share of the trials, prompts or questions, rank 0 writes the results of all, and those are what one
-process finds (up to rounding in batches of other sizes). Every success rate carries its n and a 95%
-Wilson interval; means carry a 95% bootstrap interval over prompts or chains (2,000 resamples, seed
-0). Successes of two models in the same trials are also compared by McNemar's exact test.
+Each command but `report`, `tokens` and `blind` measures one model and writes its metrics to a
+results file, under the name of a variant; `report` makes one Markdown table of such a file, a row
+for each variant, with the paired differences between consecutive ones. Under torchrun each rank
+takes its share of the trials, prompts or questions, rank 0 writes the results of all, and those are
+what one process finds (up to rounding in batches of other sizes). Every success rate carries its n
+and a 95% Wilson interval; means carry a 95% bootstrap interval over prompts or chains (2,000
+resamples, seed 0). Successes of two models in the same trials are also compared by McNemar's exact
+test.
 
 In the order of the file: intervals, the results file, ranks, then what is measured (closed loop,
 action tokens, questions), the report, the command line. tabletop, metaworld, libero and calvin are

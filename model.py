@@ -10,11 +10,12 @@ train_state/ (resume).
 | Prompts and answers     | all stages                                                       |
 | Backbone and vocabulary | all stages                                                       |
 | Images and rows         | all stages; `cut_patches`, `mrope_positions` may be skipped      |
+| Sources                 | sft.py and grpo.py                                               |
 | Forward                 | all stages                                                       |
 | Sampler                 | grpo.py; `generate`, then `Decoder`; CUDA graphs may be skipped  |
 | Sharding                | who runs on several GPUs                                         |
 | Adapters                | who trains with --lora                                           |
-| Optimizers              | sft.py and vla.py                                                |
+| Optimizers              | all stages                                                       |
 | Muon                    | nobody: the presets `speedrun` and `base` use it                 |
 | Plumbing                | nobody: checkpoints, command line, log                           |
 

@@ -695,12 +695,13 @@ def selected(hidden: torch.Tensor, is_selected: torch.Tensor) -> Features:
 
 
 def compute_dtype(device: str | torch.device) -> torch.dtype:
-    """The type in which backbone and head compute; no other place names it."""
+    """The type in which backbone and head compute, as model.shard() has it by default."""
     return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """For the head: matmuls in compute_dtype(), its weights and the flow in fp32."""
+    """For the head: matmuls in compute_dtype(), its weights and the flow in fp32. A backbone inside
+    computes in that type by itself."""
     dtype = compute_dtype(device)
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
