@@ -429,7 +429,7 @@ def expert_through_tokens(args: argparse.Namespace):
 def load_backbone(args: argparse.Namespace) -> model.Backbone:
     """The checkpoint args.policy of a stage that writes text, in the type in which a policy head
     computes: bf16 on a GPU."""
-    dtype = vla.compute_dtype(args.device)
+    dtype = model.compute_dtype(args.device)
     return model.load(args.policy, args.device, dtype, stages=("base", "sft", "grpo"))
 
 

@@ -1881,24 +1881,32 @@ def fsdp_units(net: nn.Module) -> list[nn.Module]:
     return [*net.model.visual.blocks, *net.model.language_model.layers, *ends, net]
 
 
+def compute_dtype(device: str | torch.device) -> torch.dtype:
+    """The type in which backbones and heads compute; no other place names it."""
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+
+
+def uses_fsdp(dist: Dist) -> bool:
+    """One GPU alone does: FSDP keeps fp32 masters of weights that compute in bf16."""
+    return dist.world_size > 1 or dist.device.type == "cuda"
+
+
 def shard(
-    net: nn.Module, dist: Dist, compute_dtype: torch.dtype | None = None, offload: bool = False
+    net: nn.Module, dist: Dist, dtype: torch.dtype | None = None, offload: bool = False
 ) -> nn.Module:
-    """FSDP2 in place: fp32 masters, compute in compute_dtype (bf16 on GPU by default), mean
-    gradients. No-op for one CPU process.
+    """FSDP2 in place: fp32 masters, compute in dtype (compute_dtype() by default), mean gradients.
+    No-op for one CPU process.
 
     dist.shards: groups of so many ranks mirror each other (HSDP). Weights on META come from rank 0,
     one of the fsdp_units() after the other. offload: the shards stay in the CPU's memory, for a
-    model without gradients. Frozen weights that a rank has whole and in compute_dtype stay as they
-    are: gathering would only copy them."""
-    on_gpu = dist.device.type == "cuda"
-    if dist.world_size == 1 and not on_gpu:
+    model without gradients. Frozen weights that a rank has whole and in dtype stay as they are:
+    gathering would only copy them."""
+    if not uses_fsdp(dist):
         return net
     for p in net.parameters():
         if not p.numel():  # FSDP cannot reduce its gradient: of a head without future tokens
             p.requires_grad_(False)
-    if compute_dtype is None:
-        compute_dtype = torch.bfloat16 if on_gpu else torch.float32
+    dtype = dtype or compute_dtype(dist.device)
     shards = dist.shards or dist.world_size
     if shards == dist.world_size:
         shape = (shards,)
@@ -1911,26 +1919,24 @@ def shard(
         distributed.distributed_c10d._set_pg_timeout(dist.timeout, group)
     options = {
         "mesh": mesh,
-        "mp_policy": fsdp.MixedPrecisionPolicy(
-            param_dtype=compute_dtype, reduce_dtype=torch.float32
-        ),
+        "mp_policy": fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
     }
     if offload:
-        options["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=on_gpu)
+        options["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=dist.device.type == "cuda")
     unsharded_weights = set()
     for unit in fsdp_units(net):
         _receive(unit, dist, unsharded_weights)
         if shards == 1 and not offload:
-            unsharded_weights |= needs_no_copy(unit, compute_dtype)
+            unsharded_weights |= needs_no_copy(unit, dtype)
         options["ignored_params"] = unsharded_weights
         fsdp.fully_shard(unit, reshard_after_forward=unit is not net, **options)
     return net
 
 
-def needs_no_copy(net: nn.Module, compute_dtype: torch.dtype) -> set[nn.Parameter]:
+def needs_no_copy(net: nn.Module, dtype: torch.dtype) -> set[nn.Parameter]:
     """Of the weights of a rank that has all of them: those with which it can compute as they are,
     frozen and in the type of compute."""
-    return {p for p in net.parameters() if not p.requires_grad and p.dtype == compute_dtype}
+    return {p for p in net.parameters() if not p.requires_grad and p.dtype == dtype}
 
 
 def replicate(net: nn.Module, dist: Dist) -> None:
@@ -2052,7 +2058,7 @@ def check_adapters(cfg, dist: Dist) -> None:
         if not cfg.lora and getattr(cfg, name) != getattr(type(cfg), name):
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag}: goes with adapters; give --lora 16 too, or leave it out")
-    if cfg.bf16_base and dist.world_size == 1 and dist.device.type == "cpu":
+    if cfg.bf16_base and not uses_fsdp(dist):
         raise ValueError(
             "--bf16-base: one process on a CPU computes in the type of its weights, and in bf16 "
             "slowly; leave it out, or start two by torchrun"

@@ -694,15 +694,10 @@ def selected(hidden: torch.Tensor, is_selected: torch.Tensor) -> Features:
     return pad_features(Features(hidden, is_selected).rows())
 
 
-def compute_dtype(device: str | torch.device) -> torch.dtype:
-    """The type in which backbone and head compute, as model.shard() has it by default."""
-    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-
-
 def autocast(device: torch.device) -> torch.autocast:
-    """For the head: matmuls in compute_dtype(), its weights and the flow in fp32. A backbone inside
-    computes in that type by itself."""
-    dtype = compute_dtype(device)
+    """For the head: matmuls in model.compute_dtype(), its weights and the flow in fp32. A backbone
+    inside computes in that type by itself."""
+    dtype = model.compute_dtype(device)
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
@@ -1318,7 +1313,7 @@ class Policy:
     def load(cls, path: str | Path, device: str | torch.device = "cpu", seed: int = 0) -> "Policy":
         """path: a checkpoint of vla.py, or its run folder. ValueError for one of another stage."""
         folder = model.find_checkpoint(path)
-        backbone = model.load(folder, device, compute_dtype(device), stages=("vla",))
+        backbone = model.load(folder, device, model.compute_dtype(device), stages=("vla",))
         if "policy" not in backbone.run:
             raise ValueError(f"{path}: no policy; train one from it with vla.py --init {path}")
         spec = backbone.run["policy"]
@@ -1476,7 +1471,7 @@ class TokenPolicy:
         sampled: bool = False,
     ) -> "TokenPolicy":
         """ValueError for a checkpoint of another stage, or one that knows no actions."""
-        backbone = model.load(path, device, compute_dtype(device), stages=("sft", "grpo"))
+        backbone = model.load(path, device, model.compute_dtype(device), stages=("sft", "grpo"))
         if backbone.action_tokenizer is None or backbone.action_tokenizer.stats is None:
             raise ValueError(
                 f"{path}: no action tokenizer with statistics; train it on episodes with sft.py"
@@ -1895,7 +1890,7 @@ def load_backbone(cfg: Config, newest: Path | None, dist: Dist) -> Backbone:
     backbone = model.load(
         newest or cfg.init,
         dist.build,  # open_features() gives it to all ranks
-        torch.float32 if cfg.backbone_lr else compute_dtype(dist.device),
+        torch.float32 if cfg.backbone_lr else model.compute_dtype(dist.device),
         stages=("vla",) if newest else ("base", "sft", "grpo"),
         seed=cfg.seed,
         max_pixels=cfg.max_pixels,
@@ -1918,7 +1913,7 @@ def open_features(
     made, and back when all are in the cache."""
     if cfg.cache == "none":
         if cfg.backbone_lr or cfg.shard_backbone or not has_room(backbone.net, dist):
-            model.shard(backbone.net, dist, compute_dtype(dist.device))
+            model.shard(backbone.net, dist)
         else:
             model.replicate(backbone.net, dist)
         return LiveFeatures(backbone, frames, cfg, dist.device, thoughts, answers, layer)

@@ -543,7 +543,7 @@ def measure(args):
         raise ValueError(f"--axes {args.axes}: no such file")
     args.trajectories = args.trajectories or TRAJECTORIES
     dist = evaluate.start_ranks(args)
-    backbone = model.load(args.policy, args.device, vla.compute_dtype(args.device))
+    backbone = model.load(args.policy, args.device, model.compute_dtype(args.device))
     backbone.net.eval()
 
     # 2. trajectories of many tasks and of one, and what is to be told of them

@@ -325,7 +325,7 @@ def whole_base(argv):
     """A rank that has all weights, in the type of compute."""
     dist = model.setup(seed=0, shards=1)
     adapted = with_adapters(bf16_base=True)
-    net = model.shard(adapted.net, dist, compute_dtype=torch.bfloat16)
+    net = model.shard(adapted.net, dist, dtype=torch.bfloat16)
     for name, p in net.named_parameters():
         assert isinstance(p, DTensor) == p.requires_grad == name.endswith(model.ADAPTERS), name
     loss = loss_of_sft(adapted)

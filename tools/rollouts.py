@@ -574,7 +574,7 @@ def make_page(args: argparse.Namespace) -> str:
     episodes = []
     with_actions = not is_file
     for path in args.policy:
-        dtype = vla.compute_dtype(args.device)
+        dtype = model.compute_dtype(args.device)
         backbone = model.load(path, args.device, dtype, stages=("base", "sft", "grpo"))
         shape = chunk_shape(backbone.action_tokenizer)
         if with_actions and shape is None:

@@ -103,7 +103,7 @@ class Question(NamedTuple):
 
 def make_backbone(args: argparse.Namespace) -> model.Backbone:
     """Random weights, bf16 on GPU, with FAST tokens; "tiny-vlm" is shaped as the embedded one."""
-    dtype = vla.compute_dtype(args.device)
+    dtype = model.compute_dtype(args.device)
     if args.size == "tiny-vlm":
         backbone = backbones.random_backbone("tiny-vlm")
         backbone.net.to(args.device, dtype)
