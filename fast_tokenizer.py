@@ -364,7 +364,8 @@ def read_episodes(
             break
     if not files:
         raise FileNotFoundError(f"{folder}: no episode_*.safetensors here; record or convert some")
-    _check_same_robot(files)
+    for file in files:
+        _check_same_robot(_robot_of(files[0]), _robot_of(file))
     action_dim = files[0].action.shape[1]
     if action_tokenizer is not None and action_dim != action_tokenizer.action_dim:
         raise ValueError(
@@ -374,22 +375,34 @@ def read_episodes(
     return files
 
 
-def _check_same_robot(files):
-    for file in files:
-        for name in ("action", "state"):
-            dims = getattr(file, name).shape[1]
-            first_dims = getattr(files[0], name).shape[1]
-            if dims != first_dims:
-                raise ValueError(
-                    f"{file.path}: {dims} {name} dimensions, {files[0].path.name} has "
-                    f"{first_dims}; keep different robots in different folders"
-                )
-        known = file.deltas is not None and files[0].deltas is not None
-        if known and file.deltas != files[0].deltas:
+class _Robot(NamedTuple):
+    """What all episodes of a folder have in common, and which episode says so."""
+
+    episode: str
+    action: int  # dimensions
+    state: int
+    deltas: int | None  # as of EpisodeFile
+
+
+def _robot_of(file):
+    return _Robot(str(file.path), file.action.shape[1], file.state.shape[1], file.deltas)
+
+
+def _check_same_robot(first, other):
+    for name in ("action", "state"):
+        dims = getattr(other, name)
+        first_dims = getattr(first, name)
+        if dims != first_dims:
             raise ValueError(
-                f"{file.path}: deltas {file.deltas}, {files[0].path.name} has {files[0].deltas}; "
+                f"{other.episode}: {dims} {name} dimensions, {first.episode} has {first_dims}; "
                 "keep different robots in different folders"
             )
+    known = other.deltas is not None and first.deltas is not None
+    if known and other.deltas != first.deltas:
+        raise ValueError(
+            f"{other.episode}: deltas {other.deltas}, {first.episode} has {first.deltas}; "
+            "keep different robots in different folders"
+        )
 
 
 def require_instructions(files: list[EpisodeFile]) -> None:
@@ -824,7 +837,6 @@ def write_episodes(
         missing = _missing_recordings(tqdm(recordings, "episodes", disable=None), list(written))
         for group in _groups(missing, episodes_per_file):
             files = _write_file(unfinished, f"{kind}_{file_count:06d}", group)
-            _check_same_robot([*written[:1], *files])
             written += files
             file_count += 1
         if not written:
@@ -880,11 +892,19 @@ def _only_writer(unfinished, resume):
 def _missing_recordings(recordings, written):
     """Passes over the first recordings, which are `written`. ValueError if they are other ones."""
     passed = 0
+    first = _robot_of(written[0]) if written else None
     for number, recording in enumerate(recordings):
         if passed == len(written):
             if recording is None:
                 raise ValueError("None comes in place of a recording that is not written yet")
-            yield _checked_recording(number, recording)
+            arrays, header = _checked_recording(number, recording)
+            # before it is on disk, where --resume would keep it
+            source = f"recording {number}, {header.get('source', 'without source')}"
+            deltas = _deltas(source, header, arrays["action"].shape[1])
+            robot = _Robot(source, arrays["action"].shape[1], arrays["state"].shape[1], deltas)
+            first = first or robot
+            _check_same_robot(first, robot)
+            yield arrays, header
             continue
         file = written[passed]
         passed += 1

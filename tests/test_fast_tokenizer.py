@@ -1175,6 +1175,24 @@ def test_a_writer_goes_on_with_the_same_recordings_only(tmp_path):
     assert len(ft.read_episodes(out)) == 9
 
 
+@pytest.mark.parametrize("per_file", [1, 2])
+def test_a_recording_of_another_robot_is_named_and_not_kept(tmp_path, per_file):
+    """A file of out.part was named, which is gone by then. With resume it stayed: the next call
+    passed over it, also when the recording was repaired, and could not make the statistics."""
+    given = [(arrays, header | {"source": "lab"}) for arrays, header in recordings(4)]
+    arrays, header = given[2]
+    # the first that differs from what was written in this call, then in the one before
+    for change, message in (
+        ({"action": arrays["action"][:, :2]}, "2 action dimensions, recording 0, lab has 3"),
+        ({"state": arrays["state"][:, :1]}, "1 state dimensions, .*_000000.safetensors has 2"),
+    ):
+        wrong = [*given[:2], (arrays | change, header), given[3]]
+        with pytest.raises(SystemExit, match=f"error: recording 2, lab: {message}; keep"):
+            ft.write_episodes(tmp_path / "out", wrong, per_file, resume=True)
+    ft.write_episodes(tmp_path / "out", given, per_file, resume=True)
+    assert len(ft.read_episodes(tmp_path / "out")) == 4
+
+
 def test_a_recording_that_cannot_be_read_back_leaves_no_file(tmp_path):
     bad = next(recordings(1))
     bad[0]["image"] = bad[0]["image"].astype(np.float32)
