@@ -385,6 +385,12 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(folder)
         net = _load_net(folder, device, dtype, seed)
     vocab = Vocabulary.read(net, tokenizer)
+    # without tokenizer.json transformers makes one of the special tokens alone
+    if vocab.image != net.config.image_token_id:
+        raise ValueError(
+            f"{folder}: <|image_pad|> is token {vocab.image} of the tokenizer, "
+            f"{net.config.image_token_id} of config.json; copy the whole folder again"
+        )
     image_spec = ImageSpec.load(folder).bounded(max_pixels)
     action_tokenizer = None
     if (local_folder / "fast").exists():

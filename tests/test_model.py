@@ -682,6 +682,15 @@ def test_a_checkpoint_whose_copy_was_cut_off_is_one_line(backbone, tmp_path, nam
         model.load(tmp_path / "sft")
 
 
+def test_a_checkpoint_that_lost_its_tokenizer_is_refused(backbone, tmp_path):
+    """transformers makes one of the special tokens that tokenizer_config.json names: every text was
+    encoded as no tokens, and the first image was said not to match its tokens."""
+    model.save(tmp_path / "sft", backbone, {"stage": "sft", "step": 1, "config": {}, "parent": ""})
+    (tmp_path / "sft" / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=f"^{tmp_path}/sft: <.image_pad.> is .*; copy the whole"):
+        model.load(tmp_path / "sft")
+
+
 def test_an_optimizer_that_lost_a_file_is_not_resumed(tmp_path, monkeypatch):
     """The parameters of that file went on as if training had just begun, without a word."""
     monkeypatch.setattr(model, "TENSORS_A_FILE", 3)  # of one parameter: step and two averages
