@@ -92,8 +92,8 @@ def frames_of(episodes: list[EpisodeFile], stride: int) -> Frames:
     """ValueError when there are too few."""
     if len(episodes) < LEAST:
         raise ValueError(
-            f"{episodes[0].path.parent}: {len(episodes)} trajectories, a probe needs {LEAST}; "
-            "record more"
+            f"{episodes[0].path.parent}: {len(episodes)} trajectories to ask about, a probe needs "
+            f"{LEAST}; say which of them by --split, or record more"
         )
     steps = [np.arange(0, len(episode), stride) for episode in episodes]
     trajectory = np.repeat(np.arange(len(episodes)), [len(of_one) for of_one in steps])

@@ -406,7 +406,9 @@ def test_what_cannot_be_probed_is_one_line(data, tmp_path):
         evaluate.main(argv(data, out, "--one-task", str(data), "--task", task))
     with pytest.raises(ValueError, match="of a folder that --one-task names"):
         evaluate.main(argv(data, out, "--task", task))
-    with pytest.raises(ValueError, match="2 trajectories, a probe needs 3"):
+    # of 20 episodes that a model was trained on one is held out: "1 trajectories; record more"
+    few = "2 trajectories to ask about, a probe needs 3; say which of them by --split, or record"
+    with pytest.raises(ValueError, match=few):
         probe.frames_of(fast_tokenizer.read_episodes(data)[:2], 1)
     assert not out.exists()
 
