@@ -24,6 +24,7 @@ torchrun --nproc_per_node 8 grpo.py paper        # 8 GPUs; took the authors abou
 python grpo.py language --data data/tabletop/conversations.jsonl    # or visual: points and paths"""
 
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -1644,6 +1645,29 @@ def held_out_prompts(
     return prompt_rows(backbone, sources, picks[dist.rank :: dist.world_size], cfg)
 
 
+def warn_of_long_answers(
+    backbone: Backbone, cfg: Config, targets: list[Target], dist: Dist
+) -> None:
+    """One line when actions of the held-out prompts do not fit into a completion, even without a
+    thought: what reaches them is cut off, so malformed and worth 0. All ranks call it."""
+    n_actions = 0
+    n_long = 0
+    for target in targets:
+        if not isinstance(target, RightAnswer):
+            answer = f"{model.action_answer(target)}<|im_end|>"
+            ids = backbone.tokenizer.encode(answer, add_special_tokens=False)
+            n_actions += 1
+            n_long += len(ids) > cfg.max_new_tokens
+    n_actions, n_long = all_sum([n_actions, n_long])
+    if n_long and dist.rank == 0:
+        print(
+            f"warning: the right actions of {n_long:.0f} of {n_actions:.0f} evaluation prompts "
+            f"have more tokens than --max-new-tokens {cfg.max_new_tokens}, without any thought: "
+            "raise it, or fit a FAST tokenizer of fewer tokens a chunk",
+            file=sys.stderr,
+        )
+
+
 def evaluate(
     backbone: Backbone, cfg: Config, rows: list[Row], targets: list[Target], dist: Dist
 ) -> dict[str, float]:
@@ -1787,6 +1811,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     prepared = prepare(cfg, dist)
     backbone, reference, optim, sources, weights, data, first_step, num_tokens, _ = prepared
     eval_rows, eval_targets = held_out_prompts(backbone, cfg, sources, weights, dist)
+    warn_of_long_answers(backbone, cfg, eval_targets, dist)
     split = [source.split for source in sources if isinstance(source, EpisodeDataset)]
     if dist.rank == 0:
         warn_of_other_split(backbone.run.get("split", []), split)

@@ -1253,6 +1253,16 @@ def test_more_evaluation_prompts_than_held_out_steps(world, monkeypatch):
     assert len(held_out) == len(episode) - K + 1, "each of its steps with a whole chunk"
 
 
+def test_actions_longer_than_a_completion_are_told(world, capsys):
+    """Of a robot with many dimensions every rollout was cut off and worth 0, and nothing said why:
+    the terminal shows no `truncated`."""
+    grpo.main(flags(world, "long", "--steps", "0", "--max-new-tokens", "4"))
+    said = "warning: the right actions of 3 of 3 evaluation prompts have more tokens than --max-new"
+    assert said in capsys.readouterr().err
+    grpo.main(flags(world, "short", "--steps", "0", "--max-new-tokens", "40"))
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_the_split_is_recorded_and_compared(world, tmp_path, capsys):
     """A stage that holds out other episodes than the one before measures on what was trained."""
     grpo.main(flags(world, "split", "--steps", "0"))
