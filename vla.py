@@ -1314,6 +1314,8 @@ class Policy:
         """path: a checkpoint of vla.py, or its run folder. ValueError for one of another stage."""
         folder = model.find_checkpoint(path)
         backbone = model.load(folder, device, model.compute_dtype(device), stages=("vla",))
+        if not backbone.run and Path(folder, "head.safetensors").exists():
+            raise ValueError(f"{folder}: has lost its run.json; copy the whole folder again")
         if "policy" not in backbone.run:
             raise ValueError(f"{path}: no policy; train one from it with vla.py --init {path}")
         spec = backbone.run["policy"]

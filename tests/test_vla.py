@@ -930,6 +930,14 @@ def observations(data):
     return images, instructions, np.stack(states)
 
 
+def test_a_policy_that_lost_its_record_is_told_to_be_copied(trained, tmp_path):
+    """It was told to have no policy, and to train one from the cut backbone."""
+    shutil.copytree(trained / "final", tmp_path / "copied")
+    (tmp_path / "copied" / "run.json").unlink()
+    with pytest.raises(ValueError, match="copied: has lost its run.json; copy the whole folder"):
+        vla.load_policy(tmp_path / "copied")
+
+
 def test_policy_round_trip(data, trained):
     images, instructions, states = observations(data)
     policy = vla.Policy.load(trained)
