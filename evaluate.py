@@ -455,6 +455,7 @@ def episodes_to_ask(backbone: model.Backbone, data: str, split: str) -> tuple[li
     others), or "auto": held out when the checkpoint says that it was trained on this folder, or on
     one of as many episodes and the same names of held-out ones, else all."""
     episodes = fast_tokenizer.read_episodes(data, 0, backbone.action_tokenizer)
+    fast_tokenizer.require_instructions(episodes)
     folder = episodes[0].path.parent
     words_of_all = f"all {len(episodes)} episodes of {folder}"
     if split == "all":

@@ -923,6 +923,15 @@ def test_a_single_episode_can_be_asked_about(tmp_path):
         evaluate.episodes_to_ask(backbone, tmp_path / "one", "held-out")
 
 
+def test_episodes_without_an_instruction_are_not_asked_about(tmp_path):
+    """The stages refuse to train on them; the model was asked to carry out "" and scored by it."""
+    arrays, header = tabletop_data.demonstration("goal", 1, 0, 0.0)
+    fast_tokenizer.write_episodes(tmp_path / "blank", [(arrays, {**header, "task": " "})])
+    backbone = types.SimpleNamespace(action_tokenizer=None, run={})
+    with pytest.raises(ValueError, match="episode_000000: its instruction is blank; write one"):
+        evaluate.episodes_to_ask(backbone, tmp_path / "blank", "all")
+
+
 def with_thoughts(folder, out):
     """Three episodes of a folder, each step with a thought of some state of Tabletop."""
     some_thoughts = []
