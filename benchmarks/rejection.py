@@ -200,7 +200,10 @@ def write(kept: list[list[dict]], args):
     path = Path(args.keep_right)
     rows = [row for of_question in kept for row in of_question]
     if not rows:
-        raise ValueError(f"{path}: no answer was worth {args.least:g}; lower --least")
+        raise ValueError(
+            f"{path}: no answer had a thought, its format and a worth of {args.least:g}; raise "
+            "--samples, lower --least, or train the model further"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     answered = sum(bool(of_question) for of_question in kept)

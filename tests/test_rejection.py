@@ -149,6 +149,14 @@ def test_flags_that_do_nothing_and_files_that_sft_would_refuse(
         vqa(data, *flags)
 
 
+def test_nothing_kept_is_one_line(tmp_path):
+    """Of a model without the format "no answer was worth 0; lower --least" was said."""
+    args = argparse.Namespace(keep_right=str(tmp_path / "own.jsonl"), least=0.0)
+    with pytest.raises(ValueError, match="own.jsonl: no answer had a thought, its format and a"):
+        rejection.write([[], []], args)
+    assert not (tmp_path / "own.jsonl").exists()
+
+
 def test_a_step_drawn_twice_is_one_question(tmp_path):
     """Prompts are drawn with replacement: --keep 1 kept a step's thought once a draw."""
     image = np.zeros((3, 8, 8, 3), np.uint8)
