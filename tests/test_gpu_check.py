@@ -21,6 +21,7 @@ def test_all_checks_run(tmp_path, monkeypatch, capsys):
     record = json.loads(out.read_text())
     checks = record["checks"]
     assert list(checks) == list(gpu_check.CHECKS) and record["versions"]["torch"]
+    assert list(checks["stages"]["stage_seconds"]) == list(gpu_check.STAGES)
     for size in ("tiny-qwen2.5-vl", "tiny-qwen3-vl"):
         gap = checks["gap"][size]
         assert 0 < gap["sampler"]["mean"] < 0.05 and gap["sampler"]["outside"] == 0
@@ -51,6 +52,12 @@ def test_a_check_that_fails_is_recorded_and_the_rest_runs(tmp_path, monkeypatch,
     assert checks["decode"]["error"].startswith("TypeError: bmm()")
     assert any("meets_another_torch" in line for line in checks["decode"]["traceback"])
     assert checks["graphs"]["same_tokens"] == 1
+
+
+def test_a_stage_that_fails_says_its_last_words(monkeypatch):
+    monkeypatch.setattr(gpu_check, "STAGES", {"sft": "sft.py speedrun --data {0}/none.jsonl"})
+    with pytest.raises(RuntimeError, match=r"^sft: exit status 1\n(.*\n)*error: .*none.jsonl"):
+        gpu_check.check_stages(gpu_check.TOY)
 
 
 def test_a_folder_is_no_file_to_write(tmp_path, capsys):

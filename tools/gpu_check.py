@@ -1,12 +1,14 @@
 """What only a GPU can answer, in one call of under ten minutes on one of them.
 
-In: nothing; weights are random and data synthetic. Out: one JSON, written again after each check.
+In: nothing; weights are random and data synthetic, but for `stages`, which trains assets/tiny-vlm
+on Tabletop. Out: one JSON, written again after each check.
 
     bash tools/gpu_check.sh                    # -> runs/gpu_check.json
     bash tools/gpu_check.sh --cpu --out FILE   # the same steps at toy size on a CPU
 
 | check  | question                                                                              |
 |--------|---------------------------------------------------------------------------------------|
+| stages | do all stages of speedrun.sh run, a few steps each, and what they trained drive?      |
 | gap    | are the sampler's log-probabilities in bf16 those of the update, with large keys?     |
 | graphs | do CUDA graphs sample the same tokens as the plain loop, and how much faster?         |
 | memory | how near are the estimates of tools.memory to the measured peaks of SFT and GRPO?     |
@@ -20,7 +22,10 @@ all the same.
 import argparse
 import copy
 import gc
+import os
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -88,6 +93,55 @@ TOY = Setting(
     rows=2,
     repeats=1,
 )
+
+
+# ---- All stages ----------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[1]
+STAGES = {  # name -> command; {0} is a folder
+    "data": "-m benchmarks.tabletop_data --out {0}/data --single "
+    "--episodes 8 --conversations 16 --thought-actions 48 --carried-on 0.5",
+    "fast": "fast_tokenizer.py fit --data {0}/data --out {0}/fast "
+    "--horizon 5 --scale 2.5 --vocab-size 64",
+    "sft": "sft.py speedrun --steps 8 --holdout-rows 16 --eval-rows 8 --probe-prompts 4 "
+    "--action-tokenizer {0}/fast --out {0}/sft --data {0}/data/conversations.jsonl:0.5,"
+    "{0}/data/episodes:1.5,{0}/data/thought_actions.jsonl:2",
+    "grpo": "grpo.py speedrun --steps 2 --prompts 8 --batch 8 --eval-prompts 8 "
+    "--no-skip-zero-std --max-new-tokens 48 --init {0}/sft --data {0}/data/episodes --out {0}/grpo",
+    "vla": "vla.py speedrun --condition thought --stride 8 --steps 8 --eval-rows 8 "
+    "--init {0}/grpo --data {0}/data/episodes --out {0}/vla",
+    "actions": "evaluate.py actions --policy {0}/grpo --data {0}/data/episodes --prompts 8 "
+    "--out {0}/results.json",
+    "drive": "evaluate.py tabletop --policy {0}/vla --suites chain --chains 1 "
+    "--out {0}/results.json",
+    "drive by tokens": "evaluate.py tabletop --policy {0}/grpo --mode think --suites chain "
+    "--chains 1 --tries 1 --out {0}/results.json",
+}
+
+
+def check_stages(setting: Setting) -> dict:
+    """Each as a user starts it -> its seconds. RuntimeError for the first that fails, with what it
+    said last."""
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    if setting.device == "cpu":
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    seconds = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, command in STAGES.items():
+            began = time.perf_counter()
+            done = subprocess.run(
+                [sys.executable, *command.format(folder).split()],
+                cwd=ROOT,
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=False,  # its status is read below
+            )
+            if done.returncode:
+                last_words = "\n".join((done.stdout + done.stderr).splitlines()[-30:])
+                raise RuntimeError(f"{name}: exit status {done.returncode}\n{last_words}")
+            seconds[name] = round(time.perf_counter() - began, 1)
+    return {"stage_seconds": seconds}
 
 
 # ---- Sampler against update ---------------------------------------------------------------------
@@ -333,6 +387,7 @@ def check_sft(setting: Setting) -> dict:
 # ---- Command line -------------------------------------------------------------------------------
 
 CHECKS: dict[str, Callable[[Setting], dict]] = {
+    "stages": check_stages,
     "gap": check_gap,
     "graphs": check_graphs,
     "decode": check_decode,
