@@ -36,12 +36,13 @@ import re
 import shutil
 import struct
 import sys
+import traceback
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import compress
-from operator import itemgetter
+from operator import itemgetter, length_hint
 from pathlib import Path
 from typing import NamedTuple, TypedDict, TypeVar
 
@@ -834,7 +835,9 @@ def write_episodes(
             raise ValueError(f"{unfinished}: begun with other episodes a file; ask for as many")
         file_count = len({file.path for file in written})
         # 2. a file at a time
-        missing = _missing_recordings(tqdm(recordings, "episodes", disable=None), list(written))
+        total = length_hint(recordings) or None
+        bar = tqdm(_located(recordings), "episodes", total, disable=None)
+        missing = _missing_recordings(bar, list(written))
         for group in _groups(missing, episodes_per_file):
             files = _write_file(unfinished, f"{kind}_{file_count:06d}", group)
             written += files
@@ -889,6 +892,35 @@ def _only_writer(unfinished, resume):
         os.close(lock)
 
 
+def _located(recordings):
+    """The same recordings. What numpy says of a fault in the code that makes them, or Python, names
+    no recording: a ValueError that is not Damaged gets the one before it, and a line of that code.
+    """
+    count, recording = 0, None
+    try:
+        for recording in recordings:
+            yield recording
+            count += 1
+    except Damaged:
+        raise
+    except ValueError as e:
+        when = f"after recording {count - 1}" if count else "before recording 0"
+        if recording is not None:  # else it was written before
+            when = f"after {_recording_name(count - 1, recording[1])}"
+        calls = traceback.extract_tb(e.__traceback__)[1:]  # the first is here
+        theirs = [call for call in calls if call.filename == calls[0].filename]  # not numpy's
+        if theirs:
+            when += f" ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno})"
+        why = str(e).replace("\n", " ")
+        raise ValueError(f"{when}: {why}") from e
+
+
+def _recording_name(number, header):
+    source = str(header.get("source", "without source"))
+    source = source.encode(errors="backslashreplace").decode()  # a path may be any bytes
+    return f"recording {number}, {source}"
+
+
 def _missing_recordings(recordings, written):
     """Passes over the first recordings, which are `written`. ValueError if they are other ones."""
     passed = 0
@@ -899,7 +931,7 @@ def _missing_recordings(recordings, written):
                 raise ValueError("None comes in place of a recording that is not written yet")
             arrays, header = _checked_recording(number, recording)
             # before it is on disk, where --resume would keep it
-            source = f"recording {number}, {header.get('source', 'without source')}"
+            source = _recording_name(number, header)
             deltas = _deltas(source, header, arrays["action"].shape[1])
             robot = _Robot(source, arrays["action"].shape[1], arrays["state"].shape[1], deltas)
             first = first or robot
@@ -949,9 +981,7 @@ def _checked_recording(number, recording):
     if not is_pair or not all(isinstance(part, dict) for part in recording):
         raise ValueError(f"recording {number} is no pair of dicts; yield (arrays, header)")
     arrays, header = recording
-    source_text = str(header.get("source", "without source"))
-    source_text = source_text.encode(errors="backslashreplace").decode()  # a path may be any bytes
-    source = f"recording {number}, {source_text}"
+    source = _recording_name(number, header)
     try:
         arrays = {name: np.asarray(array) for name, array in arrays.items()}
     except ValueError as e:  # frames of unequal size
@@ -1077,7 +1107,7 @@ def _safetensors(arrays, header):
 
 
 class Damaged(ValueError):
-    """One line about data that cannot be used: where, what is wrong, the cure."""
+    """One line about data, or flags, that cannot be used: where, what is wrong, the cure."""
 
 
 DAMAGE = (  # what readers of files raise when a file is not what it should be

@@ -462,8 +462,9 @@ class Demonstration(NamedTuple):
 
 
 def published_demonstrations(folder: str) -> list[Demonstration]:
-    """All of the *_demo.hdf5 below a folder, tasks in turns. ValueError when there are none."""
-    from fast_tokenizer import reading  # not above: a simulator's process needs no tokenizer
+    """All of the *_demo.hdf5 below a folder, tasks in turns. Damaged when there are none."""
+    # not above: a simulator's process needs no tokenizer
+    from fast_tokenizer import Damaged, reading
 
     (h5py,) = require("h5py==3.16.0", "h5py")
     demos = []
@@ -480,7 +481,7 @@ def published_demonstrations(folder: str) -> list[Demonstration]:
                 number = int(name.removeprefix("demo_"))
                 demos.append(Demonstration(number, path, data[name], task))
     if not demos:
-        raise ValueError(f"{folder}: no *_demo.hdf5 in it; give the folder of a suite")
+        raise Damaged(f"{folder}: no *_demo.hdf5 in it; give the folder of a suite")
     return sorted(demos, key=lambda demo: (demo.number, demo.path))
 
 

@@ -1130,6 +1130,35 @@ def test_what_is_no_pair_of_arrays_and_header_is_one_line(tmp_path, shape):
         ft.write_episodes(tmp_path / "out", [first, shape(*second)])
 
 
+@pytest.mark.parametrize(
+    ("count", "resume", "when"),
+    [(2, False, "after recording 1, lab 1"), (0, False, "before recording 0"), (2, True, None)],
+)
+def test_a_fault_in_the_code_that_makes_recordings_is_found(tmp_path, count, resume, when):
+    """numpy's words alone were printed, of a converter that had run for an hour."""
+
+    def faulty(numbers):
+        yield from recordings(count)
+        np.zeros(5).reshape(numbers)  # here
+
+    def bug():
+        yield from faulty(3)
+
+    if resume:  # the two are on disk, and a converter may pass over them
+        with pytest.raises(SystemExit):
+            ft.write_episodes(tmp_path / "out", bug(), resume=True)
+        recorded, when = itertools.chain([None] * count, faulty(3)), "after recording 3, lab 1"
+    else:
+        recorded = bug()
+    source = Path(__file__).read_text().split("\n")
+    line = next(i for i, text in enumerate(source, 1) if text.endswith("# here"))
+    place = rf"\(test_fast_tokenizer.py, line {line}\)"
+    with pytest.raises(SystemExit, match=f"^error: {when} {place}: cannot reshape") as stop:
+        ft.write_episodes(tmp_path / "out", recorded, resume=resume)
+    original = stop.value.__cause__.__cause__
+    assert type(original) is ValueError and str(original).startswith("cannot reshape array")
+
+
 @pytest.mark.parametrize("folder", ["", ".", "/"])
 def test_episodes_need_a_folder_of_their_own(folder):
     """--out "" and --out . were tracebacks: the folder that is written first is named after it."""

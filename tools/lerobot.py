@@ -404,14 +404,14 @@ def read_tasks(path: Path) -> dict[int, str]:
 
 
 def steps_apart(recorded_fps: float, fps: float) -> int:
-    """Recorded steps from one that is kept to the next; fps 0: all are kept. ValueError when fps
+    """Recorded steps from one that is kept to the next; fps 0: all are kept. Damaged when fps
     does not divide the recorded rate."""
     if not fps:
         return 1
     ratio = recorded_fps / fps
     every = round(ratio) if ratio < np.inf else 0
     if every < 1 or recorded_fps != every * fps:
-        raise ValueError(
+        raise Damaged(
             f"--fps {fps:g} does not divide its {recorded_fps}; give one that does, or leave it out"
         )
     return every
@@ -421,8 +421,8 @@ def steps_apart(recorded_fps: float, fps: float) -> int:
 
 
 def check_flags(path: Path, info: dict, columns: Columns, fps: float, deltas: int | None) -> None:
-    """ValueError, naming the flag, where one does not fit the dataset. Damaged where info.json,
-    which is `path`, does not say what they must fit: the two have different cures."""
+    """Damaged, naming the flag, where one does not fit the dataset, or naming info.json, which is
+    `path`, where that does not say what they must fit: the two have different cures."""
     with reading(path):
         recorded_fps = info["fps"]
         if not 0 < recorded_fps < np.inf:
@@ -436,12 +436,12 @@ def check_flags(path: Path, info: dict, columns: Columns, fps: float, deltas: in
     ):
         missing = [key for key in keys if key not in features]
         if missing:
-            raise ValueError(
+            raise Damaged(
                 f"--{flag}: no {', '.join(missing)} in {path}; name one of {', '.join(features)}"
             )
     for name, times in Counter(columns.image_names).items():
         if times > 1:
-            raise ValueError(
+            raise Damaged(
                 f"--camera: {times} of {', '.join(columns.cameras)} would be called {name}, by the "
                 "last part of the key; leave one out, or name it first"
             )
@@ -449,10 +449,10 @@ def check_flags(path: Path, info: dict, columns: Columns, fps: float, deltas: in
     with reading(path):
         dims = sum(int(np.prod(features[key]["shape"])) for key in columns.actions)
     if deltas is not None and deltas > dims:
-        raise ValueError(f"--deltas {deltas}: an action has {dims} dimensions; give at most {dims}")
+        raise Damaged(f"--deltas {deltas}: an action has {dims} dimensions; give at most {dims}")
     # 3. rate
     if steps_apart(recorded_fps, fps) > 1 and deltas is None:
-        raise ValueError(
+        raise Damaged(
             "--fps thins actions; say --deltas N, the first dimensions that are movements (0: none)"
         )
 
@@ -719,7 +719,7 @@ def processes(workers: int) -> Iterator[Run]:
         # not more ahead, or they fill the memory where writing is slower
         yield functools.partial(run_in_pool, pool, 2 * workers)
     except BrokenProcessPool as e:
-        raise ValueError("a worker was killed, perhaps for memory; lower --workers") from e
+        raise Damaged("a worker was killed, perhaps for memory; lower --workers") from e
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -842,7 +842,7 @@ def make_plans(job: Job, dataset: Dataset, skipped: Skipped, run: Run) -> list[P
 
 def begin(args: argparse.Namespace) -> dict[str, list[tuple[str, int]]]:
     """Writes the flags that make the episodes into conversion.json beside them. -> source of each
-    recording that a run before this has written: its episodes. ValueError if its flags differ.
+    recording that a run before this has written: its episodes. Damaged if its flags differ.
     Those of a run that wrote none may have been wrong, and need not be the same."""
     path = unfinished_folder(args.out) / "conversion.json"
     kept = {name: value for name, value in vars(args).items() if name in SAME_ON_RESUME}
@@ -853,7 +853,7 @@ def begin(args: argparse.Namespace) -> dict[str, list[tuple[str, int]]]:
         for name, value in kept.items():
             if before.get(name) != value:
                 flag = name.replace("_", "-")
-                raise ValueError(
+                raise Damaged(
                     f"{path.parent} was begun with --{flag} {before.get(name)}, not {value}; "
                     "give the same again, or delete it"
                 )
@@ -861,7 +861,7 @@ def begin(args: argparse.Namespace) -> dict[str, list[tuple[str, int]]]:
     episodes = {}
     for file in written:
         if file.deltas != args.deltas:  # of a version that did not write it
-            raise ValueError(
+            raise Damaged(
                 f"{file} was written with deltas {file.deltas}, --deltas says {args.deltas}; "
                 f"delete {path.parent} to begin again"
             )
