@@ -355,8 +355,8 @@ def read_episodes(
 ) -> list[EpisodeFile]:
     """The first `max_episodes` (0: all) of folder or folder/episodes, in the order of their names.
 
-    FileNotFoundError when there are none; ValueError when A or S differs between files, or A from
-    that of `action_tokenizer`."""
+    FileNotFoundError when there are none; ValueError when A, S or deltas differ between files, or
+    A from that of `action_tokenizer`."""
     files = []
     for path in sorted(_episode_folder(folder).glob("*.safetensors")):
         files += read_episode_file(path)
@@ -365,8 +365,9 @@ def read_episodes(
             break
     if not files:
         raise FileNotFoundError(f"{folder}: no episode_*.safetensors here; record or convert some")
+    first = None
     for file in files:
-        _check_same_robot(_robot_of(files[0]), _robot_of(file))
+        first = _check_same_robot(first, _robot_of(file))
     action_dim = files[0].action.shape[1]
     if action_tokenizer is not None and action_dim != action_tokenizer.action_dim:
         raise ValueError(
@@ -390,6 +391,10 @@ def _robot_of(file):
 
 
 def _check_same_robot(first, other):
+    """ValueError when they differ. -> what the next one is compared with: the first that says its
+    `deltas`, and of several that do not, or where `first` is None, the first of all."""
+    if first is None:
+        return other
     for name in ("action", "state"):
         dims = getattr(other, name)
         first_dims = getattr(first, name)
@@ -404,6 +409,7 @@ def _check_same_robot(first, other):
             f"{other.episode}: deltas {other.deltas}, {first.episode} has {first.deltas}; "
             "keep different robots in different folders"
         )
+    return first if first.deltas is not None or other.deltas is None else other
 
 
 def require_instructions(files: list[EpisodeFile]) -> None:
@@ -924,7 +930,9 @@ def _recording_name(number, header):
 def _missing_recordings(recordings, written):
     """Passes over the first recordings, which are `written`. ValueError if they are other ones."""
     passed = 0
-    first = _robot_of(written[0]) if written else None
+    first = None
+    for file in written:
+        first = _check_same_robot(first, _robot_of(file))
     for number, recording in enumerate(recordings):
         if passed == len(written):
             if recording is None:
@@ -934,8 +942,7 @@ def _missing_recordings(recordings, written):
             source = _recording_name(number, header)
             deltas = _deltas(source, header, arrays["action"].shape[1])
             robot = _Robot(source, arrays["action"].shape[1], arrays["state"].shape[1], deltas)
-            first = first or robot
-            _check_same_robot(first, robot)
+            first = _check_same_robot(first, robot)
             yield arrays, header
             continue
         file = written[passed]

@@ -648,6 +648,37 @@ def test_what_a_folder_says_of_movements(tmp_path, capsys, episodes_per_file):
         ft.write_episodes(tmp_path / "two", saying("2", "2", "3"), episodes_per_file)
 
 
+@pytest.mark.parametrize("per_file", [1, 2])
+def test_two_robots_behind_an_episode_that_says_nothing_are_refused(tmp_path, per_file):
+    """All were compared with the first episode: None, 2, 3 passed, where 2, 3 was refused."""
+
+    def saying(*all_deltas):
+        for (arrays, header), deltas in zip(recordings(9), all_deltas, strict=False):
+            yield arrays, header if deltas is None else header | {"deltas": deltas}
+
+    out = tmp_path / "out"
+    message = "recording 3, lab 3: deltas 3, recording 1, lab 1 has 2; keep different robots"
+    with pytest.raises(SystemExit, match=message):
+        ft.write_episodes(out, saying(None, "2", None, "3"), per_file)
+    # the one that says it was written by a call before
+    with pytest.raises(SystemExit):
+        ft.write_episodes(out, saying(None, "2", None, None, 5), per_file, resume=True)
+    message = "recording 4, lab 4: deltas 3, .*_00000[01].safetensors has 2; keep different"
+    with pytest.raises(SystemExit, match=message):
+        ft.write_episodes(out, saying(None, "2", None, None, "3"), per_file, resume=True)
+    # and in reading
+    ft.write_episodes(tmp_path / "two", saying(None, "2"), per_file)
+    ft.write_episodes(tmp_path / "three", saying("3"))
+    other = tmp_path / "two/z.safetensors"
+    (tmp_path / "three/episode_000000.safetensors").rename(other)
+    with pytest.raises(
+        ValueError, match="z.safetensors: deltas 3, .* has 2; keep different robots"
+    ):
+        ft.read_episodes(tmp_path / "two")
+    other.unlink()
+    assert [file.deltas for file in ft.read_episodes(tmp_path / "two")] == [None, 2]
+
+
 def test_wrong_episodes_are_refused(tmp_path):
     action = np.zeros((20, 3), np.float32)
     action[17, 1] = np.nan
