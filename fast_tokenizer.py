@@ -1818,11 +1818,19 @@ def tell(
     )
     for line in rare_lines(tokenizer.stats or {}, "action"):
         print(line)
-    unknown = sum(file.deltas is None for file in files)
-    if unknown and tokenizer.horizon > 1:
+    unknown = [file for file in files if file.deltas is None]
+    short = sum(len(file) < tokenizer.horizon for file in unknown)
+    if len(unknown) > short and tokenizer.horizon > 1:
         print(
-            f"the last {tokenizer.horizon - 1} steps of {unknown} of {len(files)} episodes begin "
-            "no chunk: their headers do not say which dimensions move (deltas in docs/data.md)"
+            f"the last {tokenizer.horizon - 1} steps of {len(unknown) - short} of {len(files)} "
+            "episodes begin no chunk: their headers do not say which dimensions move (deltas in "
+            "docs/data.md)"
+        )
+    if short:
+        print(
+            f"{short} of {len(files)} episodes are shorter than {tokenizer.horizon} steps and say "
+            "no deltas: only their first step begins a chunk, in which the last action repeats; "
+            "write deltas, or fit a smaller --horizon"
         )
     name_of_chunks = names[0] if held_out else names[1]
     print(f"round trip of {result['chunks']} {name_of_chunks}, in dataset units")

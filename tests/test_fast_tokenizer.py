@@ -648,6 +648,23 @@ def test_what_a_folder_says_of_movements(tmp_path, capsys, episodes_per_file):
         ft.write_episodes(tmp_path / "two", saying("2", "2", "3"), episodes_per_file)
 
 
+def test_fit_tells_of_episodes_shorter_than_a_chunk(tmp_path, capsys):
+    """Of lengths 7, 8 and 9 at horizon 8 it said that the last 7 steps of 3 of 3 episodes begin no
+    chunk, and fitted the chunk that repeats the last movement of the first."""
+    ft.write_episodes(tmp_path / "data", recordings(3))
+    files = ft.read_episodes(tmp_path / "data")
+    assert [list(ft.chunk_starts(file, 8)) for file in files] == [[0], [0], [0, 1]]
+    for horizon, long, short in ((7, 3, 0), (8, 2, 1), (10, 0, 3), (1, 0, 0)):
+        capsys.readouterr()
+        out = str(tmp_path / "fast")
+        ft.main(["fit", "--data", str(tmp_path / "data"), "--out", out, "--horizon", str(horizon)])
+        said = capsys.readouterr().out
+        assert said.count(f"the last {horizon - 1} steps of {long} of 3 episodes") == (long > 0)
+        line = f"{short} of 3 episodes are shorter than {horizon} steps and say no deltas: "
+        assert said.count(line) == (short > 0)
+        assert said.count(" of 3 episodes ") == (long > 0) + (short > 0)
+
+
 @pytest.mark.parametrize("per_file", [1, 2])
 def test_two_robots_behind_an_episode_that_says_nothing_are_refused(tmp_path, per_file):
     """All were compared with the first episode: None, 2, 3 passed, where 2, 3 was refused."""
