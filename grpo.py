@@ -251,15 +251,44 @@ def right_answer(
     source: ConversationDataset, i: int, score: str = "", unit: float = 1
 ) -> RightAnswer:
     """What answers to row i are scored by: by its own "score", or by another one. ValueError naming
-    the row when it has no first question, or "score" is unknown."""
+    the row when it has no first question, "score" is unknown, or a field is none that it reads."""
     sample_id = source.sample_id(i)
     row = {**source.row(i), "sample_id": sample_id}
     score = score or row.get("score")
     if score not in tuple(SCORES):  # a tuple, since JSON may hold a list, which is no key
         raise ValueError(f'{sample_id}: its "score" is {score!r}; write one of {", ".join(SCORES)}')
+    fault = field_fault(score, row)
+    if fault:
+        raise ValueError(f"{sample_id}: for the score {score} its {fault}")
     answered = len(source.question(i).messages)
     text = model.answer_text(source[i].messages[answered]["content"])
     return RightAnswer(score, text, row, source.path.parent, unit)
+
+
+def field_fault(score: str, row: dict) -> str:
+    """What is wrong with the fields of a row that a score reads, and the cure; "" for nothing."""
+    tolerance = row.get("tolerance", 0)
+    if score in ("number", "items") and not are_numbers([tolerance], 1, 0):
+        return f'"tolerance" is {tolerance!r}; write a number of at least 0, or leave it out'
+    if score in ("point", "path") and "grid" in row and not are_numbers(row["grid"], 2, 1):
+        return f'"grid" is {row["grid"]!r}; write [columns, rows], numbers of at least 1'
+    if score == "point" and "box" in row:
+        box = row["box"]
+        if not are_numbers(box, 4, 0, 1) or not (box[0] < box[2] and box[1] < box[3]):
+            return f'"box" is {box!r}; write [left, top, right, bottom] in 0 .. 1'
+    elif score == "point" and not isinstance(row.get("mask"), str):
+        return (
+            f'"mask" is {row.get("mask")!r}; write the path of an image, or a "box" [left, top, '
+            "right, bottom] in 0 .. 1"
+        )
+    return ""
+
+
+def are_numbers(values: object, count: int, least: float, most: float = 1e300) -> bool:
+    """Whether JSON holds a list of so many numbers in least .. most; true and NaN are none."""
+    if not isinstance(values, list) or len(values) != count:
+        return False
+    return all(type(value) in (int, float) and least <= value <= most for value in values)
 
 
 def check_question(source: ConversationDataset, i: int, target: Target) -> None:
@@ -274,7 +303,7 @@ def check_question(source: ConversationDataset, i: int, target: Target) -> None:
         model.check_text(question.kind or "")
         if not isinstance(target, RightAnswer):
             return
-        if "mask" in target.row:
+        if isinstance(target.row.get("mask"), str):  # else its score does not read it
             source.image_path(target.row["mask"], sample_id)
         worth = answer_score(target.text, target)
         if worth != 1 and target.score != "point":
@@ -494,8 +523,8 @@ def split_items(text: str) -> list[tuple[str, list[float]]]:
 def point(answer: str, right: RightAnswer, graded: bool) -> float:
     """The share of the answer's points inside the row's "mask" (white) or "box" [left, top, right,
     bottom], 0 .. 1 of the image. Graded: the mean over the points of exp(-distance / NEAR), with
-    the distance to mask or box in shares of the image, 0 inside. ValueError for a box that is none,
-    and for a mask without white."""
+    the distance to mask or box in shares of the image, 0 inside. ValueError for a mask without
+    white."""
     points = points_in(answer, right)  # (N, 2)
     if "box" in right.row:
         distances = box_distances(points, right.row["box"])
@@ -554,8 +583,6 @@ def open_of_row(right: RightAnswer, name: str) -> np.ndarray:
 def box_distances(points: np.ndarray, box: list[float]) -> np.ndarray:
     """Points (N, 2) in 0 .. 1 -> how far from the box they are, 0 inside, (N,)."""
     low, high = np.reshape(box, (2, 2))
-    if not (0 <= low.min() and (low < high).all() and high.max() <= 1):  # nor NaN
-        raise ValueError(f"box {box} is not left, top, right, bottom in 0 .. 1")
     outside = np.maximum(np.maximum(low - points, points - high), 0)
     return np.linalg.norm(outside, axis=1)
 

@@ -1090,9 +1090,19 @@ def test_rows_that_cannot_be_scored_are_named_before_the_first_step(world, quest
     bare = {name: value for name, value in good.items() if name != "score"}
     error(bare, 'bad.jsonl:6: its "score" is None')
     error({**good, "score": "path"}, "bad.jsonl:6: its answer '10' is none for the score path")
-    error({**good, "score": "point"}, "bad.jsonl:6: KeyError: 'mask'")
-    error({**good, "tolerance": -1}, "bad.jsonl:6: its answer '10' is none for the score number")
-    error({**good, "tolerance": "2"}, "bad.jsonl:6: ")
+    # these were UFuncTypeError, KeyError, cannot reshape: numpy's words and Python's
+    for score, field, cure, values in (
+        ("number", "tolerance", "a number of at least 0", (-1, "2", None, True, np.nan, [1])),
+        ("items", "tolerance", "a number of at least 0", (10**400,)),
+        ("path", "grid", r"\[columns, rows\], numbers of at least 1", ([8], 8, [8, 0], ["a", "b"])),
+        ("point", "box", r"\[left, top, right, bottom\] in 0 .. 1", ([1, 2], "x", None, [0] * 4)),
+        ("point", "box", r"\[left, top, right, bottom\] in 0 .. 1", ([0, 0, 2, 1],)),
+        ("point", "mask", 'the path of an image, or a "box"', (None, 3, ["m.png"])),
+    ):
+        for value in values:
+            fault = f'bad.jsonl:6: for the score {score} its "{field}" is .*; write {cure}'
+            error({**good, "score": score, field: value}, fault)
+    error({**good, "score": "point"}, 'bad.jsonl:6: for the score point its "mask" is None; write')
     error({**good, "mask": "../0.png"}, "^[^:]*bad.jsonl:6: image ../0.png lies outside")
     error({**good, "images": ["images/9.png"]}, "bad.jsonl:6: .*9.png: image does not open")
 

@@ -619,7 +619,7 @@ def cut(path):
             ("k", "q", "many", {}),
             "d.jsonl:2: its answer 'many' is none for the score number",
         ),
-        ("point", ("k", "q", "", {}), "d.jsonl:2: KeyError: 'mask'"),
+        ("point", ("k", "q", "", {}), 'd.jsonl:2: .* "mask" is None; write the path of'),
         (
             "point",
             ("k", "q", "", {"mask": "gone.png"}),
@@ -631,11 +631,15 @@ def cut(path):
         (
             "point",
             ("k", "q", "", {"box": [0.5, 0.1, 0.2, 0.3]}),
-            "d.jsonl:2: box .* is not left, top",
+            'd.jsonl:2: .* its "box" is .0.5, .*; write .left, top',
         ),
-        ("point", ("k", "q", "", {"box": [30, 10, 40, 30]}), "d.jsonl:2: box .* in 0 .. 1"),
-        ("point", ("k", "q", "", {"box": [0.1, 0.2]}), "d.jsonl:2: cannot reshape"),
-        ("point", ("k", "q", "", {"box": [float("nan")] * 4}), "d.jsonl:2: box .* in 0 .. 1"),
+        ("point", ("k", "q", "", {"box": [30, 10, 40, 30]}), "d.jsonl:2: .* is .30, .* in 0 .. 1"),
+        ("point", ("k", "q", "", {"box": [0.1, 0.2]}), "d.jsonl:2: .* is .0.1, 0.2.; write .left"),
+        (
+            "point",
+            ("k", "q", "", {"box": [float("nan")] * 4}),
+            "d.jsonl:2: .* is .nan, .* in 0 .. 1",
+        ),
         # these were found when their turn came, after the answers to all rows before them
         ("choice", ("k", "q \ud83d", "A", {}), "d.jsonl:2: half a character"),
         ("choice", ("k \ud83d", "q", "A", {}), "d.jsonl:2: half a character"),
