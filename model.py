@@ -898,10 +898,19 @@ class ConversationDataset:
                 f'{sample_id}: a "chunk" but no <ACTION>; write <answer><ACTION></answer> where '
                 "its tokens belong, or delete it"
             )
+        tokenizer = self.action_tokenizer
         try:
             chunk = np.asarray(row["chunk"], np.float32)  # (K, A)
-            return self.action_tokenizer.encode(chunk[None])[0]
+            if chunk.ndim != 2 or not chunk.size:
+                raise ValueError(f"its shape is {chunk.shape}")
         except (ValueError, TypeError, OverflowError) as e:
+            raise ValueError(
+                f'{sample_id}: "chunk": {e}; give (K, A), a list of {tokenizer.horizon} lists of '
+                f"{tokenizer.action_dim} numbers"
+            ) from e
+        try:
+            return tokenizer.encode(chunk[None])[0]
+        except ValueError as e:
             raise ValueError(f'{sample_id}: "chunk": {e}') from e
 
     def image_path(self, name: str, sample_id: str) -> Path:

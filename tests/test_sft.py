@@ -794,11 +794,18 @@ def test_an_action_row_needs_the_right_chunk(tmp_path, robot):
     tokenizer = FastTokenizer.load(robot / "fast")
     right = [[1.0, 2.0]] * 4
     answer = "<answer><ACTION></answer>"
+    cure = r".*; give \(K, A\), a list of 4 lists of 2 numbers$"
     cases = [
         (question_row([], "Push.", answer, chunk=right[:1]), '"chunk": '),
-        (question_row([], "Push.", answer, chunk="right"), '"chunk": '),
-        (question_row([], "Push.", answer, chunk=[[1.0, "a"]] * 4), '"chunk": '),
-        (question_row([], "Push.", answer, chunk=[[1.0, 10**400]] * 4), '"chunk": '),
+        (question_row([], "Push.", answer, chunk="right"), '"chunk": ' + cure),
+        (question_row([], "Push.", answer, chunk=[[1.0, "a"]] * 4), '"chunk": ' + cure),
+        (question_row([], "Push.", answer, chunk=[[1.0, 10**400]] * 4), '"chunk": ' + cure),
+        # "give one as x[None]", a programmer's cure
+        *[
+            (question_row([], "Push.", answer, chunk=chunk), '"chunk": its shape is ' + cure)
+            for chunk in ([1.0, 2.0, 3.0], None, [], [[]], 5, [right])
+        ],
+        (question_row([], "Push.", answer, chunk=[[1.0, 2.0], [3.0]]), '"chunk": ' + cure),
         (question_row([], "Push.", answer), 'an <ACTION> but no "chunk"'),
         (question_row([], "Push.", "Done.", chunk=right), 'a "chunk" but no <ACTION>'),
         (question_row([], "Push.", "I do <ACTION>.", chunk=right), "not the whole answer"),
