@@ -375,7 +375,15 @@ def load(
             f"{folder}: a checkpoint of stage {run['stage']!r}, expected "
             f"{' or '.join(stages)}; give the folder that such a stage wrote"
         )
-    family = transformers.AutoConfig.from_pretrained(folder).model_type
+    # without it the tokenizer loads, and ends its texts by another token
+    for names in (
+        ("tokenizer_config.json",),
+        ("preprocessor_config.json", "processor_config.json"),
+    ):
+        if local_folder.is_dir() and not any((local_folder / name).exists() for name in names):
+            raise ValueError(f"{folder}: has lost its {names[0]}; copy the whole folder again")
+    with reading_checkpoint(folder):
+        family = transformers.AutoConfig.from_pretrained(folder).model_type
     if family not in FAMILIES:  # its prompts, patches or positions may be other ones
         raise ValueError(
             f"{path}: of family {family}, not {' or '.join(FAMILIES)}; choose one of these, or see "
@@ -384,6 +392,7 @@ def load(
     with reading_checkpoint(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         net = _load_net(folder, device, dtype, seed)
+        image_spec = ImageSpec.load(folder).bounded(max_pixels)
     vocab = Vocabulary.read(net, tokenizer)
     # without tokenizer.json transformers makes one of the special tokens alone
     if vocab.image != net.config.image_token_id:
@@ -391,7 +400,6 @@ def load(
             f"{folder}: <|image_pad|> is token {vocab.image} of the tokenizer, "
             f"{net.config.image_token_id} of config.json; copy the whole folder again"
         )
-    image_spec = ImageSpec.load(folder).bounded(max_pixels)
     action_tokenizer = None
     if (local_folder / "fast").exists():
         action_tokenizer = FastTokenizer.load(local_folder / "fast")
@@ -405,8 +413,8 @@ def load(
 
 @contextlib.contextmanager
 def reading_checkpoint(folder: str | Path) -> Iterator[None]:
-    """`with reading_checkpoint(folder): ...`: a file in it that is damaged, as a copy that was cut
-    off leaves it, is a ValueError in one line that names the folder."""
+    """`with reading_checkpoint(folder): ...`: a file in it that is damaged or missing, as a copy
+    that was cut off leaves it, is a ValueError in one line that names the folder."""
     try:
         yield
     except dcp.api.CheckpointException as e:  # DCP tells all ranks what failed on one
@@ -414,6 +422,10 @@ def reading_checkpoint(folder: str | Path) -> Iterator[None]:
         raise ValueError(f"{folder}: damaged ({error}); copy the whole folder again") from e
     except (SafetensorError, json.JSONDecodeError) as e:
         raise ValueError(f"{folder}: damaged ({e}); copy the whole folder again") from e
+    except OSError as e:
+        if isinstance(e, PermissionError) or not Path(folder).is_dir():  # or of the hub
+            raise
+        raise ValueError(f"{folder}: not whole ({e}); copy the whole folder again") from e
 
 
 def _load_net(folder, device, dtype, seed):

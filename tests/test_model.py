@@ -668,17 +668,44 @@ def test_a_checkpoint_that_lost_its_weights_is_refused(backbone, tmp_path):
     run = {"stage": "sft", "step": 1, "config": {}, "parent": ""}
     model.save(tmp_path / "sft", backbone, run)
     (tmp_path / "sft" / "model.safetensors").unlink()
-    with pytest.raises(OSError, match="no file named model.safetensors"):
+    message = "^.*/sft: not whole .*no file named model.safetensors.*; copy the whole folder again$"
+    with pytest.raises(ValueError, match=message):
+        model.load(tmp_path / "sft")
+    # of several files one: it was "No such file or directory" alone
+    backbone.net.save_pretrained(tmp_path / "sft", max_shard_size="1MB")
+    next((tmp_path / "sft").glob("model-00001-of-*.safetensors")).unlink()
+    with pytest.raises(ValueError, match="^.*/sft: not whole .*model-00001-of-.*; copy the whole"):
         model.load(tmp_path / "sft")
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "preprocessor_config.json"])
+def test_a_checkpoint_that_lost_a_small_file_is_refused(backbone, tmp_path, name):
+    """Without tokenizer_config.json it loaded, and eos_token was <|endoftext|>, not <|im_end|>."""
+    model.save(tmp_path / "sft", backbone, {"stage": "sft", "step": 1, "config": {}, "parent": ""})
+    (tmp_path / "sft" / name).unlink()
+    with pytest.raises(ValueError, match=f"^{tmp_path}/sft: has lost its {name}; copy the whole"):
+        model.load(tmp_path / "sft")
+
+
+def test_what_the_hub_says_of_a_name_is_left_as_it_is(tmp_path, monkeypatch):
+    """There is no folder to copy."""
+
+    def refuse(*args, **more):
+        raise OSError("no network")
+
+    monkeypatch.setattr(model.transformers.AutoConfig, "from_pretrained", refuse)
+    with pytest.raises(OSError, match="^no network$"):
+        model.load("someone/model")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
 def test_a_checkpoint_whose_copy_was_cut_off_is_one_line(backbone, tmp_path, name):
     """The weights ended in a traceback, the tokenizer in a line that named no file."""
     model.save(tmp_path / "sft", backbone, {"stage": "sft", "step": 1, "config": {}, "parent": ""})
     path = tmp_path / "sft" / name
     path.write_bytes(path.read_bytes()[:-60])
-    with pytest.raises(ValueError, match=f"^{tmp_path}/sft: damaged .*; copy the whole folder"):
+    fault = "not whole" if name == "config.json" else "damaged"
+    with pytest.raises(ValueError, match=f"^{tmp_path}/sft: {fault} .*; copy the whole folder"):
         model.load(tmp_path / "sft")
 
 

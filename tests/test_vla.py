@@ -938,6 +938,14 @@ def test_a_policy_that_lost_its_record_is_told_to_be_copied(trained, tmp_path):
         vla.load_policy(tmp_path / "copied")
 
 
+def test_a_policy_that_lost_its_head_is_told_to_be_copied(trained, tmp_path):
+    """ "No such file or directory: .../head.safetensors" was all that was said."""
+    shutil.copytree(trained / "final", tmp_path / "copied")
+    (tmp_path / "copied" / "head.safetensors").unlink()
+    with pytest.raises(ValueError, match="copied: not whole .*head.safetensors.; copy the whole"):
+        vla.load_policy(tmp_path / "copied")
+
+
 def test_policy_round_trip(data, trained):
     images, instructions, states = observations(data)
     policy = vla.Policy.load(trained)
