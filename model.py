@@ -369,7 +369,7 @@ def load(
     local_folder = Path(folder)  # of a hub model: there is none
     run = {}
     if (local_folder / "run.json").exists():
-        run = read_json(local_folder / "run.json")
+        run = read_run(local_folder, "stage")
     if stages and run and run["stage"] not in stages:
         raise ValueError(
             f"{folder}: a checkpoint of stage {run['stage']!r}, expected "
@@ -2406,6 +2406,15 @@ def read_json(path: str | Path):
         raise ValueError(f"{path}: not JSON ({e}); repair or delete the file") from e
 
 
+def read_run(folder: str | Path, key: str) -> dict:
+    """run.json of a checkpoint. ValueError naming it when it holds no `key`."""
+    path = Path(folder) / "run.json"
+    run = read_json(path)
+    if not isinstance(run, dict) or key not in run:
+        raise ValueError(f'{path}: holds no "{key}"; copy the whole folder again')
+    return run
+
+
 def _whole_weights(module):
     """Name -> whole tensor on the CPU of rank 0, adapters merged (elsewhere None); all ranks call
     it. Tied ones are gathered once and stay one tensor."""
@@ -2590,10 +2599,10 @@ def load_train_state(
     if folder is None:
         return 0, np.zeros(())
     if has_ended(folder):
-        return read_json(folder / "run.json")["step"], np.zeros(())
+        return read_run(folder, "step")["step"], np.zeros(())
     if not (folder / "train_state").exists():
         raise FileNotFoundError(f"{folder}: no state to resume; start from the weights with --init")
-    run = read_json(folder / "run.json")
+    run = read_run(folder, "step")
     module = _as_module(what)
     params = dict(module.named_parameters())
     with reading_checkpoint(folder / "train_state"):
@@ -2657,7 +2666,7 @@ def checkpoint_to_resume(cfg, may_change: Sequence[str] = ()) -> Path | None:
                 "or delete it"
             )
         return None
-    ended_at = read_json(final / "run.json")["step"] if final.exists() else 0
+    ended_at = read_run(final, "step")["step"] if final.exists() else 0
     kept_its_end = newest is not None and _step_of(newest) >= ended_at
     goes_on = newest is not None and cfg.steps > ended_at  # --steps 0 of sft.py: as --epochs say
     if ended_at and not kept_its_end and not goes_on:
@@ -2669,7 +2678,7 @@ def checkpoint_to_resume(cfg, may_change: Sequence[str] = ()) -> Path | None:
         newest = final
     if newest is None:
         return None
-    old_config = read_json(newest / "run.json")["config"]
+    old_config = read_run(newest, "config")["config"]
     for name, value in asdict(cfg).items():
         if name in MAY_CHANGE_ON_RESUME or name in may_change:
             continue

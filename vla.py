@@ -62,6 +62,7 @@ from fast_tokenizer import (
     Stats,
     action_chunks,
     answer_help,
+    check_stats,
     chunk_starts,
     count,
     episodes_sha256,
@@ -1179,6 +1180,33 @@ class PolicySpec(TypedDict):
     max_thought: NotRequired[int]
 
 
+def checked_spec(folder: str | Path, spec: object) -> tuple[PolicySpec, HeadConfig]:
+    """What run.json in `folder` says under "policy", and the sizes of the head in it. ValueError
+    naming what is missing in it, or is none."""
+    needed = set(PolicySpec.__required_keys__)
+    try:
+        if not isinstance(spec, dict):
+            raise ValueError(f"it is {spec!r}")
+        if spec.get("thoughts") == "own":
+            needed.add("max_thought")
+        if needed - set(spec):
+            raise ValueError(f"{', '.join(sorted(needed - set(spec)))} is missing")
+        head = HeadConfig(**spec["head"])
+        sizes = [size for name, size in asdict(head).items() if name != "dropout"]
+        if any(type(size) is not int for size in [*sizes, spec["layer"]]):
+            raise ValueError("layer, or a size of the head, is no whole number")
+        if not isinstance(spec["cameras"], list):
+            raise ValueError("cameras is no list")
+        for name, dims in (("state", head.state_dim), ("action", head.action_dim)):
+            check_stats(spec["stats"].get(name), dims, f"stats.{name}")
+    except (AttributeError, ArithmeticError, TypeError, ValueError) as e:
+        raise ValueError(
+            f'{folder}/run.json: "policy" is not as vla.py wrote it ({e}); copy the whole folder '
+            "again"
+        ) from e
+    return spec, head
+
+
 def pixels(size: Sequence[int]) -> str:
     """[H, W] in words."""
     return f"{size[0]} x {size[1]}"
@@ -1314,16 +1342,24 @@ class Policy:
         """path: a checkpoint of vla.py, or its run folder. ValueError for one of another stage."""
         folder = model.find_checkpoint(path)
         backbone = model.load(folder, device, model.compute_dtype(device), stages=("vla",))
-        if not backbone.run and Path(folder, "head.safetensors").exists():
+        has_head = Path(folder, "head.safetensors").exists()
+        if not backbone.run and has_head:
             raise ValueError(f"{folder}: has lost its run.json; copy the whole folder again")
-        if "policy" not in backbone.run:
+        if "policy" not in backbone.run and not has_head:
             raise ValueError(f"{path}: no policy; train one from it with vla.py --init {path}")
-        spec = backbone.run["policy"]
+        spec, head_config = checked_spec(folder, backbone.run.get("policy"))
         writer = whole_copy(backbone) if spec.get("thoughts") == "own" else None
         freeze_backbone(backbone, spec["layer"])
-        head = FlowHead(HeadConfig(**spec["head"]))
+        head = FlowHead(head_config)
         with model.reading_checkpoint(folder):
-            head.load_state_dict(load_file(folder / "head.safetensors"))
+            weights = load_file(folder / "head.safetensors")
+        try:
+            head.load_state_dict(weights)
+        except RuntimeError as e:
+            raise ValueError(
+                f"{folder}: head.safetensors is not of the sizes that policy.head in run.json "
+                "says; copy the whole folder again"
+            ) from e
         return cls(backbone, head.to(device), spec, device, seed, writer)
 
     def identity(self) -> Iterator[np.ndarray]:
@@ -1595,7 +1631,7 @@ def load_policy(
     folder. What is None is as TokenPolicy has it. ValueError for one of another stage, or for what
     a head does not have: mode, tries, temperature, sampled."""
     record = Path(model.find_checkpoint(path)) / "run.json"
-    stage = model.read_json(record)["stage"] if record.exists() else "vla"
+    stage = model.read_run(record.parent, "stage")["stage"] if record.exists() else "vla"
     of_tokens = {"mode": mode, "tries": tries, "temperature": temperature, "sampled": sampled}
     given = {name: value for name, value in of_tokens.items() if value is not None}
     if stage != "vla":
@@ -2057,7 +2093,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model.check_unchanged(data, newest)
     backbone = load_backbone(cfg, newest, dist)
     if newest:
-        layer = backbone.run["policy"]["layer"]
+        layer = checked_spec(newest, backbone.run.get("policy"))[0]["layer"]
     else:
         layer = model.feature_layer(backbone.net, cfg.layer)
     thoughts = None

@@ -1424,3 +1424,11 @@ def test_a_damaged_json_file_is_named(tmp_path, content):
     (tmp_path / "run.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"run\.json.*: not JSON .*repair or delete the file"):
         model.read_json(tmp_path / "run.json")
+
+
+@pytest.mark.parametrize("run", [{}, [], None, {"stage": "sft"}])
+def test_a_record_without_a_key_is_one_line(tmp_path, run):
+    """--resume ended in a KeyError or a TypeError."""
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    with pytest.raises(ValueError, match='run.json: holds no "config"; copy the whole folder'):
+        model.read_run(tmp_path, "config")

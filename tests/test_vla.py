@@ -938,6 +938,56 @@ def test_a_policy_that_lost_its_record_is_told_to_be_copied(trained, tmp_path):
         vla.load_policy(tmp_path / "copied")
 
 
+def without(run, *names):
+    """run.json, where what names lead to has been taken out."""
+    run = json.loads(json.dumps(run))
+    *before, last = names
+    part = run
+    for name in before:
+        part = part[name]
+    del part[last]
+    return run
+
+
+def with_policy(run, **change):
+    return run | {"policy": run["policy"] | change}
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda run: [run], 'holds no "stage"; copy the whole folder again'),
+        (lambda run: without(run, "stage"), 'holds no "stage"; copy'),
+        (lambda run: without(run, "policy"), "it is None"),
+        (lambda run: without(run, "policy", "head"), "head is missing"),
+        (lambda run: without(run, "policy", "cameras"), "cameras is missing"),
+        (lambda run: without(run, "policy", "layer"), "layer is missing"),
+        (lambda run: without(run, "policy", "think"), "think is missing"),
+        (lambda run: without(run, "policy", "stats"), "stats is missing"),
+        (lambda run: without(run, "policy", "stats", "state"), "stats.state: no q01"),
+        (lambda run: without(run, "policy", "stats", "action", "q99"), "stats.action: no q01"),
+        (lambda run: without(run, "policy", "head", "dim"), "missing .* 'dim'"),
+        (lambda run: with_policy(run, layer="1"), "layer, or a size"),
+        (lambda run: with_policy(run, stats=[]), "no attribute 'get'"),
+        (lambda run: with_policy(run, cameras="image"), "cameras is no list"),
+        (lambda run: with_policy(run, condition="thought", thoughts="own"), "max_thought is miss"),
+        (
+            lambda run: with_policy(run, head=run["policy"]["head"] | {"future_tokens": 1}),
+            ": head.safetensors is not of the sizes that policy.head in run.json says; copy",
+        ),
+    ],
+)
+def test_an_edited_record_of_a_policy_is_one_line(trained, tmp_path, edit, message):
+    """These were KeyErrors and TypeErrors, and without "stats" the first action failed."""
+    shutil.copytree(trained / "final", tmp_path / "copied")
+    path = tmp_path / "copied" / "run.json"
+    path.write_text(json.dumps(edit(json.loads(path.read_text()))))
+    with pytest.raises(ValueError, match=f"copied.*{message}") as e:
+        vla.load_policy(tmp_path / "copied")
+    assert "copy the whole folder again" in str(e.value) and "\n" not in str(e.value)
+    assert str(tmp_path / "copied") in str(e.value) and "run.json" in str(e.value)
+
+
 def test_a_policy_that_lost_its_head_is_told_to_be_copied(trained, tmp_path):
     """ "No such file or directory: .../head.safetensors" was all that was said."""
     shutil.copytree(trained / "final", tmp_path / "copied")
