@@ -212,6 +212,7 @@ def _open_episodes(path):
                 else:
                     wanted = "U8 (T, H, W, 3)"
                     fits = dtype == "U8" and _has_shape(shape, wanted.removeprefix("U8 "))
+                    fits = fits and 0 not in shape[1:3]
                 if not fits:
                     raise ValueError(
                         f"{path}: {name} is {dtype} {shape}, not {wanted}; convert it again"
@@ -253,7 +254,7 @@ def _encoded_frames(path, name, header, arrays, shape):
     size = header.get(f"{name}.shape", "").split()
     ascends = ends.ndim == 1 and ends.dtype.kind == "i" and (np.diff(ends, prepend=0) > 0).all()
     fills_the_blob = ends.tolist()[-1:] == list(shape)
-    is_size = len(size) == 2 and all(text.isdigit() for text in size)
+    is_size = len(size) == 2 and all(text.isdecimal() and int(text) > 0 for text in size)
     if not (ascends and fills_the_blob and is_size):
         raise ValueError(f"{path}: {name}.ends or {name}.shape do not fit it; convert it again")
     return (int(size[0]), int(size[1])), ends
@@ -1007,7 +1008,8 @@ def _checked_recording(number, recording):
         if name not in arrays and name not in ("action", "state"):
             continue
         numbers = arrays.get(name)
-        if not _has_shape(np.shape(numbers), shape):
+        is_empty = name == "action" and np.shape(numbers)[1:] == (0,)
+        if is_empty or not _has_shape(np.shape(numbers), shape):
             raise ValueError(f"{source}: {name} is no array {shape}; give a row of numbers a step")
         try:
             with np.errstate(over="ignore"):  # infinity, which is no number either
@@ -1047,6 +1049,10 @@ def _check_other_arrays(source, arrays, header):
                 raise ValueError(
                     f"{source}: {name} is {array.dtype} {array.shape}, not uint8 (T, H, W, 3); "
                     "give colours of 0 to 255, the channels last"
+                )
+            if 0 in array.shape[1:3]:
+                raise ValueError(
+                    f"{source}: {name} {array.shape} has frames without a pixel; give whole ones"
                 )
         elif array.ndim == 0 or array.dtype.kind not in "biuf":
             raise ValueError(

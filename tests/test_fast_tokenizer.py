@@ -707,6 +707,7 @@ def test_wrong_episodes_are_refused(tmp_path):
         ({"image": None}, "image is missing"),
         ({"action": np.zeros((20, 3))}, r"action is F64 \[20, 3\], not F32"),
         ({"image": np.zeros((20, 8, 8), np.uint8)}, "image is U8"),
+        ({"image": np.zeros((20, 0, 8, 3), np.uint8)}, r"image is U8 \[20, 0, 8, 3\], not U8"),
     ):
         path, _ = write(tmp_path, 0, **change)
         with pytest.raises(ValueError, match=f"episode_000000.safetensors: {message}"):
@@ -937,6 +938,7 @@ def test_damaged_encoded_frames_are_one_line(tmp_path):
     for change, message in (
         (lambda data: data.replace(b'"16 12"', b'"16 13"'), "step 0 of image is"),
         (lambda data: data.replace(b'"16 12"', b'"16 x2"'), "image.ends or image.shape do not fit"),
+        (lambda data: data.replace(b'"16 12"', b'"00 12"'), "image.ends or image.shape do not fit"),
         (lambda data: data.replace(rb"steps\": 7", rb"steps\": 6"), "have not 15 steps"),
         (lambda data: data.replace(b"image.codec", b"image.kodec"), "not U8 .T, H, W, 3"),
     ):
@@ -1135,6 +1137,17 @@ def test_instructions_keep_every_character(tmp_path, per_file):
         ({}, {"fps": 5}, "lab 0: fps is 5; give it as text"),
         ({"action": np.full((7, 2), "a")}, {}, "lab 0: action: could not convert .*; give numbers"),
         ({"image": None}, {}, r"lab 0: image is object \(\), not uint8 \(T, H, W, 3\)"),
+        (
+            {"image": np.zeros((7, 0, 4, 3), np.uint8)},
+            {},
+            r"lab 0: image \(7, 0, .* without a pixel",
+        ),
+        (
+            {"image_top": np.zeros((7, 4, 0, 3), np.uint8)},
+            {},
+            "lab 0: image_top .* without a pixel",
+        ),
+        ({"action": np.zeros((7, 0))}, {}, r"lab 0: action is no array \(T, A\); give a row of"),
         ({"image_top": np.zeros((7, 4, 4, 3))}, {}, "lab 0: image_top is float64 .*; give colours"),
         ({"top": np.zeros((7, 4, 4, 3), np.uint8)}, {}, "looks like frames.*call it image_top"),
         ({"success": np.float32(1)}, {}, r"success is float32 \(\), no array of numbers"),
