@@ -88,7 +88,7 @@ class Config:
     max_pixels: Natural = 0  # larger images are shrunk to so many pixels; 0: as the backbone says
     # reward and objective
     reward: str = "prefix"  # r_a of actions, one of REWARDS; of words, as their row says
-    advantage: str = "grpo"  # grpo, or drgrpo: no std, and a constant in place of the token count
+    advantage: str = "grpo"  # one of ADVANTAGES; drgrpo: no std, a constant for the token count
     credit: str = "all"  # which tokens are paid r_a, or its mean: one of CREDITS
     clip_low: NonNegative = 0.2  # ratio at least 1 - this
     clip_high: NonNegative = 0.3  # ratio at most 1 + this
@@ -818,31 +818,59 @@ def format_diagnostics(backbone, token_ids, parsed, think) -> dict[str, np.ndarr
     return {"tags": np.array(tags, np.float64), "markers": np.array(markers, np.float64)}
 
 
-def advantage(
-    r: torch.Tensor, kind: str = "grpo", paid: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """r (B, G) -> advantages (B, G), and which groups have no spread, zero_std (B,) bool.
-
-    grpo: (r - mean) / (std + 1e-6), std over G - 1 as in the paper's framework; drgrpo: r - mean
-    (2503.20783), since the std weighs up groups that are nearly all right or all wrong. paid
-    (B, G): what is paid in place of r, (paid - its mean) / (the std of r + 1e-6), and 0 where r has
-    no spread."""
-    # fork point: the advantage. A new kind also goes into spread() and check_config().
-    paid = r if paid is None else paid
-    zero_std = r.amax(1) - r.amin(1) < 1e-6
-    advantages = (paid - paid.mean(1, keepdim=True)) / spread(r, kind)
-    # else a rounding error over 1e-6 would pass for an advantage
-    return advantages.masked_fill(zero_std[:, None], 0.0), zero_std
+# ---- Advantage -----------------------------------------------------------------------------------
+#
+# Advantage = deviation / scale: how far a completion is from the mean of its group, over a scale of
+# the group.
+#
+# fork point: the advantage. A scale is a function (rewards of B groups (B, G)) -> (B, 1), with a
+# name in ADVANTAGES, which --advantage takes. What is no deviation over a scale goes into
+# advantage(), another divisor of the whole loss into update_step().
 
 
-def spread(r: torch.Tensor, kind: str) -> torch.Tensor:
-    """What the deviations of r (B, G) are divided by, (B, 1): grpo std + 1e-6, drgrpo 1."""
-    if kind == "drgrpo":
-        return torch.ones_like(r[:, :1])
+def std_scale(r: torch.Tensor) -> torch.Tensor:
+    """GRPO: the std + 1e-6; over G - 1, as in the paper's framework."""
     degrees = max(r.shape[1] - 1, 1)  # G = 1: greedy evaluation
     deviations = r - r.mean(1, keepdim=True)
     variance = deviations.square().sum(1, keepdim=True) / degrees
     return variance.sqrt() + 1e-6
+
+
+def no_scale(r: torch.Tensor) -> torch.Tensor:
+    """Dr. GRPO (2503.20783): 1. A std weighs up groups that are nearly all right or all wrong."""
+    return torch.ones_like(r[:, :1])
+
+
+ADVANTAGES = {
+    "grpo": std_scale,
+    "drgrpo": no_scale,
+}
+
+
+def has_zero_std(r: torch.Tensor) -> torch.Tensor:
+    """Which groups of r (B, G) have equal rewards, and so nothing to compare, (B,) bool."""
+    return r.amax(1) - r.amin(1) < 1e-6
+
+
+def advantage(
+    r: torch.Tensor, kind: str = "grpo", paid: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Sampled rewards r (B, G) -> advantages (B, G); 0 in groups of equal r. kind: one of
+    ADVANTAGES.
+
+    paid (B, G): what --credit pays in place of r. The deviations are paid's, the scale is that of
+    the sampled rewards r, which alone say what groups get 0. So the parts of a reward give the
+    parts of its advantage. Of a right, a wrong and a malformed answer, all over the std of r, 0.5:
+
+                         what is paid         advantages
+        r                1.0   0.5   0.0      1.00   0.00  -1.00
+        paid = r_f / 2   0.5   0.5   0.0      0.33   0.33  -0.67
+        paid = r_a / 2   0.5   0.0   0.0      0.67  -0.33  -0.33"""
+    paid = r if paid is None else paid
+    deviations = paid - paid.mean(1, keepdim=True)
+    scale = ADVANTAGES[kind](r)
+    # else a rounding error over 1e-6 would pass for an advantage
+    return (deviations / scale).masked_fill(has_zero_std(r)[:, None], 0.0)
 
 
 # ---- Objective -----------------------------------------------------------------------------------
@@ -1122,7 +1150,7 @@ def rollout(
     )
     # 4. compare within groups: what each token learns from
     by_group = torch.tensor(r, dtype=torch.float32).view(-1, G)  # (B, G)
-    _, zero_std = advantage(by_group, cfg.advantage)  # (B,)
+    zero_std = has_zero_std(by_group)  # (B,)
     if is_expected(cfg):
         learned, expected = with_expected_reward(
             backbone, cfg, rows, samples["logp"], token_ids, repeated_targets, by_group
@@ -1165,10 +1193,10 @@ def with_sampled_reward(
         rewards              0.7                0.5         mean 0.6, std over G - 1 0.141
         advantages           0.71              -0.71
         of each token        0.71  0.71  0.71  -0.71 -0.71  0 (padding)"""
-    advantages, _ = advantage(by_group, cfg.advantage)  # (B, G)
+    advantages = advantage(by_group, cfg.advantage)  # (B, G)
     if cfg.credit == "prefix":
         half_r_f = torch.tensor(r_f / 2, dtype=torch.float32).view_as(by_group)
-        format_part, _ = advantage(by_group, cfg.advantage, half_r_f)
+        format_part = advantage(by_group, cfg.advantage, paid=half_r_f)
         of_tokens = token_advantages(
             backbone, token_ids, targets, advantages.flatten(), format_part.flatten()
         )
@@ -1241,7 +1269,7 @@ def means(sums: Sums) -> dict[str, float]:
         is_r_a_itself = name.startswith("r_a_") and count == of_all["r_a"][1]
         if name == "reward_squared" and count:
             variance = (value - count * mean["reward"] ** 2) / max(count - 1, 1)
-            # below, as in advantage(), it is the rounding of equal rewards
+            # below, as in has_zero_std(), it is the rounding of equal rewards
             mean["reward_std"] = variance**0.5 if variance > 1e-12 else 0.0
         elif count and not is_r_a_itself:
             mean[name] = value / count
@@ -1372,9 +1400,10 @@ def with_expected_reward(
     in_words = torch.tensor(is_in_words(targets), device=ids.device)
     has_target = is_target.any(1)
     worth = torch.where(in_words, by_group.flatten(), (has_target + expected) / 2)
-    advantages, zero_std = advantage(by_group, cfg.advantage, worth.view(-1, G))
+    advantages = advantage(by_group, cfg.advantage, paid=worth.view(-1, G))
     # 4. the answer's weight
-    weights = 0.5 / spread(by_group, cfg.advantage)
+    zero_std = has_zero_std(by_group)
+    weights = 0.5 / ADVANTAGES[cfg.advantage](by_group)
     weights = weights.masked_fill(zero_std[:, None], 0.0).expand(-1, G).reshape(-1, 1)  # (N, 1)
     advantages = advantages.reshape(-1, 1)
     if cfg.credit == "expected-thought":
@@ -1744,7 +1773,7 @@ def check_config(cfg: Config) -> None:
             "second model to offload; leave --cpu-offload out"
         )
     choices = {
-        "advantage": ("grpo", "drgrpo"),
+        "advantage": tuple(ADVANTAGES),
         "credit": tuple(CREDITS),
         "reward": tuple(REWARDS),
         "thought": ("own", "none", "filler"),

@@ -100,11 +100,43 @@ def prompt_rows(backbone, lengths):
 
 def test_advantage_by_hand():
     r = torch.tensor([[1.0, 0, 0, 0], [0.7, 0.7, 0.7, 0.7]])
-    adv, zero_std = grpo.advantage(r)  # mean .25, std sqrt((.75^2 + 3 x .25^2) / 3) = .5
+    adv = grpo.advantage(r)  # mean .25, std sqrt((.75^2 + 3 x .25^2) / 3) = .5
     assert torch.allclose(adv[0], torch.tensor([1.5, -0.5, -0.5, -0.5]), atol=1e-5)
-    assert adv[1].tolist() == [0, 0, 0, 0] and zero_std.tolist() == [False, True]
-    assert grpo.advantage(r, "drgrpo")[0][0].tolist() == [0.75, -0.25, -0.25, -0.25]
-    assert torch.isfinite(grpo.advantage(torch.ones(3, 1))[0]).all()  # greedy evaluation: G = 1
+    assert adv[1].tolist() == [0, 0, 0, 0] and grpo.has_zero_std(r).tolist() == [False, True]
+    assert grpo.advantage(r, "drgrpo")[0].tolist() == [0.75, -0.25, -0.25, -0.25]
+    assert torch.isfinite(grpo.advantage(torch.ones(3, 1))).all()  # greedy evaluation: G = 1
+
+
+def test_the_advantage_of_a_part_of_the_reward_by_hand():
+    """Of a right, a wrong and a malformed answer; the std of r is 0.5, whatever is paid."""
+    r = torch.tensor([[1.0, 0.5, 0.0]])
+    half_r_f = torch.tensor([[0.5, 0.5, 0.0]])
+    of_r_f = grpo.advantage(r, paid=half_r_f)
+    of_r_a = grpo.advantage(r, paid=r - half_r_f)
+    assert grpo.advantage(r)[0].tolist() == pytest.approx([1, 0, -1], abs=1e-5)
+    assert of_r_f[0].tolist() == pytest.approx([1 / 3, 1 / 3, -2 / 3], abs=1e-5)
+    assert of_r_a[0].tolist() == pytest.approx([2 / 3, -1 / 3, -1 / 3], abs=1e-5)
+    equal = torch.full((1, 3), 0.5)
+    assert grpo.advantage(equal, paid=half_r_f).tolist() == [[0, 0, 0]], "r is equal"
+
+
+def test_a_new_advantage_is_an_entry_of_the_dict(backbone, world, monkeypatch):
+    """It had to go into check_config() and spread() too, which took the std for any kind that it
+    did not know."""
+    monkeypatch.setitem(grpo.ADVANTAGES, "halved", lambda r: torch.full_like(r[:, :1], 2.0))
+    cfg = grpo.Config(advantage="halved", credit="expected")
+    grpo.check_config(cfg)
+    target, other = backbone.action_tokenizer.encode(chunks(2))
+    texts = [f"<think>x</think>{model.action_answer(ids)}<|im_end|>" for ids in (target, other)]
+    samples = sampled_as(backbone, texts)
+    monkeypatch.setattr(model, "generate", lambda *args, **flags: samples)
+    rows = prompt_rows(backbone, [2])
+    (group,), _, _ = grpo.rollout(backbone, cfg, rows, [target], [0], 0, 2)
+    assert group.target_weight.max() == 0.5 / 2
+    cfg = dataclasses.replace(cfg, credit="all")
+    (group,), _, _ = grpo.rollout(backbone, cfg, rows, [target], [0], 0, 2)
+    r, _ = grpo.reward(backbone, [ids_of(backbone, text) for text in texts], [target] * 2)
+    assert group.advantages[:, 0].tolist() == pytest.approx(list((r - r.mean()) / 2))
 
 
 def test_each_token_has_the_advantage_of_its_completion():
@@ -334,8 +366,8 @@ def test_credit_ends_at_the_first_wrong_token(backbone):
     start = rows[1].index(backbone.vocab.action_start)
 
     r = torch.tensor([[1.0, 2 / 3]])
-    A, _ = grpo.advantage(r)
-    F, _ = grpo.advantage(r, paid=torch.tensor([[0.5, 0.5]]))
+    A = grpo.advantage(r)
+    F = grpo.advantage(r, paid=torch.tensor([[0.5, 0.5]]))
     right, wrong = grpo.token_advantages(backbone, rows[:2], [target] * 2, A[0], F[0])
     assert A[0].tolist() == pytest.approx([0.7071, -0.7071], abs=1e-4) and F.tolist() == [[0, 0]]
     end = rows[0].index(backbone.vocab.action_end) + 1
@@ -344,9 +376,9 @@ def test_credit_ends_at_the_first_wrong_token(backbone):
     assert (wrong[start + 3 :] == 0).all() and len(wrong) == len(rows[1])
 
     r = torch.tensor([[1.0, 2 / 3, 0.0]])
-    A, _ = grpo.advantage(r)
-    F, _ = grpo.advantage(r, paid=torch.tensor([[0.5, 0.5, 0.0]]))
-    R, _ = grpo.advantage(r, paid=torch.tensor([[0.5, 1 / 6, 0.0]]))
+    A = grpo.advantage(r)
+    F = grpo.advantage(r, paid=torch.tensor([[0.5, 0.5, 0.0]]))
+    R = grpo.advantage(r, paid=torch.tensor([[0.5, 1 / 6, 0.0]]))
     assert torch.allclose(A, F + R)  # the parts sum to the whole
     _, wrong, malformed = grpo.token_advantages(backbone, rows, [target] * 3, A[0], F[0])
     assert (wrong[: start + 3] == A[0, 1]).all() and (wrong[start + 3 :] == F[0, 1]).all()

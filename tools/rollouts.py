@@ -153,7 +153,8 @@ def answer_prompts(
     targets = [prompt.target for prompt in prompts for _ in range(G)]
     rewards, parts = grpo.reward(backbone, sequences, targets, args.reward, think)
     by_group = torch.tensor(rewards, dtype=torch.float32).view(-1, G)
-    advantages, zero_std = grpo.advantage(by_group)  # (B, G), (B,)
+    advantages = grpo.advantage(by_group)  # (B, G)
+    zero_std = grpo.has_zero_std(by_group)  # (B,)
     groups = []
     for b, prompt in enumerate(prompts):
         in_words = isinstance(prompt.target, grpo.RightAnswer)
