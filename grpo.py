@@ -1367,25 +1367,32 @@ def with_expected_reward(
     targets: list[Target],
     by_group: torch.Tensor,
 ) -> tuple[Learned, np.ndarray]:
-    """--credit expected: N = B * G sampled completions, with the target's answer behind their
-    thoughts, and E[r_a] of each, (N,). sampled_logp (N, T): of their tokens; by_group (B, G): their
-    rewards.
+    """--credit expected: what is learned from N = B * G sampled completions, and E[r_a] of each,
+    (N,). sampled_logp (N, T): of their tokens; by_group (B, G): their rewards.
 
-    1. from ACTION_START on the target, where a completion is well formed until there
-    2. E[r_a], by the model that has sampled; 0 where there is no target
-    3. the thought is paid worth - the group's mean, over the std of the sampled rewards, as in
-       GRPO; worth = (1 + E[r_a]) / 2 where there is a target, else 0
-    4. the answer's loss is -0.5 / that std * E[r_a], whose gradient is known
-    Of expected-thought and expected-answer the other half learns by the KL alone; malformed
-    completions belong to the thought's. Answers in words, whose reward has no such mean, learn from
-    their sampled reward, whole in either half. Groups whose sampled rewards are equal have no
-    advantage here too, though E[r_a] may differ."""
-    # 1. the target
+    A completion keeps its thought and gets the target's answer in place of the drawn one. One row:
+
+        1. ids            <think> ... <answer> <ACTION_START>   3  7  <ACTION_END>
+        2. old_logp       of the sampler                        by a forward of the same weights
+        3. advantages        A     A     A           A          0  0       0
+        4. target_weight     0     0     0           0          W  W       W
+
+    A = ((1 + E[r_a]) / 2 - its mean in the group) / scale, the scale of the sampled rewards, as in
+    advantage(). W = 0.5 / scale: group_loss() adds -W * E[r_a], whose gradient teaches the answer.
+    Groups whose sampled rewards are equal have A = W = 0, though E[r_a] may differ.
+
+    What has no target's answer keeps all its tokens, with A on each and W = 0: a malformed
+    completion is worth 0 in place of (1 + E[r_a]) / 2, an answer in words its sampled reward.
+
+    --credit expected-thought puts W = 0, expected-answer A = 0: of the other half then the KL alone
+    is learned. Answers in words keep their A in both."""
+    G = by_group.shape[1]
+    by_group = by_group.to(sampled_logp.device)
+    # 1. ids, mask: the target's answers
     ids, mask, old_logp, is_target = with_targets(
         backbone, sampled_logp, token_ids, targets, cfg.thought == "own"
     )
-    # 2. what is to be expected
-    G = by_group.shape[1]
+    # 2. old_logp: also of the targets' tokens, which were not drawn; and E[r_a], which they make
     logps = []
     with torch.no_grad():
         for first in range(0, len(rows), cfg.micro_batch):
@@ -1394,29 +1401,23 @@ def with_expected_reward(
             micro_batch = rows[first:end], ids[completions], mask[completions]
             logps.append(completion_logp(backbone, *micro_batch, cfg.temperature))
     logp = torch.cat(logps)
+    old_logp = torch.where(is_target, logp, old_logp)
     expected = expected_prefix(logp, is_target)
-    # 3. the thought's advantage
-    by_group = by_group.to(ids.device)
+    # 3. advantages: A
     in_words = torch.tensor(is_in_words(targets), device=ids.device)
-    has_target = is_target.any(1)
-    worth = torch.where(in_words, by_group.flatten(), (has_target + expected) / 2)
-    advantages = advantage(by_group, cfg.advantage, paid=worth.view(-1, G))
-    # 4. the answer's weight
-    zero_std = has_zero_std(by_group)
-    weights = 0.5 / ADVANTAGES[cfg.advantage](by_group)
-    weights = weights.masked_fill(zero_std[:, None], 0.0).expand(-1, G).reshape(-1, 1)  # (N, 1)
-    advantages = advantages.reshape(-1, 1)
+    worth = torch.where(is_target.any(1), (1 + expected) / 2, 0.0)
+    worth = torch.where(in_words, by_group.flatten(), worth)  # (N,)
+    of_completions = advantage(by_group, cfg.advantage, paid=worth.view(-1, G)).flatten()  # (N,)
+    if cfg.credit == "expected-answer":
+        of_completions = torch.where(in_words, of_completions, 0.0)
+    advantages = torch.where(is_target, 0.0, of_completions[:, None])  # (N, T)
+    # 4. target_weight: W
+    weights = 0.5 / ADVANTAGES[cfg.advantage](by_group)  # (B, 1)
+    weights = weights.masked_fill(has_zero_std(by_group)[:, None], 0.0)
     if cfg.credit == "expected-thought":
         weights = torch.zeros_like(weights)
-    elif cfg.credit == "expected-answer":
-        advantages = torch.where(in_words[:, None], advantages, 0.0)
-    learned = Learned(
-        ids,
-        mask,
-        old_logp=torch.where(is_target, logp, old_logp),
-        advantages=torch.where(is_target, 0.0, advantages),
-        target_weight=torch.where(is_target, weights, 0.0),
-    )
+    target_weight = torch.where(is_target, weights.repeat_interleave(G, 0), 0.0)  # (N, T)
+    learned = Learned(ids, mask, old_logp, advantages, target_weight)
     return learned, expected.cpu().numpy()
 
 
@@ -1528,7 +1529,7 @@ def group_loss(
         dual_clip=cfg.dual_clip,
         kl_coef=cfg.kl_coef,
     )
-    # 4. the answer's part
+    # 4. the answer's part: W * E[r_a], see with_expected_reward()
     if is_expected(cfg):
         expected = expected_prefix(logp, target_weight > 0)
         loss = loss - (target_weight.amax(1) * expected).sum()
