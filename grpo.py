@@ -179,6 +179,9 @@ class Pick(NamedTuple):
     i: int  # index in it: a step of its episodes, a row of its file
 
 
+BEYOND_ANY_RUN = 1 << 40  # more prompts than any run draws
+
+
 def draw_prompts(
     seed: int,
     sources: list[Source],
@@ -188,8 +191,8 @@ def draw_prompts(
 ) -> list[Pick]:
     """What each prompt is about. The prompts of a run are numbered: step * cfg.prompts + index in
     the step. Sources are drawn by weight, as in sft.py; of each source every row comes once,
-    shuffled, before any comes again, as in an epoch of the paper. again: other draws for the same
-    numbers.
+    shuffled, before any comes again, as in an epoch of the paper. again: the round of dynamic
+    sampling, from 1; each round has other draws for the same numbers. 0: none.
 
         number            0 1 2 3 4
         its source        0 1 0 0 1
@@ -203,9 +206,9 @@ def draw_prompts(
     for number in prompt_numbers:
         s = int(source_of[number])
         train = sources[s].train
-        draw = int(drawn_up_to[s][number]) - 1  # draws of this source before
-        draw += again << 40  # beyond any run: other shuffles
-        epoch, index = divmod(draw, len(train))
+        draws_before = int(drawn_up_to[s][number]) - 1  # of this source
+        draws_before += again * BEYOND_ANY_RUN  # so the epoch is one that no run reaches
+        epoch, index = divmod(draws_before, len(train))
         order = shuffled_rows(seed, s, len(train), epoch)
         picks.append(Pick(s, train[order[index]]))
     return picks
@@ -1282,11 +1285,11 @@ def replace_zero_std_groups(backbone, cfg, sources, weights, groups, prompt_numb
     replaced groups count too."""
     for again in range(1, cfg.dynamic_sampling + 1):
         replaced = [i for i, group in enumerate(groups) if group.zero_std]
-        # other shuffles, so a row may come again, and keys that no step reaches: other samples
+        # other shuffles, so that a row may come again
         numbers = [prompt_numbers[i] for i in replaced]
         picks = draw_prompts(cfg.seed, sources, weights, numbers, again)
         rows, targets = prompt_rows(backbone, sources, picks, cfg)
-        keys = [number + (again << 40) for number in numbers]
+        keys = [number + again * BEYOND_ANY_RUN for number in numbers]  # other samples
         fresh, fresh_sums, _ = rollout(backbone, cfg, rows, targets, keys, cfg.seed, cfg.group)
         for i, group in zip(replaced, fresh, strict=True):
             groups[i] = group
