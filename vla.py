@@ -806,9 +806,11 @@ class LiveFeatures:
     """Features by running the backbone on each batch (--cache none).
 
     read(frame_ids) is what a thread may do ahead of training, on the CPU; features(what it gave)
-    is the rest. CachedFeatures has the same two. thoughts: of each frame; None: the prompt alone is
-    read. answers: of each frame, for --ce-weight, which a whole backbone learns; its features are
-    those after `layer`."""
+    is the rest. CachedFeatures has the same two.
+
+    thoughts, answers: of each frame the token ids (t,) that stand behind its prompt; None: the
+    prompt stands alone. There are never both. The head reads thoughts too. It does not read
+    answers, which a whole backbone learns (--ce-weight): its features are those after `layer`."""
 
     def __init__(
         self,
@@ -826,35 +828,39 @@ class LiveFeatures:
         self.condition = cfg.condition
         self.device = device
         self.is_trained = cfg.backbone_lr > 0
-        self.continuations = answers or thoughts  # of each frame's prompt; it never has both
-        self.learns_answers = bool(answers)
-        self.layer_outputs = []  # to which each forward of a whole net appends
-        if self.learns_answers:
-            model.keep_layer_output(backbone.net, layer, self.layer_outputs.append)
+        self.thoughts = thoughts
+        self.answers = answers
+        self.layer = layer
 
     def read(self, frame_ids: Iterable[int]) -> list[Row]:
-        prompts = []
+        rows = []
         for frame_id in frame_ids:
             images, instruction = self.frames.observation(frame_id)
-            prompt = prompt_row(self.backbone, images, instruction, self.think)
-            if self.continuations is not None:
-                prompt = with_thought(prompt, self.continuations[frame_id])
-            prompts.append(prompt)
-        return prompts
+            row = prompt_row(self.backbone, images, instruction, self.think)
+            if self.thoughts is not None:
+                row = with_thought(row, self.thoughts[frame_id])
+            if self.answers is not None:
+                row = with_thought(row, self.answers[frame_id])
+            rows.append(row)
+        return rows
 
-    def features(self, prompts: list[Row]) -> Features:
-        if self.learns_answers:  # evaluation has no use for their loss
-            return self.features_and_answers(prompts)[0]
+    def features(self, rows: list[Row]) -> Features:
+        if self.answers is not None:  # evaluation has no use for their loss
+            features, _ = self.features_and_answers(rows)
+            return features
         return encode_prompts(
-            self.backbone, prompts, self.device, self.condition, train=self.is_trained
+            self.backbone, rows, self.device, self.condition, train=self.is_trained
         )
 
     def features_and_answers(self, rows: list[Row]) -> tuple[Features, TokenSums]:
         """One forward of prompts and answers: the features of the prompts, which do not see the
         answers behind them, and the cross-entropy of the answers."""
         batch = model.to_device(model.collate(rows, self.backbone.vocab.pad), self.device)
+        layer_outputs = []  # one, of the forward in token_loss()
+        hook = model.keep_layer_output(self.backbone.net, self.layer, layer_outputs.append)
         token_sums = model.token_loss(self.backbone.net, batch)
-        hidden = self.layer_outputs.pop()  # (B, T, D), of the forward in token_loss()
+        hook.remove()
+        (hidden,) = layer_outputs  # (B, T, D)
         is_prompt = batch["mask"].bool() & ~batch["target"]
         return selected(hidden, is_prompt), token_sums
 
