@@ -2102,13 +2102,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         layer = checked_spec(newest, backbone.run.get("policy"))[0]["layer"]
     else:
         layer = model.feature_layer(backbone.net, cfg.layer)
+    # The head reads `backbone`. A checkpoint holds `saved_backbone`, with the `final_norm` that the
+    # cut takes off:
+    #
+    #                       backbone         saved_backbone
+    #     default           cut, frozen      backbone
+    #     own thoughts      cut, frozen      a whole copy of the same weights, which writes them
+    #     --backbone-lr     cut, trained     backbone
+    #     and --ce-weight   whole, trained   backbone
     thoughts = None
     answers = None
     saved_backbone = backbone
     if cfg.condition != "prompt":
         thoughts = frame_thoughts(backbone, frames, cfg, dist)
         if cfg.thoughts == "own":
-            saved_backbone = whole_copy(backbone)  # the policy goes on thinking
+            saved_backbone = whole_copy(backbone)
     if cfg.ce_weight:
         answers = frame_answers(backbone, frames, cfg)
     final_norm = choose_trained(backbone, layer, cfg)
@@ -2116,13 +2124,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     # 2. its features
     source = open_features(backbone, frames, cfg, dist, thoughts, answers, layer)
 
-    # 3. the head, which reads them and the state
+    # 3. the head, which reads them and the state:
+    #
+    #                       trained          acts                           saved
+    #     default           heads["raw"]     heads["head"], its average     both; in final/ "head"
+    #     --ema-decay 0     heads["head"]    heads["head"]                  "head"
     heads = make_heads(head_config, newest, cfg, dist)
     trained_name = "raw" if cfg.ema_decay else "head"
     trained = heads[trained_name].train()
     optim = make_optimizer(trained, backbone, cfg)
-    parts = {trained_name: trained, "backbone": backbone}
-    start, unlogged = model.load_train_state(newest, parts, optim)
+    in_train_state = {trained_name: trained, "backbone": backbone}  # as save_policy() names them
+    start, unlogged = model.load_train_state(newest, in_train_state, optim)
     model.check_steps(newest, start, cfg.steps)
     unlogged = np.zeros(len(StepSums._fields)) + unlogged  # a new run gives 0
 
