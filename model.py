@@ -1950,40 +1950,40 @@ def shard(
     }
     if offload:
         options["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=dist.device.type == "cuda")
-    unsharded_weights = set()
-    for unit in fsdp_units(net):
-        _receive(unit, dist, unsharded_weights)
-        if shards == 1 and not offload:
-            unsharded_weights |= needs_no_copy(unit, dtype)
-        options["ignored_params"] = unsharded_weights
-        fsdp.fully_shard(unit, reshard_after_forward=unit is not net, **options)
+    left_whole = set()  # weights of the units so far that FSDP leaves as they are
+    for unit in fsdp_units(net):  # the last unit is net: it holds the others, which are done then
+        _receive(unit, dist, received=left_whole)
+        if shards == 1 and not offload:  # the rank has all of them
+            left_whole = left_whole | frozen_weights(unit, dtype)
+        fsdp.fully_shard(
+            unit, reshard_after_forward=unit is not net, ignored_params=left_whole, **options
+        )
     return net
 
 
-def needs_no_copy(net: nn.Module, dtype: torch.dtype) -> set[nn.Parameter]:
-    """Of the weights of a rank that has all of them: those with which it can compute as they are,
-    frozen and in the type of compute."""
+def frozen_weights(net: nn.Module, dtype: torch.dtype) -> set[nn.Parameter]:
+    """Those in dtype. In the type of compute they are what gathering would give."""
     return {p for p in net.parameters() if not p.requires_grad and p.dtype == dtype}
 
 
 def replicate(net: nn.Module, dist: Dist) -> None:
     """All of a net on the device of each rank, with the weights that rank 0 has read. For one that
     is not trained: its gradients would stay each rank's own."""
-    _receive(net, dist, set())
+    _receive(net, dist)
 
 
-def _receive(unit, dist, unsharded_weights):
-    """Moves what is not sharded yet to the device, with the values that rank 0 has; but for
-    unsharded_weights, which are there."""
-    received = {}  # old tensor -> new one: a tied tensor stays one
+def _receive(unit, dist, received=()):
+    """Weights and buffers come to the device, with the values that rank 0 has; but for those that
+    have come with a unit inside: they are sharded (a DTensor), or among `received`."""
+    new_tensors = {}  # old tensor -> new one: a tied tensor stays one
     for module in unit.modules():
         for table in (module._parameters, module._buffers):
             for name, old in table.items():
-                if old is None or isinstance(old, DTensor) or old in unsharded_weights:
+                if old is None or isinstance(old, DTensor) or old in received:
                     continue
-                if old not in received:
-                    received[old] = _receive_tensor(old, dist)
-                table[name] = received[old]
+                if old not in new_tensors:
+                    new_tensors[old] = _receive_tensor(old, dist)
+                table[name] = new_tensors[old]
 
 
 def _receive_tensor(old, dist):

@@ -213,7 +213,7 @@ def is_copied(load: Load) -> bool:
 
 
 def copied_counter(cfg, load: Load) -> Callable:
-    """What counts those of some parameters that a forward needs copies of: see model.needs_no_copy
+    """What counts those of some parameters that a forward needs copies of: see model.frozen_weights
     for the others."""
     shards = cfg.shards or load.ranks
     is_as_computed = cfg.bf16_base and load.dtype.itemsize == BF16
@@ -364,7 +364,7 @@ def vla_estimate(cfg: vla.Config, net: nn.Module, load: Load) -> Estimate:
         parts = trained_backbone(cfg, net, replace(load, row_tokens=feature_tokens))
     elif cfg.cache == "none" and cfg.shard_backbone:
         parts["backbone"] = backbone / shards
-        if shards > 1:  # a lone rank computes with what it has: model.needs_no_copy
+        if shards > 1:  # a lone rank computes with what it has: model.frozen_weights
             parts["gathered units"] = gathered_bytes(net, load.dtype)
 
     # 3. the head's masters, sharded, their average too, and one gathered head
