@@ -1633,40 +1633,56 @@ class Decoder:
     def run_as_graphs(self, length):
         """The same loop for a GPU, where launching a step's kernels one by one would take longer
         than to compute one token a row: a step is recorded once for each shape, then replayed. ->
-        tokens of a sample at the end, or when recording has failed."""
-        recorded_shape = None
+        tokens of a sample at the end, or when recording has failed. Of a new shape, from token 1:
+
+            1. finished samples leave
+            2. to where with one shape    token 17, as GRAPH_STEPS says
+            3. a plain step               token 2
+            4. record a step              no token
+            5. replay it                  tokens 3 .. 17"""
+        current_shape = None
         replay = None
         while length < self.max_new_tokens:
+            # 1. finished samples leave, where they are many
             going = int(self.alive.sum())
             if going == 0:
                 break
             if going < len(self.active) and going <= self.GRAPH_FULLNESS * len(self.active):
                 self.drop_finished(going)
-            steps = min(self.GRAPH_STEPS, self.max_new_tokens - length)
-            readable = self.room_for(length + steps - 1)
+            # 2. to where with one shape
+            end = min(length + self.GRAPH_STEPS, self.max_new_tokens)
+            readable = self.room_for(end - 1)
             shape = len(self.active), readable
-            if shape != recorded_shape:
-                # The old graph goes first: with it go workspaces that another would share. The
-                # first step is run plainly, as no graph may hold what libraries do at a first call.
-                recorded_shape = shape
+            if shape != current_shape:
+                # 3. a plain step, as no graph may hold what libraries do at a first call. The old
+                # graph goes before it: with it go workspaces that another would share.
+                current_shape = shape
                 replay = None
                 self.set_cache(self.position, readable)
                 self.step()
                 length += 1
-                steps -= 1
-                if steps:
-                    try:
-                        replay = record(self.step, self.device)
-                    except RuntimeError as e:
-                        RECORDING_FAILED.set()
-                        reason = str(e).partition("\n")[0]
-                        print(f"warning: no CUDA graphs, they cannot be recorded: {reason}")
-                        self.cuda_graphs = False
-                        break
-            for _ in range(steps):
+            while length < end:
+                # 4. record a step
+                if replay is None:
+                    replay = self.record_step()
+                if replay is None:
+                    return length
+                # 5. replay
                 replay()
-            length += steps
+                length += 1
         return length
+
+    def record_step(self) -> Callable | None:
+        """A step as a CUDA graph. Where it cannot be recorded: None, a line that says so, and no
+        more graphs."""
+        try:
+            return record(self.step, self.device)
+        except RuntimeError as e:
+            RECORDING_FAILED.set()
+            reason = str(e).partition("\n")[0]
+            print(f"warning: no CUDA graphs, they cannot be recorded: {reason}")
+            self.cuda_graphs = False
+            return None
 
 
 RECORDING_FAILED = threading.Event()  # set by the first failure: it would be the same again
