@@ -307,14 +307,20 @@ def simulator_module(name: str):
 def closed_loop(args: argparse.Namespace):
     """`evaluate.py tabletop | metaworld | libero | calvin`: a policy drives to each trial's end.
 
-    Of a checkpoint of sft or grpo, which drives by the tokens that it writes, all names begin with
-    its mode, as "think success", so that they stand beside those of its head; then "sampled", with
-    --sampled; then what --thought gave it in place of its own, "think removed success". Of such a
-    checkpoint there are two more metrics: "retried", the share of chunks whose first answer did not
-    decode, and "held still", of those where no answer did. Of a head that reads its own thoughts:
-    "thoughts unfinished", the share that --max-thought of vla.py cut off. These three, and the
-    seconds, are of all that one call drove; where that was chains alone their names begin with
-    "chain", as "think chain retried", and those of an earlier call's trials stay."""
+    In the file, names begin with the way in which it drove. A head has none; a checkpoint of sft or
+    grpo, which drives by the tokens that it writes, its mode, then "sampled" with --sampled, then
+    what --thought gave it in place of its own. "chain" follows, in what a call took that drove
+    chains alone: what an earlier call's trials took stays beside it.
+
+        it drove         what came of it         its seconds              a share of its chunks
+        a head           success                 tabletop                 thoughts unfinished
+        think            think success           tabletop think           think retried
+        think, chains    think chain length      tabletop think chain     think chain retried
+        think, removed   think removed success   tabletop think removed   think removed retried
+
+    Of a checkpoint that writes, "retried" is the share whose first answer did not decode, "held
+    still" where no answer did. Of a head that reads its own thoughts, "thoughts unfinished" is the
+    share that --max-thought of vla.py cut off."""
     # 1. this rank's share of the trials
     started = time.time()
     simulator = simulator_module(args.command)
@@ -337,11 +343,20 @@ def closed_loop(args: argparse.Namespace):
         metrics |= chain_metrics(chain_lengths)
         paired["chain length"] = chain_lengths
 
-    # 3. what it took
+    # 3. what their names begin with
+    way = []
+    if isinstance(policy, vla.TokenPolicy):
+        way.append(policy.mode)
+        if policy.sampled:
+            way.append("sampled")
+    if getattr(args, "thought", "own") != "own":  # a flag of Tabletop
+        way.append(args.thought)
+    chains_alone = ["chain"] if chain_lengths and not trials else []
+
+    # 4. what it took
     names = ("chunks", "forwards", "seconds", "retried", "held", "thinking", "unfinished")
     of_all_ranks = model.all_sum([policy.count[name] for name in names])
     count = dict(zip(names, of_all_ranks, strict=True))
-    part = "chain " if chain_lengths and not trials else ""
     seconds = {}
     if count["chunks"]:  # else all trials were over before
         for unit in ("chunk", "forward"):
@@ -354,23 +369,20 @@ def closed_loop(args: argparse.Namespace):
             shares["retried"] = count["retried"]
             shares["held still"] = count["held"]
         for name, n in shares.items():
-            metrics[part + name] = wilson(int(n), int(count["chunks"]))
+            metrics[joined(*chains_alone, name)] = wilson(int(n), int(count["chunks"]))
 
-    # 4. under names that begin with the way in which it drove, as "think removed success"
-    way = ""
-    if isinstance(policy, vla.TokenPolicy):
-        way += f"{policy.mode} "
-        if policy.sampled:
-            way += "sampled "
-    if getattr(args, "thought", "own") != "own":  # a flag of Tabletop
-        way += f"{args.thought} "
-    metrics = {way + name: value for name, value in metrics.items()}
-    paired = {way + name: values for name, values in paired.items()}
-    items = {way + name: names for name, names in items.items()}
+    # 5. into the file
+    metrics = {joined(*way, name): value for name, value in metrics.items()}
+    paired = {joined(*way, name): values for name, values in paired.items()}
+    items = {joined(*way, name): trial_names for name, trial_names in items.items()}
     if dist.rank == 0:
-        record_as = f"{args.command} {way}".strip()
-        timed = {f"{record_as} {part}".strip(): seconds} if seconds else {}
+        record_as = joined(args.command, *way)
+        timed = {joined(record_as, *chains_alone): seconds} if seconds else {}
         write_metrics(metrics, paired, args, started, items, seconds=timed, record_as=record_as)
+
+
+def joined(*words: str) -> str:
+    return " ".join(words)
 
 
 def success_metrics(trials) -> dict[str, Interval]:
