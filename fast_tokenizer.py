@@ -1,5 +1,6 @@
 """FAST action tokenizer (arXiv 2501.09747): action chunks <-> short lists of token ids. And what
-all stages read: episodes on disk, normalisation, the command line of a stage. Free of torch.
+all stages read: episodes on disk and the question that asks for their actions, normalisation, the
+command line of a stage. Free of torch.
 
 In: episodes (folder/*.safetensors: image (T, H, W, 3) uint8, state (T, S), action (T, A) float32).
 Out: fast.json, one file that holds all that decoding needs, and report.json beside it.
@@ -411,6 +412,12 @@ def _check_same_robot(first, other):
             "keep different robots in different folders"
         )
     return first if first.deltas is not None or other.deltas is None else other
+
+
+def action_question(instruction: str) -> str:
+    """What an instruction is asked by. Rows on disk with a thought before an action hold it too."""
+    # fork point: the prompt format, with model.ask()
+    return f"Instruction: {instruction}\nWhat should the robot do next?"
 
 
 def require_instructions(files: list[EpisodeFile]) -> None:

@@ -72,6 +72,7 @@ from fast_tokenizer import (
     Damaged,
     FastTokenizer,
     action_chunks,
+    action_question,
     chunk_ends,
     config_parser,
     count,
@@ -104,15 +105,11 @@ def fast_token(index: int) -> str:
 
 def ask(question: str, think: bool | None) -> str:
     """The one function that renders a prompt. think: None leaves the question as it is."""
-    # fork point: the prompt format. Training, RL and evaluation all come here; what an instruction
-    # is asked by: action_question(), whose words rows on disk hold too.
+    # fork point: the prompt format. Training, RL and evaluation all come here. How an instruction
+    # becomes a question: fast_tokenizer.action_question(), as writers of rows import no torch.
     if think is None:
         return question
     return f"{question}\n{THINK if think else DIRECT}"
-
-
-def action_question(instruction: str) -> str:
-    return f"Instruction: {instruction}\nWhat should the robot do next?"
 
 
 def action_prompt(instruction: str, think: bool | None, images: int = 1) -> list[dict]:

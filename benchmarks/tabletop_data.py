@@ -29,6 +29,7 @@ from benchmarks.simulate import distinct
 from benchmarks.tabletop import EDGE, GOALS, HANDLE, OBJECTS, SIZE, SUITES, Plan, Tabletop
 from fast_tokenizer import (
     Recording,
+    action_question,
     count,
     hold_still,
     natural,
@@ -36,9 +37,6 @@ from fast_tokenizer import (
     share,
     write_episodes,
 )
-
-ACTION_QUESTION = "What should the robot do next?"  # as model.action_question asks it
-
 
 # ---- Words ---------------------------------------------------------------------------------------
 
@@ -648,8 +646,7 @@ def make_thought_action(args, number: int) -> str:
         env = random_state(rng, args.size, args.tilt)
     image = env.render()
     _, plan = env.expert()
-    text = f"Instruction: {env.instruction}\n{ACTION_QUESTION}"
-    question = Question(text, thought(env, plan), "<ACTION>")
+    question = Question(action_question(env.instruction), thought(env, plan), "<ACTION>")
     chunk = expert_chunk(env, args.horizon).tolist()
     frame = save_frame(args.out, "thought_frames", number, image)
     return json_row([frame], [question], chunk=chunk)

@@ -27,7 +27,6 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.tabletop_data import (
-    ACTION_QUESTION,
     Question,
     displacement,
     heading,
@@ -39,6 +38,7 @@ from benchmarks.tabletop_data import (
 )
 from fast_tokenizer import (
     action_chunks,
+    action_question,
     chunk_starts,
     count,
     natural,
@@ -1245,8 +1245,8 @@ def make_thought_action(source: Source, out: Path, horizon: int, rng) -> str:
     reason = action_thought(moment, rng)
     chunk = action_chunks(file, horizon)[moment.t].astype(float).round(6).tolist()
     frames = save_frames(source, out, index, [moment.t])
-    text = f"Instruction: {moment.task}\n{ACTION_QUESTION}"
-    return json_row(frames, [Question(text, reason, "<ACTION>")], chunk=chunk)
+    question = Question(action_question(moment.task), reason, "<ACTION>")
+    return json_row(frames, [question], chunk=chunk)
 
 
 # ---- Command -------------------------------------------------------------------------------------
