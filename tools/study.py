@@ -276,7 +276,7 @@ MODELS = [
     Model(
         "few", "base", [f"{SFT} --data {FEW_THOUGHTS}"],
         "SFT where 1% of the samples think before they act (the paper: none)",
-        against="base", heads="thought prompt",
+        against="base SFT", heads="thought prompt",
         measures="actions think direct vqa thought probe",
     ),
     Model(
