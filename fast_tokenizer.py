@@ -910,7 +910,8 @@ def _located(recordings):
     """The same recordings. What numpy says of a fault in the code that makes them, or Python, names
     no recording: a ValueError that is not Damaged gets the one before it, and a line of that code.
     """
-    count, recording = 0, None
+    count = 0
+    recording = None
     try:
         for recording in recordings:
             yield recording

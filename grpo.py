@@ -277,8 +277,7 @@ def field_fault(score: str, row: dict) -> str:
         return f'"grid" is {row["grid"]!r}; write [columns, rows], numbers of at least 1'
     if score == "point" and "box" in row:
         box = row["box"]
-        # a thing at the edge may stick out by its half; pixels are far outside
-        if not are_numbers(box, 4, -0.5, 1.5) or not (box[0] < box[2] and box[1] < box[3]):
+        if not are_numbers(box, 4, 0, 1) or not (box[0] < box[2] and box[1] < box[3]):
             return f'"box" is {box!r}; write [left, top, right, bottom] in 0 .. 1'
     elif score == "point" and not isinstance(row.get("mask"), str):
         return (

@@ -1975,7 +1975,8 @@ def shard(
 
 
 def frozen_weights(net: nn.Module, dtype: torch.dtype) -> set[nn.Parameter]:
-    """Those in dtype. In the type of compute they are what gathering would give."""
+    """Its frozen weights in dtype. Where dtype is that of compute, a rank that has all of them can
+    compute with them as they are: gathering would only copy them."""
     return {p for p in net.parameters() if not p.requires_grad and p.dtype == dtype}
 
 
