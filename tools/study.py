@@ -193,6 +193,8 @@ ECOT = [f"{ON_SFT} --steps 107 --data {{train}}/thought_actions.jsonl"]  # RL's 
 RL = "grpo.py speedrun --data {train}/episodes"  # 80 steps of 32 prompts: 2,560 prompts
 # SFT nearly as the paper's, whose FAST samples carry no thought: 1% of these think before they act
 FEW_THOUGHTS = "{train}/conversations.jsonl:1,{train}/episodes:3,{train}/thought_actions.jsonl:0.04"
+SOME_THOUGHTS = "{train}/conversations.jsonl:.5,{train}/episodes:3,{train}/thought_actions.jsonl:.3"
+MANY_THOUGHTS = "{train}/conversations.jsonl:.5,{train}/episodes:2,{train}/thought_actions.jsonl:1"
 SCREENING = {"against": "SFT SFT+RL", "measures": "actions", "seeds": 1}
 
 MODELS = [
@@ -327,6 +329,24 @@ MODELS = [
         "few-more", "few", [f"{ON_SFT} --steps 800 --data {FEW_THOUGHTS}"],
         "more SFT for as long as RL takes",
         against="few", heads="thought prompt", measures="actions think",
+    ),
+    # between it and SFT: how many of SFT's samples must think before the model reads its thought?
+    Model(
+        "some", "base", [f"{SFT} --data {SOME_THOUGHTS}"],
+        "SFT where 8% of the samples think before they act",
+        against="base few SFT", heads="thought prompt",
+        measures="actions think direct vqa thought probe",
+    ),
+    Model(
+        "some+RL", "some", [RL], "does RL help where thoughts are few and read?",
+        against="base some", heads="thought prompt",
+        measures="actions think direct vqa thought probe",
+    ),
+    Model(
+        "many", "base", [f"{SFT} --data {MANY_THOUGHTS}"],
+        "SFT where 29% of the samples think before they act",
+        against="base SFT", heads="thought prompt",
+        measures="actions think direct vqa thought probe",
     ),
     # another architecture
     Model(
