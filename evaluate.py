@@ -87,8 +87,8 @@ def bootstrap(values, resamples: int = 2000) -> Interval:
     n = len(values)
     if n == 0:
         return {"mean": None, "low": None, "high": None, "n": 0}
-    drawn = np.random.default_rng(0).integers(0, n, (resamples, n))
-    means = values[drawn].mean(1)  # (resamples,)
+    rng = np.random.default_rng(0)
+    means = [values[rng.integers(0, n, n)].mean() for _ in range(resamples)]
     low, high = np.quantile(means, [0.025, 0.975])
     return {"mean": float(values.mean()), "low": float(low), "high": float(high), "n": n}
 

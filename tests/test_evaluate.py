@@ -71,6 +71,21 @@ def test_bootstrap_covers_the_mean_and_is_repeatable():
     assert evaluate.bootstrap([])["n"] == 0
 
 
+def test_committed_intervals_follow_from_the_committed_values():
+    results = pathlib.Path(__file__).parents[1] / "results/speedrun.json"
+    checked = 0
+    for variant in json.loads(results.read_text())["arms"].values():
+        for metric in ("chain length", "think greedy r_a", "think sampled thought true"):
+            values = [v for v in variant["paired"].get(metric, []) if v is not None and v == v]
+            if values:
+                # abs: the file rounds values
+                assert evaluate.bootstrap(values) == pytest.approx(
+                    variant["metrics"][metric], abs=1e-5
+                )
+                checked += 1
+    assert checked == 9
+
+
 class Scripted:
     """A policy with the interface of vla.Policy that reads the expert off the environments."""
 
