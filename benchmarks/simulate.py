@@ -396,8 +396,11 @@ def run_trials(name: str, policy, args, local: slice) -> Outcome:
     def run_worker(start):
         """Every so many of the trials that are left, in one worker process."""
         own_jobs = jobs_left[start :: args.workers]
-        job_rows = [[*job, job in filmed] for job in own_jobs]
-        order = json.dumps([name, sizes, args.limit, port, job_rows, film_folder])
+        numbers = {}  # task -> of its trials; an argument ends at 128 KiB
+        for task, number in own_jobs:
+            numbers.setdefault(task, []).append(number)
+        own_filmed = [job for job in own_jobs if job in filmed]
+        order = json.dumps([name, sizes, args.limit, port, numbers, own_filmed, film_folder])
         command = [args.python, "-m", "benchmarks.simulate", order]
         with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, cwd=ROOT) as process:
             for line in process.stdout:
@@ -432,24 +435,38 @@ def run_trials(name: str, policy, args, local: slice) -> Outcome:
 
 
 def worker(
-    name: str, sizes: dict[str, list[int]], limit: int, port: int, jobs: list, film_folder: str
+    name: str,
+    sizes: dict[str, list[int]],
+    limit: int,
+    port: int,
+    numbers: dict[str, list[int]],
+    filmed: list,
+    film_folder: str,
 ):
-    """Trials [(task, number, whether it is filmed)] -> a row of JSON for each to stdout, and films
-    in a folder. sizes: camera -> [H, W].
+    """Trials, task -> numbers -> a row of JSON for each to stdout, and films of some, [task,
+    number], in a folder. sizes: camera -> [H, W].
 
-    Takes stdout for the rows; what simulators print goes to stderr."""
+    Takes stdout for the rows; what simulators print goes to stderr. What its user can cure ends it
+    in one line."""
     rows = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     module = importlib.import_module(f"benchmarks.{name}")
+    try:
+        protocol.network()
+    except ValueError as e:  # no such package in this Python
+        raise SystemExit(f"error: {e}") from e
     with protocol.client(port) as (infer, metadata):
-        for task, jobs_of_task in itertools.groupby(jobs, lambda job: job[0]):
+        for task, numbers_of_task in numbers.items():
             try:
                 env = module.Simulator(task, sizes, limit)
             except ValueError as e:  # no such task, or no such package in this Python
                 raise SystemExit(f"error: {e}") from e
-            for _, number, is_filmed in jobs_of_task:
-                film = Film(env.fps) if is_filmed else None
-                success, steps = run_trial(env, task, number, infer, metadata["cameras"], film)
+            for number in numbers_of_task:
+                film = Film(env.fps) if [task, number] in filmed else None
+                try:
+                    success, steps = run_trial(env, task, number, infer, metadata["cameras"], film)
+                except protocol.Refused as e:  # as of a policy that answers NaN
+                    raise SystemExit(str(e)) from e
                 if film:
                     film.save(film_folder, film_name(*task.split("/"), success))
                 row = {"task": task, "trial": number, "success": success, "steps": steps}

@@ -223,6 +223,49 @@ def test_what_a_simulator_refuses_is_one_line(toy, monkeypatch, capfd):
     assert "error: the toy has no task 9\n" in written and "Traceback" not in written
 
 
+def test_what_the_policy_refuses_is_one_line(toy, capfd):
+    """A policy that answers NaN and knows no way to hold still ended in a worker's traceback."""
+    policy = Right()
+    policy.act_batch = lambda *args, **kwargs: np.full((1, 4, 3), np.nan, np.float32)
+    toy.workers = 1
+    with pytest.raises(ValueError, match="task toy/0, trial 0 .exit code 1, see above"):
+        simulate.run_trials("toy", policy, toy, ALL)
+    written = capfd.readouterr().err
+    assert "error: ValueError('stop the robot: the policy answers nan" in written
+    assert "Traceback" not in written
+
+
+def test_a_python_that_cannot_ask_the_policy_says_so_in_one_line(toy, tmp_path, capfd):
+    """As that of a simulator in which websockets and msgpack were forgotten."""
+    (tmp_path / "msgpack.py").write_text("raise ModuleNotFoundError(name='msgpack')")
+    toy.workers = 1
+    with pytest.raises(ValueError, match="task toy/0, trial 0 .exit code 1, see above"):
+        simulate.run_trials("toy", Right(), toy, ALL)
+    written = capfd.readouterr().err
+    assert "error: this needs the package msgpack: pip install websockets==" in written
+    assert "Traceback" not in written
+
+
+def test_thousands_of_trials_fit_in_an_order(toy, monkeypatch):
+    """4,000 trials in one worker, with the name of the task beside each, were "Argument list too
+    long": Linux takes 128 KiB in an argument."""
+    orders = []
+
+    class Popen(subprocess.Popen):
+        def __init__(self, command, **kwargs):
+            orders.append(command[-1])
+            super().__init__([sys.executable, "-c", "", command[-1]], **kwargs)
+
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    tasks = [f"toy/button-press-topdown-v3-{number}" for number in range(10)]
+    monkeypatch.setattr(evaluate.simulator_module("toy"), "tasks", lambda args: tasks)
+    toy.trials = 400
+    toy.workers = 1
+    with pytest.raises(ValueError, match="task toy/button.*-0, trial 0 .exit code 0"):
+        simulate.run_trials("toy", Right(), toy, ALL)
+    assert json.loads(orders[0])[4] == {task: list(range(400)) for task in tasks}
+
+
 def test_the_python_of_a_simulator_is_found_from_where_the_user_is(tmp_path, monkeypatch, capsys):
     """Workers run in the repository's folder: a path relative to another one was not there, which
     was known only when the policy had been loaded. A link, as of a virtual environment, stays."""

@@ -83,10 +83,14 @@ def unpack(message: bytes) -> Any:
 # ---- Client -------------------------------------------------------------------------------------
 
 
+class Refused(RuntimeError):
+    """The server's line of text in place of an answer; it begins with "error"."""
+
+
 class Connection(NamedTuple):
     """A client's end of a connection to tools/serve.py."""
 
-    infer: Callable[[dict], dict]  # observation -> answer; RuntimeError when it is refused
+    infer: Callable[[dict], dict]  # observation -> answer; Refused when there is none
     metadata: dict  # what the server tells of its policy
 
 
@@ -103,7 +107,7 @@ def client(port: int) -> Iterator[Connection]:
             socket.send(pack(observation))
             answer = socket.recv()
             if answer[:5] == "error":  # text; an answer is bytes
-                raise RuntimeError(answer)
+                raise Refused(answer)
             return unpack(answer)
 
         yield Connection(infer, metadata=unpack(socket.recv()))
