@@ -1735,6 +1735,13 @@ class ChunkExecutor:
         self.instruction = None
         self.last_action = None if self.hold is None else self.hold.first  # (A,)
 
+    def interrupt(self, told: np.ndarray | None) -> None:
+        """The rest of the last actions is not carried out, as where a subtask ends among them:
+        forgets all chunks. told: (A,), what the robot was told last; None: nothing yet."""
+        self.chunks = []
+        if told is not None:
+            self.last_action = told
+
     def __call__(self, chunk: np.ndarray, instruction: str) -> np.ndarray:
         """Chunk (K, A) predicted now -> the actions to carry out (execute, A). Chunks that were
         predicted for another instruction are forgotten. ValueError for a chunk that is not finite

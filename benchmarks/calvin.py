@@ -352,8 +352,10 @@ def attempt(
             if film and (step + i) % film.every == 0:
                 film.shoot(look()[0][0] if i else images[0], instruction, thought)
             action[-1] = 1 if action[-1] > 0 else -1
+            told = action.copy()  # the robot scales the movement in place
             info = env.step(action)[3]
             if world.oracle.get_task_info_for_set(start, info, {name}):
+                executor.interrupt(told)
                 if film:
                     film.shoot(look()[0][0], instruction, thought)
                 return True

@@ -225,6 +225,38 @@ def flags(tmp_path, data, chains=1):
     )
 
 
+def test_a_gripper_that_holds_still_keeps_what_it_was_told(package, tmp_path):
+    """The first subtask is over after two steps of eight, the gripper closed. Then nothing decodes:
+    it was opened, as the steps would have done that were not carried out."""
+    policy = Scripted(set(calvin.TASKS))
+    policy.hold = vla.Hold(np.arange(7) == 6, np.ones(7))
+    chunk = np.zeros((1, 16, 7), np.float32)
+    chunk[0, :, 6] = [-1, -1, *[1] * 14]
+    chunk[0, :, 0] = 1
+    nothing = np.full_like(chunk, np.nan)
+    answers = [chunk, *[nothing] * 45]
+    policy.act_batch = lambda *args, **kwargs: answers.pop(0)
+    world = calvin.open_world(package)
+    world.env.told = []
+    step = world.env.step
+
+    def keep(action):
+        world.env.told.append(action[6])
+        return step(action)
+
+    world.env.step = keep
+    done = world.oracle.get_task_info_for_set
+    world.oracle.get_task_info_for_set = lambda start, info, names: (
+        len(world.env.told) == 2 or done(start, info, names)
+    )
+    executor = vla.ChunkExecutor(16, 8, hold=policy.hold)
+    first, second = list(calvin.TASKS)[:2]
+    cameras = world.env.cameras
+    assert calvin.attempt(world, cameras, policy, executor, first, [0, 0])
+    assert not calvin.attempt(world, cameras, policy, executor, second, [0, 1])
+    assert world.env.told == [-1] * (2 + 360)
+
+
 def test_the_first_chains_are_filmed(package, tmp_path):
     """A frame every third step of 30 a second, from each look's own picture, and one where a
     subtask ends; the chains are what they are without a film, and so are their actions."""

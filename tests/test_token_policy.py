@@ -190,6 +190,19 @@ def test_an_ensemble_goes_on_behind_what_held_still():
     assert executor(np.arange(4.0)[:, None] + 10, "a").ravel().tolist() == [10, 11]
 
 
+def test_what_was_not_carried_out_is_forgotten():
+    """Of 0 and 1, which were to be carried out, 0 alone was: it holds still by that, and the next
+    chunk is no part of an ensemble with the first."""
+    hold = vla.Hold(keeps=np.array([True]), first=np.array([5.0]))
+    executor = vla.ChunkExecutor(4, 2, 0.1, hold)
+    executor.interrupt(None)
+    assert executor(np.full((4, 1), np.nan), "a").ravel().tolist() == [5, 5]
+    assert executor(np.arange(4.0)[:, None], "a").ravel().tolist() == [0, 1]
+    executor.interrupt(np.array([0.0]))
+    assert executor(np.full((4, 1), np.nan), "a").ravel().tolist() == [0, 0]
+    assert executor(np.arange(4.0)[:, None] + 10, "a").ravel().tolist() == [10, 11]
+
+
 def test_a_row_gets_the_same_in_any_batch(monkeypatch):
     """A real backbone that may write FAST tokens alone, each a chunk of one number; tokens of odd
     index are taken for no chunk, so that about half of the rows are sampled again."""
