@@ -206,6 +206,76 @@ def test_a_reset_forgets_the_chunks_of_the_ensemble():
 
 
 @network
+def test_an_episode_begins_also_with_an_observation_that_is_refused():
+    """The first frame of an episode held NaN. It was refused and its reset with it: the next frame,
+    10, was averaged with the last chunk of the episode before, to (2 + 10/3) / (4/3) = 4."""
+    policy = FakePolicy()
+    policy.spec["stats"]["action"] = {"q01": [-50] * 3, "q99": [50] * 3}
+    server = serve.Server(policy, execute=2, ensemble=np.log(3))
+    with server.listen() as port, protocol.client(port) as robot:
+        for broken in (seen(state=np.full(2, np.nan), reset=True), {"reset": True, "prompt": "go"}):
+            robot.infer(seen(state=np.zeros(2), reset=True))
+            with pytest.raises(protocol.Refused):
+                robot.infer(broken)
+            out = robot.infer(seen(state=np.array([10.0, 0])))
+            assert out["actions"][:, 0].tolist() == [10, 11]
+
+
+@network
+def test_a_reset_is_true_or_false():
+    """Any text was true, "false" too: an ensemble that began anew with each message. numpy's own
+    true was none where it came alone."""
+    policy = FakePolicy()
+    policy.spec["stats"]["action"] = {"q01": [-50] * 3, "q99": [50] * 3}
+    server = serve.Server(policy, execute=2, ensemble=np.log(3))
+    values = ((True, 10), (np.True_, 10), (1, 10), (False, 4), (np.False_, 4), (0, 4), (None, 4))
+    with server.listen() as port, protocol.client(port) as robot:
+        for value, expected in values:
+            robot.infer(seen(state=np.zeros(2), reset=True))
+            out = robot.infer(seen(state=np.array([10.0, 0]), reset=value))
+            assert out["actions"][0, 0] == pytest.approx(expected), value
+        for value in ("false", "no", [0], 2, np.zeros(2), {}):
+            with pytest.raises(protocol.Refused, match="reset is .*; send true or false"):
+                robot.infer(seen(reset=value))
+        for lone in ({"reset": np.True_}, {"reset": 1}, {"observation/reset": True}):
+            robot.infer(seen(state=np.zeros(2), reset=True))
+            assert robot.infer(lone) == {"reset": True}
+            out = robot.infer(seen(state=np.array([10.0, 0])))
+            assert out["actions"][0, 0] == pytest.approx(10)
+
+
+@network
+def test_a_prompt_that_stands_for_an_image_is_refused_as_it_comes_in():
+    """It failed the forward that it shares with other clients, who went alone, and was told '2
+    "<image>" but 1 images; write one tag for each image'."""
+    policy = FakePolicy()
+    with serve.Server(policy).listen() as port, protocol.client(port) as robot:
+        for tag in ("<image>", "<|image_pad|>"):
+            with pytest.raises(protocol.Refused, match="in the prompt stands for an image; leave"):
+                robot.infer(seen(prompt=f"look at {tag}"))
+    assert not policy.batch_sizes
+
+
+@network
+def test_each_camera_has_an_image_of_its_own():
+    """Where two cameras had one key the policy was shown one image twice, without a word. Of an
+    image by our name and one by openpi's, the later in the message was taken."""
+    for keys in (
+        {"image": "cam", "image_wrist": "cam"},
+        {"image": "image_wrist"},
+        {"image": "observation/wrist_image"},
+    ):
+        with pytest.raises(ValueError, match="--keys: image and image_wrist would both be "):
+            serve.Server(FakePolicy(), keys=keys)
+    swapped = serve.Server(FakePolicy(), keys={"image": "image_wrist", "image_wrist": "image"})
+    images = swapped.check(seen(image_wrist=VIEW + 1)).images
+    assert [image.max() for image in images] == [1, 0]
+    server = serve.Server(FakePolicy())
+    for message in ({"observation/image": VIEW + 9, **seen()}, {**seen(), "observation/image": 0}):
+        assert server.check(message).images[0].max() == 0
+
+
+@network
 def test_an_answer_tells_how_long_the_one_before_it_took():
     """All of it, from the wait for the message until the answer was sent: the client below waits 50
     ms before its second message, and the third answer tells of that."""
@@ -424,7 +494,6 @@ def test_other_names_and_refused_settings(monkeypatch):
     )
     assert observation.images[0].max() == 1 and observation.images[1].max() == 0
     assert observation.prompt == "go" and observation.state.tolist() == [0, 0.5]
-    assert observation.reset is False
     monkeypatch.setattr(vla, "load_policy", lambda *args: FakePolicy())
     with server.listen() as port, pytest.raises(OSError, match="in use"):
         serve.main(["--policy", "any", "--keys", "image=cam", "--port", str(port)])
@@ -527,7 +596,7 @@ def test_a_fault_of_the_server_leaves_no_client_waiting():
 
     policy.act_batch = fail
     server = serve.Server(policy)
-    observation = serve.Observation([], "go", np.zeros(2), reset=False, noise_key=[])
+    observation = serve.Observation([], "go", np.zeros(2), noise_key=[])
     other = serve.Job(observation, [1])
     server.waiting.append(other)
     with pytest.raises(AssertionError):

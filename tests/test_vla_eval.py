@@ -98,6 +98,38 @@ async def test_what_does_not_fit_is_told_and_the_episode_goes_on(policy, server,
         assert float((await client.act(other_name))["actions"][0]) == 2
 
 
+@served
+async def test_a_new_instruction_ends_the_chunk_of_the_one_before(policy, server, url):
+    """vla-eval's CALVIN asks for five subtasks in one episode: what was left of a chunk went on
+    after the instruction had changed. Chunk steps are state + 0 .. 3, two of them carried out."""
+    async with connection.Connection(url) as client:
+        await client.start_episode({})
+
+        async def act(state, words, **more):
+            action = await client.act(seen(state, task_description=words, **more))
+            return float(action["actions"][0])
+
+        assert await act(0, "open the drawer") == 0
+        assert await act(2, "lift the block") == 2
+        with pytest.raises(RuntimeError, match="prompt must be text"):
+            await act(3, " ")
+        assert await act(4, "lift the block") == 4, "nothing is left after what was refused"
+        assert await act(1, "lift the block", episode_restart=True) == 1
+        assert await act(3, "lift the block") == 2, "of the chunk that began with the restart"
+    assert server.count["requests"] == 4 and server.count["refused"] == 1
+
+
+@served
+async def test_after_a_restart_it_holds_still_by_what_was_sent(policy, server, url):
+    """The chunk would have closed the gripper in its second step, which was not sent."""
+    policy.hold = vla.Hold(np.array([False, False, True]), np.array([np.nan, np.nan, 5.0]))
+    async with connection.Connection(url) as client:
+        await client.start_episode({})
+        assert (await client.act(seen(1)))["actions"].tolist() == [1, 1, 1]
+        nothing = await client.act(seen(task_description="nan"))
+        assert nothing["actions"].tolist() == [0, 0, 1]
+
+
 def test_a_missing_package_names_its_installation(monkeypatch):
     monkeypatch.setitem(sys.modules, "vla_eval.specs", None)
     with pytest.raises(ValueError, match="pip install vla-eval==0.8.0"):
@@ -114,6 +146,8 @@ def test_cameras_by_name_or_in_their_order():
         vla_eval.read_message(server, {}, seen(images={"agentview": VIEW}))
     with pytest.raises(ValueError, match="--cameras img: the policy has image, image_wrist"):
         vla_eval.model_server(server, {"img": "agentview"})
+    with pytest.raises(ValueError, match="image and image_wrist would both be agentview"):
+        vla_eval.model_server(server, {"image": "agentview", "image_wrist": "agentview"})
 
 
 @served

@@ -10,11 +10,11 @@ A client receives the metadata as it connects; then each observation is answered
 A checkpoint of sft or grpo, which drives by the tokens that it writes (vla.TokenPolicy), reads no
 state; its thoughts, if it thinks (--mode), are in the answer as "thought", and so are those that a
 head reads (vla.py --condition).
-openpi-client drives it unchanged. "reset" begins an episode, as a new prompt does; a message of it
-alone is answered {"reset": True}. What does not fit is answered by one line of text. The message
-seeds the noise: the same one gets the same answer; who compares policies sends "noise_key", numbers
-and words, as ["shelf", trial, step], and these alone then seed it. GET /healthz answers 200 as soon
-as it serves.
+openpi-client drives it unchanged. "reset" begins an episode, as a new prompt does, also where the
+rest is refused; a message of it alone is answered {"reset": True}. What does not fit is answered by
+one line of text. The message seeds the noise: the same one gets the same answer; who compares
+policies sends "noise_key", numbers and words, as ["shelf", trial, step], and these alone then seed
+it. GET /healthz answers 200 as soon as it serves.
 
 Each client has a thread, which reads its messages in turn; forwards are shared by all that wait.
 """
@@ -46,6 +46,7 @@ from tools.protocol import network, pack, unpack
 LARGEST_MESSAGE = 1 << 24  # bytes; a larger one closes its connection
 LARGEST_PORT = 65535
 LONGEST_PROMPT = 2000  # characters
+IMAGE_TAGS = ("<image>", "<|image_pad|>")  # what model.encode() makes images of, or refuses
 LONGEST_KEY = 16  # numbers and words of a noise key
 GATHERING_TIME = 0.002  # seconds: clients that were answered together ask again together
 ANSWERS_A_REPORT = 1000  # requests between two lines of statistics
@@ -64,7 +65,6 @@ class Observation:
     images: list[np.ndarray]  # uint8 (H, W, 3), one for each camera of the policy, in its order
     prompt: str
     state: np.ndarray  # (S,) float32, dataset units; (0,) for a policy that reads none
-    reset: bool  # an episode begins
     noise_key: list[int | str]  # what its noise is drawn by; empty: the message
 
 
@@ -95,13 +95,24 @@ def milliseconds_since(start: float) -> float:
     return 1000 * (time.perf_counter() - start)
 
 
+def our_name(key: str) -> str:
+    """openpi's name of an input -> ours: "observation/wrist_image" -> "image_wrist"."""
+    return re.sub("^observation/", "", key).replace("wrist_image", "image_wrist")
+
+
 def with_our_names(message: dict) -> dict:
-    """Adds to openpi's names of inputs ours: "observation/wrist_image" is "image_wrist" too."""
-    ours = {}
-    for key, value in message.items():
-        name = re.sub("^observation/", "", key).replace("wrist_image", "image_wrist")
-        ours[name] = value
-    return {**message, **ours}
+    """Adds to openpi's names of inputs ours. What a client itself sends by our name stays."""
+    return {**{our_name(key): value for key, value in message.items()}, **message}
+
+
+def asks_for_reset(message: dict) -> bool:
+    """Whether a message begins an episode. ValueError unless it says that by true or false."""
+    value = message.get("reset", False)
+    if isinstance(value, np.ndarray):  # as numpy's own true and false arrive
+        value = value.item() if value.size == 1 else value.tolist()
+    if value not in (None, False, True):
+        raise ValueError(f"reset is {repr(value)[:80]}; send true or false")
+    return bool(value)
 
 
 def is_noise_key(value: Any) -> bool:
@@ -115,6 +126,19 @@ def is_noise_key(value: Any) -> bool:
     return True
 
 
+def check_one_each(flag: str, sources: dict[str, str]) -> None:
+    """ValueError when two cameras of the policy would be shown the same image. sources: camera ->
+    what a client calls it."""
+    camera_of = {}
+    for camera, source in sources.items():
+        if source in camera_of:
+            raise ValueError(
+                f"{flag}: {camera_of[source]} and {camera} would both be {source}; name an image "
+                "of its own for each"
+            )
+        camera_of[source] = camera
+
+
 # ---- Server -------------------------------------------------------------------------------------
 
 
@@ -125,8 +149,9 @@ class Server:
     vla.ChunkExecutor. keys: {our name of an input: what clients call it}; the state may be several
     of theirs, joined by "+". batch: clients that share a forward at most. api_key: what a client
     must know, as in openpi; None: anyone may ask.
-    ValueError when websockets or msgpack is missing, execute or keys do not fit the policy, its
-    head reads recorded thoughts, or api_key cannot stand in a header."""
+    ValueError when websockets or msgpack is missing, execute or keys do not fit the policy, two
+    cameras have the same key, its head reads recorded thoughts, or api_key cannot stand in a
+    header."""
 
     def __init__(
         self,
@@ -160,6 +185,8 @@ class Server:
                     f"--keys {ours}={theirs}: write OURS=THEIRS, ours one of "
                     f"{', '.join(self.inputs)}"
                 )
+        sources = {camera: our_name(self.keys.get(camera, camera)) for camera in policy.cameras}
+        check_one_each("--keys", sources)
 
         self.waiting: list[Job] = []  # in order of arrival
         self.forwarding = threading.Lock()  # held by the one thread that runs the policy
@@ -198,6 +225,9 @@ class Server:
 
         if not isinstance(prompt, str) or is_blank(prompt) or len(prompt) > LONGEST_PROMPT:
             raise ValueError(f"prompt must be text of 1 to {LONGEST_PROMPT} characters, not blank")
+        for tag in IMAGE_TAGS:
+            if tag in prompt:
+                raise ValueError(f"{tag} in the prompt stands for an image; leave it out")
         for camera, image in zip(cameras, images, strict=True):
             vla.check_view(camera, image, self.image_sizes.get(camera))
         state = state.astype(np.float32)
@@ -209,8 +239,7 @@ class Server:
                 f"noise_key is {str(noise_key)[:80]}; send a list of at most {LONGEST_KEY} numbers "
                 "0, 1, ... and words"
             )
-        reset = bool(message.get("reset", False))
-        return Observation(images, prompt, state, reset, noise_key)
+        return Observation(images, prompt, state, noise_key)
 
     def forward(self, jobs: list[Job]) -> list[Decision | Exception]:
         """One forward of the policy -> a decision a job. When it fails each job goes alone, so that
@@ -258,8 +287,6 @@ class Server:
         """What a client, whose chunks `executor` holds, does next; counted. ValueError when the
         policy fails."""
         start = time.perf_counter()
-        if observation.reset:
-            executor.reset()
         decision = self.predict(Job(observation, noise_key))
         predicted = executor(decision.chunk, observation.prompt)  # (n, A)
         actions = np.clip(predicted, self.lowest, self.highest)
@@ -282,9 +309,10 @@ class Server:
         content = unpack(message)
         if not isinstance(content, dict):
             raise TypeError("not a packed dict")
-        if list(content) == ["reset"] and content["reset"] is True:
-            executor.reset()
-            return {"reset": True}
+        if asks_for_reset(with_our_names(content)):
+            executor.reset()  # also where the rest is refused: the episode before is over
+            if len(content) == 1:
+                return {"reset": True}
         observation = self.check(content)
         noise_key = observation.noise_key or [zlib.crc32(message)]
         answer = self.act(observation, noise_key, executor)

@@ -22,7 +22,15 @@ import model
 import vla
 from tools.extras import require
 from tools.protocol import pack
-from tools.serve import Observation, Server, load_server, server_flags, warn_if_open
+from tools.serve import (
+    ANSWERABLE,
+    Observation,
+    Server,
+    check_one_each,
+    load_server,
+    server_flags,
+    warn_if_open,
+)
 
 INSTALL = "vla-eval==0.8.0"
 
@@ -33,6 +41,13 @@ class Episode:
 
     executor: vla.ChunkExecutor
     actions: deque[np.ndarray] = field(default_factory=deque)  # to carry out before the next chunk
+    instruction: str = ""  # that these are for
+    told: np.ndarray | None = None  # (A,), the last action that was sent
+
+    def interrupt(self) -> None:
+        """What is left of the chunk is not carried out."""
+        self.actions.clear()
+        self.executor.interrupt(self.told)
 
 
 def read_message(server: Server, cameras: dict[str, str], message: dict) -> Observation:
@@ -56,8 +71,8 @@ def read_message(server: Server, cameras: dict[str, str], message: dict) -> Obse
 
 def model_server(server: Server, cameras: dict[str, str]):
     """-> the same policy as a vla_eval.model_servers.base.ModelServer, for vla-eval's serve().
-    cameras: see read_message(). ValueError naming the pip install when a package is missing, or the
-    policy's cameras when one is none of them."""
+    cameras: see read_message(). ValueError naming the pip install when a package is missing, the
+    policy's cameras when one is none of them, or two that are named the same image."""
     anyio, base, specs = require(INSTALL, "anyio", "vla_eval.model_servers.base", "vla_eval.specs")
     (threads,) = require(INSTALL, "anyio.to_thread")
     unknown = set(cameras) - set(server.policy.cameras)
@@ -65,6 +80,7 @@ def model_server(server: Server, cameras: dict[str, str]):
         raise ValueError(
             f"--cameras {', '.join(unknown)}: the policy has {', '.join(server.policy.cameras)}"
         )
+    check_one_each("--cameras", cameras)
     forwards = anyio.CapacityLimiter(server.batch)  # threads; a forward serves all that wait
 
     class PolicyServer(base.ModelServer):
@@ -74,15 +90,29 @@ def model_server(server: Server, cameras: dict[str, str]):
 
         async def on_observation(self, obs, ctx):
             episode = self.episodes.setdefault(ctx, Episode(server.executor()))
+            try:
+                await self.decide(obs, episode)
+            except ANSWERABLE:  # which the package tells the simulator
+                with server.counting:
+                    server.count["refused"] += 1
+                raise
+            episode.told = episode.actions.popleft()
+            await ctx.send_action({"actions": episode.told})
+
+        async def decide(self, obs, episode):
+            """Until the episode has an action to carry out."""
+            instruction = obs.get("task_description", episode.instruction)
+            if instruction != episode.instruction or obs.get("episode_restart"):
+                episode.interrupt()
             if not episode.actions:
                 observation = read_message(server, cameras, obs)
+                episode.instruction = observation.prompt
                 content = [observation.images, observation.prompt, observation.state]
                 noise_key = [zlib.crc32(pack(content))]
                 answer = await threads.run_sync(
                     server.act, observation, noise_key, episode.executor, limiter=forwards
                 )
                 episode.actions.extend(answer.actions)
-            await ctx.send_action({"actions": episode.actions.popleft()})
 
         def get_action_spec(self):
             return {"actions": specs.RAW}
