@@ -40,7 +40,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from tools import protocol
 from tools.extras import require
@@ -371,7 +370,9 @@ def run_trials(name: str, policy, args, local: slice) -> Outcome:
     """This process's share of the trials of `evaluate.py metaworld | libero`, which have a fixed
     order. ValueError naming task and trial when a simulator crashes; see FinishedTrials.
     1. what is left to do   2. serve the policy, share the rest among worker processes"""
-    from tools.serve import Server  # not above: workers run in a Python without torch
+    from tqdm import tqdm  # neither above: workers run in a Python without tqdm and torch
+
+    from tools.serve import Server
 
     # 1. what is left to do
     module = importlib.import_module(f"benchmarks.{name}")

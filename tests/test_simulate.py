@@ -18,6 +18,7 @@ import evaluate
 import vla
 from benchmarks import metaworld, simulate
 from fast_tokenizer import read_episodes
+from tools import extras
 
 ROOT = pathlib.Path(__file__).parents[1]
 ALL = slice(None)  # the share of a process alone
@@ -656,6 +657,25 @@ class PushesArm(Right):
     def act_batch(self, images, instructions, states, keys=None):
         self.sizes += [views[0].shape for views in images]
         return np.ones((len(images), 4, 4), np.float32)
+
+
+def test_a_simulator_needs_no_more_than_its_documented_packages():
+    """Meta-World in a Python of its own brings no tqdm, which the worker imported and never used:
+    the evaluation ended in its traceback."""
+    code = "import sys; sys.modules['tqdm'] = None; from benchmarks import metaworld, libero"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_what_an_installed_package_lacks_is_named(tmp_path, monkeypatch):
+    """gymnasium imports packaging and does not ask for it: the cure was to install metaworld, which
+    was there."""
+    (tmp_path / "lacking.py").write_text("import packaging_of_nobody.version")
+    monkeypatch.syspath_prepend(tmp_path)
+    words = "needs the package packaging_of_nobody too: install it beside lacking==1"
+    with pytest.raises(ValueError, match=words):
+        extras.require("lacking==1", "lacking")
+    with pytest.raises(ValueError, match="needs the package nobody: pip install nobody==1"):
+        extras.require("nobody==1", "nobody.part")
 
 
 def test_what_runs_beside_a_simulator_loads_no_torch():
