@@ -393,6 +393,7 @@ def run_trials(name: str, policy, args, local: slice) -> Outcome:
     # 2. serve the policy, share the rest among worker processes
     server = Server(policy, args.execute, args.ensemble, batch=args.batch)
     crashes = []  # (task, number, exit code)
+    processes = []  # of the workers
 
     def run_worker(start):
         """Every so many of the trials that are left, in one worker process."""
@@ -404,6 +405,7 @@ def run_trials(name: str, policy, args, local: slice) -> Outcome:
         order = json.dumps([name, sizes, args.limit, port, numbers, own_filmed, film_folder])
         command = [args.python, "-m", "benchmarks.simulate", order]
         with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, cwd=ROOT) as process:
+            processes.append(process)
             for line in process.stdout:
                 row = json.loads(line)
                 solved[row["task"], row["trial"]] = row["success"]
@@ -421,7 +423,11 @@ def run_trials(name: str, policy, args, local: slice) -> Outcome:
         tqdm(total=len(jobs), initial=done, desc="trials", disable=None) as progress,
         concurrent.futures.ThreadPoolExecutor(args.workers) as pool,
     ):
-        list(pool.map(run_worker, range(min(args.workers, len(jobs_left)))))
+        try:
+            list(pool.map(run_worker, range(min(args.workers, len(jobs_left)))))
+        finally:  # of what stops this process the workers may not have been told
+            for process in processes:
+                process.kill()
     if crashes:
         task, number, code = crashes[0]
         raise ValueError(

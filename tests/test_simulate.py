@@ -4,6 +4,7 @@ with Meta-World itself where it is installed (marker sim)."""
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import types
@@ -213,6 +214,24 @@ def test_a_crash_stops_the_other_workers(toy, tmp_path):
     with pytest.raises(ValueError, match=r"task toy/1, trial 1 \(exit code 139"):
         simulate.run_trials("toy", Right(), toy, ALL)
     assert len(rows(toy)) < 23
+
+
+def test_who_stops_an_evaluation_stops_its_workers(toy):
+    """SIGINT to the evaluating process alone, as of `kill -INT`, was obeyed when all trials were
+    over: it waited for the workers, which went on."""
+    policy = Right()
+    toy.trials = 30
+    act_batch = policy.act_batch
+
+    def stop_once(*args, **kwargs):
+        if not policy.seen:
+            os.kill(os.getpid(), signal.SIGINT)
+        return act_batch(*args, **kwargs)
+
+    policy.act_batch = stop_once
+    with pytest.raises(KeyboardInterrupt):
+        simulate.run_trials("toy", policy, toy, ALL)
+    assert len(rows(toy)) < 30
 
 
 def test_what_a_simulator_refuses_is_one_line(toy, monkeypatch, capfd):
