@@ -11,7 +11,7 @@
     python evaluate.py tabletop --policy runs/grpo --mode think   # or direct: by its own tokens
     python evaluate.py tokens --action-tokenizer runs/fast        # the expert, through these tokens
     python evaluate.py calvin --policy runs/vla --data task_ABC_D --out results/calvin.json
-    torchrun --nproc_per_node 8 evaluate.py libero --policy runs/vla      # any but blind, report
+    torchrun --nproc_per_node 8 evaluate.py libero --policy runs/vla      # or any but blind, report
     python evaluate.py report results/run.json
 
 Each command but `report`, `tokens` and `blind` measures one model and writes its metrics to a
