@@ -17,9 +17,7 @@ several (time, noise) draws share a frame's features (--draws); averaged weights
 Reads --init, --data. Writes runs/vla/{log.jsonl, features/, step_*/, final/}.
 OMP_NUM_THREADS=1 python vla.py              # tabletop; 12 minutes on one CPU core. With torchrun
                                              # --nproc_per_node N on N of them, or on N GPUs
-python vla.py speedrun --condition thought --stride 8 --init I --data D   # as in speedrun.sh: 12
-                                 # minutes on one CPU core, 76.0% of 200 trials succeed on
-                                 # the base [69.6, 81.4], 90.0 on SFT [85.1, 93.4]
+python vla.py speedrun --init I --data D   # as in speedrun.sh: 7 minutes on one CPU core
 torchrun --nproc_per_node 8 vla.py paper --init runs/grpo-paper --data data/libero
                                  # 8 GPUs, both cameras; not run here at full size. An image of
                                  # 128 px (LIBERO as published) is 25 tokens for Qwen2.5-VL, one
@@ -168,7 +166,7 @@ class Config:
 PRESETS = {
     "tabletop": {},
     "speedrun": {
-        "condition": "thought-only", "stride": 4, "horizon": 5, "vl_layers": 0, "future_tokens": 0,
+        "stride": 8, "horizon": 5, "vl_layers": 0, "future_tokens": 0,
         "steps": 2200, "lr": 4e-3, "muon": True, "save_every": 0,
     },
     "paper": {

@@ -126,23 +126,23 @@ def test_the_first_models_are_those_of_the_speedrun():
         assert any(words in data.command for data in study.DATA)
     stages = study.all_stages(study.MATRIX, {"SFT+RL": [3]}, FOLDERS, ranks=2)
     assert stages["SFT_3"].command == (
-        "sft.py speedrun --steps 4800 --shards 1 --data data/3/train/conversations.jsonl:0.5,"
-        "data/3/train/episodes:1.5,data/3/train/thought_actions.jsonl:2 --init assets/tiny-vlm "
+        "sft.py speedrun --data data/3/train/conversations.jsonl:0.5,"
+        "data/3/train/episodes:3,data/3/train/thought_actions.jsonl:0.3 --init assets/tiny-vlm "
         "--out runs/SFT_3 --seed 3 --action-tokenizer data/3/fast"
     )
     assert stages["SFT+RL_3"].command == (
         "grpo.py speedrun --data data/3/train/episodes --init runs/SFT_3 --out runs/SFT+RL_3 "
         "--seed 3"
     )
-    assert stages["SFT+RL_3 head thought"].command == (
-        "vla.py speedrun --stride 8 --condition thought --init runs/SFT+RL_3 "
-        "--data data/3/train/episodes --out runs/heads/SFT+RL_3/thought --seed 3"
+    assert stages["SFT+RL_3 head prompt"].command == (
+        "vla.py speedrun --init runs/SFT+RL_3 "
+        "--data data/3/train/episodes --out runs/heads/SFT+RL_3/prompt --seed 3"
     )
     default = script.partition("0,0)")[2].partition(";;")[0]
-    assert "weights=0.5,1.5,2 #" in re.sub(r"\s+", " ", default)
-    assert "sft=(speedrun --steps 4800 --shards 1)" in default
+    assert "weights=0.5,3,0.3 #" in re.sub(r"\s+", " ", default)
+    assert "sft=(speedrun) #" in re.sub(r"\s+", " ", default)
     assert "grpo=(speedrun)" in default
-    assert "head=(speedrun --condition thought --stride 8)" in default
+    assert "head=(speedrun)" in default
 
 
 def test_what_starts_a_stage():
@@ -822,14 +822,14 @@ def write_results(folder, name, seed, r_a, success=None, preset="study"):
         metrics["given removed r_a"] = {"mean": seed / 10, "low": 0, "high": 1, "n": 4}
     if name != "SFT+RL":
         metrics["exact what"] = {"mean": 0.8 + seed / 10, "low": 0, "high": 1, "n": 4}
-    variant = {
-        "metrics": metrics,
-        "paired": {"think greedy r_a": r_a},
-        "seconds": {"tabletop": {"chunk": 0.01}},
-    }
+    arms = {name: {"metrics": metrics, "paired": {"think greedy r_a": r_a}}}
     if success:
-        variant["paired"]["success"] = success
-    results = {"preset": preset, "arms": {name: variant}, "hardware": "2 cores"}
+        arms[f"{name} prompt"] = {
+            "metrics": {},
+            "paired": {"success": success},
+            "seconds": {"tabletop": {"chunk": 0.01}},
+        }
+    results = {"preset": preset, "arms": arms, "hardware": "2 cores"}
     results |= {"commands": [], "minutes": 1.0}
     folder.mkdir(exist_ok=True)
     (folder / f"{name}_{seed}.json").write_text(json.dumps(results))
@@ -888,10 +888,10 @@ def test_the_report_of_made_up_results(made_up, tmp_path, capsys):
     assert "seeds 0, 1; 2 cores; the study so far took 1.0 worker hours" in section
 
     rows = rows_of(text.split("<!-- study: head differences -->")[1].split("<!-- end -->")[0])
-    without_p = "| thought | 25.0 [0.0, 75.0] | 1 x 4 |"
+    without_p = "| prompt | 25.0 [0.0, 75.0] | 1 x 4 |"
     assert rows["SFT+RL - SFT"].endswith(without_p), "no p where the interval holds 0"
     rows = rows_of(text.split("<!-- study: heads -->")[1].split("<!-- end -->")[0])
-    assert "| thought | 75.0 [25.0, 100.0] | 0.010 | 1 x 4 |" in rows["SFT+RL"]
+    assert "| prompt | 75.0 [25.0, 100.0] | 0.010 | 1 x 4 |" in rows["SFT+RL"]
     rows = rows_of(text.split("<!-- study: cost -->")[1].split("<!-- end -->")[0])
     assert rows["SFT"] == "| SFT | 2,400 samples | 4.2 | 60.0 | 0.0 | 1.0 | 1 |"
     rows = rows_of(text.split("<!-- study: thoughts -->")[1].split("<!-- end -->")[0])
@@ -1077,7 +1077,7 @@ def test_figures_hold_the_differences(made_up):
     assert list(figures) == ["differences", "heads"]
     r_a, head = figures["differences"].axes
     assert r_a.get_title() == "greedy r_a"
-    assert head.get_title() == "success of the head that reads: thought, %"
+    assert head.get_title() == "success of the head that reads: prompt, %"
     labels = [tick.get_text() for tick in r_a.get_yticklabels()]
     assert labels == ["SFT - base", "SFT+RL - base", "SFT+RL - SFT"]
     means = [line.get_xdata()[0] for line in r_a.get_lines() if line.get_marker() == "o"]

@@ -108,7 +108,7 @@ STAGES = {  # name -> command; {0} is a folder
     "{0}/data/episodes:1.5,{0}/data/thought_actions.jsonl:2",
     "grpo": "grpo.py speedrun --steps 2 --prompts 8 --batch 8 --eval-prompts 8 "
     "--no-skip-zero-std --max-new-tokens 48 --init {0}/sft --data {0}/data/episodes --out {0}/grpo",
-    "vla": "vla.py speedrun --condition thought --stride 8 --steps 8 --eval-rows 8 "
+    "vla": "vla.py speedrun --steps 8 --eval-rows 8 "
     "--init {0}/grpo --data {0}/data/episodes --out {0}/vla",
     "actions": "evaluate.py actions --policy {0}/grpo --data {0}/data/episodes --prompts 8 "
     "--out {0}/results.json",

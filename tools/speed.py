@@ -711,7 +711,7 @@ def write_noise_episodes(folder: str, side: int) -> None:
 
 def head_step(args: argparse.Namespace) -> Comparison:
     """The step of vla.py on cached features against the same with the frozen backbone in the loop;
-    the head of the speedrun preset, at 3b and 7b that of the paper's, either on the prompt."""
+    the head of the speedrun preset, at 3b and 7b that of the paper's."""
     # 1. settings
     settings = dict(vla.PRESETS["paper" if args.size in ("3b", "7b") else "speedrun"])
     if args.batch is not None:
@@ -722,7 +722,7 @@ def head_step(args: argparse.Namespace) -> Comparison:
         # 2. features, from the disk or from the backbone
         write_noise_episodes(folder, args.image)
         one_camera = {"data": folder, "out": f"{folder}/out", "cameras": "image"}
-        cfg = vla.Config(**{**settings, **one_camera, "condition": "prompt"})
+        cfg = vla.Config(**{**settings, **one_camera})
         backbone = make_backbone(args)
         dist = model.Dist(0, 1, torch.device(args.device))
         frames = vla.FrameDataset(cfg)

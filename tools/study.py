@@ -141,22 +141,21 @@ MEASURES = {
 ALL_MEASURES = " ".join(MEASURES)
 DRIVE = f"evaluate.py tabletop {TRIALS}"  # by a head
 
-HEAD = "vla.py speedrun --stride 8"
+HEAD = "vla.py speedrun"
 HEADS = {  # ways to the head: what HEAD is told beside data, checkpoint and seed
-    "thought": "--condition thought",  # prompt and thought: the speedrun's
-    "thought-only": "",
-    "prompt": "--condition prompt",  # the paper's
-    "think": "--condition prompt --think",
-    "layer1": "--condition prompt --layer 1",
-    "layer2": "--condition prompt --layer 2",
-    "layer4": "--condition prompt --layer 4",  # the last; the others read 3, 0.64 of the depth
+    "prompt": "",  # the paper's, and the speedrun's
+    "thought": "--condition thought",  # prompt and thought
+    "thought-only": "--condition thought-only",
+    "think": "--think",
+    "layer1": "--layer 1",
+    "layer2": "--layer 2",
+    "layer4": "--layer 4",  # the last; the others read 3, 0.64 of the depth
     # upper bounds, as their backbone is not frozen: the flow loss trains it too; in the second also
     # the loss of its own action tokens
-    "flow": "--condition prompt --cache none --backbone-lr 1e-4",
-    "flow+tokens": "--condition prompt --cache none --backbone-lr 1e-4 --ce-weight 0.1",
+    "flow": "--cache none --backbone-lr 1e-4",
+    "flow+tokens": "--cache none --backbone-lr 1e-4 --ce-weight 0.1",
 }
-FROZEN_HEADS = "thought thought-only prompt think layer1 layer2 layer4"
-OWN_HEAD = "thought"  # it stands under the name of the model itself
+FROZEN_HEADS = "prompt thought thought-only think layer1 layer2 layer4"
 ALL_HEADS = " ".join(HEADS)
 
 # ---- The matrix: models --------------------------------------------------------------------------
@@ -179,10 +178,10 @@ class Model(NamedTuple):
     checkpoint: str = BASE  # of a model without commands
 
 
-MIXTURE = "{train}/conversations.jsonl:0.5,{train}/episodes:1.5,{train}/thought_actions.jsonl:2"
-SFT = "sft.py speedrun --steps 4800 --shards 1"
-HALF_SFT = "sft.py speedrun --steps 2400 --shards 1"
-ON_SFT = "sft.py speedrun --shards 1 --lr 2e-4 --probe-prompts 0"  # a little more SFT
+MIXTURE = "{train}/conversations.jsonl:0.5,{train}/episodes:3,{train}/thought_actions.jsonl:0.3"
+SFT = "sft.py speedrun"
+HALF_SFT = "sft.py speedrun --steps 2400"
+ON_SFT = "sft.py speedrun --lr 2e-4 --probe-prompts 0"  # a little more SFT
 REJECTION = [  # the right ones of RL's rollouts, then SFT on those
     "evaluate.py actions --policy {init} --data {train}/episodes --split train "
     "--prompts 2560 --samples 8 --keep 2 --keep-right {out}_rows/thoughts.jsonl "
@@ -191,11 +190,19 @@ REJECTION = [  # the right ones of RL's rollouts, then SFT on those
 ]
 ECOT = [f"{ON_SFT} --steps 107 --data {{train}}/thought_actions.jsonl"]  # RL's number of prompts
 RL = "grpo.py speedrun --data {train}/episodes"  # 80 steps of 32 prompts: 2,560 prompts
-# SFT nearly as the paper's, whose FAST samples carry no thought: 1% of these think before they act
+# 8% of SFT's samples think before they act. In the paper none do; here nearly none, many, or half:
 FEW_THOUGHTS = "{train}/conversations.jsonl:1,{train}/episodes:3,{train}/thought_actions.jsonl:0.04"
-SOME_THOUGHTS = "{train}/conversations.jsonl:.5,{train}/episodes:3,{train}/thought_actions.jsonl:.3"
 MANY_THOUGHTS = "{train}/conversations.jsonl:.5,{train}/episodes:2,{train}/thought_actions.jsonl:1"
+HALF_THOUGHTS = (
+    "{train}/conversations.jsonl:0.5,{train}/episodes:1.5,{train}/thought_actions.jsonl:2"
+)
 SCREENING = {"against": "SFT SFT+RL", "measures": "actions", "seeds": 1}
+ON_HALF = {
+    "against": "base half",
+    "heads": "thought",
+    "measures": "actions think thought",
+    "seeds": 1,
+}
 
 MODELS = [
     # the paper's
@@ -330,23 +337,41 @@ MODELS = [
         "more SFT for as long as RL takes",
         against="few", heads="thought prompt", measures="actions think",
     ),
-    # between it and SFT: how many of SFT's samples must think before the model reads its thought?
-    Model(
-        "some", "base", [f"{SFT} --data {SOME_THOUGHTS}"],
-        "SFT where 8% of the samples think before they act",
-        against="base few SFT", heads="thought prompt",
-        measures="actions think direct vqa thought probe",
-    ),
-    Model(
-        "some+RL", "some", [RL], "does RL help where thoughts are few and read?",
-        against="base some", heads="thought prompt",
-        measures="actions think direct vqa thought probe",
-    ),
+    # SFTs that think before they act more often, until the motion follows the thought
     Model(
         "many", "base", [f"{SFT} --data {MANY_THOUGHTS}"],
         "SFT where 29% of the samples think before they act",
         against="base SFT", heads="thought prompt",
         measures="actions think direct vqa thought probe",
+    ),
+    Model(
+        "half", "base", [f"{SFT} --data {HALF_THOUGHTS}"],
+        "SFT where 50% of the samples think before they act",
+        against="base SFT", heads="thought prompt", measures=ALL_MEASURES, seeds=5,
+    ),
+    Model(
+        "half+RL", "half", [RL], "does RL help where the thought is the cause?",
+        against="base half half-rejection half-ECoT half-no-thought half-more half-language-RL "
+        "half-visual-RL",
+        heads="thought prompt", measures=ALL_MEASURES, seeds=5,
+    ),
+    Model(
+        "half-language-RL", "half", ["grpo.py language --data {words}/conversations.jsonl"],
+        "RL on answers in words there", **ON_HALF,
+    ),
+    Model(
+        "half-visual-RL", "half", ["grpo.py visual --data {words}/conversations.jsonl"],
+        "RL on points and paths there", **ON_HALF,
+    ),
+    Model("half-ECoT", "half", ECOT, "thought + action of the expert there", **ON_HALF),
+    Model(
+        "half-no-thought", "half", [f"{ON_SFT} --steps 107 --data {{train}}/episodes"],
+        "actions without thoughts there", **ON_HALF,
+    ),
+    Model("half-rejection", "half", REJECTION, "rejection sampling there", **ON_HALF),
+    Model(
+        "half-more", "half", [f"{ON_SFT} --steps 800 --data {HALF_THOUGHTS}"],
+        "more SFT there", **ON_HALF,
     ),
     # another architecture
     Model(
@@ -451,9 +476,8 @@ def folder_name(name: str, seed: int) -> str:
 
 
 def variant_name(name: str, head: str = "") -> str:
-    """What a model is called in its results file: "SFT", and "SFT prompt" of that head; OWN_HEAD
-    stands under the name of the model itself."""
-    return name if head in ("", OWN_HEAD) else f"{name} {head}"
+    """What a model is called in its results file: "SFT", and "SFT prompt" of that head."""
+    return f"{name} {head}".strip()
 
 
 def model_named(models: list[Model], name: str) -> Model:
@@ -583,7 +607,7 @@ def stages_of(
         command = f"{HEAD} {matrix.heads[head]}".strip()
         added = f"--init {checkpoint} --data {{train}}/episodes --out {out} --seed {seed}"
         yield Stage(f"{name} head {head}", complete(command, added), out, kind_of(command))
-        kind = "tabletop" if "--condition prompt" in command else "tabletop thought"
+        kind = "tabletop thought" if "--condition" in command else "tabletop"
         yield measure(f"drives {head}", DRIVE, out, variant_name(one.name, head), kind)
 
 
@@ -614,7 +638,7 @@ def kind_of(command: str) -> str:
         return "sft.py base"  # twice as many samples a step
     if "--backbone-lr" in words:
         return "vla.py trained"
-    if words[0] == "vla.py" and "--condition prompt" not in command:
+    if words[0] == "vla.py" and "--condition" in words:
         return "vla.py thought"  # it takes time to write them
     return words[0]
 
