@@ -16,7 +16,8 @@ A conversation whose answer is "<answer><ACTION></answer>", with the actions in 
 
 Reads  --init, --data, --action-tokenizer. Writes runs/sft/{log.jsonl, step_*/, final/}.
 torchrun --nproc_per_node 2 sft.py                     # tabletop; 15 minutes on 2 CPU cores
-torchrun --nproc_per_node 2 sft.py speedrun --data D   # D as in speedrun.sh; 23 minutes
+torchrun --nproc_per_node 2 sft.py speedrun --data D   # D as in speedrun.sh; 23 minutes, sampled
+                                         # r_a 0.16 [0.15, 0.18]
 torchrun --nproc_per_node 8 sft.py paper --action-tokenizer fast/   # on PAPER_MIXTURE; 17.8K steps,
                                          # 30 h on the authors' 8 H200s; not run here at full size
 

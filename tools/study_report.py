@@ -119,6 +119,8 @@ METRICS = [  # of a model itself
     Metric("think success", "by its own tokens, %", 100, 1),
     Metric("think sampled success", "by them as sampled, %", 100, 1),
     Metric("think chain length", "chain, own tokens", 1, 2),
+    Metric("direct success", "by them without a thought, %", 100, 1),
+    Metric("direct chain length", "chain, without a thought", 1, 2),
 ]
 HEAD_METRICS = [  # of a head on it
     Metric("success", "success, %", 100, 1),
