@@ -144,6 +144,7 @@ DRIVE = f"evaluate.py tabletop {TRIALS}"  # by a head
 HEAD = "vla.py speedrun"
 HEADS = {  # ways to the head: what HEAD is told beside data, checkpoint and seed
     "prompt": "",  # the paper's, and the speedrun's
+    "prompt-long": "--stride 4 --steps 4400",  # twice its frames and steps
     "thought": "--condition thought",  # prompt and thought
     "thought-only": "--condition thought-only",
     "think": "--think",
@@ -155,7 +156,7 @@ HEADS = {  # ways to the head: what HEAD is told beside data, checkpoint and see
     "flow": "--cache none --backbone-lr 1e-4",
     "flow+tokens": "--cache none --backbone-lr 1e-4 --ce-weight 0.1",
 }
-FROZEN_HEADS = "prompt thought thought-only think layer1 layer2 layer4"
+FROZEN_HEADS = "prompt prompt-long thought thought-only think layer1 layer2 layer4"
 ALL_HEADS = " ".join(HEADS)
 
 # ---- The matrix: models --------------------------------------------------------------------------
@@ -208,7 +209,7 @@ MODELS = [
     # the paper's
     Model(
         "base", "", [], "the pretrained model under the head",
-        against="", heads="thought prompt", measures="actions vqa probe", seeds=5,
+        against="", heads="thought prompt prompt-long", measures="actions vqa probe", seeds=5,
     ),
     Model(
         "language-SFT", "base", [f"{HALF_SFT} --data {{train}}/conversations.jsonl"],
