@@ -181,7 +181,7 @@ class Model(NamedTuple):
 
 MIXTURE = "{train}/conversations.jsonl:0.5,{train}/episodes:3,{train}/thought_actions.jsonl:0.3"
 SFT = "sft.py speedrun"
-HALF_SFT = "sft.py speedrun --steps 2400"
+SHORT_SFT = "sft.py speedrun --steps 2400"  # half as many samples
 ON_SFT = "sft.py speedrun --lr 2e-4 --probe-prompts 0"  # a little more SFT
 REJECTION = [  # the right ones of RL's rollouts, then SFT on those
     "evaluate.py actions --policy {init} --data {train}/episodes --split train "
@@ -212,12 +212,12 @@ MODELS = [
         against="", heads="thought prompt prompt-long", measures="actions vqa probe", seeds=5,
     ),
     Model(
-        "language-SFT", "base", [f"{HALF_SFT} --data {{train}}/conversations.jsonl"],
+        "language-SFT", "base", [f"{SHORT_SFT} --data {{train}}/conversations.jsonl"],
         "language alone, as many samples as action-SFT",
         heads="thought prompt", measures="actions vqa probe",
     ),
     Model(
-        "action-SFT", "base", [f"{HALF_SFT} --data {{train}}/episodes"],
+        "action-SFT", "base", [f"{SHORT_SFT} --data {{train}}/episodes"],
         "actions alone, as many samples as language-SFT",
         against="base language-SFT SFT", heads="prompt", measures="actions direct vqa probe",
     ),
@@ -608,7 +608,7 @@ def stages_of(
         command = f"{HEAD} {matrix.heads[head]}".strip()
         added = f"--init {checkpoint} --data {{train}}/episodes --out {out} --seed {seed}"
         yield Stage(f"{name} head {head}", complete(command, added), out, kind_of(command))
-        kind = "tabletop thought" if "--condition" in command else "tabletop"
+        kind = "tabletop thought" if kind_of(command) == "vla.py thought" else "tabletop"
         yield measure(f"drives {head}", DRIVE, out, variant_name(one.name, head), kind)
 
 

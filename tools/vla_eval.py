@@ -41,7 +41,6 @@ class Episode:
 
     executor: vla.ChunkExecutor
     actions: deque[np.ndarray] = field(default_factory=deque)  # to carry out before the next chunk
-    instruction: str = ""  # that these are for
     told: np.ndarray | None = None  # (A,), the last action that was sent
 
     def interrupt(self) -> None:
@@ -101,12 +100,12 @@ def model_server(server: Server, cameras: dict[str, str]):
 
         async def decide(self, obs, episode):
             """Until the episode has an action to carry out."""
-            instruction = obs.get("task_description", episode.instruction)
-            if instruction != episode.instruction or obs.get("episode_restart"):
+            carried_out = episode.executor.instruction
+            is_new = obs.get("task_description", carried_out) != carried_out
+            if is_new or obs.get("episode_restart"):
                 episode.interrupt()
             if not episode.actions:
                 observation = read_message(server, cameras, obs)
-                episode.instruction = observation.prompt
                 content = [observation.images, observation.prompt, observation.state]
                 noise_key = [zlib.crc32(pack(content))]
                 answer = await threads.run_sync(
