@@ -1192,6 +1192,7 @@ def make_parser(asked: str) -> argparse.ArgumentParser:
     if asked == "thought":
         from benchmarks import thought
 
+        thought.arguments(command.add_argument)
         command.set_defaults(run=thought.measure)
 
     command = commands.add_parser("vqa", help="scored answers to questions")

@@ -7,6 +7,7 @@
 2. the thought is replaced as a whole (REPLACEMENTS) or one of its statements is edited (EDITS)
 3. the model writes the action that follows: how it differs, how right it is, and for edits
    whether the motion turns the way that the edited thought says
+4. what a thought is worth: the r_a to be expected behind the model's own, sampled and true ones
 
 A thought that is only decoration can be removed or edited and the action stays. DeepThinkVLA
 (arXiv 2511.15669), which thinks and then writes FAST tokens, succeeds on LIBERO in 97.0% with its
@@ -19,9 +20,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 import evaluate
 import fast_tokenizer
+import grpo
 import model
 import vla
 from benchmarks import tabletop_data
@@ -275,16 +278,120 @@ def distance(a: After, b: After, stats) -> float:
     return float(np.abs(chunks[0] - chunks[1]).mean())
 
 
+# ---- What a thought is worth ---------------------------------------------------------------------
+#
+# A thought is worth the r_a that is to be expected behind it: the prefix reward's mean over all
+# answers (grpo.expected_prefix), 0 where the completion is not well formed until its answer. RL
+# that chose among the thoughts that a model samples could gain what the best of them are worth
+# beyond their mean, if it knew which; by choosing what the model holds most probable anyway, what
+# the own thought is worth beyond it.
+
+
+class Worth(NamedTuple):
+    """What thoughts about one prompt are worth."""
+
+    own: float  # the most probable one
+    true: float  # as recorded with the episode; NaN where it is not
+    sampled: np.ndarray  # (n,) sampled as RL samples them
+    drawn: np.ndarray  # (n,) r_a of the answers that were drawn behind those
+
+
+def expected_r_a(
+    backbone: Backbone, prompts: evaluate.Prompts, completions: list[list[int]], n: int, args
+) -> np.ndarray:
+    """B * n completions, those of a prompt side by side -> E[r_a] behind the thought of each,
+    (B, n)."""
+    if not prompts.rows:  # a rank may have none
+        return np.zeros((0, n))
+    targets = [target for target in prompts.targets for _ in range(n)]
+    longest = max(map(len, completions))
+    unused_logp = torch.zeros(len(completions), longest, device=args.device)  # of the sampler
+    ids, mask, _, is_target = grpo.with_targets(backbone, unused_logp, completions, targets, True)
+    at_once = max(args.batch // n, 1)  # prompts a forward
+    logps = []
+    with torch.no_grad():
+        for first in range(0, len(prompts.rows), at_once):
+            end = first + at_once
+            of_rows = slice(first * n, end * n)
+            rows = prompts.rows[first:end]
+            logps.append(grpo.completion_logp(backbone, rows, ids[of_rows], mask[of_rows]))
+    return grpo.expected_prefix(torch.cat(logps), is_target).view(-1, n).cpu().numpy()
+
+
+def worths(
+    backbone: Backbone,
+    prompts: evaluate.Prompts,
+    own: list[list[int]],
+    true: list[str | None],
+    args,
+) -> list[Worth]:
+    """own: the most probable completions, true: the recorded thoughts, one a prompt each."""
+    n = args.samples
+    # 1. the most probable ones
+    of_own = expected_r_a(backbone, prompts, own, 1, args)[:, 0]
+    # 2. the true ones, before any answer
+    of_true = np.full(len(own), np.nan)
+    known = [b for b, text in enumerate(true) if text is not None]
+    thought_ids = vla.given_thoughts(backbone, [true[b] for b in known], len(known))
+    any_answer = backbone.tokenizer.encode(
+        f"{model.action_answer([0])}<|im_end|>", add_special_tokens=False
+    )
+    completions = [[*ids.tolist(), *any_answer] for ids in thought_ids]
+    of_true[known] = expected_r_a(backbone, subset(prompts, known), completions, 1, args)[:, 0]
+    # 3. sampled ones, and what their own answers earned
+    completions = evaluate.complete(backbone, prompts, n, False, args)
+    of_sampled = expected_r_a(backbone, prompts, completions, n, args)
+    targets = [target for target in prompts.targets for _ in range(n)]
+    _, parts = grpo.reward(backbone, completions, targets)
+    drawn = parts["r_a"].reshape(-1, n)
+    return [Worth(*values) for values in zip(of_own, of_true, of_sampled, drawn, strict=True)]
+
+
+def worth_metrics(
+    values: list[Worth],
+) -> tuple[dict[str, evaluate.Interval], dict[str, list[float | None]]]:
+    """What the thoughts about all prompts are worth -> metrics, and their values of each prompt."""
+    of_prompts = {
+        "own": [value.own for value in values],
+        "true": [value.true for value in values],
+        "sampled": [value.sampled.mean() for value in values],
+        "best": [value.sampled.max() for value in values],
+        "spread": [value.sampled.std() for value in values],
+        "drawn spread": [value.drawn.std() for value in values],
+    }
+    metrics = {}
+    paired = {}
+    for name, each in of_prompts.items():
+        finite = [float(value) for value in each if np.isfinite(value)]
+        if finite:
+            metrics[f"worth {name}"] = evaluate.bootstrap(finite)
+            rounded = [round(float(value), 5) if np.isfinite(value) else None for value in each]
+            paired[f"worth {name}"] = rounded
+    return metrics, paired
+
+
 # ---- Command -------------------------------------------------------------------------------------
+
+
+def arguments(add):
+    add(
+        "--samples",
+        type=fast_tokenizer.count,
+        default=8,
+        help="sampled thoughts a prompt, of which it is measured what they are worth",
+    )
 
 
 def measure(args):
     """`evaluate.py thought`. Metrics "given NAME ..." of each replacement: "r_a", "l1", "decodes",
     "changed" (share of actions whose tokens differ from those after the own thought), "moved" (how
     far the decoded motion is from that one, normalised units); "edited NAME follows": how often
-    the motion has the direction of the edit, and "... before": how often it had it already.
+    the motion has the direction of the edit, and "... before": how often it had it already; "worth
+    NAME": E[r_a] behind the "own" thought, the "true" one, "sampled" ones (mean) and the "best" of
+    those, its "spread" (std) among those of a prompt, and the "drawn spread", of their answers'
+    r_a.
 
-    1. own thoughts   2. replaced   3. edited   4. metrics, of the prompts of all ranks"""
+    1. own thoughts   2. replaced   3. edited   4. their worth   5. metrics of all ranks"""
     started = time.time()
     if args.prompts < 2:
         raise ValueError("--prompts 1: there is no other thought to give; ask for two or more")
@@ -304,14 +411,17 @@ def measure(args):
     own = [vla.thought_text(backbone, ids) for ids in written]
     other = others(evaluate.gather(own, dist), model.rng(args.seed, "swap"))[local]
 
+    true = []  # as recorded; None: not
+    for episode, step in prompts.steps:
+        true.append(episode.thoughts[step] if episode.thoughts else None)
+
     # 2. replaced
     after = {}  # name -> of each prompt what follows
     for name, replace in REPLACEMENTS.items():
         thoughts = []
-        for b, (episode, step) in enumerate(prompts.steps):
-            true = episode.thoughts[step] if episode.thoughts else None
+        for b, known in enumerate(map(Known, own, other, true)):
             rng = model.rng(args.seed, name, prompts.keys[b])
-            thoughts.append(replace(Known(own[b], other[b], true), rng, backbone))
+            thoughts.append(replace(known, rng, backbone))
         if None in evaluate.gather(thoughts, dist):
             if dist.rank == 0:
                 print(f"{name}: left out, as not all episodes hold thoughts")
@@ -335,13 +445,20 @@ def measure(args):
             does_now = follows(answer, of_prompts[b])
             followed[name].append((did_before, does_now))
 
-    # 4. metrics, of the prompts of all ranks
+    # 4. their worth
+    local_worths = worths(backbone, prompts, written, true, args)
+
+    # 5. metrics, of all ranks' prompts
     steps = evaluate.steps_of(prompts, dist)
+    all_worths = evaluate.gather(local_worths, dist)
     after = {name: evaluate.gather(values, dist) for name, values in after.items()}
     shares = {name: shares_of_all_ranks(values, dist) for name, values in followed.items()}
     if dist.rank == 0:
         metrics, paired = replacement_metrics(after, backbone.action_tokenizer.stats)
         metrics |= edit_metrics(shares)
+        worth, worth_paired = worth_metrics(all_worths)
+        metrics |= worth
+        paired |= worth_paired
         print_table(metrics)
         items = dict.fromkeys(paired, steps)
         words = f"{args.prompts} from {words}"
@@ -405,3 +522,6 @@ def print_table(metrics: dict[str, evaluate.Interval]):
             before = metrics[f"edited {edit} before"]["mean"]
             interval = "{mean:.3f} [{low:.3f}, {high:.3f}], n {n}".format(**value)
             print(f"{edit:18s} follows {interval}; before {before:.3f}")
+    for name in [name for name in metrics if name.startswith("worth ")]:
+        value = metrics[name]
+        print(f"{name:18s} {value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]")

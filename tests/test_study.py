@@ -811,6 +811,8 @@ More prose.
 <!-- end -->
 <!-- study: thoughts -->
 <!-- end -->
+<!-- study: worths -->
+<!-- end -->
 <!-- study: questions -->
 <!-- end -->
 """
@@ -819,7 +821,8 @@ More prose.
 def write_results(folder, name, seed, r_a, success=None, preset="study"):
     metrics = {"think sampled r_f": {"mean": 0.9 + seed / 100, "low": 0, "high": 1, "n": 4}}
     if name == "SFT":
-        metrics["given removed r_a"] = {"mean": seed / 10, "low": 0, "high": 1, "n": 4}
+        for metric in ("given removed r_a", "worth own"):
+            metrics[metric] = {"mean": seed / 10, "low": 0, "high": 1, "n": 4}
     if name != "SFT+RL":
         metrics["exact what"] = {"mean": 0.8 + seed / 10, "low": 0, "high": 1, "n": 4}
     arms = {name: {"metrics": metrics, "paired": {"think greedy r_a": r_a}}}
@@ -899,6 +902,9 @@ def test_the_report_of_made_up_results(made_up, tmp_path, capsys):
         "model": "| model | none |",
         "SFT": "| SFT | 0.050 (0.000 to 0.100) |",
     }, "neither models that were not asked nor what was asked of none"
+    rows = rows_of(text.split("<!-- study: worths -->")[1].split("<!-- end -->")[0])
+    assert rows["model"] == "| model | the most probable one |"
+    assert rows["SFT"] == "| SFT | 0.050 (0.000 to 0.100) |"
     rows = rows_of(text.split("<!-- study: questions -->")[1].split("<!-- end -->")[0])
     same = "0.850 (0.800 to 0.900)"
     assert rows == {

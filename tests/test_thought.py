@@ -227,7 +227,8 @@ def measured(monkeypatch, data, out, obeys, world=1):
             words = own or prompt.rpartition("<think>")[2].partition("</think>")[0]
             chunk = np.tile(action(words), (1, 5, 1)).astype(np.float32)
             answer = model.action_answer(backbone.action_tokenizer.encode(chunk)[0])
-            texts.append((f"<think>{own}</think>" if own else "") + answer + "<|im_end|>")
+            text = (f"<think>{own}</think>" if own else "") + answer + "<|im_end|>"
+            texts += [text] * n
         ids = [backbone.tokenizer.encode(text) for text in texts]
         longest = max(map(len, ids), default=0)
         padded = [row + [backbone.vocab.pad] * (longest - len(row)) for row in ids]
@@ -268,6 +269,12 @@ def test_a_model_that_obeys_its_thought(monkeypatch, data, tmp_path):
         assert metrics[f"given {name} changed"]["mean"] > 0.5, name
         assert metrics[f"given {name} l1"]["mean"] > metrics["given kept l1"]["mean"]
     assert len(variant["paired"]["given swapped r_a"]) == 40
+    # it thinks the truth alone: its own, sampled and true thoughts are worth the same
+    for name in ("true", "sampled", "best"):
+        own = variant["paired"]["worth own"]
+        np.testing.assert_allclose(variant["paired"][f"worth {name}"], own, atol=2e-5)
+    assert metrics["worth own"]["mean"] > 0
+    assert metrics["worth spread"]["mean"] < 1e-5 and metrics["worth drawn spread"]["mean"] == 0
 
 
 def test_ranks_equal_one(monkeypatch, data, tmp_path):
@@ -275,7 +282,14 @@ def test_ranks_equal_one(monkeypatch, data, tmp_path):
     one, two = (
         measured(monkeypatch, data, tmp_path / f"{world}.json", True, world) for world in (1, 2)
     )
-    assert two["paired"] == one["paired"] and two["items"] == one["items"]
+    assert two["items"] == one["items"]
+    worth = [name for name in one["metrics"] if name.startswith("worth ")]
+    assert len(worth) == 6
+    for name in worth:  # of forwards that are padded otherwise on two ranks
+        expected = one["paired"].pop(name)
+        np.testing.assert_allclose(two["paired"].pop(name), expected, atol=2e-5)
+        assert two["metrics"].pop(name) == pytest.approx(one["metrics"].pop(name), abs=2e-5)
+    assert two["paired"] == one["paired"]
     assert two["metrics"] == one["metrics"]
 
 
@@ -298,6 +312,7 @@ def test_other_worlds_keep_the_replacements(monkeypatch, data, tmp_path, capsys)
     write_episodes(tmp_path / "episodes", recordings)
     metrics = measured(monkeypatch, tmp_path / "episodes", tmp_path / "r.json", True)["metrics"]
     assert "edits: left out" in capsys.readouterr().out
+    assert "worth true" in metrics
     assert "given true r_a" in metrics and not any(name.startswith("edited") for name in metrics)
 
 
@@ -321,6 +336,64 @@ def test_the_answer_after_its_own_thought_is_its_own():
     given = model.with_thought(row, whole[:10].numpy())
     rest = model.generate(backbone, [given], 1, 14, greedy=True)["ids"][0]
     assert len(whole) == 24 and torch.equal(rest, whole[10:])
+
+
+def test_what_a_thought_is_worth_by_its_definition(data):
+    """(p(t_1) + p(t_1) p(t_2) + ...) / m behind the thought, by one forward of each whole row; a
+    completion without its thought is worth 0. The untrained model's p are about 1 / V."""
+    backbone = model.load(untrained.folder("tiny-vlm"))
+    chunks = np.random.default_rng(0).uniform(-1, 1, (300, 5, 7)).astype(np.float32)
+    backbone.action_tokenizer = FastTokenizer.fit(chunks, 128, scale=4)
+    sft.grow_vocabulary(backbone, backbone.action_tokenizer.vocab_size)
+    args = types.SimpleNamespace(batch=2, device="cpu")
+    row = model.encode(
+        backbone,
+        model.action_prompt("go", True),
+        [np.full((64, 64, 3), 90, np.uint8)],
+        prompt_only=True,
+    )
+    prompts = evaluate.Prompts([0, 1], [row, row], [[3, 5], [7]], np.zeros((2, 5, 7)), [])
+    completions = []
+    for text in ("<think>left</think>", "", "<think>right</think>", "<think>left</think>"):
+        answer = f"{text}{model.action_answer([9])}<|im_end|>"
+        completions.append(backbone.tokenizer.encode(answer, add_special_tokens=False))
+    worth = thought.expected_r_a(backbone, prompts, completions, 2, args)
+    assert worth.shape == (2, 2) and worth[0, 1] == 0
+
+    def by_hand(text, target):
+        ids = backbone.tokenizer.encode(f"{text}<answer>{model.ACTION_START}")
+        tokens = [*(backbone.vocab.fast[i] for i in target), backbone.vocab.action_end]
+        whole = model.with_thought(row, np.array([*ids, *tokens]))
+        batch = model.collate([whole], backbone.vocab.pad)
+        with torch.no_grad():
+            hidden = model.hidden_states(backbone.net, batch)[0, -len(tokens) - 1 : -1]
+            logits = backbone.net.lm_head(hidden).float()
+        logits[:, list(backbone.vocab.banned)] = -torch.inf
+        p = logits.softmax(-1)[torch.arange(len(tokens)), torch.tensor(tokens)]
+        return float(p.cumprod(0).mean())
+
+    wanted = [by_hand("<think>left</think>", [3, 5])]
+    wanted += [by_hand(f"<think>{word}</think>", [7]) for word in ("right", "left")]
+    np.testing.assert_allclose([worth[0, 0], *worth[1]], wanted, rtol=1e-4)
+    assert wanted[1] != wanted[2]
+
+
+def test_worths_of_prompts_by_hand():
+    """Nothing is told of true thoughts where no episode holds one."""
+    values = [
+        thought.Worth(0.5, np.nan, np.array([0.1, 0.3]), np.array([0.0, 1.0])),
+        thought.Worth(0.7, np.nan, np.array([0.4, 0.4]), np.array([0.5, 0.5])),
+    ]
+    metrics, paired = thought.worth_metrics(values)
+    means = {name: round(value["mean"], 4) for name, value in metrics.items()}
+    assert means == {
+        "worth own": 0.6,
+        "worth sampled": 0.3,
+        "worth best": 0.35,
+        "worth spread": 0.05,
+        "worth drawn spread": 0.25,
+    }
+    assert paired["worth best"] == [0.3, 0.4]
 
 
 def test_one_prompt_has_no_other_thought(data, tmp_path):

@@ -314,6 +314,14 @@ THOUGHTS = {
     "edited cell follows": "of the cell alone",
     "edited left-right follows": "of left and right",
 }
+WORTHS = {
+    "worth drawn spread": "r_a that is paid differs by",
+    "worth spread": "what thoughts are worth by",
+    "worth sampled": "a sampled thought is worth",
+    "worth own": "the most probable one",
+    "worth best": "the best of eight",
+    "worth true": "the true one",
+}
 QUESTIONS = {
     "exact where": "where",
     "exact what": "what",
@@ -527,6 +535,7 @@ TABLES: dict[str, Callable[[Report], list[str]]] = {
     "models": models_table,
     "differences": lambda report: differences_table(report, of_heads=False),
     "thoughts": lambda report: metrics_table(report, THOUGHTS, "prompts"),
+    "worths": lambda report: metrics_table(report, WORTHS, "prompts"),
     "questions": lambda report: metrics_table(report, QUESTIONS, "questions"),
     "probe": lambda report: metrics_table(report, PROBES, "trajectories"),
     "heads": heads_table,
