@@ -813,6 +813,8 @@ More prose.
 <!-- end -->
 <!-- study: worths -->
 <!-- end -->
+<!-- study: worth differences -->
+<!-- end -->
 <!-- study: questions -->
 <!-- end -->
 """
@@ -915,6 +917,28 @@ def test_the_report_of_made_up_results(made_up, tmp_path, capsys):
 
     study.main(arguments)
     assert page.read_text() == text, "the same again"
+
+
+def test_what_a_gain_behind_thoughts_comes_from(made_up):
+    """A sampled thought is worth 0.1 more after RL, the true one, which is the same, 0.04: that
+    much is of answers, the other 0.06 of thoughts. A prompt without a true thought tells of
+    neither."""
+    for name, sampled, true in (
+        ("SFT", [0.1, 0.2], [0.3, None]),
+        ("SFT+RL", [0.2, 0.3], [0.34, 1]),
+    ):
+        path = made_up / f"{name}_0.json"
+        results = json.loads(path.read_text())
+        results["arms"][name]["paired"] |= {"worth sampled": sampled, "worth true": true}
+        path.write_text(json.dumps(results))
+    results = study_report.read_study(str(made_up), study.MATRIX)
+    comparisons = study_report.compare(results, study.MATRIX, 100)
+    report = study_report.Report(results, study.MATRIX, comparisons, study.read_records(made_up))
+    rows = rows_of("\n".join(study_report.TABLES["worth differences"](report)))
+    assert list(rows) == ["difference", "SFT+RL - SFT"]
+    cells = [cell.split(" [")[0] for cell in rows["SFT+RL - SFT"].split(" | ")]
+    assert cells[1:] == ["0.100", "0.040", "0.060", "1 x 2; 1 x 1 |"]
+    assert "worth" not in "".join(study_report.TABLES["differences"](report))
 
 
 def test_minutes_of_a_part_are_of_the_seeds_that_ran_it(made_up):

@@ -357,6 +357,17 @@ MODELS = [
         heads="thought prompt", measures=ALL_MEASURES, seeds=5,
     ),
     Model(
+        "half+RL-expected", "half", [f"{RL} --credit expected"],
+        "the reward that is to be expected behind a thought, where thoughts differ in it",
+        against="base half half+RL", heads="thought", measures="actions think thought",
+    ),
+    Model(
+        "half+RL-expected-3x", "half", [f"{RL} --credit expected --steps 240"],
+        "and three times as much of it?",
+        against="base half half+RL half+RL-expected", heads="thought",
+        measures="actions think thought", seeds=1,
+    ),
+    Model(
         "half-language-RL", "half", ["grpo.py language --data {words}/conversations.jsonl"],
         "RL on answers in words there", **ON_HALF,
     ),
@@ -773,7 +784,7 @@ DRIVEN = r"(success|chain|retried|held still|thoughts unfinished)\b"  # behind i
 METRIC_NAMES = {  # a command of evaluate.py -> how the names of its metrics begin
     "actions": rf"(think|direct) (sampled|greedy) (?!{DRIVEN})",
     "vqa": rf"(answers|truncated)$|({'|'.join(grpo.SCORES)})(_graded)? ",
-    "thought": r"(given|edited) ",
+    "thought": r"(given|edited|worth) ",
     "probe": r"probe ",
 }
 METRIC_NAMES |= dict.fromkeys(evaluate.SIMULATORS, DRIVEN)

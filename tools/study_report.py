@@ -104,7 +104,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 class Metric(NamedTuple):
     """What models are compared in."""
 
-    name: str  # in the results file
+    name: str  # in the results file; "A - B": A less B, of the same item
     title: str
     scale: float = 1.0
     digits: int = 3
@@ -121,6 +121,12 @@ METRICS = [  # of a model itself
     Metric("think chain length", "chain, own tokens", 1, 2),
     Metric("direct success", "by them without a thought, %", 100, 1),
     Metric("direct chain length", "chain, without a thought", 1, 2),
+]
+WORTH_METRICS = [  # of its thoughts: the r_a that is to be expected behind them
+    Metric("worth sampled", "behind a sampled thought"),
+    Metric("worth own", "behind the most probable one"),
+    Metric("worth true", "behind the true one: by answers alone"),
+    Metric("worth sampled - worth true", "the rest of the first column: by thoughts"),
 ]
 HEAD_METRICS = [  # of a head on it
     Metric("success", "success, %", 100, 1),
@@ -157,9 +163,10 @@ def items_of(results: Results, name: str, head: str, metric: str) -> dict[int, n
     """Seed -> (N,) values of its prompts, trials or chains; NaN where one has none."""
     found = {}
     for seed in results.get(name, {}):
-        items = variant_of(results, name, seed, head)["paired"].get(metric, [])
-        if items:
-            found[seed] = np.array(items, float)
+        measured = variant_of(results, name, seed, head)["paired"]
+        parts = [np.array(measured.get(part, []), float) for part in metric.split(" - ")]
+        if all(len(part) for part in parts):
+            found[seed] = parts[0] - sum(parts[1:])
     return found
 
 
@@ -187,7 +194,7 @@ def compare(results: Results, matrix: study.Matrix, resamples: int = RESAMPLES) 
     """All that the matrix declares by `against` and that has results."""
     estimates = []
     for one in matrix.models:
-        ways = [("", metric) for metric in METRICS]
+        ways = [("", metric) for metric in METRICS + WORTH_METRICS]
         ways += [(head, metric) for head in one.heads.split() for metric in HEAD_METRICS]
         for old in one.against.split():
             for head, metric in ways:
@@ -315,7 +322,7 @@ THOUGHTS = {
     "edited left-right follows": "of left and right",
 }
 WORTHS = {
-    "worth drawn spread": "r_a that is paid differs by",
+    "worth drawn spread": "r_a of answers differs by",
     "worth spread": "what thoughts are worth by",
     "worth sampled": "a sampled thought is worth",
     "worth own": "the most probable one",
@@ -394,11 +401,11 @@ def difference_cell(one: Comparison) -> str:
     return text
 
 
-def differences_table(report: Report, of_heads: bool) -> list[str]:
-    metrics = HEAD_METRICS if of_heads else METRICS
+def differences_table(report: Report, metrics: list[Metric]) -> list[str]:
+    of_heads = metrics is HEAD_METRICS
     by_row = {}  # (new, old, head) -> metric -> comparison
     for one in report.comparisons:
-        if bool(one.head) == of_heads:
+        if one.metric in metrics:
             by_row.setdefault((one.new, one.old, one.head), {})[one.metric.name] = one
     rows = []
     for (new, old, head), by_metric in by_row.items():
@@ -533,13 +540,14 @@ def matrix_table(report: Report) -> list[str]:
 TABLES: dict[str, Callable[[Report], list[str]]] = {
     "matrix": matrix_table,
     "models": models_table,
-    "differences": lambda report: differences_table(report, of_heads=False),
+    "differences": lambda report: differences_table(report, METRICS),
     "thoughts": lambda report: metrics_table(report, THOUGHTS, "prompts"),
     "worths": lambda report: metrics_table(report, WORTHS, "prompts"),
+    "worth differences": lambda report: differences_table(report, WORTH_METRICS),
     "questions": lambda report: metrics_table(report, QUESTIONS, "questions"),
     "probe": lambda report: metrics_table(report, PROBES, "trajectories"),
     "heads": heads_table,
-    "head differences": lambda report: differences_table(report, of_heads=True),
+    "head differences": lambda report: differences_table(report, HEAD_METRICS),
     "cost": cost_table,
 }
 
