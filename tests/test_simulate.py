@@ -229,8 +229,13 @@ def test_who_stops_an_evaluation_stops_its_workers(toy):
         return act_batch(*args, **kwargs)
 
     policy.act_batch = stop_once
-    with pytest.raises(KeyboardInterrupt):
-        simulate.run_trials("toy", policy, toy, ALL)
+    # what a shell starts in the background ignores SIGINT, tests too
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            simulate.run_trials("toy", policy, toy, ALL)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert len(rows(toy)) < 30
 
 

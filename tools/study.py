@@ -362,12 +362,6 @@ MODELS = [
         against="base half half+RL", heads="thought", measures="actions think thought",
     ),
     Model(
-        "half+RL-expected-3x", "half", [f"{RL} --credit expected --steps 240"],
-        "and three times as much of it?",
-        against="base half half+RL half+RL-expected", heads="thought",
-        measures="actions think thought", seeds=1,
-    ),
-    Model(
         "half-language-RL", "half", ["grpo.py language --data {words}/conversations.jsonl"],
         "RL on answers in words there", **ON_HALF,
     ),
