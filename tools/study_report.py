@@ -610,21 +610,30 @@ def draw_rows(axes, rows: list[Row], metric: Metric, colours: dict[str, str]) ->
     axes.set_axisbelow(True)
 
 
-SHOWN = ("think greedy r_a", "think greedy thought true", "think success")  # of METRICS
+SHOWN = ("think greedy r_a", "think greedy thought true", "worth sampled", "think success")
 SHOWN_HEADS = ("prompt", "thought")
 
 
 def difference_rows(report: Report, head: str, metric_name: str) -> list[Row]:
     """Of the many comparisons those over SFT and over what a model starts from, and all of SFT and
-    SFT+RL: the tables have more."""
+    SFT+RL: the tables have more. Without those of a model that has nothing but 0, as r_a of the
+    base, which writes no actions: beside these no other difference would be seen."""
     rows = []
     for one in report.comparisons:
+        if one.head != head or one.metric.name != metric_name:
+            continue
         parent = study.model_named(report.matrix.models, one.new).parent
         is_shown = one.old in ("SFT", parent) or one.new in ("SFT", "SFT+RL")
-        if is_shown and one.head == head and one.metric.name == metric_name:
+        if is_shown and all(has_any(report, name, one) for name in (one.new, one.old)):
             seeds = list(one.estimate.by_seed.values())
             rows.append(Row(f"{one.new} - {one.old}", one.estimate.interval, seeds))
     return rows
+
+
+def has_any(report: Report, name: str, one: Comparison) -> bool:
+    """Whether a model of a comparison has any value but 0."""
+    items = known(items_of(report.results, name, one.head, one.metric.name))
+    return any(np.any(values) for values in items.values())
 
 
 def head_rows(report: Report, metric: Metric) -> list[Row]:
@@ -643,9 +652,12 @@ def figures_of(report: Report) -> dict[str, object]:
     """Name -> matplotlib Figure: "differences", of models and of the two ways to the head, and
     "heads", how each drives; of what there is."""
     panels = {"differences": [], "heads": []}  # (title's metric, rows)
-    for metric in METRICS:
-        if metric.name in SHOWN:
-            panels["differences"].append((metric, difference_rows(report, "", metric.name)))
+    by_name = {metric.name: metric for metric in METRICS + WORTH_METRICS}
+    for name in SHOWN:
+        titled = by_name[name]
+        if titled in WORTH_METRICS:
+            titled = titled._replace(title="mean r_a of answers to a sampled thought")
+        panels["differences"].append((titled, difference_rows(report, "", name)))
     success, _ = HEAD_METRICS
     for head in SHOWN_HEADS:
         titled = success._replace(title=f"success of the head that reads: {head}, %")
