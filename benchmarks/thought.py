@@ -280,11 +280,12 @@ def distance(a: After, b: After, stats) -> float:
 
 # ---- What a thought is worth ---------------------------------------------------------------------
 #
-# A thought is worth the r_a that is to be expected behind it: the prefix reward's mean over all
-# answers (grpo.expected_prefix), 0 where the completion is not well formed until its answer. RL
-# that chose among the thoughts that a model samples could gain what the best of them are worth
-# beyond their mean, if it knew which; by choosing what the model holds most probable anyway, what
-# the own thought is worth beyond it.
+# A thought is worth the prefix reward that is to be expected behind it: the mean over all answers,
+# from their probabilities (grpo.expected_prefix); 0 where the completion is not well formed until
+# its answer. It counts ACTION_END as the target's last token and asks no more of the answer's form,
+# so its mean is not that of a drawn r_a. Who chose among the thoughts that a model samples could
+# gain what the best of them is worth beyond their mean; by taking what the model holds most
+# probable anyway, what the own thought is worth beyond it.
 
 
 class Worth(NamedTuple):
@@ -307,7 +308,7 @@ def expected_r_a(
     longest = max(map(len, completions))
     unused_logp = torch.zeros(len(completions), longest, device=args.device)  # of the sampler
     ids, mask, _, is_target = grpo.with_targets(backbone, unused_logp, completions, targets, True)
-    at_once = max(args.batch // n, 1)  # prompts a forward
+    at_once = max(args.batch // n, 1)  # prompts a forward, each with its n completions
     logps = []
     with torch.no_grad():
         for first in range(0, len(prompts.rows), at_once):
@@ -329,14 +330,13 @@ def worths(
     n = args.samples
     # 1. the most probable ones
     of_own = expected_r_a(backbone, prompts, own, 1, args)[:, 0]
-    # 2. the true ones, before any answer
+    # 2. the true ones, before any answer; an empty one is none
     of_true = np.full(len(own), np.nan)
-    known = [b for b, text in enumerate(true) if text is not None]
-    thought_ids = vla.given_thoughts(backbone, [true[b] for b in known], len(known))
-    any_answer = backbone.tokenizer.encode(
-        f"{model.action_answer([0])}<|im_end|>", add_special_tokens=False
-    )
-    completions = [[*ids.tolist(), *any_answer] for ids in thought_ids]
+    known = [b for b, text in enumerate(true) if text]
+    completions = []
+    for b in known:
+        text = f"<think>{true[b]}</think>{model.action_answer([0])}<|im_end|>"  # as SFT reads it
+        completions.append(backbone.tokenizer.encode(text, add_special_tokens=False))
     of_true[known] = expected_r_a(backbone, subset(prompts, known), completions, 1, args)[:, 0]
     # 3. sampled ones, and what their own answers earned
     completions = evaluate.complete(backbone, prompts, n, False, args)
@@ -387,9 +387,9 @@ def measure(args):
     "changed" (share of actions whose tokens differ from those after the own thought), "moved" (how
     far the decoded motion is from that one, normalised units); "edited NAME follows": how often
     the motion has the direction of the edit, and "... before": how often it had it already; "worth
-    NAME": E[r_a] behind the "own" thought, the "true" one, "sampled" ones (mean) and the "best" of
-    those, its "spread" (std) among those of a prompt, and the "drawn spread", of their answers'
-    r_a.
+    NAME": of the prefix reward, whatever --reward: E[r_a] behind the "own" thought, the "true" one,
+    "sampled" ones (mean) and the "best" of those, its "spread" (std) among those of a prompt, and
+    the "drawn spread", of their answers' r_a.
 
     1. own thoughts   2. replaced   3. edited   4. their worth   5. metrics of all ranks"""
     started = time.time()

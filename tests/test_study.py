@@ -901,32 +901,28 @@ def test_the_report_of_made_up_results(made_up, tmp_path, capsys):
     assert rows["SFT"] == "| SFT | 2,400 samples | 4.2 | 60.0 | 0.0 | 1.0 | 1 |"
     rows = rows_of(text.split("<!-- study: thoughts -->")[1].split("<!-- end -->")[0])
     assert rows == {
-        "model": "| model | none |",
-        "SFT": "| SFT | 0.050 (0.000 to 0.100) |",
+        "model": "| model | none | seeds |",
+        "SFT": "| SFT | 0.050 (0.000 to 0.100) | 2 |",
     }, "neither models that were not asked nor what was asked of none"
     rows = rows_of(text.split("<!-- study: worths -->")[1].split("<!-- end -->")[0])
-    assert rows["model"] == "| model | the most probable one |"
-    assert rows["SFT"] == "| SFT | 0.050 (0.000 to 0.100) |"
+    assert rows["model"] == "| model | the most probable one | seeds |"
+    assert rows["SFT"] == "| SFT | 0.050 (0.000 to 0.100) | 2 |"
     rows = rows_of(text.split("<!-- study: questions -->")[1].split("<!-- end -->")[0])
     same = "0.850 (0.800 to 0.900)"
     assert rows == {
-        "model": "| model | what |",
-        "base": f"| base | {same} |",
-        "SFT": f"| SFT | {same} |",
+        "model": "| model | what | seeds |",
+        "base": f"| base | {same} | 2 |",
+        "SFT": f"| SFT | {same} | 2 |",
     }
 
     study.main(arguments)
     assert page.read_text() == text, "the same again"
 
 
-def test_what_a_gain_behind_thoughts_comes_from(made_up):
-    """A sampled thought is worth 0.1 more after RL, the true one, which is the same, 0.04: that
-    much is of answers, the other 0.06 of thoughts. A prompt without a true thought tells of
-    neither."""
-    for name, sampled, true in (
-        ("SFT", [0.1, 0.2], [0.3, None]),
-        ("SFT+RL", [0.2, 0.3], [0.34, 1]),
-    ):
+def test_what_thoughts_are_worth_has_a_table_of_differences(made_up):
+    """Apart from that of the models, and of the prompts that have a value."""
+    worths = {"SFT": ([0.1, 0.2], [0.3, None]), "SFT+RL": ([0.2, 0.3], [0.34, 1])}
+    for name, (sampled, true) in worths.items():
         path = made_up / f"{name}_0.json"
         results = json.loads(path.read_text())
         results["arms"][name]["paired"] |= {"worth sampled": sampled, "worth true": true}
@@ -937,8 +933,8 @@ def test_what_a_gain_behind_thoughts_comes_from(made_up):
     rows = rows_of("\n".join(study_report.TABLES["worth differences"](report)))
     assert list(rows) == ["difference", "SFT+RL - SFT"]
     cells = [cell.split(" [")[0] for cell in rows["SFT+RL - SFT"].split(" | ")]
-    assert cells[1:] == ["0.100", "0.040", "0.060", "1 x 2; 1 x 1 |"]
-    assert "worth" not in "".join(study_report.TABLES["differences"](report))
+    assert cells[1:] == ["0.100", "0.040", "1 x 2; 1 x 1 |"]
+    assert "sampled thought" not in "".join(study_report.TABLES["differences"](report))
 
 
 def test_minutes_of_a_part_are_of_the_seeds_that_ran_it(made_up):

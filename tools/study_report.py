@@ -104,7 +104,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 class Metric(NamedTuple):
     """What models are compared in."""
 
-    name: str  # in the results file; "A - B": A less B, of the same item
+    name: str  # in the results file
     title: str
     scale: float = 1.0
     digits: int = 3
@@ -125,8 +125,8 @@ METRICS = [  # of a model itself
 WORTH_METRICS = [  # of its thoughts: the r_a that is to be expected behind them
     Metric("worth sampled", "behind a sampled thought"),
     Metric("worth own", "behind the most probable one"),
-    Metric("worth true", "behind the true one: by answers alone"),
-    Metric("worth sampled - worth true", "the rest of the first column: by thoughts"),
+    Metric("worth best", "behind the best of those sampled"),
+    Metric("worth true", "behind the true one"),
 ]
 HEAD_METRICS = [  # of a head on it
     Metric("success", "success, %", 100, 1),
@@ -163,10 +163,9 @@ def items_of(results: Results, name: str, head: str, metric: str) -> dict[int, n
     """Seed -> (N,) values of its prompts, trials or chains; NaN where one has none."""
     found = {}
     for seed in results.get(name, {}):
-        measured = variant_of(results, name, seed, head)["paired"]
-        parts = [np.array(measured.get(part, []), float) for part in metric.split(" - ")]
-        if all(len(part) for part in parts):
-            found[seed] = parts[0] - sum(parts[1:])
+        items = variant_of(results, name, seed, head)["paired"].get(metric, [])
+        if items:
+            found[seed] = np.array(items, float)
     return found
 
 
@@ -326,7 +325,7 @@ WORTHS = {
     "worth spread": "what thoughts are worth by",
     "worth sampled": "a sampled thought is worth",
     "worth own": "the most probable one",
-    "worth best": "the best of eight",
+    "worth best": "the best of those sampled",
     "worth true": "the true one",
 }
 QUESTIONS = {
@@ -354,11 +353,18 @@ PROBES = {
 def metrics_table(report: Report, shown: dict[str, str], of: str) -> list[str]:
     """A row for each model that has one of these metrics, a column for each metric. of: of what
     intervals of one seed are."""
+    head = ["model", *shown.values(), "seeds"]
     rows = []
     for name in report.results:
-        rows.append([name, *[plain_cell(report, name, metric) for metric in shown]])
+        asked = []  # seeds
+        for seed in report.results[name]:
+            metrics = variant_of(report.results, name, seed, "")["metrics"]
+            if not shown.keys().isdisjoint(metrics):
+                asked.append(seed)
+        cells = [plain_cell(report, name, metric) for metric in shown]
+        rows.append([name, *cells, str(len(asked)) if asked else "-"])
     words = f"Several seeds: their mean (lowest to highest); one: its interval over {of}."
-    return captioned_table(["model", *shown.values()], rows, f"{words} {caption(report, 'Seeds')}")
+    return captioned_table(head, rows, f"{words} {caption(report, 'Seeds')}")
 
 
 def heads_table(report: Report) -> list[str]:
@@ -656,7 +662,7 @@ def figures_of(report: Report) -> dict[str, object]:
     for name in SHOWN:
         titled = by_name[name]
         if titled in WORTH_METRICS:
-            titled = titled._replace(title="mean r_a of answers to a sampled thought")
+            titled = titled._replace(title="r_a to be expected behind a sampled thought")
         panels["differences"].append((titled, difference_rows(report, "", name)))
     success, _ = HEAD_METRICS
     for head in SHOWN_HEADS:
