@@ -359,6 +359,8 @@ def test_what_a_thought_is_worth_by_its_definition(data):
         completions.append(backbone.tokenizer.encode(answer, add_special_tokens=False))
     worth = thought.expected_r_a(backbone, prompts, completions, 2, args)
     assert worth.shape == (2, 2) and worth[0, 1] == 0
+    nothing = evaluate.Prompts([], [], [], np.zeros((0, 5, 7)), [])  # of a rank
+    assert thought.expected_r_a(backbone, nothing, [], 2, args).shape == (0, 2)
 
     def by_hand(text, target):
         ids = backbone.tokenizer.encode(f"{text}<answer>{model.ACTION_START}")
@@ -407,3 +409,25 @@ def test_a_model_without_actions(data, tmp_path):
     args = ["thought", "--policy", untrained.folder("tiny-vlm"), "--data", str(data)]
     with pytest.raises(ValueError, match="no action tokenizer; give a checkpoint of sft or grpo"):
         evaluate.main([*args, "--out", str(tmp_path / "r.json")])
+
+
+def test_a_recorded_thought_is_worth_what_it_is_as_the_models_own(monkeypatch):
+    """Encoded as the rows of SFT are. Where no thought was recorded, or an empty one, it is NaN."""
+    backbone = model.load(untrained.folder("tiny-vlm"))
+    chunks = np.random.default_rng(0).uniform(-1, 1, (300, 5, 7)).astype(np.float32)
+    backbone.action_tokenizer = FastTokenizer.fit(chunks, 128, scale=4)
+    sft.grow_vocabulary(backbone, backbone.action_tokenizer.vocab_size)
+    image = np.full((64, 64, 3), 90, np.uint8)
+    row = model.encode(backbone, model.action_prompt("go", True), [image], prompt_only=True)
+    prompts = evaluate.Prompts(
+        [0, 1, 2], [row] * 3, [[3, 5], [7], [1]], np.zeros((3, 5, 7)), [None] * 3
+    )
+    written = f"<think>left</think>{model.action_answer([9])}<|im_end|>"
+    own = [backbone.tokenizer.encode(written, add_special_tokens=False)] * 3
+    monkeypatch.setattr(evaluate, "complete", lambda *args: [ids for ids in own for _ in range(2)])
+    args = types.SimpleNamespace(batch=4, device="cpu", samples=2)
+    values = thought.worths(backbone, prompts, own, ["left", None, ""], args)
+    assert values[0].true == pytest.approx(values[0].own, rel=1e-5)
+    assert np.isnan(values[1].true) and np.isnan(values[2].true)
+    for value in values:
+        np.testing.assert_allclose(value.sampled, value.own, rtol=1e-4)
