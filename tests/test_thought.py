@@ -338,7 +338,7 @@ def test_the_answer_after_its_own_thought_is_its_own():
     assert len(whole) == 24 and torch.equal(rest, whole[10:])
 
 
-def test_what_a_thought_is_worth_by_its_definition(data):
+def test_what_a_thought_is_worth_by_its_definition():
     """(p(t_1) + p(t_1) p(t_2) + ...) / m behind the thought, by one forward of each whole row; a
     completion without its thought is worth 0. The untrained model's p are about 1 / V."""
     backbone = model.load(untrained.folder("tiny-vlm"))
