@@ -1027,6 +1027,26 @@ def completion_logp(
     return torch.zeros(N, T, device=device).masked_scatter(counted, logp)
 
 
+def measured_logp(
+    backbone: Backbone,
+    rows: list[Row],
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    micro_batch: int,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """completion_logp() without gradient, micro_batch of the B prompts at once. -> (N, T)."""
+    G = len(ids) // len(rows)
+    logps = []
+    with torch.no_grad():
+        for first in range(0, len(rows), micro_batch):
+            end = first + micro_batch
+            completions = slice(first * G, end * G)
+            of_prompts = rows[first:end], ids[completions], mask[completions]
+            logps.append(completion_logp(backbone, *of_prompts, temperature))
+    return torch.cat(logps)
+
+
 # ---- Anchor --------------------------------------------------------------------------------------
 #
 # RL's gradient also moves the features that the head of vla.py will read. --anchor-coef holds them
@@ -1396,14 +1416,7 @@ def with_expected_reward(
         backbone, sampled_logp, token_ids, targets, cfg.thought == "own"
     )
     # 2. old_logp: also of the targets' tokens, which were not drawn; and E[r_a], which they make
-    logps = []
-    with torch.no_grad():
-        for first in range(0, len(rows), cfg.micro_batch):
-            end = first + cfg.micro_batch
-            completions = slice(first * G, end * G)
-            micro_batch = rows[first:end], ids[completions], mask[completions]
-            logps.append(completion_logp(backbone, *micro_batch, cfg.temperature))
-    logp = torch.cat(logps)
+    logp = measured_logp(backbone, rows, ids, mask, cfg.micro_batch, cfg.temperature)
     old_logp = torch.where(is_target, logp, old_logp)
     expected = expected_prefix(logp, is_target)
     # 3. advantages: A

@@ -309,14 +309,8 @@ def expected_r_a(
     unused_logp = torch.zeros(len(completions), longest, device=args.device)  # of the sampler
     ids, mask, _, is_target = grpo.with_targets(backbone, unused_logp, completions, targets, True)
     at_once = max(args.batch // n, 1)  # prompts a forward, each with its n completions
-    logps = []
-    with torch.no_grad():
-        for first in range(0, len(prompts.rows), at_once):
-            end = first + at_once
-            of_rows = slice(first * n, end * n)
-            rows = prompts.rows[first:end]
-            logps.append(grpo.completion_logp(backbone, rows, ids[of_rows], mask[of_rows]))
-    return grpo.expected_prefix(torch.cat(logps), is_target).view(-1, n).cpu().numpy()
+    logp = grpo.measured_logp(backbone, prompts.rows, ids, mask, at_once)
+    return grpo.expected_prefix(logp, is_target).view(-1, n).cpu().numpy()
 
 
 def worths(

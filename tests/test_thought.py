@@ -338,20 +338,22 @@ def test_the_answer_after_its_own_thought_is_its_own():
     assert len(whole) == 24 and torch.equal(rest, whole[10:])
 
 
-def test_what_a_thought_is_worth_by_its_definition():
-    """(p(t_1) + p(t_1) p(t_2) + ...) / m behind the thought, by one forward of each whole row; a
-    completion without its thought is worth 0. The untrained model's p are about 1 / V."""
+def acting_backbone():
+    """An untrained model that knows action tokens, and a prompt to it."""
     backbone = model.load(untrained.folder("tiny-vlm"))
     chunks = np.random.default_rng(0).uniform(-1, 1, (300, 5, 7)).astype(np.float32)
     backbone.action_tokenizer = FastTokenizer.fit(chunks, 128, scale=4)
     sft.grow_vocabulary(backbone, backbone.action_tokenizer.vocab_size)
+    image = np.full((64, 64, 3), 90, np.uint8)
+    row = model.encode(backbone, model.action_prompt("go", True), [image], prompt_only=True)
+    return backbone, row
+
+
+def test_what_a_thought_is_worth_by_its_definition():
+    """(p(t_1) + p(t_1) p(t_2) + ...) / m behind the thought, by one forward of each whole row; a
+    completion without its thought is worth 0. The untrained model's p are about 1 / V."""
+    backbone, row = acting_backbone()
     args = types.SimpleNamespace(batch=2, device="cpu")
-    row = model.encode(
-        backbone,
-        model.action_prompt("go", True),
-        [np.full((64, 64, 3), 90, np.uint8)],
-        prompt_only=True,
-    )
     prompts = evaluate.Prompts([0, 1], [row, row], [[3, 5], [7]], np.zeros((2, 5, 7)), [])
     completions = []
     for text in ("<think>left</think>", "", "<think>right</think>", "<think>left</think>"):
@@ -413,12 +415,7 @@ def test_a_model_without_actions(data, tmp_path):
 
 def test_a_recorded_thought_is_worth_what_it_is_as_the_models_own(monkeypatch):
     """Encoded as the rows of SFT are. Where no thought was recorded, or an empty one, it is NaN."""
-    backbone = model.load(untrained.folder("tiny-vlm"))
-    chunks = np.random.default_rng(0).uniform(-1, 1, (300, 5, 7)).astype(np.float32)
-    backbone.action_tokenizer = FastTokenizer.fit(chunks, 128, scale=4)
-    sft.grow_vocabulary(backbone, backbone.action_tokenizer.vocab_size)
-    image = np.full((64, 64, 3), 90, np.uint8)
-    row = model.encode(backbone, model.action_prompt("go", True), [image], prompt_only=True)
+    backbone, row = acting_backbone()
     prompts = evaluate.Prompts(
         [0, 1, 2], [row] * 3, [[3, 5], [7], [1]], np.zeros((3, 5, 7)), [None] * 3
     )

@@ -616,7 +616,12 @@ def draw_rows(axes, rows: list[Row], metric: Metric, colours: dict[str, str]) ->
     axes.set_axisbelow(True)
 
 
-SHOWN = ("think greedy r_a", "think greedy thought true", "worth sampled", "think success")
+SHOWN = {  # metric of a model itself -> title of its panel
+    "think greedy r_a": "greedy r_a",
+    "think greedy thought true": "true in thoughts",
+    "worth sampled": "r_a to be expected behind a sampled thought",
+    "think success": "by its own tokens, %",
+}
 SHOWN_HEADS = ("prompt", "thought")
 
 
@@ -659,10 +664,8 @@ def figures_of(report: Report) -> dict[str, object]:
     "heads", how each drives; of what there is."""
     panels = {"differences": [], "heads": []}  # (title's metric, rows)
     by_name = {metric.name: metric for metric in METRICS + WORTH_METRICS}
-    for name in SHOWN:
-        titled = by_name[name]
-        if titled in WORTH_METRICS:
-            titled = titled._replace(title="r_a to be expected behind a sampled thought")
+    for name, title in SHOWN.items():
+        titled = by_name[name]._replace(title=title)
         panels["differences"].append((titled, difference_rows(report, "", name)))
     success, _ = HEAD_METRICS
     for head in SHOWN_HEADS:
