@@ -6,6 +6,7 @@
     python evaluate.py vqa|actions ... --keep-right own.jsonl   # own thoughts for the next SFT
     python evaluate.py blind --train D/train.jsonl --data D/test.jsonl   # answers without images
     python evaluate.py thought --policy runs/grpo --data data/test   # after another thought
+    python evaluate.py gain --policy runs/grpo --over runs/sft --data data/test   # by thoughts?
     python evaluate.py probe --policy runs/grpo --data data/test  # what its frozen features tell
     python evaluate.py metaworld|libero --policy runs/vla
     python evaluate.py tabletop --policy runs/grpo --mode think   # or direct: by its own tokens
@@ -25,8 +26,9 @@ test.
 
 In the order of the file: intervals, the results file, ranks, then what is measured (closed loop,
 action tokens, questions), the report, the command line. tabletop, metaworld, libero and calvin are
-modules of benchmarks/, as are the questions, the thought and the probe; only what was asked for is
-imported. Who wants to know what a number means reads the three sections of what is measured."""
+modules of benchmarks/, as are the questions, the thought, the gain and the probe; only what was
+asked for is imported. Who wants to know what a number means reads the three sections of what is
+measured."""
 
 import argparse
 import contextlib
@@ -438,11 +440,10 @@ def expert_through_tokens(args: argparse.Namespace):
 # ---- Models that write ---------------------------------------------------------------------------
 
 
-def load_backbone(args: argparse.Namespace) -> model.Backbone:
-    """The checkpoint args.policy of a stage that writes text, in the type in which a policy head
-    computes: bf16 on a GPU."""
-    dtype = model.compute_dtype(args.device)
-    return model.load(args.policy, args.device, dtype, stages=("base", "sft", "grpo"))
+def load_backbone(policy: str, device: str) -> model.Backbone:
+    """The checkpoint of a stage that writes text, in the type in which a policy head computes: bf16
+    on a GPU."""
+    return model.load(policy, device, model.compute_dtype(device), stages=("base", "sft", "grpo"))
 
 
 # ---- Action tokens -------------------------------------------------------------------------------
@@ -663,7 +664,7 @@ def action_tokens(args: argparse.Namespace):
     dist = start_ranks(args)
 
     # 1. the model, with an action tokenizer for the targets
-    backbone = load_backbone(args)
+    backbone = load_backbone(args.policy, args.device)
     args.max_new_tokens = model.token_limit(args.max_new_tokens, backbone, 96)
     if backbone.action_tokenizer is None:
         if not args.action_tokenizer:
@@ -781,7 +782,7 @@ def vqa(args: argparse.Namespace):
     dist = start_ranks(args)
     if args.answers and Path(args.answers).is_dir():
         raise ValueError(f"--answers {args.answers}: a folder; name a file in it")
-    backbone = load_backbone(args)
+    backbone = load_backbone(args.policy, args.device)
     args.max_new_tokens = model.token_limit(args.max_new_tokens, backbone, 128)
     asked = questions.questions_to_ask(backbone, args)
     local = local_share(dist)
@@ -1131,8 +1132,11 @@ def episode_flags(add):
     """Flags of what asks for actions at steps of episodes."""
     add("--data", required=True, help="folder of episodes")
     split_flag(add)
-    add("--reward", default="prefix", choices=list(grpo.REWARDS), help="measure of r_a")
     add("--prompts", type=count, default=512, help="prompts, at random steps")
+
+
+def reward_flag(add):
+    add("--reward", default="prefix", choices=list(grpo.REWARDS), help="measure of r_a")
 
 
 def action_token_flags(add):
@@ -1178,6 +1182,7 @@ def make_parser(asked: str) -> argparse.ArgumentParser:
     common_flags(command.add_argument)
     writing_flags(command.add_argument)
     episode_flags(command.add_argument)
+    reward_flag(command.add_argument)
     action_token_flags(command.add_argument)
     if asked == "actions":
         from benchmarks import rejection
@@ -1189,11 +1194,22 @@ def make_parser(asked: str) -> argparse.ArgumentParser:
     common_flags(command.add_argument)
     writing_flags(command.add_argument)
     episode_flags(command.add_argument)
+    reward_flag(command.add_argument)
     if asked == "thought":
         from benchmarks import thought
 
         thought.arguments(command.add_argument)
         command.set_defaults(run=thought.measure)
+
+    command = commands.add_parser("gain", help="what a gain is by: thoughts, or answers to them")
+    common_flags(command.add_argument)
+    writing_flags(command.add_argument)
+    episode_flags(command.add_argument)
+    if asked == "gain":
+        from benchmarks import gain
+
+        gain.arguments(command.add_argument)
+        command.set_defaults(run=gain.measure)
 
     command = commands.add_parser("vqa", help="scored answers to questions")
     common_flags(command.add_argument)

@@ -367,6 +367,14 @@ def worth_metrics(
 # ---- Command -------------------------------------------------------------------------------------
 
 
+def load_acting(policy: str, device: str) -> Backbone:
+    """The checkpoint of a model that writes actions."""
+    backbone = evaluate.load_backbone(policy, device)
+    if backbone.action_tokenizer is None:
+        raise ValueError(f"{policy}: no action tokenizer; give a checkpoint of sft or grpo")
+    return backbone
+
+
 def arguments(add):
     add(
         "--samples",
@@ -391,9 +399,7 @@ def measure(args):
         raise ValueError("--prompts 1: there is no other thought to give; ask for two or more")
     dist = evaluate.start_ranks(args)
     local = evaluate.local_share(dist)
-    backbone = evaluate.load_backbone(args)
-    if backbone.action_tokenizer is None:
-        raise ValueError(f"{args.policy}: no action tokenizer; give a checkpoint of sft or grpo")
+    backbone = load_acting(args.policy, args.device)
     args.max_new_tokens = model.token_limit(args.max_new_tokens, backbone, 96)
     episodes, words = evaluate.episodes_to_ask(backbone, args.data, args.split)
     if dist.rank == 0:

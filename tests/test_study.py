@@ -87,6 +87,9 @@ def test_every_declared_command_is_understood():
         assert set(one.heads.split()) <= set(matrix.heads)
         assert set(one.measures.split()) <= set(matrix.measures)
         assert not re.search(r"[\s,/_]", one.name), "names are folders, and words of commands"
+        if "gain" in one.measures.split():
+            parent = study.model_named(matrix.models, one.parent)
+            assert parent.commands, f"{one.name}: {parent.name} writes no actions"
     stages = study.all_stages(matrix, {name: [0] for name in names}, FOLDERS, 2)
     quick = study.all_stages(matrix, {"rejection": [0], "SFT+RL": [0]}, FOLDERS, 2, quick=True)
     understood = set()
@@ -815,6 +818,8 @@ More prose.
 <!-- end -->
 <!-- study: worth differences -->
 <!-- end -->
+<!-- study: gains -->
+<!-- end -->
 <!-- study: questions -->
 <!-- end -->
 """
@@ -935,6 +940,24 @@ def test_what_thoughts_are_worth_has_a_table_of_differences(made_up):
     cells = [cell.split(" [")[0] for cell in rows["SFT+RL - SFT"].split(" | ")]
     assert cells[1:] == ["0.100", "0.040", "1 x 2; 1 x 1 |"]
     assert "sampled thought" not in "".join(study_report.TABLES["differences"](report))
+
+
+def test_a_gain_is_over_the_parent_prompt_by_prompt(made_up):
+    """It is a difference as it is measured, and one of the comparisons that the correction is over:
+    three of r_a, one of a head, and this one."""
+    for seed, gained in ((0, [0.1, 0.2, 0.3]), (1, [0.0, 0.2, 0.1])):
+        path = made_up / f"SFT+RL_{seed}.json"
+        results = json.loads(path.read_text())
+        results["arms"]["SFT+RL"]["paired"]["gain answers"] = gained
+        path.write_text(json.dumps(results))
+    results = study_report.read_study(str(made_up), study.MATRIX)
+    comparisons = study_report.compare(results, study.MATRIX, 100)
+    assert len(comparisons) == 5
+    report = study_report.Report(results, study.MATRIX, comparisons, study.read_records(made_up))
+    rows = rows_of("\n".join(study_report.TABLES["gains"](report)))
+    assert list(rows) == ["difference", "SFT+RL - SFT"]
+    assert "| 0.150 [" in rows["SFT+RL - SFT"] and rows["SFT+RL - SFT"].endswith("| 2 x 3 |")
+    assert "by its answers" not in "".join(study_report.TABLES["differences"](report))
 
 
 def test_minutes_of_a_part_are_of_the_seeds_that_ran_it(made_up):

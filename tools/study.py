@@ -136,9 +136,11 @@ MEASURES = {
     "true": f"evaluate.py tabletop --mode think --thought true {TRIALS}",
     "vqa": "evaluate.py vqa --data {questions}/conversations.jsonl --score row --prompt think",
     "thought": "evaluate.py thought --data {test}",  # is the thought causal?
+    "gain": "evaluate.py gain --over {init} --data {test}",  # over its parent: by thoughts?
     "probe": "evaluate.py probe --data {test} --one-task {one_task}",  # what the features hold
 }
 ALL_MEASURES = " ".join(MEASURES)
+BUT_GAIN = " ".join(name for name in MEASURES if name != "gain")  # as its parent writes no actions
 DRIVE = f"evaluate.py tabletop {TRIALS}"  # by a head
 
 HEAD = "vla.py speedrun"
@@ -174,7 +176,7 @@ class Model(NamedTuple):
     answers: str  # which question
     against: str = "base SFT"  # models that it is compared with
     heads: str = ""  # names of HEADS; for none no head is trained
-    measures: str = "actions think vqa thought probe"  # names of MEASURES
+    measures: str = "actions think vqa thought gain probe"  # names of MEASURES
     seeds: int = 3
     checkpoint: str = BASE  # of a model without commands
 
@@ -201,7 +203,7 @@ SCREENING = {"against": "SFT SFT+RL", "measures": "actions", "seeds": 1}
 ON_HALF = {
     "against": "base half",
     "heads": "thought",
-    "measures": "actions think thought",
+    "measures": "actions think thought gain",
     "seeds": 1,
 }
 
@@ -228,13 +230,13 @@ MODELS = [
     ),
     Model(
         "SFT", "base", [f"{SFT} --data {MIXTURE}"], "RoboAlign without RL",
-        against="base", heads=ALL_HEADS, measures=ALL_MEASURES, seeds=5,
+        against="base", heads=ALL_HEADS, measures=BUT_GAIN, seeds=5,
     ),
     Model(
         "SFT-no-reasoning", "base",
         [f"{SFT} --data {{train}}/no_thoughts.jsonl:1,{{train}}/episodes:1"],
         "Table 1: without the reasoning rows, how well formed and how different are the thoughts?",
-        heads="prompt",
+        heads="prompt", measures="actions think vqa thought probe",
     ),
     Model(
         "SFT+RL", "SFT", [RL], "RoboAlign",
@@ -292,7 +294,7 @@ MODELS = [
     Model(
         "few+RL", "few", [RL], "does RL teach what SFT left out?",
         against="base few few-rejection few-ECoT few-more", heads="thought prompt",
-        measures="actions think direct vqa thought probe",
+        measures="actions think direct vqa thought gain probe",
     ),
     Model(
         "few+RL-3x", "few", [f"{RL} --steps 240"], "and three times as much of it?",
@@ -306,13 +308,13 @@ MODELS = [
         "few+RL-expected", "few", [f"{RL} --credit expected"],
         "the reward that is to be expected behind a thought, in place of a drawn one",
         against="base few few+RL few-rejection few-ECoT few-more", heads="thought prompt",
-        measures="actions think direct vqa thought probe",
+        measures="actions think direct vqa thought gain probe",
     ),
     Model(
         "few+RL-expected-3x", "few", [f"{RL} --credit expected --steps 240"],
         "and three times as much of it?",
         against="few few+RL few+RL-3x few+RL-expected", heads="thought prompt",
-        measures="actions think thought",
+        measures="actions think thought gain",
     ),
     Model(
         "few+RL-expected-thought", "few", [f"{RL} --credit expected-thought"],
@@ -331,7 +333,7 @@ MODELS = [
     Model(
         "few-ECoT", "few", ECOT,
         "thought + action of the expert on as many samples as RL has prompts",
-        against="few", heads="thought prompt", measures="actions think thought",
+        against="few", heads="thought prompt", measures="actions think thought gain",
     ),
     Model(
         "few-more", "few", [f"{ON_SFT} --steps 800 --data {FEW_THOUGHTS}"],
@@ -348,7 +350,7 @@ MODELS = [
     Model(
         "half", "base", [f"{SFT} --data {HALF_THOUGHTS}"],
         "SFT where 50% of the samples think before they act",
-        against="base SFT", heads="thought prompt", measures=ALL_MEASURES, seeds=5,
+        against="base SFT", heads="thought prompt", measures=BUT_GAIN, seeds=5,
     ),
     Model(
         "half+RL", "half", [RL], "does RL help where the thought is the cause?",
@@ -359,7 +361,7 @@ MODELS = [
     Model(
         "half+RL-expected", "half", [f"{RL} --credit expected"],
         "the reward that is to be expected behind a thought, where thoughts differ in it",
-        against="base half half+RL", heads="thought", measures="actions think thought",
+        against="base half half+RL", heads="thought", measures="actions think thought gain",
     ),
     Model(
         "half-language-RL", "half", ["grpo.py language --data {words}/conversations.jsonl"],
@@ -388,6 +390,7 @@ MODELS = [
     Model(
         "SFT-qwen", "base-qwen", [f"{SFT} --data {MIXTURE}"], "its SFT",
         against="base-qwen SFT", heads="thought prompt",
+        measures="actions think vqa thought probe",
     ),
     Model(
         "SFT+RL-qwen", "SFT-qwen", [RL], "does RL do for it what it does for the other?",
@@ -779,6 +782,7 @@ METRIC_NAMES = {  # a command of evaluate.py -> how the names of its metrics beg
     "actions": rf"(think|direct) (sampled|greedy) (?!{DRIVEN})",
     "vqa": rf"(answers|truncated)$|({'|'.join(grpo.SCORES)})(_graded)? ",
     "thought": r"(given|edited|worth) ",
+    "gain": r"gain ",
     "probe": r"probe ",
 }
 METRIC_NAMES |= dict.fromkeys(evaluate.SIMULATORS, DRIVEN)
@@ -856,6 +860,7 @@ SECONDS = {
     "actions kept": 240,
     "vqa": 220,
     "thought": 130,
+    "gain": 130,
     "probe": 70,
     "tabletop": 90,
     "tabletop thought": 400,

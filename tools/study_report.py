@@ -128,6 +128,12 @@ WORTH_METRICS = [  # of its thoughts: the r_a that is to be expected behind them
     Metric("worth best", "behind the best of those sampled"),
     Metric("worth true", "behind the true one"),
 ]
+GAIN_METRICS = [  # over its parent, prompt by prompt: of the r_a behind a sampled thought
+    Metric("gain all", "in all"),
+    Metric("gain thoughts", "by its thoughts"),
+    Metric("gain form", "of that by their form"),
+    Metric("gain answers", "by its answers"),
+]
 HEAD_METRICS = [  # of a head on it
     Metric("success", "success, %", 100, 1),
     Metric("chain length", "chain length", 1, 2),
@@ -201,6 +207,11 @@ def compare(results: Results, matrix: study.Matrix, resamples: int = RESAMPLES) 
                 if differences:
                     estimate = hierarchical_bootstrap(differences, resamples)
                     estimates.append((one.name, old, head, metric, estimate))
+        for metric in GAIN_METRICS:
+            gains = known(items_of(results, one.name, "", metric.name))  # differences as they are
+            if gains:
+                estimate = hierarchical_bootstrap(gains, resamples)
+                estimates.append((one.name, one.parent, "", metric, estimate))
     corrected = holm([estimate.p for *_, estimate in estimates])
     return [Comparison(*item, p) for item, p in zip(estimates, corrected, strict=True)]
 
@@ -550,6 +561,7 @@ TABLES: dict[str, Callable[[Report], list[str]]] = {
     "thoughts": lambda report: metrics_table(report, THOUGHTS, "prompts"),
     "worths": lambda report: metrics_table(report, WORTHS, "prompts"),
     "worth differences": lambda report: differences_table(report, WORTH_METRICS),
+    "gains": lambda report: differences_table(report, GAIN_METRICS),
     "questions": lambda report: metrics_table(report, QUESTIONS, "questions"),
     "probe": lambda report: metrics_table(report, PROBES, "trajectories"),
     "heads": heads_table,
