@@ -29,7 +29,7 @@ from tools.extras import require
 
 # ---- Flags and tasks -----------------------------------------------------------------------------
 
-TRIALS = 50  # a task
+TRIALS = 50  # a task: it has as many initial states
 EXPERT = {"spatial": "012356789", "object": "0123456789", "goal": "124689"}  # tasks that it can do
 SETTLING = 10  # steps before a trial begins
 MOST_STEPS = 1000 - SETTLING  # LIBERO's horizon
@@ -96,6 +96,11 @@ def check(args):
     """ValueError when a flag is wrong, before a policy is loaded or a recording begins."""
     tasks(args)
     simulate.check_limit(args.limit, MOST_STEPS)
+    if "trials" in args and args.trials > TRIALS:
+        raise ValueError(
+            f"--trials {args.trials}: LIBERO has {TRIALS} initial states a task; others would "
+            "be the same again"
+        )
 
 
 def evaluate(policy, args, local: slice) -> simulate.Outcome:
@@ -175,7 +180,7 @@ class Simulator:
         self.env.seed(0 if split == "eval" else number)
         self.env.reset()
         if split == "eval":
-            self.env.set_init_state(self.states[number % len(self.states)])
+            self.env.set_init_state(self.states[number])
         for i in range(SETTLING):
             self.advance([0, 0, 0, 0, 0, 0, -1], look=i == SETTLING - 1)
         self.script = demonstrate(self)

@@ -314,6 +314,7 @@ def test_objects_of_the_real_simulator(task, first, others):
     pytest.importorskip("libero.libero.envs", reason="LIBERO's Python, see docs/simulators.md")
     env = libero.Simulator(task, {"image": [64, 64], "image_wrist": [64, 64]}, 0)
     assert env.env.env.horizon == libero.SETTLING + libero.MOST_STEPS
+    assert len(env.states) == libero.TRIALS
     env.reset(1, "train")
     suite = task.split("/")[0]
     if suite != "goal":

@@ -531,6 +531,15 @@ def test_record_drops_failures_and_counts_them(toy, tmp_path, monkeypatch, capsy
         simulate.record("toy")
 
 
+def test_trials_that_libero_does_not_have(tmp_path):
+    """The fifty-first began in the first one's state: n 60 of 50."""
+    argv = ["libero", "--policy", "x", "--out", str(tmp_path / "r.json"), "--trials"]
+    with pytest.raises(ValueError, match="--trials 51: LIBERO has 50 initial states a task"):
+        evaluate.main([*argv, "51"])
+    with pytest.raises(OSError, match="x"):  # no such policy: the number is not what is wrong
+        evaluate.main([*argv, "50"])
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
