@@ -2,7 +2,7 @@
 
     python evaluate.py gain --policy runs/grpo --over runs/sft --data data/test --variant SFT+RL
 
-1. both models sample n thoughts about each prompt, as RL does
+1. both models sample n thoughts about each prompt, at temperature 1
 2. each model reads both models' thoughts: the r_a to be expected of its answers behind them (see
    benchmarks/thought.py)
 3. what --policy has behind its own thoughts beyond what --over has behind its own, in two parts:
@@ -13,10 +13,10 @@
         answers of --policy             0.22        0.02      0.24
 
    thoughts: 0.015, the mean of 0.01 and 0.02;   answers: 0.025;   together: 0.04
+   form: the part of thoughts' that is had by more of them being well formed
 
-RL that aligns thoughts with actions gains by thoughts. RL whose gain is by answers alone writes
-better actions behind whatever is thought: more SFT on actions would do as well.
-"""
+A gain by answers may be that they are better whatever is thought, or that they obey the thought
+better: `evaluate.py thought` replaces it and tells."""
 
 import time
 from typing import NamedTuple
@@ -39,35 +39,42 @@ class Crossed(NamedTuple):
     well_formed: np.ndarray  # (2, n) whose thoughts: whether they are, until their answer begins
 
 
-def cross(backbones: list[model.Backbone], prompts: evaluate.Prompts, args) -> list[Crossed]:
-    """What each of the two models makes of both models' sampled thoughts."""
+def cross(
+    backbones: list[model.Backbone], prompts_of: list[evaluate.Prompts], args
+) -> list[Crossed]:
+    """What each of the two models makes of both models' sampled thoughts. prompts_of: the same ones
+    as each model reads them."""
     n = args.samples
-    worth = np.zeros((2, 2, len(prompts.rows), n))
-    well_formed = np.zeros((2, len(prompts.rows), n), bool)
+    B = len(prompts_of[OLD].rows)
+    worth = np.zeros((2, 2, B, n))
+    well_formed = np.zeros((2, B, n), bool)
     for thinker in (OLD, NEW):
-        completions = evaluate.complete(backbones[thinker], prompts, n, False, args)
+        completions = evaluate.complete(backbones[thinker], prompts_of[thinker], n, False, args)
         starts = [grpo.answer_start(backbones[thinker], ids, True) for ids in completions]
-        well_formed[thinker] = np.reshape(starts, (-1, n)) > 0
+        well_formed[thinker] = np.reshape(starts, (B, n)) > 0
         for answerer in (OLD, NEW):
-            expected = thought.expected_r_a(backbones[answerer], prompts, completions, n, args)
-            worth[thinker, answerer] = expected
-    return [Crossed(worth[:, :, b], well_formed[:, b]) for b in range(len(prompts.rows))]
+            worth[thinker, answerer] = thought.expected_r_a(
+                backbones[answerer], prompts_of[answerer], completions, n, args
+            )
+    return [Crossed(worth[:, :, b], well_formed[:, b]) for b in range(B)]
 
 
-def gains(crossed: list[Crossed]) -> dict[str, np.ndarray]:
-    """Of all prompts -> "all", and its parts "thoughts" and "answers", (P,) each. "form" is a part
-    of "thoughts": that more of them (or fewer) are well formed, at what those are worth on average
-    that are."""
-    worth = np.stack([one.worth for one in crossed])  # (P, 2, 2, n)
-    well_formed = np.stack([one.well_formed for one in crossed])  # (P, 2, n)
-    means = worth.mean(-1)
-    each = worth.sum() / max(2 * well_formed.sum(), 1)  # what is not well formed is worth 0
-    shares = well_formed.mean(-1)  # (P, 2)
+def gains(one: Crossed) -> dict[str, float]:
+    """Of one prompt -> "all", and its parts "thoughts" and "answers"; "form" is a part of
+    "thoughts".
+
+    Form: of old thoughts 1/2 are well formed, each worth 0.2, of new ones all, each worth 0.4:
+    (1 - 1/2) * (0.2 + 0.4) / 2 = 0.15. Where one model has none, the other's count."""
+    means = one.worth.mean(2)  # (2, 2)
+    formed = one.well_formed.sum(1)  # (2,)
+    shares = one.well_formed.mean(1)
+    # of each model that has well-formed ones, what those are worth; others are worth 0
+    each = one.worth.mean(1).sum(1)[formed > 0] / formed[formed > 0]
     return {
-        "all": means[:, NEW, NEW] - means[:, OLD, OLD],
-        "thoughts": (means[:, NEW] - means[:, OLD]).mean(1),
-        "form": each * (shares[:, NEW] - shares[:, OLD]),
-        "answers": (means[:, :, NEW] - means[:, :, OLD]).mean(1),
+        "all": means[NEW, NEW] - means[OLD, OLD],
+        "thoughts": (means[NEW] - means[OLD]).mean(),
+        "form": (shares[NEW] - shares[OLD]) * each.mean() if len(each) else 0.0,
+        "answers": (means[:, NEW] - means[:, OLD]).mean(),
     }
 
 
@@ -79,27 +86,31 @@ def arguments(add):
     add("--samples", type=count, default=8, help="sampled thoughts a prompt and model")
 
 
-def same_prompts(
+def draw_for_both(
     new: model.Backbone, old: model.Backbone, episodes: list, args, local: slice
-) -> evaluate.Prompts:
-    """This rank's prompts. ValueError where they, or their actions, are other tokens to the one
-    model than to the other."""
-    of_new, of_old = (
-        evaluate.draw_prompts(backbone, episodes, args, True, local) for backbone in (new, old)
-    )
-    ids_of_new, ids_of_old = (
-        [row["ids"].tolist() for row in prompts.rows] for prompts in (of_new, of_old)
-    )
-    if new.vocab != old.vocab or ids_of_new != ids_of_old or of_new.targets != of_old.targets:
+) -> list[evaluate.Prompts]:
+    """This rank's prompts as the old model reads them, and as the new one does. ValueError where a
+    word or an action is other tokens to the one than to the other."""
+    vocabularies, shapes, prompts_of = [], [], []
+    for backbone in (old, new):
+        tokenizer = backbone.action_tokenizer
+        vocabularies.append((backbone.vocab, backbone.tokenizer.get_vocab()))
+        shapes.append((tokenizer.horizon, tokenizer.action_dim))
+    are_same = vocabularies[OLD] == vocabularies[NEW] and shapes[OLD] == shapes[NEW]
+    if are_same:
+        for backbone in (old, new):
+            prompts_of.append(evaluate.draw_prompts(backbone, episodes, args, True, local))
+        are_same = prompts_of[OLD].targets == prompts_of[NEW].targets
+    if not are_same:
         raise ValueError(
             f"--over {args.over}: writes with other tokens than {args.policy}; give the checkpoint "
             "that it was trained from"
         )
-    return of_new
+    return prompts_of
 
 
 def measure(args):
-    """`evaluate.py gain`. Metrics: see gains()."""
+    """`evaluate.py gain`. Metrics "gain NAME", see gains()."""
     started = time.time()
     dist = evaluate.start_ranks(args)
     local = evaluate.local_share(dist)
@@ -109,14 +120,16 @@ def measure(args):
     episodes, words = evaluate.episodes_to_ask(new, args.data, args.split)
     if dist.rank == 0:
         print(f"{args.prompts} prompts from {words}")
-    prompts = same_prompts(new, old, episodes, args, local)
-    crossed = evaluate.gather(cross([old, new], prompts, args), dist)
-    items = evaluate.steps_of(prompts, dist)
+    prompts_of = draw_for_both(new, old, episodes, args, local)
+    crossed = evaluate.gather(cross([old, new], prompts_of, args), dist)
+    steps = evaluate.steps_of(prompts_of[NEW], dist)
     if dist.rank == 0:
         metrics = {}
         paired = {}
-        for name, values in gains(crossed).items():
-            metrics[f"gain {name}"] = evaluate.bootstrap(values.tolist())
-            paired[f"gain {name}"] = values.round(5).tolist()
+        each = [gains(one) for one in crossed]
+        for name in each[0]:
+            values = [round(float(of_prompt[name]), 5) for of_prompt in each]
+            metrics[f"gain {name}"] = evaluate.bootstrap(values)
+            paired[f"gain {name}"] = values
         words = f"{args.prompts} from {words}"
-        evaluate.write_metrics(metrics, paired, args, started, dict.fromkeys(paired, items), words)
+        evaluate.write_metrics(metrics, paired, args, started, dict.fromkeys(paired, steps), words)

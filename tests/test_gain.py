@@ -7,13 +7,13 @@ import types
 import numpy as np
 import pytest
 import torch
-import untrained
 from ranks import on_ranks
 from test_thought import acting_backbone, data  # noqa: F401, a fixture
 
 import evaluate
 import model
 from benchmarks import gain, thought
+from fast_tokenizer import FastTokenizer
 
 
 def crossed(table, well_formed=((1,), (1,))):
@@ -22,30 +22,39 @@ def crossed(table, well_formed=((1,), (1,))):
 
 
 def test_the_parts_of_a_gain_by_hand():
-    """The table of the module's head; a prompt with the same in another order, where nothing is
-    gained; one whose new thought alone is well formed: the old one is worth 0 to both."""
-    same = crossed([[0.3, 0.3], [0.3, 0.3]])
-    gains = gain.gains([crossed([[0.20, 0.22], [0.21, 0.24]]), same])
-    np.testing.assert_allclose(gains["thoughts"], [0.015, 0], atol=1e-9)
-    np.testing.assert_allclose(gains["answers"], [0.025, 0], atol=1e-9)
-    np.testing.assert_allclose(gains["all"], [0.04, 0], atol=1e-9)
-    np.testing.assert_array_equal(gains["form"], 0)
+    """The table of the module's head; the same where the new thought alone is well formed, so that
+    the old one is worth 0 to both; and where none is."""
 
-    formed = crossed([[0, 0], [0.2, 0.4]], [[0], [1]])
-    gains = gain.gains([same, formed])
-    np.testing.assert_allclose(gains["thoughts"], [0, 0.3])
-    np.testing.assert_allclose(gains["answers"], [0, 0.1], atol=1e-9)
-    np.testing.assert_allclose(gains["all"], [0, 0.4])
-    # 3 of 4 are well formed, read by two models: (4 * 0.3 + 0.2 + 0.4) / 6
-    np.testing.assert_allclose(gains["form"], [0, 0.3])
-    assert gain.gains([crossed([[0, 0], [0, 0]], [[0], [0]])])["form"] == 0, "none well formed"
+    def parts(table, well_formed=((1,), (1,))):
+        return {name: round(float(value), 9) for name, value in of(table, well_formed).items()}
+
+    def of(table, well_formed):
+        return gain.gains(crossed(table, well_formed))
+
+    table = [[0.20, 0.22], [0.21, 0.24]]
+    assert parts(table) == {"all": 0.04, "thoughts": 0.015, "form": 0, "answers": 0.025}
+    table = [[0, 0], [0.2, 0.4]]
+    parts_by_form = {"all": 0.4, "thoughts": 0.3, "form": 0.3, "answers": 0.1}
+    assert parts(table, [[0], [1]]) == parts_by_form
+    nothing = {"all": 0, "thoughts": 0, "form": 0, "answers": 0}
+    assert parts([[0, 0], [0, 0]], [[0], [0]]) == nothing
+
+
+def test_form_counts_at_what_thoughts_about_that_prompt_are_worth():
+    """Half of the old thoughts are well formed, and worth 0.2, all of the new ones, worth 0.4: of
+    the 0.3 that they gain, (1 - 1/2) * (0.2 + 0.4) / 2 is by form. Valued by the mean of all
+    prompts, a form that is mended where little is to be had counted for more than thoughts did."""
+    worth = np.array([[[0.2, 0.0]] * 2, [[0.4, 0.4]] * 2])
+    parts = gain.gains(gain.Crossed(worth, np.array([[True, False], [True, True]])))
+    assert parts["form"] == pytest.approx(0.15) and parts["thoughts"] == pytest.approx(0.3)
+    assert parts["answers"] == 0
 
 
 def test_samples_are_averaged_before_anything_is_compared():
     """Sampled thoughts of two models are not pairs: only their means are compared."""
     worth = np.array([[[0.1, 0.3], [0.1, 0.5]], [[0.3, 0.1], [0.5, 0.3]]])
-    gains = gain.gains([gain.Crossed(worth, np.ones((2, 2), bool))])
-    assert [round(float(gains[name][0]), 6) for name in ("thoughts", "answers")] == [0.05, 0.15]
+    parts = gain.gains(gain.Crossed(worth, np.ones((2, 2), bool)))
+    assert [round(float(parts[name]), 6) for name in ("thoughts", "answers")] == [0.05, 0.15]
 
 
 # ---- The whole, with thoughts by script ----------------------------------------------------------
@@ -92,7 +101,9 @@ def test_each_model_reads_both_models_thoughts(two_models, data):  # noqa: F811
     args = types.SimpleNamespace(seed=0, prompts=5, batch=64, device="cpu", samples=2)
     episodes, _ = evaluate.episodes_to_ask(two_models["new"], str(data), "auto")
     prompts = evaluate.draw_prompts(two_models["new"], episodes, args, True, slice(None))
-    gains = gain.gains(gain.cross([two_models["old"], two_models["new"]], prompts, args))
+    each = gain.cross([two_models["old"], two_models["new"]], [prompts, prompts], args)
+    parts = [gain.gains(one) for one in each]
+    gains = {name: np.array([of_prompt[name] for of_prompt in parts]) for name in parts[0]}
 
     def worth(thinker, answerer):
         completions = evaluate.complete(two_models[thinker], prompts, 2, False, args)
@@ -134,7 +145,23 @@ def test_a_checkpoint_of_other_tokens(two_models, data, tmp_path):  # noqa: F811
         measured(data, tmp_path / "r.json")
 
 
-def test_both_have_to_write_actions(data, tmp_path):  # noqa: F811
-    base = untrained.folder("tiny-vlm")
-    with pytest.raises(ValueError, match="no action tokenizer; give a checkpoint of sft or grpo"):
-        measured(data, tmp_path / "r.json", policy=base, over=base)
+@pytest.mark.parametrize("name", ["old", "new"])
+def test_both_have_to_write_actions(two_models, data, tmp_path, name):  # noqa: F811
+    two_models[name].action_tokenizer = None
+    with pytest.raises(ValueError, match=f"{name}: no action tokenizer; give a checkpoint of sft"):
+        measured(data, tmp_path / "r.json")
+
+
+def test_a_model_of_another_robot(two_models, data, tmp_path):  # noqa: F811
+    """It was "cannot reshape array" from the middle of the prompts."""
+    chunks = np.random.default_rng(0).uniform(-1, 1, (300, 5, 6)).astype(np.float32)
+    two_models["old"].action_tokenizer = FastTokenizer.fit(chunks, 128, scale=4)
+    with pytest.raises(ValueError, match="--over old: writes with other tokens than new; give the"):
+        measured(data, tmp_path / "r.json")
+
+
+def test_each_reads_images_at_its_own_size(two_models, data, tmp_path):  # noqa: F811
+    """After `grpo.py --max-pixels` a prompt has fewer tokens than before it."""
+    new = two_models["new"]
+    new.image_spec = new.image_spec.bounded(32 * 32)
+    assert measured(data, tmp_path / "r.json")["metrics"]["gain all"]["n"] == 5

@@ -32,7 +32,8 @@ from tools.extras import require
 #
 # S seeds, N items (prompts, trials, questions) of a seed, R resamples.
 
-RESAMPLES = 40_000  # p is at least 2 / (R + 1): below 0.05 after a correction by 900 comparisons
+# p is at least 2 / (R + 1): below 0.05 after a correction by 900 comparisons. Raise it beyond that.
+RESAMPLES = 40_000
 
 # Of few seeds p is too small. Simulated share of p < 0.05 where there is no difference, when seeds'
 # true means have a standard deviation as large as the standard error of one of them over its items,
@@ -128,8 +129,7 @@ WORTH_METRICS = [  # of its thoughts: the r_a that is to be expected behind them
     Metric("worth best", "behind the best of those sampled"),
     Metric("worth true", "behind the true one"),
 ]
-GAIN_METRICS = [  # over its parent, prompt by prompt: of the r_a behind a sampled thought
-    Metric("gain all", "in all"),
+GAIN_METRICS = [  # over its parent: the parts of "worth sampled", which are differences already
     Metric("gain thoughts", "by its thoughts"),
     Metric("gain form", "of that by their form"),
     Metric("gain answers", "by its answers"),
