@@ -1157,6 +1157,13 @@ def report_flags(add):
     add("--note", default="", help="what the table's caption begins with, to be noted in the file")
 
 
+INSIDE = {  # commands that look into a model: modules of benchmarks/ with arguments(), measure()
+    "thought": "what follows another thought than its own",
+    "gain": "what a gain is by: thoughts, or answers to them",
+    "probe": "what frozen features tell, layer by layer",
+}
+
+
 def make_parser(asked: str) -> argparse.ArgumentParser:
     """The parser of all commands. Of benchmarks/, only the module asked for is imported."""
     parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.split("\n")[0])
@@ -1190,27 +1197,6 @@ def make_parser(asked: str) -> argparse.ArgumentParser:
         rejection.arguments(command.add_argument)
     command.set_defaults(run=action_tokens)
 
-    command = commands.add_parser("thought", help="what follows another thought than its own")
-    common_flags(command.add_argument)
-    writing_flags(command.add_argument)
-    episode_flags(command.add_argument)
-    reward_flag(command.add_argument)
-    if asked == "thought":
-        from benchmarks import thought
-
-        thought.arguments(command.add_argument)
-        command.set_defaults(run=thought.measure)
-
-    command = commands.add_parser("gain", help="what a gain is by: thoughts, or answers to them")
-    common_flags(command.add_argument)
-    writing_flags(command.add_argument)
-    episode_flags(command.add_argument)
-    if asked == "gain":
-        from benchmarks import gain
-
-        gain.arguments(command.add_argument)
-        command.set_defaults(run=gain.measure)
-
     command = commands.add_parser("vqa", help="scored answers to questions")
     common_flags(command.add_argument)
     writing_flags(command.add_argument)
@@ -1222,13 +1208,13 @@ def make_parser(asked: str) -> argparse.ArgumentParser:
         rejection.answer_arguments(command.add_argument)
     command.set_defaults(run=vqa)
 
-    command = commands.add_parser("probe", help="what frozen features tell, layer by layer")
-    common_flags(command.add_argument)
-    if asked == "probe":
-        from benchmarks import probe
-
-        probe.arguments(command.add_argument)
-        command.set_defaults(run=probe.measure)
+    for name, text in INSIDE.items():
+        command = commands.add_parser(name, help=text)
+        common_flags(command.add_argument)
+        if name == asked:
+            module = importlib.import_module(f"benchmarks.{name}")
+            module.arguments(command.add_argument)
+            command.set_defaults(run=module.measure)
 
     command = commands.add_parser("blind", help="questions answered without their images")
     results_flags(command.add_argument)

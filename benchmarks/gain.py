@@ -66,10 +66,11 @@ def gains(one: Crossed) -> dict[str, float]:
     Form: of old thoughts 1/2 are well formed, each worth 0.2, of new ones all, each worth 0.4:
     (1 - 1/2) * (0.2 + 0.4) / 2 = 0.15. Where one model has none, the other's count."""
     means = one.worth.mean(2)  # (2, 2)
-    formed = one.well_formed.sum(1)  # (2,)
-    shares = one.well_formed.mean(1)
-    # of each model that has well-formed ones, what those are worth; others are worth 0
-    each = one.worth.mean(1).sum(1)[formed > 0] / formed[formed > 0]
+    shares = one.well_formed.mean(1)  # (2,)
+    # what well-formed ones are worth, of each model that has any; the others are worth 0
+    of_thinkers = means.mean(1)  # (2,)
+    has_any = shares > 0
+    each = of_thinkers[has_any] / shares[has_any]
     return {
         "all": means[NEW, NEW] - means[OLD, OLD],
         "thoughts": (means[NEW] - means[OLD]).mean(),
@@ -82,26 +83,28 @@ def gains(one: Crossed) -> dict[str, float]:
 
 
 def arguments(add):
+    evaluate.writing_flags(add)
+    evaluate.episode_flags(add)
     add("--over", required=True, help="checkpoint that --policy is compared with, as its parent")
     add("--samples", type=count, default=8, help="sampled thoughts a prompt and model")
+
+
+def tokens_of(backbone: model.Backbone) -> tuple:
+    """What two models have in common that can read each other's writing about the same prompts."""
+    actions = backbone.action_tokenizer
+    return backbone.vocab, backbone.tokenizer.get_vocab(), actions.horizon, actions.action_dim
 
 
 def draw_for_both(
     new: model.Backbone, old: model.Backbone, episodes: list, args, local: slice
 ) -> list[evaluate.Prompts]:
-    """This rank's prompts as the old model reads them, and as the new one does. ValueError where a
-    word or an action is other tokens to the one than to the other."""
-    vocabularies, shapes, prompts_of = [], [], []
-    for backbone in (old, new):
-        tokenizer = backbone.action_tokenizer
-        vocabularies.append((backbone.vocab, backbone.tokenizer.get_vocab()))
-        shapes.append((tokenizer.horizon, tokenizer.action_dim))
-    are_same = vocabularies[OLD] == vocabularies[NEW] and shapes[OLD] == shapes[NEW]
-    if are_same:
+    """This rank's prompts as the old model reads them, and as the new one does: images may differ
+    in size. ValueError where a word or an action is other tokens to the one than to the other."""
+    prompts_of = []
+    if tokens_of(old) == tokens_of(new):  # else the steps that are drawn may differ
         for backbone in (old, new):
             prompts_of.append(evaluate.draw_prompts(backbone, episodes, args, True, local))
-        are_same = prompts_of[OLD].targets == prompts_of[NEW].targets
-    if not are_same:
+    if not prompts_of or prompts_of[OLD].targets != prompts_of[NEW].targets:
         raise ValueError(
             f"--over {args.over}: writes with other tokens than {args.policy}; give the checkpoint "
             "that it was trained from"

@@ -376,6 +376,9 @@ def load_acting(policy: str, device: str) -> Backbone:
 
 
 def arguments(add):
+    evaluate.writing_flags(add)
+    evaluate.episode_flags(add)
+    evaluate.reward_flag(add)
     add(
         "--samples",
         type=fast_tokenizer.count,
