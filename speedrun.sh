@@ -2,9 +2,8 @@
 # The whole of RoboAlign on Tabletop: data -> FAST -> SFT -> GRPO -> three action heads -> the table.
 # A fresh machine with Python 3.11+ and two CPU cores is enough; with a GPU the same script uses it.
 # QUICK=1 shows every stage in some five minutes, with a table that says that it is only that.
-# FULL=1 takes hours. It is the default of before (docs/half.md), where half of SFT's samples think
-# and the head reads the thought, with twice the data and steps of SFT, four times the steps of the
-# head, ten times those of GRPO.
+# FULL=1 takes hours: twice the data and steps of SFT, twice the frames and four times the steps of
+# the heads, ten times the steps of GRPO.
 # RESUME=1 goes on with a run that was stopped: at the stage, and with FULL=1 at the saved step.
 # RUN, DATA and SEED name other folders and another seed; tools/venv.sh explains VENV, PYTHON and
 # SKIP_INSTALL.
@@ -15,6 +14,7 @@ source tools/venv.sh  # use_venv, stop
 
 # ---- Sizes ----
 
+weights=0.5,3,0.3  # in SFT, of conversations, of actions, of thoughts and actions
 case ${QUICK:-0},${FULL:-0} in
   0,0)
     RUN=${RUN:-runs/speedrun}
@@ -23,7 +23,6 @@ case ${QUICK:-0},${FULL:-0} in
     preset=speedrun
     train_data=(--episodes 3200 --conversations 6000 --thought-actions 36000 --carried-on 0.5)
     test_data=(--episodes 120)
-    weights=0.5,3,0.3  # in SFT, of conversations, of actions, of thoughts and actions
     sft=(speedrun)  # a preset of each stage, and what differs from it
     grpo=(speedrun)
     head=(speedrun)
@@ -39,7 +38,6 @@ case ${QUICK:-0},${FULL:-0} in
     preset=quick
     train_data=(--episodes 400 --conversations 1200 --thought-actions 2400 --carried-on 0.5)
     test_data=(--episodes 40)
-    weights=0.5,3,0.3
     sft=(speedrun --steps 160)
     grpo=(speedrun --steps 8)
     head=(speedrun --steps 200 --max-episodes 100)
@@ -55,10 +53,9 @@ case ${QUICK:-0},${FULL:-0} in
     preset=full
     train_data=(--episodes 6400 --conversations 12000 --thought-actions 72000 --carried-on 0.5)
     test_data=(--episodes 120)
-    weights=0.5,1.5,2
     sft=(speedrun --steps 9600 --save-every 400)
     grpo=(speedrun --steps 800 --save-every 40)
-    head=(speedrun --condition thought --steps 8800 --save-every 400)
+    head=(speedrun --stride 4 --steps 8800 --save-every 400)
     held_out=(--prompts 512)
     trials=(--trials 10 --chains 100)
     suites_of_tokens=spatial,object,goal,long

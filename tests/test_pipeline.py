@@ -267,7 +267,7 @@ def test_speedrun_gives_commands_that_there_are(name, tmp_path):
         word for command in commands for word in command if "conversations.jsonl:" in word
     )
     weights = [float(source.rpartition(":")[2]) for source in mixture.split(",")]
-    assert weights == ([0.5, 1.5, 2] if name == "full" else [0.5, 3, 0.3])
+    assert weights == [0.5, 3, 0.3]
     assert (tmp_path / "runs" / name / "ended/write_table").exists()
     assert (tmp_path / "data" / name).exists()
     report = commands[-1]
