@@ -132,6 +132,13 @@ def thought(env: Tabletop, plan: Plan) -> str:
     )
 
 
+THOUGHT_KINDS = {  # what rows of thought_actions.jsonl think before they act
+    "plan": thought,
+    "scene": lambda env, plan: f"{caption(env)}.",
+    "task": lambda env, plan: f"{env.instruction}.",
+}
+
+
 class ParsedThought(NamedTuple):
     """What thought() says, taken apart."""
 
@@ -636,7 +643,8 @@ def make_conversation(args, number: int) -> str:
 
 def make_thought_action(args, number: int) -> str:
     """A line of thought_actions.jsonl: a thought followed by the expert's next actions; every other
-    one from a demonstrated_state(), the rest from a random_state(), which may be off the way.
+    one from a demonstrated_state(), the rest from a random_state(), which may be off the way. Its
+    thought is of each of --thought-kinds in turn.
 
     Not in the paper's data, see sft.py."""
     rng = np.random.default_rng([5, args.seed, number])
@@ -646,7 +654,9 @@ def make_thought_action(args, number: int) -> str:
         env = random_state(rng, args.size, args.tilt)
     image = env.render()
     _, plan = env.expert()
-    question = Question(action_question(env.instruction), thought(env, plan), "<ACTION>")
+    kind = args.thought_kinds[number // 2 % len(args.thought_kinds)]
+    words = THOUGHT_KINDS[kind](env, plan)
+    question = Question(action_question(env.instruction), words, "<ACTION>")
     chunk = expert_chunk(env, args.horizon).tolist()
     frame = save_frame(args.out, "thought_frames", number, image)
     return json_row([frame], [question], chunk=chunk)
@@ -670,6 +680,16 @@ def task_list(text: str) -> list[tuple[str, int]]:
     return tasks
 
 
+def thought_kinds(text: str) -> list[str]:
+    """For `type=` of argparse: "plan,task" -> ["plan", "task"]."""
+    kinds = text.split(",")
+    for kind in kinds:
+        if kind not in THOUGHT_KINDS:
+            known = ", ".join(THOUGHT_KINDS)
+            raise argparse.ArgumentTypeError(f"{kind!r} is no kind of thought; they are {known}")
+    return kinds
+
+
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.tabletop_data",
@@ -683,6 +703,13 @@ def main(argv: list[str] | None = None):
     add("--conversations", type=natural, default=20000, help="conversations of several questions")
     add("--single", action="store_true", help="each question of a conversation in its own row")
     add("--thought-actions", type=natural, default=0, help="rows of thought_actions.jsonl")
+    add(
+        "--thought-kinds",
+        type=thought_kinds,
+        default=["plan"],
+        help="what their thoughts say, in turn: plan (where the target and the gripper are, and "
+        "the move), scene (where everything is), task (the instruction again)",
+    )
     add("--horizon", type=count, default=5, help="actions in each, as of the FAST tokenizer")
     add("--seed", type=natural, default=0, help="training seed; evaluation states have their own")
     add("--noise", type=share, default=0.06, help="chance a step that a disturbance begins")

@@ -440,9 +440,49 @@ def test_data_is_not_written_over(tmp_path):
     assert done.returncode == 1 and done.stderr.startswith("error: ")
 
 
+def thought_action_args(out, horizon=5, kinds="plan"):
+    return argparse.Namespace(
+        out=out, seed=0, size=16, tilt=0.0, horizon=horizon, carried_on=0.0,
+        thought_kinds=kinds.split(","),
+    )  # fmt: skip
+
+
+def test_thoughts_before_actions_are_of_the_kinds_asked_for(tmp_path):
+    """Of each as many, from both kinds of state; only the thought differs from rows of plans."""
+    mixed = thought_action_args(tmp_path, kinds="plan,scene,task")
+    plain = thought_action_args(tmp_path)
+    kinds = {"plan": [], "scene": [], "task": []}
+    for number in range(24):
+        row = json.loads(td.make_thought_action(mixed, number))
+        text = row["messages"][1]["content"]
+        thought = re.fullmatch(r"<think>(.+)</think><answer><ACTION></answer>", text)[1]
+        instruction = row["messages"][0]["content"].split("Instruction: ")[1].split("\n")[0]
+        if td.parse_thought(thought) is not td.UNREADABLE:
+            kind = "plan"
+        elif thought == f"{instruction}.":
+            kind = "task"
+        else:  # "red cube d4, plate h7, gripper b1 low open."
+            assert re.fullmatch(r"(?:[a-z ]+ [a-h][1-8][a-z ]*, )+[a-z0-9 ]+\.", thought), thought
+            kind = "scene"
+        kinds[kind].append(number % 2)
+        row["messages"][1] = json.loads(td.make_thought_action(plain, number))["messages"][1]
+        assert row == json.loads(td.make_thought_action(plain, number))
+    assert {kind: sorted(halves) for kind, halves in kinds.items()} == dict.fromkeys(
+        kinds, [0] * 4 + [1] * 4
+    )
+
+
+def test_an_unknown_kind_of_thought_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        td.main(["--out", str(tmp_path / "out"), "--thought-kinds", "plan,poem"])
+    error = capsys.readouterr().err
+    assert "'poem' is no kind of thought; they are plan, scene, task" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_thought_actions_end_with_the_task(tmp_path):
     """Past the end a chunk repeated the last movement, and the model learned to move on."""
-    args = argparse.Namespace(seed=0, size=16, tilt=0.0, horizon=12, carried_on=0.0, out=tmp_path)
+    args = thought_action_args(tmp_path, horizon=12)
     ended_early = 0
     for number in range(40):
         rng = np.random.default_rng([5, 0, number])
@@ -522,7 +562,7 @@ def test_action_tokens_are_made_of_a_tasks_last_movements_too(tmp_path):
     assert last[2] > 0.5  # up
     still = [0] * 6 + [last[6]]
     assert np.array_equal(fast_tokenizer.action_chunks(episode, 5)[-1], [last] + [still] * 4)
-    args = argparse.Namespace(seed=0, size=16, tilt=0.0, horizon=5, carried_on=0.0, out=tmp_path)
+    args = thought_action_args(tmp_path)
     rows = [json.loads(td.make_thought_action(args, number)) for number in range(1, 600, 2)]
     lifts = [row["chunk"] for row in rows if "Now lift" in row["messages"][1]["content"]]
     assert len(lifts) > 2
