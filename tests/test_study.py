@@ -46,10 +46,12 @@ def test_parents_are_shared_and_stand_before_what_starts_from_them():
     plan = study.missing(stages, {}, study.targets_of(study.MATRIX, wanted, stages))
     for_nobody = [
         "data/0/train/no_thoughts.jsonl",
+        "data/0/kinds",
         "data/scenes",
         "runs/qwen_random",
         "runs/qwen",
         "data/1/train/no_thoughts.jsonl",
+        "data/1/kinds",
         "data/1/words",
     ]
     assert [stage.key for stage in plan] == [key for key in keys if key not in for_nobody]

@@ -49,10 +49,10 @@ from tools import plot
 
 # ---- The matrix: data ----------------------------------------------------------------------------
 #
-# Commands name what they read and write: {train}, {fast}, {test}, {one_task}, {questions}, {words},
-# {scenes}, {qwen} are the folders below, {path} that of the entry itself; {init} is the parent's
-# checkpoint, {out} the model's own; {seed} is a number. A command depends on those that write what
-# it names. Data, SFT, RL and the head `thought` are those of speedrun.sh.
+# Commands name what they read and write: {train}, {kinds}, {fast}, {test}, {one_task}, {questions},
+# {words}, {scenes}, {qwen} are the folders below, {path} that of the entry itself; {init} is the
+# parent's checkpoint, {out} the model's own; {seed} is a number. A command depends on those that
+# write what it names. Data, SFT, RL and the head `prompt` are those of speedrun.sh.
 
 
 class Data(NamedTuple):
@@ -90,6 +90,12 @@ DATA = [
         "{train}/no_thoughts.jsonl",  # the questions that are answered without a thought
         "awk '!/<think>/ {{print > \"{path}\"}}' {train}/conversations.jsonl",
         "",
+    ),
+    Data(
+        "{kinds}",  # {train}/thought_actions.jsonl, but a third of the thoughts plan
+        f"{RECORD} --seed {{seed}} --episodes 0 --conversations 0 "
+        "--thought-actions 36000 --carried-on 0.5 --thought-kinds plan,scene,task",
+        "--thought-actions 240",
     ),
     Data(
         "{words}",  # questions that no SFT has seen, for RL
@@ -199,6 +205,8 @@ MANY_THOUGHTS = "{train}/conversations.jsonl:.5,{train}/episodes:2,{train}/thoug
 HALF_THOUGHTS = (
     "{train}/conversations.jsonl:0.5,{train}/episodes:1.5,{train}/thought_actions.jsonl:2"
 )
+KINDS_OF_THOUGHTS = HALF_THOUGHTS.replace("{train}/thought_actions", "{kinds}/thought_actions")
+ON_KINDS = {"heads": "thought", "measures": "actions think thought gain"}
 SCREENING = {"against": "SFT SFT+RL", "measures": "actions", "seeds": 1}
 ON_HALF = {
     "against": "base half",
@@ -381,6 +389,20 @@ MODELS = [
         "half-more", "half", [f"{ON_SFT} --steps 800 --data {HALF_THOUGHTS}"],
         "more SFT there", **ON_HALF,
     ),
+    # the positive control: better and worse thoughts that a model can tell apart without the truth
+    Model(
+        "kinds", "base", [f"{SFT} --data {KINDS_OF_THOUGHTS}"],
+        "half, of whose thoughts a third plan, a third name places, a third repeat the task",
+        against="base half", heads="thought", measures="actions think thought",
+    ),
+    Model(
+        "kinds+RL", "kinds", [RL], "does RL find the thoughts that help, and does the arm gain?",
+        against="base kinds kinds-rejection half half+RL", **ON_KINDS,
+    ),
+    Model(
+        "kinds-rejection", "kinds", REJECTION, "does rejection sampling at RL's rollouts?",
+        against="kinds", **ON_KINDS,
+    ),
     # another architecture
     Model(
         "base-qwen", "", [], "a tiny Qwen2.5-VL in place of the Qwen3-VL",
@@ -548,6 +570,7 @@ def places_of(folders: Folders, seed: int) -> dict[str, str]:
         "one_task": f"{folders.data}/one_task",
         "questions": f"{folders.data}/questions",
         "train": f"{folders.data}/{seed}/train",
+        "kinds": f"{folders.data}/{seed}/kinds",
         "words": f"{folders.data}/{seed}/words",
         "fast": f"{folders.data}/{seed}/fast",
         "scenes": f"{folders.data}/scenes",
