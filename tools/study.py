@@ -206,7 +206,10 @@ HALF_THOUGHTS = (
     "{train}/conversations.jsonl:0.5,{train}/episodes:1.5,{train}/thought_actions.jsonl:2"
 )
 KINDS_OF_THOUGHTS = HALF_THOUGHTS.replace("{train}/thought_actions", "{kinds}/thought_actions")
-ON_KINDS = {"heads": "thought", "measures": "actions think thought gain"}
+SOME_KINDS = (
+    "sft.py speedrun --lr 5e-4 --steps 240 --probe-prompts 0 --data {kinds}/thought_actions.jsonl"
+)
+ON_KINDS = {"heads": "thought", "measures": "actions think direct thought gain"}
 SCREENING = {"against": "SFT SFT+RL", "measures": "actions", "seeds": 1}
 ON_HALF = {
     "against": "base half",
@@ -389,19 +392,28 @@ MODELS = [
         "half-more", "half", [f"{ON_SFT} --steps 800 --data {HALF_THOUGHTS}"],
         "more SFT there", **ON_HALF,
     ),
-    # the positive control: better and worse thoughts that a model can tell apart without the truth
+    # better and worse thoughts among which a model can choose without knowing the truth
     Model(
         "kinds", "base", [f"{SFT} --data {KINDS_OF_THOUGHTS}"],
         "half, of whose thoughts a third plan, a third name places, a third repeat the task",
-        against="base half", heads="thought", measures="actions think thought",
+        against="base half", heads="thought", measures="actions think direct thought", seeds=1,
     ),
     Model(
-        "kinds+RL", "kinds", [RL], "does RL find the thoughts that help, and does the arm gain?",
-        against="base kinds kinds-rejection half half+RL", **ON_KINDS,
+        "kinds+RL", "kinds", [RL], "does RL choose, where all kinds have been learned alike?",
+        against="base kinds half half+RL", seeds=1, **ON_KINDS,
     ),
     Model(
-        "kinds-rejection", "kinds", REJECTION, "does rejection sampling at RL's rollouts?",
-        against="kinds", **ON_KINDS,
+        "half-kinds", "half", [SOME_KINDS],
+        "half, which plans, after a little SFT on all three kinds: a positive control of RL",
+        against="half", heads="thought", measures="actions think direct thought",
+    ),
+    Model(
+        "half-kinds+RL", "half-kinds", [RL], "does RL choose, where one kind helps?",
+        against="half half-kinds half-kinds-rejection half+RL", **ON_KINDS,
+    ),
+    Model(
+        "half-kinds-rejection", "half-kinds", REJECTION,
+        "does rejection sampling at RL's rollouts?", against="half-kinds", **ON_KINDS,
     ),
     # another architecture
     Model(
