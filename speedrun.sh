@@ -2,8 +2,8 @@
 # The whole of RoboAlign on Tabletop: data -> FAST -> SFT -> GRPO -> three action heads -> the table.
 # A fresh machine with Python 3.11+ and two CPU cores is enough; with a GPU the same script uses it.
 # QUICK=1 shows every stage in some five minutes, with a table that says that it is only that.
-# FULL=1 takes hours: twice the data and steps of SFT, twice the frames and four times the steps of
-# the heads, ten times the steps of GRPO.
+# FULL=1 takes hours: twice the data, twice the steps of SFT, ten times those of GRPO, and heads of
+# four times the frames and steps.
 # RESUME=1 goes on with a run that was stopped: at the stage, and with FULL=1 at the saved step.
 # RUN, DATA and SEED name other folders and another seed; tools/venv.sh explains VENV, PYTHON and
 # SKIP_INSTALL.
@@ -14,7 +14,6 @@ source tools/venv.sh  # use_venv, stop
 
 # ---- Sizes ----
 
-weights=0.5,3,0.3  # in SFT, of conversations, of actions, of thoughts and actions
 case ${QUICK:-0},${FULL:-0} in
   0,0)
     RUN=${RUN:-runs/speedrun}
@@ -165,10 +164,8 @@ stage fit_tokenizer "FAST tokenizer"
 # ---- Stages 1 and 2: the backbone learns to see, to think and to act; then to think better ----
 
 train_sft() {
-  local mixture words actions thoughts
-  IFS=, read -r words actions thoughts <<< "$weights"
-  mixture=$DATA/train/conversations.jsonl:$words,$DATA/train/episodes:$actions
-  mixture=$mixture,$DATA/train/thought_actions.jsonl:$thoughts
+  local mixture=$DATA/train/conversations.jsonl:0.5,$DATA/train/episodes:3
+  mixture=$mixture,$DATA/train/thought_actions.jsonl:0.3  # 8% of the samples think, then act
   on_all_ranks sft.py "${sft[@]}" --data "$mixture" --action-tokenizer "$RUN/fast" \
     --out "$RUN/sft" --seed "$SEED" $resume
 }

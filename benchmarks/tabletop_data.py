@@ -706,9 +706,9 @@ def main(argv: list[str] | None = None):
     add(
         "--thought-kinds",
         type=thought_kinds,
-        default=["plan"],
-        help="what their thoughts say, in turn: plan (where the target and the gripper are, and "
-        "the move), scene (where everything is), task (the instruction again)",
+        help="what the thoughts of --thought-actions say, in turn: plan, the default (where the "
+        "target and the gripper are, and the move), scene (where everything is), task (the "
+        "instruction again)",
     )
     add("--horizon", type=count, default=5, help="actions in each, as of the FAST tokenizer")
     add("--seed", type=natural, default=0, help="training seed; evaluation states have their own")
@@ -723,6 +723,9 @@ def main(argv: list[str] | None = None):
     add("--tilt", type=non_negative, default=0.0, help="0 looks straight down; 0.5 is oblique")
     add("--workers", type=count, default=2, help="processes; the bytes do not depend on it")
     args = parser.parse_args(argv)
+    if args.thought_kinds and not args.thought_actions:
+        parser.error("--thought-kinds says what --thought-actions N think; give that too")
+    args.thought_kinds = args.thought_kinds or ["plan"]
     out = Path(args.out)
     for name in ("conversations", "thought_actions"):
         if (out / f"{name}.jsonl").exists():

@@ -472,7 +472,7 @@ def test_suites_that_a_later_call_leaves_out_are_named(tmp_path, monkeypatch, ca
 
 def test_what_chains_alone_took_stands_beside_what_trials_took(tmp_path, monkeypatch):
     """`--suites chain` wrote its 3 retries of 4 chunks over the trials' 1 of 8, its seconds over
-    theirs: results/full.json told of SFT's chains beside SFT+RL's trials."""
+    theirs: results/half_full.json told of SFT's chains beside SFT+RL's trials."""
     path = tmp_path / "r.json"
     module = evaluate.simulator_module("tabletop")
     calls = [

@@ -268,6 +268,8 @@ def test_speedrun_gives_commands_that_there_are(name, tmp_path):
     )
     weights = [float(source.rpartition(":")[2]) for source in mixture.split(",")]
     assert weights == [0.5, 3, 0.3]
+    for command in commands:
+        assert "--condition" not in command, "the heads read the prompt, as the paper's"
     assert (tmp_path / "runs" / name / "ended/write_table").exists()
     assert (tmp_path / "data" / name).exists()
     report = commands[-1]

@@ -144,10 +144,24 @@ def test_the_first_models_are_those_of_the_speedrun():
         "--data data/3/train/episodes --out runs/heads/SFT+RL_3/prompt --seed 3"
     )
     default = script.partition("0,0)")[2].partition(";;")[0]
-    assert "weights=0.5,3,0.3 #" in script
+    for weighted in ("conversations.jsonl:0.5", "episodes:3", "thought_actions.jsonl:0.3"):
+        assert f"$DATA/train/{weighted}" in script
     assert "sft=(speedrun) #" in re.sub(r"\s+", " ", default)
     assert "grpo=(speedrun)" in default
     assert "head=(speedrun)" in default
+
+
+def test_models_of_several_kinds_of_thoughts_learn_from_these():
+    """And their control, the same steps on plans, does not."""
+    wanted = {"kinds+RL": [0], "half-kinds+RL": [0], "half-plans": [0]}
+    stages = study.all_stages(study.MATRIX, wanted, FOLDERS, ranks=2)
+    assert "data/0/kinds/thought_actions.jsonl:2 " in stages["kinds_0"].command
+    assert "data/0/train/thought_actions.jsonl:2 " in stages["half_0"].command
+    kinds = stages["half-kinds_0"].command
+    plans = stages["half-plans_0"].command
+    assert "--data data/0/kinds/thought_actions.jsonl --init runs/half_0 " in kinds
+    assert plans == kinds.replace("/kinds/", "/train/").replace("half-kinds", "half-plans")
+    assert "--thought-kinds plan,scene,task" in stages["data/0/kinds"].command
 
 
 def test_what_starts_a_stage():

@@ -447,11 +447,13 @@ def thought_action_args(out, horizon=5, kinds="plan"):
     )  # fmt: skip
 
 
-def test_thoughts_before_actions_are_of_the_kinds_asked_for(tmp_path):
-    """Of each as many, from both kinds of state; only the thought differs from rows of plans."""
-    mixed = thought_action_args(tmp_path, kinds="plan,scene,task")
+@pytest.mark.parametrize("asked_for", ["plan,scene,task", "plan,task"])
+def test_thoughts_before_actions_are_of_the_kinds_asked_for(asked_for, tmp_path):
+    """Of each as many, from both kinds of state; only the thought differs from rows of plans. Of
+    two kinds one has not all the demonstrated states, which are every other row."""
+    mixed = thought_action_args(tmp_path, kinds=asked_for)
     plain = thought_action_args(tmp_path)
-    kinds = {"plan": [], "scene": [], "task": []}
+    kinds = {kind: [] for kind in asked_for.split(",")}
     for number in range(24):
         row = json.loads(td.make_thought_action(mixed, number))
         text = row["messages"][1]["content"]
@@ -467,16 +469,25 @@ def test_thoughts_before_actions_are_of_the_kinds_asked_for(tmp_path):
         kinds[kind].append(number % 2)
         row["messages"][1] = json.loads(td.make_thought_action(plain, number))["messages"][1]
         assert row == json.loads(td.make_thought_action(plain, number))
-    assert {kind: sorted(halves) for kind, halves in kinds.items()} == dict.fromkeys(
-        kinds, [0] * 4 + [1] * 4
-    )
+    of_each_state = 24 // len(kinds) // 2
+    halves = [0] * of_each_state + [1] * of_each_state
+    assert {kind: sorted(states) for kind, states in kinds.items()} == dict.fromkeys(kinds, halves)
 
 
-def test_an_unknown_kind_of_thought_is_one_line(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (
+            ["--thought-kinds", "plan,poem"],
+            "'poem' is no kind of thought; they are plan, scene, task",
+        ),
+        (["--thought-kinds", "task"], "--thought-kinds says what --thought-actions N think"),
+    ],
+)
+def test_kinds_of_thought_that_mean_nothing_are_one_line(flags, words, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        td.main(["--out", str(tmp_path / "out"), "--thought-kinds", "plan,poem"])
-    error = capsys.readouterr().err
-    assert "'poem' is no kind of thought; they are plan, scene, task" in error
+        td.main(["--out", str(tmp_path / "out"), *flags])
+    assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

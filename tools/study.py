@@ -205,10 +205,10 @@ MANY_THOUGHTS = "{train}/conversations.jsonl:.5,{train}/episodes:2,{train}/thoug
 HALF_THOUGHTS = (
     "{train}/conversations.jsonl:0.5,{train}/episodes:1.5,{train}/thought_actions.jsonl:2"
 )
-KINDS_OF_THOUGHTS = HALF_THOUGHTS.replace("{train}/thought_actions", "{kinds}/thought_actions")
-SOME_KINDS = (
-    "sft.py speedrun --lr 5e-4 --steps 240 --probe-prompts 0 --data {kinds}/thought_actions.jsonl"
+KINDS_OF_THOUGHTS = (
+    "{train}/conversations.jsonl:0.5,{train}/episodes:1.5,{kinds}/thought_actions.jsonl:2"
 )
+ON_THOUGHTS = "sft.py speedrun --lr 5e-4 --steps 240 --probe-prompts 0"  # enough to mix the kinds
 ON_KINDS = {"heads": "thought", "measures": "actions think direct thought gain"}
 SCREENING = {"against": "SFT SFT+RL", "measures": "actions", "seeds": 1}
 ON_HALF = {
@@ -392,7 +392,8 @@ MODELS = [
         "half-more", "half", [f"{ON_SFT} --steps 800 --data {HALF_THOUGHTS}"],
         "more SFT there", **ON_HALF,
     ),
-    # better and worse thoughts among which a model can choose without knowing the truth
+    # thoughts of several kinds: all learned alike, and none helps; or one of them learned well
+    # before, so that RL has better and worse ones to choose among
     Model(
         "kinds", "base", [f"{SFT} --data {KINDS_OF_THOUGHTS}"],
         "half, of whose thoughts a third plan, a third name places, a third repeat the task",
@@ -403,9 +404,15 @@ MODELS = [
         against="base kinds half half+RL", seeds=1, **ON_KINDS,
     ),
     Model(
-        "half-kinds", "half", [SOME_KINDS],
+        "half-kinds", "half", [f"{ON_THOUGHTS} --data {{kinds}}/thought_actions.jsonl"],
         "half, which plans, after a little SFT on all three kinds: a positive control of RL",
         against="half", heads="thought", measures="actions think direct thought",
+    ),
+    Model(
+        "half-plans", "half", [f"{ON_THOUGHTS} --data {{train}}/thought_actions.jsonl"],
+        "the same steps on plans alone: what of the difference is by the kinds?",
+        against="half half-kinds half-kinds+RL", heads="thought", measures="actions think thought",
+        seeds=1,
     ),
     Model(
         "half-kinds+RL", "half-kinds", [RL], "does RL choose, where one kind helps?",
