@@ -283,6 +283,7 @@ def test_reward_of_partly_right_actions(backbone):
     near = score([a] * 9 + [b] + [a] * 2, "ladder")
     assert 9 / 12 < near < 1 and score([b] + [a] * 11, "ladder") < near
     assert score([a] * 12, "ladder") == 1 and score([a] * 13, "ladder") == 0
+    assert score([a] * 12, "format") == score([b] * 12, "format") == 0
 
 
 @pytest.mark.parametrize(

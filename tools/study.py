@@ -419,6 +419,11 @@ MODELS = [
         against="half half-kinds half-kinds-rejection half+RL", **ON_KINDS,
     ),
     Model(
+        "half-kinds+RL-format", "half-kinds", [f"{RL} --reward format"],
+        "does it by the form of answers alone, whatever they say?",
+        against="half-kinds half-kinds+RL", heads="thought", measures="actions think gain", seeds=1,
+    ),
+    Model(
         "half-kinds-rejection", "half-kinds", REJECTION,
         "does rejection sampling at RL's rollouts?", against="half-kinds", **ON_KINDS,
     ),
