@@ -446,6 +446,7 @@ MODELS = [
     Model("RL-l1", "SFT", [f"{RL} --reward l1"], "the distance of decoded actions", **SCREENING),
     Model("RL-lcs", "SFT", [f"{RL} --reward lcs"], "the longest common subsequence", **SCREENING),
     Model("RL-ladder", "SFT", [f"{RL} --reward ladder"], "each decoded prefix pays", **SCREENING),
+    Model("RL-format", "SFT", [f"{RL} --reward format"], "form alone pays", **SCREENING),
     Model(
         "RL-credit", "SFT", [f"{RL} --credit prefix"], "credit to the first wrong token",
         **SCREENING,
