@@ -704,7 +704,8 @@ def common_subsequence(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def no_rewards(_: FastTokenizer, generated: IdLists, targets: IdLists) -> np.ndarray:
-    """0: only the format pays. A control, as of what RL gains without knowing right from wrong."""
+    """0: only the format pays. The control of what RL gains without being told right from wrong
+    (as 2506.10947 has for mathematics)."""
     return np.zeros(len(generated))
 
 

@@ -144,8 +144,8 @@ def test_the_first_models_are_those_of_the_speedrun():
         "--data data/3/train/episodes --out runs/heads/SFT+RL_3/prompt --seed 3"
     )
     default = script.partition("0,0)")[2].partition(";;")[0]
-    for weighted in ("conversations.jsonl:0.5", "episodes:3", "thought_actions.jsonl:0.3"):
-        assert f"$DATA/train/{weighted}" in script
+    assert "$DATA/train/conversations.jsonl:0.5,$DATA/train/episodes:3\n" in script
+    assert "$DATA/train/thought_actions.jsonl:0.3 #" in script
     assert "sft=(speedrun) #" in re.sub(r"\s+", " ", default)
     assert "grpo=(speedrun)" in default
     assert "head=(speedrun)" in default

@@ -392,8 +392,8 @@ MODELS = [
         "half-more", "half", [f"{ON_SFT} --steps 800 --data {HALF_THOUGHTS}"],
         "more SFT there", **ON_HALF,
     ),
-    # thoughts of several kinds: all learned alike, and none helps; or one of them learned well
-    # before, so that RL has better and worse ones to choose among
+    # thoughts of several kinds, of which one plans the move: all learned alike from the start; or
+    # the plan learned well before, so that RL has better and worse ones to choose among
     Model(
         "kinds", "base", [f"{SFT} --data {KINDS_OF_THOUGHTS}"],
         "half, of whose thoughts a third plan, a third name places, a third repeat the task",
